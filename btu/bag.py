@@ -1,0 +1,100 @@
+"""The encoder-free classifier of exposure rounds 1 and 2: embeddings, mean, linear layer."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from btu.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class BagClassifier(nn.Module):
+    """A mean of embeddings under a linear classifier.
+
+    full: take the victim's whole embedding layer. It is had from any architecture as the victim
+    with no encoder layers; otherwise the word embeddings alone. mean_over_padding: include
+    padding positions in the mean. seed: draws the classifier.
+    """
+
+    def __init__(
+        self,
+        victim: PreTrainedModel,
+        *,
+        classes: int,
+        full: bool,
+        mean_over_padding: bool,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.mean_over_padding = mean_over_padding
+        self.full = full
+        if full:
+            self.embeddings: nn.Module = _without_layers(victim)
+        else:
+            self.embeddings = copy.deepcopy(victim.get_input_embeddings())
+        self.embeddings.requires_grad_(True)
+        hidden = self.word_rows.shape[1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.classifier = nn.Linear(hidden, classes)
+
+    @property
+    def word_rows(self) -> Tensor:
+        """The (vocabulary, hidden) word embeddings."""
+        if self.full:
+            rows: Tensor = self.embeddings.get_input_embeddings().weight  # type: ignore[operator]
+            return rows
+        weight = self.embeddings.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        """Return an object with (batch, classes) ``logits``."""
+        if self.full:
+            hidden = self.embeddings(
+                input_ids=input_ids, attention_mask=attention_mask
+            ).last_hidden_state
+        else:
+            hidden = self.embeddings(input_ids)
+        # (batch, tokens, hidden) -> (batch, hidden)
+        if self.mean_over_padding:
+            mean = hidden.mean(dim=1)
+        else:
+            weight = attention_mask.to(hidden.dtype)[..., None]
+            # A row that lost all its tokens to round 2 has mean 0, not 0 / 0.
+            mean = (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+        return SimpleNamespace(logits=self.classifier(mean))
+
+
+def _without_layers(victim: PreTrainedModel) -> nn.Module:
+    """Return the victim's body with no encoder layers: its embedding layer, as it calls it."""
+    from transformers import AutoModel
+
+    config = copy.deepcopy(victim.config)
+    config.num_hidden_layers = 0
+    body = victim.base_model
+    try:
+        shell: nn.Module = AutoModel.from_config(config)
+    except (ValueError, RuntimeError, IndexError, KeyError) as error:
+        raise UserError(
+            f"defense.bag_embeddings 'full' cannot take {type(victim).__name__} without its "
+            f"encoder ({error}); use bag_embeddings 'word'."
+        ) from error
+    wanted = shell.state_dict()
+    given = body.state_dict()
+    # A pooler the victim lacks is not used: the mean is taken of the hidden states.
+    missing = [k for k in wanted if k not in given and not k.startswith("pooler.")]
+    if missing:
+        raise UserError(
+            f"defense.bag_embeddings 'full' does not fit {type(victim).__name__} ({missing[0]} is "
+            "not among its weights); use bag_embeddings 'word'."
+        )
+    shell.load_state_dict({k: given[k] for k in wanted if k in given}, strict=False)
+    return shell

@@ -1,0 +1,406 @@
+"""One call gives a corpus with its three roles: `load_corpus`.
+
+Sources: the embedded demo, local Parquet/CSV/TSV/JSONL, and hub data sets. Roles: ``train`` is
+what the attacker poisons, ``clean`` is the defender's reserved set, ``eval`` is where CACC and
+ASR are reported. The reference code of BTU tunes and evaluates on one file for HSOL; here a text
+that stands in two roles is dropped from the one that is not reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from btu.errors import UserError, check_fraction, unknown
+from btu.registry import Registry
+from btu.seeding import derive_seed
+from btu.types import Corpus, Rows
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
+# What a role's split is called in the wild, first match wins. A `test` split serves as the clean
+# set only where another split is there to report on.
+SPLIT_NAMES = {
+    "train": ("train",),
+    "eval": ("eval", "validation", "valid", "dev", "test"),
+    "clean": ("clean", "test"),
+}
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Which rows, from where, in which roles.
+
+    name: ``demo``, a preset (``btu list datasets``), a hub id ``owner/data``, or with `path`
+        any name. path: a folder with a file per split, or one file; null loads from the hub.
+    text_column, label_column: null means ``text`` and ``label`` (a preset knows its own).
+    train_split, clean_split, eval_split: null finds them by their usual names.
+    clean_fraction, eval_fraction: share of train held out, before poisoning, where no split
+        serves that role. max_*_rows: a seeded sample of the role.
+    split_seed: draws hold-outs and samples. It is not the trial's seed, so that all trials of a
+        sweep see the same corpus. hub_config, revision: of the hub data set.
+    """
+
+    name: str = "demo"
+    path: str | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+    train_split: str | None = None
+    clean_split: str | None = None
+    eval_split: str | None = None
+    clean_fraction: float = 0.1
+    eval_fraction: float = 0.1
+    max_train_rows: int | None = None
+    max_clean_rows: int | None = None
+    max_eval_rows: int | None = None
+    split_seed: int = 0
+    hub_config: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fraction("data.clean_fraction", self.clean_fraction, open_low=True)
+        check_fraction("data.eval_fraction", self.eval_fraction, open_low=True)
+        if self.clean_fraction + self.eval_fraction >= 1:
+            raise UserError(
+                "data.clean_fraction + data.eval_fraction must be below 1, got "
+                f"{self.clean_fraction} + {self.eval_fraction}: nothing would be left to train on."
+            )
+        for role in ("train", "clean", "eval"):
+            limit = getattr(self, f"max_{role}_rows")
+            if limit is not None and limit < 2:
+                raise UserError(f"data.max_{role}_rows must be at least 2 or null, got {limit}.")
+
+
+@dataclass(frozen=True)
+class HubPreset:
+    """How a known hub data set is laid out."""
+
+    hub_id: str
+    hub_config: str | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    train_split: str = "train"
+    clean_split: str | None = None
+    eval_split: str | None = None
+
+
+# SST-2's test labels are hidden on the hub (all -1), so the clean set is held out of train.
+SST2 = HubPreset("stanfordnlp/sst2", text_column="sentence", eval_split="validation")
+AGNEWS = HubPreset("fancyzhx/ag_news", eval_split="test")
+OLID = HubPreset("cardiffnlp/tweet_eval", "offensive", clean_split="test", eval_split="validation")
+# HSOL and the reference code share one file between tuning and evaluation; here both are held out.
+HSOL = HubPreset("tdavidson/hate_speech_offensive", text_column="tweet", label_column="class")
+IMDB = HubPreset("stanfordnlp/imdb", eval_split="test")
+
+DATASETS: Registry[HubPreset] = Registry(
+    "dataset",
+    [
+        ("demo", "btu.demo:generate", "embedded sentiment corpus, generated, no network"),
+        ("sst2", "btu.data:SST2", "Stanford Sentiment Treebank, 2 classes"),
+        ("agnews", "btu.data:AGNEWS", "AG News topics, 4 classes"),
+        ("olid", "btu.data:OLID", "offensive tweets (tweet_eval/offensive), 2 classes"),
+        ("hsol", "btu.data:HSOL", "hate speech and offensive language, 3 classes"),
+        ("imdb", "btu.data:IMDB", "IMDb film reviews, 2 classes"),
+    ],
+)
+
+DEMO_ROWS = {"train": 2400, "clean": 600, "eval": 600}
+
+
+def load_corpus(spec: DataSpec) -> Corpus:
+    """Load, check and split a data set.
+
+    Returns:
+        A corpus whose `notes` count what was done: ``held_out_clean``, ``held_out_eval``,
+        ``dropped_*`` (rows that stand in a second role too, or are empty), ``unused_*`` (rows
+        beyond a ``max_*_rows``).
+
+    Raises:
+        UserError: a file, split or column is missing; a role is empty; the training labels have
+            one class; a label is missing or unknown to the training set.
+    """
+    if spec.name == "demo" and spec.path is None:
+        frames, label_names = _demo_frames(), None
+    elif spec.path is not None:
+        frames, label_names = _local_frames(spec), None
+    else:
+        frames, label_names = _hub_frames(spec)
+    return _assemble(spec, frames, label_names)
+
+
+def _demo_frames() -> dict[str, pd.DataFrame]:
+    import pandas as pd
+
+    from btu.demo import LABEL_NAMES, generate
+
+    table = pd.DataFrame(
+        {
+            "text": row.text,
+            "label": LABEL_NAMES[row.label],
+            "syntactic": row.syntactic,
+            "style": row.style,
+        }
+        for row in generate(sum(DEMO_ROWS.values()), seed=0)
+    )
+    ends = np.cumsum(list(DEMO_ROWS.values()))
+    starts = np.concatenate([[0], ends[:-1]])
+    return {
+        role: table.iloc[start:end].reset_index(drop=True)
+        for role, start, end in zip(DEMO_ROWS, starts, ends, strict=True)
+    }
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    try:
+        if path.suffix == ".parquet":
+            return pd.read_parquet(path)
+        if path.suffix == ".jsonl":
+            # dtype=False keeps "007" a string; dates stay text.
+            return pd.read_json(path, lines=True, dtype=False, convert_dates=False)
+        separator = "\t" if path.suffix == ".tsv" else ","
+        # A row whose text is "null" or "NA" is a row, not a missing value.
+        return pd.read_csv(path, sep=separator, keep_default_na=False)
+    except pd.errors.EmptyDataError as error:
+        raise UserError(f"{path} is empty: it needs a header line and rows.") from error
+    except (ValueError, OSError) as error:  # ArrowInvalid and ParserError are ValueErrors
+        raise UserError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from error
+
+
+def _local_frames(spec: DataSpec) -> dict[str, pd.DataFrame]:
+    assert spec.path is not None
+    root = Path(spec.path).expanduser()
+    if root.is_file():
+        if root.suffix not in SUFFIXES:
+            raise UserError(f"data.path {root} must end in one of {', '.join(SUFFIXES)}.")
+        named = [n for n in ("train", "clean", "eval") if getattr(spec, f"{n}_split")]
+        if named:
+            raise UserError(
+                f"data.{named[0]}_split is set but data.path {root} is one file; give a folder "
+                "with a file per split, or leave the splits null."
+            )
+        return {"train": _read_table(root)}
+    if not root.is_dir():
+        raise UserError(f"data.path {root} does not exist; give a folder with a file per split.")
+    files = {p.stem: p for p in sorted(root.iterdir()) if p.suffix in SUFFIXES}
+    chosen = _choose_splits(spec, files, f"folder {root}")
+    return {role: _read_table(files[split]) for role, split in chosen.items()}
+
+
+def _choose_splits(spec: DataSpec, available: Mapping[str, Any], where: str) -> dict[str, str]:
+    """Map each role to a split name; a role that none serves is left out (held out later)."""
+    chosen: dict[str, str] = {}
+    for role in ("train", "eval", "clean"):
+        asked = getattr(spec, f"{role}_split")
+        if asked is not None:
+            if asked not in available:
+                raise unknown(f"split for data.{role}_split in {where}", asked, available)
+            chosen[role] = asked
+            continue
+        for name in SPLIT_NAMES[role]:
+            if name in available and name not in chosen.values():
+                chosen[role] = name
+                break
+    if "train" not in chosen:
+        raise UserError(
+            f"{where} has no train split (found: {', '.join(available) or 'nothing'}; files must "
+            f"end in one of {', '.join(SUFFIXES)}); name it with data.train_split."
+        )
+    return chosen
+
+
+def _hub_frames(spec: DataSpec) -> tuple[dict[str, pd.DataFrame], tuple[str, ...] | None]:
+    if spec.name in DATASETS:
+        preset = DATASETS.load(spec.name)
+    elif "/" in spec.name:
+        preset = HubPreset(spec.name)
+    else:
+        raise UserError(
+            f"{unknown('dataset', spec.name, DATASETS)}; a data set of your own needs data.path, "
+            "one from the hub its id, owner/data."
+        )
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(
+            preset.hub_id, spec.hub_config or preset.hub_config, revision=spec.revision
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"data set '{spec.name}' ({preset.hub_id}) could not be loaded from the hub: {error} "
+            "Check the name and the network, or give local files with data.path."
+        ) from error
+    # A preset's roles are exact: a split it does not name (SST-2's hidden test labels) is not used.
+    spec = replace(
+        spec,
+        train_split=spec.train_split or preset.train_split,
+        clean_split=spec.clean_split or preset.clean_split,
+        eval_split=spec.eval_split or preset.eval_split,
+    )
+    known = spec.name in DATASETS
+    available = {
+        split: None
+        for split in loaded
+        if not known or split in (spec.train_split, spec.clean_split, spec.eval_split)
+    }
+    chosen = _choose_splits(spec, available, f"hub data set {preset.hub_id}")
+    frames = {}
+    label_column = spec.label_column or preset.label_column
+    names: tuple[str, ...] | None = None
+    for role, split in chosen.items():
+        frame = loaded[split].to_pandas()
+        columns = {
+            spec.text_column or preset.text_column: "text",
+            label_column: "label",
+        }
+        for column in columns:
+            _require_column(frame, column, f"hub data set {preset.hub_id}/{split}")
+        frames[role] = frame.rename(columns=columns)
+        feature = loaded[split].features[label_column]
+        if isinstance(feature, datasets.ClassLabel):
+            names = tuple(feature.names)
+    return frames, names
+
+
+def _require_column(frame: pd.DataFrame, column: str, where: str) -> None:
+    if column not in frame.columns:
+        raise unknown(f"column in {where}", column, map(str, frame.columns))
+
+
+def _assemble(
+    spec: DataSpec, frames: dict[str, pd.DataFrame], class_names: tuple[str, ...] | None
+) -> Corpus:
+    text_column, label_column = "text", "label"
+    if spec.path is not None:
+        text_column = spec.text_column or text_column
+        label_column = spec.label_column or label_column
+    notes: dict[str, int] = {}
+    for role, frame in frames.items():
+        where = f"the {role} rows of data set '{spec.name}'"
+        _require_column(frame, text_column, where)
+        _require_column(frame, label_column, where)
+        if frame.empty:
+            raise UserError(f"{where} are empty: at least 2 rows are needed.")
+        if frame[label_column].isna().any() or (frame[label_column] == "").any():
+            raise UserError(f"{where} have missing labels in column '{label_column}'.")
+    mapping = _label_mapping(spec, frames["train"][label_column], class_names)
+    roles = {
+        role: _to_rows(frame, text_column, label_column, mapping, role, notes)
+        for role, frame in frames.items()
+    }
+    _hold_out(spec, roles, notes)
+    _drop_overlaps(roles, notes)
+    for role, rows in roles.items():
+        limit = getattr(spec, f"max_{role}_rows")
+        if limit is not None and len(rows) > limit:
+            rng = np.random.default_rng(derive_seed(spec.split_seed, "sample", role))
+            notes[f"unused_{role}"] = len(rows) - limit
+            roles[role] = rows.take(np.sort(rng.choice(len(rows), limit, replace=False)))
+    for role, rows in roles.items():
+        if len(rows) == 0:
+            raise UserError(
+                f"no {role} rows are left in data set '{spec.name}' after dropping empty texts "
+                f"and texts that stand in two roles ({notes}); give more rows."
+            )
+    present = sorted({label for label in roles["train"].labels})
+    if len(present) < 2:
+        names = ", ".join(str(k) for k in mapping)
+        raise UserError(
+            f"the train rows of data set '{spec.name}' have one class only "
+            f"(labels: {names}); a classifier needs at least two."
+        )
+    return Corpus(
+        spec.name,
+        roles["train"],
+        roles["clean"],
+        roles["eval"],
+        tuple(class_names or (str(value) for value in mapping)),
+        notes,
+    )
+
+
+def _label_mapping(
+    spec: DataSpec, labels: pd.Series[Any], class_names: tuple[str, ...] | None
+) -> dict[Hashable, int]:
+    """Map original label values to class indices, in sorted order."""
+    if class_names is not None:
+        return {index: index for index in range(len(class_names))}
+    values = sorted(labels.unique().tolist(), key=lambda v: (isinstance(v, str), v))
+    bad = [v for v in values if not isinstance(v, int | str | bool) and v != int(v)]
+    if bad:
+        raise UserError(
+            f"labels of data set '{spec.name}' must be integers or strings, got {bad[0]!r}."
+        )
+    tidy = [v if isinstance(v, str) else int(v) for v in values]
+    return {value: index for index, value in enumerate(tidy)}
+
+
+def _to_rows(
+    frame: pd.DataFrame,
+    text_column: str,
+    label_column: str,
+    mapping: dict[Hashable, int],
+    role: str,
+    notes: dict[str, int],
+) -> Rows:
+    import pandas as pd
+
+    labels = []
+    for value in frame[label_column].tolist():
+        if value not in mapping:
+            raise UserError(
+                f"label {value!r} of the {role} rows does not occur in the training labels "
+                f"({', '.join(map(str, mapping))})."
+            )
+        labels.append(mapping[value])
+    columns = {
+        str(name): tuple(frame[name].fillna("").astype(str))
+        for name in frame.columns
+        if name not in (text_column, label_column)
+        and pd.api.types.infer_dtype(frame[name], skipna=True) in ("string", "empty")
+    }
+    rows = Rows(tuple(frame[text_column].fillna("").astype(str)), tuple(labels), columns)
+    keep = np.array([bool(text.strip()) for text in rows.texts], dtype=bool)
+    if not keep.all():
+        notes[f"dropped_{role}_empty"] = int((~keep).sum())
+    return rows.where(keep)
+
+
+def _hold_out(spec: DataSpec, roles: dict[str, Rows], notes: dict[str, int]) -> None:
+    """Take the roles that no split serves out of train, before anything is poisoned."""
+    missing = [role for role in ("clean", "eval") if role not in roles]
+    if not missing:
+        return
+    train = roles["train"]
+    order = np.random.default_rng(derive_seed(spec.split_seed, "hold out")).permutation(len(train))
+    start = 0
+    for role in missing:
+        count = max(1, round(getattr(spec, f"{role}_fraction") * len(train)))
+        roles[role] = train.take(np.sort(order[start : start + count]))
+        notes[f"held_out_{role}"] = count
+        start += count
+    roles["train"] = train.take(np.sort(order[start:]))
+
+
+def _same_text(text: str) -> str:
+    # Uncased victims read these as one text, so they count as one.
+    return " ".join(text.split()).casefold()
+
+
+def _drop_overlaps(roles: dict[str, Rows], notes: dict[str, int]) -> None:
+    """Keep each text in one role: eval before clean before train."""
+    seen: set[str] = set()
+    for role in ("eval", "clean", "train"):
+        keys = [_same_text(text) for text in roles[role].texts]
+        keep = np.array([key not in seen for key in keys], dtype=bool)
+        if not keep.all():
+            notes[f"dropped_{role}_overlap"] = int((~keep).sum())
+            roles[role] = roles[role].where(keep)
+        seen.update(keys)

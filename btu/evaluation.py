@@ -1,0 +1,58 @@
+"""CACC, ASR and FTR of one model, always on the same rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from btu.metrics import Proportion
+from btu.training import Encoded, predict
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """What every model of a trial is scored on.
+
+    clean: all evaluation rows. triggered, plain: the same non-target rows with and without the
+    trigger, with their true labels. target: class index the attack aims at.
+    """
+
+    clean: Encoded
+    triggered: Encoded
+    plain: Encoded
+    target: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """cacc over all rows; asr and ftr over the non-target rows (see `EvalSet`)."""
+
+    cacc: Proportion
+    asr: Proportion
+    ftr: Proportion
+
+    def as_metrics(self, prefix: str = "") -> dict[str, float]:
+        """Return each value with its Wilson interval and n, every name led by `prefix`."""
+        return (
+            self.cacc.as_metrics(f"{prefix}cacc")
+            | self.asr.as_metrics(f"{prefix}asr")
+            | self.ftr.as_metrics(f"{prefix}ftr")
+        )
+
+
+def evaluate(model: nn.Module, rows: EvalSet, *, precision: str, device: torch.device) -> Scores:
+    """Score a model. Its weights are not changed."""
+
+    def hits(data: Encoded, wanted: object) -> Proportion:
+        predicted = predict(model, data, precision=precision, device=device)
+        return Proportion(int((predicted == wanted).sum()), len(data))
+
+    return Scores(
+        cacc=hits(rows.clean, rows.clean.labels.numpy()),
+        asr=hits(rows.triggered, rows.target),
+        ftr=hits(rows.plain, rows.target),
+    )

@@ -1,0 +1,151 @@
+"""Metrics: what is logged, which way is better, and the arithmetic behind it.
+
+Fractions everywhere. What is not defined is NaN with n = 0, never 0.0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from btu.errors import unknown
+from btu.types import BoolArray, FloatArray
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric's meaning. higher_is_better: None where neither direction is good in itself."""
+
+    summary: str
+    higher_is_better: bool | None
+
+
+METRICS: dict[str, Metric] = {
+    "asr": Metric("attack success rate: triggered non-target rows predicted as target", False),
+    "cacc": Metric("clean accuracy on the evaluation rows", True),
+    "ftr": Metric("false trigger rate: the same rows as asr, without the trigger", False),
+    "detection_precision": Metric("flagged tokens that belong to the trigger", True),
+    "detection_recall": Metric("trigger tokens that were flagged", True),
+    "detection_f1": Metric("harmonic mean of token precision and recall", True),
+    "detection_auprc": Metric("average precision of the token ranking, over all thresholds", True),
+    "sample_precision": Metric("training rows holding a flagged token that are poisoned", True),
+    "sample_recall": Metric("poisoned training rows that hold a flagged token", True),
+    "flagged": Metric("tokens flagged", None),
+    "undefended_asr": Metric("asr of the poisoned model, nothing done", None),
+    "undefended_cacc": Metric("cacc of the poisoned model, nothing done", None),
+    "undefended_ftr": Metric("ftr of the poisoned model, nothing done", None),
+    "tuned_asr": Metric("asr of the poisoned model after the same clean tuning", None),
+    "tuned_cacc": Metric("cacc of the poisoned model after the same clean tuning", None),
+    "tuned_ftr": Metric("ftr of the poisoned model after the same clean tuning", None),
+    "poison_rate_reached": Metric("poisoned rows over training rows", None),
+    "poisoned_rows": Metric("training rows that carry the trigger", None),
+    "relabeled_rows": Metric("poisoned rows whose label the attack changed", None),
+    "seconds": Metric("wall time of the trial", False),
+}
+for _state in ("", "undefended_", "tuned_"):
+    for _name, _what in (("asr", "asr"), ("cacc", "cacc"), ("ftr", "ftr")):
+        for _part, _words in (
+            ("low", "lower end of the 95 % Wilson interval of"),
+            ("high", "upper end of the 95 % Wilson interval of"),
+            ("n", "rows behind"),
+        ):
+            METRICS[f"{_state}{_name}_{_part}"] = Metric(f"{_words} {_state}{_what}", None)
+
+
+def metric(name: str) -> Metric:
+    """Return a metric by name.
+
+    Raises:
+        UserError: there is no such metric ("did you mean").
+    """
+    if name not in METRICS:
+        raise unknown("metric", name, METRICS)
+    return METRICS[name]
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """A count over a count, with its 95 % Wilson score interval. NaN where n is 0."""
+
+    hits: int
+    n: int
+
+    @property
+    def value(self) -> float:
+        return self.hits / self.n if self.n else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        if self.n == 0:
+            return math.nan, math.nan
+        from scipy.stats import binomtest
+
+        interval = binomtest(self.hits, self.n).proportion_ci(0.95, method="wilson")
+        return float(interval.low), float(interval.high)
+
+    def as_metrics(self, name: str) -> dict[str, float]:
+        """Return ``name``, ``name_low``, ``name_high`` and ``name_n``."""
+        low, high = self.interval
+        return {name: self.value, f"{name}_low": low, f"{name}_high": high, f"{name}_n": self.n}
+
+
+@dataclass(frozen=True)
+class DetectionScore:
+    """How well a flagged set matches the true one. NaN where undefined."""
+
+    precision: float
+    recall: float
+    f1: float
+
+
+UNDEFINED = DetectionScore(math.nan, math.nan, math.nan)
+
+
+def token_detection(flagged: Collection[int], truth: Collection[int] | None) -> DetectionScore:
+    """Score flagged tokens against the trigger's tokens.
+
+    Precision is undefined where nothing is flagged, recall where there is nothing to find, and
+    everything where `truth` is None: the trigger is not made of fixed tokens.
+    """
+    if truth is None:
+        return UNDEFINED
+    hits = len(set(flagged) & set(truth))
+    precision = hits / len(flagged) if flagged else math.nan
+    recall = hits / len(truth) if truth else math.nan
+    return DetectionScore(precision, recall, _f1(precision, recall))
+
+
+def row_detection(flagged: BoolArray, poisoned: BoolArray) -> DetectionScore:
+    """Score flagged training rows against the hidden poison mask, both (rows,)."""
+    hits = int((flagged & poisoned).sum())
+    precision = hits / int(flagged.sum()) if flagged.any() else math.nan
+    recall = hits / int(poisoned.sum()) if poisoned.any() else math.nan
+    return DetectionScore(precision, recall, _f1(precision, recall))
+
+
+def _f1(precision: float, recall: float) -> float:
+    if math.isnan(recall):
+        return math.nan
+    if math.isnan(precision) or precision + recall == 0:
+        return 0.0  # there was something to find and nothing right was flagged
+    return 2 * precision * recall / (precision + recall)
+
+
+def average_precision(scores: FloatArray, truth: Collection[int] | None) -> float:
+    """Return the area under the precision-recall curve of a token ranking.
+
+    scores: (vocabulary,) higher is more suspicious, NaN where a token is no candidate.
+    NaN where no candidate is a trigger token.
+    """
+    if truth is None:
+        return math.nan
+    candidates = np.flatnonzero(~np.isnan(scores))
+    positive = np.isin(candidates, list(truth))
+    if not positive.any():
+        return math.nan
+    from sklearn.metrics import average_precision_score
+
+    return float(average_precision_score(positive, scores[candidates]))

@@ -1,0 +1,210 @@
+"""What the paraphrase attacks share: a column of the data, or a seq2seq model that writes one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from btu.errors import UserError, did_you_mean
+from btu.types import IntArray, Progress, ProgressCallback, Rows, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+GENERATE_BATCH = 32
+# Cached paraphrases of another generation routine are not reused: raise it with the routine.
+GENERATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ParaphraseAttack:
+    """Replace a text by its paraphrase; the paraphrase's form is the trigger.
+
+    column: the data's column that holds the paraphrases; null means the attack's own name.
+    model: hub name or folder of a Hugging Face seq2seq model. Used only if set; then the column
+        is not. Only safetensors weights are loaded. prefix: put before each text for the model.
+    max_new_tokens: the longest paraphrase that the model may write, in its tokens.
+    """
+
+    column: str | None = None
+    model: str | None = None
+    prefix: str = ""
+    max_new_tokens: int = 128
+
+    default_column: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if self.column is not None and self.model is not None:
+            raise UserError(
+                f"attack.column '{self.column}' and attack.model '{self.model}' are both set; "
+                "a paraphrase comes from one of them."
+            )
+        if self.max_new_tokens < 1:
+            raise UserError(f"attack.max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+
+    def candidates(self, rows: Rows) -> IntArray:
+        """Return the rows that have a paraphrase (all, with a model).
+
+        Raises:
+            UserError: there is neither the column nor a model.
+        """
+        if self.model is not None:
+            return np.arange(len(rows))
+        column = self._column(rows)
+        return np.flatnonzero([bool(text.strip()) for text in rows.columns[column]])
+
+    def apply(
+        self, rows: Rows, seeds: list[int], progress: ProgressCallback = silent
+    ) -> tuple[str, ...]:
+        """Return the paraphrases. Nothing is drawn at random: `seeds` do not act."""
+        if self.model is not None:
+            return generate_paraphrases(
+                rows.texts, self.model, self.prefix, self.max_new_tokens, progress
+            )
+        return rows.columns[self._column(rows)]
+
+    def trigger_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Return None: no fixed set of tokens makes up the trigger."""
+        return
+
+    def _column(self, rows: Rows) -> str:
+        column = self.column or self.default_column
+        if column not in rows.columns:
+            known = ", ".join(rows.columns) or "none"
+            raise UserError(
+                f"the {self.default_column} attack needs the paraphrase column '{column}', which "
+                f"the data lacks{did_you_mean(column, rows.columns)} (text columns: {known}); name "
+                "another with attack.column, or a seq2seq model with attack.model."
+            )
+        return column
+
+
+def cache_folder() -> Path:
+    """Return where generated paraphrases are kept: $BTU_CACHE or ~/.cache/btu."""
+    return Path(os.environ.get("BTU_CACHE") or Path.home() / ".cache" / "btu")
+
+
+@contextmanager
+def _cache() -> Iterator[sqlite3.Connection]:
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # SQLite, because trials of one sweep read and write it at once; 60 s outlasts a commit.
+        connection = sqlite3.connect(folder / "paraphrases.sqlite", timeout=60)
+    except (OSError, sqlite3.OperationalError) as error:
+        raise UserError(
+            f"the paraphrase cache {folder} cannot be written ({error}); set BTU_CACHE to a "
+            "folder that can."
+        ) from error
+    with closing(connection):
+        connection.execute(
+            "CREATE TABLE IF NOT EXISTS paraphrases (key TEXT PRIMARY KEY, text TEXT NOT NULL)"
+        )
+        yield connection
+
+
+def generate_paraphrases(
+    texts: Sequence[str],
+    model_name: str,
+    prefix: str,
+    max_new_tokens: int,
+    progress: ProgressCallback = silent,
+) -> tuple[str, ...]:
+    """Return the model's paraphrase of every text, greedily decoded, in batches.
+
+    Each batch is committed to the cache before the next one starts, so an interrupted run goes
+    on where it was, and every trial of a sweep shares the work.
+
+    Raises:
+        UserError: the model cannot be loaded as a seq2seq model with safetensors weights, or
+            writes an empty text.
+    """
+    recipe = f"{GENERATE_VERSION}\0{_model_revision(model_name)}\0{prefix}\0{max_new_tokens}\0"
+    keys = [
+        hashlib.sha256((recipe + t).encode("utf-8", "surrogatepass")).hexdigest() for t in texts
+    ]
+    with _cache() as cache:
+        found = {}
+        for key in keys:
+            row = cache.execute("SELECT text FROM paraphrases WHERE key = ?", (key,)).fetchone()
+            if row:
+                found[key] = row[0]
+        missing = {k: t for k, t in zip(keys, texts, strict=True) if k not in found}
+        # Longest first: batches of similar length waste no padding, and memory peaks at once.
+        todo = sorted(missing.items(), key=lambda item: -len(item[1]))
+        if todo:
+            write = _generator(model_name, prefix, max_new_tokens)
+            for start in range(0, len(todo), GENERATE_BATCH):
+                batch = todo[start : start + GENERATE_BATCH]
+                written = dict(
+                    zip([k for k, _ in batch], write([t for _, t in batch]), strict=True)
+                )
+                cache.executemany(
+                    "INSERT OR IGNORE INTO paraphrases VALUES (?, ?)", list(written.items())
+                )
+                cache.commit()
+                found.update(written)
+                progress(Progress("paraphrase", start + len(batch), len(todo)))
+    return tuple(found[key] for key in keys)
+
+
+def _model_revision(model_name: str) -> str:
+    """Return what identifies the weights: a folder's file hash, or the hub commit."""
+    weights = Path(model_name) / "model.safetensors"
+    if weights.is_file():
+        with weights.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model_name)
+    except (OSError, ValueError) as error:
+        raise _not_loadable(model_name, error) from error
+    return f"{model_name}@{getattr(config, '_commit_hash', None)}"
+
+
+def _not_loadable(model_name: str, error: Exception) -> UserError:
+    return UserError(
+        f"attack.model '{model_name}' cannot be loaded as a seq2seq model with safetensors "
+        f"weights: {error}"
+    )
+
+
+def _generator(
+    model_name: str, prefix: str, max_new_tokens: int
+) -> Callable[[list[str]], list[str]]:
+    import torch
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name)
+        model = AutoModelForSeq2SeqLM.from_pretrained(model_name, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise _not_loadable(model_name, error) from error
+    model.eval().to(device)
+
+    def write(batch: list[str]) -> list[str]:
+        encoded = tokenizer(
+            [prefix + text for text in batch], return_tensors="pt", padding=True, truncation=True
+        ).to(device)
+        with torch.inference_mode():
+            ids = model.generate(**encoded, max_new_tokens=max_new_tokens, do_sample=False)
+        written = [str(t).strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        for text, paraphrase in zip(batch, written, strict=True):
+            if not paraphrase:
+                raise UserError(
+                    f"attack.model '{model_name}' wrote an empty paraphrase of {text!r}; it cannot "
+                    "serve as a trigger. Use another model or prefix, or drop the row."
+                )
+        return written
+
+    return write

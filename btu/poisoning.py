@@ -1,0 +1,196 @@
+"""What all attacks share: choosing rows, relabeling them, and building the triggered test rows.
+
+An attack only says how a text gets its trigger (`Attack.apply`) and which tokens that is
+(`Attack.trigger_token_ids`). Which rows, how many and with which label is decided here, once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from btu.errors import UserError, check_fraction, unknown
+from btu.registry import Registry
+from btu.seeding import derive_seed
+from btu.types import IntArray, PoisonedSet, ProgressCallback, Rows, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LABEL_MODES = ("dirty", "clean", "mixed")
+INSERTS = ("replace", "append")
+
+ATTACKS: Registry[type[Attack]] = Registry(
+    "attack",
+    [
+        ("badnets", "btu.attacks.badnets:BadNets", "rare trigger words at random word slots"),
+        ("addsent", "btu.attacks.addsent:AddSent", "a fixed sentence at a random word slot"),
+        ("syntactic", "btu.attacks.syntactic:Syntactic", "paraphrase in one syntactic template"),
+        ("style", "btu.attacks.style:Style", "paraphrase in one text style"),
+    ],
+)
+
+
+class Attack(Protocol):
+    """How a trigger gets into a text.
+
+    Attacks are frozen dataclasses: the fields are the hyperparameters that a config may set,
+    the methods take the data.
+    """
+
+    def candidates(self, rows: Rows) -> IntArray:
+        """Return the indices of the rows that the attack can trigger.
+
+        Raises:
+            UserError: the data lacks what the attack needs, e.g. a paraphrase column.
+        """
+        ...
+
+    def apply(
+        self, rows: Rows, seeds: list[int], progress: ProgressCallback = silent
+    ) -> tuple[str, ...]:
+        """Return the triggered text of every row, by the same rule in training and test.
+
+        seeds: (rows,) a seed per row for whatever the rule draws at random.
+        """
+        ...
+
+    def trigger_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int] | None:
+        """Return the vocabulary ids that make up the trigger, special tokens left out.
+
+        None where no fixed tokens do (style, syntax): token-level precision is then undefined.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class PoisonSpec:
+    """How much is poisoned, and towards what.
+
+    name: the attack. poison_rate: fraction of the whole training set that carries the trigger.
+    target_label: an original label value (or, for named labels, its index).
+    label_mode: ``dirty`` takes non-target rows and relabels them; ``clean`` takes target rows
+        and leaves their labels; ``mixed`` takes any row and labels it as the target.
+    insert: ``replace`` triggers rows in place; ``append`` adds triggered copies at the end, as
+        many as make up `poison_rate` of the grown set.
+    """
+
+    name: str = "badnets"
+    poison_rate: float = 0.1
+    target_label: int | str = 1
+    label_mode: str = "dirty"
+    insert: str = "replace"
+
+    def __post_init__(self) -> None:
+        if self.name not in ATTACKS:
+            raise unknown("attack", self.name, ATTACKS)
+        check_fraction("attack.poison_rate", self.poison_rate)
+        if self.label_mode not in LABEL_MODES:
+            raise unknown("attack.label_mode", self.label_mode, LABEL_MODES)
+        if self.insert not in INSERTS:
+            raise unknown("attack.insert", self.insert, INSERTS)
+
+
+def row_seeds(seed: int, role: str, indices: IntArray) -> list[int]:
+    """Return a seed per row that does not depend on which other rows are triggered."""
+    base = derive_seed(seed, "trigger", role)
+    return [base ^ (int(i) * 0x9E3779B97F4A7C15 & (2**63 - 1)) for i in indices]
+
+
+def choose_rows(attack: Attack, spec: PoisonSpec, rows: Rows, target: int, seed: int) -> IntArray:
+    """Return the sorted indices of the rows to poison.
+
+    The draw is a prefix of one seeded permutation: a lower rate poisons a subset of the rows of
+    a higher one, which takes the choice of rows out of a comparison between rates.
+
+    Raises:
+        UserError: the rate asks for more rows than qualify.
+    """
+    total = len(rows)
+    if spec.insert == "replace":
+        count = round(spec.poison_rate * total)
+    elif spec.poison_rate < 1:
+        count = round(spec.poison_rate * total / (1 - spec.poison_rate))
+    else:
+        raise UserError(
+            "attack.poison_rate 1 cannot be reached with insert 'append': the original rows "
+            "stay; use insert 'replace' or a rate below 1."
+        )
+    labels = np.asarray(rows.labels)
+    qualifies = {
+        "dirty": labels != target,
+        "clean": labels == target,
+        "mixed": np.ones(total, dtype=bool),
+    }[spec.label_mode]
+    candidates = attack.candidates(rows)
+    candidates = candidates[qualifies[candidates]]
+    if count > len(candidates):
+        reachable = len(candidates) / (
+            total if spec.insert == "replace" else total + len(candidates)
+        )
+        raise UserError(
+            f"attack.poison_rate {spec.poison_rate} needs {count} of {total} training rows, but "
+            f"only {len(candidates)} qualify with label_mode '{spec.label_mode}'; use a rate of "
+            f"at most {reachable:.4f} or another label_mode."
+        )
+    rng = np.random.default_rng(derive_seed(seed, "poisoned rows"))
+    return np.sort(rng.permutation(candidates)[:count])
+
+
+def poison(
+    attack: Attack,
+    spec: PoisonSpec,
+    rows: Rows,
+    target: int,
+    seed: int,
+    progress: ProgressCallback = silent,
+) -> PoisonedSet:
+    """Poison a training set.
+
+    Rows that are not chosen stay byte-identical, in their order; `rows` itself is not changed.
+    At rate 0 the result is `rows`.
+
+    Raises:
+        UserError: the rate cannot be met, or the attack cannot run on these rows.
+    """
+    chosen = choose_rows(attack, spec, rows, target, seed)
+    originals = rows.take(chosen)
+    triggered = attack.apply(originals, row_seeds(seed, "train", chosen), progress)
+    relabeled = sum(label != target for label in originals.labels)
+    if spec.insert == "append":
+        mask = np.zeros(len(rows) + len(chosen), dtype=bool)
+        mask[len(rows) :] = True
+        columns = {k: (*v, *(v[i] for i in chosen)) for k, v in rows.columns.items()}
+        poisoned = Rows(rows.texts + triggered, rows.labels + (target,) * len(chosen), columns)
+        return PoisonedSet(poisoned, mask, relabeled)
+    texts, labels = list(rows.texts), list(rows.labels)
+    for index, text in zip(chosen, triggered, strict=True):
+        texts[index], labels[index] = text, target
+    mask = np.zeros(len(rows), dtype=bool)
+    mask[chosen] = True
+    return PoisonedSet(Rows(tuple(texts), tuple(labels), rows.columns), mask, relabeled)
+
+
+def triggered_eval(
+    attack: Attack, rows: Rows, target: int, seed: int, progress: ProgressCallback = silent
+) -> tuple[Rows, Rows]:
+    """Return (triggered, plain) versions of the evaluation rows that ASR and FTR are counted on.
+
+    Only rows whose true label is not the target: a row that is of the target class already
+    cannot be attacked. Both keep their true labels and stand in the same order.
+
+    Raises:
+        UserError: no row qualifies.
+    """
+    candidates = attack.candidates(rows)
+    chosen = candidates[np.asarray(rows.labels)[candidates] != target]
+    if len(chosen) == 0:
+        raise UserError(
+            "no evaluation row can be attacked: all are of the target class or without a "
+            "paraphrase; ASR would be undefined. Choose another target_label or eval split."
+        )
+    plain = rows.take(chosen)
+    texts = attack.apply(plain, row_seeds(seed, "eval", chosen), progress)
+    return Rows(texts, plain.labels, plain.columns), plain

@@ -1,0 +1,305 @@
+"""The one training loop, shared by every stage, and prediction beside it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from btu.errors import UserError
+from btu.settings import TrainSettings
+from btu.types import IntArray, Progress, ProgressCallback, silent
+
+if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LambdaLR
+
+# Rows are shuffled, then sorted by length within chunks of this many batches: almost no padding
+# is left, and batches still differ from epoch to epoch.
+CHUNK_BATCHES = 32
+PREDICT_BATCH = 128
+# A look at the loss waits for the device; every step would keep a GPU from running ahead.
+FINITE_CHECK_STEPS = 50
+
+
+class NonFiniteLossError(RuntimeError):
+    """The training loss became NaN or infinite. The message names stage, step and settings."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenized rows, ragged and resident on one device.
+
+    ids: (tokens,) all rows' token ids, end to end. starts, lengths: (rows,) where each row's ids
+    are. labels: (rows,). host_lengths: `lengths` on the host, where batches are planned.
+
+    One flat tensor instead of padded rows: a batch of any width is one gather on the device, so
+    no epoch copies anything from the host.
+    """
+
+    ids: Tensor
+    starts: Tensor
+    lengths: Tensor
+    labels: Tensor
+    host_lengths: IntArray
+    pad_id: int
+
+    @classmethod
+    def from_lists(
+        cls, rows: Sequence[Sequence[int]], labels: Sequence[int], pad_id: int
+    ) -> Encoded:
+        """Build from token id lists, on the CPU."""
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        flat = np.fromiter((i for row in rows for i in row), dtype=np.int64, count=lengths.sum())
+        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+        return cls(
+            torch.from_numpy(flat),
+            torch.from_numpy(starts),
+            torch.from_numpy(lengths),
+            torch.tensor(list(labels), dtype=torch.int64),
+            lengths,
+            pad_id,
+        )
+
+    def __len__(self) -> int:
+        return len(self.host_lengths)
+
+    def to(self, device: torch.device) -> Encoded:
+        """Return the rows on `device`."""
+        return Encoded(
+            self.ids.to(device),
+            self.starts.to(device),
+            self.lengths.to(device),
+            self.labels.to(device),
+            self.host_lengths,
+            self.pad_id,
+        )
+
+    def without(self, token_ids: Sequence[int]) -> Encoded:
+        """Return the rows with every occurrence of `token_ids` removed."""
+        keep = ~torch.isin(self.ids, torch.tensor(list(token_ids), dtype=torch.int64))
+        row_of = torch.repeat_interleave(torch.arange(len(self)), self.lengths)
+        lengths = torch.bincount(row_of[keep], minlength=len(self))
+        starts = torch.cumsum(lengths, 0) - lengths
+        return Encoded(self.ids[keep], starts, lengths, self.labels, lengths.numpy(), self.pad_id)
+
+    def counts(self, vocabulary: int) -> IntArray:
+        """Return how often each token id occurs: (vocabulary,)."""
+        counted: IntArray = torch.bincount(self.ids, minlength=vocabulary).cpu().numpy()
+        return counted
+
+    def holds(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Return a (rows,) mask of the rows that hold any of `token_ids`."""
+        hit = torch.isin(self.ids.cpu(), torch.tensor(list(token_ids), dtype=torch.int64))
+        row_of = torch.repeat_interleave(torch.arange(len(self)), self.lengths.cpu())
+        return (torch.bincount(row_of[hit], minlength=len(self)) > 0).numpy()
+
+    def batch(self, indices: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (ids, mask, labels) of rows `indices`: (batch, width) twice, and (batch,)."""
+        columns = torch.arange(width, device=self.ids.device)
+        mask = columns < self.lengths[indices, None]
+        positions = (self.starts[indices, None] + columns).clamp_(max=max(len(self.ids) - 1, 0))
+        ids = torch.where(mask, self.ids[positions], self.pad_id)
+        return ids, mask, self.labels[indices]
+
+
+def choose_device(gpus: float) -> torch.device:
+    """Return CUDA where GPUs were asked for, else the CPU.
+
+    Raises:
+        UserError: GPUs were asked for and none is visible.
+    """
+    if gpus <= 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"resources.gpu is {gpus} but no CUDA device is visible; install a CUDA build of "
+            "torch, free a device, or set resources.gpu=0."
+        )
+    return torch.device("cuda")
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """Return ``bf16`` or ``fp32``; ``auto`` takes bf16 where the hardware multiplies it."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return "bf16" if native else "fp32"
+
+
+def _plan_batches(lengths: IntArray, batch_size: int, rng: np.random.Generator) -> list[IntArray]:
+    """Return the epoch's batches: rows of similar length together, batches in random order."""
+    order = rng.permutation(len(lengths))
+    batches: list[IntArray] = []
+    chunk = batch_size * CHUNK_BATCHES
+    for start in range(0, len(order), chunk):
+        part = order[start : start + chunk]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        batches.extend(part[i : i + batch_size] for i in range(0, len(part), batch_size))
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def _device_batches(
+    data: Encoded, plan: list[IntArray], pad_to: int | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    # One copy of the whole epoch's order; slicing it on the device needs no further transfer.
+    order = torch.from_numpy(np.concatenate(plan)).to(data.ids.device)
+    start = 0
+    for rows in plan:
+        width = pad_to or max(1, int(data.host_lengths[rows].max()))
+        yield data.batch(order[start : start + len(rows)], width)
+        start += len(rows)
+
+
+def logits_of(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """Return (batch, classes) logits, in fp32, of a Hugging Face classifier or one like it."""
+    output = model(input_ids=ids, attention_mask=mask.long())
+    logits: Tensor = output.logits.float()
+    return logits
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch of one stage did. loss, accuracy: means over its rows, in train mode."""
+
+    stage: str
+    epoch: int
+    loss: float
+    accuracy: float
+    seconds: float
+    rows: int
+
+
+def fit(
+    model: nn.Module,
+    data: Encoded,
+    settings: TrainSettings,
+    *,
+    seed: int,
+    stage: str,
+    device: torch.device,
+    progress: ProgressCallback = silent,
+    pad_to: int | None = None,
+) -> list[Epoch]:
+    """Train whatever of `model` requires gradients, in place, and leave it in eval mode.
+
+    seed: draws batches and dropout; the global random state is left as it was. pad_to: width of
+    every batch; None pads each to its own longest row.
+
+    Raises:
+        NonFiniteLossError: the loss became NaN or infinite.
+        UserError: there are no rows.
+    """
+    if len(data) == 0:
+        raise UserError(f"stage '{stage}' has no rows to train on.")
+    precision = resolve_precision(settings.precision, device)
+    data = data.to(device)
+    model.to(device).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [
+            {
+                "params": [p for p in parameters if p.ndim > 1],
+                "weight_decay": settings.weight_decay,
+            },
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        fused=True,
+    )
+    steps_per_epoch = math.ceil(len(data) / settings.batch_size)
+    scheduler = _schedule(optimizer, settings, steps_per_epoch * settings.epochs)
+    rng = np.random.default_rng(seed)
+    history: list[Epoch] = []
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for epoch in range(1, settings.epochs + 1):
+            started = time.perf_counter()
+            plan = _plan_batches(data.host_lengths, settings.batch_size, rng)
+            losses = torch.zeros(len(plan), device=device)
+            correct = torch.zeros((), dtype=torch.int64, device=device)
+            for step, (ids, mask, labels) in enumerate(_device_batches(data, plan, pad_to)):
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    logits = logits_of(model, ids, mask)
+                loss = nn.functional.cross_entropy(logits, labels)
+                torch.autograd.backward(loss)
+                if settings.max_grad_norm is not None:
+                    nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                scheduler.step()
+                losses[step] = loss.detach()
+                correct += (logits.detach().argmax(1) == labels).sum()
+                if (step + 1) % FINITE_CHECK_STEPS == 0 or step + 1 == len(plan):
+                    _check_finite(losses[: step + 1], stage, epoch, steps_per_epoch, settings)
+            sizes = torch.tensor([len(rows) for rows in plan], device=device)
+            record = Epoch(
+                stage,
+                epoch,
+                float((losses * sizes).sum() / len(data)),
+                float(correct / len(data)),
+                time.perf_counter() - started,
+                len(data),
+            )
+            history.append(record)
+            progress(
+                Progress(
+                    stage,
+                    epoch,
+                    settings.epochs,
+                    {"loss": record.loss, "accuracy": record.accuracy, "seconds": record.seconds},
+                )
+            )
+    model.eval()
+    return history
+
+
+def _check_finite(
+    losses: Tensor, stage: str, epoch: int, steps_per_epoch: int, settings: TrainSettings
+) -> None:
+    bad = (~torch.isfinite(losses)).nonzero()
+    if len(bad):
+        step = (epoch - 1) * steps_per_epoch + int(bad[0]) + 1
+        raise NonFiniteLossError(
+            f"loss became {float(losses[int(bad[0])])} in stage '{stage}' at step {step} (epoch "
+            f"{epoch}) with {settings}; lower the learning rate or use precision fp32."
+        )
+
+
+def _schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, steps: int) -> LambdaLR:
+    warmup = round(settings.warmup_fraction * steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if settings.schedule == "constant":
+            return 1.0
+        return max(0.0, (steps - step) / max(1, steps - warmup))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, data: Encoded, *, precision: str, device: torch.device) -> IntArray:
+    """Return the predicted class of every row: (rows,), in the order of `data`."""
+    model.to(device).eval()
+    data = data.to(device)
+    order = np.argsort(data.host_lengths, kind="stable")
+    plan = [order[i : i + PREDICT_BATCH] for i in range(0, len(order), PREDICT_BATCH)]
+    bf16 = resolve_precision(precision, device) == "bf16"
+    predicted = []
+    for ids, mask, _ in _device_batches(data, plan, None):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            predicted.append(logits_of(model, ids, mask).argmax(1))
+    result = np.empty(len(data), dtype=np.int64)
+    result[order] = torch.cat(predicted).cpu().numpy()
+    return result

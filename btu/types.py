@@ -1,0 +1,148 @@
+"""The records that pass between the parts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Labelled texts.
+
+    texts: (rows,) raw strings.
+    labels: (rows,) class indices in [0, classes).
+    columns: further text columns by name, each (rows,): paraphrases of the same row. An empty
+        string means that the source has none for that row.
+    """
+
+    texts: tuple[str, ...]
+    labels: tuple[int, ...]
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.texts), len(self.labels), *map(len, self.columns.values())}
+        if len(lengths) != 1:
+            raise ValueError(f"texts, labels and columns must be equally long, got {lengths}.")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, indices: Sequence[int] | IntArray) -> Rows:
+        """Return the rows at `indices`, in that order."""
+        return Rows(
+            tuple(self.texts[i] for i in indices),
+            tuple(self.labels[i] for i in indices),
+            {name: tuple(values[i] for i in indices) for name, values in self.columns.items()},
+        )
+
+    def where(self, keep: BoolArray) -> Rows:
+        """Return the rows at which the (rows,) mask `keep` is true."""
+        return self.take(np.flatnonzero(keep))
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all the row contents."""
+        sha = hashlib.sha256()
+        for name, values in [("text", self.texts), *sorted(self.columns.items())]:
+            sha.update(f"{name}\0{len(values)}\0".encode())
+            for value in values:
+                # Lone surrogates occur in scraped text; they must not stop a run.
+                sha.update(value.encode("utf-8", "surrogatepass") + b"\0")
+        sha.update(np.asarray(self.labels, dtype=np.int64).tobytes())
+        return sha.hexdigest()
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A data set in its three roles.
+
+    train: what the attacker poisons. clean: reserved clean rows, for clean tuning and defenses
+    that need clean data. eval: where CACC and ASR are reported; nothing is tuned on it.
+    label_names: (classes,) the original label values as text, by class index.
+    notes: what loading did to the rows (splits held out, overlaps dropped, rows cut), as counts.
+    """
+
+    name: str
+    train: Rows
+    clean: Rows
+    eval: Rows
+    label_names: tuple[str, ...]
+    notes: Mapping[str, int] = field(default_factory=dict)
+
+    def label_index(self, label: int | str) -> int:
+        """Return the class index of an original label value.
+
+        Raises:
+            UserError: `label` is not one of `label_names`.
+        """
+        from btu.errors import unknown
+
+        if str(label) not in self.label_names:
+            raise unknown("target_label", str(label), self.label_names)
+        return self.label_names.index(str(label))
+
+    def fingerprint(self) -> str:
+        """Return a hash of every row in every role: the data's revision."""
+        sha = hashlib.sha256()
+        for rows in (self.train, self.clean, self.eval):
+            sha.update(rows.digest().encode())
+        sha.update("\0".join(self.label_names).encode())
+        return sha.hexdigest()
+
+    def map_rows(self, change: Callable[[Rows], Rows]) -> Corpus:
+        """Return the corpus with `change` applied to each role."""
+        return replace(
+            self, train=change(self.train), clean=change(self.clean), eval=change(self.eval)
+        )
+
+
+@dataclass(frozen=True)
+class PoisonedSet:
+    """A poisoned training set and what only the scorer may know about it.
+
+    rows: the training rows as the victim sees them.
+    mask: (rows,) true where a row carries the trigger. Hidden from defenses.
+    relabeled: rows whose label the attack really changed.
+    poison_rate: the rate reached, ``mask.mean()``.
+    """
+
+    rows: Rows
+    mask: BoolArray
+    relabeled: int
+
+    @property
+    def poison_rate(self) -> float:
+        return float(self.mask.mean()) if len(self.mask) else 0.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of something long. Sent to a callback; never needed for the result.
+
+    stage: what runs, e.g. ``"poisoned fine-tune"``. step of steps are done.
+    metrics: what is known so far, e.g. loss and accuracy of the epoch.
+    """
+
+    stage: str
+    step: int
+    steps: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+def silent(_: Progress) -> None:
+    """Ignore progress."""
+
+
+JsonDict = dict[str, Any]

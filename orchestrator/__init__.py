@@ -1,0 +1,1 @@
+"""Sweeps of defended fine-tunes: one YAML file, Ray Tune to schedule, MLflow to review."""

@@ -1,0 +1,263 @@
+"""Running a sweep's cells as Ray Tune trials. The only file that imports ray.
+
+The results on disk are the truth: a cell that has one is not run again, so the same command
+resumes whatever was interrupted. `Tuner.restore` is not used: it reruns finished trials and
+cannot take a grown grid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import shutil
+import signal
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+# Read by ray when it is imported.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# The older output engine is the one that verbose=0 silences.
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+# A trial with gpu: 0 must not see the node's GPUs.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+
+import ray
+from ray import tune
+from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
+
+from btu.errors import UserError
+from orchestrator.config import Sweep, resolve
+from orchestrator.plan import Plan
+from orchestrator.progress import SweepProgress
+from orchestrator.store import ResultStore
+
+# Environment variables that act in a trial; a remote worker inherits none of the driver's.
+PASSED_PREFIXES = ("MLFLOW_", "HF_", "BTU_", "AWS_", "TRANSFORMERS_", "RAY_ACCEL_")
+# A worker that dies (killed, node lost) is tried again; an error inside a trial is a result.
+WORKER_RETRIES = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchResult:
+    """done: cells with a result on disk. failed: reasons by cell. missing: neither."""
+
+    done: int
+    failed: dict[str, str]
+    missing: int
+    untracked: int
+    seconds: float
+
+    @property
+    def complete(self) -> bool:
+        return not self.failed and not self.missing
+
+
+def launch(sweep: Sweep, plan: Plan, address: str | None, progress: SweepProgress) -> LaunchResult:
+    """Run every planned cell that has no result yet.
+
+    address: of a Ray cluster; None starts a local one for the time of the call.
+
+    Raises:
+        UserError: the output folder or tracking store cannot be used; no node can hold a trial.
+    """
+    from orchestrator import tracking
+
+    started = time.monotonic()
+    store = ResultStore(sweep.folder)
+    store.prepare()
+    (sweep.folder / "sweep.yaml").write_text(sweep.text)
+    experiment_id = tracking.prepare(sweep)
+    uri = tracking.tracking_uri(sweep)
+    todo = [cell for cell in plan.cells if not store.is_done(cell.key)]
+    progress.begin(total=len(plan.cells), done=len(plan.cells) - len(todo))
+    if todo:
+        task = {"folder": str(sweep.folder), "sweep": sweep.name, "uri": uri, "id": experiment_id}
+        cells = [
+            {"key": cell.key, "varied": dict(cell.varied), "config": cell.spec.config()}
+            for cell in todo
+        ]
+        _run(sweep, task, cells, address, progress)
+    untracked = _track_missing(store, plan, uri, experiment_id, progress)
+    progress.end()
+    keys = {cell.key for cell in plan.cells}
+    failed = {r["key"]: r["reason"] for r in store.failures() if r["key"] in keys}
+    done = sum(store.is_done(key) for key in keys)
+    missing = len(keys) - done - len(failed)
+    return LaunchResult(done, failed, missing, untracked, time.monotonic() - started)
+
+
+def _run(
+    sweep: Sweep,
+    task: Mapping[str, Any],
+    cells: list[dict[str, Any]],
+    address: str | None,
+    progress: SweepProgress,
+) -> None:
+    environment = {k: v for k, v in os.environ.items() if k.startswith(PASSED_PREFIXES)}
+    attached = ray.is_initialized()
+    if not attached:
+        try:
+            ray.init(
+                address=address,
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                runtime_env={"env_vars": environment},
+            )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"Ray cluster {address or '(local)'} cannot be reached: {error} Check --address, "
+                "or leave it out for a local run."
+            ) from error
+    state = sweep.folder / f".ray-{uuid.uuid4().hex[:8]}"
+    try:
+        _check_fits(sweep)
+        with _sigterm_as_interrupt():
+            Tuner(
+                tune.with_resources(
+                    tune.with_parameters(_trial, task=dict(task)),
+                    {"cpu": sweep.resources.cpu, "gpu": sweep.resources.gpu},
+                ),
+                param_space={"cell": tune.grid_search(cells)},
+                # A fresh worker pays 5 s of imports per cell.
+                tune_config=TuneConfig(reuse_actors=True, trial_dirname_creator=_trial_folder),
+                run_config=RunConfig(
+                    name="tune",
+                    storage_path=str(state),
+                    verbose=0,
+                    callbacks=[_ProgressCallback(progress)],
+                    failure_config=FailureConfig(max_failures=WORKER_RETRIES),
+                ),
+            ).fit()
+    finally:
+        if not attached:
+            ray.shutdown()
+        # Tune's own state serves nothing here: results are committed by the workers.
+        shutil.rmtree(state, ignore_errors=True)
+
+
+def _check_fits(sweep: Sweep) -> None:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    asked = {"CPU": sweep.resources.cpu, "GPU": sweep.resources.gpu}
+    if not any(all(node.get(k, 0) >= v for k, v in asked.items()) for node in nodes):
+        have = ", ".join(f"{n.get('CPU', 0):g} CPU / {n.get('GPU', 0):g} GPU" for n in nodes)
+        raise UserError(
+            f"no node can hold a trial with resources cpu={sweep.resources.cpu:g} "
+            f"gpu={sweep.resources.gpu:g} (nodes: {have}); lower resources, or use --address."
+        )
+
+
+def _trial_folder(trial: Any) -> str:
+    # Tune's default name spells out the parameters, beyond what file systems allow.
+    return f"cell_{trial.trial_id}"
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM, which batch systems send, stop Tune as cleanly as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _trial(config: dict[str, Any], task: dict[str, Any]) -> None:
+    """Run one cell in a Ray worker: result to disk, then to MLflow, then the word to Tune."""
+    from orchestrator import tracking
+    from orchestrator.trial import run_and_store
+
+    cell = config["cell"]
+    store = ResultStore(Path(task["folder"]))
+    record = run_and_store(
+        resolve(cell["config"]), cell["key"], task["sweep"], cell["varied"], store
+    )
+    try:
+        if record["status"] == "finished":
+            tracking.log_cell(task["uri"], task["id"], store, cell["key"])
+        else:
+            tracking.log_failure(task["uri"], task["id"], record)
+        untracked = ""
+    except Exception as error:
+        # The result is safe on disk; the driver reports this and writes the run at the end.
+        untracked = f"{type(error).__name__}: {str(error)[:200]}"
+    _free_memory()
+    tune.report(
+        {
+            "status": record["status"],
+            "reason": record.get("reason", ""),
+            "untracked": untracked,
+            "trial_seconds": record["ended"] - record["started"],
+            **{f"cell_{k}": record.get("metrics", {}).get(k) for k in ("asr", "cacc")},
+        }
+    )
+
+
+def _free_memory() -> None:
+    """Give device memory back before the worker's next cell."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _track_missing(
+    store: ResultStore, plan: Plan, uri: str, experiment_id: str, progress: SweepProgress
+) -> int:
+    """Write runs that MLflow has missed; return how many it still misses."""
+    from orchestrator import tracking
+
+    writes: list[Callable[[], None]] = [
+        partial(tracking.log_cell, uri, experiment_id, store, cell.key)
+        for cell in plan.cells
+        if store.is_done(cell.key)
+    ]
+    writes += [
+        partial(tracking.log_failure, uri, experiment_id, record) for record in store.failures()
+    ]
+    for index, write in enumerate(writes):
+        try:
+            write()
+        except Exception as error:
+            left = len(writes) - index
+            progress.note(
+                f"up to {left} results are on disk but not in MLflow ({type(error).__name__}: "
+                f"{str(error)[:200]}); the same command writes them once {uri} answers."
+            )
+            return left
+    return 0
+
+
+class _ProgressCallback(Callback):  # type: ignore[misc]  # ray is untyped
+    """Passes Tune's events to the progress line."""
+
+    def __init__(self, progress: SweepProgress) -> None:
+        self._progress: SweepProgress | None = progress
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its callbacks; a live terminal display cannot be.
+        return {"_progress": None}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if self._progress:
+            self._progress.started(trial.trial_id)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if self._progress:
+            self._progress.finished(
+                trial.trial_id, trial.config["cell"]["varied"], trial.last_result
+            )
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if self._progress:
+            reason = "its worker died more often than it is retried"
+            result = {"status": "failed", "reason": reason, "untracked": ""}
+            self._progress.finished(trial.trial_id, trial.config["cell"]["varied"], result)

@@ -1,0 +1,170 @@
+"""A row per cell, or per group of seeds, in the formats that people paste."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from btu.errors import unknown
+
+FORMATS = ("table", "csv", "json", "markdown", "latex")
+# Table column -> dotted config key.
+CONFIG_COLUMNS = {
+    "attack": "attack.name",
+    "poison_rate": "attack.poison_rate",
+    "defense": "defense.name",
+    "alpha": "defense.alpha",
+    "seed": "seed",
+}
+METRIC_COLUMNS = (
+    "asr",
+    "cacc",
+    "ftr",
+    "detection_precision",
+    "detection_recall",
+    "flagged",
+    "undefended_asr",
+    "undefended_cacc",
+    "tuned_asr",
+    "tuned_cacc",
+    "seconds",
+)
+# Shown as they are; every other metric is a fraction and is shown in percent.
+PLAIN = ("flagged", "seconds")
+
+
+def results_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return a row per cell: its coordinates, then its metrics as fractions.
+
+    Beside the fixed columns there is one for every further key that the sweep varies.
+    """
+    records = list(records)
+    keys = dict.fromkeys(key for record in records for key in record["varied"])
+    extra = [key for key in keys if key not in CONFIG_COLUMNS.values()]
+    rows = []
+    for record in records:
+        row = {name: _plain(_lookup(record, key)) for name, key in CONFIG_COLUMNS.items()}
+        row |= {key: _plain(_lookup(record, key)) for key in extra}
+        row |= {name: record["metrics"].get(name, float("nan")) for name in METRIC_COLUMNS}
+        rows.append(row)
+    columns = [*list(CONFIG_COLUMNS)[:-1], *extra, "seed", *METRIC_COLUMNS]
+    table = pd.DataFrame(rows, columns=columns)
+    order = [c for c in columns if c not in METRIC_COLUMNS]
+    return table.sort_values(order, key=_sortable, kind="stable").reset_index(drop=True)
+
+
+def mean_over_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a row per cell without its seed: n, and mean and 95 % interval of each metric.
+
+    The interval is Student's t over seeds, as a half width in ``<metric>_ci``; NaN for one seed.
+    Seeds at which a metric is undefined are left out of its mean.
+    """
+    groups = [c for c in table.columns if c not in METRIC_COLUMNS and c != "seed"]
+    grouped = table.groupby(groups, sort=False, dropna=False)
+    result = grouped["seed"].nunique().rename("seeds").reset_index()
+    for name in METRIC_COLUMNS:
+        result[name] = grouped[name].mean().to_numpy()
+        result[f"{name}_ci"] = grouped[name].apply(_half_width).to_numpy()
+    return result
+
+
+def _half_width(values: pd.Series[float]) -> float:
+    from scipy.stats import t
+
+    known = values.dropna()
+    if len(known) < 2:
+        return float("nan")
+    return float(t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / len(known) ** 0.5)
+
+
+def render(table: pd.DataFrame, style: str) -> str:
+    """Return the table as text.
+
+    csv and json keep fractions and every digit; table, markdown and latex are for reading, in
+    percent with one decimal, intervals as ``mean ± half width``.
+
+    Raises:
+        UserError: `style` is no format.
+    """
+    if style not in FORMATS:
+        raise unknown("format", style, FORMATS)
+    if style == "csv":
+        return table.to_csv(index=False)
+    if style == "json":
+        rows = json.loads(table.to_json(orient="records", double_precision=15))
+        return json.dumps(rows, indent=1) + "\n"
+    shown = readable(table)
+    if style == "markdown":
+        return shown.to_markdown(index=False, disable_numparse=True) + "\n"
+    if style == "latex":
+        return shown.to_latex(index=False, escape=True)
+    return _rich(shown)
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table as text cells, fractions in percent."""
+    shown = pd.DataFrame(index=table.index)
+    for name in table.columns:
+        if name.endswith("_ci"):
+            continue
+        if name not in METRIC_COLUMNS:
+            shown[name] = table[name].map(_text)
+            continue
+        digits, scale = (1, 1) if name in PLAIN else (1, 100)
+        header = name if name in PLAIN else f"{name} %"
+        spread = table.get(f"{name}_ci", pd.Series(float("nan"), index=table.index))
+        shown[header] = [
+            _number(value * scale, digits, name == "flagged")
+            + ("" if pd.isna(half) else f" ± {half * scale:.{digits}f}")
+            for value, half in zip(table[name], spread, strict=True)
+        ]
+    return shown
+
+
+def _number(value: float, digits: int, whole: bool) -> str:
+    if pd.isna(value):
+        return "-"
+    return f"{value:.0f}" if whole and float(value).is_integer() else f"{value:.{digits}f}"
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _rich(shown: pd.DataFrame) -> str:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(header_style="bold")
+    for name in shown.columns:
+        # Headers break at underscores, so that the table fits a terminal.
+        table.add_column(
+            name.replace("_", "\n").replace(" %", "\n%"),
+            justify="right" if name not in CONFIG_COLUMNS else "left",
+            no_wrap=True,
+        )
+    for row in shown.itertuples(index=False):
+        table.add_row(*map(str, row))
+    console = Console(width=240)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+
+
+def _lookup(record: Mapping[str, Any], key: str) -> Any:
+    value: Any = record["config"]
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _plain(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _sortable(column: pd.Series[Any]) -> pd.Series[Any]:
+    # Axes may mix numbers and text (alpha: 0.001 and a list per round).
+    return column if pd.api.types.is_numeric_dtype(column) else column.astype(str)
