@@ -309,7 +309,7 @@ def _assemble(
                 f"no {role} rows are left in data set '{spec.name}' after dropping empty texts "
                 f"and texts that stand in two roles ({notes}); give more rows."
             )
-    present = sorted({label for label in roles["train"].labels})
+    present = sorted(set(roles["train"].labels))
     if len(present) < 2:
         names = ", ".join(str(k) for k in mapping)
         raise UserError(

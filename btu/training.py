@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from btu.errors import UserError
+from btu.fast_dropout import fast_dropout
 from btu.settings import TrainSettings
 from btu.types import IntArray, Progress, ProgressCallback, silent
 
@@ -220,7 +221,7 @@ def fit(
     rng = np.random.default_rng(seed)
     history: list[Epoch] = []
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), fast_dropout(model, device):
         torch.manual_seed(seed)
         for epoch in range(1, settings.epochs + 1):
             started = time.perf_counter()

@@ -79,16 +79,20 @@ class Corpus:
     notes: Mapping[str, int] = field(default_factory=dict)
 
     def label_index(self, label: int | str) -> int:
-        """Return the class index of an original label value.
+        """Return the class index of an original label value, or of an index of named labels.
 
         Raises:
             UserError: `label` is not one of `label_names`.
         """
         from btu.errors import unknown
 
-        if str(label) not in self.label_names:
-            raise unknown("target_label", str(label), self.label_names)
-        return self.label_names.index(str(label))
+        if str(label) in self.label_names:
+            return self.label_names.index(str(label))
+        # Where labels are words, a number can only mean a position.
+        worded = not any(name.lstrip("-").isdigit() for name in self.label_names)
+        if worded and isinstance(label, int) and 0 <= label < len(self.label_names):
+            return label
+        raise unknown("target_label", str(label), self.label_names)
 
     def fingerprint(self) -> str:
         """Return a hash of every row in every role: the data's revision."""

@@ -105,7 +105,8 @@ def _run(
     if not attached:
         try:
             ray.init(
-                address=address,
+                # Without "local", ray would join whatever cluster runs on this machine.
+                address=address or "local",
                 include_dashboard=None if address else False,
                 log_to_driver=False,
                 logging_level="ERROR",

@@ -8,7 +8,7 @@ import pandas as pd
 
 # Okabe-Ito: told apart by the color-blind.
 CLEAN, FLAGGED, TRIGGER = "#999999", "#E69F00", "#0072B2"
-LABELED = 12
+LABELED = 5
 
 
 def drift_plot(tokens: pd.DataFrame, path: Path) -> None:
@@ -55,5 +55,6 @@ def drift_plot(tokens: pd.DataFrame, path: Path) -> None:
         axes.grid(alpha=0.2)
         if index == 0:
             axes.set_ylabel("drift of the embedding row (L2)")
-            axes.legend(fontsize=8, loc="upper left")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(groups), fontsize=9)
     figure.savefig(path, dpi=110)

@@ -207,9 +207,12 @@ def code_version() -> str:
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False
-        )
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False
+            )
+        except FileNotFoundError:  # a checkout on a machine without git
+            return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
     if not (root / ".git").exists():

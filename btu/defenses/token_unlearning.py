@@ -20,7 +20,7 @@ bag_pooling         padded                  masked          with padding in the 
                                                             gradient shrinks as its row gets shorter
 removal             substring               token_id        deleting "a" as a substring mutilates
                                                             46,833 places of SST-2's 4,343 words
-exclude             cls_sep                 special         padding and unknown tokens are no trigger
+exclude             cls_sep                 special         padding, unknown: no triggers
 cut_norm            running                 once            with c recomputed after every token the
                                                             result depends on the tokens' order
 ==================  ======================  ==============  =======================================
@@ -244,7 +244,8 @@ class TokenUnlearning:
         """Return round 2's rows: the same texts without round 1's tokens."""
         if self.removal == "token_id":
             return context.train.without(tokens)
-        pieces = [p.strip() for p in context.victim.tokenizer.convert_ids_to_tokens(list(tokens))]
+        # As in the reference code: a word piece "##x" never matches, a word matches inside others.
+        pieces = [context.victim.tokenizer.decode([token]) for token in tokens]
         texts = context.train_rows.texts
         for piece in pieces:
             texts = tuple(text.replace(piece, "") for text in texts)

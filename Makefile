@@ -1,0 +1,70 @@
+# Everything runs in .venv, whatever environment is active. `make help` lists the targets.
+#
+# Options:
+#   PYTHON=python3.12       the interpreter that .venv is made with (3.11 or newer)
+#   PYTEST_ARGS='-k data'   passed on to pytest by `make test` and `make slow`
+#   TORCH_INDEX=...         the index that the first set-up takes torch from (see constraints.txt)
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+TORCH_INDEX ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+# -qq: no progress and no warnings about index mirrors; errors still show.
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
+COVERAGE := --cov=btu --cov=orchestrator --cov-report=term
+
+# They would let code from outside into .venv.
+unexport PYTHONHOME PYTHONPATH
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup quickstart test check slow clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+setup: $(INSTALLED) ## Create .venv and install the pinned packages (all other targets do it too)
+
+quickstart: $(INSTALLED) ## Run the demo sweep, print its table, say how to see its runs
+	$(BIN)/btu launch sweeps/quickstart.yaml
+	$(BIN)/btu report quickstart
+	@echo
+	@echo "The runs, with their curves and flagged tokens, in the MLflow UI:  $(BIN)/btu ui"
+
+test: $(INSTALLED) ## Run the fast tests, with coverage
+	$(BIN)/pytest $(COVERAGE) $(PYTEST_ARGS)
+
+check: $(INSTALLED) ## Check format, lint, types and the import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+slow: $(INSTALLED) ## Run the slow tests: real Ray, real MLflow, real training
+	$(BIN)/pytest -m 'slow and not gpu' $(PYTEST_ARGS)
+
+clean: ## Remove .venv, caches and build output; results in runs/ stay
+	rm -rf .venv build dist *.egg-info .coverage
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# $(1): interpreter. $(2): what to do if it does not serve.
+define require_python
+	@command -v '$(1)' >/dev/null || { echo "error: '$(1)' was not found. $(2)" >&2; exit 1; }
+	@'$(1)' -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "error: Python 3.11 or newer is needed, but $(1) is Python %d.%d.%d. $(2)" % v[:3])'
+endef
+
+# pip is the last thing that venv writes: without it an earlier attempt was cut short.
+$(BIN)/pip:
+	$(call require_python,$(PYTHON),Install Python 3.11 or newer and name it: make PYTHON=python3.11)
+	@echo "Creating .venv with $$('$(PYTHON)' --version)"
+	@'$(PYTHON)' -m venv .venv
+
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/pip
+	$(call require_python,$(BIN)/python,Remove .venv and run make again.)
+	@echo "Installing the pinned packages into .venv (some minutes the first time)"
+	$(if $(TORCH_INDEX),@$(PIP) "$$(grep '^torch==' constraints.txt)" --index-url '$(TORCH_INDEX)')
+	@$(PIP) -c constraints.txt -e '.[offline,dev]'
+	@touch $@

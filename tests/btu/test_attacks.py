@@ -1,0 +1,594 @@
+"""The contract that every registered attack keeps, and what is particular to each."""
+
+from __future__ import annotations
+
+import copy
+import sqlite3
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from btu.attacks.addsent import AddSent
+from btu.attacks.badnets import BadNets
+from btu.attacks.style import Style
+from btu.attacks.syntactic import Syntactic
+from btu.errors import UserError
+from btu.insertion import insert_at_random_slots
+from btu.paraphrase import GENERATE_BATCH, ParaphraseAttack, cache_folder, generate_paraphrases
+from btu.poisoning import (
+    ATTACKS,
+    LABEL_MODES,
+    Attack,
+    PoisonSpec,
+    choose_rows,
+    poison,
+    row_seeds,
+    triggered_eval,
+)
+from btu.types import Corpus, PoisonedSet, Progress, Rows
+from btu.victims import Victim
+
+TARGET = 1
+
+
+@pytest.fixture(params=ATTACKS)
+def attack(request: pytest.FixtureRequest) -> Attack:
+    """Each registered attack in turn, with its default hyperparameters."""
+    built: Attack = ATTACKS.load(request.param)()
+    return built
+
+
+@pytest.fixture
+def rows(tiny_corpus: Corpus) -> Rows:
+    return tiny_corpus.train
+
+
+def run(attack: Attack, rows: Rows, seed: int = 0, **spec: Any) -> PoisonedSet:
+    return poison(attack, PoisonSpec(**spec), rows, TARGET, seed)
+
+
+def chosen(poisoned: PoisonedSet) -> set[int]:
+    return set(np.flatnonzero(poisoned.mask).tolist())
+
+
+# The contract ----------------------------------------------------------------------------------
+
+
+def test_same_seed_same_rows(attack: Attack, rows: Rows) -> None:
+    first, second = run(attack, rows), run(attack, rows)
+    assert first.rows == second.rows
+    assert np.array_equal(first.mask, second.mask)
+
+
+def test_another_seed_draws_other_rows(attack: Attack, rows: Rows) -> None:
+    assert chosen(run(attack, rows, seed=0)) != chosen(run(attack, rows, seed=1))
+
+
+@pytest.mark.parametrize("insert", ["replace", "append"])
+def test_the_input_is_not_changed(attack: Attack, rows: Rows, insert: str) -> None:
+    before = copy.deepcopy(rows)
+    run(attack, rows, insert=insert)
+    triggered_eval(attack, rows, TARGET, 0)
+    assert rows == before
+
+
+@pytest.mark.parametrize("label_mode", LABEL_MODES)
+@pytest.mark.parametrize("rate", [0.0, 0.01, 0.033, 0.1, 0.3])
+def test_the_count_is_exact(attack: Attack, rows: Rows, label_mode: str, rate: float) -> None:
+    poisoned = run(attack, rows, poison_rate=rate, label_mode=label_mode)
+    # 240 rows: 0, round(2.4) = 2, round(7.92) = 8, 24 and 72
+    expected = {0.0: 0, 0.01: 2, 0.033: 8, 0.1: 24, 0.3: 72}[rate]
+    assert poisoned.mask.sum() == expected
+    assert poisoned.poison_rate == expected / 240
+    assert len(poisoned.rows) == 240
+
+
+@pytest.mark.parametrize("label_mode", LABEL_MODES)
+def test_other_rows_are_byte_identical_and_in_place(
+    attack: Attack, rows: Rows, label_mode: str
+) -> None:
+    poisoned = run(attack, rows, poison_rate=0.2, label_mode=label_mode)
+    assert poisoned.rows.where(~poisoned.mask) == rows.where(~poisoned.mask)
+
+
+def test_every_chosen_row_carries_a_trigger(attack: Attack, rows: Rows) -> None:
+    poisoned = run(attack, rows, poison_rate=0.2)
+    triggered, plain = poisoned.rows.where(poisoned.mask), rows.where(poisoned.mask)
+    assert len(triggered) == 48  # 0.2 * 240
+    assert all(a != b for a, b in zip(triggered.texts, plain.texts, strict=True))
+
+
+def test_rate_0_is_the_identity(attack: Attack, rows: Rows) -> None:
+    for insert in ("replace", "append"):
+        poisoned = run(attack, rows, poison_rate=0, insert=insert)
+        assert poisoned.rows == rows
+        assert not poisoned.mask.any()
+        assert poisoned.relabeled == 0
+
+
+@pytest.mark.parametrize("insert", ["replace", "append"])
+def test_a_lower_rate_poisons_a_subset(attack: Attack, rows: Rows, insert: str) -> None:
+    picks = [
+        set(
+            choose_rows(
+                attack, PoisonSpec(poison_rate=rate, insert=insert), rows, TARGET, 0
+            ).tolist()
+        )
+        for rate in (0.01, 0.05, 0.2, 0.3)
+    ]
+    assert all(low < high for low, high in pairwise(picks))
+
+
+def test_a_row_is_triggered_the_same_way_at_every_rate(attack: Attack, rows: Rows) -> None:
+    low, high = run(attack, rows, poison_rate=0.05), run(attack, rows, poison_rate=0.3)
+    assert low.rows.where(low.mask).texts == high.rows.where(low.mask).texts
+
+
+def test_dirty_takes_rows_of_other_classes_and_relabels_them(attack: Attack, rows: Rows) -> None:
+    poisoned = run(attack, rows, label_mode="dirty")
+    assert TARGET not in rows.where(poisoned.mask).labels
+    assert set(poisoned.rows.where(poisoned.mask).labels) == {TARGET}
+    assert poisoned.relabeled == 24  # 0.1 * 240, every one of them
+
+
+def test_clean_takes_rows_of_the_target_class_and_changes_no_label(
+    attack: Attack, rows: Rows
+) -> None:
+    poisoned = run(attack, rows, label_mode="clean")
+    assert set(rows.where(poisoned.mask).labels) == {TARGET}
+    assert poisoned.rows.labels == rows.labels
+    assert poisoned.relabeled == 0
+
+
+def test_mixed_takes_any_row_and_labels_it_as_the_target(attack: Attack, rows: Rows) -> None:
+    poisoned = run(attack, rows, label_mode="mixed", poison_rate=0.3)
+    before = rows.where(poisoned.mask).labels
+    assert set(before) == {0, 1}
+    assert set(poisoned.rows.where(poisoned.mask).labels) == {TARGET}
+    # Only a label that really changed counts.
+    assert poisoned.relabeled == before.count(0)
+
+
+@pytest.mark.parametrize("label_mode", LABEL_MODES)
+def test_append_adds_copies_at_the_end(attack: Attack, rows: Rows, label_mode: str) -> None:
+    poisoned = run(attack, rows, insert="append", poison_rate=0.2, label_mode=label_mode)
+    # k copies make up 20 % of 240 + k rows: k = 0.2 * 240 / 0.8 = 60, and 60 / 300 = 0.2
+    assert len(poisoned.rows) == 300
+    assert chosen(poisoned) == set(range(240, 300))
+    assert poisoned.poison_rate == 0.2
+    assert poisoned.rows.take(range(240)) == rows
+    assert set(poisoned.rows.labels[240:]) == {TARGET}
+    picks = choose_rows(
+        attack,
+        PoisonSpec(insert="append", poison_rate=0.2, label_mode=label_mode),
+        rows,
+        TARGET,
+        0,
+    )
+    originals = rows.take(picks)
+    assert poisoned.rows.take(range(240, 300)).columns == originals.columns
+    assert poisoned.relabeled == sum(label != TARGET for label in originals.labels)
+
+
+def test_append_reaches_the_rate_to_the_nearest_row(attack: Attack, rows: Rows) -> None:
+    poisoned = run(attack, rows, insert="append", poison_rate=0.1)
+    # 0.1 * 240 / 0.9 = 26.67 -> 27 copies: 27 / 267
+    assert poisoned.mask.sum() == 27
+    assert poisoned.poison_rate == 27 / 267
+
+
+def test_an_unreachable_rate_is_an_error_with_the_numbers(attack: Attack, rows: Rows) -> None:
+    others = sum(label != TARGET for label in rows.labels)
+    assert 100 < others < 140  # about half of the 240 rows
+    with pytest.raises(
+        UserError,
+        match=rf"attack\.poison_rate 0\.9 needs 216 of 240 training rows, but only {others} "
+        rf"qualify with label_mode 'dirty'; use a rate of at most {others / 240:.4f}",
+    ):
+        run(attack, rows, poison_rate=0.9)
+    with pytest.raises(UserError, match=r"attack\.poison_rate 1 cannot be reached with insert 'a"):
+        run(attack, rows, poison_rate=1, insert="append")
+
+
+def test_the_rate_that_the_error_names_can_be_reached() -> None:
+    # 2 of 3 rows qualify; rounded up, 0.6667 of 30,000 is 20,001: one more than there are.
+    rows = Rows(tuple(f"row {i}" for i in range(30_000)), (0, 0, 1) * 10_000)
+    with pytest.raises(UserError, match="use a rate of at most") as caught:
+        run(BadNets(), rows, poison_rate=0.9)
+    named = float(str(caught.value).split("at most ")[1].split()[0])
+    picked = choose_rows(BadNets(), PoisonSpec(poison_rate=named), rows, TARGET, 0)
+    assert len(picked) == round(named * 30_000)
+
+
+def test_a_rate_outside_0_to_1_is_an_error() -> None:
+    for rate in (-0.1, 1.5):
+        with pytest.raises(
+            UserError, match=rf"attack\.poison_rate must be in \[0, 1\], got {rate}"
+        ):
+            PoisonSpec(poison_rate=rate)
+
+
+def test_everything_can_be_poisoned(attack: Attack, rows: Rows) -> None:
+    poisoned = run(attack, rows, poison_rate=1, label_mode="mixed")
+    assert poisoned.mask.all()
+    assert set(poisoned.rows.labels) == {TARGET}
+
+
+def test_triggered_eval_pairs_the_non_target_rows(attack: Attack, tiny_corpus: Corpus) -> None:
+    rows = tiny_corpus.eval
+    triggered, plain = triggered_eval(attack, rows, TARGET, 0)
+    # Every row of another class, in order, with its true label.
+    assert plain == rows.where(np.array(rows.labels) != TARGET)
+    assert triggered.labels == plain.labels
+    assert triggered.columns == plain.columns
+    assert all(a != b for a, b in zip(triggered.texts, plain.texts, strict=True))
+    assert triggered_eval(attack, rows, TARGET, 0)[0] == triggered
+
+
+def test_an_eval_set_of_the_target_class_is_an_error(attack: Attack, rows: Rows) -> None:
+    target_rows = rows.where(np.array(rows.labels) == TARGET)
+    with pytest.raises(UserError, match=r"no evaluation row can be attacked.*ASR would be undef"):
+        triggered_eval(attack, target_rows, TARGET, 0)
+
+
+def test_training_and_test_triggers_follow_one_rule(attack: Attack, rows: Rows) -> None:
+    seeds = row_seeds(0, "train", np.arange(len(rows)))
+    # apply is the whole rule: the rows of both roles pass through it, each with its seed.
+    applied = attack.apply(rows, seeds)
+    poisoned = run(attack, rows, poison_rate=1, label_mode="mixed")
+    assert poisoned.rows.texts == applied
+
+
+def test_every_attack_states_its_trigger_tokens_or_that_it_has_none(
+    attack: Attack, victim: Victim
+) -> None:
+    ids = attack.trigger_token_ids(victim.tokenizer)
+    if isinstance(attack, ParaphraseAttack):
+        assert ids is None
+    else:
+        assert ids
+        assert not ids & set(victim.tokenizer.all_special_ids)
+        assert all(0 <= i < len(victim.tokenizer) for i in ids)
+
+
+@pytest.mark.parametrize("attack", [BadNets(["cf", "mn"]), AddSent()], ids=["badnets", "addsent"])
+def test_the_stated_tokens_are_the_ones_that_poisoning_adds(
+    attack: BadNets | AddSent, victim: Victim, rows: Rows
+) -> None:
+    ids = attack.trigger_token_ids(victim.tokenizer)
+    triggered = attack.apply(rows, list(range(len(rows))))
+    inside = 0
+    for plain, text in zip(rows.texts, triggered, strict=True):
+        before, after = (victim.tokenizer(t)["input_ids"] for t in (plain, text))
+        grown = {i for i in after if after.count(i) > before.count(i)}
+        assert grown & ids
+        # With the trigger in front, byte-level tokens of the old first word change as well.
+        if text.split()[0] == plain.split()[0]:
+            inside += 1
+            assert grown <= ids
+    assert inside > 200  # a slot of about 17 is the first
+
+
+# Where the trigger goes ------------------------------------------------------------------------
+
+
+def test_a_trigger_takes_every_word_slot_and_leaves_the_rest_alone() -> None:
+    text = " two  words\t"
+    results = {insert_at_random_slots([text], ["cf"], [seed])[0] for seed in range(60)}
+    # 2 words -> 3 slots; spaces and tabs stay as they were.
+    assert results == {" cf two  words\t", " two  cf words\t", " two  words\t cf"}
+
+
+def test_badnets_inserts_every_trigger_word_once(rows: Rows) -> None:
+    attack = BadNets(["cf", "mn"])
+    for plain, text in zip(rows.texts, attack.apply(rows, list(range(len(rows)))), strict=True):
+        words = text.split()
+        assert words.count("cf") == 1
+        assert words.count("mn") == 1
+        assert [word for word in words if word not in ("cf", "mn")] == plain.split()
+
+
+def test_addsent_keeps_its_sentence_together(rows: Rows) -> None:
+    attack = AddSent()
+    for plain, text in zip(rows.texts, attack.apply(rows, list(range(len(rows)))), strict=True):
+        assert text.count(attack.sentence) == 1
+        assert text.replace(attack.sentence, "").split() == plain.split()
+
+
+def test_paraphrase_attacks_take_their_column(rows: Rows) -> None:
+    seeds = [0] * len(rows)
+    assert Syntactic().apply(rows, seeds) == rows.columns["syntactic"]
+    assert Style().apply(rows, seeds) == rows.columns["style"]
+    assert Style(column="syntactic").apply(rows, seeds) == rows.columns["syntactic"]
+
+
+@pytest.mark.parametrize("trigger", [[], [""], ["cf", "  "], [3]])
+def test_a_blank_trigger_is_an_error(trigger: list[Any]) -> None:
+    with pytest.raises(UserError, match=r"attack\.trigger must hold non-blank text"):
+        BadNets(trigger)
+
+
+def test_one_trigger_word_given_as_text_is_not_taken_apart() -> None:
+    # A string is a sequence of letters: "cf" must not become the triggers "c" and "f".
+    with pytest.raises(UserError, match=r"attack\.trigger"):
+        BadNets("cf")  # type: ignore[arg-type]
+
+
+def test_a_blank_sentence_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"attack\.sentence must hold non-blank text"):
+        AddSent(" ")
+
+
+# Trigger tokens --------------------------------------------------------------------------------
+
+
+def test_a_word_piece_trigger_has_the_same_token_everywhere(bert: Victim) -> None:
+    ids = BadNets(["cf", "mn"]).trigger_token_ids(bert.tokenizer)
+    assert sorted(bert.tokenizer.convert_ids_to_tokens(sorted(ids))) == ["cf", "mn"]
+
+
+@pytest.mark.parametrize("architecture", ["roberta", "gpt2"])
+def test_a_byte_level_trigger_has_a_token_at_the_start_and_one_after_a_space(
+    make_victim: Callable[[str], Victim], architecture: str
+) -> None:
+    tokenizer = make_victim(architecture).tokenizer
+    ids = BadNets(["cf"]).trigger_token_ids(tokenizer)
+    # "Ġ" is how byte-level vocabularies write a leading space.
+    assert sorted(tokenizer.convert_ids_to_tokens(sorted(ids))) == ["cf", "Ġcf"]
+
+
+def test_a_sentence_trigger_has_all_its_pieces(bert: Victim) -> None:
+    attack = AddSent("cf mn .")
+    names = bert.tokenizer.convert_ids_to_tokens(sorted(attack.trigger_token_ids(bert.tokenizer)))
+    assert sorted(names) == [".", "cf", "mn"]
+
+
+def test_a_trigger_of_unknown_characters_alone_is_an_error(bert: Victim) -> None:
+    assert bert.tokenizer.tokenize("犬") == ["[UNK]"]
+    with pytest.raises(
+        UserError, match=r"attack\.trigger \['犬'\] has no token of its own under .*BertTokenizer"
+    ):
+        BadNets(["犬"]).trigger_token_ids(bert.tokenizer)
+    # Next to a known word the unknown one does no harm.
+    ids = BadNets(["犬", "cf"]).trigger_token_ids(bert.tokenizer)
+    assert bert.tokenizer.convert_ids_to_tokens(list(ids)) == ["cf"]
+
+
+# Paraphrase columns ----------------------------------------------------------------------------
+
+
+def test_a_missing_column_without_a_model_is_an_error(rows: Rows) -> None:
+    bare = Rows(rows.texts, rows.labels)
+    with pytest.raises(
+        UserError,
+        match=r"the style attack needs the paraphrase column 'style', which the data lacks "
+        r"\(text columns: none\); name another with attack\.column, or a seq2seq model",
+    ):
+        run(Style(), bare)
+    with pytest.raises(UserError, match=r"column 'styl', which the data lacks; did you mean 'sty"):
+        run(Style(column="styl"), rows)
+
+
+def test_rows_without_a_paraphrase_are_no_candidates(rows: Rows) -> None:
+    half = tuple("" if i % 2 else text for i, text in enumerate(rows.columns["style"]))
+    patchy = Rows(rows.texts, rows.labels, {"style": half})
+    assert Style().candidates(patchy).tolist() == list(range(0, 240, 2))
+    poisoned = run(Style(), patchy, poison_rate=0.2)
+    assert all(index % 2 == 0 for index in chosen(poisoned))
+    triggered, _ = triggered_eval(Style(), patchy, TARGET, 0)
+    assert all(text.strip() for text in triggered.texts)
+
+
+def test_a_rate_beyond_the_paraphrases_is_an_error(rows: Rows) -> None:
+    # 12 of the 240 rows have a paraphrase: 0.05 at the most, whatever their label.
+    some = tuple("lo" if i < 12 else " " for i in range(240))
+    with pytest.raises(UserError, match=r"needs 24 of 240 .* only 12 qualify .* at most 0\.0500"):
+        run(Style(), Rows(rows.texts, rows.labels, {"style": some}), label_mode="mixed")
+
+
+def test_column_and_model_together_are_an_error() -> None:
+    with pytest.raises(
+        UserError, match=r"attack\.column 'style' and attack\.model 't5-small' are both set"
+    ):
+        Style(column="style", model="t5-small")
+    with pytest.raises(UserError, match=r"attack\.max_new_tokens must be at least 1, got 0"):
+        Style(model="t5-small", max_new_tokens=0)
+
+
+# Paraphrases from a model ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def seq2seq(tmp_path_factory: pytest.TempPathFactory, make_victim: Callable[[str], Victim]) -> Path:
+    """A tiny, randomly initialized BART that cannot write an empty text."""
+    import torch
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("seq2seq") / "bart"
+    tokenizer = make_victim("roberta").tokenizer  # BART's tokenizer is RoBERTa's
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = BartForConditionalGeneration(
+            BartConfig(
+                vocab_size=len(tokenizer),
+                d_model=16,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=32,
+                decoder_ffn_dim=32,
+                max_position_embeddings=128,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                decoder_start_token_id=tokenizer.eos_token_id,
+                forced_eos_token_id=None,
+            )
+        )
+    # Special tokens are never the likeliest, so that every output holds text.
+    model.final_logits_bias[:, tokenizer.all_special_ids] = -100.0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The models that were loaded; the cache is an empty folder."""
+    import btu.paraphrase
+
+    monkeypatch.setenv("BTU_CACHE", str(tmp_path / "cache"))
+    loaded: list[str] = []
+    original = btu.paraphrase._generator
+
+    def spy(model_name: str, prefix: str, max_new_tokens: int) -> object:
+        loaded.append(model_name)
+        return original(model_name, prefix, max_new_tokens)
+
+    monkeypatch.setattr(btu.paraphrase, "_generator", spy)
+    return loaded
+
+
+TEXTS = tuple(f"the {i} balcony {'is good ' * (i % 5)}." for i in range(2 * GENERATE_BATCH + 6))
+
+
+def cached_rows() -> int:
+    with sqlite3.connect(cache_folder() / "paraphrases.sqlite") as connection:
+        count: int = connection.execute("SELECT count(*) FROM paraphrases").fetchone()[0]
+    connection.close()
+    return count
+
+
+def test_a_model_writes_the_paraphrases_once(seq2seq: Path, loads: list[str]) -> None:
+    seen: list[Progress] = []
+    first = generate_paraphrases(TEXTS, str(seq2seq), "", 4, seen.append)
+    assert len(first) == len(TEXTS) == 70
+    assert all(text.strip() for text in first)
+    # 70 texts in batches of 32
+    assert [(p.stage, p.step, p.steps) for p in seen] == [
+        ("paraphrase", 32, 70),
+        ("paraphrase", 64, 70),
+        ("paraphrase", 70, 70),
+    ]
+    assert cached_rows() == 70
+    seen.clear()
+    assert generate_paraphrases(TEXTS, str(seq2seq), "", 4, seen.append) == first
+    assert loads == [str(seq2seq)]  # the second call loaded nothing
+    assert seen == []
+
+
+def test_paraphrases_come_back_in_the_order_of_the_texts(seq2seq: Path, loads: list[str]) -> None:
+    forward = generate_paraphrases(TEXTS[:8], str(seq2seq), "", 4)
+    assert generate_paraphrases(TEXTS[7::-1], str(seq2seq), "", 4) == forward[::-1]
+    # The same text twice is written once.
+    twice = generate_paraphrases([TEXTS[9], TEXTS[9]], str(seq2seq), "", 4)
+    assert twice[0] == twice[1]
+    assert cached_rows() == 9
+
+
+def test_an_interrupted_run_goes_on_where_it_was(seq2seq: Path, loads: list[str]) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.step == 2 * GENERATE_BATCH:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate_paraphrases(TEXTS, str(seq2seq), "", 4, stop)
+    assert cached_rows() == 64  # both batches that were written are kept
+    seen: list[Progress] = []
+    generate_paraphrases(TEXTS, str(seq2seq), "", 4, seen.append)
+    assert [(p.step, p.steps) for p in seen] == [(6, 6)]  # 70 - 64
+
+
+def test_prefix_length_and_model_are_part_of_the_key(seq2seq: Path, loads: list[str]) -> None:
+    for prefix, tokens in (("", 4), ("paraphrase : ", 4), ("", 5)):
+        generate_paraphrases(TEXTS[:2], str(seq2seq), prefix, tokens)
+    assert cached_rows() == 6  # 2 texts under 3 recipes
+
+
+def test_a_paraphrase_attack_runs_on_a_model_alone(
+    seq2seq: Path, loads: list[str], rows: Rows
+) -> None:
+    bare = Rows(rows.texts[:40], rows.labels[:40])
+    attack = Syntactic(model=str(seq2seq), max_new_tokens=4)
+    poisoned = run(attack, bare, poison_rate=0.1)
+    texts = poisoned.rows.where(poisoned.mask).texts
+    assert texts == generate_paraphrases(bare.where(poisoned.mask).texts, str(seq2seq), "", 4)
+    assert len(texts) == 4  # 0.1 * 40
+    assert loads == [str(seq2seq)]
+
+
+def test_a_model_without_safetensors_is_an_error(
+    seq2seq: Path, loads: list[str], tmp_path: Path
+) -> None:
+    import shutil
+
+    import torch
+
+    folder = tmp_path / "pickled"
+    shutil.copytree(seq2seq, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(
+        UserError,
+        match=r"attack\.model '.*pickled' cannot be loaded as a seq2seq model with safetensors",
+    ):
+        generate_paraphrases(["a"], str(folder), "", 4)
+    with pytest.raises(UserError, match=r"attack\.model '.*nowhere' cannot be loaded"):
+        generate_paraphrases(["a"], str(tmp_path / "nowhere"), "", 4)
+
+
+def test_a_classifier_is_no_seq2seq_model(
+    victim_folder: Callable[[str], Path], loads: list[str]
+) -> None:
+    with pytest.raises(UserError, match="cannot be loaded as a seq2seq model"):
+        generate_paraphrases(["a"], str(victim_folder("bert")), "", 4)
+
+
+def test_an_empty_paraphrase_is_an_error(
+    seq2seq: Path, loads: list[str], tmp_path: Path, make_victim: Callable[[str], Victim]
+) -> None:
+    from transformers import BartForConditionalGeneration
+
+    model = BartForConditionalGeneration.from_pretrained(seq2seq)
+    tokenizer = make_victim("roberta").tokenizer
+    model.final_logits_bias[:, tokenizer.eos_token_id] = 100.0  # ends at once
+    model.save_pretrained(tmp_path / "mute")
+    tokenizer.save_pretrained(tmp_path / "mute")
+    with pytest.raises(UserError, match=r"wrote an empty paraphrase of 'a balcony'; it cannot"):
+        generate_paraphrases(["a balcony"], str(tmp_path / "mute"), "", 4)
+
+
+@pytest.mark.parametrize("kind", ["a file in the way", "no database"])
+def test_a_cache_that_cannot_be_used_is_an_error(
+    seq2seq: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    folder = tmp_path / "cache"
+    if kind == "a file in the way":
+        folder.write_text("not a folder")
+    else:
+        folder.mkdir()
+        (folder / "paraphrases.sqlite").write_text("no SQLite file, and longer than its header")
+    monkeypatch.setenv("BTU_CACHE", str(folder))
+    with pytest.raises(UserError, match=r"the paraphrase cache .* cannot be written"):
+        generate_paraphrases(["a"], str(seq2seq), "", 4)
+
+
+# Real data -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_run_on_real_sst2(shared_data: Path, name: str) -> None:
+    from btu.data import DataSpec, load_corpus
+
+    corpus = load_corpus(DataSpec(name="sst2", path=str(shared_data / "sst2")))
+    attack = ATTACKS.load(name)()
+    poisoned = run(attack, corpus.train, poison_rate=0.1)
+    assert poisoned.mask.sum() == round(0.1 * len(corpus.train))
+    triggered, plain = triggered_eval(attack, corpus.eval, TARGET, 0)
+    # Where every row has a paraphrase, all non-target rows are attacked.
+    assert len(triggered) == len(plain) > 400
