@@ -136,7 +136,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if native else "fp32"
 
 
-def _plan_batches(lengths: IntArray, batch_size: int, rng: np.random.Generator) -> list[IntArray]:
+def plan_batches(lengths: IntArray, batch_size: int, rng: np.random.Generator) -> list[IntArray]:
     """Return the epoch's batches: rows of similar length together, batches in random order."""
     order = rng.permutation(len(lengths))
     batches: list[IntArray] = []
@@ -225,7 +225,7 @@ def fit(
         torch.manual_seed(seed)
         for epoch in range(1, settings.epochs + 1):
             started = time.perf_counter()
-            plan = _plan_batches(data.host_lengths, settings.batch_size, rng)
+            plan = plan_batches(data.host_lengths, settings.batch_size, rng)
             losses = torch.zeros(len(plan), device=device)
             correct = torch.zeros((), dtype=torch.int64, device=device)
             for step, (ids, mask, labels) in enumerate(_device_batches(data, plan, pad_to)):
