@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -94,6 +93,11 @@ class Corpus:
             return label
         raise unknown("target_label", str(label), self.label_names)
 
+    def counts(self) -> dict[str, int]:
+        """Return the rows of each role, and what loading did to them (`notes`)."""
+        sizes = {"train": len(self.train), "clean": len(self.clean), "eval": len(self.eval)}
+        return {**{f"rows_{role}": rows for role, rows in sizes.items()}, **self.notes}
+
     def fingerprint(self) -> str:
         """Return a hash of every row in every role: the data's revision."""
         sha = hashlib.sha256()
@@ -101,12 +105,6 @@ class Corpus:
             sha.update(rows.digest().encode())
         sha.update("\0".join(self.label_names).encode())
         return sha.hexdigest()
-
-    def map_rows(self, change: Callable[[Rows], Rows]) -> Corpus:
-        """Return the corpus with `change` applied to each role."""
-        return replace(
-            self, train=change(self.train), clean=change(self.clean), eval=change(self.eval)
-        )
 
 
 @dataclass(frozen=True)
@@ -147,6 +145,3 @@ ProgressCallback = Callable[[Progress], None]
 
 def silent(_: Progress) -> None:
     """Ignore progress."""
-
-
-JsonDict = dict[str, Any]

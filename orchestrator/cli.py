@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,6 +13,9 @@ from rich.table import Table
 
 from btu import __version__
 from btu.errors import UserError
+
+if TYPE_CHECKING:
+    from orchestrator.plan import Plan
 
 EXIT_INCOMPLETE, EXIT_USER_ERROR = 1, 2
 
@@ -107,11 +110,19 @@ def plan(sweep: SweepFile, overrides: Overrides = None) -> None:
     for refused in planned.refused:
         table.add_row("-", label(refused.varied), f"[red]refused[/red]: {refused.reason}")
     console.print(table)
+    _print_data(planned)
     console.print(
         f"{len(planned.cells)} cells: {done} done, {len(planned.cells) - done} to run; "
         f"{len(planned.refused)} refused; {planned.duplicates} duplicates folded.",
         highlight=False,
     )
+
+
+def _print_data(planned: Plan) -> None:
+    """Say what the data is and what loading it did: nothing is dropped silently."""
+    for name, counts in planned.data:
+        parts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in counts.items())
+        console.print(f"data {name}: {parts}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -177,6 +188,7 @@ def launch(
     loaded = load_sweep(sweep, overrides or [])
     ResultStore(loaded.folder).prepare()
     planned = plan_sweep(loaded)
+    _print_data(planned)
     for refused in planned.refused:
         console.print(
             f"refused: {label(refused.varied)}: {refused.reason}", highlight=False, markup=False

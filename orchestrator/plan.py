@@ -38,11 +38,16 @@ class RefusedCell:
 
 @dataclass(frozen=True)
 class Plan:
-    """duplicates: cells that differ in keys that do not act for them; each runs once."""
+    """What a sweep comes to.
+
+    duplicates: cells that differ in keys that do not act for them; each runs once. data: the
+    counts of every corpus (`btu.types.Corpus.counts`), by its data set's name.
+    """
 
     cells: tuple[PlannedCell, ...]
     refused: tuple[RefusedCell, ...]
     duplicates: int
+    data: tuple[tuple[str, Mapping[str, int]], ...]
 
 
 class Preflight:
@@ -64,6 +69,11 @@ class Preflight:
         if isinstance(found, UserError):
             raise found
         return found
+
+    def counts(self) -> tuple[tuple[str, Mapping[str, int]], ...]:
+        """Return the name and counts of every corpus that could be loaded."""
+        loaded = [found[0] for found in self._corpora.values() if isinstance(found, tuple)]
+        return tuple((corpus.name, corpus.counts()) for corpus in loaded)
 
     def victim(self, spec: VictimSpec) -> VictimSource:
         """Return the checked source of the victim's weights."""
@@ -130,4 +140,4 @@ def plan_sweep(sweep: Sweep) -> Plan:
             f"none of the {len(refused)} cells of sweep '{sweep.name}' can run:\n  "
             + "\n  ".join(reasons)
         )
-    return Plan(tuple(planned.values()), tuple(refused), duplicates)
+    return Plan(tuple(planned.values()), tuple(refused), duplicates, preflight.counts())

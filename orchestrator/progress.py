@@ -58,6 +58,7 @@ class SweepProgress:
         if done:
             self.note(f"{done} of {total} cells are done already and are not run again.")
         if done < total:
+            self.note(f"{total - done} cells to run; results are kept as each one ends.")
             if self._console.is_terminal:
                 self._bar.start()
             self._bar.start_task(self._task)

@@ -223,6 +223,9 @@ def _metrics(record: Mapping[str, Any]) -> list[Metric]:
         Metric(_metric_name(name), float(value), ended, 0)
         for name, value in record["metrics"].items()
     ]
+    metrics += [
+        Metric(f"data/{name}", float(value), ended, 0) for name, value in record["notes"].items()
+    ]
     clock = record["started"]
     for epoch in record["history"]:
         clock += epoch["seconds"]

@@ -30,7 +30,7 @@ from btu.metrics import average_precision, row_detection, token_detection
 from btu.poisoning import poison, triggered_eval
 from btu.seeding import derive_seed
 from btu.training import NonFiniteLossError, choose_device, fit, resolve_precision
-from btu.types import Corpus, PoisonedSet, ProgressCallback, Rows, silent
+from btu.types import PoisonedSet, ProgressCallback, Rows, silent
 from btu.victims import Victim
 from orchestrator import plots
 from orchestrator.config import TrialSpec
@@ -43,7 +43,7 @@ class TrialResult:
 
     metrics: see `btu.metrics.METRICS`, and ``seconds/<stage>``. history: one entry per stage and
     epoch. tokens: a row per vocabulary id that occurs or was flagged: drift by round, score,
-    whether flagged, whether part of the trigger. notes: what loading did to the data.
+    whether flagged, whether part of the trigger. notes: rows by role, and what loading did to them.
     """
 
     config: Mapping[str, Any]
@@ -140,7 +140,7 @@ def run_trial(spec: TrialSpec, progress: ProgressCallback = silent) -> TrialResu
         metrics,
         tuple(dataclasses.asdict(epoch) for epoch in context.history),
         token_table(outcome, victim, trigger_ids if poisoned.mask.any() else frozenset()),
-        data_notes(corpus),
+        corpus.counts(),
         environment_tags(device, resolve_precision(spec.train.precision, device)),
     )
 
@@ -193,12 +193,6 @@ def token_table(
     }
     columns |= {name: values[ids] for name, values in outcome.token_table.items()}
     return pd.DataFrame(columns)
-
-
-def data_notes(corpus: Corpus) -> dict[str, int]:
-    """Return the corpus' notes with the rows of each role."""
-    sizes = {"train": len(corpus.train), "clean": len(corpus.clean), "eval": len(corpus.eval)}
-    return {**{f"rows_{role}": n for role, n in sizes.items()}, **corpus.notes}
 
 
 @cache
