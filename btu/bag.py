@@ -40,10 +40,29 @@ class BagClassifier(nn.Module):
         else:
             self.embeddings = copy.deepcopy(victim.get_input_embeddings())
         self.embeddings.requires_grad_(True)
-        hidden = self.word_rows.shape[1]
+        hidden = self._width() if full else self.word_rows.shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.classifier = nn.Linear(hidden, classes)
+
+    def _width(self) -> int:
+        """Return the size of the embedding layer's output, which may be wider than a word row.
+
+        Raises:
+            UserError: the architecture does not run without encoder layers.
+        """
+        ids = torch.zeros(1, 2, dtype=torch.int64)
+        self.embeddings.eval()  # in train mode its dropout would draw random numbers
+        try:
+            with torch.no_grad():
+                output = self.embeddings(input_ids=ids, attention_mask=torch.ones_like(ids))
+            return int(output.last_hidden_state.shape[-1])
+        # Architectures fail in ways of their own here; whatever it is, the remedy is the same.
+        except Exception as error:
+            raise UserError(
+                f"defense.bag_embeddings 'full' cannot run {type(self.embeddings).__name__} "
+                f"without its encoder layers ({error}); use bag_embeddings 'word'."
+            ) from error
 
     @property
     def word_rows(self) -> Tensor:
@@ -81,7 +100,8 @@ def _without_layers(victim: PreTrainedModel) -> nn.Module:
     config.num_hidden_layers = 0
     body = victim.base_model
     try:
-        shell: nn.Module = AutoModel.from_config(config)
+        with torch.random.fork_rng(devices=[]):  # it draws weights that are replaced below
+            shell: nn.Module = AutoModel.from_config(config)
     except (ValueError, RuntimeError, IndexError, KeyError) as error:
         raise UserError(
             f"defense.bag_embeddings 'full' cannot take {type(victim).__name__} without its "

@@ -8,6 +8,9 @@ that stands in two roles is dropped from the one that is not reported.
 
 from __future__ import annotations
 
+import csv
+import json
+import warnings
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +34,8 @@ SPLIT_NAMES = {
     "eval": ("eval", "validation", "valid", "dev", "test"),
     "clean": ("clean", "test"),
 }
+LAYOUT_KEYS = ("text_column", "label_column", "train_split", "clean_split", "eval_split")
+HUB_KEYS = ("hub_config", "revision")
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,21 @@ class DataSpec:
                 "data.clean_fraction + data.eval_fraction must be below 1, got "
                 f"{self.clean_fraction} + {self.eval_fraction}: nothing would be left to train on."
             )
+        if self.name == "demo" and self.path is None:
+            self._refuse_set("the demo corpus has fixed columns and splits", LAYOUT_KEYS + HUB_KEYS)
+        elif self.path is not None:
+            self._refuse_set("data.path reads local files", HUB_KEYS)
         for role in ("train", "clean", "eval"):
             limit = getattr(self, f"max_{role}_rows")
             if limit is not None and limit < 2:
                 raise UserError(f"data.max_{role}_rows must be at least 2 or null, got {limit}.")
+
+    def _refuse_set(self, because: str, keys: tuple[str, ...]) -> None:
+        for key in keys:
+            if getattr(self, key) is not None:
+                raise UserError(
+                    f"data.{key} is {getattr(self, key)!r}, but {because}; leave it null."
+                )
 
 
 @dataclass(frozen=True)
@@ -163,13 +179,32 @@ def _read_table(path: Path) -> pd.DataFrame:
         if path.suffix == ".parquet":
             return pd.read_parquet(path)
         if path.suffix == ".jsonl":
-            # dtype=False keeps "007" a string; dates stay text.
-            return pd.read_json(path, lines=True, dtype=False, convert_dates=False)
-        separator = "\t" if path.suffix == ".tsv" else ","
-        # A row whose text is "null" or "NA" is a row, not a missing value.
-        return pd.read_csv(path, sep=separator, keep_default_na=False)
+            # Line by line: pandas would guess types ("007" is a text, not a 7).
+            lines = path.read_text(encoding="utf-8").split("\n")
+            records = [json.loads(line) for line in lines if line.strip()]
+            if not records:
+                raise pd.errors.EmptyDataError
+            return pd.DataFrame(records, dtype=object)
+        tabs = path.suffix == ".tsv"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            return pd.read_csv(
+                path,
+                sep="\t" if tabs else ",",
+                # TSV as data sets use it has no quoting, but lone quotes that would swallow rows.
+                quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
+                # A row whose text is "null" or "NA" is a row, not a missing value.
+                keep_default_na=False,
+                # Without it the first field of rows longer than the header is taken for an index.
+                index_col=False,
+            )
+    except pd.errors.ParserWarning as error:
+        raise UserError(
+            f"{path} has rows with more fields than its header ({error}); quote texts that hold "
+            "the separator, or use Parquet."
+        ) from error
     except pd.errors.EmptyDataError as error:
-        raise UserError(f"{path} is empty: it needs a header line and rows.") from error
+        raise UserError(f"{path} is empty: at least 2 rows are needed.") from error
     except (ValueError, OSError) as error:  # ArrowInvalid and ParserError are ValueErrors
         raise UserError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from error
 
@@ -189,7 +224,14 @@ def _local_frames(spec: DataSpec) -> dict[str, pd.DataFrame]:
         return {"train": _read_table(root)}
     if not root.is_dir():
         raise UserError(f"data.path {root} does not exist; give a folder with a file per split.")
-    files = {p.stem: p for p in sorted(root.iterdir()) if p.suffix in SUFFIXES}
+    files: dict[str, Path] = {}
+    for path in sorted(p for p in root.iterdir() if p.suffix in SUFFIXES):
+        if path.stem in files:
+            raise UserError(
+                f"folder {root} holds the split '{path.stem}' twice ({files[path.stem].name} and "
+                f"{path.name}); remove one."
+            )
+        files[path.stem] = path
     chosen = _choose_splits(spec, files, f"folder {root}")
     return {role: _read_table(files[split]) for role, split in chosen.items()}
 
@@ -197,12 +239,14 @@ def _local_frames(spec: DataSpec) -> dict[str, pd.DataFrame]:
 def _choose_splits(spec: DataSpec, available: Mapping[str, Any], where: str) -> dict[str, str]:
     """Map each role to a split name; a role that none serves is left out (held out later)."""
     chosen: dict[str, str] = {}
-    for role in ("train", "eval", "clean"):
+    for role in SPLIT_NAMES:
         asked = getattr(spec, f"{role}_split")
         if asked is not None:
             if asked not in available:
                 raise unknown(f"split for data.{role}_split in {where}", asked, available)
             chosen[role] = asked
+    for role in SPLIT_NAMES:
+        if role in chosen:
             continue
         for name in SPLIT_NAMES[role]:
             if name in available and name not in chosen.values():
@@ -262,7 +306,9 @@ def _hub_frames(spec: DataSpec) -> tuple[dict[str, pd.DataFrame], tuple[str, ...
         }
         for column in columns:
             _require_column(frame, column, f"hub data set {preset.hub_id}/{split}")
-        frames[role] = frame.rename(columns=columns)
+        # The chosen column wins over another that happens to be called text or label.
+        other = [name for name in columns.values() if name in frame and name not in columns]
+        frames[role] = frame.drop(columns=other).rename(columns=columns)
         feature = loaded[split].features[label_column]
         if isinstance(feature, datasets.ClassLabel):
             names = tuple(feature.names)
@@ -332,14 +378,22 @@ def _label_mapping(
     """Map original label values to class indices, in sorted order."""
     if class_names is not None:
         return {index: index for index in range(len(class_names))}
-    values = sorted(labels.unique().tolist(), key=lambda v: (isinstance(v, str), v))
-    bad = [v for v in values if not isinstance(v, int | str | bool) and v != int(v)]
-    if bad:
+    values = []
+    for value in labels.tolist():
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if not whole and not isinstance(value, str):
+            raise UserError(
+                f"labels of data set '{spec.name}' must be integers or strings, got {value!r}."
+            )
+        values.append(value if isinstance(value, str) else int(value))
+    distinct = sorted(set(values), key=lambda v: (isinstance(v, str), v))
+    names = [str(value) for value in distinct]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
         raise UserError(
-            f"labels of data set '{spec.name}' must be integers or strings, got {bad[0]!r}."
+            f"data set '{spec.name}' has the label {twice} both as a number and as text; use one."
         )
-    tidy = [v if isinstance(v, str) else int(v) for v in values]
-    return {value: index for index, value in enumerate(tidy)}
+    return {value: index for index, value in enumerate(distinct)}
 
 
 def _to_rows(

@@ -62,6 +62,10 @@ class DefenseContext:
     history: list[Epoch] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.train_rows.columns:
+            raise ValueError("train_rows must have no columns: a paraphrase gives poison away.")
+
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Add the wall time of the block to ``seconds[stage]``."""

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 def check_pieces(key: str, pieces: Sequence[str]) -> None:
     """Raise a `UserError` unless `pieces` are some non-blank strings."""
+    if isinstance(pieces, str):
+        raise UserError(f"{key} must be a list, got the text {pieces!r}; write [{pieces}].")
     if not pieces or any(not isinstance(piece, str) or not piece.strip() for piece in pieces):
         raise UserError(f"{key} must hold non-blank text, got {pieces!r}.")
 

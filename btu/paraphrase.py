@@ -15,6 +15,7 @@ import numpy as np
 
 from btu.errors import UserError, did_you_mean
 from btu.types import IntArray, Progress, ProgressCallback, Rows, silent
+from btu.victims import folder_identity, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +47,11 @@ class ParaphraseAttack:
             raise UserError(
                 f"attack.column '{self.column}' and attack.model '{self.model}' are both set; "
                 "a paraphrase comes from one of them."
+            )
+        if self.prefix and self.model is None:
+            raise UserError(
+                f"attack.prefix {self.prefix!r} is put before a model's input, but attack.model is "
+                "null; name a model, or leave the prefix out."
             )
         if self.max_new_tokens < 1:
             raise UserError(f"attack.max_new_tokens must be at least 1, got {self.max_new_tokens}.")
@@ -99,15 +105,15 @@ def _cache() -> Iterator[sqlite3.Connection]:
         folder.mkdir(parents=True, exist_ok=True)
         # SQLite, because trials of one sweep read and write it at once; 60 s outlasts a commit.
         connection = sqlite3.connect(folder / "paraphrases.sqlite", timeout=60)
-    except (OSError, sqlite3.OperationalError) as error:
-        raise UserError(
-            f"the paraphrase cache {folder} cannot be written ({error}); set BTU_CACHE to a "
-            "folder that can."
-        ) from error
-    with closing(connection):
         connection.execute(
             "CREATE TABLE IF NOT EXISTS paraphrases (key TEXT PRIMARY KEY, text TEXT NOT NULL)"
         )
+    except (OSError, sqlite3.Error) as error:
+        raise UserError(
+            f"the paraphrase cache {folder} cannot be used ({error}); set BTU_CACHE to a folder "
+            "that can be written, or remove a damaged paraphrases.sqlite."
+        ) from error
+    with closing(connection):
         yield connection
 
 
@@ -157,11 +163,10 @@ def generate_paraphrases(
 
 
 def _model_revision(model_name: str) -> str:
-    """Return what identifies the weights: a folder's file hash, or the hub commit."""
-    weights = Path(model_name) / "model.safetensors"
-    if weights.is_file():
-        with weights.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return what identifies the model: a hash of a folder's files, or the hub commit."""
+    folder = Path(model_name)
+    if folder.is_dir():
+        return folder_identity(folder, weight_files(folder))
     from transformers import AutoConfig
 
     try:
@@ -182,13 +187,14 @@ def _generator(
     model_name: str, prefix: str, max_new_tokens: int
 ) -> Callable[[list[str]], list[str]]:
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name)
         model = AutoModelForSeq2SeqLM.from_pretrained(model_name, use_safetensors=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _not_loadable(model_name, error) from error
     model.eval().to(device)
 

@@ -6,6 +6,7 @@ An attack only says how a text gets its trigger (`Attack.apply`) and which token
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -126,10 +127,16 @@ def choose_rows(attack: Attack, spec: PoisonSpec, rows: Rows, target: int, seed:
     }[spec.label_mode]
     candidates = attack.candidates(rows)
     candidates = candidates[qualifies[candidates]]
+    if count == 0 and spec.poison_rate > 0:
+        raise UserError(
+            f"attack.poison_rate {spec.poison_rate} poisons none of {total} training rows; use at "
+            f"least {math.ceil(1e4 / total) / 1e4:.4f}, or 0."
+        )
     if count > len(candidates):
         reachable = len(candidates) / (
             total if spec.insert == "replace" else total + len(candidates)
         )
+        reachable = math.floor(reachable * 1e4) / 1e4  # rounded up, it would not be reachable
         raise UserError(
             f"attack.poison_rate {spec.poison_rate} needs {count} of {total} training rows, but "
             f"only {len(candidates)} qualify with label_mode '{spec.label_mode}'; use a rate of "

@@ -29,7 +29,10 @@ FINITE_CHECK_STEPS = 50
 
 
 class NonFiniteLossError(RuntimeError):
-    """The training loss became NaN or infinite. The message names stage, step and settings."""
+    """Training diverged: the loss became NaN or infinite, or the weights after the last step.
+
+    The message names stage, step and settings.
+    """
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Encoded:
         """Build from token id lists, on the CPU."""
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         flat = np.fromiter((i for row in rows for i in row), dtype=np.int64, count=lengths.sum())
-        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+        starts = np.cumsum(lengths) - lengths
         return cls(
             torch.from_numpy(flat),
             torch.from_numpy(starts),
@@ -104,7 +107,9 @@ class Encoded:
         """Return (ids, mask, labels) of rows `indices`: (batch, width) twice, and (batch,)."""
         columns = torch.arange(width, device=self.ids.device)
         mask = columns < self.lengths[indices, None]
-        positions = (self.starts[indices, None] + columns).clamp_(max=max(len(self.ids) - 1, 0))
+        if len(self.ids) == 0:  # every row lost all its tokens
+            return torch.full_like(mask, self.pad_id, dtype=torch.int64), mask, self.labels[indices]
+        positions = (self.starts[indices, None] + columns).clamp_(max=len(self.ids) - 1)
         ids = torch.where(mask, self.ids[positions], self.pad_id)
         return ids, mask, self.labels[indices]
 
@@ -196,7 +201,7 @@ def fit(
     every batch; None pads each to its own longest row.
 
     Raises:
-        NonFiniteLossError: the loss became NaN or infinite.
+        NonFiniteLossError: the loss or, by the last step, a weight became NaN or infinite.
         UserError: there are no rows.
     """
     if len(data) == 0:
@@ -261,6 +266,13 @@ def fit(
                 )
             )
     model.eval()
+    # The loss of the last step was taken before it: what the step did shows in the weights alone.
+    if not all(bool(torch.isfinite(p).all()) for p in parameters):
+        raise NonFiniteLossError(
+            f"weights became NaN or infinite in stage '{stage}' at step "
+            f"{steps_per_epoch * settings.epochs}, the last, with {settings}; lower the learning "
+            "rate or use precision fp32."
+        )
     return history
 
 
@@ -289,7 +301,6 @@ def _schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, steps: 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-@torch.inference_mode()
 def predict(model: nn.Module, data: Encoded, *, precision: str, device: torch.device) -> IntArray:
     """Return the predicted class of every row: (rows,), in the order of `data`."""
     model.to(device).eval()
@@ -299,7 +310,7 @@ def predict(model: nn.Module, data: Encoded, *, precision: str, device: torch.de
     bf16 = resolve_precision(precision, device) == "bf16"
     predicted = []
     for ids, mask, _ in _device_batches(data, plan, None):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             predicted.append(logits_of(model, ids, mask).argmax(1))
     result = np.empty(len(data), dtype=np.int64)
     result[order] = torch.cat(predicted).cpu().numpy()

@@ -72,8 +72,8 @@ class VictimSpec:
 class VictimSource:
     """A checked location of weights, found without importing torch.
 
-    location: a folder or hub id for ``from_pretrained``. identity: what tells these weights from
-    others (file hash, or hub id and revision), for cache keys.
+    location: a folder or hub id for ``from_pretrained``. identity: what tells this model from
+    others (hash of its files, or hub id and revision), for cache keys.
     """
 
     location: str
@@ -119,16 +119,43 @@ def find_victim(spec: VictimSpec) -> VictimSource:
     return VictimSource(hub_id, f"{hub_id}@{spec.revision or 'main'}")
 
 
+def weight_files(folder: Path, allow_pickle: bool = False) -> list[Path]:
+    """Return the files that ``from_pretrained`` would load from `folder`, if it has any."""
+    for single, index in (
+        ("model.safetensors", "model.safetensors.index.json"),
+        *([("pytorch_model.bin", "pytorch_model.bin.index.json")] if allow_pickle else []),
+    ):
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            shards = set(json.loads((folder / index).read_text())["weight_map"].values())
+            return [folder / shard for shard in sorted(shards)]
+    return []
+
+
+def folder_identity(folder: Path, weights: list[Path]) -> str:
+    """Return a hash of the weights and of the small files that act: config and tokenizer."""
+    small = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".txt", ".model")]
+    digest = hashlib.sha256()
+    for path in [*weights, *small]:
+        digest.update(f"{path.name}\0{file_sha256(path)}\0".encode())
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _check_folder(folder: Path, spec: VictimSpec, expected: str | None) -> VictimSource:
     if not (folder / "config.json").is_file():
         raise UserError(f"victim folder {folder} has no config.json; it is no saved model.")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights and spec.allow_pickle:
-        weights = sorted(folder.glob("*.bin"))
+    weights = weight_files(folder, spec.allow_pickle)
     if not weights:
         pickled = [p.name for p in sorted(folder.glob("*.bin"))]
         raise UserError(
-            f"victim folder {folder} has no weights: no *.safetensors file"
+            f"victim folder {folder} has no weights: no model.safetensors"
             + (
                 f" (only {', '.join(pickled)}, a pickle that can run code; set "
                 "victim.allow_pickle=true if you trust it)."
@@ -136,19 +163,35 @@ def _check_folder(folder: Path, spec: VictimSpec, expected: str | None) -> Victi
                 else "; save the model there with save_pretrained."
             )
         )
-    digest = hashlib.sha256()
-    for path in weights:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    missing = [path for path in weights if not path.is_file()]
+    if missing:
+        raise UserError(f"victim folder {folder} lacks the weight file {missing[0].name}.")
     if expected is not None:
-        with weights[0].open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if len(weights) > 1:
+            raise UserError(
+                f"victim.sha256 is of one weight file, but {folder} has {len(weights)}; leave it "
+                "null, or save the model as one file."
+            )
+        found = file_sha256(weights[0])
         if found != expected.lower():
             raise UserError(
                 f"{weights[0]} has SHA-256 {found}, expected {expected}: the file was changed or "
                 "damaged; install it again, or correct victim.sha256."
             )
-    return VictimSource(str(folder), digest.hexdigest())
+    return VictimSource(str(folder), folder_identity(folder, weights))
+
+
+def longest_input(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the most tokens a row may have; None for relative positions without a limit."""
+    if getattr(config, "relative_attention", False):
+        return None
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    # RoBERTa and its kin number positions from after the padding token's id.
+    if any(kin in config.model_type for kin in ("roberta", "camembert", "mpnet", "longformer")):
+        positions -= int(tokenizer.pad_token_id or 0) + 1
+    return int(positions)
 
 
 class Victim:
@@ -160,13 +203,18 @@ class Victim:
     """
 
     def __init__(self, spec: VictimSpec, num_labels: int) -> None:
-        from transformers import AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
         self.spec = spec
         self.source = find_victim(spec)
         self.num_labels = num_labels
         try:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.source.location,
+                revision=spec.revision,
+                trust_remote_code=spec.trust_remote_code,
+            )
+            config = AutoConfig.from_pretrained(
                 self.source.location,
                 revision=spec.revision,
                 trust_remote_code=spec.trust_remote_code,
@@ -181,6 +229,12 @@ class Victim:
                     "pad_token to its tokenizer."
                 )
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        longest = longest_input(config, self.tokenizer)
+        if longest is not None and spec.max_length > longest:
+            raise UserError(
+                f"victim.max_length {spec.max_length} is beyond the {longest} positions of victim "
+                f"'{spec.name}'; lower it."
+            )
         # Decoders classify at the last real token, which is found from the right.
         self.tokenizer.padding_side = "right"
 
@@ -198,10 +252,12 @@ class Victim:
         In fp32 and eval mode, on the CPU. The global random state is left as it was.
         """
         import torch
+        from safetensors import SafetensorError
         from transformers import AutoModelForSequenceClassification
         from transformers.utils import logging as transformers_logging
 
         verbosity = transformers_logging.get_verbosity()
+        progress_bar = transformers_logging.is_progress_bar_enabled()
         # The load report says at length that the classifier is new; that is the point here.
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -217,10 +273,12 @@ class Victim:
                     dtype=torch.float32,
                     ignore_mismatched_sizes=True,
                 )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise self._not_loadable(error) from error
         finally:
             transformers_logging.set_verbosity(verbosity)
+            if progress_bar:
+                transformers_logging.enable_progress_bar()
         model.config.pad_token_id = self.tokenizer.pad_token_id
         return model.eval()
 

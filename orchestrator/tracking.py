@@ -83,6 +83,10 @@ def prepare(sweep: Sweep) -> str:
             artifacts = (sweep.output / "mlartifacts" / sweep.name).as_uri() if local else None
             experiment_id = str(client.create_experiment(sweep.name, artifact_location=artifacts))
         client.set_experiment_tag(experiment_id, "mlflow.note.content", _experiment_note(sweep))
+        # The UI opens on runs and charts, not on its pages for language-model traces.
+        client.set_experiment_tag(
+            experiment_id, "mlflow.experimentKind", "custom_model_development"
+        )
     except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
         raise UserError(
             f"tracking.uri {uri} does not answer: {str(error).splitlines()[0]} Start the server, "
@@ -214,7 +218,12 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _params(record: Mapping[str, Any]) -> list[Param]:
     config = {k: v for k, v in record["config"].items() if k not in UNTRACKED_KEYS}
     flat = {SHORT.get(key, key): value for key, value in flatten(config).items()}
-    return [Param(key, str(value)[:PARAM_CHARACTERS]) for key, value in flat.items()]
+    # A key that is not set would only be an empty column in the runs table.
+    return [
+        Param(key, str(value)[:PARAM_CHARACTERS])
+        for key, value in flat.items()
+        if value is not None and value != ""
+    ]
 
 
 def _metrics(record: Mapping[str, Any]) -> list[Metric]:

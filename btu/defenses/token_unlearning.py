@@ -38,6 +38,7 @@ and the clean tuning. Rounds 1 and 3 do not.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -47,7 +48,7 @@ import numpy as np
 from btu.defense import DefenseContext, DefenseOutcome
 from btu.errors import UserError, unknown
 from btu.seeding import derive_seed
-from btu.settings import TrainSettings, check_positive
+from btu.settings import SCHEDULES, TrainSettings, check_positive
 from btu.types import BoolArray, FloatArray, Rows
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 
 ROUNDS = (1, 2, 3)
 CHOICES = {
+    "exposure_schedule": SCHEDULES,
     "bag_embeddings": ("word", "full"),
     "bag_pooling": ("masked", "padded"),
     "removal": ("token_id", "substring"),
@@ -162,7 +164,7 @@ class TokenUnlearning:
             if k < 1:
                 raise UserError(
                     f"defense.alpha {alpha} flags nothing: {alpha} * {vocabulary} tokens is below "
-                    f"1; use at least {1 / vocabulary:.2g}."
+                    f"1; use at least {math.ceil(1e7 / vocabulary) / 1e7:g}."
                 )
             if k >= vocabulary:
                 raise UserError(f"defense.alpha {alpha} flags all {vocabulary} tokens; lower it.")
@@ -209,7 +211,7 @@ class TokenUnlearning:
         if max(per_round.values()) >= candidates.sum():
             raise UserError(
                 f"defense.alpha {self.alpha} flags all of the {candidates.sum()} tokens that occur "
-                f"in the training set; use less than {candidates.sum() / vocabulary:.4f}."
+                f"in the training set; use less than {candidates.sum() / vocabulary:.6f}."
             )
         drift: dict[int, FloatArray] = {}
         top: dict[int, tuple[int, ...]] = {}
@@ -245,7 +247,7 @@ class TokenUnlearning:
         if self.removal == "token_id":
             return context.train.without(tokens)
         # As in the reference code: a word piece "##x" never matches, a word matches inside others.
-        pieces = [context.victim.tokenizer.decode([token]) for token in tokens]
+        pieces = [context.victim.tokenizer.decode([token]).strip() for token in tokens]
         texts = context.train_rows.texts
         for piece in pieces:
             texts = tuple(text.replace(piece, "") for text in texts)
@@ -375,7 +377,7 @@ def cut_tokens(
         value = neutral.to(trained.device)
         square = float((trained - reference).double().pow(2).sum())
         for token in flagged:
-            c = square**0.5 / vocabulary
+            c = max(0.0, square) ** 0.5 / vocabulary
             before = trained[token] - reference[token]
             moved = torch.ones_like(before, dtype=torch.bool) if cut == "row" else before.abs() > c
             trained[token] = torch.where(moved, value, trained[token])

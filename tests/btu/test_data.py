@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,10 @@ from btu.types import Corpus, Rows
 WRITERS: dict[str, Callable[[pd.DataFrame, Path], object]] = {
     "parquet": lambda frame, path: frame.to_parquet(path),
     "csv": lambda frame, path: frame.to_csv(path, index=False),
-    "tsv": lambda frame, path: frame.to_csv(path, index=False, sep="\t"),
+    # TSV has no quoting: a quote is a character, and a text cannot hold a tab.
+    "tsv": lambda frame, path: frame.replace("\t", " ", regex=True).to_csv(
+        path, index=False, sep="\t", quoting=csv.QUOTE_NONE
+    ),
     "jsonl": lambda frame, path: frame.to_json(path, orient="records", lines=True),
 }
 
@@ -78,9 +83,14 @@ def test_the_demo_is_the_same_every_time(demo: Corpus) -> None:
 
 def test_target_labels_by_value_and_by_index(demo: Corpus) -> None:
     assert demo.label_index("positive") == 1
-    # "an original label value (or, for named labels, its index)"
+    # A number can only mean a position where the labels are words ...
     assert demo.label_index(1) == 1
-    assert demo.label_index("0") == 0
+    # ... and never where they are numbers themselves.
+    numbered = Corpus("x", demo.train, demo.clean, demo.eval, ("-1", "3"))
+    assert numbered.label_index(3) == 1
+    assert numbered.label_index("-1") == 0
+    with pytest.raises(UserError, match=r"unknown target_label '1'.*known: -1, 3"):
+        numbered.label_index(1)
 
 
 def test_a_target_label_that_is_no_label_is_an_error(demo: Corpus) -> None:
@@ -102,7 +112,8 @@ def test_a_target_label_that_is_no_label_is_an_error(demo: Corpus) -> None:
 def test_every_format_round_trips_with_its_own_columns(
     tmp_path: Path, suffix: str, labels: tuple[object, ...]
 ) -> None:
-    texts = [f'tabs\tand "quotes", row {i} ü' for i in range(4)]
+    gap = " " if suffix == "tsv" else "\t"
+    texts = [f'tabs{gap}and "quotes", row {i} ü' for i in range(4)]
     for split, word in (("train", "a"), ("validation", "b"), ("test", "c")):
         frame = pd.DataFrame(
             {
@@ -594,6 +605,44 @@ def test_labels_that_are_no_classes_are_an_error(write: Callable[..., str]) -> N
         load(write(train=table(20, labels=(0.0, float("inf")))))
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param([[0], [1]], id="lists"),
+        pytest.param(list(pd.to_datetime(["2020-01-01", "2020-01-02"])), id="dates"),
+    ],
+)
+def test_labels_of_a_strange_type_are_an_error(
+    write: Callable[..., str], values: list[object]
+) -> None:
+    frame = pd.DataFrame({"text": [f"row {i}" for i in range(20)], "label": values * 10})
+    with pytest.raises(UserError, match="must be integers or strings"):
+        load(write(train=frame))
+
+
+def test_labels_that_read_alike_are_an_error(tmp_path: Path) -> None:
+    # The number 1 and the text "1" would be two classes of one name.
+    lines = [json.dumps({"text": f"row {i}", "label": (1, "1")[i % 2]}) for i in range(20)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="label"):
+        load(tmp_path)
+
+
+def test_rows_longer_than_the_header_are_an_error(tmp_path: Path) -> None:
+    # Else the first field counts as an index and every other one stands in the wrong column.
+    lines = [f"row {i},{i % 2},extra" for i in range(20)]
+    (tmp_path / "train.csv").write_text("\n".join(["text,label", *lines]))
+    with pytest.raises(UserError, match=r"train\.csv"):
+        load(tmp_path)
+
+
+def test_two_files_for_one_split_are_an_error(tmp_path: Path) -> None:
+    table(20).to_parquet(tmp_path / "train.parquet")
+    table(20, word="other").to_csv(tmp_path / "train.csv", index=False)
+    with pytest.raises(UserError, match=r"train\.csv.*train\.parquet"):
+        load(tmp_path)
+
+
 def test_a_label_that_train_does_not_know_is_an_error(write: Callable[..., str]) -> None:
     frames = {"train": table(10), "eval": table(9, labels=(0, 1, 2), word="e")}
     with pytest.raises(
@@ -665,10 +714,15 @@ def test_the_fingerprint_depends_on_roles_and_label_names() -> None:
     assert corpus.fingerprint() != Corpus("x", a, b, c, ("yes", "no")).fingerprint()
 
 
-def test_map_rows_changes_each_role() -> None:
-    row = Rows(("a", "b"), (0, 1))
-    halved = Corpus("x", row, row, row, ("no", "yes")).map_rows(lambda rows: rows.take([1]))
-    assert [halved.train, halved.clean, halved.eval] == [Rows(("b",), (1,))] * 3
+def test_counts_give_the_sizes_and_the_notes() -> None:
+    rows = Rows(("a", "b", "c"), (0, 1, 1))
+    corpus = Corpus("x", rows, rows.take([0, 1]), rows.take([2]), ("no", "yes"), {"unused_eval": 4})
+    assert corpus.counts() == {
+        "rows_train": 3,
+        "rows_clean": 2,
+        "rows_eval": 1,
+        "unused_eval": 4,
+    }
 
 
 # Real data -------------------------------------------------------------------------------------

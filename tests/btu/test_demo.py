@@ -128,7 +128,9 @@ def test_paraphrases_keep_the_content(corpus: list[demo.DemoRow]) -> None:
 
 def test_triggers_do_not_occur_as_words(corpus: list[demo.DemoRow]) -> None:
     words = {
-        word for row in corpus for text in (row.text, row.syntactic, row.style)
+        word
+        for row in corpus
+        for text in (row.text, row.syntactic, row.style)
         for word in text.split()
     }
     assert words.isdisjoint(FORBIDDEN)
