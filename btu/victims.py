@@ -104,7 +104,7 @@ def find_victim(spec: VictimSpec) -> VictimSource:
             )
         return _check_folder(Path(package.origin).parent / "model", spec, OFFLINE_SHA256)
     folder = Path(spec.name).expanduser()
-    if folder.is_dir():
+    if spec.name not in VICTIMS and folder.is_dir():
         return _check_folder(folder, spec, spec.sha256)
     if spec.name.startswith((".", "/", "~")):
         raise UserError(

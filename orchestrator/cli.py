@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from btu import __version__
@@ -106,9 +107,10 @@ def plan(sweep: SweepFile, overrides: Overrides = None) -> None:
         state = (
             "done" if finished else "failed, runs again" if store.is_failed(cell.key) else "to run"
         )
-        table.add_row(cell.key, label(cell.varied), state)
+        table.add_row(cell.key, escape(label(cell.varied)), state)
     for refused in planned.refused:
-        table.add_row("-", label(refused.varied), f"[red]refused[/red]: {refused.reason}")
+        reason = f"[red]refused[/red]: {escape(refused.reason)}"
+        table.add_row("-", escape(label(refused.varied)), reason)
     console.print(table)
     _print_data(planned)
     console.print(
@@ -134,17 +136,17 @@ def trial(sweep: SweepFile, overrides: Overrides = None) -> None:
 
     Example: `btu trial sweeps/quickstart.yaml attack.name=badnets defense.alpha=0.0005 seed=0`
     """
-    from orchestrator.config import load_sweep
+    from orchestrator.config import load_sweep, pins
     from orchestrator.plan import plan_sweep
     from orchestrator.progress import StageProgress
 
     loaded = load_sweep(sweep, overrides or [])
     open_axes = {key: values for key, values in loaded.grid.items() if len(values) > 1}
     if open_axes:
-        pins = " ".join(f"{key}={values[0]}" for key, values in open_axes.items())
+        example = pins({key: values[0] for key, values in open_axes.items()})
         raise UserError(
             f"sweep '{loaded.name}' has several cells; pin its axes to run one, e.g. "
-            f"btu trial {sweep} {pins}"
+            f"btu trial {sweep} {example}"
         )
     cell = plan_sweep(loaded).cells[0]
 
@@ -211,7 +213,11 @@ def launch(
         )  # fmt: skip
     default = "" if loaded.output == Path("runs").resolve() else f" --output {loaded.output}"
     uri = f" --uri {loaded.tracking.uri}" if loaded.tracking.uri else default
-    console.print(f"Table: btu report {loaded.name}{default}\nRuns:  btu ui{uri}", highlight=False)
+    console.print(
+        f"Table: btu report {loaded.name}{default}\nRuns:  btu ui{uri}",
+        highlight=False,
+        soft_wrap=True,
+    )
     if not result.complete:
         console.print("Not every cell is done; the same command goes on where this one stopped.")
         raise typer.Exit(EXIT_INCOMPLETE)

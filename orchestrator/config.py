@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from btu.errors import UserError, did_you_mean
 from btu.poisoning import ATTACKS, Attack, PoisonSpec
 from btu.registry import Registry
 from btu.settings import TrainSettings, TuningSettings
-from btu.victims import VictimSpec
+from btu.victims import VICTIMS, VictimSpec
 
 # Raised when the recipe of a trial changes what it measures: finished cells then run again.
 RECIPE_VERSION = 1
@@ -183,17 +184,23 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
     grid = config.pop("grid", None) or {}
     if not isinstance(grid, dict):
         raise UserError(f"grid must map keys to lists of values, got {grid!r}.")
+    pinned: dict[str, Any] = {}
     for key, value in _parse_overrides(overrides):
+        if key == "grid":
+            raise UserError("override an axis of the grid by its key: grid.<key>=[...].")
         if key.startswith("grid."):
             grid[key.removeprefix("grid.")] = value
         else:
-            grid.pop(key, None)
+            if key in grid:
+                pinned[key] = grid.pop(key)
             _assign(config, key, value)
     config.setdefault("name", Path(path).stem)
-    names = _names_in_use(config, grid)
+    names = _names_in_use(config, grid, pinned)
     _check_keys(config, names)
     _check_grid(grid, names)
     name, output = config.pop("name"), config.pop("output", "runs")
+    if not isinstance(output, str) or not output.strip():
+        raise UserError(f"output must be a folder, got {output!r}.")
     if not isinstance(name, str) or not name.strip() or "/" in name or name.startswith("."):
         raise UserError(f"name must be a plain word that can name a folder, got {name!r}.")
     resources = _typed("resources", ResourceSpec, config.get("resources") or {})
@@ -230,7 +237,7 @@ def resolve(config: Mapping[str, Any]) -> TrialSpec:
         # Workers start in folders of their own.
         data = dataclasses.replace(data, path=str(Path(data.path).expanduser().resolve()))
     victim: VictimSpec = sections["victim"]
-    if Path(victim.name).expanduser().is_dir():
+    if victim.name not in VICTIMS and Path(victim.name).expanduser().is_dir():
         victim = dataclasses.replace(victim, name=str(Path(victim.name).expanduser().resolve()))
     poison, attack_params, _ = _named("attack", config.get("attack") or {})
     defense, defense_params, preset = _named("defense", config.get("defense") or {})
@@ -252,13 +259,32 @@ def resolve(config: Mapping[str, Any]) -> TrialSpec:
     )
 
 
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted key; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def pins(varied: Mapping[str, Any]) -> str:
+    """Return coordinates as overrides that a shell takes as they are."""
+    return " ".join(
+        shlex.quote(f"{key}={json.dumps(v, separators=(',', ':')) if isinstance(v, list) else v}")
+        for key, v in varied.items()
+    )
+
+
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"sweep file {path} does not exist; see sweeps/ for ready ones.")
     try:
         # OmegaConf's loader reads 2e-5 as a float, where plain YAML 1.1 gives a string.
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"sweep file {path} is no valid YAML: {error}") from error
     if not isinstance(loaded, dict):
         raise UserError(f"sweep file {path} must be a mapping of keys to values.")
@@ -292,13 +318,19 @@ def _assign(config: dict[str, Any], key: str, value: Any) -> None:
     node[last] = value
 
 
-def _names_in_use(config: Mapping[str, Any], grid: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the attacks and defenses that any cell names; unknown ones are errors here."""
+def _names_in_use(
+    config: Mapping[str, Any], grid: Mapping[str, Any], pinned: Mapping[str, Any]
+) -> dict[str, list[str]]:
+    """Return the attacks and defenses that any cell names; unknown ones are errors here.
+
+    Names on an axis that an override pinned count too: the file holds their keys.
+    """
     names = {}
     for section, (schema, registry) in NAMED_SECTIONS.items():
         own = (config.get(section) or {}) if isinstance(config.get(section), dict | None) else {}
         axis = grid.get(f"{section}.name")
-        used = axis if isinstance(axis, list) else [own.get("name", schema().name)]
+        used = list(axis) if isinstance(axis, list) else [own.get("name", schema().name)]
+        used += pinned.get(f"{section}.name") or []
         for name in used:
             registry[str(name)]
         names[section] = [str(name) for name in used]

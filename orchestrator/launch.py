@@ -13,6 +13,7 @@ import gc
 import os
 import shutil
 import signal
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -43,6 +44,8 @@ from orchestrator.store import ResultStore
 PASSED_PREFIXES = ("MLFLOW_", "HF_", "BTU_", "AWS_", "TRANSFORMERS_", "RAY_ACCEL_")
 # A worker that dies (killed, node lost) is tried again; an error inside a trial is a result.
 WORKER_RETRIES = 2
+# One bad record must not keep the others out of MLflow; a dead server must not be asked for each.
+GIVE_UP_TRACKING = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +55,6 @@ class LaunchResult:
     done: int
     failed: dict[str, str]
     missing: int
-    untracked: int
     seconds: float
 
     @property
@@ -78,20 +80,22 @@ def launch(sweep: Sweep, plan: Plan, address: str | None, progress: SweepProgres
     uri = tracking.tracking_uri(sweep)
     todo = [cell for cell in plan.cells if not store.is_done(cell.key)]
     progress.begin(total=len(plan.cells), done=len(plan.cells) - len(todo))
-    if todo:
-        task = {"folder": str(sweep.folder), "sweep": sweep.name, "uri": uri, "id": experiment_id}
-        cells = [
-            {"key": cell.key, "varied": dict(cell.varied), "config": cell.spec.config()}
-            for cell in todo
-        ]
-        _run(sweep, task, cells, address, progress)
-    untracked = _track_missing(store, plan, uri, experiment_id, progress)
-    progress.end()
+    task = {"folder": str(sweep.folder), "sweep": sweep.name, "uri": uri, "id": experiment_id}
+    cells = [
+        {"key": cell.key, "varied": dict(cell.varied), "config": cell.spec.config()}
+        for cell in todo
+    ]
+    try:
+        if cells:
+            _run(sweep, task, cells, address, progress)
+        _track_missing(store, plan, uri, experiment_id, progress)
+    finally:
+        progress.end()
     keys = {cell.key for cell in plan.cells}
     failed = {r["key"]: r["reason"] for r in store.failures() if r["key"] in keys}
     done = sum(store.is_done(key) for key in keys)
     missing = len(keys) - done - len(failed)
-    return LaunchResult(done, failed, missing, untracked, time.monotonic() - started)
+    return LaunchResult(done, failed, missing, time.monotonic() - started)
 
 
 def _run(
@@ -104,6 +108,7 @@ def _run(
     environment = {k: v for k, v in os.environ.items() if k.startswith(PASSED_PREFIXES)}
     attached = ray.is_initialized()
     if not attached:
+        _check_answers(address)
         try:
             ray.init(
                 # Without "local", ray would join whatever cluster runs on this machine.
@@ -143,6 +148,20 @@ def _run(
             ray.shutdown()
         # Tune's own state serves nothing here: results are committed by the workers.
         shutil.rmtree(state, ignore_errors=True)
+
+
+def _check_answers(address: str | None) -> None:
+    """Raise a `UserError` where nothing listens at HOST:PORT: ray itself tries for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise UserError(
+            f"Ray cluster {address} cannot be reached: {error}. Check --address, or leave it out "
+            "for a local run."
+        ) from error
 
 
 def _check_fits(sweep: Sweep) -> None:
@@ -218,8 +237,8 @@ def _free_memory() -> None:
 
 def _track_missing(
     store: ResultStore, plan: Plan, uri: str, experiment_id: str, progress: SweepProgress
-) -> int:
-    """Write runs that MLflow has missed; return how many it still misses."""
+) -> None:
+    """Write the runs that MLflow has missed; say how many it still misses."""
     from orchestrator import tracking
 
     writes: list[Callable[[], None]] = [
@@ -230,17 +249,19 @@ def _track_missing(
     writes += [
         partial(tracking.log_failure, uri, experiment_id, record) for record in store.failures()
     ]
-    for index, write in enumerate(writes):
+    missed = []
+    for write in writes:
         try:
             write()
         except Exception as error:
-            left = len(writes) - index
-            progress.note(
-                f"up to {left} results are on disk but not in MLflow ({type(error).__name__}: "
-                f"{str(error)[:200]}); the same command writes them once {uri} answers."
-            )
-            return left
-    return 0
+            missed.append(f"{type(error).__name__}: {str(error)[:200]}")
+            if len(missed) == GIVE_UP_TRACKING:
+                break
+    if missed:
+        progress.note(
+            f"some results are on disk but not in MLflow ({missed[0]}); the same command writes "
+            f"them once {uri} answers."
+        )
 
 
 class _ProgressCallback(Callback):  # type: ignore[misc]  # ray is untyped

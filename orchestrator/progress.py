@@ -81,7 +81,8 @@ class SweepProgress:
             outcome = f"{text} in {duration(result['trial_seconds'])}"
         else:
             self._failed += 1
-            outcome = f"FAILED: {str(result.get('reason', '')).splitlines()[0]}"
+            reason = str(result.get("reason") or "no reason given").splitlines()[0]
+            outcome = f"FAILED: {reason}"
         if result.get("untracked"):
             self.note(f"not in MLflow yet: {label(varied)} ({result['untracked']})")
         ended = self._done + self._failed

@@ -100,7 +100,9 @@ class ResultStore:
     def failures(self) -> Iterator[dict[str, Any]]:
         """Yield the record of every failed cell, by key."""
         for path in sorted(self.failed.glob("[!.]*.json")):
-            yield read_record(path)
+            # A kill between a commit and its clean-up leaves the old failure behind.
+            if not self.is_done(path.stem):
+                yield read_record(path)
 
     def _failure_path(self, key: str) -> Path:
         return self.failed / f"{key}.json"

@@ -12,6 +12,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import uuid
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -30,7 +31,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from btu.errors import UserError
-from orchestrator.config import Sweep
+from orchestrator.config import Sweep, flatten, pins
 from orchestrator.store import CONFIG, FLAGGED, PLOT, RESULT, TOKENS, ResultStore, read_record
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -51,7 +52,14 @@ UNTRACKED_KEYS = ("resources",)
 
 def tracking_uri(sweep: Sweep) -> str:
     """Return where the sweep's runs go: its own choice, or SQLite in the output folder."""
-    return sweep.tracking.uri or default_uri(sweep.output)
+    uri = sweep.tracking.uri
+    if uri is None:
+        return default_uri(sweep.output)
+    scheme = "sqlite:///"
+    if uri.startswith(scheme):
+        # Workers start in folders of their own, where a relative file would be another one.
+        return scheme + str(Path(uri.removeprefix(scheme)).expanduser().resolve())
+    return uri
 
 
 def default_uri(output: Path) -> str:
@@ -87,6 +95,13 @@ def prepare(sweep: Sweep) -> str:
         client.set_experiment_tag(
             experiment_id, "mlflow.experimentKind", "custom_model_development"
         )
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(
+            f"tracking.uri {uri} needs a package that is not installed: {error}. Install it (for "
+            "PostgreSQL: pip install psycopg2-binary), or use an MLflow server's HTTP address."
+        ) from error
     except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
         raise UserError(
             f"tracking.uri {uri} does not answer: {str(error).splitlines()[0]} Start the server, "
@@ -111,7 +126,7 @@ def log_cell(uri: str, experiment_id: str, store: ResultStore, key: str) -> None
     """Write a finished cell as a run, unless it is there already."""
     folder = store.path(key)
     marker = folder / TRACKED
-    if marker.is_file() and json.loads(marker.read_text())["uri"] == uri:
+    if _tracked_in(marker) == uri:
         return
     record = read_record(folder / RESULT)
     client = mlflow.MlflowClient(tracking_uri=uri)
@@ -127,7 +142,17 @@ def log_cell(uri: str, experiment_id: str, store: ResultStore, key: str) -> None
             client.log_table(run_id, flagged, FLAGGED)
         client.set_tag(run_id, RECORD_TAG, _record_id(record))
         client.set_terminated(run_id, "FINISHED", end_time=_milliseconds(record["ended"]))
-    marker.write_text(json.dumps({"uri": uri, "run_id": run_id}))
+    staged = marker.with_suffix(f".{uuid.uuid4().hex}")
+    staged.write_text(json.dumps({"uri": uri, "run_id": run_id}))
+    os.replace(staged, marker)
+
+
+def _tracked_in(marker: Path) -> str | None:
+    """Return the store that holds the cell's run; None if unknown, and MLflow is asked."""
+    try:
+        return str(json.loads(marker.read_text())["uri"])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def log_failure(uri: str, experiment_id: str, record: Mapping[str, Any]) -> None:
@@ -172,6 +197,11 @@ def _record_id(record: Mapping[str, Any]) -> str:
 
 
 def _start(client: mlflow.MlflowClient, experiment_id: str, record: Mapping[str, Any]) -> str:
+    # What a killed worker left half-told is told again in whole.
+    for run in client.search_runs([experiment_id], f"tags.cell = '{record['key']}'"):
+        unfinished = RECORD_TAG not in run.data.tags
+        if unfinished and run.info.start_time == _milliseconds(record["started"]):
+            client.delete_run(run.info.run_id)
     tags = {
         "mlflow.source.name": "btu",
         "mlflow.note.content": _run_note(record),
@@ -197,22 +227,11 @@ def run_name(record: Mapping[str, Any]) -> str:
 
 
 def _run_note(record: Mapping[str, Any]) -> str:
-    overrides = " ".join(f"{key}={value}" for key, value in record["varied"].items())
     return (
         f"Cell `{record['key']}` of sweep `{record['sweep']}`. Again, in one process: "
-        f"`btu trial SWEEP.yaml {overrides}`, or `btu trial config.yaml` with the artifact."
+        f"`btu trial SWEEP.yaml {pins(record['varied'])}`, or with the artifact: "
+        "`btu trial config.yaml`."
     )
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted key; lists stay values."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _params(record: Mapping[str, Any]) -> list[Param]:

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from btu.errors import unknown
+from orchestrator.config import flatten
 
 FORMATS = ("table", "csv", "json", "markdown", "latex")
 # Table column -> dotted config key.
@@ -39,10 +40,13 @@ PLAIN = ("flagged", "seconds")
 def results_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Return a row per cell: its coordinates, then its metrics as fractions.
 
-    Beside the fixed columns there is one for every further key that the sweep varies.
+    Beside the fixed columns there is one for every further key that the sweep varies, or that
+    differs between its cells because it was launched with other settings before: rows of
+    different settings must not look alike, nor be averaged.
     """
     records = list(records)
     keys = dict.fromkeys(key for record in records for key in record["varied"])
+    keys |= dict.fromkeys(_differing([record["config"] for record in records]))
     extra = [key for key in keys if key not in CONFIG_COLUMNS.values()]
     rows = []
     for record in records:
@@ -54,6 +58,19 @@ def results_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=columns)
     order = [c for c in columns if c not in METRIC_COLUMNS]
     return table.sort_values(order, key=_sortable, kind="stable").reset_index(drop=True)
+
+
+def _differing(configs: list[Mapping[str, Any]]) -> list[str]:
+    """Return the dotted keys that every config has, with values that differ and act."""
+    flat = [flatten(config) for config in configs]
+    shared = [key for key in flat[0] if all(key in other for other in flat)] if flat else []
+    return [
+        key
+        for key in shared
+        if key != "data.path"
+        and not key.startswith("resources.")
+        and len({str(other[key]) for other in flat}) > 1
+    ]
 
 
 def mean_over_seeds(table: pd.DataFrame) -> pd.DataFrame:
@@ -94,7 +111,10 @@ def render(table: pd.DataFrame, style: str) -> str:
     if style == "csv":
         return table.to_csv(index=False)
     if style == "json":
-        rows = json.loads(table.to_json(orient="records", double_precision=15))
+        rows = [
+            {str(k): None if pd.isna(v) else v for k, v in row.items()}
+            for row in table.astype(object).to_dict("records")
+        ]
         return json.dumps(rows, indent=1) + "\n"
     shown = readable(table)
     if style == "markdown":
@@ -131,6 +151,8 @@ def _number(value: float, digits: int, whole: bool) -> str:
 
 
 def _text(value: Any) -> str:
+    if value is None or value != value:
+        return "-"  # the cell's attack or defense has no such key
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -166,5 +188,12 @@ def _plain(value: Any) -> Any:
 
 
 def _sortable(column: pd.Series[Any]) -> pd.Series[Any]:
-    # Axes may mix numbers and text (alpha: 0.001 and a list per round).
-    return column if pd.api.types.is_numeric_dtype(column) else column.astype(str)
+    """Return a key by which numbers sort as numbers, before texts (alpha: 0.001, or a list)."""
+
+    def key(value: Any) -> tuple[bool, float, str]:
+        if isinstance(value, int | float) and value == value:
+            return False, float(value), ""
+        return True, 0.0, str(value)
+
+    ranks = {k: rank for rank, k in enumerate(sorted({key(value) for value in column}))}
+    return column.map(lambda value: ranks[key(value)])
