@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# -qq: no progress and no warnings about index mirrors; errors still show.
+# -qq: quiet, but errors still show.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 COVERAGE := --cov=btu --cov=orchestrator --cov-report=term
 

@@ -225,7 +225,11 @@ def _local_frames(spec: DataSpec) -> dict[str, pd.DataFrame]:
     if not root.is_dir():
         raise UserError(f"data.path {root} does not exist; give a folder with a file per split.")
     files: dict[str, Path] = {}
-    for path in sorted(p for p in root.iterdir() if p.suffix in SUFFIXES):
+    try:
+        paths = sorted(p for p in root.iterdir() if p.suffix in SUFFIXES)
+    except OSError as error:
+        raise UserError(f"data.path {root} cannot be read: {error.strerror}.") from error
+    for path in paths:
         if path.stem in files:
             raise UserError(
                 f"folder {root} holds the split '{path.stem}' twice ({files[path.stem].name} and "
@@ -433,10 +437,16 @@ def _hold_out(spec: DataSpec, roles: dict[str, Rows], notes: dict[str, int]) -> 
     if not missing:
         return
     train = roles["train"]
+    held = {r: max(1, round(getattr(spec, f"{r}_fraction") * len(train))) for r in missing}
+    if sum(held.values()) >= len(train):
+        raise UserError(
+            f"data set '{spec.name}' has {len(train)} train rows, too few to hold out "
+            + " and ".join(f"{count} for {role}" for role, count in held.items())
+            + "; give more rows, or files for these roles."
+        )
     order = np.random.default_rng(derive_seed(spec.split_seed, "hold out")).permutation(len(train))
     start = 0
-    for role in missing:
-        count = max(1, round(getattr(spec, f"{role}_fraction") * len(train)))
+    for role, count in held.items():
         roles[role] = train.take(np.sort(order[start : start + count]))
         notes[f"held_out_{role}"] = count
         start += count

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from btu.errors import unknown
 from btu.registry import Registry
@@ -100,9 +100,9 @@ class DefenseContext:
 class DefenseOutcome:
     """What a defense did.
 
-    model: the defended model. flagged: vocabulary ids it took for trigger tokens, most
-    suspicious first; None if it does not look for tokens. token_scores: (vocabulary,) the
-    ranking behind `flagged`, higher is more suspicious, NaN for what is no candidate.
+    model: the defended model. flagged: vocabulary ids it took for trigger tokens; None if it does
+    not look for tokens. token_scores: (vocabulary,) the ranking behind `flagged`, higher is more
+    suspicious, NaN for what is no candidate.
     token_table: further (vocabulary,) columns worth keeping, by name.
     """
 
@@ -113,7 +113,11 @@ class DefenseOutcome:
 
 
 class Defense(Protocol):
-    """A defense: a frozen dataclass whose fields are its hyperparameters."""
+    """A defense: a frozen dataclass whose fields are its hyperparameters.
+
+    A class attribute ``PRESETS`` (name -> values by field) lets a config name sets of them; one of
+    the names is ``default``.
+    """
 
     def check(self, vocabulary: int) -> None:
         """Raise a `UserError` where the hyperparameters cannot work on such a vocabulary.
@@ -125,9 +129,3 @@ class Defense(Protocol):
     def defend(self, context: DefenseContext) -> DefenseOutcome:
         """Return the defended model and what was flagged. `context.model` is not changed."""
         ...
-
-
-class HasPresets(Protocol):
-    """A defense whose config may name a preset: values for the keys that are not set."""
-
-    PRESETS: ClassVar[Mapping[str, Mapping[str, object]]]

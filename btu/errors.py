@@ -23,9 +23,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """Build the error for a name that is not among `known`."""
     options = sorted(str(k) for k in known)
-    return UserError(
-        f"unknown {kind} '{name}'{did_you_mean(name, options)} (known: {', '.join(options)})"
-    )
+    known_names = ", ".join(options) or "none"
+    return UserError(f"unknown {kind} '{name}'{did_you_mean(name, options)} (known: {known_names})")
 
 
 def check_fraction(name: str, value: float, *, open_low: bool = False) -> float:

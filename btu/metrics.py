@@ -30,9 +30,12 @@ METRICS: dict[str, Metric] = {
     "detection_precision": Metric("flagged tokens that belong to the trigger", True),
     "detection_recall": Metric("trigger tokens that were flagged", True),
     "detection_f1": Metric("harmonic mean of token precision and recall", True),
-    "detection_auprc": Metric("average precision of the token ranking, over all thresholds", True),
+    "detection_auprc": Metric(
+        "average precision of the token ranking by drift, over all thresholds", True
+    ),
     "sample_precision": Metric("training rows holding a flagged token that are poisoned", True),
     "sample_recall": Metric("poisoned training rows that hold a flagged token", True),
+    "sample_f1": Metric("harmonic mean of sample precision and recall", True),
     "flagged": Metric("tokens flagged", None),
     "undefended_asr": Metric("asr of the poisoned model, nothing done", None),
     "undefended_cacc": Metric("cacc of the poisoned model, nothing done", None),
@@ -43,16 +46,18 @@ METRICS: dict[str, Metric] = {
     "poison_rate_reached": Metric("poisoned rows over training rows", None),
     "poisoned_rows": Metric("training rows that carry the trigger", None),
     "relabeled_rows": Metric("poisoned rows whose label the attack changed", None),
+    "triggers_cut_train": Metric("poisoned rows that max_length left without a trigger", None),
+    "triggers_cut_eval": Metric("triggered test rows that max_length left without a trigger", None),
+    "truncated_rows": Metric("training rows as long as max_length or cut to it", None),
     "seconds": Metric("wall time of the trial", False),
 }
-for _state in ("", "undefended_", "tuned_"):
-    for _name, _what in (("asr", "asr"), ("cacc", "cacc"), ("ftr", "ftr")):
-        for _part, _words in (
-            ("low", "lower end of the 95 % Wilson interval of"),
-            ("high", "upper end of the 95 % Wilson interval of"),
-            ("n", "rows behind"),
-        ):
-            METRICS[f"{_state}{_name}_{_part}"] = Metric(f"{_words} {_state}{_what}", None)
+_PROPORTIONS = [
+    f"{state}{name}" for state in ("", "undefended_", "tuned_") for name in ("asr", "cacc", "ftr")
+] + [f"{what}_{name}" for what in ("detection", "sample") for name in ("precision", "recall")]
+for _name in _PROPORTIONS:
+    METRICS[f"{_name}_low"] = Metric(f"lower end of the 95 % Wilson interval of {_name}", None)
+    METRICS[f"{_name}_high"] = Metric(f"upper end of the 95 % Wilson interval of {_name}", None)
+    METRICS[f"{_name}_n"] = Metric(f"rows or tokens behind {_name}", None)
 
 
 def metric(name: str) -> Metric:
@@ -94,14 +99,47 @@ class Proportion:
 
 @dataclass(frozen=True)
 class DetectionScore:
-    """How well a flagged set matches the true one. NaN where undefined."""
+    """How well a flagged set matches the true one, from its counts. NaN where undefined.
 
-    precision: float
-    recall: float
-    f1: float
+    hits: flagged and true. flagged, true: all of each; `true` is None where no set is the true
+    one, and everything is undefined.
+    """
 
+    hits: int
+    flagged: int
+    true: int | None
 
-UNDEFINED = DetectionScore(math.nan, math.nan, math.nan)
+    @property
+    def precision(self) -> float:
+        return self._precision.value
+
+    @property
+    def recall(self) -> float:
+        return self._recall.value
+
+    @property
+    def f1(self) -> float:
+        if math.isnan(self.recall):
+            return math.nan
+        if self.hits == 0:
+            return 0.0  # there was something to find and nothing right was flagged
+        return 2 * self.precision * self.recall / (self.precision + self.recall)
+
+    @property
+    def _precision(self) -> Proportion:
+        return Proportion(self.hits, 0 if self.true is None else self.flagged)
+
+    @property
+    def _recall(self) -> Proportion:
+        return Proportion(self.hits, self.true or 0)
+
+    def as_metrics(self, prefix: str) -> dict[str, float]:
+        """Return precision and recall with Wilson intervals and n, and f1, led by `prefix`."""
+        return {
+            **self._precision.as_metrics(f"{prefix}_precision"),
+            **self._recall.as_metrics(f"{prefix}_recall"),
+            f"{prefix}_f1": self.f1,
+        }
 
 
 def token_detection(flagged: Collection[int], truth: Collection[int] | None) -> DetectionScore:
@@ -111,27 +149,13 @@ def token_detection(flagged: Collection[int], truth: Collection[int] | None) -> 
     everything where `truth` is None: the trigger is not made of fixed tokens.
     """
     if truth is None:
-        return UNDEFINED
-    hits = len(set(flagged) & set(truth))
-    precision = hits / len(flagged) if flagged else math.nan
-    recall = hits / len(truth) if truth else math.nan
-    return DetectionScore(precision, recall, _f1(precision, recall))
+        return DetectionScore(0, len(flagged), None)
+    return DetectionScore(len(set(flagged) & set(truth)), len(flagged), len(truth))
 
 
 def row_detection(flagged: BoolArray, poisoned: BoolArray) -> DetectionScore:
     """Score flagged training rows against the hidden poison mask, both (rows,)."""
-    hits = int((flagged & poisoned).sum())
-    precision = hits / int(flagged.sum()) if flagged.any() else math.nan
-    recall = hits / int(poisoned.sum()) if poisoned.any() else math.nan
-    return DetectionScore(precision, recall, _f1(precision, recall))
-
-
-def _f1(precision: float, recall: float) -> float:
-    if math.isnan(recall):
-        return math.nan
-    if math.isnan(precision) or precision + recall == 0:
-        return 0.0  # there was something to find and nothing right was flagged
-    return 2 * precision * recall / (precision + recall)
+    return DetectionScore(int((flagged & poisoned).sum()), int(flagged.sum()), int(poisoned.sum()))
 
 
 def average_precision(scores: FloatArray, truth: Collection[int] | None) -> float:

@@ -60,9 +60,10 @@ class ParaphraseAttack:
         """Return the rows that have a paraphrase (all, with a model).
 
         Raises:
-            UserError: there is neither the column nor a model.
+            UserError: there is neither the column nor a model, or a local model is not there.
         """
         if self.model is not None:
+            _check_local(self.model)
             return np.arange(len(rows))
         column = self._column(rows)
         return np.flatnonzero([bool(text.strip()) for text in rows.columns[column]])
@@ -93,9 +94,19 @@ class ParaphraseAttack:
         return column
 
 
+def _check_local(model: str) -> None:
+    folder = Path(model).expanduser()
+    if folder.is_dir() and not weight_files(folder):
+        raise UserError(f"attack.model folder {folder} has no model.safetensors.")
+    if not folder.is_dir() and model.startswith((".", "/", "~")):
+        raise UserError(
+            f"attack.model folder {folder} does not exist; give a folder or a hub name."
+        )
+
+
 def cache_folder() -> Path:
     """Return where generated paraphrases are kept: $BTU_CACHE or ~/.cache/btu."""
-    return Path(os.environ.get("BTU_CACHE") or Path.home() / ".cache" / "btu")
+    return Path(os.environ.get("BTU_CACHE") or Path.home() / ".cache" / "btu").expanduser()
 
 
 @contextmanager
@@ -127,7 +138,8 @@ def generate_paraphrases(
     """Return the model's paraphrase of every text, greedily decoded, in batches.
 
     Each batch is committed to the cache before the next one starts, so an interrupted run goes
-    on where it was, and every trial of a sweep shares the work.
+    on where it was, and later trials share the work. Trials that start at once do not wait for
+    each other: each generates until it finds a batch in the cache.
 
     Raises:
         UserError: the model cannot be loaded as a seq2seq model with safetensors weights, or
@@ -138,11 +150,7 @@ def generate_paraphrases(
         hashlib.sha256((recipe + t).encode("utf-8", "surrogatepass")).hexdigest() for t in texts
     ]
     with _cache() as cache:
-        found = {}
-        for key in keys:
-            row = cache.execute("SELECT text FROM paraphrases WHERE key = ?", (key,)).fetchone()
-            if row:
-                found[key] = row[0]
+        found = _cached(cache, keys)
         missing = {k: t for k, t in zip(keys, texts, strict=True) if k not in found}
         # Longest first: batches of similar length waste no padding, and memory peaks at once.
         todo = sorted(missing.items(), key=lambda item: -len(item[1]))
@@ -150,16 +158,32 @@ def generate_paraphrases(
             write = _generator(model_name, prefix, max_new_tokens)
             for start in range(0, len(todo), GENERATE_BATCH):
                 batch = todo[start : start + GENERATE_BATCH]
+                # Another trial may have written some of them meanwhile.
+                found |= _cached(cache, [k for k, _ in batch])
+                left = [(k, t) for k, t in batch if k not in found]
                 written = dict(
-                    zip([k for k, _ in batch], write([t for _, t in batch]), strict=True)
+                    zip(
+                        [k for k, _ in left],
+                        write([t for _, t in left]) if left else [],
+                        strict=True,
+                    )
                 )
                 cache.executemany(
                     "INSERT OR IGNORE INTO paraphrases VALUES (?, ?)", list(written.items())
                 )
                 cache.commit()
-                found.update(written)
+                found |= written
                 progress(Progress("paraphrase", start + len(batch), len(todo)))
     return tuple(found[key] for key in keys)
+
+
+def _cached(cache: sqlite3.Connection, keys: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for key in keys:
+        row = cache.execute("SELECT text FROM paraphrases WHERE key = ?", (key,)).fetchone()
+        if row:
+            found[key] = str(row[0])
+    return found
 
 
 def _model_revision(model_name: str) -> str:

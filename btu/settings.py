@@ -47,7 +47,7 @@ class TrainSettings:
             raise unknown("train.precision", self.precision, PRECISIONS)
         if self.schedule not in SCHEDULES:
             raise unknown("train.schedule", self.schedule, SCHEDULES)
-        if self.weight_decay < 0:
+        if not math.isfinite(self.weight_decay) or self.weight_decay < 0:
             raise UserError(f"train.weight_decay must be at least 0, got {self.weight_decay}.")
         if self.max_grad_norm is not None:
             check_positive("train.max_grad_norm", self.max_grad_norm)

@@ -84,7 +84,10 @@ class VictimSource:
         config = Path(self.location) / "config.json"
         if not config.is_file():
             return None
-        size = json.loads(config.read_text()).get("vocab_size")
+        try:
+            size = json.loads(config.read_text()).get("vocab_size")
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{config} is damaged: it is no JSON object ({error}).") from error
         return int(size) if size is not None else None
 
 
@@ -128,7 +131,12 @@ def weight_files(folder: Path, allow_pickle: bool = False) -> list[Path]:
         if (folder / single).is_file():
             return [folder / single]
         if (folder / index).is_file():
-            shards = set(json.loads((folder / index).read_text())["weight_map"].values())
+            try:
+                shards = set(json.loads((folder / index).read_text())["weight_map"].values())
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{folder / index} is damaged: it names no weight files."
+                ) from error
             return [folder / shard for shard in sorted(shards)]
     return []
 
@@ -221,8 +229,10 @@ class Victim:
             )
         except (OSError, ValueError) as error:
             raise self._not_loadable(error) from error
-        self.has_padding_row = self.tokenizer.pad_token is not None
-        if not self.has_padding_row:
+        # Many tokenizers of decoders are saved with their end-of-text token as the padding one.
+        own = self.tokenizer.pad_token is not None
+        self.has_padding_row = own and self.tokenizer.pad_token != self.tokenizer.eos_token
+        if not own:
             if self.tokenizer.eos_token is None:
                 raise UserError(
                     f"victim '{spec.name}' has neither a padding nor an end-of-text token; add a "
@@ -249,7 +259,7 @@ class Victim:
     def new_model(self, seed: int) -> PreTrainedModel:
         """Return a fresh copy of the pretrained model with a classifier drawn from `seed`.
 
-        In fp32 and eval mode, on the CPU. The global random state is left as it was.
+        In fp32 and eval mode, on the CPU, whose global random state is left as it was.
         """
         import torch
         from safetensors import SafetensorError
@@ -279,7 +289,13 @@ class Victim:
             transformers_logging.set_verbosity(verbosity)
             if progress_bar:
                 transformers_logging.enable_progress_bar()
-        model.config.pad_token_id = self.tokenizer.pad_token_id
+        pad, rows = self.tokenizer.pad_token_id, model.get_input_embeddings().weight.shape[0]
+        if pad is None or pad >= rows:
+            raise UserError(
+                f"victim '{self.spec.name}' pads with token {pad}, but has {rows} embedding rows; "
+                "save the model with its embeddings resized to the tokenizer."
+            )
+        model.config.pad_token_id = pad
         return model.eval()
 
     def neutral_row(self, pretrained: torch.Tensor) -> torch.Tensor:

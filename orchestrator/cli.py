@@ -42,7 +42,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         help="Keys to override, dotted: attack.poison_rate=0.05 grid.seed=[0,1,2] output=/scratch",
-        metavar="[KEY=VALUE]...",
+        metavar="KEY=VALUE",
     ),
 ]
 Output = Annotated[

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from btu.errors import UserError, did_you_mean
 from btu.poisoning import ATTACKS, Attack, PoisonSpec
 from btu.registry import Registry
 from btu.settings import TrainSettings, TuningSettings
-from btu.victims import VICTIMS, VictimSpec
+from btu.victims import VICTIMS, VictimSpec, folder_identity, weight_files
 
 # Raised when the recipe of a trial changes what it measures: finished cells then run again.
 RECIPE_VERSION = 1
@@ -40,9 +41,9 @@ class ResourceSpec:
     gpu: float = 0
 
     def __post_init__(self) -> None:
-        if self.cpu <= 0:
+        if not math.isfinite(self.cpu) or self.cpu <= 0:
             raise UserError(f"resources.cpu must be above 0, got {self.cpu}.")
-        if self.gpu < 0:
+        if not math.isfinite(self.gpu) or self.gpu < 0:
             raise UserError(f"resources.gpu must be at least 0, got {self.gpu}.")
         if self.gpu > 1:
             raise UserError(
@@ -118,13 +119,18 @@ class TrialSpec:
         }
 
     def key(self, data_fingerprint: str, victim_identity: str) -> str:
-        """Return the cell's fingerprint: equal exactly if the results must be equal.
+        """Return the cell's fingerprint: cells with equal ones must have equal results.
 
-        Paths, names and resources do not act; the rows and the weights stand for themselves.
+        Paths, names and resources do not act; the rows and the weights stand for themselves. A
+        hub model is told by its name and revision: pin `victim.revision` where its weights may
+        change. A local paraphrase model is told by its files.
         """
         acts = self.config()
         del acts["resources"]
         acts["defense"].pop("preset", None)
+        model = self.attack_params.get("model")
+        if model is not None and Path(model).is_dir():
+            acts["attack"]["model"] = folder_identity(Path(model), weight_files(Path(model)))
         acts["data"] = data_fingerprint
         acts["victim"] = {"identity": victim_identity, "max_length": self.victim.max_length}
         acts["recipe"] = RECIPE_VERSION
@@ -144,7 +150,8 @@ class Cell:
 class Sweep:
     """A parsed sweep file.
 
-    text: the file with the overrides applied, as YAML, for the record.
+    text: the file with the overrides applied, as YAML, for the record. Without `tracking`, whose
+    URI may hold a password.
     """
 
     name: str
@@ -198,6 +205,7 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
     names = _names_in_use(config, grid, pinned)
     _check_keys(config, names)
     _check_grid(grid, names)
+    _check_shared_paraphrase(config, _names_in_use(config, grid, {})["attack"])
     name, output = config.pop("name"), config.pop("output", "runs")
     if not isinstance(output, str) or not output.strip():
         raise UserError(f"output must be a folder, got {output!r}.")
@@ -206,7 +214,6 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
     resources = _typed("resources", ResourceSpec, config.get("resources") or {})
     tracking = _typed("tracking", TrackingSpec, config.pop("tracking", None) or {})
     shown = {"name": name, "output": str(output), **config, "grid": grid}
-    shown["tracking"] = dataclasses.asdict(tracking)
     return Sweep(
         name,
         Path(output).expanduser().resolve(),
@@ -240,6 +247,9 @@ def resolve(config: Mapping[str, Any]) -> TrialSpec:
     if victim.name not in VICTIMS and Path(victim.name).expanduser().is_dir():
         victim = dataclasses.replace(victim, name=str(Path(victim.name).expanduser().resolve()))
     poison, attack_params, _ = _named("attack", config.get("attack") or {})
+    model = attack_params.get("model")
+    if model is not None and Path(model).expanduser().is_dir():
+        attack_params["model"] = str(Path(model).expanduser().resolve())
     defense, defense_params, preset = _named("defense", config.get("defense") or {})
     seed = config.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -333,7 +343,7 @@ def _names_in_use(
         used += pinned.get(f"{section}.name") or []
         for name in used:
             registry[str(name)]
-        names[section] = [str(name) for name in used]
+        names[section] = list(dict.fromkeys(map(str, used)))
     return names
 
 
@@ -374,6 +384,21 @@ def _check_keys(config: Mapping[str, Any], names: Mapping[str, list[str]]) -> No
         for inner in value:
             if inner not in known:
                 raise _unknown_key(f"{key}.{inner}", [f"{key}.{k}" for k in known], "the sweep")
+
+
+def _check_shared_paraphrase(config: Mapping[str, Any], names: list[str]) -> None:
+    """Refuse one paraphrase source for several paraphrase attacks: they would be the same one.
+
+    names: the attacks that cells really have, without those that an override pinned away.
+    """
+    readers = [name for name in names if hasattr(ATTACKS.load(name), "default_column")]
+    section = config.get("attack") or {}
+    for key in ("column", "model"):
+        if section.get(key) is not None and len(readers) > 1:
+            raise UserError(
+                f"attack.{key} {section[key]!r} would serve {' and '.join(readers)} alike; launch "
+                f"them one by one, e.g. attack.name={readers[0]} attack.{key}=..."
+            )
 
 
 def _check_grid(grid: Mapping[str, Any], names: Mapping[str, list[str]]) -> None:

@@ -35,7 +35,7 @@ from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 
 from btu.errors import UserError
-from orchestrator.config import Sweep, resolve
+from orchestrator.config import RECIPE_VERSION, Sweep, resolve
 from orchestrator.plan import Plan
 from orchestrator.progress import SweepProgress
 from orchestrator.store import ResultStore
@@ -106,6 +106,10 @@ def _run(
     progress: SweepProgress,
 ) -> None:
     environment = {k: v for k, v in os.environ.items() if k.startswith(PASSED_PREFIXES)}
+    if environment.get("BTU_CACHE"):
+        # Workers start in folders of their own.
+        cache = Path(environment["BTU_CACHE"]).expanduser().resolve()
+        environment["BTU_CACHE"] = str(cache)
     attached = ray.is_initialized()
     if not attached:
         _check_answers(address)
@@ -139,7 +143,7 @@ def _run(
                     name="tune",
                     storage_path=str(state),
                     verbose=0,
-                    callbacks=[_ProgressCallback(progress)],
+                    callbacks=[_ProgressCallback(progress, sweep.name, ResultStore(sweep.folder))],
                     failure_config=FailureConfig(max_failures=WORKER_RETRIES),
                 ),
             ).fit()
@@ -152,6 +156,11 @@ def _run(
 
 def _check_answers(address: str | None) -> None:
     """Raise a `UserError` where nothing listens at HOST:PORT: ray itself tries for minutes."""
+    if address is not None and address.startswith("ray://"):
+        raise UserError(
+            f"--address {address} is Ray Client, which sweeps do not use; run btu launch on a node "
+            "of the cluster with --address auto."
+        )
     host, _, port = (address or "").rpartition(":")
     if not host or not port.isdigit():
         return
@@ -260,19 +269,21 @@ def _track_missing(
     if missed:
         progress.note(
             f"some results are on disk but not in MLflow ({missed[0]}); the same command writes "
-            f"them once {uri} answers."
+            f"them once {tracking.shown(uri)} answers."
         )
 
 
 class _ProgressCallback(Callback):  # type: ignore[misc]  # ray is untyped
-    """Passes Tune's events to the progress line."""
+    """Passes Tune's events to the progress line, and records trials that Tune gave up."""
 
-    def __init__(self, progress: SweepProgress) -> None:
+    def __init__(self, progress: SweepProgress, sweep_name: str, store: ResultStore) -> None:
         self._progress: SweepProgress | None = progress
+        self._sweep_name = sweep_name
+        self._store = store
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks; a live terminal display cannot be.
-        return {"_progress": None}
+        return {**self.__dict__, "_progress": None}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if self._progress:
@@ -280,12 +291,31 @@ class _ProgressCallback(Callback):  # type: ignore[misc]  # ray is untyped
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if self._progress:
-            self._progress.finished(
-                trial.trial_id, trial.config["cell"]["varied"], trial.last_result
-            )
+            varied = trial.config["cell"]["varied"]
+            self._progress.finished(trial.trial_id, varied, trial.last_result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        cell = trial.config["cell"]
+        error = str(trial.get_error() or "its worker died")
+        last = [line for line in error.strip().splitlines() if line.strip()][-1].strip()
+        reason = f"gave up after {WORKER_RETRIES + 1} tries: {last}"
+        if not self._store.is_done(cell["key"]):
+            from orchestrator.trial import failure_tags
+
+            self._store.commit_failure(
+                {
+                    **cell,
+                    "recipe": RECIPE_VERSION,
+                    "sweep": self._sweep_name,
+                    "status": "failed",
+                    "started": trial.run_metadata.start_time or time.time(),
+                    "ended": time.time(),
+                    "reason": reason,
+                    "traceback": error,
+                    "tags": failure_tags(resolve(cell["config"])),
+                }
+            )
         if self._progress:
-            reason = "its worker died more often than it is retried"
-            result = {"status": "failed", "reason": reason, "untracked": ""}
-            self._progress.finished(trial.trial_id, trial.config["cell"]["varied"], result)
+            self._progress.finished(
+                trial.trial_id, cell["varied"], {"status": "failed", "reason": reason}
+            )

@@ -50,7 +50,6 @@ class SweepProgress:
         self._running: set[str] = set()
         self._seconds: list[float] = []
         self._most = 1
-        self._began = time.monotonic()
 
     def begin(self, total: int, done: int) -> None:
         """Say how many cells there are and how many are on disk already."""

@@ -26,6 +26,8 @@ TOKENS = "tokens.parquet"
 FLAGGED = "flagged_tokens.json"
 CONFIG = "config.yaml"
 PLOT = "drift.png"
+# A full disk fails in odd ways in the middle of a sweep; results, plots and runs are small.
+LEAST_FREE_BYTES = 200_000_000
 
 
 class ResultStore:
@@ -48,11 +50,17 @@ class ResultStore:
             probe = self.folder / f".probe-{uuid.uuid4().hex}"
             probe.write_text("written by the launch check")
             probe.unlink()
+            free = shutil.disk_usage(self.folder).free
         except OSError as error:
             raise UserError(
                 f"output folder {self.folder} cannot be written ({error.strerror or error}); set "
                 "output=FOLDER to one that can."
             ) from error
+        if free < LEAST_FREE_BYTES:
+            raise UserError(
+                f"output folder {self.folder} has {free / 1e6:.0f} MB free, a sweep needs "
+                f"{LEAST_FREE_BYTES / 1e6:.0f} MB; free some, or set output=FOLDER."
+            )
 
     def path(self, key: str) -> Path:
         """Return the folder of a cell, finished or not."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -26,6 +27,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import mlflow
 import pandas as pd
+import yaml
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
@@ -62,6 +64,11 @@ def tracking_uri(sweep: Sweep) -> str:
     return uri
 
 
+def shown(uri: str) -> str:
+    """Return a URI for people, without user and password."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
 def default_uri(output: Path) -> str:
     """Return the SQLite store of an output folder."""
     return f"sqlite:///{output.resolve() / 'mlflow.db'}"
@@ -82,8 +89,8 @@ def prepare(sweep: Sweep) -> str:
         if found is not None:
             if found.lifecycle_stage != "active":
                 raise UserError(
-                    f"experiment '{sweep.name}' was deleted in the MLflow store {uri}; restore it "
-                    "there, or give the sweep another name."
+                    f"experiment '{sweep.name}' was deleted in the MLflow store {shown(uri)}; "
+                    "restore it there, or give the sweep another name."
                 )
             experiment_id = str(found.experiment_id)
         else:
@@ -99,13 +106,13 @@ def prepare(sweep: Sweep) -> str:
         raise
     except ImportError as error:
         raise UserError(
-            f"tracking.uri {uri} needs a package that is not installed: {error}. Install it (for "
-            "PostgreSQL: pip install psycopg2-binary), or use an MLflow server's HTTP address."
+            f"tracking.uri {shown(uri)} needs a package that is not installed: {error}. Install "
+            "it (for PostgreSQL: pip install psycopg2-binary), or name an MLflow server (HTTP)."
         ) from error
     except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
         raise UserError(
-            f"tracking.uri {uri} does not answer: {str(error).splitlines()[0]} Start the server, "
-            "correct tracking.uri, or leave it null for a local SQLite file."
+            f"tracking.uri {shown(uri)} does not answer: {str(error).splitlines()[0]} Start the "
+            "server, correct tracking.uri, or leave it null for a local SQLite file."
         ) from error
     if uri.startswith("sqlite:///"):
         # Readers no longer wait for writers: 1.9x the runs per second from several workers.
@@ -163,6 +170,7 @@ def log_failure(uri: str, experiment_id: str, record: Mapping[str, Any]) -> None
     run_id = _start(client, experiment_id, record)
     client.log_batch(run_id, params=_params(record))
     client.log_text(run_id, record["traceback"], "traceback.txt")
+    client.log_text(run_id, yaml.safe_dump(record["config"], sort_keys=False), CONFIG)
     client.set_tag(run_id, "reason", record["reason"][:TAG_CHARACTERS])
     client.set_tag(run_id, RECORD_TAG, _record_id(record))
     client.set_terminated(run_id, "FAILED", end_time=_milliseconds(record["ended"]))

@@ -33,8 +33,12 @@ from btu.training import NonFiniteLossError, choose_device, fit, resolve_precisi
 from btu.types import PoisonedSet, ProgressCallback, Rows, silent
 from btu.victims import Victim
 from orchestrator import plots
-from orchestrator.config import TrialSpec
+from orchestrator.config import RECIPE_VERSION, TrialSpec
 from orchestrator.store import CONFIG, FLAGGED, PLOT, TOKENS, ResultStore
+
+# What another try on a fresh worker may mend. A CUDA error also leaves its process unusable.
+INFRASTRUCTURE = (MemoryError, OSError, torch.OutOfMemoryError, torch.AcceleratorError)
+FAILURE_KEYS = ("key", "recipe", "sweep", "varied", "config", "started")
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class TrialResult:
 
     metrics: see `btu.metrics.METRICS`, and ``seconds/<stage>``. history: one entry per stage and
     epoch. tokens: a row per vocabulary id that occurs or was flagged: drift by round, score,
-    whether flagged, whether part of the trigger. notes: rows by role, and what loading did to them.
+    whether flagged, whether part of the trigger. notes: rows by role, and what loading did to
+    them. label_names: the original label values by class index. tags: what it was measured with.
     """
 
     config: Mapping[str, Any]
@@ -51,6 +56,7 @@ class TrialResult:
     history: tuple[Mapping[str, Any], ...]
     tokens: pd.DataFrame
     notes: Mapping[str, int]
+    label_names: tuple[str, ...]
     tags: Mapping[str, str]
 
     def flagged_table(self) -> pd.DataFrame:
@@ -80,7 +86,8 @@ def run_trial(spec: TrialSpec, progress: ProgressCallback = silent) -> TrialResu
     corpus = load_corpus(spec.data)
     victim = Victim(spec.victim, num_labels=len(corpus.label_names))
     attack, defense = spec.build_attack(), spec.build_defense()
-    defense.check(len(victim.tokenizer))
+    undefended = victim.new_model(derive_seed(spec.seed, "classifier"))
+    defense.check(len(undefended.get_input_embeddings().weight))
     target = corpus.label_index(spec.poison.target_label)
 
     poisoned = poison(attack, spec.poison, corpus.train, target, spec.seed, progress)
@@ -91,7 +98,6 @@ def run_trial(spec: TrialSpec, progress: ProgressCallback = silent) -> TrialResu
         victim.encode(corpus.eval), victim.encode(triggered), victim.encode(plain), target
     )
 
-    undefended = victim.new_model(derive_seed(spec.seed, "classifier"))
     context = DefenseContext(
         victim=victim,
         train_rows=Rows(poisoned.rows.texts, poisoned.rows.labels),
@@ -129,10 +135,13 @@ def run_trial(spec: TrialSpec, progress: ProgressCallback = silent) -> TrialResu
         "poison_rate_reached": poisoned.poison_rate,
         "poisoned_rows": int(poisoned.mask.sum()),
         "relabeled_rows": poisoned.relabeled,
-        "train_rows": len(poisoned.rows),
-        "clean_rows": len(corpus.clean),
         "truncated_rows": int((train.host_lengths >= spec.victim.max_length).sum()),
     }
+    if trigger_ids is not None:
+        # A trigger beyond max_length is not there for the victim: say so beside the numbers.
+        cut = poisoned.mask & ~train.holds(list(trigger_ids))
+        metrics["triggers_cut_train"] = int(cut.sum())
+        metrics["triggers_cut_eval"] = int((~eval_set.triggered.holds(list(trigger_ids))).sum())
     metrics |= {f"seconds/{stage}": seconds for stage, seconds in context.seconds.items()}
     metrics["seconds"] = time.perf_counter() - started
     return TrialResult(
@@ -141,7 +150,13 @@ def run_trial(spec: TrialSpec, progress: ProgressCallback = silent) -> TrialResu
         tuple(dataclasses.asdict(epoch) for epoch in context.history),
         token_table(outcome, victim, trigger_ids if poisoned.mask.any() else frozenset()),
         corpus.counts(),
-        environment_tags(device, resolve_precision(spec.train.precision, device)),
+        corpus.label_names,
+        {
+            **environment_tags(device, resolve_precision(spec.train.precision, device)),
+            "data": corpus.fingerprint()[:12],
+            "victim": victim.source.identity[:60],
+            "labels": " ".join(corpus.label_names),
+        },
     )
 
 
@@ -160,11 +175,8 @@ def detection_metrics(
     rows = row_detection(context.train.holds(outcome.flagged), poisoned.mask)
     found = {
         "flagged": len(outcome.flagged),
-        "detection_precision": tokens.precision,
-        "detection_recall": tokens.recall,
-        "detection_f1": tokens.f1,
-        "sample_precision": rows.precision,
-        "sample_recall": rows.recall,
+        **tokens.as_metrics("detection"),
+        **rows.as_metrics("sample"),
     }
     if outcome.token_scores is not None:
         found["detection_auprc"] = average_precision(outcome.token_scores, truth)
@@ -241,11 +253,12 @@ def run_and_store(
 ) -> dict[str, Any]:
     """Run a cell and write its record, finished or failed, to disk. Returns the record.
 
-    What went wrong inside the trial becomes a record with status ``failed``, since running it
-    again would fail again. Only what keeps the record from being written escapes.
+    An error of the trial itself becomes a record with status ``failed``, since running it again
+    would fail again. Errors of memory, devices and disks escape: a fresh worker may do better.
     """
     record: dict[str, Any] = {
         "key": key,
+        "recipe": RECIPE_VERSION,
         "sweep": sweep_name,
         "varied": dict(varied),
         "config": spec.config(),
@@ -253,24 +266,33 @@ def run_and_store(
     }
     try:
         result = run_trial(spec, progress)
+        record |= {
+            "status": "finished",
+            "ended": time.time(),
+            "metrics": dict(result.metrics),
+            "history": list(result.history),
+            "notes": dict(result.notes),
+            "label_names": list(result.label_names),
+            "tags": dict(result.tags),
+        }
+        store.commit(record, result)
+    except INFRASTRUCTURE:
+        raise
     except Exception as error:
         expected = isinstance(error, UserError | NonFiniteLossError)
-        record |= {
+        failure = {key: record[key] for key in FAILURE_KEYS} | {
             "status": "failed",
             "ended": time.time(),
             "reason": str(error) if expected else f"{type(error).__name__}: {error}",
             "traceback": traceback.format_exc(),
-            "tags": {"code": code_version(), "host": socket.gethostname()},
+            "tags": failure_tags(spec),
         }
-        store.commit_failure(record)
-        return record
-    record |= {
-        "status": "finished",
-        "ended": time.time(),
-        "metrics": dict(result.metrics),
-        "history": list(result.history),
-        "notes": dict(result.notes),
-        "tags": dict(result.tags),
-    }
-    store.commit(record, result)
+        store.commit_failure(failure)
+        return failure
     return record
+
+
+def failure_tags(spec: TrialSpec) -> dict[str, str]:
+    """Return what is known of where a cell failed."""
+    device = "cuda" if spec.resources.gpu > 0 else "cpu"
+    return {"code": code_version(), "host": socket.gethostname(), "device": device}

@@ -31,6 +31,13 @@ and the same poisoned set, and both are seeded (the code draws two, the first un
 the file is lost; a rate of 0 poisons nothing. The bag's batches are padded to the victim's
 ``max_length`` with ``padded``, 128 in the reference code.
 
+Further differences, in both presets: only tokens that occur in the training set can be flagged
+(others move by weight decay alone); weight decay spares biases and norms; no batch is dropped;
+clean tuning starts a fresh optimizer, where the code goes on with the fine-tune's; on OLID the code
+never flags "@" and "user", by hand. Fine-tune and clean tuning take warm-up, schedule and clipping
+from ``train``: the code's are ``warmup_fraction: 0, schedule: constant, max_grad_norm: null`` (as
+``benchmarks/reference.py`` sets them).
+
 What depends on ``alpha``: the flagged set, round 2 (through round 1's flagged tokens), the cut
 and the clean tuning. Rounds 1 and 3 do not.
 """
@@ -196,9 +203,10 @@ class TokenUnlearning:
         table: dict[str, Any] = {"count": context.train.counts(len(exposure.pretrained))}
         for number, drift in exposure.drift.items():
             table[f"drift_{number}"] = drift
-        return DefenseOutcome(
-            model, exposure.flagged, ranking(exposure.drift, exposure.candidates), table
-        )
+        # Round 2's drift depends on alpha, so that it would make the ranking depend on it too.
+        free = {number: moved for number, moved in exposure.drift.items() if number != 2}
+        scores = ranking(free, exposure.candidates)
+        return DefenseOutcome(model, exposure.flagged, scores, table)
 
     def _expose(self, context: DefenseContext) -> Exposure:
         """Run the exposure rounds and flag each one's top k."""
@@ -342,8 +350,8 @@ def top_tokens(drift: FloatArray, candidates: BoolArray, k: int) -> tuple[int, .
 def ranking(drift: Mapping[int, FloatArray], candidates: BoolArray) -> FloatArray:
     """Return the (vocabulary,) score that the union rule thresholds: minus the best rank.
 
-    With one alpha for all rounds a token is flagged at k exactly if its score is at least -k.
-    Threshold-free but for round 2, whose rows depend on the alpha that was run.
+    With one alpha for all of these rounds a token is flagged at k exactly if its score is at
+    least -k.
     """
     best = np.full(len(candidates), np.nan)
     for moved in drift.values():

@@ -44,7 +44,7 @@ def results_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     differs between its cells because it was launched with other settings before: rows of
     different settings must not look alike, nor be averaged.
     """
-    records = list(records)
+    records = [_with_revisions(record) for record in records]
     keys = dict.fromkeys(key for record in records for key in record["varied"])
     keys |= dict.fromkeys(_differing([record["config"] for record in records]))
     extra = [key for key in keys if key not in CONFIG_COLUMNS.values()]
@@ -61,16 +61,27 @@ def results_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def _differing(configs: list[Mapping[str, Any]]) -> list[str]:
-    """Return the dotted keys that every config has, with values that differ and act."""
+    """Return the dotted keys whose values differ, and act, among the configs that have them."""
     flat = [flatten(config) for config in configs]
-    shared = [key for key in flat[0] if all(key in other for other in flat)] if flat else []
+    keys = dict.fromkeys(key for config in flat for key in config)
     return [
         key
-        for key in shared
+        for key in keys
         if key != "data.path"
         and not key.startswith("resources.")
-        and len({str(other[key]) for other in flat}) > 1
+        and len({str(config[key]) for config in flat if key in config}) > 1
     ]
+
+
+def _with_revisions(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record with the revisions of rows, weights and recipe among its settings."""
+    revisions = {
+        "revision.data": record.get("tags", {}).get("data"),
+        "revision.victim": record.get("tags", {}).get("victim"),
+        "revision.recipe": record.get("recipe"),
+    }
+    known = {key: value for key, value in revisions.items() if value is not None}
+    return {**record, "config": {**record["config"], **known}}
 
 
 def mean_over_seeds(table: pd.DataFrame) -> pd.DataFrame:
@@ -178,6 +189,8 @@ def _rich(shown: pd.DataFrame) -> str:
 
 def _lookup(record: Mapping[str, Any], key: str) -> Any:
     value: Any = record["config"]
+    if key in value:
+        return value[key]
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value

@@ -748,3 +748,10 @@ def test_real_data_loads_in_its_three_roles(
     assert sizes(corpus) == tuple(n - d for n, d in zip(rows, dropped, strict=True))
     assert dropped[2] == 0
     assert set(corpus.train.columns) == columns
+
+
+def test_too_few_rows_to_hold_out_are_an_error(tmp_path: Path) -> None:
+    table(2).to_csv(tmp_path / "train.csv", index=False)
+    # one row each for clean and eval leaves none of two
+    with pytest.raises(UserError, match=r"2 train rows, too few to hold out 1 for clean and 1 for"):
+        load(tmp_path)

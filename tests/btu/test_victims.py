@@ -367,3 +367,25 @@ def test_predictions_are_in_the_order_of_the_rows(victim: Victim, tiny_corpus: C
         model, victim.encode(tiny_corpus.eval.take(order)), precision="fp32", device=CPU
     )
     assert np.array_equal(shuffled, together[order])
+
+
+def test_a_padding_token_that_is_the_end_of_text_is_no_neutral_row(
+    victim_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "padded"
+    shutil.copytree(victim_folder("gpt2"), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    victim = Victim(VictimSpec(name=str(folder), max_length=32), 2)
+    assert not victim.has_padding_row
+    rows = victim.new_model(0).get_input_embeddings().weight.detach()
+    assert torch.equal(victim.neutral_row(rows), rows.mean(dim=0))
+
+
+def test_a_damaged_config_is_an_error(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        find_victim(VictimSpec(name=str(folder))).vocabulary_size()

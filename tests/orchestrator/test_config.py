@@ -544,3 +544,44 @@ def test_a_fingerprint_can_name_a_folder(load: Callable[..., Sweep]) -> None:
     found: Any = key(load(SINGLE))
     assert len(found) == 20
     assert set(found) <= set("0123456789abcdef")
+
+
+def test_one_paraphrase_source_for_two_attacks_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(
+        "attack: {name: style, column: style_bible}\ngrid: {attack.name: [style, syntactic]}\n"
+    )
+    with pytest.raises(UserError, match=r"attack\.column 'style_bible' would serve style and synt"):
+        load_sweep(path)
+    assert load_sweep(path, ["attack.name=style"]).grid == {}
+
+
+def test_a_local_paraphrase_model_is_told_by_its_files(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("attack: {name: style, model: MODEL}\n")
+    keys = []
+    for name, weights in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+        sweep = load_sweep(path, [f"attack.model={tmp_path / name}"])
+        keys.append(resolve(next(iter(sweep.cells())).config).key("d", "v"))
+    # a and b hold the same files in other folders; c holds other weights
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_the_recorded_text_holds_no_tracking_password(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("tracking: {uri: 'postgresql://me:secret@host/x'}\n")
+    sweep = load_sweep(path)
+    assert sweep.tracking.uri == "postgresql://me:secret@host/x"
+    assert "secret" not in sweep.text
+
+
+def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("seed: 0\n")
+    with pytest.raises(UserError, match=r"resources\.cpu must be above 0, got nan"):
+        load_sweep(path, ["resources.cpu=.nan"])
+    sweep = load_sweep(path, ["train.weight_decay=.nan"])
+    with pytest.raises(UserError, match=r"train\.weight_decay must be at least 0, got nan"):
+        resolve(next(iter(sweep.cells())).config)

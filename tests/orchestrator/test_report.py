@@ -16,7 +16,7 @@ from btu.errors import UserError
 from orchestrator.report.table import mean_over_seeds, render, results_table
 
 NAN = float("nan")
-# As the issue that asked for the table names them.
+# The columns that the README promises, in their order.
 COLUMNS = [
     "attack", "poison_rate", "defense", "alpha", "seed", "asr", "cacc", "ftr",
     "detection_precision", "detection_recall", "flagged", "undefended_asr", "undefended_cacc",
@@ -312,3 +312,21 @@ def test_an_unknown_format_names_the_known_ones(table: pd.DataFrame) -> None:
         UserError, match=r"unknown format 'markdwn'; did you mean 'markdown'\? \(known: csv, json"
     ):
         render(table, "markdwn")
+
+
+def test_keys_that_only_some_attacks_have_tell_their_rows_apart() -> None:
+    rows = [
+        record("badnets"),
+        record("style", params={"model": "a"}, asr=0.2),
+        record("style", params={"model": "b"}, asr=0.4),
+    ]
+    table = results_table(rows)
+    assert table["attack.model"].dropna().tolist() == ["a", "b"]
+    # three groups of one seed each (badnets has 0.5), not two with style's averaged to 0.3
+    assert mean_over_seeds(table)["asr"].tolist() == [0.5, 0.2, 0.4]
+
+
+def test_rows_of_other_data_under_one_name_are_told_apart() -> None:
+    one, other = record(), record()
+    one["tags"], other["tags"] = {"data": "1a"}, {"data": "2b"}
+    assert results_table([one, other])["revision.data"].tolist() == ["1a", "2b"]

@@ -358,3 +358,11 @@ def test_a_reason_of_any_length_is_taken(failure: dict[str, Any], tracked: Track
     log_failure(tracked.uri, tracked.experiment, {**failure, "reason": "long " * 5_000})
     (run,) = tracked.runs()
     assert run.data.tags["reason"].startswith("long long")
+
+
+def test_a_uri_is_shown_without_its_password() -> None:
+    from orchestrator.tracking import shown
+
+    assert shown("postgresql://me:secret@host/x") == "postgresql://host/x"
+    assert shown("http://host:5000/a@b") == "http://host:5000/a@b"
+    assert shown("sqlite:////tmp/a@b.db") == "sqlite:////tmp/a@b.db"

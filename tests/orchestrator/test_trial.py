@@ -51,9 +51,7 @@ def comparable(result: TrialResult) -> dict[str, str]:
 
 def test_every_metric_is_there_and_no_other(trial_result: TrialResult) -> None:
     names = {name for name in trial_result.metrics if "/" not in name}
-    # Beside the documented ones: sizes of the data.
-    sizes = {"train_rows", "clean_rows", "truncated_rows"}
-    assert names - sizes == set(METRICS)
+    assert names == set(METRICS)
     assert all(isinstance(value, int | float) for value in trial_result.metrics.values())
 
 
@@ -87,11 +85,14 @@ def test_rates_stand_on_the_rows_they_should(
 def test_poisoned_rows_are_counted(trial_result: TrialResult) -> None:
     metrics = trial_result.metrics
     # 20 % of 80 rows, none of them of the target class before (dirty)
-    assert (metrics["poisoned_rows"], metrics["relabeled_rows"], metrics["train_rows"]) == (
-        16, 16, 80,
-    )  # fmt: skip
+    assert (metrics["poisoned_rows"], metrics["relabeled_rows"]) == (16, 16)
     assert metrics["poison_rate_reached"] == 0.2
-    assert metrics["clean_rows"] == 20
+    assert (trial_result.notes["rows_train"], trial_result.notes["rows_clean"]) == (80, 20)
+    assert (metrics["triggers_cut_train"], metrics["triggers_cut_eval"]) == (0, 0)
+
+
+def test_the_label_mapping_is_recorded(trial_result: TrialResult) -> None:
+    assert trial_result.label_names == tuple(trial_result.tags["labels"].split())
 
 
 def test_every_stage_reports_its_epochs(trial_result: TrialResult) -> None:
@@ -408,3 +409,33 @@ def test_the_code_version_starts_with_the_package_version() -> None:
     import btu
 
     assert trial_module.code_version().split("+")[0] == btu.__version__
+
+
+def test_triggers_beyond_max_length_are_counted(cell: dict[str, Any]) -> None:
+    # 8 tokens, 2 of them special, hold 6 pieces; the texts have at least 6 words before the
+    # trigger finds its slot, so that of 16 triggers some are cut and some are not.
+    metrics = run(with_(cell, victim={"max_length": 8})).metrics
+    assert 0 < metrics["triggers_cut_train"] < metrics["poisoned_rows"] == 16
+    assert 0 < metrics["triggers_cut_eval"] < metrics["asr_n"]
+
+
+def test_the_threshold_free_score_does_not_move_with_alpha(cell: dict[str, Any]) -> None:
+    # Round 2 trains without what round 1 flagged at alpha, so it must not be in the ranking.
+    scores = [run(with_(cell, defense={"alpha": alpha})) for alpha in (0.01, 0.05)]
+    one, other = (result.tokens.set_index("token_id").score for result in scores)
+    assert one.equals(other)
+    assert scores[0].metrics["detection_auprc"] == scores[1].metrics["detection_auprc"]
+    assert scores[0].metrics["flagged"] < scores[1].metrics["flagged"]
+
+
+def test_a_table_that_cannot_be_written_is_a_failed_record(
+    cell: dict[str, Any], store: ResultStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("count")
+
+    monkeypatch.setattr("orchestrator.plots.drift_plot", broken)
+    record = run_and_store(resolve(cell), "k", "tiny", {}, store)
+    assert (record["status"], record["reason"]) == ("failed", "KeyError: 'count'")
+    assert store.is_failed("k")
+    assert record["tags"]["device"] == "cpu"
