@@ -32,7 +32,7 @@ app = typer.Typer(
     "    btu launch sweeps/quickstart.yaml    # run it on local Ray; run it again to resume\n\n"
     "    btu report quickstart                # the table\n\n"
     "    btu ui                               # the runs, in MLflow\n\n"
-    "Any key of the file can be overridden: `btu launch FILE train.epochs=1 grid.seed=[0,1]`.",
+    "Any key of the file can be overridden: `btu launch FILE train.epochs=1 'grid.seed=[0,1]'`.",
 )
 console = Console()
 errors = Console(stderr=True)
@@ -41,7 +41,7 @@ SweepFile = Annotated[Path, typer.Argument(help="The sweep's YAML file.", metava
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Keys to override, dotted: attack.poison_rate=0.05 grid.seed=[0,1,2] output=/scratch",
+        help="Keys to override, dotted: attack.poison_rate=0.05 'grid.seed=[0,1]' output=/scratch",
         metavar="KEY=VALUE",
     ),
 ]
@@ -89,7 +89,7 @@ def _root(
 def plan(sweep: SweepFile, overrides: Overrides = None) -> None:
     """Show the cells of a sweep: done, to run, refused and why. Trains nothing.
 
-    Example: `btu plan sweeps/sst2_thresholds.yaml data.path=data/sst2 grid.seed=[0,1,2]`
+    Example: `btu plan sweeps/sst2_thresholds.yaml data.path=data/sst2 'grid.seed=[0,1,2]'`
     """
     from orchestrator.config import load_sweep
     from orchestrator.plan import plan_sweep

@@ -50,10 +50,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def shared_data(request: pytest.FixtureRequest) -> Path:
-    """FOLDER/data of ``--shared FOLDER``."""
+    """FOLDER/data of ``--shared=FOLDER``."""
     folder = request.config.getoption("--shared")
     if folder is None:
-        pytest.skip("needs real data: pytest --shared FOLDER")
+        pytest.skip("needs real data: pytest --shared=FOLDER")
     return Path(folder) / "data"
 
 
