@@ -43,7 +43,7 @@ def test_help_names_every_command_and_a_first_sweep(run_cli: Callable[..., Any])
     assert done.code == 0
     assert all(f" {command} " in done.out for command in COMMANDS)
     assert "btu launch sweeps/quickstart.yaml" in done.out
-    assert "train.epochs=1 grid.seed=[0,1]" in done.out
+    assert "train.epochs=1 'grid.seed=[0,1]'" in done.out
 
 
 @pytest.mark.parametrize("command", COMMANDS)
