@@ -325,7 +325,9 @@ def ui(
     if uri is not None and uri.startswith(("http://", "https://")):
         console.print(f"{uri} is a running MLflow server; open it in a browser.", highlight=False)
         return
-    console.print(f"MLflow UI: http://127.0.0.1:{port} (Ctrl-C stops it)", highlight=False)
+    # Without the parameter MLflow opens on its pages for language-model traces.
+    page = f"http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning"
+    console.print(f"MLflow UI: {page} (Ctrl-C stops it)", highlight=False, soft_wrap=True)
     raise typer.Exit(tracking.serve_ui(uri or tracking.default_uri(output), port))
 
 

@@ -98,10 +98,6 @@ def prepare(sweep: Sweep) -> str:
             artifacts = (sweep.output / "mlartifacts" / sweep.name).as_uri() if local else None
             experiment_id = str(client.create_experiment(sweep.name, artifact_location=artifacts))
         client.set_experiment_tag(experiment_id, "mlflow.note.content", _experiment_note(sweep))
-        # The UI opens on runs and charts, not on its pages for language-model traces.
-        client.set_experiment_tag(
-            experiment_id, "mlflow.experimentKind", "custom_model_development"
-        )
     except UserError:
         raise
     except ImportError as error:
