@@ -1,12 +1,13 @@
 """Dropout and attention that a CPU trains faster.
 
 PyTorch draws a CPU dropout mask one Bernoulli number at a time from a serial generator, and with
-attention dropout its fused CPU attention falls back to a slow path: a third of a bf16 training
-step of MiniLM goes there. Here one 64-bit draw gives four mask elements. It is dropout all the
-same: each element is kept with probability 1 - p (to a resolution of 2**-16), kept ones are
-scaled by 1 / (1 - p), and the draws come from torch's generator, so a seed fixes them.
+attention dropout its fused CPU attention falls back to a slow path. Here one 64-bit draw gives
+four mask elements. It is dropout all the same: each element is kept with probability 1 - p (to a
+resolution of 2**-16), kept ones are scaled by 1 / (1 - p), and the draws come from torch's
+generator, so a seed fixes them.
 
-``benchmarks/finetune.py`` measures what it gives. CUDA is left alone: its own kernels are fast.
+``benchmarks/finetune.py`` sets the loop that uses it beside `Trainer`, which does not. CUDA is left
+alone: its own kernels are fast.
 """
 
 from __future__ import annotations

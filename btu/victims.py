@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +153,13 @@ def folder_identity(folder: Path, weights: list[Path]) -> str:
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content."""
+    status = path.stat()
+    return _sha256(path, status.st_mtime_ns, status.st_size)
+
+
+@cache
+def _sha256(path: Path, changed_ns: int, size: int) -> str:
+    # Cells of one plan share their models, and a checked file is hashed for its identity too.
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -197,6 +198,7 @@ def launch(
         )
 
     from orchestrator.launch import launch as run
+    from orchestrator.tracking import shown
 
     result = run(loaded, planned, address, SweepProgress(console))
     total = len(planned.cells)
@@ -211,8 +213,10 @@ def launch(
             f"failed: {key}: {reason.splitlines()[0]} ({loaded.folder}/failed/{key}.json)",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
-    default = "" if loaded.output == Path("runs").resolve() else f" --output {loaded.output}"
-    uri = f" --uri {loaded.tracking.uri}" if loaded.tracking.uri else default
+    output = shlex.quote(str(loaded.output))
+    default = "" if loaded.output == Path("runs").resolve() else f" --output {output}"
+    # A password is not printed: whoever gave it knows what to put back.
+    uri = f" --uri {shlex.quote(shown(loaded.tracking.uri))}" if loaded.tracking.uri else default
     console.print(
         f"Table: btu report {loaded.name}{default}\nRuns:  btu ui{uri}",
         highlight=False,

@@ -296,26 +296,31 @@ class _ProgressCallback(Callback):  # type: ignore[misc]  # ray is untyped
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         cell = trial.config["cell"]
-        error = str(trial.get_error() or "its worker died")
-        last = [line for line in error.strip().splitlines() if line.strip()][-1].strip()
-        reason = f"gave up after {WORKER_RETRIES + 1} tries: {last}"
+        error = str(trial.get_error() or "").strip() or "its worker died"
+        reason = f"gave up after {WORKER_RETRIES + 1} tries: {error.splitlines()[-1].strip()}"
         if not self._store.is_done(cell["key"]):
-            from orchestrator.trial import failure_tags
-
-            self._store.commit_failure(
-                {
-                    **cell,
-                    "recipe": RECIPE_VERSION,
-                    "sweep": self._sweep_name,
-                    "status": "failed",
-                    "started": trial.run_metadata.start_time or time.time(),
-                    "ended": time.time(),
-                    "reason": reason,
-                    "traceback": error,
-                    "tags": failure_tags(resolve(cell["config"])),
-                }
-            )
+            self._record(cell, trial.run_metadata.start_time or time.time(), reason, error)
         if self._progress:
             self._progress.finished(
                 trial.trial_id, cell["varied"], {"status": "failed", "reason": reason}
             )
+
+    def _record(self, cell: dict[str, Any], started: float, reason: str, error: str) -> None:
+        from orchestrator.trial import failure_tags
+
+        record = {
+            **cell,
+            "recipe": RECIPE_VERSION,
+            "sweep": self._sweep_name,
+            "status": "failed",
+            "started": started,
+            "ended": time.time(),
+            "reason": reason,
+            "traceback": error,
+            "tags": failure_tags(resolve(cell["config"])),
+        }
+        try:
+            self._store.commit_failure(record)
+        except OSError as problem:  # a full disk; raised in a callback, it would end the sweep
+            if self._progress:
+                self._progress.note(f"the failure of {cell['key']} was not recorded: {problem}")

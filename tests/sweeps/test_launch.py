@@ -5,6 +5,7 @@ The command line runs as a process of its own, as a person starts it.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -12,11 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import yaml
+from rich.console import Console
 
+from orchestrator.progress import SweepProgress
 from orchestrator.store import ResultStore
 
 pytestmark = pytest.mark.slow
@@ -364,3 +368,50 @@ def test_the_live_line_ends_when_the_launch_fails(
         assert screen.getvalue().count("\x1b[?25h") == screen.getvalue().count("\x1b[?25l") == 1
     finally:
         progress.end()
+
+
+class GivenUp:
+    """What Tune hands over for a trial that failed too often."""
+
+    trial_id = "t"
+    last_result: ClassVar[dict[str, Any]] = {}
+    run_metadata = SimpleNamespace(start_time=None)
+
+    def __init__(self, cell: dict[str, Any], error: Exception | None) -> None:
+        self.config = {"cell": {"key": "k", "varied": {"seed": 0}, "config": cell}}
+        self.error = error
+
+    def get_error(self) -> Exception | None:
+        return self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "last"),
+    [(None, "its worker died"), (RuntimeError(""), "its worker died"), (OSError("a\nb"), "b")],
+)
+def test_a_trial_that_is_given_up_is_a_failed_record(
+    cell: dict[str, Any], tmp_path: Path, error: Exception | None, last: str
+) -> None:
+    from orchestrator.launch import WORKER_RETRIES, _ProgressCallback
+
+    store = ResultStore(tmp_path)
+    progress = SweepProgress(Console(file=io.StringIO()))
+    _ProgressCallback(progress, "tiny", store).on_trial_error(0, [], GivenUp(cell, error))
+    (record,) = store.failures()
+    assert record["reason"] == f"gave up after {WORKER_RETRIES + 1} tries: {last}"
+    assert (record["status"], record["sweep"], record["varied"]) == ("failed", "tiny", {"seed": 0})
+
+
+def test_a_failure_that_cannot_be_recorded_is_told_and_does_not_end_the_sweep(
+    cell: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator.launch import _ProgressCallback
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ResultStore, "commit_failure", full)
+    told = io.StringIO()
+    callback = _ProgressCallback(SweepProgress(Console(file=told)), "tiny", ResultStore(tmp_path))
+    callback.on_trial_error(0, [], GivenUp(cell, None))
+    assert "the failure of k was not recorded: [Errno 28] No space left" in told.getvalue()
