@@ -1,30 +1,28 @@
-"""The protocol of a defense, what it is given, and what it hands back."""
+"""The protocol of a defense, and what it hands back."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from btu.errors import unknown
 from btu.registry import Registry
-from btu.seeding import derive_seed
-from btu.settings import TrainSettings, TuningSettings
-from btu.types import FloatArray, IntArray, ProgressCallback, Rows, silent
+from btu.types import FloatArray, IntArray
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
-    from btu.training import Encoded, Epoch
-    from btu.victims import Victim
+    from btu.foundation import Foundation
+    from btu.stages import Stage
 
 DEFENSES: Registry[type[Defense]] = Registry(
     "defense",
     [("btu", "btu.defenses.token_unlearning:TokenUnlearning", "Backdoor Token Unlearning")],
 )
+
+SUSPECTS = "suspects.parquet"
 
 
 @dataclass(frozen=True)
@@ -38,78 +36,44 @@ class DefenseSpec:
             raise unknown("defense", self.name, DEFENSES)
 
 
-@dataclass
-class DefenseContext:
-    """All that a defender has. The poison mask is not among it.
-
-    victim: loads fresh pretrained models. train_rows, train: the poisoned training set as texts
-    and labels, and tokenized; paraphrase columns are removed, since a column equal to the text
-    would give the poisoned rows away. clean: the reserved clean rows, tokenized.
-    model: the poisoned model, shared with other uses of the cell: copy it before changing it.
-    history, seconds: `timed` and `clean_tune` record here what ran.
-    """
-
-    victim: Victim
-    train_rows: Rows
-    train: Encoded
-    clean: Encoded
-    model: PreTrainedModel
-    settings: TrainSettings
-    tuning: TuningSettings
-    seed: int
-    device: torch.device
-    progress: ProgressCallback = silent
-    history: list[Epoch] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.train_rows.columns:
-            raise ValueError("train_rows must have no columns: a paraphrase gives poison away.")
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the wall time of the block to ``seconds[stage]``."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            elapsed = time.perf_counter() - started
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed
-
-    def clean_tune(self, model: PreTrainedModel, stage: str) -> None:
-        """Fine-tune `model` in place on the clean rows.
-
-        The same rows, settings and seed for whoever calls, so that the undefended control and a
-        defended model differ in nothing but the defense.
-        """
-        from btu.training import fit
-
-        with self.timed(stage):
-            self.history += fit(
-                model,
-                self.clean,
-                self.tuning.applied_to(self.settings),
-                seed=derive_seed(self.seed, "clean tuning"),
-                stage=stage,
-                device=self.device,
-                progress=self.progress,
-            )
-
-
 @dataclass(frozen=True)
-class DefenseOutcome:
-    """What a defense did.
+class Suspects:
+    """What a defense that looks for tokens found.
 
-    model: the defended model. flagged: vocabulary ids it took for trigger tokens; None if it does
-    not look for tokens. token_scores: (vocabulary,) the ranking behind `flagged`, higher is more
-    suspicious, NaN for what is no candidate.
-    token_table: further (vocabulary,) columns worth keeping, by name.
+    flagged: vocabulary ids it took for trigger tokens, in the order of its finding.
+    scores: (vocabulary,) the ranking behind `flagged`, higher is more suspicious, NaN for what is
+    no candidate; None where there is no ranking. table: further (vocabulary,) columns worth
+    keeping, by name.
     """
 
-    model: PreTrainedModel
-    flagged: tuple[int, ...] | None = None
-    token_scores: FloatArray | None = None
-    token_table: Mapping[str, FloatArray | IntArray] = field(default_factory=dict)
+    flagged: tuple[int, ...]
+    scores: FloatArray | None = None
+    table: Mapping[str, FloatArray | IntArray] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write the columns into a stage's folder; return what belongs into its facts."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns = {name: np.asarray(values) for name, values in self.table.items()}
+        if self.scores is not None:
+            columns["score"] = self.scores
+        if columns:
+            pq.write_table(pa.table(columns), folder / SUSPECTS)
+        return {"flagged": list(self.flagged)}
+
+    @classmethod
+    def load(cls, folder: Path, facts: Mapping[str, Any]) -> Suspects | None:
+        """Read what `save` wrote; None of a defense that does not look for tokens."""
+        import pyarrow.parquet as pq
+
+        if facts.get("flagged") is None:
+            return None
+        columns: dict[str, Any] = {}
+        if (folder / SUSPECTS).is_file():
+            table = pq.read_table(folder / SUSPECTS)
+            columns = {name: table[name].to_numpy() for name in table.column_names}
+        return cls(tuple(facts["flagged"]), columns.pop("score", None), columns)
 
 
 class Defense(Protocol):
@@ -126,6 +90,13 @@ class Defense(Protocol):
         """
         ...
 
-    def defend(self, context: DefenseContext) -> DefenseOutcome:
-        """Return the defended model and what was flagged. `context.model` is not changed."""
+    def stages(self, base: Foundation) -> Stage:
+        """Declare the defense's stages and return the last one.
+
+        Its result holds the defended model (`btu.foundation.save_model`) and, where the defense
+        looks for tokens, what it found (`Suspects.save`, its return value among the stage's
+        facts). Whatever does not depend on a threshold belongs into stages of its own, which all
+        thresholds then share. Names are unique within a cell. Called while planning: imports no
+        torch.
+        """
         ...

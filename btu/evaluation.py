@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from btu.metrics import Proportion
-from btu.training import Encoded, predict
+from btu.training import PREDICT_BATCH, Encoded, predict
 
 if TYPE_CHECKING:
     import torch
@@ -44,11 +44,18 @@ class Scores:
         )
 
 
-def evaluate(model: nn.Module, rows: EvalSet, *, precision: str, device: torch.device) -> Scores:
+def evaluate(
+    model: nn.Module,
+    rows: EvalSet,
+    *,
+    precision: str,
+    device: torch.device,
+    batch_size: int = PREDICT_BATCH,
+) -> Scores:
     """Score a model. Its weights are not changed."""
 
     def hits(data: Encoded, wanted: object) -> Proportion:
-        predicted = predict(model, data, precision=precision, device=device)
+        predicted = predict(model, data, precision=precision, device=device, batch_size=batch_size)
         return Proportion(int((predicted == wanted).sum()), len(data))
 
     return Scores(

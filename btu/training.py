@@ -18,6 +18,8 @@ from btu.settings import TrainSettings
 from btu.types import IntArray, Progress, ProgressCallback, silent
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch.optim.lr_scheduler import LambdaLR
 
 # Rows are shuffled, then sorted by length within chunks of this many batches: almost no padding
@@ -72,6 +74,36 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.host_lengths)
+
+    def save(self, path: Path) -> None:
+        """Write the rows as safetensors; ids take 32 bits there."""
+        from safetensors.torch import save_file
+
+        save_file(
+            {
+                "ids": self.ids.cpu().to(torch.int32),
+                "lengths": self.lengths.cpu(),
+                "labels": self.labels.cpu(),
+                "pad_id": torch.tensor([self.pad_id]),
+            },
+            path,
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Encoded:
+        """Read what `save` wrote, to the CPU."""
+        from safetensors.torch import load_file
+
+        held = load_file(path)
+        lengths = held["lengths"]
+        return cls(
+            held["ids"].to(torch.int64),
+            torch.cumsum(lengths, 0) - lengths,
+            lengths,
+            held["labels"],
+            lengths.numpy(),
+            int(held["pad_id"]),
+        )
 
     def to(self, device: torch.device) -> Encoded:
         """Return the rows on `device`."""
@@ -165,6 +197,18 @@ def _device_batches(
         start += len(rows)
 
 
+def _parts(plan: list[IntArray], parts: int) -> list[tuple[IntArray, float, bool]]:
+    """Return each batch cut into at most `parts`: rows, share of its batch, whether its last."""
+    cut = []
+    for rows in plan:
+        pieces = [piece for piece in np.array_split(rows, parts) if len(piece)]
+        cut += [
+            (piece, len(piece) / len(rows), number == len(pieces))
+            for number, piece in enumerate(pieces, 1)
+        ]
+    return cut
+
+
 def logits_of(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """Return (batch, classes) logits, in fp32, of a Hugging Face classifier or one like it."""
     output = model(input_ids=ids, attention_mask=mask.long())
@@ -194,11 +238,14 @@ def fit(
     device: torch.device,
     progress: ProgressCallback = silent,
     pad_to: int | None = None,
+    accumulation: int = 1,
 ) -> list[Epoch]:
     """Train whatever of `model` requires gradients, in place, and leave it in eval mode.
 
     seed: draws batches and dropout; the global random state is left as it was. pad_to: width of
-    every batch; None pads each to its own longest row.
+    every batch; None pads each to its own longest row. accumulation: cut every batch into that
+    many parts and add up their gradients: the same steps in less memory, up to rounding and the
+    draws of dropout.
 
     Raises:
         NonFiniteLossError: the loss or, by the last step, a weight became NaN or infinite.
@@ -233,20 +280,27 @@ def fit(
             plan = plan_batches(data.host_lengths, settings.batch_size, rng)
             losses = torch.zeros(len(plan), device=device)
             correct = torch.zeros((), dtype=torch.int64, device=device)
-            for step, (ids, mask, labels) in enumerate(_device_batches(data, plan, pad_to)):
+            parts = _parts(plan, accumulation)
+            batches = _device_batches(data, [rows for rows, _, _ in parts], pad_to)
+            step = 0
+            for (_, share, last), (ids, mask, labels) in zip(parts, batches, strict=True):
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                     logits = logits_of(model, ids, mask)
-                loss = nn.functional.cross_entropy(logits, labels)
+                # A whole batch has share 1.0, which changes no bit.
+                loss = nn.functional.cross_entropy(logits, labels) * share
                 torch.autograd.backward(loss)
+                losses[step] += loss.detach()
+                correct += (logits.detach().argmax(1) == labels).sum()
+                if not last:
+                    continue
                 if settings.max_grad_norm is not None:
                     nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 scheduler.step()
-                losses[step] = loss.detach()
-                correct += (logits.detach().argmax(1) == labels).sum()
-                if (step + 1) % FINITE_CHECK_STEPS == 0 or step + 1 == len(plan):
-                    _check_finite(losses[: step + 1], stage, epoch, steps_per_epoch, settings)
+                step += 1
+                if step % FINITE_CHECK_STEPS == 0 or step == len(plan):
+                    _check_finite(losses[:step], stage, epoch, steps_per_epoch, settings)
             sizes = torch.tensor([len(rows) for rows in plan], device=device)
             record = Epoch(
                 stage,
@@ -301,12 +355,19 @@ def _schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, steps: 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def predict(model: nn.Module, data: Encoded, *, precision: str, device: torch.device) -> IntArray:
+def predict(
+    model: nn.Module,
+    data: Encoded,
+    *,
+    precision: str,
+    device: torch.device,
+    batch_size: int = PREDICT_BATCH,
+) -> IntArray:
     """Return the predicted class of every row: (rows,), in the order of `data`."""
     model.to(device).eval()
     data = data.to(device)
     order = np.argsort(data.host_lengths, kind="stable")
-    plan = [order[i : i + PREDICT_BATCH] for i in range(0, len(order), PREDICT_BATCH)]
+    plan = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     bf16 = resolve_precision(precision, device) == "bf16"
     predicted = []
     for ids, mask, _ in _device_batches(data, plan, None):

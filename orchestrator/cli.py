@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections import Counter
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,9 +16,11 @@ from rich.table import Table
 
 from btu import __version__
 from btu.errors import UserError
+from orchestrator import store_cli
 
 if TYPE_CHECKING:
-    from orchestrator.plan import Plan
+    from orchestrator.config import Sweep
+    from orchestrator.plan import Plan, Planner, Work
 
 EXIT_INCOMPLETE, EXIT_USER_ERROR = 1, 2
 
@@ -35,6 +38,7 @@ app = typer.Typer(
     "    btu ui                               # the runs, in MLflow\n\n"
     "Any key of the file can be overridden: `btu launch FILE train.epochs=1 'grid.seed=[0,1]'`.",
 )
+app.add_typer(store_cli.app, name="store")
 console = Console()
 errors = Console(stderr=True)
 
@@ -47,7 +51,7 @@ Overrides = Annotated[
     ),
 ]
 Output = Annotated[
-    Path, typer.Option("--output", "-o", help="Output folder that holds the sweep (key `output`).")
+    str, typer.Option("--output", "-o", help="Output folder that holds the sweep (key `output`).")
 ]
 
 
@@ -87,84 +91,182 @@ def _root(
 
 
 @app.command()
-def plan(sweep: SweepFile, overrides: Overrides = None) -> None:
-    """Show the cells of a sweep: done, to run, refused and why. Trains nothing.
+def plan(
+    sweep: SweepFile,
+    overrides: Overrides = None,
+    cells: Annotated[
+        int, typer.Option(help="How many cells to show; refused ones first, 0 shows all.")
+    ] = 40,
+) -> None:
+    """Show what a sweep comes to: cells, shared stages, disk and time. Trains nothing.
+
+    Times come from what earlier launches with this output folder took.
 
     Example: `btu plan sweeps/sst2_thresholds.yaml data.path=data/sst2 'grid.seed=[0,1,2]'`
     """
     from orchestrator.config import load_sweep
-    from orchestrator.plan import plan_sweep
-    from orchestrator.progress import label
-    from orchestrator.store import ResultStore
+    from orchestrator.plan import Planner, plan_sweep
 
     loaded = load_sweep(sweep, overrides or [])
-    planned = plan_sweep(loaded)
-    store = ResultStore(loaded.folder)
+    planner = Planner()
+    _show_plan(loaded, planner, plan_sweep(loaded, planner), cells)
+
+
+def _show_plan(sweep: Sweep, planner: Planner, planned: Plan, limit: int) -> None:
+    from orchestrator.plan import Timings, survey
+    from orchestrator.progress import duration, label
+    from orchestrator.store import Store
+
+    if sweep.optuna is not None:
+        from orchestrator.plan import example_plan
+
+        planned = example_plan(sweep, planner)
+        _say("The cells are chosen as the sweep goes; one suggestion, as an example:")
+    store = Store(sweep.store_location, warn=_warn)
+    committed, dropped = store.committed(), store.dropped()
+    failed = {record["key"]: record["reason"] for record in store.failures()}
+    timings = Timings(store.timings(), "cuda" if sweep.resources.gpu > 0 else "cpu")
+    work = survey(planned, committed=committed, dropped=dropped, failed=failed, timings=timings)
     table = Table("cell", "coordinates", "state", header_style="bold")
-    done = 0
-    for cell in planned.cells:
-        finished = store.is_done(cell.key)
-        done += finished
-        state = (
-            "done" if finished else "failed, runs again" if store.is_failed(cell.key) else "to run"
-        )
-        table.add_row(cell.key, escape(label(cell.varied)), state)
-    for refused in planned.refused:
-        reason = f"[red]refused[/red]: {escape(refused.reason)}"
-        table.add_row("-", escape(label(refused.varied)), reason)
+    rows = [
+        ("-", label(refused.varied), f"[red]refused[/red]: {escape(refused.reason)}")
+        for refused in planned.refused
+    ]
+    for cell in planned.cells.values():
+        if cell.key in committed:
+            state = "done"
+        elif cell.key in work.failed:
+            state = f"[red]failed[/red]: {escape(work.failed[cell.key].splitlines()[0])}"
+        else:
+            state = "to run"
+        rows.append((cell.key, label(cell.varied), state))
+    for key, coordinates, state in rows[: limit or None]:
+        table.add_row(key, escape(coordinates), state)
     console.print(table)
-    _print_data(planned)
-    console.print(
-        f"{len(planned.cells)} cells: {done} done, {len(planned.cells) - done} to run; "
-        f"{len(planned.refused)} refused; {planned.duplicates} duplicates folded.",
-        highlight=False,
+    if limit and len(rows) > limit:
+        _say(f"... and {len(rows) - limit} more cells (--cells 0 shows all)")
+    _print_data(planner)
+    total = len(planned.cells)
+    to_run = total - work.done - len(work.failed)
+    _say(f"search: {sweep.describe()}")
+    _say(
+        f"{total} cells: {work.done} done, {to_run} to run, {len(work.failed)} failed earlier; "
+        f"{len(planned.refused)} refused, {planned.duplicates} duplicates folded."
+    )
+    if not to_run:
+        return
+    stages = Table("stage", "to compute", "without sharing", header_style="bold")
+    for name, count in work.stages.items():
+        stages.add_row(name, str(count), str(work.naive.get(name, count)))
+    console.print(stages)
+    distinct, naive = sum(work.stages.values()), sum(work.naive.values())
+    saving = f"{distinct} stages instead of {naive}"
+    if work.seconds is None or work.naive_seconds is None or work.longest is None:
+        some = ", ".join(work.unmeasured[:4]) + (" ..." if len(work.unmeasured) > 4 else "")
+        _say(f"Sharing: {saving}. Time: unknown until each kind of stage has run once ({some}).")
+    else:
+        at_once = _at_once(sweep)
+        expected = max(work.seconds / at_once, work.longest)
+        less = 1 - work.seconds / work.naive_seconds if work.naive_seconds else 0.0
+        _say(
+            f"Sharing: {saving}; {duration(work.seconds)} of computing instead of "
+            f"{duration(work.naive_seconds)}, {less:.0%} less."
+        )
+        _say(
+            f"Time: about {duration(expected)} with {at_once} at once, as on this machine; not "
+            f"under {duration(work.longest)}, the longest chain, on any cluster."
+        )
+    kept = sweep.store.keep == "models"
+    at_most = work.models if kept else min(work.models, _model_peak(work, _at_once(sweep)))
+    _say(
+        f"Disk: about {_bytes(at_most + work.small)}"
+        + (
+            " with every model kept (store.keep=models)."
+            if kept
+            else f" at most at once; {_bytes(work.models + work.small)} with store.keep=models."
+        )
     )
 
 
-def _print_data(planned: Plan) -> None:
+def _at_once(sweep: Sweep) -> int:
+    """Return how many stages this machine runs at once, by its CPUs."""
+    import os
+
+    return max(1, int((os.cpu_count() or 1) / sweep.resources.cpu))
+
+
+def _model_peak(work: Work, at_once: int) -> int:
+    """Return the bytes of the models that the schedule lets be on disk at once."""
+    from orchestrator.schedule import most_models
+
+    return work.model_bytes * (most_models(at_once) + at_once)
+
+
+def _bytes(count: float) -> str:
+    from rich.filesize import decimal
+
+    return decimal(int(count))
+
+
+def _say(text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _warn(text: str) -> None:
+    errors.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_data(planner: Planner) -> None:
     """Say what the data is and what loading it did: nothing is dropped silently."""
-    for name, counts in planned.data:
+    for name, counts in planner.counts():
         parts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in counts.items())
-        console.print(f"data {name}: {parts}", highlight=False, markup=False, soft_wrap=True)
+        _say(f"data {name}: {parts}")
 
 
 @app.command()
 def trial(sweep: SweepFile, overrides: Overrides = None) -> None:
     """Run one cell in this process, without Ray or MLflow: what a debugger needs.
 
-    The overrides must leave a single cell; a key that the grid varies is pinned by naming it.
-    The result is printed and kept in memory only.
+    The overrides must leave a single cell; a key that the sweep varies is pinned by naming it.
+    Every stage is computed anew, in a temporary folder: nothing is read from or kept in a store.
 
     Example: `btu trial sweeps/quickstart.yaml attack.name=badnets defense.alpha=0.0005 seed=0`
     """
+    import tempfile
+
     from orchestrator.config import load_sweep, pins
     from orchestrator.plan import plan_sweep
     from orchestrator.progress import StageProgress
 
     loaded = load_sweep(sweep, overrides or [])
-    open_axes = {key: values for key, values in loaded.grid.items() if len(values) > 1}
+    open_axes = loaded.open_axes()
     if open_axes:
         example = pins({key: values[0] for key, values in open_axes.items()})
         raise UserError(
             f"sweep '{loaded.name}' has several cells; pin its axes to run one, e.g. "
             f"btu trial {sweep} {example}"
         )
-    cell = plan_sweep(loaded).cells[0]
+    (cell,) = plan_sweep(loaded).cells.values()
 
     from btu.training import NonFiniteLossError
+    from orchestrator.results import read_result
     from orchestrator.trial import run_trial
 
-    try:
-        result = run_trial(cell.spec, StageProgress(console))
-    except NonFiniteLossError as error:
-        raise UserError(str(error)) from error
+    cpus, gpus = loaded.resources.of("stage")
+    with tempfile.TemporaryDirectory(prefix="btu-trial-") as folder:
+        try:
+            done = run_trial(
+                cell.stage, Path(folder), cpus=cpus, gpus=gpus, progress=StageProgress(console)
+            )
+        except NonFiniteLossError as error:
+            raise UserError(str(error)) from error
+        result, flagged = read_result(done)
     table = Table("metric", "value", header_style="bold")
-    for name, value in result.metrics.items():
+    for name, value in result["metrics"].items():
         table.add_row(name, f"{value:.6g}")
     console.print(table)
-    flagged = result.flagged_table()
-    shown = " ".join(flagged.token.head(60))
-    console.print(f"{len(flagged)} tokens flagged: {shown}", highlight=False, markup=False)
+    shown = " ".join(str(token["token"]) for token in flagged[:60])
+    _say(f"{len(flagged)} tokens flagged: {shown}")
 
 
 @app.command()
@@ -175,56 +277,107 @@ def launch(
         str | None,
         typer.Option(help="Ray cluster, e.g. auto or ray-head:6379. Default: local Ray."),
     ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Run again what failed in an earlier launch.")
+    ] = False,
+    max_failures: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stop when so many stages have failed. Default: go on."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and stop, as btu plan does.")
+    ] = False,
 ) -> None:
     """Run a sweep with Ray Tune and log it to MLflow.
 
-    Cells with a result on disk are not run again: after an interruption, or with a longer grid,
-    give the same command. Exit code 0 only if every cell that can run is done.
+    Whatever has a result in the store is not computed again: after an interruption, or with a
+    longer grid, give the same command. Stages that cells share are computed once. What failed
+    stays failed until `--retry-failed`. Exit code 0 only if every cell that can run is done.
 
     Example: `btu launch sweeps/sst2_thresholds.yaml data.path=data/sst2 resources.gpu=0.25`
     """
     from orchestrator.config import load_sweep
-    from orchestrator.plan import plan_sweep
+    from orchestrator.plan import Planner, plan_sweep
     from orchestrator.progress import SweepProgress, duration, label
-    from orchestrator.store import ResultStore
+    from orchestrator.store import Store
 
     loaded = load_sweep(sweep, overrides or [])
-    ResultStore(loaded.folder).prepare()
-    planned = plan_sweep(loaded)
-    _print_data(planned)
+    planner = Planner()
+    if dry_run:
+        _show_plan(loaded, planner, plan_sweep(loaded, planner), 40)
+        return
+    # Before the data is read, which may take a while.
+    Store(loaded.store_location).prepare()
+    planned = plan_sweep(loaded, planner)
+    _print_data(planner)
     for refused in planned.refused:
-        console.print(
-            f"refused: {label(refused.varied)}: {refused.reason}", highlight=False, markup=False
-        )
+        _say(f"refused: {label(refused.varied)}: {refused.reason}")
 
     from orchestrator.launch import launch as run
     from orchestrator.tracking import shown
 
-    result = run(loaded, planned, address, SweepProgress(console))
-    total = len(planned.cells)
-    console.print(
-        f"{result.done} of {total} cells done, {len(result.failed)} failed, {result.missing} not "
-        f"run, in {duration(result.seconds)}. Results: {loaded.folder}",
-        highlight=False,
-        soft_wrap=True,
+    result = run(
+        loaded,
+        planned,
+        planner,
+        SweepProgress(console),
+        address=address,
+        retry_failed=retry_failed,
+        max_failures=max_failures,
     )
-    for key, reason in result.failed.items():
-        console.print(
-            f"failed: {key}: {reason.splitlines()[0]} ({loaded.folder}/failed/{key}.json)",
-            highlight=False, markup=False, soft_wrap=True,
-        )  # fmt: skip
-    output = shlex.quote(str(loaded.output))
-    default = "" if loaded.output == Path("runs").resolve() else f" --output {output}"
+    total = len(planned.cells)
+    _say(
+        f"{result.done} of {total} cells done, {len(result.failed)} failed, {result.missing} not "
+        f"run, in {duration(result.seconds)}. Results: {loaded.folder}"
+    )
+    for key, reason in list(result.failed.items())[:20]:
+        _say(f"failed: {label(planned.cells[key].varied)}: {reason.splitlines()[0]}")
+    if len(result.failed) > 20:
+        _say(f"... and {len(result.failed) - 20} more; btu report {loaded.name} counts them all.")
+    output = shlex.quote(loaded.output)
+    default = "" if loaded.output == str(Path("runs").resolve()) else f" --output {output}"
     # A password is not printed: whoever gave it knows what to put back.
     uri = f" --uri {shlex.quote(shown(loaded.tracking.uri))}" if loaded.tracking.uri else default
-    console.print(
-        f"Table: btu report {loaded.name}{default}\nRuns:  btu ui{uri}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    _say(f"Table: btu report {loaded.name}{default}\nRuns:  btu ui{uri}")
     if not result.complete:
-        console.print("Not every cell is done; the same command goes on where this one stopped.")
+        why = f"Stopped: {result.stopped}. " if result.stopped else ""
+        how = []
+        if result.missing:
+            how.append("the same command goes on where this one stopped")
+        if result.failed:
+            how.append("what failed stays failed until --retry-failed")
+        _say(f"{why}Not every cell is done; {'; '.join(how)}.")
         raise typer.Exit(EXIT_INCOMPLETE)
+
+
+@app.command()
+def sync(
+    name: Annotated[str, typer.Argument(help="The sweep's name.", metavar="NAME")],
+    output: Output = "runs",
+    uri: Annotated[
+        str | None, typer.Option(help="MLflow store. Default: the output folder's SQLite.")
+    ] = None,
+) -> None:
+    """Write the runs that MLflow misses, from the results on disk; nothing is written twice.
+
+    After a tracking server was away, or to tell another one: `--uri` names it.
+
+    Example: `btu sync main-table --uri http://mlflow:5000`
+    """
+    from orchestrator.results import find_sweep
+
+    results = find_sweep(output, name)
+    from orchestrator import tracking
+
+    where = uri or tracking.default_uri(results.output)
+    live = results.store.leased
+    synced = tracking.sync(where, tracking.experiment(where, name), results, lambda k: k in live())
+    _say(
+        f"{synced.written} runs written, {synced.closed} unfinished ones closed, "
+        f"{synced.missing} still missing in {tracking.shown(where)}."
+    )
+    if synced.missing:
+        raise UserError(f"MLflow does not have all runs: {synced.reason}")
 
 
 @app.command()
@@ -236,24 +389,24 @@ def report(
     mean: Annotated[
         bool, typer.Option("--mean", help="Mean and 95 % t interval over seeds.")
     ] = False,
-    output: Output = Path("runs"),
+    output: Output = "runs",
 ) -> None:
     """Print a sweep's results, a row per cell.
 
     Example: `btu report quickstart --mean --format markdown > table.md`
     """
     from orchestrator.report.table import mean_over_seeds, render, results_table
-    from orchestrator.store import find_sweep
+    from orchestrator.results import find_sweep
 
-    store = find_sweep(output, name)
-    table = results_table(store.records())
+    results = find_sweep(output, name, _warn)
+    table = results_table(results.records())
     if table.empty:
         raise UserError(f"sweep '{name}' has no finished cell yet; launch it first.")
     text = render(mean_over_seeds(table) if mean else table, style.value)
     sys.stdout.write(text)
-    failed = sum(1 for _ in store.failures())
-    if failed:
-        errors.print(f"{failed} failed cells are not in the table: {store.failed}", highlight=False)
+    reasons = Counter(record["reason"].splitlines()[0] for record in results.failures())
+    for reason, count in reasons.items():
+        _warn(f"{count} failed cells are not in the table: {reason}")
 
 
 @app.command(name="list")
@@ -309,7 +462,7 @@ def _knobs(part: type) -> str:
 
 @app.command()
 def ui(
-    output: Output = Path("runs"),
+    output: Output = "runs",
     uri: Annotated[
         str | None, typer.Option(help="Another MLflow store. Default: the output folder's SQLite.")
     ] = None,
@@ -319,9 +472,10 @@ def ui(
 
     Example: `btu ui --port 5001`
     """
-    if uri is None and not (output / "mlflow.db").is_file():
+    database = Path(output) / "mlflow.db"
+    if uri is None and "://" not in output and not database.is_file():
         raise UserError(
-            f"{output / 'mlflow.db'} does not exist: no sweep has run with this output folder. "
+            f"{database} does not exist: no sweep has run with this output folder. "
             "Launch one, or name another folder with --output."
         )
     from orchestrator import tracking

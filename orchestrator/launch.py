@@ -1,24 +1,25 @@
-"""Running a sweep's cells as Ray Tune trials. The only file that imports ray.
+"""Running a sweep's stages as Ray Tune trials. The only file that imports ray.
 
-The results on disk are the truth: a cell that has one is not run again, so the same command
-resumes whatever was interrupted. `Tuner.restore` is not used: it reruns finished trials and
-cannot take a grown grid.
+The store is the truth: a stage that has a result there is not run again, so the same command
+resumes whatever was interrupted. Tune schedules what `Schedule` hands out through a searcher;
+`Tuner.restore` is not used: it reruns finished trials and cannot take a grown grid.
 """
 
 from __future__ import annotations
 
-import ctypes
-import dataclasses
-import gc
+import json
+import logging
 import os
 import shutil
 import signal
 import socket
+import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,131 +28,751 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # The older output engine is the one that verbose=0 silences.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+# Stages report no common metric.
+os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+# Tune would write the state of all trials again and again; nothing here ever reads it.
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1000000000")
 # A trial with gpu: 0 must not see the node's GPUs.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 
 import ray
 from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from btu.errors import UserError
-from orchestrator.config import RECIPE_VERSION, Sweep, resolve
-from orchestrator.plan import Plan
-from orchestrator.progress import SweepProgress
-from orchestrator.store import ResultStore
+from btu.provenance import code_version
+from orchestrator.config import Sweep
+from orchestrator.node import Outcome, Report
+from orchestrator.plan import Plan, PlannedCell, Planner, Timings, blocked, survey, victim_name
+from orchestrator.progress import SweepProgress, label
+from orchestrator.results import Results
+from orchestrator.schedule import CELL, Schedule, Task
+from orchestrator.search import StudySearch
+from orchestrator.store import Damaged, Missing, Store
 
+# Of a worker that died Tune prints a page; the progress says in a line what became of it.
+logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 # Environment variables that act in a trial; a remote worker inherits none of the driver's.
 PASSED_PREFIXES = ("MLFLOW_", "HF_", "BTU_", "AWS_", "TRANSFORMERS_", "RAY_ACCEL_")
-# A worker that dies (killed, node lost) is tried again; an error inside a trial is a result.
+# A worker that dies (killed, node lost) is tried again; an error inside a stage is a result.
 WORKER_RETRIES = 2
-# One bad record must not keep the others out of MLflow; a dead server must not be asked for each.
-GIVE_UP_TRACKING = 3
+# With so many stages given up in a row it is the machines, not the stages.
+GIVEN_UP_IN_A_ROW = 3
+# How long a node that only waits for another launch does so, and how often leases are listed.
+WAIT_SECONDS, LEASES_SECONDS = 3.0, 1.0
+# CPUs that a waiting node holds: next to nothing, but Ray places nothing without a demand.
+WAIT_CPUS = 0.001
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class LaunchResult:
-    """done: cells with a result on disk. failed: reasons by cell. missing: neither."""
+    """done: cells with a result. failed: reasons by cell. missing: neither.
+
+    stopped: why the launch ended before its work did, empty if it did not.
+    """
 
     done: int
     failed: dict[str, str]
     missing: int
     seconds: float
+    stopped: str = ""
 
     @property
     def complete(self) -> bool:
         return not self.failed and not self.missing
 
 
-def launch(sweep: Sweep, plan: Plan, address: str | None, progress: SweepProgress) -> LaunchResult:
-    """Run every planned cell that has no result yet.
+def launch(
+    sweep: Sweep,
+    plan: Plan,
+    planner: Planner,
+    progress: SweepProgress,
+    *,
+    address: str | None = None,
+    retry_failed: bool = False,
+    max_failures: int | None = None,
+) -> LaunchResult:
+    """Compute every stage and cell of a plan that has no result yet.
 
-    address: of a Ray cluster; None starts a local one for the time of the call.
+    address: of a Ray cluster; None starts a local one for the time of the call. retry_failed: run
+    again what failed in an earlier launch. max_failures: stop when so many stages have failed.
 
     Raises:
-        UserError: the output folder or tracking store cannot be used; no node can hold a trial.
+        UserError: the output folder or tracking store cannot be used; no node can hold a stage.
     """
-    from orchestrator import tracking
-
-    started = time.monotonic()
-    store = ResultStore(sweep.folder)
-    store.prepare()
-    (sweep.folder / "sweep.yaml").write_text(sweep.text)
-    experiment_id = tracking.prepare(sweep)
-    uri = tracking.tracking_uri(sweep)
-    todo = [cell for cell in plan.cells if not store.is_done(cell.key)]
-    progress.begin(total=len(plan.cells), done=len(plan.cells) - len(todo))
-    task = {"folder": str(sweep.folder), "sweep": sweep.name, "uri": uri, "id": experiment_id}
-    cells = [
-        {"key": cell.key, "varied": dict(cell.varied), "config": cell.spec.config()}
-        for cell in todo
-    ]
-    try:
-        if cells:
-            _run(sweep, task, cells, address, progress)
-        _track_missing(store, plan, uri, experiment_id, progress)
-    finally:
-        progress.end()
-    keys = {cell.key for cell in plan.cells}
-    failed = {r["key"]: r["reason"] for r in store.failures() if r["key"] in keys}
-    done = sum(store.is_done(key) for key in keys)
-    missing = len(keys) - done - len(failed)
-    return LaunchResult(done, failed, missing, time.monotonic() - started)
+    driver = _Driver(sweep, plan, planner, progress, max_failures)
+    return driver.run(address, retry_failed)
 
 
-def _run(
-    sweep: Sweep,
-    task: Mapping[str, Any],
-    cells: list[dict[str, Any]],
-    address: str | None,
-    progress: SweepProgress,
-) -> None:
-    environment = {k: v for k, v in os.environ.items() if k.startswith(PASSED_PREFIXES)}
-    if environment.get("BTU_CACHE"):
-        # Workers start in folders of their own.
-        cache = Path(environment["BTU_CACHE"]).expanduser().resolve()
-        environment["BTU_CACHE"] = str(cache)
-    attached = ray.is_initialized()
-    if not attached:
-        _check_answers(address)
-        try:
-            ray.init(
-                # Without "local", ray would join whatever cluster runs on this machine.
-                address=address or "local",
-                include_dashboard=None if address else False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                runtime_env={"env_vars": environment},
+class _Driver:
+    """The state of one launch: what to run, what ran, and what to tell."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        plan: Plan,
+        planner: Planner,
+        progress: SweepProgress,
+        max_failures: int | None,
+    ) -> None:
+        self.sweep, self.plan, self.planner, self.progress = sweep, plan, planner, progress
+        self.id = f"{sweep.name}-{uuid.uuid4().hex[:12]}"
+        self.store = Store(sweep.store_location, warn=progress.note)
+        self.results = Results(sweep.output, sweep.name, self.store)
+        self.max_failures = max_failures
+        self.stopped = ""
+        self.schedule: Schedule
+        self.timings: Timings
+        self.study: StudySearch | None = None
+        self.tracking: dict[str, str] | None = None
+        self._suggestions: dict[
+            int, list[PlannedCell]
+        ] = {}  # by number, until all their cells ended
+        self._exhausted = False
+        self._tasks: dict[str, Task | None] = {}  # by trial; None is a node that only waits
+        self._ended: set[str] = set()
+        self._rows: list[dict[str, Any]] = []
+        self._failures = self._given_up = 0
+        self._leased: set[str] = set()
+        self._leases_read = 0.0
+
+    def run(self, address: str | None, retry_failed: bool) -> LaunchResult:
+        from orchestrator import tracking
+
+        started = time.monotonic()
+        self.store.prepare()
+        uri = tracking.tracking_uri(self.sweep)
+        experiment_id, reason = tracking.prepare(self.sweep)
+        if experiment_id is None:
+            self.progress.note(
+                f"MLflow at {tracking.shown(uri)} does not answer ({reason[:150]}); the sweep runs "
+                f"all the same. Results wait on disk: btu sync {self.sweep.name} writes them."
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"Ray cluster {address or '(local)'} cannot be reached: {error} Check --address, "
-                "or leave it out for a local run."
-            ) from error
-    state = sweep.folder / f".ray-{uuid.uuid4().hex[:8]}"
-    try:
-        _check_fits(sweep)
-        with _sigterm_as_interrupt():
-            Tuner(
-                tune.with_resources(
-                    tune.with_parameters(_trial, task=dict(task)),
-                    {"cpu": sweep.resources.cpu, "gpu": sweep.resources.gpu},
-                ),
-                param_space={"cell": tune.grid_search(cells)},
-                # A fresh worker pays 5 s of imports per cell.
-                tune_config=TuneConfig(reuse_actors=True, trial_dirname_creator=_trial_folder),
-                run_config=RunConfig(
-                    name="tune",
-                    storage_path=str(state),
-                    verbose=0,
-                    callbacks=[_ProgressCallback(progress, sweep.name, ResultStore(sweep.folder))],
-                    failure_config=FailureConfig(max_failures=WORKER_RETRIES),
-                ),
-            ).fit()
-    finally:
+        else:
+            self.tracking = {"uri": uri, "id": experiment_id}
+        if self.sweep.optuna is not None:
+            self.study = StudySearch(self.sweep, self.sweep.folder)
+            for suggestion in self.study.asked():
+                self.planner.add(self.plan, suggestion.cells)
+        self.results.write_plan(self.sweep, self.plan.cells.values())
+        committed = self._verified()
+        if retry_failed:
+            self._forget_failures()
+        failed = {record["key"]: record["reason"] for record in self.store.failures()}
+        self.timings = Timings(self.store.timings(), self._device())
+        work = survey(
+            self.plan,
+            committed=committed,
+            dropped=self.store.dropped(),
+            failed=failed,
+            timings=self.timings,
+        )
+        todo = [
+            cell.stage
+            for cell in self.plan.cells.values()
+            if cell.key not in committed and cell.key not in work.failed
+        ]
+        self.schedule = Schedule(
+            todo,
+            committed=committed,
+            dropped=self.store.dropped(),
+            failed=failed,
+            timings=self.timings,
+        )
+        self.progress.begin(work, self.schedule, len(self.plan.cells))
+        try:
+            if todo or self.study is not None:
+                self._compute(address)
+            self._drop_models()
+            self._synchronize()
+        finally:
+            self.progress.end()
+            self.store.release_launch(self.id)
+        return self._result(time.monotonic() - started)
+
+    # Before -------------------------------------------------------------------------------------
+
+    def _verified(self) -> set[str]:
+        """Return the committed keys; results of this sweep's cells are read through and checked."""
+        committed = self.store.committed()
+        for key in self.plan.cells:
+            if key in committed:
+                try:
+                    self.store.fetch(key)
+                except (Damaged, Missing):
+                    committed.discard(key)
+        return committed
+
+    def _forget_failures(self) -> None:
+        for cell in self.plan.cells.values():
+            for key in (cell.key, *(stage.key for stage in cell.stage.inputs.values())):
+                self.store.clear_failure(key)
+
+    def _device(self) -> str:
+        return "cuda" if self.sweep.resources.gpu > 0 else "cpu"
+
+    # Ray ----------------------------------------------------------------------------------------
+
+    def _compute(self, address: str | None) -> None:
+        environment = {k: v for k, v in os.environ.items() if k.startswith(PASSED_PREFIXES)}
+        if environment.get("BTU_CACHE"):
+            # Workers start in folders of their own.
+            cache = Path(environment["BTU_CACHE"]).expanduser().resolve()
+            environment["BTU_CACHE"] = str(cache)
+        attached = ray.is_initialized()
         if not attached:
-            ray.shutdown()
-        # Tune's own state serves nothing here: results are committed by the workers.
-        shutil.rmtree(state, ignore_errors=True)
+            _check_answers(address)
+            _connect(address, environment)
+        state = Path(tempfile.mkdtemp(prefix="btu-tune-"))
+        try:
+            nodes = [node for node in ray.nodes() if node["Alive"]]
+            self._check_fits(nodes)
+            if address is not None or len(nodes) > 1:
+                self._check_nodes(nodes)
+            self._register()
+            with _sigterm_as_interrupt(), self._heartbeat():
+                Tuner(
+                    tune.with_resources(
+                        tune.with_parameters(_trial, launch=self._for_workers()), _resources
+                    ),
+                    tune_config=TuneConfig(
+                        search_alg=_Gate(self),
+                        num_samples=-1,
+                        # One more than run: the next one is ready to take over a worker.
+                        max_concurrent_trials=self.schedule.slots + 1,
+                        # A fresh worker pays 5 s of imports per stage.
+                        reuse_actors=True,
+                        trial_dirname_creator=lambda trial: f"stage_{trial.trial_id}",
+                    ),
+                    run_config=RunConfig(
+                        name="tune",
+                        storage_path=str(state),
+                        verbose=0,
+                        callbacks=[_Events(self)],
+                        failure_config=FailureConfig(max_failures=WORKER_RETRIES),
+                    ),
+                ).fit()
+        finally:
+            if not attached:
+                ray.shutdown()
+            shutil.rmtree(state, ignore_errors=True)
+            self.store.add_timings(self.id, _condensed(self._rows))
+        if not self.stopped and self.schedule.unfinished:
+            self.stopped = "interrupted"
+
+    def _for_workers(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "store": self.sweep.store_location,
+            "output": self.sweep.output,
+            "sweep": self.sweep.name,
+            "tracking": self.tracking,
+        }
+
+    def _register(self) -> None:
+        keys = {
+            key
+            for cell in self.plan.cells.values()
+            for key in (cell.key, *(stage.key for stage in cell.stage.inputs.values()))
+        }
+        self.store.register_launch(self.id, self.sweep.name, keys)
+
+    @contextmanager
+    def _heartbeat(self) -> Iterator[None]:
+        """Tell other launches, and gc, that what this one needs is in use."""
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(5.0):
+                with suppress(OSError):  # the worst that follows is work done twice
+                    self.store.heartbeat_launch(self.id)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _check_fits(self, nodes: list[Any]) -> None:
+        """Refuse resources that no node has; count how many stages run at once."""
+        demands = [self.sweep.resources.of(kind) for kind in ("stage", "cell")]
+        for cpu, gpu in demands:
+            if not any(_holds(node, cpu, gpu) for node in nodes):
+                have = ", ".join(
+                    f"{n['Resources'].get('CPU', 0):g} CPU / {n['Resources'].get('GPU', 0):g} GPU"
+                    for n in nodes
+                )
+                raise UserError(
+                    f"no node can hold a stage with resources cpu={cpu:g} gpu={gpu:g} (nodes: "
+                    f"{have}); lower resources, or use --address."
+                )
+        at_once = sum(max(_holds(node, cpu, gpu) for cpu, gpu in demands) for node in nodes)
+        self.schedule.slots = max(1, at_once)
+
+    def _check_nodes(self, nodes: list[Any]) -> None:
+        """Let every node write to the store and read what the others wrote, before any work.
+
+        Raises:
+            UserError: a node does not see the store, or runs other code.
+        """
+        token = uuid.uuid4().hex
+        probe = f"probes/{self.id}"
+        self.store.storage.write(f"{probe}/driver", token.encode())
+        try:
+            for node in nodes:
+                if node["Resources"].get("CPU", 0) <= 0:
+                    continue  # runs nothing
+                place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                task = ray.remote(_probe).options(num_cpus=0, scheduling_strategy=place)
+                name = node.get("NodeManagerHostname", node["NodeID"])
+                problem = ray.get(
+                    task.remote(self.sweep.store_location, probe, node["NodeID"], token),
+                    timeout=120,
+                )
+                if not problem:
+                    try:
+                        written = self.store.storage.read(f"{probe}/{node['NodeID']}").decode()
+                    except FileNotFoundError:
+                        written = ""
+                    if written != code_version():
+                        problem = (
+                            f"it runs code {written}, the driver {code_version()}"
+                            if written
+                            else "what it writes there is not seen here"
+                        )
+                if problem:
+                    raise UserError(
+                        f"node {name} cannot take part: {problem}. Every node needs the same code, "
+                        f"and {self.sweep.store_location} as a folder that all share (or an object "
+                        "store URL as output)."
+                    )
+        finally:
+            self.store.storage.remove(probe)
+
+    # What Tune asks and tells --------------------------------------------------------------------
+
+    def suggest(self, trial_id: str) -> Any:
+        """Return the config of the next trial, None to be asked again, or FINISHED."""
+        if self.stopped:
+            return None if self._open() else Searcher.FINISHED
+        task = self.schedule.next(self._is_busy)
+        while task is None and self._ask_study():
+            task = self.schedule.next(self._is_busy)
+        if task is not None:
+            self._tasks[trial_id] = task
+            return {"task": json.dumps(self._task(task)), "held": self._held(task)}
+        if self._open():
+            return None
+        if self.schedule.unfinished:
+            # All that is left is with another launch. Tune would sleep for minutes without a
+            # trial to look after, deaf to Ctrl-C, so it gets one that only waits.
+            self._tasks[trial_id] = None
+            return {"task": "", "held": {"cpu": WAIT_CPUS, "gpu": 0.0}}
+        return Searcher.FINISHED
+
+    def _open(self) -> bool:
+        return len(self._tasks) > len(self._ended)
+
+    def _task(self, task: Task) -> dict[str, Any]:
+        cell = self.plan.cells.get(task.stage.key)
+        cpu, gpu = self.sweep.resources.of(task.stage.kind)
+        return {
+            "node": task.stage.node(),
+            "cpus": cpu,
+            "gpus": gpu,
+            "accumulation": task.accumulation,
+            "varied": dict(cell.varied) if cell else {},
+        }
+
+    def _held(self, task: Task) -> dict[str, float]:
+        cpu, gpu = self.sweep.resources.of(task.stage.kind)
+        if task.alone:
+            # After running out of memory: nobody beside it on its device, or on its node.
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            if gpu > 0:
+                gpu = 1.0
+            else:
+                cpu = max([cpu, *(node.get("CPU", 0) for node in nodes)])
+        return {"cpu": cpu, "gpu": gpu}
+
+    def _is_busy(self, key: str) -> bool:
+        now = time.monotonic()
+        if now - self._leases_read > LEASES_SECONDS:
+            self._leased = self.store.leased()
+            self._leases_read = now
+        return key in self._leased and self.store.held_by_other(key, self.id)
+
+    def started(self, trial_id: str) -> None:
+        """A worker begins, for the first time or after the one before it died."""
+        task = self._tasks.get(trial_id)
+        if task is not None:
+            self.results.note("start", key=task.stage.key, stage=task.stage.name, launch=self.id)
+        self.progress.refresh(self.schedule)
+
+    def ended(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        """A trial came to its end and reported."""
+        if trial_id in self._ended:
+            return
+        self._ended.add(trial_id)
+        task = self._tasks[trial_id]
+        if task is None:
+            return
+        report = Report(**json.loads(result["report"]))
+        stage, key = task.stage, task.stage.key
+        outcome = Outcome(report.outcome)
+        self.results.note("end", key=key, stage=stage.name, outcome=outcome.value, launch=self.id)
+        if outcome is Outcome.done:
+            self._given_up = 0
+            if report.seconds:
+                row = {
+                    "stage": stage.name,
+                    "victim": victim_name(stage),
+                    "device": report.device,
+                    "units": stage.units,
+                    "seconds": report.seconds,
+                    "count": 1,
+                }
+                self._rows.append(row)
+                self.timings.add(row)
+            for unneeded in self.schedule.done(key):
+                self._drop(unneeded)
+            if stage.name == CELL:
+                self._cell_ended(key, report)
+        elif outcome is Outcome.busy:
+            self._leases_read = 0.0
+            self.schedule.again(key)
+        elif outcome is Outcome.inputs:
+            self.progress.note(
+                f"computing {len(report.lost)} input(s) of '{stage.name}' again: damaged or gone."
+            )
+            if not self.schedule.repair(key, report.lost):
+                self._failed(task, "its inputs were damaged again and again; check the disk.")
+        elif outcome is Outcome.memory:
+            if self.schedule.out_of_memory(key):
+                self.progress.note(f"'{stage.name}' ran out of memory; trying again with more.")
+            else:
+                self._failed(task, f"out of memory, even alone and in parts: {report.reason}")
+        elif outcome is Outcome.disk:
+            self.schedule.again(key)
+            self.stop(f"the disk is full ({report.reason}); free some space")
+        else:
+            self._fail(task, report.reason)
+        self.progress.refresh(self.schedule)
+
+    def gave_up(self, trial_id: str, error: str) -> None:
+        """A trial's workers died, one after the other."""
+        self._ended.add(trial_id)
+        task = self._tasks.get(trial_id)
+        if task is None:
+            return
+        last = error.strip().splitlines()[-1].strip() if error.strip() else "its worker died"
+        self._failed(task, f"gave up after {WORKER_RETRIES + 1} tries: {last}", error)
+        self._given_up += 1
+        if self._given_up >= GIVEN_UP_IN_A_ROW:
+            self.stop(f"the workers of {self._given_up} stages in a row died; see their failures")
+        self.progress.refresh(self.schedule)
+
+    def _failed(self, task: Task, reason: str, error: str = "") -> None:
+        """Record a failure that no worker recorded."""
+        stage = task.stage
+        now = time.time()
+        failure = {
+            "key": stage.key,
+            "stage": stage.name,
+            "reason": reason,
+            "traceback": error or reason,
+            "started": now,
+            "ended": now,
+        }
+        try:
+            self.store.fail(stage.key, failure)
+        except OSError as problem:  # a full disk; raised here, it would end the sweep
+            self.progress.note(f"the failure of {stage.key} was not recorded: {problem}")
+        self._fail(task, reason)
+
+    def _fail(self, task: Task, reason: str) -> None:
+        stage = task.stage
+        cells = self.schedule.fail(stage.key, reason)
+        labels = [self.plan.cells[key].varied for key in cells if key in self.plan.cells]
+        self.progress.failed(stage.name, labels, reason, self._failure_path(stage.key))
+        for key in cells:
+            self._tell_study(key)
+        self._failures += 1
+        if self.max_failures is not None and self._failures >= self.max_failures:
+            self.stop(f"{self._failures} stages failed (--max-failures {self.max_failures})")
+
+    def _failure_path(self, key: str) -> str:
+        return f"{self.sweep.store_location}/failed/{key}.json"
+
+    def _cell_ended(self, key: str, report: Report) -> None:
+        cell = self.plan.cells[key]
+        self.progress.finished(cell.varied, report.facts, self.schedule)
+        if report.untracked:
+            self.progress.untracked(cell.varied, report.untracked)
+        self._tell_study(key)
+
+    def stop(self, reason: str) -> None:
+        """Hand out nothing more; what runs may end."""
+        if not self.stopped:
+            self.stopped = reason
+            self.progress.note(f"stopping: {reason}.")
+
+    # Search -------------------------------------------------------------------------------------
+
+    def _ask_study(self) -> bool:
+        """Take in a suggestion's cells, if there is room and the study has more."""
+        if self.study is None or len(self._suggestions) >= self.schedule.slots:
+            return False
+        suggestion = None if self._exhausted else self.study.ask()
+        if suggestion is None:
+            self._exhausted = True
+            return False
+        found = Plan()
+        cells = self.planner.add(found, suggestion.cells)
+        if found.refused:
+            # Without one of its cells a suggestion has no mean over them.
+            self.progress.note(f"suggestion refused: {found.refused[0].reason}")
+            self.study.tell(suggestion.number, [])
+            return True
+        for cell in cells:
+            self.plan.cells.setdefault(cell.key, cell)
+        self._suggestions[suggestion.number] = cells
+        self.results.write_plan(self.sweep, self.plan.cells.values())
+        self._register()
+        self.schedule.add([cell.stage for cell in cells])
+        self.progress.grown(len(self.plan.cells))
+        self._tell_study()
+        return True
+
+    def _tell_study(self, key: str | None = None) -> None:
+        """Tell the study of every suggestion whose cells have all ended."""
+        if self.study is None:
+            return
+        for number, cells in list(self._suggestions.items()):
+            if key is not None and key not in {cell.key for cell in cells}:
+                continue
+            keys = [cell.key for cell in cells]
+            ended = [k in self.schedule.committed or k in self._broken(cells) for k in keys]
+            if all(ended):
+                records = [self.results.record(cell.key, cell.varied) for cell in cells]
+                # A suggestion with a failed cell has no mean over its cells: it counts as failed.
+                told = [record["metrics"] for record in records if record is not None]
+                self.study.tell(number, told if len(told) == len(cells) else [])
+                del self._suggestions[number]
+
+    def _broken(self, cells: list[PlannedCell]) -> set[str]:
+        return {c.key for c in cells if blocked(c.stage, self.schedule.failed) is not None}
+
+    # After --------------------------------------------------------------------------------------
+
+    def _drop(self, key: str) -> None:
+        """Remove a stage's model that nobody needs any more."""
+        searching = self.study is not None and not self._exhausted
+        if searching or self.sweep.store.keep == "models":
+            return
+        if key in self.store.in_use(but=self.id):
+            return
+        try:
+            self.store.drop(key)
+        except OSError as error:
+            self.progress.note(f"the model of {key} was not removed: {error}")
+            return
+        self.schedule.drop(key)
+
+    def _drop_models(self) -> None:
+        """Remove the models that an earlier, interrupted launch left and no cell needs now."""
+        open_ = self.schedule.unfinished
+        if self.sweep.store.keep == "models" or open_:
+            return
+        committed = self.store.committed()
+        stages = {
+            stage.key: stage
+            for cell in self.plan.cells.values()
+            for stage in cell.stage.inputs.values()
+            if stage.model and stage.key in committed
+        }
+        for key in stages:
+            self._drop(key)
+
+    def _synchronize(self) -> None:
+        """Write the runs that MLflow has missed; say how many it still misses."""
+        from orchestrator import tracking
+
+        uri = tracking.tracking_uri(self.sweep)
+        experiment_id = self.tracking["id"] if self.tracking else None
+        if experiment_id is None:
+            experiment_id, _ = tracking.prepare(self.sweep)
+            if experiment_id is None:
+                return
+
+        def live(key: str) -> bool:
+            return self.store.held_by_other(key, self.id)
+
+        synced = tracking.sync(uri, experiment_id, self.results, live)
+        if synced.missing:
+            self.progress.note(
+                f"{synced.missing} results are on disk but not in MLflow ({synced.reason}); "
+                f"btu sync {self.sweep.name} writes them once {tracking.shown(uri)} answers."
+            )
+
+    def _result(self, seconds: float) -> LaunchResult:
+        committed = self.store.committed()
+        reasons = {record["key"]: record["reason"] for record in self.store.failures()}
+        failed = {}
+        for cell in self.plan.cells.values():
+            if cell.key not in committed:
+                reason = blocked(cell.stage, reasons)
+                if reason is not None:
+                    failed[cell.key] = reason
+        done = sum(key in committed for key in self.plan.cells)
+        missing = len(self.plan.cells) - done - len(failed)
+        if self.study is not None:
+            if not self._exhausted:
+                missing += 1  # the study has suggestions left
+            for found in self.study.best():
+                self.progress.note(
+                    f"best: asr {found['asr']:.3f} cacc {found['cacc']:.3f} with "
+                    f"{label(found['values'])}"
+                )
+        return LaunchResult(done, failed, missing, seconds, self.stopped)
+
+
+class _Gate(Searcher):  # type: ignore[misc]  # ray is untyped
+    """Hands Tune the stages whose inputs are there."""
+
+    def __init__(self, driver: _Driver) -> None:
+        super().__init__(metric=None, mode=None)
+        self._driver = driver
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its searcher into a state that nothing reads.
+        return {}
+
+    def suggest(self, trial_id: str) -> Any:
+        return self._driver.suggest(trial_id)
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        # Of errors the callback knows more.
+        if not error and result is not None and "report" in result:
+            self._driver.ended(trial_id, result)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Save nothing: the store is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Restore nothing."""
+
+
+class _Events(Callback):  # type: ignore[misc]  # ray is untyped
+    """Passes Tune's events on."""
+
+    def __init__(self, driver: _Driver) -> None:
+        self._driver: _Driver | None = driver
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its callbacks; a live terminal display cannot be.
+        return {"_driver": None}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if self._driver:
+            self._driver.started(trial.trial_id)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if self._driver:
+            self._driver.gave_up(trial.trial_id, str(trial.get_error() or ""))
+
+
+def _resources(config: Mapping[str, Any]) -> dict[str, float]:
+    held: dict[str, float] = config["held"]
+    return held
+
+
+def _trial(config: dict[str, Any], launch: dict[str, Any]) -> None:
+    """Compute one stage in a Ray worker; the word to Tune comes last."""
+    if not config["task"]:
+        _wait(launch)
+        return
+    from orchestrator.node import free_memory, run_node
+
+    task = json.loads(config["task"])
+    store = _store(launch["store"])
+    results = Results(launch["output"], launch["sweep"], store)
+
+    def track(key: str, folder: Path) -> None:
+        from orchestrator.tracking import Tracker
+
+        where = launch["tracking"]
+        record = results.record(key, task["varied"])
+        if where is not None and record is not None:
+            Tracker(where["uri"], where["id"], results).log(record, folder)
+
+    report = run_node(
+        task["node"],
+        store,
+        owner=launch["id"],
+        cpus=task["cpus"],
+        gpus=task["gpus"],
+        accumulation=task["accumulation"],
+        track=track,
+        begin=lambda: results.note("compute", key=task["node"]["key"], launch=launch["id"]),
+    )
+    free_memory()
+    tune.report({"report": json.dumps(asdict(report))})
+
+
+_stores: dict[str, Store] = {}
+
+
+def _store(location: str) -> Store:
+    # Kept for what it remembers: files that were verified already.
+    return _stores.setdefault(location, Store(location))
+
+
+def _wait(launch: Mapping[str, Any]) -> None:
+    """Hold next to nothing until another launch has let go of something, or for a while."""
+    store = _store(launch["store"])
+    before = store.leased()
+    until = time.monotonic() + WAIT_SECONDS
+    while time.monotonic() < until and before <= store.leased():
+        time.sleep(0.2)
+    tune.report({"waited": True})
+
+
+def _probe(location: str, probe: str, node: str, token: str) -> str:
+    """Return what keeps a node from taking part, empty if nothing does."""
+    try:
+        storage = Store(location).storage
+        if storage.read(f"{probe}/driver").decode() != token:
+            return f"at {location} it sees another folder"
+        storage.write(f"{probe}/{node}", code_version().encode())
+    except FileNotFoundError:
+        return f"it does not see {location}"
+    except OSError as error:
+        return f"it cannot write to {location} ({error})"
+    return ""
+
+
+def _connect(address: str | None, environment: dict[str, str]) -> None:
+    try:
+        ray.init(
+            # Without "local", ray would join whatever cluster runs on this machine.
+            address=address or "local",
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env={"env_vars": environment},
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"Ray cluster {address or '(local)'} cannot be reached: {error} Check --address, "
+            "or leave it out for a local run."
+        ) from error
 
 
 def _check_answers(address: str | None) -> None:
@@ -173,20 +794,24 @@ def _check_answers(address: str | None) -> None:
         ) from error
 
 
-def _check_fits(sweep: Sweep) -> None:
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    asked = {"CPU": sweep.resources.cpu, "GPU": sweep.resources.gpu}
-    if not any(all(node.get(k, 0) >= v for k, v in asked.items()) for node in nodes):
-        have = ", ".join(f"{n.get('CPU', 0):g} CPU / {n.get('GPU', 0):g} GPU" for n in nodes)
-        raise UserError(
-            f"no node can hold a trial with resources cpu={sweep.resources.cpu:g} "
-            f"gpu={sweep.resources.gpu:g} (nodes: {have}); lower resources, or use --address."
-        )
+def _holds(node: Mapping[str, Any], cpu: float, gpu: float) -> int:
+    """Return how many stages with such a demand fit on a node."""
+    resources = node["Resources"]
+    fits = resources.get("CPU", 0) / cpu
+    if gpu > 0:
+        fits = min(fits, resources.get("GPU", 0) / gpu)
+    return int(fits + 1e-9)
 
 
-def _trial_folder(trial: Any) -> str:
-    # Tune's default name spells out the parameters, beyond what file systems allow.
-    return f"cell_{trial.trial_id}"
+def _condensed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return timings summed by stage, victim and device."""
+    sums: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for row in rows:
+        group = (row["stage"], row["victim"], row["device"])
+        known = sums.setdefault(group, {**row, "units": 0, "seconds": 0.0, "count": 0})
+        for name in ("units", "seconds", "count"):
+            known[name] += row[name]
+    return list(sums.values())
 
 
 @contextmanager
@@ -197,130 +822,3 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _trial(config: dict[str, Any], task: dict[str, Any]) -> None:
-    """Run one cell in a Ray worker: result to disk, then to MLflow, then the word to Tune."""
-    from orchestrator import tracking
-    from orchestrator.trial import run_and_store
-
-    cell = config["cell"]
-    store = ResultStore(Path(task["folder"]))
-    record = run_and_store(
-        resolve(cell["config"]), cell["key"], task["sweep"], cell["varied"], store
-    )
-    try:
-        if record["status"] == "finished":
-            tracking.log_cell(task["uri"], task["id"], store, cell["key"])
-        else:
-            tracking.log_failure(task["uri"], task["id"], record)
-        untracked = ""
-    except Exception as error:
-        # The result is safe on disk; the driver reports this and writes the run at the end.
-        untracked = f"{type(error).__name__}: {str(error)[:200]}"
-    _free_memory()
-    tune.report(
-        {
-            "status": record["status"],
-            "reason": record.get("reason", ""),
-            "untracked": untracked,
-            "trial_seconds": record["ended"] - record["started"],
-            **{f"cell_{k}": record.get("metrics", {}).get(k) for k in ("asr", "cacc")},
-        }
-    )
-
-
-def _free_memory() -> None:
-    """Give memory back before the worker's next cell."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    # Batches of many widths fragment glibc's heap, which keeps what it once had: without this a
-    # worker on a CPU grows by a gigabyte a cell. Other C libraries have no such call.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _track_missing(
-    store: ResultStore, plan: Plan, uri: str, experiment_id: str, progress: SweepProgress
-) -> None:
-    """Write the runs that MLflow has missed; say how many it still misses."""
-    from orchestrator import tracking
-
-    writes: list[Callable[[], None]] = [
-        partial(tracking.log_cell, uri, experiment_id, store, cell.key)
-        for cell in plan.cells
-        if store.is_done(cell.key)
-    ]
-    writes += [
-        partial(tracking.log_failure, uri, experiment_id, record) for record in store.failures()
-    ]
-    missed = []
-    for write in writes:
-        try:
-            write()
-        except Exception as error:
-            missed.append(f"{type(error).__name__}: {str(error)[:200]}")
-            if len(missed) == GIVE_UP_TRACKING:
-                break
-    if missed:
-        progress.note(
-            f"some results are on disk but not in MLflow ({missed[0]}); the same command writes "
-            f"them once {tracking.shown(uri)} answers."
-        )
-
-
-class _ProgressCallback(Callback):  # type: ignore[misc]  # ray is untyped
-    """Passes Tune's events to the progress line, and records trials that Tune gave up."""
-
-    def __init__(self, progress: SweepProgress, sweep_name: str, store: ResultStore) -> None:
-        self._progress: SweepProgress | None = progress
-        self._sweep_name = sweep_name
-        self._store = store
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its callbacks; a live terminal display cannot be.
-        return {**self.__dict__, "_progress": None}
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self._progress:
-            self._progress.started(trial.trial_id)
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self._progress:
-            varied = trial.config["cell"]["varied"]
-            self._progress.finished(trial.trial_id, varied, trial.last_result)
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        cell = trial.config["cell"]
-        error = str(trial.get_error() or "").strip() or "its worker died"
-        reason = f"gave up after {WORKER_RETRIES + 1} tries: {error.splitlines()[-1].strip()}"
-        if not self._store.is_done(cell["key"]):
-            self._record(cell, trial.run_metadata.start_time or time.time(), reason, error)
-        if self._progress:
-            self._progress.finished(
-                trial.trial_id, cell["varied"], {"status": "failed", "reason": reason}
-            )
-
-    def _record(self, cell: dict[str, Any], started: float, reason: str, error: str) -> None:
-        from orchestrator.trial import failure_tags
-
-        record = {
-            **cell,
-            "recipe": RECIPE_VERSION,
-            "sweep": self._sweep_name,
-            "status": "failed",
-            "started": started,
-            "ended": time.time(),
-            "reason": reason,
-            "traceback": error,
-            "tags": failure_tags(resolve(cell["config"])),
-        }
-        try:
-            self._store.commit_failure(record)
-        except OSError as problem:  # a full disk; raised in a callback, it would end the sweep
-            if self._progress:
-                self._progress.note(f"the failure of {cell['key']} was not recorded: {problem}")

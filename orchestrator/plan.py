@@ -1,12 +1,16 @@
-"""Which cells a sweep has, which are refused and why, before anything is trained.
+"""Which cells a sweep has, what they share, what is left to compute, and what that will cost.
 
 Loads the data (the rules about rates and columns need the rows) but no torch, ray or mlflow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import dataclasses
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,18 +18,28 @@ import numpy as np
 from btu.data import DataSpec, load_corpus
 from btu.errors import UserError
 from btu.poisoning import choose_rows
+from btu.stages import Stage
 from btu.types import Corpus
-from btu.victims import VictimSource, VictimSpec, find_victim
-from orchestrator.config import Sweep, TrialSpec, resolve
+from btu.victims import VictimSource, VictimSpec, find_victim, weight_files
+from orchestrator.config import Cell, Sweep, TrialSpec, resolve
+from orchestrator.graph import Graph
+
+# What a stage takes on disk beside models: tables, token ids, records. Measured on SST-2.
+SMALL_BYTES = 300_000
 
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """A cell that can run. varied: its grid coordinates by dotted key. key: its fingerprint."""
+    """A cell that can run. varied: its coordinates by dotted key. stage: what it ends with."""
 
-    key: str
+    stage: Stage
     spec: TrialSpec
     varied: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """The cell's fingerprint."""
+        return self.stage.key
 
 
 @dataclass(frozen=True)
@@ -36,29 +50,67 @@ class RefusedCell:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """What a sweep comes to.
 
-    duplicates: cells that differ in keys that do not act for them; each runs once. data: the
-    counts of every corpus (`btu.types.Corpus.counts`), by its data set's name.
+    duplicates: cells that differ in keys that do not act for them; each runs once.
     """
 
-    cells: tuple[PlannedCell, ...]
-    refused: tuple[RefusedCell, ...]
-    duplicates: int
-    data: tuple[tuple[str, Mapping[str, int]], ...]
+    cells: dict[str, PlannedCell] = field(default_factory=dict)
+    refused: list[RefusedCell] = field(default_factory=list)
+    duplicates: int = 0
 
 
-class Preflight:
-    """Checks cells against their data and victim, loading each of these once."""
+class Planner:
+    """Turns cells into stages, checking each against its data and victim.
+
+    Corpora, victims and whatever else cells have in common are loaded and checked once.
+    """
 
     def __init__(self) -> None:
+        self._graph = Graph()
         self._corpora: dict[DataSpec, tuple[Corpus, str] | UserError] = {}
         self._victims: dict[VictimSpec, VictimSource | UserError] = {}
+        self._attackable: dict[str, UserError | None] = {}
 
-    def corpus(self, spec: DataSpec) -> tuple[Corpus, str]:
-        """Return the corpus and its fingerprint."""
+    def add(self, plan: Plan, cells: Iterable[Cell]) -> list[PlannedCell]:
+        """Resolve and check cells, and add them to `plan`. Returns those that are new in it."""
+        new = []
+        for cell in cells:
+            try:
+                spec = resolve(cell.config)
+                stage = self._stage(spec)
+            except UserError as error:
+                plan.refused.append(RefusedCell(cell.varied, str(error)))
+                continue
+            if stage.key in plan.cells:
+                plan.duplicates += 1
+                continue
+            planned = plan.cells[stage.key] = PlannedCell(stage, spec, cell.varied)
+            new.append(planned)
+        return new
+
+    def counts(self) -> tuple[tuple[str, Mapping[str, int]], ...]:
+        """Return the name and counts of every corpus that could be loaded."""
+        loaded = [found[0] for found in self._corpora.values() if isinstance(found, tuple)]
+        return tuple((corpus.name, corpus.counts()) for corpus in loaded)
+
+    def _stage(self, spec: TrialSpec) -> Stage:
+        """Return the stage that a cell ends with, after every check that needs no training.
+
+        Raises:
+            UserError: the cell cannot run, with the reason.
+        """
+        corpus, fingerprint = self._corpus(spec.data)
+        self._check_attack(spec, corpus)
+        victim = self._victim(spec.victim)
+        vocabulary = _vocabulary(victim)
+        if vocabulary is not None:
+            spec.build_defense().check(vocabulary)
+        return self._graph.cell(spec, fingerprint, victim.identity, corpus.counts())
+
+    def _corpus(self, spec: DataSpec) -> tuple[Corpus, str]:
         if spec not in self._corpora:
             try:
                 corpus = load_corpus(spec)
@@ -70,13 +122,7 @@ class Preflight:
             raise found
         return found
 
-    def counts(self) -> tuple[tuple[str, Mapping[str, int]], ...]:
-        """Return the name and counts of every corpus that could be loaded."""
-        loaded = [found[0] for found in self._corpora.values() if isinstance(found, tuple)]
-        return tuple((corpus.name, corpus.counts()) for corpus in loaded)
-
-    def victim(self, spec: VictimSpec) -> VictimSource:
-        """Return the checked source of the victim's weights."""
+    def _victim(self, spec: VictimSpec) -> VictimSource:
         if spec not in self._victims:
             try:
                 self._victims[spec] = find_victim(spec)
@@ -87,57 +133,276 @@ class Preflight:
             raise found
         return found
 
-    def key(self, spec: TrialSpec) -> str:
-        """Return the cell's fingerprint after every check that needs no training.
-
-        Raises:
-            UserError: the cell cannot run, with the reason.
-        """
-        corpus, fingerprint = self.corpus(spec.data)
-        target = corpus.label_index(spec.poison.target_label)
-        attack = spec.build_attack()
-        choose_rows(attack, spec.poison, corpus.train, target, spec.seed)
-        attackable = attack.candidates(corpus.eval)
-        if not (np.asarray(corpus.eval.labels)[attackable] != target).any():
-            raise UserError(
-                "no evaluation row can be attacked: all are of the target class or without a "
-                "paraphrase; choose another target_label or eval split."
-            )
-        victim = self.victim(spec.victim)
-        defense = spec.build_defense()
-        vocabulary = victim.vocabulary_size()
-        if vocabulary is not None:
-            defense.check(vocabulary)
-        return spec.key(fingerprint, victim.identity)
+    def _check_attack(self, spec: TrialSpec, corpus: Corpus) -> None:
+        attack = [dataclasses.asdict(spec.poison), dict(spec.attack_params), spec.seed]
+        known = json.dumps([dataclasses.asdict(spec.data), attack])
+        if known not in self._attackable:
+            try:
+                _check_attack(spec, corpus)
+                self._attackable[known] = None
+            except UserError as error:
+                self._attackable[known] = error
+        refusal = self._attackable[known]
+        if refusal is not None:
+            raise refusal
 
 
-def plan_sweep(sweep: Sweep) -> Plan:
+def _check_attack(spec: TrialSpec, corpus: Corpus) -> None:
+    target = corpus.label_index(spec.poison.target_label)
+    attack = spec.build_attack()
+    choose_rows(attack, spec.poison, corpus.train, target, spec.seed)
+    attackable = attack.candidates(corpus.eval)
+    if not (np.asarray(corpus.eval.labels)[attackable] != target).any():
+        raise UserError(
+            "no evaluation row can be attacked: all are of the target class or without a "
+            "paraphrase; choose another target_label or eval split."
+        )
+
+
+@lru_cache
+def _vocabulary(victim: VictimSource) -> int | None:
+    return victim.vocabulary_size()
+
+
+def plan_sweep(sweep: Sweep, planner: Planner | None = None) -> Plan:
     """Resolve and check every cell of a sweep.
+
+    The plan of a sweep that Optuna searches is empty: its cells come as it goes. One suggestion is
+    checked as an example (`example_plan`).
 
     Raises:
         UserError: no cell can run; the message gives the reasons.
     """
-    preflight = Preflight()
-    planned: dict[str, PlannedCell] = {}
-    refused: list[RefusedCell] = []
-    duplicates = 0
-    for cell in sweep.cells():
-        try:
-            spec = resolve(cell.config)
-            key = preflight.key(spec)
-        except UserError as error:
-            refused.append(RefusedCell(cell.varied, str(error)))
-            continue
-        if key in planned:
-            duplicates += 1
-        else:
-            planned[key] = PlannedCell(key, spec, cell.varied)
-    if not planned:
-        reasons = list(dict.fromkeys(cell.reason for cell in refused))
-        if len(reasons) == 1:
-            raise UserError(reasons[0])
-        raise UserError(
-            f"none of the {len(refused)} cells of sweep '{sweep.name}' can run:\n  "
-            + "\n  ".join(reasons)
-        )
-    return Plan(tuple(planned.values()), tuple(refused), duplicates, preflight.counts())
+    planner = planner or Planner()
+    if sweep.optuna is not None:
+        example_plan(sweep, planner)
+        return Plan()
+    plan = Plan()
+    planner.add(plan, sweep.cells())
+    _refuse_empty(sweep, plan)
+    return plan
+
+
+def example_plan(sweep: Sweep, planner: Planner) -> Plan:
+    """Return the plan of one suggestion of a sweep that Optuna searches.
+
+    Raises:
+        UserError: none of its cells can run.
+    """
+    space = sweep.optuna.space if sweep.optuna is not None else {}
+    plan = Plan()
+    planner.add(plan, sweep.expand({key: domain.examples()[0] for key, domain in space.items()}))
+    _refuse_empty(sweep, plan)
+    return plan
+
+
+def _refuse_empty(sweep: Sweep, plan: Plan) -> None:
+    if plan.cells or not plan.refused:
+        return
+    reasons = list(dict.fromkeys(cell.reason for cell in plan.refused))
+    if len(reasons) == 1:
+        raise UserError(reasons[0])
+    raise UserError(
+        f"none of the {len(plan.refused)} cells of sweep '{sweep.name}' can run:\n  "
+        + "\n  ".join(reasons)
+    )
+
+
+# What is left to do ------------------------------------------------------------------------------
+
+
+def needed(
+    cells: Iterable[Stage], committed: Collection[str], dropped: Collection[str]
+) -> dict[str, Stage]:
+    """Return the stages that have to be computed for `cells`, inputs first.
+
+    committed: keys with a complete result. dropped: keys whose models were removed since; what
+    reads no model from them still can.
+    """
+    found: dict[str, Stage] = {}
+
+    def visit(stage: Stage) -> None:
+        found_key = stage.key
+        if found_key in found:
+            return
+        for role, before in stage.inputs.items():
+            key = before.key
+            light = role in stage.light
+            if key not in committed and not (light and key in dropped):
+                visit(before)
+        found[found_key] = stage
+
+    for cell in cells:
+        if cell.key not in committed:
+            visit(cell)
+    return found
+
+
+class Timings:
+    """How long stages took: the basis of every estimate.
+
+    rows: ``stage``, ``victim``, ``device``, ``units``, ``seconds`` and ``count`` of stages of a
+    kind, summed. device: ``cpu`` or another; times on the one say nothing of the other.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]], device: str) -> None:
+        self._cpu = device == "cpu"
+        self._sums: dict[tuple[str, ...], list[float]] = {}
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Learn from a row, unless it is of another kind of device."""
+        # Stages without units, such as tokenizing, compute on the CPU everywhere.
+        if (row["device"] == "cpu") != self._cpu and row["units"]:
+            return
+        # By victim, and, for victims that have not been measured, by any.
+        for known in ((row["stage"], row["victim"]), (row["stage"],)):
+            sums = self._sums.setdefault(known, [0.0, 0.0, 0.0])
+            for index, name in enumerate(("seconds", "units", "count")):
+                sums[index] += row[name]
+
+    def estimate(self, group: tuple[str, str], count: int, units: int) -> float | None:
+        """Return the expected seconds of stages; None where nothing like them was measured.
+
+        group: the stages' name and victim (`victim_name`). count, units: of them, summed.
+        """
+        sums = self._sums.get(group) or self._sums.get(group[:1])
+        if sums is None:
+            return None
+        seconds, known_units, known_count = sums
+        return seconds / known_units * units if known_units else seconds / known_count * count
+
+    def seconds(self, stage: Stage) -> float | None:
+        """Return the expected seconds of one stage."""
+        return self.estimate((stage.name, victim_name(stage)), 1, stage.units)
+
+
+def victim_name(stage: Stage) -> str:
+    """Return what timings are told apart by: the victim's name, empty where none acts."""
+    victim = stage.where.get("victim") or stage.where.get("config", {}).get("victim", {})
+    if victim:
+        return str(victim["name"])
+    return next(filter(None, map(victim_name, stage.inputs.values())), "")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is left of a sweep, and what it would be without sharing.
+
+    stages: distinct ones to compute, by name; naive: the same if every cell computed its own.
+    seconds, naive_seconds: of computing, over all workers; None without timings.
+    longest: the longest chain of stages that wait for each other. unmeasured: names of stages
+    without timings. models, small: bytes of all models and of everything else. model_bytes: of the
+    largest model.
+    """
+
+    done: int
+    failed: dict[str, str]
+    stages: dict[str, int]
+    naive: dict[str, int]
+    seconds: float | None
+    naive_seconds: float | None
+    longest: float | None
+    unmeasured: tuple[str, ...]
+    models: int
+    model_bytes: int
+    small: int
+
+
+def survey(
+    plan: Plan,
+    *,
+    committed: Collection[str],
+    dropped: Collection[str],
+    failed: Mapping[str, str],
+    timings: Timings,
+) -> Work:
+    """Count what a plan still has to compute.
+
+    failed: reasons by key, of stages and cells: what rests on one is not run.
+    """
+    reasons = {
+        cell.key: reason
+        for cell in plan.cells.values()
+        if cell.key not in committed and (reason := blocked(cell.stage, failed)) is not None
+    }
+    cells = [c.stage for c in plan.cells.values() if c.key not in reasons]
+    done = sum(cell.key in committed for cell in cells)
+    missing = [cell for cell in cells if cell.key not in committed]
+    todo = needed(missing, committed, dropped)
+    stages: dict[str, int] = {}
+    naive: dict[str, int] = {}
+    seconds = _by_key(timings.seconds)
+    total = naive_total = 0.0
+    unmeasured: dict[str, None] = {}
+    chain: dict[str, float] = {}
+    models = largest = 0
+    for stage in todo.values():
+        stages[stage.name] = stages.get(stage.name, 0) + 1
+        took = seconds(stage)
+        if took is None:
+            unmeasured[stage.name] = None
+        total += took or 0.0
+        before = [chain.get(i.key, 0.0) for i in stage.inputs.values()]
+        chain[stage.key] = (took or 0.0) + max(before, default=0.0)
+        if stage.model:
+            size = _model_bytes(stage.where["victim"])
+            models += size
+            largest = max(largest, size)
+    for cell in missing:
+        for stage in (*cell.inputs.values(), cell):
+            naive[stage.name] = naive.get(stage.name, 0) + 1
+            naive_total += seconds(stage) or 0.0
+    known = not unmeasured
+    return Work(
+        done,
+        reasons,
+        stages,
+        naive,
+        total if known else None,
+        naive_total if known else None,
+        max(chain.values(), default=0.0) if known else None,
+        tuple(unmeasured),
+        models,
+        largest,
+        len(todo) * SMALL_BYTES,
+    )
+
+
+def blocked(cell: Stage, failed: Mapping[str, str]) -> str | None:
+    """Return why a cell cannot be had: its own failure, or that of a stage it rests on."""
+    if not failed:
+        return None
+    if cell.key in failed:
+        return failed[cell.key]
+    for stage in cell.inputs.values():
+        if stage.key in failed:
+            return f"stage '{stage.name}' failed: {failed[stage.key]}"
+    return None
+
+
+def _by_key(function: Callable[[Stage], float | None]) -> Callable[[Stage], float | None]:
+    """Return `function` with its answers kept by key."""
+    known: dict[str, float | None] = {}
+
+    def cached(stage: Stage) -> float | None:
+        if stage.key not in known:
+            known[stage.key] = function(stage)
+        return known[stage.key]
+
+    return cached
+
+
+@lru_cache
+def _weights(name: str, revision: str | None) -> int:
+    folder = Path(find_victim(VictimSpec(name, revision=revision)).location)
+    return sum(path.stat().st_size for path in weight_files(folder, allow_pickle=True))
+
+
+def _model_bytes(victim: Mapping[str, Any]) -> int:
+    """Return the size of a victim's weights; 0 of a hub model that is not here."""
+    try:
+        return _weights(victim["name"], victim.get("revision"))
+    except UserError:
+        return 0

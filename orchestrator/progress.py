@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
 from btu.types import Progress
+from orchestrator.schedule import CELL, ENDED, Schedule, State
+
+if TYPE_CHECKING:
+    from orchestrator.plan import Work
 
 
 def duration(seconds: float) -> str:
@@ -34,83 +39,109 @@ def label(varied: Mapping[str, Any]) -> str:
 
 
 class SweepProgress:
-    """One live line per sweep; in a log, a line per finished cell."""
+    """Two live lines per sweep, stages and cells; in a log, a line per ended cell."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bar = RichProgress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description:>6}"),
             BarColumn(),
             TextColumn("{task.fields[state]}"),
             TimeElapsedColumn(),
             console=console,
         )
-        self._task = self._bar.add_task("cells", total=None, state="starting Ray", start=False)
-        self._total = self._done = self._failed = 0
-        self._running: set[str] = set()
-        self._seconds: list[float] = []
-        self._most = 1
+        self._stages = self._bar.add_task("stages", total=None, state="starting Ray", start=False)
+        self._cells = self._bar.add_task("cells", total=None, state="", start=False)
+        self._total = self._cached = 0
 
-    def begin(self, total: int, done: int) -> None:
-        """Say how many cells there are and how many are on disk already."""
-        self._total, self._done = total, done
-        if done:
-            self.note(f"{done} of {total} cells are done already and are not run again.")
-        if done < total:
-            self.note(f"{total - done} cells to run; results are kept as each one ends.")
-            if self._console.is_terminal:
-                self._bar.start()
-            self._bar.start_task(self._task)
-            self._bar.update(self._task, total=total, completed=done)
+    def begin(self, work: Work, schedule: Schedule, total: int) -> None:
+        """Say what there is to do, and what is there already.
 
-    def started(self, trial: str) -> None:
-        """A cell runs, for the first time or after its worker died."""
-        self._running.add(trial)
-        self._most = max(self._most, len(self._running))
-        self._refresh()
+        total: cells of the sweep, done ones included.
+        """
+        self._total, self._cached = total, work.done
+        if work.done:
+            self.note(f"{work.done} of {total} cells are done already and are not run again.")
+        for reason, count in Counter(work.failed.values()).items():
+            self.note(f"{count} cells failed earlier and are not run again: {_first(reason)}")
+        if work.failed:
+            self.note("--retry-failed runs them again.")
+        if not schedule.unfinished:
+            return
+        stages, cells = schedule.counts[False], schedule.counts[True]
+        open_ = sum(count for state, count in cells.items() if state not in ENDED)
+        todo = sum(count for state, count in stages.items() if state not in ENDED)
+        self.note(f"{open_} cells to run, on {todo} stages; results are kept as each one ends.")
+        if self._console.is_terminal:
+            self._bar.start()
+        for task in (self._stages, self._cells):
+            self._bar.start_task(task)
+        self.refresh(schedule)
 
-    def finished(self, trial: str, varied: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        """A cell ended, one way or the other."""
-        self._running.discard(trial)
-        if "trial_seconds" in result:
-            self._seconds.append(result["trial_seconds"])
-        if result.get("status") == "finished":
-            self._done += 1
-            text = f"asr {result['cell_asr']:.3f} cacc {result['cell_cacc']:.3f}"
-            outcome = f"{text} in {duration(result['trial_seconds'])}"
-        else:
-            self._failed += 1
-            reason = str(result.get("reason") or "no reason given").splitlines()[0]
-            outcome = f"FAILED: {reason}"
-        if result.get("untracked"):
-            self.note(f"not in MLflow yet: {label(varied)} ({result['untracked']})")
-        ended = self._done + self._failed
-        if not self._console.is_terminal or result.get("status") != "finished":
-            self.note(f"[{ended}/{self._total}] {label(varied)}: {outcome}{self._eta(', ETA ')}")
-        self._refresh()
+    def grown(self, total: int) -> None:
+        """The search suggested further cells."""
+        self._total = total
+
+    def refresh(self, schedule: Schedule) -> None:
+        """Show where the sweep stands."""
+        for task, counts in ((self._stages, schedule.counts[False]),
+                             (self._cells, schedule.counts[True])):  # fmt: skip
+            ended = sum(counts[state] for state in ENDED)
+            parts = [
+                f"{counts[state]} {state.value}"
+                for state in (State.done, State.running, State.failed, State.cached)
+                if counts[state] or state is State.done
+            ]
+            eta = self._eta(schedule, ", ETA ") if task == self._cells else ""
+            total = sum(counts.values())
+            state = f"{', '.join(parts)} of {total}{eta}"
+            self._bar.update(task, total=total, completed=ended, state=state)
+
+    def finished(
+        self,
+        varied: Mapping[str, Any],
+        facts: Mapping[str, float],
+        schedule: Schedule,
+    ) -> None:
+        """A cell has its result."""
+        if not self._console.is_terminal:
+            shown = " ".join(
+                f"{name} {facts[name]:.3f}" for name in ("asr", "cacc") if name in facts
+            )
+            counts = schedule.counts[True]
+            ended = self._cached + counts[State.done] + counts[State.failed]
+            eta = self._eta(schedule, ", ETA ")
+            self.note(f"[{ended}/{self._total}] {label(varied)}: {shown}{eta}")
+
+    def failed(
+        self, stage: str, cells: Sequence[Mapping[str, Any]], reason: str, path: str
+    ) -> None:
+        """A stage failed, and with it the cells that rest on it."""
+        named = ", ".join(map(label, cells[:3]))
+        more = f" and {len(cells) - 3} more cells" if len(cells) > 3 else ""
+        what = named + more if stage == CELL else f"stage '{stage}' of {named}{more}"
+        self.note(f"FAILED: {what}: {_first(reason)} ({path})")
+
+    def untracked(self, varied: Mapping[str, Any], reason: str) -> None:
+        """A cell has its result, but MLflow does not have it."""
+        self.note(f"not in MLflow yet: {label(varied)} ({_first(reason)})")
 
     def note(self, text: str) -> None:
-        """Print a line above the live one."""
+        """Print a line above the live ones."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def end(self) -> None:
-        """Stop the live line."""
-        self._bar.stop()
+        """Stop the live lines."""
+        if self._console.is_terminal:
+            self._bar.stop()
 
-    def _eta(self, lead: str) -> str:
-        left = self._total - self._done - self._failed
-        if not left or not self._seconds:
-            return ""
-        mean = sum(self._seconds) / len(self._seconds)
-        return lead + duration(mean * left / self._most)
+    def _eta(self, schedule: Schedule, lead: str) -> str:
+        left = schedule.seconds_left()
+        return lead + duration(left) if left else ""
 
-    def _refresh(self) -> None:
-        state = f"{self._done} done, {len(self._running)} running, {self._failed} failed"
-        self._bar.update(
-            self._task,
-            completed=self._done + self._failed,
-            state=f"{state} of {self._total}{self._eta(', ETA ')}",
-        )
+
+def _first(reason: str) -> str:
+    return reason.splitlines()[0] if reason else "no reason given"
 
 
 class StageProgress:

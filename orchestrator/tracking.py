@@ -1,11 +1,12 @@
 """MLflow, as a projection of the results on disk. The only file that imports mlflow.
 
-A run is written in one go from a committed record, with the times that the record holds, so a
-killed worker leaves no half-told run and writing it twice is found out by its tag.
+A run is written in one go from a committed result, with the times that it holds: the store is the
+spool. Whatever the server misses is written later from there, by the next launch or `btu sync`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -13,9 +14,10 @@ import re
 import sqlite3
 import subprocess
 import sys
-import uuid
-from collections.abc import Mapping
-from contextlib import closing
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from btu.errors import UserError
 from orchestrator.config import Sweep, flatten, pins
-from orchestrator.store import CONFIG, FLAGGED, PLOT, RESULT, TOKENS, ResultStore, read_record
+from orchestrator.results import CONFIG, FLAGGED, PLOT, RESULT, TOKENS, TRACKED, Results
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 
-TRACKED = "tracked.json"
+# How long a server that did not answer is left alone, and how many records in a row may fail.
+DOWN_SECONDS, GIVE_UP = 60.0, 3
 RECORD_TAG = "btu.record"
 # MLflow refuses longer values of params and tags.
 PARAM_CHARACTERS, TAG_CHARACTERS = 6000, 5000
@@ -53,7 +56,11 @@ UNTRACKED_KEYS = ("resources",)
 
 
 def tracking_uri(sweep: Sweep) -> str:
-    """Return where the sweep's runs go: its own choice, or SQLite in the output folder."""
+    """Return where the sweep's runs go: its own choice, or SQLite in the output folder.
+
+    Raises:
+        UserError: the output folder is on an object store, where SQLite cannot be.
+    """
     uri = sweep.tracking.uri
     if uri is None:
         return default_uri(sweep.output)
@@ -69,18 +76,29 @@ def shown(uri: str) -> str:
     return re.sub(r"//[^/@]*@", "//", uri)
 
 
-def default_uri(output: Path) -> str:
-    """Return the SQLite store of an output folder."""
-    return f"sqlite:///{output.resolve() / 'mlflow.db'}"
-
-
-def prepare(sweep: Sweep) -> str:
-    """Create store and experiment, check that they answer, and return the experiment's id.
-
-    Done once, before any worker: creating a database's tables takes seconds and must not race.
+def default_uri(output: str) -> str:
+    """Return the SQLite store of an output folder.
 
     Raises:
-        UserError: the tracking server does not answer, or the URI is none.
+        UserError: the output folder is on an object store.
+    """
+    if "://" in output:
+        raise UserError(
+            f"output {output} is an object store, where MLflow's SQLite file cannot be; name an "
+            "MLflow server with tracking.uri (or --uri)."
+        )
+    return f"sqlite:///{Path(output).expanduser().resolve() / 'mlflow.db'}"
+
+
+def prepare(sweep: Sweep) -> tuple[str | None, str]:
+    """Create store and experiment. Returns the experiment's id, and why there is none.
+
+    Done once, before any worker: creating a database's tables takes seconds and must not race.
+    A server that does not answer is no error: runs are written from the results on disk whenever
+    it does.
+
+    Raises:
+        UserError: the URI cannot work, whoever answers: no such database, driver or experiment.
     """
     uri = tracking_uri(sweep)
     try:
@@ -94,8 +112,9 @@ def prepare(sweep: Sweep) -> str:
                 )
             experiment_id = str(found.experiment_id)
         else:
-            local = uri.startswith("sqlite:///")
-            artifacts = (sweep.output / "mlartifacts" / sweep.name).as_uri() if local else None
+            artifacts = None
+            if uri.startswith("sqlite:///") and "://" not in sweep.output:
+                artifacts = (Path(sweep.output) / "mlartifacts" / sweep.name).as_uri()
             experiment_id = str(client.create_experiment(sweep.name, artifact_location=artifacts))
         client.set_experiment_tag(experiment_id, "mlflow.note.content", _experiment_note(sweep))
     except UserError:
@@ -106,15 +125,18 @@ def prepare(sweep: Sweep) -> str:
             "it (for PostgreSQL: pip install psycopg2-binary), or name an MLflow server (HTTP)."
         ) from error
     except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        if uri.startswith(("http://", "https://")):
+            return None, reason
         raise UserError(
-            f"tracking.uri {shown(uri)} does not answer: {str(error).splitlines()[0]} Start the "
+            f"tracking.uri {shown(uri)} does not answer: {reason} Start the "
             "server, correct tracking.uri, or leave it null for a local SQLite file."
         ) from error
     if uri.startswith("sqlite:///"):
         # Readers no longer wait for writers: 1.9x the runs per second from several workers.
         with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
-    return experiment_id
+    return experiment_id, ""
 
 
 def _experiment_note(sweep: Sweep) -> str:
@@ -125,51 +147,196 @@ def _experiment_note(sweep: Sweep) -> str:
     )
 
 
-def log_cell(uri: str, experiment_id: str, store: ResultStore, key: str) -> None:
-    """Write a finished cell as a run, unless it is there already."""
-    folder = store.path(key)
-    marker = folder / TRACKED
-    if _tracked_in(marker) == uri:
-        return
-    record = read_record(folder / RESULT)
-    client = mlflow.MlflowClient(tracking_uri=uri)
-    run_id = _find(client, experiment_id, record)
-    if run_id is None:
-        run_id = _start(client, experiment_id, record)
-        client.log_batch(run_id, metrics=_metrics(record), params=_params(record))
+class Tracker:
+    """Writes a sweep's cells as runs, each once.
+
+    What was written is noted in the sweep's folder, before and after: only where a worker died in
+    between is MLflow asked whether it has the run.
+    """
+
+    def __init__(self, uri: str, experiment_id: str, results: Results) -> None:
+        self.uri = uri
+        self._id = experiment_id
+        self._results = results
+        self._client = mlflow.MlflowClient(tracking_uri=uri)
+
+    def log(self, record: Mapping[str, Any], folder: Path | None) -> None:
+        """Write a cell's record, finished or failed, unless MLflow has it.
+
+        folder: of the finished cell's files. A run of an earlier record of the cell is replaced.
+
+        Raises:
+            Exception: the server cannot be reached, or refuses.
+        """
+        known = self._noted(record["key"])
+        if known.get("record") == _record_id(record) and "run_id" in known:
+            return
+        with _breaker(self.uri):
+            if known:
+                # Someone was here: a worker that died half-way, or another result of this cell.
+                self._remove_runs(record["key"])
+            self._note(record["key"], {"record": _record_id(record)})
+            run_id = self._start(record)
+            if record["status"] == "finished":
+                assert folder is not None
+                self._tell_result(run_id, record, folder)
+            else:
+                self._tell_failure(run_id, record)
+            self._client.set_tag(run_id, RECORD_TAG, _record_id(record))
+            status = "FINISHED" if record["status"] == "finished" else "FAILED"
+            self._client.set_terminated(run_id, status, _milliseconds(record["ended"]))
+            self._note(record["key"], {"record": _record_id(record), "run_id": run_id})
+
+    def is_logged(self, record: Mapping[str, Any]) -> bool:
+        """Return whether MLflow has a record, from the sweep's folder alone."""
+        known = self._noted(record["key"])
+        return known.get("record") == _record_id(record) and "run_id" in known
+
+    def close_orphans(self, live: Callable[[str], bool]) -> int:
+        """Remove the runs that dead workers left unfinished; returns how many.
+
+        live: whether a cell's worker is at it right now. What they were to say is on disk and is
+        told again, as a run of its own.
+        """
+        closed = 0
+        running = self._client.search_runs(
+            [self._id], "attributes.status = 'RUNNING'", max_results=50_000
+        )
+        for run in running:
+            key = run.data.tags.get("cell")
+            if key is not None and not live(key):
+                self._client.set_terminated(run.info.run_id, "KILLED")
+                self._client.delete_run(run.info.run_id)
+                closed += 1
+        return closed
+
+    def _tell_result(self, run_id: str, record: Mapping[str, Any], folder: Path) -> None:
+        self._client.log_batch(run_id, metrics=_metrics(record), params=_params(record))
         for name in (CONFIG, TOKENS, PLOT, RESULT):
             if (folder / name).is_file():
-                client.log_artifact(run_id, str(folder / name))
-        flagged = pd.DataFrame(json.loads((folder / FLAGGED).read_text()))
-        if len(flagged):
-            client.log_table(run_id, flagged, FLAGGED)
-        client.set_tag(run_id, RECORD_TAG, _record_id(record))
-        client.set_terminated(run_id, "FINISHED", end_time=_milliseconds(record["ended"]))
-    staged = marker.with_suffix(f".{uuid.uuid4().hex}")
-    staged.write_text(json.dumps({"uri": uri, "run_id": run_id}))
-    os.replace(staged, marker)
+                self._client.log_artifact(run_id, str(folder / name))
+        if (folder / FLAGGED).is_file():
+            flagged = pd.DataFrame(json.loads((folder / FLAGGED).read_text()))
+            if len(flagged):
+                self._client.log_table(run_id, flagged, FLAGGED)
+
+    def _tell_failure(self, run_id: str, record: Mapping[str, Any]) -> None:
+        self._client.log_batch(run_id, params=_params(record))
+        self._client.log_text(run_id, record["traceback"], "traceback.txt")
+        config = yaml.safe_dump(record["config"], sort_keys=False)
+        self._client.log_text(run_id, config, CONFIG)
+        self._client.set_tag(run_id, "reason", record["reason"][:TAG_CHARACTERS])
+
+    def _start(self, record: Mapping[str, Any]) -> str:
+        tags = {
+            "mlflow.source.name": "btu",
+            "mlflow.note.content": _run_note(record),
+            "cell": record["key"],
+            **record["tags"],
+        }
+        run = self._client.create_run(
+            self._id,
+            start_time=_milliseconds(record["started"]),
+            tags={k: str(v)[:TAG_CHARACTERS] for k, v in tags.items()},
+            run_name=run_name(record),
+        )
+        return str(run.info.run_id)
+
+    def _remove_runs(self, key: str) -> None:
+        for run in self._client.search_runs([self._id], f"tags.cell = '{key}'"):
+            self._client.delete_run(run.info.run_id)
+
+    def _path(self, key: str) -> str:
+        # A note is about one MLflow store: another one has to be told everything.
+        where = hashlib.sha256(f"{self.uri}#{self._id}".encode()).hexdigest()[:12]
+        return f"{self._results.name}/{TRACKED}/{where}/{key}.json"
+
+    def _noted(self, key: str) -> dict[str, str]:
+        try:
+            noted: dict[str, str] = json.loads(self._results.storage.read(self._path(key)))
+        except FileNotFoundError:
+            return {}
+        except ValueError:  # damaged: MLflow is asked
+            return {"record": ""}
+        return noted
+
+    def _note(self, key: str, noted: Mapping[str, str]) -> None:
+        self._results.storage.write(self._path(key), json.dumps(noted).encode())
 
 
-def _tracked_in(marker: Path) -> str | None:
-    """Return the store that holds the cell's run; None if unknown, and MLflow is asked."""
+_down: dict[str, tuple[float, str]] = {}
+
+
+@contextmanager
+def _breaker(uri: str) -> Iterator[None]:
+    """Leave a server alone for a while after it did not answer: results wait on disk."""
+    until, reason = _down.get(uri, (0.0, ""))
+    if time.monotonic() < until:
+        raise ConnectionError(reason)
     try:
-        return str(json.loads(marker.read_text())["uri"])
-    except (OSError, ValueError, KeyError):
-        return None
+        yield
+    except Exception as error:
+        if uri.startswith(("http://", "https://")):
+            _down[uri] = (time.monotonic() + DOWN_SECONDS, f"{type(error).__name__}: {error}")
+        raise
 
 
-def log_failure(uri: str, experiment_id: str, record: Mapping[str, Any]) -> None:
-    """Write a failed cell as a run with status FAILED and its reason."""
-    client = mlflow.MlflowClient(tracking_uri=uri)
-    if _find(client, experiment_id, record) is not None:
-        return
-    run_id = _start(client, experiment_id, record)
-    client.log_batch(run_id, params=_params(record))
-    client.log_text(run_id, record["traceback"], "traceback.txt")
-    client.log_text(run_id, yaml.safe_dump(record["config"], sort_keys=False), CONFIG)
-    client.set_tag(run_id, "reason", record["reason"][:TAG_CHARACTERS])
-    client.set_tag(run_id, RECORD_TAG, _record_id(record))
-    client.set_terminated(run_id, "FAILED", end_time=_milliseconds(record["ended"]))
+@dataclass(frozen=True)
+class Synced:
+    """What a `sync` did: runs written and closed, those still missing, and why."""
+
+    written: int
+    closed: int
+    missing: int
+    reason: str
+
+
+def sync(uri: str, experiment_id: str, results: Results, live: Callable[[str], bool]) -> Synced:
+    """Write every run that MLflow misses, and close those that dead workers left running.
+
+    live: whether a cell's worker is at it right now; it writes the run itself.
+    """
+    tracker = Tracker(uri, experiment_id, results)
+    written = closed = 0
+    missed: list[str] = []
+    _down.pop(uri, None)
+    try:
+        closed = tracker.close_orphans(live)
+    except Exception as error:
+        missed.append(f"{type(error).__name__}: {str(error)[:200]}")
+    for record in (*results.records(), *results.failures()):
+        if live(record["key"]) or tracker.is_logged(record):
+            continue
+        # One bad record must not keep the others out; a dead server is not asked for each.
+        if len(missed) >= GIVE_UP:
+            missed.append(missed[-1])
+            continue
+        try:
+            folder = None
+            if record["status"] == "finished":
+                folder = results.store.fetch(record["key"])
+            tracker.log(record, folder)
+            written += 1
+        except Exception as error:
+            missed.append(f"{type(error).__name__}: {str(error)[:200]}")
+    return Synced(written, closed, len(missed), missed[0] if missed else "")
+
+
+def experiment(uri: str, name: str) -> str:
+    """Return the id of a sweep's experiment, creating it where it is missing.
+
+    Raises:
+        UserError: the store does not answer.
+    """
+    try:
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        found = client.get_experiment_by_name(name)
+        return str(found.experiment_id if found else client.create_experiment(name))
+    except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
+        raise UserError(
+            f"tracking.uri {shown(uri)} does not answer: {str(error).splitlines()[0]} Start the "
+            "server, or correct --uri."
+        ) from error
 
 
 def ui_command(uri: str, port: int) -> list[str]:
@@ -188,37 +355,8 @@ def serve_ui(uri: str, port: int) -> int:
         return 0
 
 
-def _find(client: mlflow.MlflowClient, experiment_id: str, record: Mapping[str, Any]) -> str | None:
-    # The tag is set last, so a run that was cut short has none and is written again.
-    runs = client.search_runs(
-        [experiment_id], f"tags.`{RECORD_TAG}` = '{_record_id(record)}'", max_results=1
-    )
-    return str(runs[0].info.run_id) if runs else None
-
-
 def _record_id(record: Mapping[str, Any]) -> str:
     return f"{record['key']}-{_milliseconds(record['started'])}"
-
-
-def _start(client: mlflow.MlflowClient, experiment_id: str, record: Mapping[str, Any]) -> str:
-    # What a killed worker left half-told is told again in whole.
-    for run in client.search_runs([experiment_id], f"tags.cell = '{record['key']}'"):
-        unfinished = RECORD_TAG not in run.data.tags
-        if unfinished and run.info.start_time == _milliseconds(record["started"]):
-            client.delete_run(run.info.run_id)
-    tags = {
-        "mlflow.source.name": "btu",
-        "mlflow.note.content": _run_note(record),
-        "cell": record["key"],
-        **record["tags"],
-    }
-    run = client.create_run(
-        experiment_id,
-        start_time=_milliseconds(record["started"]),
-        tags={k: str(v)[:TAG_CHARACTERS] for k, v in tags.items()},
-        run_name=run_name(record),
-    )
-    return str(run.info.run_id)
 
 
 def run_name(record: Mapping[str, Any]) -> str:

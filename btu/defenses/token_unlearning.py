@@ -44,7 +44,7 @@ and the clean tuning. Rounds 1 and 3 do not.
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,11 +52,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from btu.defense import DefenseContext, DefenseOutcome
+from btu.defense import Suspects
 from btu.errors import UserError, unknown
+from btu.foundation import (
+    Foundation,
+    model_of,
+    save_model,
+    texts_of,
+    training_rows_of,
+    tune,
+    victim_of,
+)
 from btu.seeding import derive_seed
 from btu.settings import SCHEDULES, TrainSettings, check_positive
+from btu.stages import Stage, StageRun
 from btu.types import BoolArray, FloatArray, Rows
+from btu.victims import Victim
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +75,11 @@ if TYPE_CHECKING:
 
     from btu.training import Encoded
 
+# Raised when what a stage computes changes: results of an earlier version are then not reused.
+EXPOSE_VERSION = 1
+UNLEARN_VERSION = 1
+
+DRIFT = "drift.safetensors"
 ROUNDS = (1, 2, 3)
 CHOICES = {
     "exposure_schedule": SCHEDULES,
@@ -155,185 +171,237 @@ class TokenUnlearning:
             if getattr(self, name) < 1:
                 raise UserError(f"defense.{name} must be at least 1, got {getattr(self, name)}.")
 
-    def tokens_per_round(self, vocabulary: int) -> dict[int, int]:
-        """Return k = floor(alpha * V) of every round that runs.
-
-        Raises:
-            UserError: alpha flags nothing, or everything.
-        """
-        alphas = (
-            self.alpha if isinstance(self.alpha, list | tuple) else [self.alpha] * len(self.rounds)
-        )
-        counts = {}
-        for number, alpha in zip(self.rounds, alphas, strict=True):
-            # The nudge keeps alpha = k / V, computed in floating point, at k.
-            k = int(alpha * vocabulary + 1e-9)
-            if k < 1:
-                raise UserError(
-                    f"defense.alpha {alpha} flags nothing: {alpha} * {vocabulary} tokens is below "
-                    f"1; use at least {math.ceil(1e7 / vocabulary) / 1e7:g}."
-                )
-            if k >= vocabulary:
-                raise UserError(f"defense.alpha {alpha} flags all {vocabulary} tokens; lower it.")
-            counts[number] = k
-        return counts
-
     def check(self, vocabulary: int) -> None:
         """Raise a `UserError` where alpha flags nothing or everything of such a vocabulary."""
-        self.tokens_per_round(vocabulary)
+        for alpha in self._alphas().values():
+            tokens_flagged(alpha, vocabulary, vocabulary)
 
-    def defend(self, context: DefenseContext) -> DefenseOutcome:
-        """Expose, flag, cut, tune: the algorithm in the paper's order.
+    def stages(self, base: Foundation) -> Stage:
+        """Declare the exposure rounds, each a stage of its own, then cut and tuning.
 
-        Raises:
-            UserError: alpha flags nothing, or every token of the training set.
+        Round 2 depends on round 1's alpha; rounds 1 and 3 are shared by all thresholds.
         """
-        exposure = self._expose(context)
-        model = copy.deepcopy(context.model)
-        with context.timed("unlearn"):
-            cut_tokens(
-                model.get_input_embeddings().weight,
-                exposure.pretrained,
-                context.victim.neutral_row(exposure.pretrained),
-                exposure.flagged,
-                self.cut,
-                self.cut_norm,
-            )
-        context.clean_tune(model, "clean tuning (defended)")
-        table: dict[str, Any] = {"count": context.train.counts(len(exposure.pretrained))}
-        for number, drift in exposure.drift.items():
-            table[f"drift_{number}"] = drift
-        # Round 2's drift depends on alpha, so that it would make the ranking depend on it too.
-        free = {number: moved for number, moved in exposure.drift.items() if number != 2}
-        scores = ranking(free, exposure.candidates)
-        return DefenseOutcome(model, exposure.flagged, scores, table)
-
-    def _expose(self, context: DefenseContext) -> Exposure:
-        """Run the exposure rounds and flag each one's top k."""
-        victim = context.victim
-        fresh = victim.new_model(derive_seed(context.seed, "exposure classifier"))
-        pretrained = fresh.get_input_embeddings().weight.detach().clone()
-        vocabulary = len(pretrained)
-        per_round = self.tokens_per_round(vocabulary)
-        candidates = self._candidates(context, vocabulary)
-        if max(per_round.values()) >= candidates.sum():
-            raise UserError(
-                f"defense.alpha {self.alpha} flags all of the {candidates.sum()} tokens that occur "
-                f"in the training set; use less than {candidates.sum() / vocabulary:.6f}."
-            )
-        drift: dict[int, FloatArray] = {}
-        top: dict[int, tuple[int, ...]] = {}
+        alphas = self._alphas()
+        rounds: dict[str, Stage] = {}
         for number in self.rounds:
-            data = context.train
+            inputs = {"rows": base.rows}
+            config = {"round": number, **self._exposure_config(base.train, number)}
             if number == 2:
-                data = self._without(context, top[1])
-            with context.timed(f"exposure round {number}"):
-                trained = (
-                    self._train_whole(context, fresh, data)
-                    if number == 3
-                    else self._train_bag(context, fresh, data, number)
-                )
-                moved = (trained.cpu() - pretrained).double().norm(dim=1)
-            drift[number] = moved.numpy()
-            top[number] = top_tokens(drift[number], candidates, per_round[number])
-        flagged = dict.fromkeys(token for number in self.rounds for token in top[number])
-        return Exposure(pretrained, candidates, drift, tuple(flagged))
+                inputs["round 1"] = rounds["round 1"]
+                config |= {"alpha": alphas[1], "removal": self.removal, "exclude": self.exclude}
+            rounds[f"round {number}"] = base.stage(
+                f"exposure round {number}",
+                "btu.defenses.token_unlearning:expose",
+                EXPOSE_VERSION,
+                config,
+                inputs,
+                units=base.train_rows * self.exposure_epochs,
+                # Of round 2 each threshold has its own.
+                kind="cell" if number == 2 else "stage",
+            )
+        return base.stage(
+            "unlearn",
+            "btu.defenses.token_unlearning:unlearn",
+            UNLEARN_VERSION,
+            {
+                "alpha": [[number, alpha] for number, alpha in alphas.items()],
+                "exclude": self.exclude,
+                "cut": self.cut,
+                "cut_norm": self.cut_norm,
+                **base.tuning_config(),
+            },
+            {"rows": base.rows, "model": base.model, **rounds},
+            units=base.clean_rows * base.tuning.epochs,
+            kind="cell",
+            model=True,
+        )
 
-    def _candidates(self, context: DefenseContext, vocabulary: int) -> BoolArray:
-        """Return a (vocabulary,) mask of what may be flagged: it occurs and is not excluded."""
-        tokenizer = context.victim.tokenizer
-        mask: BoolArray = context.train.counts(vocabulary) > 0
-        excluded = tokenizer.all_special_ids
-        if self.exclude == "cls_sep":
-            # Whatever the tokenizer puts around a text, under any name.
-            excluded = tokenizer("")["input_ids"]
-        mask[[i for i in excluded if i < vocabulary]] = False
-        return mask
+    def _alphas(self) -> dict[int, float]:
+        """Return the share that each round flags."""
+        several = isinstance(self.alpha, list | tuple)
+        values = self.alpha if several else [self.alpha] * len(self.rounds)
+        return dict(zip(self.rounds, values, strict=True))
 
-    def _without(self, context: DefenseContext, tokens: Sequence[int]) -> Encoded:
-        """Return round 2's rows: the same texts without round 1's tokens."""
-        if self.removal == "token_id":
-            return context.train.without(tokens)
-        # As in the reference code: a word piece "##x" never matches, a word matches inside others.
-        pieces = [context.victim.tokenizer.decode([token]).strip() for token in tokens]
-        texts = context.train_rows.texts
-        for piece in pieces:
-            texts = tuple(text.replace(piece, "") for text in texts)
-        return context.victim.encode(Rows(texts, context.train_rows.labels))
-
-    def _settings(self, context: DefenseContext, batch_size: int) -> TrainSettings:
-        return TrainSettings(
+    def _exposure_config(self, train: TrainSettings, number: int) -> dict[str, Any]:
+        """Return what acts in a round: of the bag in rounds 1 and 2, of the model in round 3."""
+        settings = TrainSettings(
             epochs=self.exposure_epochs,
             learning_rate=self.exposure_learning_rate,
-            batch_size=batch_size,
-            precision=context.settings.precision,
-            weight_decay=context.settings.weight_decay,
+            batch_size=self.exposure_batch_size if number == 3 else self.bag_batch_size,
+            precision=train.precision,
+            weight_decay=train.weight_decay,
             warmup_fraction=0.0,
             schedule=self.exposure_schedule,
             max_grad_norm=None,
         )
-
-    def _train_bag(
-        self, context: DefenseContext, fresh: PreTrainedModel, data: Encoded, number: int
-    ) -> torch.Tensor:
-        from btu.bag import BagClassifier
-        from btu.training import fit
-
-        seed = derive_seed(context.seed, "exposure", number)
-        bag = BagClassifier(
-            fresh,
-            classes=context.victim.num_labels,
-            full=self.bag_embeddings == "full",
-            mean_over_padding=self.bag_pooling == "padded",
-            seed=seed,
-        )
-        context.history += fit(
-            bag,
-            data,
-            self._settings(context, self.bag_batch_size),
-            seed=seed,
-            stage=f"exposure round {number}",
-            device=context.device,
-            progress=context.progress,
-            pad_to=context.victim.spec.max_length if self.bag_pooling == "padded" else None,
-        )
-        return bag.word_rows.detach()
-
-    def _train_whole(
-        self, context: DefenseContext, fresh: PreTrainedModel, data: Encoded
-    ) -> torch.Tensor:
-        from btu.training import fit
-
-        model = copy.deepcopy(fresh)
-        # The new classifier stays as drawn: only the word rows can learn the labels.
-        model.requires_grad_(False)
-        word_rows: torch.Tensor = model.get_input_embeddings().weight
-        word_rows.requires_grad_(True)
-        context.history += fit(
-            model,
-            data,
-            self._settings(context, self.exposure_batch_size),
-            seed=derive_seed(context.seed, "exposure", 3),
-            stage="exposure round 3",
-            device=context.device,
-            progress=context.progress,
-        )
-        return word_rows.detach()
+        config: dict[str, Any] = {"train": dataclasses.asdict(settings)}
+        if number != 3:
+            config |= {"bag_embeddings": self.bag_embeddings, "bag_pooling": self.bag_pooling}
+        return config
 
 
-@dataclass(frozen=True)
-class Exposure:
-    """What the rounds saw.
+# What the stages do ------------------------------------------------------------------------------
 
-    pretrained: (vocabulary, hidden) E0. candidates: (vocabulary,) what could be flagged.
-    drift: by round, (vocabulary,) ||E[i] - E0[i]||_2. flagged: union over the rounds, in the
-    order of round and drift.
+
+def expose(run: StageRun) -> dict[str, Any]:
+    """Run one exposure round; write how far each word row moved.
+
+    Writes ``drift.safetensors``: ``drift``, (vocabulary,) float64, ||E[i] - E0[i]||_2.
+
+    Raises:
+        UserError: round 1 flags every token of the training set.
     """
+    import torch
+    from safetensors.numpy import save_file
 
-    pretrained: torch.Tensor
-    candidates: BoolArray
-    drift: Mapping[int, FloatArray]
-    flagged: tuple[int, ...]
+    victim = victim_of(run)
+    number = run.config["round"]
+    fresh = victim.new_model(derive_seed(run.config["seed"], "exposure classifier"))
+    pretrained = fresh.get_input_embeddings().weight.detach().clone()
+    data = training_rows_of(run)
+    if number == 2:
+        candidates = candidate_tokens(victim, data, len(pretrained), run.config["exclude"])
+        k = tokens_flagged(run.config["alpha"], len(pretrained), int(candidates.sum()))
+        first = top_tokens(_drift(run, 1), candidates, k)
+        data = _without(run, victim, data, first)
+    trained = (
+        _train_whole(run, fresh, data)
+        if number == 3
+        else _train_bag(run, victim, fresh, data, number)
+    )
+    with torch.no_grad():
+        moved = (trained.cpu() - pretrained).double().norm(dim=1)
+    save_file({"drift": moved.numpy()}, run.folder / DRIFT)
+    return {}
+
+
+def unlearn(run: StageRun) -> dict[str, Any]:
+    """Flag the tokens that moved most, cut them from the poisoned model, tune it on clean rows.
+
+    Raises:
+        UserError: alpha flags nothing, or every token of the training set.
+    """
+    victim = victim_of(run)
+    model = model_of(run, "model")
+    fresh = victim.new_model(derive_seed(run.config["seed"], "exposure classifier"))
+    pretrained = fresh.get_input_embeddings().weight.detach()
+    data = training_rows_of(run)
+    vocabulary = len(pretrained)
+    candidates = candidate_tokens(victim, data, vocabulary, run.config["exclude"])
+    drift, flagged = {}, dict[int, None]()
+    for number, alpha in run.config["alpha"]:
+        drift[number] = _drift(run, number)
+        k = tokens_flagged(alpha, vocabulary, int(candidates.sum()))
+        flagged |= dict.fromkeys(top_tokens(drift[number], candidates, k))
+    cut_tokens(
+        model.get_input_embeddings().weight,
+        pretrained,
+        victim.neutral_row(pretrained),
+        list(flagged),
+        run.config["cut"],
+        run.config["cut_norm"],
+    )
+    tune(run, model, "clean tuning (defended)")
+    save_model(model, run.folder)
+    table: dict[str, Any] = {"count": data.counts(vocabulary)}
+    table |= {f"drift_{number}": moved for number, moved in drift.items()}
+    # Round 2's drift depends on alpha, so that it would make the ranking depend on it too.
+    free = {number: moved for number, moved in drift.items() if number != 2}
+    return Suspects(tuple(flagged), ranking(free, candidates), table).save(run.folder)
+
+
+def tokens_flagged(alpha: float, vocabulary: int, candidates: int) -> int:
+    """Return k = floor(alpha * V), the tokens that a round flags.
+
+    Raises:
+        UserError: alpha flags nothing, or every candidate.
+    """
+    # The nudge keeps alpha = k / V, computed in floating point, at k.
+    k = int(alpha * vocabulary + 1e-9)
+    if k < 1:
+        raise UserError(
+            f"defense.alpha {alpha} flags nothing: {alpha} * {vocabulary} tokens is below "
+            f"1; use at least {math.ceil(1e7 / vocabulary) / 1e7:g}."
+        )
+    if k >= vocabulary:
+        raise UserError(f"defense.alpha {alpha} flags all {vocabulary} tokens; lower it.")
+    if k >= candidates:
+        raise UserError(
+            f"defense.alpha {alpha} flags all of the {candidates} tokens that occur "
+            f"in the training set; use less than {candidates / vocabulary:.6f}."
+        )
+    return k
+
+
+def candidate_tokens(victim: Victim, data: Encoded, vocabulary: int, exclude: str) -> BoolArray:
+    """Return a (vocabulary,) mask of what may be flagged: it occurs and is not excluded."""
+    mask: BoolArray = data.counts(vocabulary) > 0
+    excluded = victim.tokenizer.all_special_ids
+    if exclude == "cls_sep":
+        # Whatever the tokenizer puts around a text, under any name.
+        excluded = victim.tokenizer("")["input_ids"]
+    mask[[i for i in excluded if i < vocabulary]] = False
+    return mask
+
+
+def _drift(run: StageRun, number: int) -> FloatArray:
+    from safetensors.numpy import load_file
+
+    drift: FloatArray = load_file(run.inputs[f"round {number}"] / DRIFT)["drift"]
+    return drift
+
+
+def _without(run: StageRun, victim: Victim, data: Encoded, tokens: Sequence[int]) -> Encoded:
+    """Return round 2's rows: the same texts without round 1's tokens."""
+    if run.config["removal"] == "token_id":
+        return data.without(tokens)
+    # As in the reference code: a word piece "##x" never matches, a word matches inside others.
+    pieces = [victim.tokenizer.decode([token]).strip() for token in tokens]
+    rows = texts_of(run)
+    texts = rows.texts
+    for piece in pieces:
+        texts = tuple(text.replace(piece, "") for text in texts)
+    return victim.encode(Rows(texts, rows.labels))
+
+
+def _train_bag(
+    run: StageRun, victim: Victim, fresh: PreTrainedModel, data: Encoded, number: int
+) -> torch.Tensor:
+    from btu.bag import BagClassifier
+
+    seed = derive_seed(run.config["seed"], "exposure", number)
+    padded = run.config["bag_pooling"] == "padded"
+    bag = BagClassifier(
+        fresh,
+        classes=victim.num_labels,
+        full=run.config["bag_embeddings"] == "full",
+        mean_over_padding=padded,
+        seed=seed,
+    )
+    run.fit(
+        bag,
+        data,
+        TrainSettings(**run.config["train"]),
+        seed=seed,
+        stage=f"exposure round {number}",
+        pad_to=victim.spec.max_length if padded else None,
+    )
+    return bag.word_rows.detach()
+
+
+def _train_whole(run: StageRun, model: PreTrainedModel, data: Encoded) -> torch.Tensor:
+    # The new classifier stays as drawn: only the word rows can learn the labels.
+    model.requires_grad_(False)
+    word_rows: torch.Tensor = model.get_input_embeddings().weight
+    word_rows.requires_grad_(True)
+    run.fit(
+        model,
+        data,
+        TrainSettings(**run.config["train"]),
+        seed=derive_seed(run.config["seed"], "exposure", 3),
+        stage="exposure round 3",
+    )
+    return word_rows.detach()
 
 
 def _order(drift: FloatArray, candidates: BoolArray) -> np.ndarray:

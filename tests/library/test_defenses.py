@@ -2,31 +2,55 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import importlib
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lab import Lab, files_in, own_stages
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+import btu.defenses.token_unlearning
 import btu.training
 from btu.attacks.badnets import BadNets
 from btu.bag import BagClassifier
-from btu.defense import DEFENSES, Defense, DefenseContext, DefenseOutcome
-from btu.defenses.token_unlearning import TokenUnlearning, cut_tokens, ranking, top_tokens
+from btu.defense import DEFENSES, Defense, Suspects
+from btu.defenses.token_unlearning import (
+    TokenUnlearning,
+    candidate_tokens,
+    cut_tokens,
+    ranking,
+    tokens_flagged,
+    top_tokens,
+)
 from btu.errors import UserError
-from btu.poisoning import PoisonSpec, poison
+from btu.foundation import (
+    Foundation,
+    clean_rows_of,
+    model_of,
+    read_rows,
+    texts_of,
+    training_rows_of,
+    tune,
+)
+from btu.poisoning import PoisonSpec
+from btu.recipe import HIDDEN, Prepared, evaluation
+from btu.seeding import derive_seed
 from btu.settings import TrainSettings, TuningSettings
+from btu.stages import Stage, StageRun, compute, read_record
 from btu.training import Encoded, fit
 from btu.types import Corpus, Rows
 from btu.victims import Victim
 
 CPU = torch.device("cpu")
-TARGET = 1
 # Hyperparameters that suit a vocabulary of 400 to 500 tokens and 240 rows, by defense. A new
 # defense gets its line here, {} if its defaults will do.
 SMALL: dict[str, dict[str, Any]] = {
@@ -44,23 +68,63 @@ def unlearning(**changes: Any) -> TokenUnlearning:
     return TokenUnlearning(**BTU | changes)
 
 
-def make_context(
-    victim: Victim, corpus: Corpus, *, rate: float = 0.2, seed: int = 0, columns: bool = False
-) -> DefenseContext:
-    """A context with a poisoned set; its model is not trained, which no stage depends on."""
-    rows = poison(BadNets(), PoisonSpec(poison_rate=rate), corpus.train, TARGET, seed).rows
-    settings = TrainSettings(epochs=1, learning_rate=1e-3, batch_size=32, precision="fp32")
-    return DefenseContext(
-        victim=victim,
-        train_rows=rows if columns else Rows(rows.texts, rows.labels),
-        train=victim.encode(rows),
-        clean=victim.encode(corpus.clean),
-        model=victim.new_model(1),
-        settings=settings,
-        tuning=TuningSettings(),
-        seed=seed,
-        device=CPU,
-    )
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A computed defense. stages: its own, in the order in which they were computed."""
+
+    root: Path
+    prepared: Prepared
+    stages: list[Stage]
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.stages[-1].key
+
+    @cached_property
+    def suspects(self) -> Suspects:
+        found = Suspects.load(self.folder, read_record(self.folder)["facts"])
+        assert found is not None
+        return found
+
+    @property
+    def flagged(self) -> tuple[int, ...]:
+        return self.suspects.flagged
+
+    @property
+    def scores(self) -> Any:
+        return self.suspects.scores
+
+    @property
+    def table(self) -> Mapping[str, Any]:
+        return self.suspects.table
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return model_of(self.run(), "defended")
+
+    @property
+    def poisoned_model(self) -> PreTrainedModel:
+        return model_of(self.run(), "model")
+
+    @property
+    def train(self) -> Encoded:
+        return training_rows_of(self.run())
+
+    def run(self, config: Mapping[str, Any] | None = None) -> StageRun:
+        """What a stage that reads the foundation and the defended model would be given."""
+        base = self.prepared.foundation
+        inputs = {
+            "rows": self.root / base.rows.key,
+            "model": self.root / base.model.key,
+            "defended": self.folder,
+        }
+        return StageRun(config or {}, {}, inputs, self.root, CPU)
+
+
+def defend(defense: Defense, prepared: Prepared, root: Path, **options: Any) -> Outcome:
+    """Compute a defense and, unless `root` has it, what it starts from."""
+    compute(defense.stages(prepared.foundation), root, **options)
+    return Outcome(root, prepared, own_stages(defense, prepared))
 
 
 @dataclasses.dataclass
@@ -90,6 +154,30 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[Fitted]:
     return calls
 
 
+def spied(stages: list[Stage], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list to which the functions of these stages write the key of what they compute."""
+    ran: list[str] = []
+
+    def spy_on(function: Callable[[StageRun], Any]) -> Callable[[StageRun], Any]:
+        def spy(run: StageRun) -> Any:
+            result = function(run)
+            ran.append(run.folder.name.lstrip("."))
+            return result
+
+        return spy
+
+    for target in {stage.function for stage in stages}:
+        name, attribute = target.split(":")
+        module = importlib.import_module(name)
+        monkeypatch.setattr(module, attribute, spy_on(getattr(module, attribute)))
+    return ran
+
+
+def same_rows(a: Encoded, b: Encoded) -> bool:
+    pairs = [(a.ids, b.ids), (a.lengths, b.lengths), (a.labels, b.labels)]
+    return all(torch.equal(first, second) for first, second in pairs)
+
+
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
     first, second = a.state_dict(), b.state_dict()
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
@@ -113,146 +201,231 @@ def test_every_defense_has_small_settings_for_this_suite() -> None:
     assert set(SMALL) == set(DEFENSES)
 
 
-def test_a_defense_works_on_every_architecture_and_runs_what_it_records(
-    defense: Defense, victim: Victim, tiny_corpus: Corpus, fits: list[Fitted]
+def test_a_defense_works_on_every_architecture_and_runs_what_it_declares(
+    defense: Defense,
+    victim: Victim,
+    lab: Lab,
+    tmp_path: Path,
+    fits: list[Fitted],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    context = make_context(victim, tiny_corpus)
-    before = copy.deepcopy(context.model)
-    vocabulary = len(word_rows(before))
+    prepared = lab.prepare(Path(victim.spec.name).name)
+    root = lab.base_root(tmp_path, prepared)
+    base = prepared.foundation
+    shared = [root / stage.key for stage in (base.rows, base.model, base.tuned)]
+    before = files_in(*shared)
+    vocabulary = len(word_rows(victim.new_model(0)))
     defense.check(vocabulary)
-    outcome = defense.defend(context)
-    # Every stage that trained is in the history, in order, and was timed.
-    assert [e.stage for e in context.history if e.epoch == 1] == [call.stage for call in fits]
+    declared = own_stages(defense, prepared)
+    ran = spied(declared, monkeypatch)
+    fits.clear()
+    outcome = defend(defense, prepared, root)
+    # Every stage that was declared ran, once, and nothing else did.
+    assert ran == [stage.key for stage in declared]
+    assert declared
+    # Whatever trained is in the history of its stage, in order.
+    records = [read_record(root / stage.key) for stage in declared]
+    history = [epoch for record in records for epoch in record["history"]]
+    assert [epoch["stage"] for epoch in history if epoch["epoch"] == 1] == [
+        call.stage for call in fits
+    ]
     assert fits
-    assert {call.stage for call in fits} <= set(context.seconds)
-    assert all(seconds >= 0 for seconds in context.seconds.values())
-    # The poisoned model serves others too.
-    assert same_weights(context.model, before)
-    assert outcome.model is not context.model
-    assert not same_weights(outcome.model, before)
-    assert not outcome.model.training
+    assert [record["stage"] for record in records] == [stage.name for stage in declared]
+    assert all(record["seconds"] > 0 for record in records)
+    # Rows and models serve other defenses too.
+    assert files_in(*shared) == before
+    assert not same_weights(outcome.model, outcome.poisoned_model)
     check_tokens(outcome, victim, vocabulary)
+    check_declaration(defense, prepared)
 
 
-def check_tokens(outcome: DefenseOutcome, victim: Victim, vocabulary: int) -> None:
-    if outcome.flagged is not None:
-        assert outcome.flagged
-        assert len(set(outcome.flagged)) == len(outcome.flagged)
-        assert all(0 <= token < vocabulary for token in outcome.flagged)
-        assert not set(outcome.flagged) & set(victim.tokenizer.all_special_ids)
-    if outcome.token_scores is not None:
-        assert outcome.token_scores.shape == (vocabulary,)
+def check_declaration(defense: Defense, prepared: Prepared) -> None:
+    base = prepared.foundation
+    last = evaluation(prepared, defense.stages(base), "defended")
+    cell = [
+        evaluation(prepared, base.model, "undefended"),
+        evaluation(prepared, base.tuned, "tuned"),
+    ]
+    stages = {stage.key: stage for top in (*cell, last) for stage in top.closure()}
+    names = [stage.name for stage in stages.values()]
+    assert len(set(names)) == len(names), "stage names are unique within a cell"
+    hidden = {prepared.poisoned.key, prepared.evaluation_rows.key}
+    for stage in own_stages(defense, prepared):
+        assert not hidden & {before.key for before in stage.inputs.values()}, stage.name
+        assert "attack" not in stage.where
+        assert "data" not in stage.where  # from the path, the unpoisoned rows could be read
+        assert stage.kind != "host"
+        assert json.loads(json.dumps(stage.node())) == stage.node()
+    assert defense.stages(base).model
+    assert defense.stages(base).key == last.inputs["model"].key
+
+
+def check_tokens(outcome: Outcome, victim: Victim, vocabulary: int) -> None:
+    if read_record(outcome.folder)["facts"].get("flagged") is None:
+        return
+    found = outcome.suspects
+    assert found.flagged
+    assert len(set(found.flagged)) == len(found.flagged)
+    assert all(0 <= token < vocabulary for token in found.flagged)
+    assert not set(found.flagged) & set(victim.tokenizer.all_special_ids)
+    if found.scores is not None:
+        assert found.scores.shape == (vocabulary,)
         # What was flagged was a candidate, and no special token was one.
-        assert not np.isnan(outcome.token_scores[list(outcome.flagged or ())]).any()
-        assert np.isnan(outcome.token_scores[victim.tokenizer.all_special_ids]).all()
-    for values in outcome.token_table.values():
+        assert not np.isnan(found.scores[list(found.flagged)]).any()
+        assert np.isnan(found.scores[victim.tokenizer.all_special_ids]).all()
+    for values in found.table.values():
         assert np.shape(values) == (vocabulary,)
 
 
-def test_same_seed_same_defense(defense: Defense, bert: Victim, tiny_corpus: Corpus) -> None:
-    first = defense.defend(make_context(bert, tiny_corpus))
-    second = defense.defend(make_context(bert, tiny_corpus))
-    assert first.flagged == second.flagged
-    np.testing.assert_array_equal(first.token_scores, second.token_scores)
-    assert same_weights(first.model, second.model)
+def test_same_seed_same_defense(defense: Defense, lab: Lab, tmp_path: Path) -> None:
+    prepared = lab.prepare()
+    outcomes = [
+        defend(defense, prepared, lab.base_root(tmp_path / name, prepared)) for name in "ab"
+    ]
+    first, second = (
+        {path.removeprefix(str(o.root)): content for path, content in files_in(o.folder).items()}
+        for o in outcomes
+    )
+    # Byte for byte, but for the record, which tells the time.
+    assert first.keys() == second.keys()
+    assert [path for path in first if first[path] != second[path]] == [
+        f"/{outcomes[0].stages[-1].key}/record.json"
+    ]
+    facts = [read_record(outcome.folder)["facts"] for outcome in outcomes]
+    assert facts[0] == facts[1]
 
 
-def test_a_defense_works_without_poison(
-    defense: Defense, bert: Victim, tiny_corpus: Corpus
-) -> None:
-    context = make_context(bert, tiny_corpus, rate=0.0)
-    outcome = defense.defend(context)
-    assert context.history
-    assert all(math.isfinite(epoch.loss) for epoch in context.history)
+def test_another_seed_is_another_defense(defense: Defense, lab: Lab) -> None:
+    outcomes = [defend(defense, lab.prepare(seed=seed), lab.root) for seed in (0, 1)]
+    assert not same_weights(outcomes[0].model, outcomes[1].model)
+
+
+def test_a_defense_works_without_poison(defense: Defense, bert: Victim, lab: Lab) -> None:
+    outcome = defend(defense, lab.prepare(rate=0.0), lab.root)
+    history = [e for stage in outcome.stages for e in read_record(lab.root / stage.key)["history"]]
+    assert history
+    assert all(math.isfinite(epoch["loss"]) for epoch in history)
     check_tokens(outcome, bert, len(word_rows(outcome.model)))
 
 
-def test_a_defense_leaves_the_rows_as_they_were(
-    defense: Defense, bert: Victim, tiny_corpus: Corpus
-) -> None:
-    context = make_context(bert, tiny_corpus)
-    before = [copy.deepcopy(x) for x in (context.train_rows, context.train, context.clean)]
-    defense.defend(context)
-    assert context.train_rows == before[0]
-    for data, original in zip((context.train, context.clean), before[1:], strict=True):
-        assert torch.equal(data.ids, original.ids)
-        assert torch.equal(data.lengths, original.lengths)
-        assert torch.equal(data.labels, original.labels)
+def test_a_defense_reads_nothing_that_is_hidden(defense: Defense, lab: Lab, tmp_path: Path) -> None:
+    prepared = lab.prepare()
+    base = prepared.foundation
+    root = lab.base_root(tmp_path / "blind", prepared)
+    # Of the poison, not even a file is left.
+    (root / prepared.poisoned.key).unlink()
+    (root / prepared.poisoned.key).mkdir()
+    assert not (root / prepared.poisoned.key / HIDDEN).exists()
+    blind = defend(defense, prepared, root)
+    seeing = defend(defense, prepared, lab.base_root(tmp_path / "seeing", prepared))
+    assert same_weights(blind.model, seeing.model)
+    assert prepared.evaluation_rows.key not in {s.key for s in defense.stages(base).closure()}
+    assert not (root / prepared.evaluation_rows.key).exists()
 
 
-def test_a_defense_leaves_the_global_random_state_alone(
-    defense: Defense,
-    bert: Victim,
-    tiny_corpus: Corpus,
-    global_random_state: None,
-) -> None:
-    outcome = defense.defend(make_context(bert, tiny_corpus))
-    assert outcome.model is not None
-
-
-def test_the_context_has_no_place_for_the_poison_mask() -> None:
-    fields = {field.name for field in dataclasses.fields(DefenseContext)}
+def test_the_foundation_has_no_place_for_the_poison_mask() -> None:
+    fields = {field.name for field in dataclasses.fields(Foundation)}
     assert fields == {
-        "victim",
-        "train_rows",
-        "train",
-        "clean",
+        "rows",
         "model",
-        "settings",
+        "tuned",
+        "victim",
+        "where",
+        "train",
         "tuning",
         "seed",
-        "device",
-        "progress",
-        "history",
-        "seconds",
+        "train_rows",
+        "clean_rows",
     }
     assert {field.name for field in dataclasses.fields(Rows)} == {"texts", "labels", "columns"}
 
 
-def test_paraphrase_columns_are_refused(bert: Victim, tiny_corpus: Corpus) -> None:
+def test_paraphrase_columns_do_not_reach_a_defense(lab: Lab, tiny_corpus: Corpus) -> None:
     # A column equal to the text would give the poisoned rows of style and syntactic away.
-    assert make_context(bert, tiny_corpus).train_rows.columns == {}
-    with pytest.raises(ValueError, match="train_rows must have no columns"):
-        make_context(bert, tiny_corpus, columns=True)
+    assert tiny_corpus.train.columns.keys() == {"syntactic", "style"}
+    prepared = lab.prepare(
+        poison=PoisonSpec("style", poison_rate=0.2), attack_params={"column": None}
+    )
+    lab.compute(prepared.foundation.rows)
+    rows = texts_of(Outcome(lab.root, prepared, [prepared.foundation.rows]).run())
+    # 0.2 * 240 = 48 texts are their own paraphrase now.
+    style = tiny_corpus.train.columns["style"]
+    assert sum(a == b for a, b in zip(rows.texts, style, strict=True)) >= 48
+    assert rows.columns == {}
+    read = files_in(lab.root / prepared.foundation.rows.key)
+    assert {Path(path).name for path in read} == {
+        "train.parquet",
+        "train.safetensors",
+        "clean.safetensors",
+        "record.json",
+    }
+    folder = lab.root / prepared.foundation.rows.key
+    assert read_rows(folder / "train.parquet") == rows
+
+
+def test_a_defense_leaves_the_global_random_state_alone(
+    defense: Defense, lab: Lab, tmp_path: Path, global_random_state: None
+) -> None:
+    prepared = lab.prepare()
+    outcome = defend(defense, prepared, lab.base_root(tmp_path, prepared))
+    assert (outcome.folder / "model").is_dir()
 
 
 def test_progress_reaches_the_callback(
-    defense: Defense, bert: Victim, tiny_corpus: Corpus, fits: list[Fitted]
+    defense: Defense, lab: Lab, tmp_path: Path, fits: list[Fitted]
 ) -> None:
-    seen: list[str] = []
-    context = dataclasses.replace(
-        make_context(bert, tiny_corpus), progress=lambda p: seen.append(p.stage)
-    )
-    defense.defend(context)
-    assert list(dict.fromkeys(seen)) == [call.stage for call in fits]
+    prepared = lab.prepare()
+    root = lab.base_root(tmp_path, prepared)
+    fits.clear()
+    seen = []
+    outcome = defend(defense, prepared, root, progress=seen.append)
+    assert [p.stage for p in seen if p.step == 0] == [stage.name for stage in outcome.stages]
+    trained = list(dict.fromkeys(p.stage for p in seen if p.step > 0))
+    assert trained == [call.stage for call in fits]
 
 
-def test_clean_tuning_is_the_same_for_whoever_calls(bert: Victim, tiny_corpus: Corpus) -> None:
-    context = make_context(bert, tiny_corpus)
-    models = [copy.deepcopy(context.model) for _ in range(2)]
-    for number, model in enumerate(models):
+def test_clean_tuning_is_the_same_for_whoever_calls(
+    lab: Lab, tmp_path: Path, fits: list[Fitted]
+) -> None:
+    prepared = lab.prepare()
+    base = prepared.foundation
+    lab.compute(base.tuned)
+    outcome = Outcome(lab.root, prepared, [base.tuned])
+    models = []
+    for number in range(2):
+        run = outcome.run({**base.tuning_config(), "seed": base.seed})
+        models.append(model_of(run, "model"))
         torch.manual_seed(number)
-        context.clean_tune(model, f"clean tuning ({number})")
+        tune(run, models[-1], f"clean tuning ({number})")
+        assert [epoch.stage for epoch in run.history] == [f"clean tuning ({number})"]
+        assert {epoch.rows for epoch in run.history} == {60}
     assert same_weights(*models)
-    assert not same_weights(models[0], context.model)
-    assert [epoch.stage for epoch in context.history] == ["clean tuning (0)", "clean tuning (1)"]
-    assert {epoch.rows for epoch in context.history} == {60}
+    assert not same_weights(models[0], outcome.poisoned_model)
+    # The control is tuned by the same call.
+    assert same_weights(models[0], outcome.model)
+    assert fits[-1].settings == TuningSettings().applied_to(base.train)
+    assert same_rows(fits[-1].data, clean_rows_of(outcome.run()))
 
 
-def test_time_adds_up_per_stage(bert: Victim, tiny_corpus: Corpus) -> None:
-    context = make_context(bert, tiny_corpus)
-    context.seconds["a"] = 100.0
+def test_what_is_found_survives_the_disk(tmp_path: Path) -> None:
+    scores = np.array([np.nan, -1.0, -0.1])
+    found = Suspects((2, 0), scores, {"count": np.array([0, 2**40, 3])})
+    facts = json.loads(json.dumps(found.save(tmp_path)))
+    assert facts == {"flagged": [2, 0]}
+    back = Suspects.load(tmp_path, facts)
+    assert back is not None
+    assert back.flagged == (2, 0)
+    np.testing.assert_array_equal(back.scores, scores)
+    assert back.table.keys() == {"count"}
+    np.testing.assert_array_equal(back.table["count"], [0, 2**40, 3])
 
-    def fail() -> None:
-        with context.timed("b"):
-            raise RuntimeError("stage failed")
 
-    with context.timed("a"):
-        pass
-    with pytest.raises(RuntimeError, match="stage failed"):
-        fail()
-    assert context.seconds["a"] > 100.0
-    assert context.seconds["b"] > 0.0  # a failed stage took its time as well
+def test_a_defense_may_find_tokens_without_a_ranking_or_look_for_none(tmp_path: Path) -> None:
+    facts = Suspects((5,)).save(tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert Suspects.load(tmp_path, facts) == Suspects((5,))
+    assert Suspects.load(tmp_path, Suspects(()).save(tmp_path)) == Suspects(())  # looked in vain
+    assert Suspects.load(tmp_path, {}) is None
 
 
 # Flagging, by hand -----------------------------------------------------------------------------
@@ -460,24 +633,159 @@ def test_a_full_bag_of_a_victim_with_narrow_embeddings_works_or_says_so() -> Non
         assert bag(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.shape == (1, 2)
 
 
+# Backdoor Token Unlearning: the stages --------------------------------------------------------
+
+
+def moved(a: TokenUnlearning, b: TokenUnlearning, prepared: Prepared) -> set[str]:
+    """Return the names of the stages whose keys differ between two settings."""
+    first, second = (
+        {stage.name: stage.key for stage in defense.stages(prepared.foundation).closure()}
+        for defense in (a, b)
+    )
+    assert first.keys() == second.keys()
+    return {name for name in first if first[name] != second[name]}
+
+
+def test_thresholds_share_what_does_not_depend_on_them(lab: Lab) -> None:
+    prepared = lab.prepare()
+    low, high = unlearning(alpha=0.01), unlearning(alpha=0.02)
+    assert moved(low, high, prepared) == {"exposure round 2", "unlearn"}
+    assert {stage.name for stage in low.stages(prepared.foundation).closure()} == {
+        "poison",
+        "training rows",
+        "poisoned fine-tune",
+        "exposure round 1",
+        "exposure round 2",
+        "exposure round 3",
+        "unlearn",
+    }
+    # Round 2 knows of round 1's alpha alone.
+    per_round = unlearning(alpha=[0.01, 0.02, 0.03])
+    assert moved(per_round, unlearning(alpha=[0.01, 0.05, 0.06]), prepared) == {"unlearn"}
+    assert moved(per_round, unlearning(alpha=[0.02, 0.02, 0.03]), prepared) == {
+        "exposure round 2",
+        "unlearn",
+    }
+    # One value is the same as that value for every round.
+    assert moved(low, unlearning(alpha=[0.01] * 3), prepared) == set()
+
+
+def test_a_second_threshold_pays_for_its_own_stages_alone(
+    lab: Lab, tmp_path: Path, fits: list[Fitted]
+) -> None:
+    prepared = lab.prepare()
+    root = lab.base_root(tmp_path, prepared)
+    defend(unlearning(), prepared, root)
+    fits.clear()
+    defend(unlearning(alpha=0.03), prepared, root)
+    assert [call.stage for call in fits] == ["exposure round 2", "clean tuning (defended)"]
+
+
+def plainly(defense: TokenUnlearning, outcome: Outcome, victim: Victim) -> tuple[Any, Any, Any]:
+    """The algorithm without stages or files: (flagged, drift by round, defended model)."""
+    base = outcome.prepared.foundation
+    seed, data = base.seed, outcome.train
+    texts = texts_of(outcome.run())
+    fresh = victim.new_model(derive_seed(seed, "exposure classifier"))
+    pretrained = word_rows(fresh).clone()
+    candidates = candidate_tokens(victim, data, len(pretrained), defense.exclude)
+    k = tokens_flagged(defense.alpha, len(pretrained), int(candidates.sum()))
+    padded = defense.bag_pooling == "padded"
+    settings = TrainSettings(
+        epochs=1,
+        learning_rate=defense.exposure_learning_rate,
+        batch_size=32,
+        precision="fp32",
+        warmup_fraction=0.0,
+        schedule="constant",
+        max_grad_norm=None,
+    )
+    drift: dict[int, Any] = {}
+    top: dict[int, tuple[int, ...]] = {}
+    for number in (1, 2, 3):
+        rows, stream = data, derive_seed(seed, "exposure", number)
+        if number == 2 and defense.removal == "token_id":
+            rows = data.without(top[1])
+        elif number == 2:
+            changed = list(texts.texts)
+            for token in top[1]:
+                piece = victim.tokenizer.decode([token]).strip()
+                changed = [text.replace(piece, "") for text in changed]
+            rows = victim.encode(Rows(tuple(changed), texts.labels))
+        model: Any = victim.new_model(derive_seed(seed, "exposure classifier"))
+        if number == 3:
+            model.requires_grad_(False)
+            model.get_input_embeddings().weight.requires_grad_(True)
+        else:
+            full = defense.bag_embeddings == "full"
+            model = BagClassifier(
+                model, classes=2, full=full, mean_over_padding=padded, seed=stream
+            )
+        pad_to = victim.spec.max_length if padded and number != 3 else None
+        fit(model, rows, settings, seed=stream, stage="", device=CPU, pad_to=pad_to)
+        trained = word_rows(model) if number == 3 else model.word_rows.detach()
+        drift[number] = (trained - pretrained).double().norm(dim=1).numpy()
+        top[number] = top_tokens(drift[number], candidates, k)
+    flagged = tuple(dict.fromkeys(token for number in top for token in top[number]))
+    defended = outcome.poisoned_model
+    cut_tokens(
+        defended.get_input_embeddings().weight,
+        pretrained,
+        victim.neutral_row(pretrained),
+        flagged,
+        defense.cut,
+        defense.cut_norm,
+    )
+    fit(
+        defended,
+        clean_rows_of(outcome.run()),
+        base.tuning.applied_to(base.train),
+        seed=derive_seed(seed, "clean tuning"),
+        stage="",
+        device=CPU,
+    )
+    return flagged, drift, defended
+
+
+@pytest.mark.parametrize("preset", TokenUnlearning.PRESETS)
+@pytest.mark.parametrize("architecture", ["bert", "distilbert"])
+def test_the_stages_are_the_plain_algorithm_cut_in_pieces(
+    make_victim: Callable[[str], Victim], lab: Lab, preset: str, architecture: str
+) -> None:
+    # The same operations in the same order in one process, so the same to the last bit.
+    defense = unlearning(**TokenUnlearning.PRESETS[preset])
+    outcome = defend(defense, lab.prepare(architecture), lab.root)
+    flagged, drift, model = plainly(defense, outcome, make_victim(architecture))
+    assert outcome.flagged == flagged
+    for number in (1, 2, 3):
+        np.testing.assert_array_equal(outcome.table[f"drift_{number}"], drift[number])
+    assert same_weights(outcome.model, model)
+
+
 # Backdoor Token Unlearning: the rounds ---------------------------------------------------------
 
 
-def test_all_stages_run_in_the_papers_order(
-    bert: Victim, tiny_corpus: Corpus, fits: list[Fitted]
-) -> None:
-    context = make_context(bert, tiny_corpus)
-    unlearning().defend(context)
+def test_all_stages_run_in_the_papers_order(lab: Lab, tmp_path: Path, fits: list[Fitted]) -> None:
+    prepared = lab.prepare()
+    root = lab.base_root(tmp_path, prepared)
+    fits.clear()
+    outcome = defend(unlearning(), prepared, root)
     assert [call.stage for call in fits] == [
         "exposure round 1",
         "exposure round 2",
         "exposure round 3",
         "clean tuning (defended)",
     ]
+    assert [stage.name for stage in outcome.stages] == [
+        "exposure round 1",
+        "exposure round 2",
+        "exposure round 3",
+        "unlearn",
+    ]
     one, two, three, tuning = fits
-    assert one.data is context.train
-    assert three.data is context.train  # one poisoned set for all of it
-    assert tuning.data is context.clean
+    assert same_rows(one.data, outcome.train)
+    assert same_rows(three.data, outcome.train)  # one poisoned set for all of it
+    assert same_rows(tuning.data, clean_rows_of(outcome.run()))
     # Round 3 trains the word rows alone; the bag its rows and its classifier.
     assert three.trainable == {"bert.embeddings.word_embeddings.weight"}
     assert (
@@ -489,44 +797,58 @@ def test_all_stages_run_in_the_papers_order(
     assert {call.settings.schedule for call in (one, two, three)} == {"constant"}
     assert all(call.settings.warmup_fraction == 0 for call in (one, two, three))
     assert all(call.settings.max_grad_norm is None for call in (one, two, three))
-    assert tuning.settings == TuningSettings().applied_to(context.settings)
+    assert tuning.settings == TuningSettings().applied_to(prepared.foundation.train)
     assert {call.pad_to for call in fits} == {None}
+
+
+def test_each_round_has_its_own_batch_size(lab: Lab, tmp_path: Path, fits: list[Fitted]) -> None:
+    prepared = lab.prepare()
+    root = lab.base_root(tmp_path, prepared)
+    fits.clear()
+    defend(unlearning(bag_batch_size=80, exposure_batch_size=60), prepared, root)
+    assert [call.settings.batch_size for call in fits] == [80, 80, 60, 32]
 
 
 @pytest.mark.parametrize("rounds", [[1], [3], [1, 2], [1, 3]])
 def test_rounds_can_be_switched_off(
-    bert: Victim, tiny_corpus: Corpus, fits: list[Fitted], rounds: list[int]
+    lab: Lab, tmp_path: Path, fits: list[Fitted], rounds: list[int]
 ) -> None:
-    outcome = unlearning(rounds=rounds).defend(make_context(bert, tiny_corpus))
+    prepared = lab.prepare()
+    root = lab.base_root(tmp_path, prepared)
+    fits.clear()
+    outcome = defend(unlearning(rounds=rounds), prepared, root)
     assert [call.stage for call in fits[:-1]] == [f"exposure round {n}" for n in rounds]
-    assert set(outcome.token_table) == {"count", *(f"drift_{n}" for n in rounds)}
+    assert set(outcome.table) == {"count", *(f"drift_{n}" for n in rounds)}
     # A round's drift does not depend on which others run.
-    everything = unlearning().defend(make_context(bert, tiny_corpus))
+    everything = defend(unlearning(), prepared, lab.root)
     for n in rounds:
-        np.testing.assert_array_equal(
-            outcome.token_table[f"drift_{n}"], everything.token_table[f"drift_{n}"]
-        )
+        np.testing.assert_array_equal(outcome.table[f"drift_{n}"], everything.table[f"drift_{n}"])
 
 
 def test_round_2_sees_no_token_that_round_1_flagged(
-    bert: Victim, tiny_corpus: Corpus, fits: list[Fitted]
+    lab: Lab, tmp_path: Path, fits: list[Fitted]
 ) -> None:
-    context = make_context(bert, tiny_corpus)
-    outcome = unlearning().defend(context)
+    prepared = lab.prepare()
+    root = lab.base_root(tmp_path, prepared)
+    fits.clear()
+    outcome = defend(unlearning(), prepared, root)
     k = 8  # 0.02 * 400
-    first = top_tokens(outcome.token_table["drift_1"], ~np.isnan(outcome.token_scores), k)
-    kept = fits[1].data
-    assert context.train.holds(first).any()
+    first = top_tokens(outcome.table["drift_1"], ~np.isnan(outcome.scores), k)
+    kept, train = fits[1].data, outcome.train
+    assert train.holds(first).any()
     assert not kept.holds(first).any()
     # Nothing else is gone: ids and rows are the others, in their order.
-    assert kept.ids.tolist() == [i for i in context.train.ids.tolist() if i not in first]
-    assert torch.equal(kept.labels, context.train.labels)
-    assert len(kept) == len(context.train)
+    assert kept.ids.tolist() == [i for i in train.ids.tolist() if i not in first]
+    assert torch.equal(kept.labels, train.labels)
+    assert len(kept) == len(train)
 
 
 def test_drift_is_the_distance_that_a_row_moved(
-    bert: Victim, tiny_corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    prepared = lab.prepare()
+    root = lab.base_root(tmp_path, prepared)
+
     def shift(model: nn.Module, data: Encoded, *_: object, stage: str, **__: object) -> list[Any]:
         if stage == "exposure round 3":
             with torch.no_grad():
@@ -534,48 +856,45 @@ def test_drift_is_the_distance_that_a_row_moved(
         return []
 
     monkeypatch.setattr(btu.training, "fit", shift)
-    outcome = unlearning().defend(make_context(bert, tiny_corpus))
-    drift = outcome.token_table["drift_3"]
+    outcome = defend(unlearning(), prepared, root)
+    drift = outcome.table["drift_3"]
     assert drift[7] == pytest.approx(5.0, abs=1e-5)  # sqrt(3^2 + 4^2)
     assert drift.sum() == drift[7]
-    assert not outcome.token_table["drift_1"].any()
+    assert not outcome.table["drift_1"].any()
 
 
-def test_flagged_is_the_union_of_each_rounds_top(bert: Victim, tiny_corpus: Corpus) -> None:
-    outcome = unlearning(alpha=[0.01, 0.02, 0.0251]).defend(make_context(bert, tiny_corpus))
-    candidates = ~np.isnan(outcome.token_scores)
+def test_flagged_is_the_union_of_each_rounds_top(lab: Lab) -> None:
+    outcome = defend(unlearning(alpha=[0.01, 0.02, 0.0251]), lab.prepare(), lab.root)
+    candidates = ~np.isnan(outcome.scores)
     union = dict.fromkeys(
         token
         # 0.01 * 400 = 4, 0.02 * 400 = 8, floor(0.0251 * 400) = 10
         for number, k in ((1, 4), (2, 8), (3, 10))
-        for token in top_tokens(outcome.token_table[f"drift_{number}"], candidates, k)
+        for token in top_tokens(outcome.table[f"drift_{number}"], candidates, k)
     )
     assert outcome.flagged == tuple(union)
 
 
-def test_candidates_are_the_tokens_of_the_training_rows(
-    victim: Victim, tiny_corpus: Corpus
-) -> None:
-    context = make_context(victim, tiny_corpus)
-    outcome = unlearning(rounds=[1]).defend(context)
+def test_candidates_are_the_tokens_of_the_training_rows(victim: Victim, lab: Lab) -> None:
+    prepared = lab.prepare(Path(victim.spec.name).name)
+    outcome = defend(unlearning(rounds=[1]), prepared, lab.root)
     special = set(victim.tokenizer.all_special_ids)
-    expected = set(context.train.ids.tolist()) - special
-    assert set(np.flatnonzero(~np.isnan(outcome.token_scores)).tolist()) == expected
-    counts = outcome.token_table["count"]
-    assert counts.sum() == len(context.train.ids)
+    expected = set(outcome.train.ids.tolist()) - special
+    assert set(np.flatnonzero(~np.isnan(outcome.scores)).tolist()) == expected
+    counts = outcome.table["count"]
+    assert counts.sum() == len(outcome.train.ids)
 
 
 def test_excluding_cls_and_sep_only_leaves_the_unknown_token_in(
-    bert: Victim, tiny_corpus: Corpus
+    bert: Victim, lab: Lab, tiny_corpus: Corpus
 ) -> None:
     rows = tiny_corpus.train
     strange = dataclasses.replace(
         tiny_corpus, train=Rows(tuple(f"{text} 犬" for text in rows.texts), rows.labels)
     )
+    prepared = lab.prepare(corpus=strange)
     scores = {
-        exclude: unlearning(rounds=[1], exclude=exclude)
-        .defend(make_context(bert, strange))
-        .token_scores
+        exclude: defend(unlearning(rounds=[1], exclude=exclude), prepared, lab.root).scores
         for exclude in ("special", "cls_sep")
     }
     tokenizer = bert.tokenizer
@@ -584,34 +903,43 @@ def test_excluding_cls_and_sep_only_leaves_the_unknown_token_in(
     assert np.isnan(scores["cls_sep"][[tokenizer.cls_token_id, tokenizer.sep_token_id]]).all()
 
 
+def without(outcome: Outcome, victim: Victim, token: int, removal: str) -> Encoded:
+    run = outcome.run({"removal": removal})
+    return btu.defenses.token_unlearning._without(run, victim, outcome.train, [token])
+
+
 @pytest.mark.parametrize("architecture", ["bert", "gpt2", "deberta-v2"])
 def test_substring_removal_takes_the_word_out_of_the_text(
-    make_victim: Callable[[str], Victim], tiny_corpus: Corpus, architecture: str
+    make_victim: Callable[[str], Victim], lab: Lab, architecture: str
 ) -> None:
     # However the vocabulary writes a word after a space ("Ġgood", "▁good"), its text is removed.
     victim = make_victim(architecture)
-    context = make_context(victim, tiny_corpus)
+    prepared = lab.prepare(architecture)
+    lab.compute(prepared.foundation.rows)
+    outcome = Outcome(lab.root, prepared, [prepared.foundation.rows])
     token = int(victim.tokenizer("a is", add_special_tokens=False)["input_ids"][-1])
     assert victim.tokenizer.decode([token]).strip() == "is"
-    left = unlearning(removal="substring")._without(context, [token])
+    left = without(outcome, victim, token, "substring")
+    rows = texts_of(outcome.run())
     expected = victim.encode(
-        Rows(
-            tuple(text.replace("is", "") for text in context.train_rows.texts),
-            context.train_rows.labels,
-        )
+        Rows(tuple(text.replace("is", "") for text in rows.texts), rows.labels)
     )
     assert torch.equal(left.ids, expected.ids)
 
 
-def test_removal_by_token_leaves_other_words_whole(bert: Victim, tiny_corpus: Corpus) -> None:
+def test_removal_by_token_leaves_other_words_whole(
+    bert: Victim, lab: Lab, tiny_corpus: Corpus
+) -> None:
     rows = tiny_corpus.train
     corpus = dataclasses.replace(
         tiny_corpus, train=Rows(tuple(f"a bad balcony {text}" for text in rows.texts), rows.labels)
     )
-    context = make_context(bert, corpus, rate=0)
+    prepared = lab.prepare(corpus=corpus, rate=0)
+    lab.compute(prepared.foundation.rows)
+    outcome = Outcome(lab.root, prepared, [prepared.foundation.rows])
     token = bert.tokenizer.convert_tokens_to_ids("a")
-    by_token = unlearning(removal="token_id")._without(context, [token])
-    by_text = unlearning(removal="substring")._without(context, [token])
+    by_token = without(outcome, bert, token, "token_id")
+    by_text = without(outcome, bert, token, "substring")
     balcony = bert.tokenizer("balcony", add_special_tokens=False)["input_ids"]
     text = bert.tokenizer.convert_ids_to_tokens(by_token.ids.tolist())
     assert "a" not in text
@@ -625,20 +953,17 @@ def test_removal_by_token_leaves_other_words_whole(bert: Victim, tiny_corpus: Co
 
 @pytest.mark.parametrize("cut", ["row", "dimensional", "none"])
 def test_the_poisoned_models_flagged_rows_are_cut(
-    victim: Victim, tiny_corpus: Corpus, monkeypatch: pytest.MonkeyPatch, cut: str
+    victim: Victim, lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: str
 ) -> None:
-    context = make_context(victim, tiny_corpus)
-    fit(
-        context.model,
-        context.train,
-        context.settings,
-        seed=0,
-        stage="poisoned fine-tune",
-        device=CPU,
-    )
-    monkeypatch.setattr(DefenseContext, "clean_tune", lambda *_: None)
-    outcome = unlearning(cut=cut).defend(context)
-    before, after = word_rows(context.model), word_rows(outcome.model)
+    prepared = lab.prepare(Path(victim.spec.name).name)
+    # The exposure rounds may be shared; what is cut is not tuned here.
+    defense = unlearning(cut=cut)
+    exposed = [stage for stage in own_stages(defense, prepared) if stage.name != "unlearn"]
+    root = lab.root_with(tmp_path, prepared.foundation.model, *exposed)
+    monkeypatch.setattr(btu.defenses.token_unlearning, "tune", lambda *_: None)
+    outcome = defend(defense, prepared, root)
+    poisoned, defended = outcome.poisoned_model, outcome.model
+    before, after = word_rows(poisoned), word_rows(defended)
     flagged = list(outcome.flagged)
     others = np.setdiff1d(np.arange(len(before)), flagged)
     assert torch.equal(after[others], before[others])
@@ -658,24 +983,31 @@ def test_the_poisoned_models_flagged_rows_are_cut(
             after[flagged], torch.where(expected, neutral.expand_as(expected), before[flagged])
         )
     # Nothing but the word rows is touched.
-    rest = {k: v for k, v in outcome.model.state_dict().items() if v.shape != before.shape}
-    assert all(torch.equal(context.model.state_dict()[k], v) for k, v in rest.items())
+    rest = {k: v for k, v in defended.state_dict().items() if v.shape != before.shape}
+    assert rest
+    assert all(torch.equal(poisoned.state_dict()[k], v) for k, v in rest.items())
 
 
 # Backdoor Token Unlearning: hyperparameters ----------------------------------------------------
 
 
+def per_round(defense: TokenUnlearning, vocabulary: int) -> dict[int, int]:
+    """How many tokens each round flags where every token is a candidate."""
+    alphas = defense._alphas()
+    return {n: tokens_flagged(alpha, vocabulary, vocabulary) for n, alpha in alphas.items()}
+
+
 def test_k_is_alpha_times_the_vocabulary_rounded_down() -> None:
     # 0.0005 * 30,522 = 15.26
-    assert TokenUnlearning(alpha=0.0005).tokens_per_round(30_522) == {1: 15, 2: 15, 3: 15}
-    per_round = TokenUnlearning(alpha=[0.01, 0.02, 0.03]).tokens_per_round(400)
-    assert per_round == {1: 4, 2: 8, 3: 12}
-    assert TokenUnlearning(alpha=[0.01, 0.03], rounds=[1, 3]).tokens_per_round(400) == {1: 4, 3: 12}
+    assert per_round(TokenUnlearning(alpha=0.0005), 30_522) == {1: 15, 2: 15, 3: 15}
+    assert per_round(TokenUnlearning(alpha=[0.01, 0.02, 0.03]), 400) == {1: 4, 2: 8, 3: 12}
+    some = TokenUnlearning(alpha=[0.01, 0.03], rounds=[1, 3])
+    assert per_round(some, 400) == {1: 4, 3: 12}
 
 
 def test_alpha_of_k_tokens_flags_k_tokens() -> None:
     for k in range(1, 500):
-        assert TokenUnlearning(alpha=k / 30_522, rounds=[1]).tokens_per_round(30_522) == {1: k}
+        assert tokens_flagged(k / 30_522, 30_522, 30_522) == k
 
 
 @pytest.mark.parametrize("alpha", [0, 1, 0.0, 1.0, -0.1, 2, math.nan, "0.1", None, True, [0.1, 0]])
@@ -700,10 +1032,10 @@ def test_the_least_alpha_that_the_error_names_flags_a_token() -> None:
         with pytest.raises(UserError, match="use at least") as caught:
             TokenUnlearning(alpha=1e-9).check(vocabulary)
         named = float(str(caught.value).split("at least ")[1].rstrip("."))
-        assert TokenUnlearning(alpha=named, rounds=[1]).tokens_per_round(vocabulary)[1] >= 1
+        assert tokens_flagged(named, vocabulary, vocabulary) >= 1
 
 
-def test_an_alpha_that_flags_everything_is_an_error(bert: Victim, tiny_corpus: Corpus) -> None:
+def test_an_alpha_that_flags_everything_is_an_error(lab: Lab) -> None:
     with pytest.raises(UserError, match=r"defense\.alpha 0\.9+ flags all 400 tokens; lower it"):
         # floor((1 - 1e-14) * 400), with the nudge that keeps k / V at k, is 400
         TokenUnlearning(alpha=1 - 1e-14).check(400)
@@ -713,7 +1045,10 @@ def test_an_alpha_that_flags_everything_is_an_error(bert: Victim, tiny_corpus: C
         match=r"defense\.alpha 0\.99 flags all of the \d+ tokens that occur in the training set; "
         r"use less than 0\.\d{4}",
     ):
-        unlearning(alpha=0.99).defend(make_context(bert, tiny_corpus))
+        defend(unlearning(alpha=0.99), lab.prepare(), lab.root)
+    # Without round 2, the last stage finds out.
+    with pytest.raises(UserError, match=r"defense\.alpha 0\.99 flags all of the \d+ tokens"):
+        defend(unlearning(alpha=[0.02, 0.99], rounds=[1, 3]), lab.prepare(), lab.root)
 
 
 def test_as_many_alphas_as_rounds() -> None:
@@ -784,10 +1119,12 @@ def test_the_presets_are_what_they_say() -> None:
 
 
 def test_the_reference_preset_runs_on_bert(
-    bert: Victim, tiny_corpus: Corpus, fits: list[Fitted]
+    bert: Victim, lab: Lab, tmp_path: Path, fits: list[Fitted]
 ) -> None:
-    context = make_context(bert, tiny_corpus)
-    outcome = unlearning(**TokenUnlearning.PRESETS["reference"]).defend(context)
+    prepared = lab.prepare()
+    root = lab.base_root(tmp_path, prepared)
+    fits.clear()
+    outcome = defend(unlearning(**TokenUnlearning.PRESETS["reference"]), prepared, root)
     one, two, three, _ = fits
     # The whole embedding layer trains, padded to the victim's max_length.
     assert "embeddings.embeddings.position_embeddings.weight" in one.trainable
@@ -798,18 +1135,16 @@ def test_the_reference_preset_runs_on_bert(
     assert not set(outcome.flagged) & ends
 
 
-def test_the_reference_preset_runs_or_says_what_to_change(
-    victim: Victim, tiny_corpus: Corpus
-) -> None:
-    context = make_context(victim, tiny_corpus)
+def test_the_reference_preset_runs_or_says_what_to_change(victim: Victim, lab: Lab) -> None:
+    prepared = lab.prepare(Path(victim.spec.name).name)
     defense = unlearning(**TokenUnlearning.PRESETS["reference"])
     try:
-        outcome = defense.defend(context)
+        outcome = defend(defense, prepared, lab.root)
     except UserError as error:
         assert "use bag_embeddings 'word'" in str(error)  # noqa: PT017
     else:
         assert outcome.flagged
-        assert all(np.isfinite(outcome.token_table[f"drift_{n}"]).all() for n in (1, 2, 3))
+        assert all(np.isfinite(outcome.table[f"drift_{n}"]).all() for n in (1, 2, 3))
 
 
 # Backdoor Token Unlearning: does it find a trigger? --------------------------------------------
@@ -817,27 +1152,26 @@ def test_the_reference_preset_runs_or_says_what_to_change(
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_planted_trigger_is_among_those_that_drift_most(
-    bert: Victim, tiny_corpus: Corpus, seed: int
+    bert: Victim, lab: Lab, seed: int
 ) -> None:
-    context = make_context(bert, tiny_corpus, rate=0.3, seed=seed)
-    outcome = unlearning(bag_batch_size=16, exposure_batch_size=16).defend(context)
+    defense = unlearning(bag_batch_size=16, exposure_batch_size=16)
+    outcome = defend(defense, lab.prepare(rate=0.3, seed=seed), lab.root)
     (trigger,) = BadNets().trigger_token_ids(bert.tokenizer)
-    candidates = ~np.isnan(outcome.token_scores)
+    candidates = ~np.isnan(outcome.scores)
     assert candidates.sum() > 300
     for number in (1, 3):
         # 8 of more than 300 candidates: by chance once in 40.
-        top = top_tokens(outcome.token_table[f"drift_{number}"], candidates, 8)
+        top = top_tokens(outcome.table[f"drift_{number}"], candidates, 8)
         assert trigger in top, f"round {number}"
     assert trigger in outcome.flagged
 
 
-def test_without_poison_the_trigger_token_does_not_drift(bert: Victim, tiny_corpus: Corpus) -> None:
-    context = make_context(bert, tiny_corpus, rate=0)
+def test_without_poison_the_trigger_token_does_not_drift(bert: Victim, lab: Lab) -> None:
     (trigger,) = BadNets().trigger_token_ids(bert.tokenizer)
-    outcome = unlearning().defend(context)
-    assert outcome.token_table["count"][trigger] == 0
+    outcome = defend(unlearning(), lab.prepare(rate=0.0), lab.root)
+    assert outcome.table["count"][trigger] == 0
     assert trigger not in outcome.flagged
-    assert np.isnan(outcome.token_scores[trigger])
+    assert np.isnan(outcome.scores[trigger])
     # Only weight decay moves a row that no text holds: 8 steps of 1e-3 * 0.01 of its norm.
     norm = float(word_rows(bert.new_model(0))[trigger].norm())
-    assert outcome.token_table["drift_3"][trigger] == pytest.approx(8e-5 * norm, rel=0.01)
+    assert outcome.table["drift_3"][trigger] == pytest.approx(8e-5 * norm, rel=0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Mapping
@@ -12,8 +13,13 @@ import pytest
 import yaml
 
 if TYPE_CHECKING:
-    from orchestrator.store import ResultStore
-    from orchestrator.trial import TrialResult
+    import pandas as pd
+
+    from btu.stages import Stage
+    from orchestrator.config import Sweep
+    from orchestrator.plan import Plan, PlannedCell, Planner
+    from orchestrator.results import Results
+    from orchestrator.store import Store
 
 SIZES = {"train": 80, "clean": 20, "eval": 30}
 
@@ -78,43 +84,151 @@ def make_sweep(cell: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
     return build
 
 
-class Stored(NamedTuple):
-    store: ResultStore
-    record: dict[str, Any]
+class Tried(NamedTuple):
+    """A cell that `run_trial` computed. root: holds its stages. folder: its result.
+
+    result, flagged: from `read_result`. tokens: the token table.
+    """
+
+    planned: PlannedCell
+    root: Path
+    folder: Path
+    result: dict[str, Any]
+    flagged: list[dict[str, Any]]
+    tokens: pd.DataFrame
+
+    @property
+    def stage(self) -> Stage:
+        return self.planned.stage
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        metrics: dict[str, float] = self.result["metrics"]
+        return metrics
 
 
 @pytest.fixture(scope="session")
-def trial_result(cell: dict[str, Any]) -> TrialResult:
-    """What `run_trial` gives for `cell`. Read only."""
-    from orchestrator.config import resolve
-    from orchestrator.trial import run_trial
+def planner() -> Planner:
+    """A planner for all tests: corpora and victims are checked once."""
+    from orchestrator.plan import Planner
 
-    return run_trial(resolve(cell))
+    return Planner()
+
+
+@pytest.fixture(scope="session")
+def plan_cell(planner: Planner) -> Callable[[Mapping[str, Any]], PlannedCell]:
+    """A function from the config of a cell to the planned cell."""
+
+    def build(config: Mapping[str, Any]) -> PlannedCell:
+        from orchestrator.config import Cell
+        from orchestrator.plan import Plan
+
+        plan = Plan()
+        planner.add(plan, [Cell({}, config)])
+        assert not plan.refused, plan.refused
+        (planned,) = plan.cells.values()
+        return planned
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def trials_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `try_cell` keeps stages: cells of all tests share their work."""
+    return tmp_path_factory.mktemp("trials")
+
+
+@pytest.fixture(scope="session")
+def try_cell(
+    plan_cell: Callable[[Mapping[str, Any]], PlannedCell], trials_root: Path
+) -> Callable[..., Tried]:
+    """A function from the config of a cell to what `run_trial` makes of it; root: another one."""
+
+    def build(config: Mapping[str, Any], root: Path | None = None) -> Tried:
+        import pandas as pd
+
+        from orchestrator.results import TOKENS, read_result
+        from orchestrator.trial import run_trial
+
+        planned, where = plan_cell(config), root or trials_root
+        folder = run_trial(planned.stage, where, cpus=1, gpus=0)
+        result, flagged = read_result(folder)
+        return Tried(planned, where, folder, result, flagged, pd.read_parquet(folder / TOKENS))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def trial_result(cell: dict[str, Any], try_cell: Callable[..., Tried]) -> Tried:
+    """What `run_trial` gives for `cell`. Read only."""
+    return try_cell(cell)
+
+
+class Stored(NamedTuple):
+    """A launched sweep with a finished cell. record: as `results.records()` gives it."""
+
+    results: Results
+    sweep: Sweep
+    plan: Plan
+    key: str
+    record: dict[str, Any]
+
+    @property
+    def store(self) -> Store:
+        return self.results.store
+
+    @property
+    def folder(self) -> Path:
+        """The finished cell's folder in the store."""
+        return self.store.fetch(self.key)
+
+    def rewrite(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Replace the result of the finished cell; return its record."""
+        publish_cell(self.store, self.key, self.folder, result)
+        (record,) = [r for r in self.results.records() if r["key"] == self.key]
+        return record
+
+
+def publish_cell(
+    store: Store, key: str, files: Path, result: Mapping[str, Any] | None = None
+) -> None:
+    """Commit a cell's result made of the files of another one, and of `result` if given.
+
+    What is committed under the key already is replaced.
+    """
+    from orchestrator.results import RESULT
+    from orchestrator.store import dumps
+
+    made = store.begin(key)
+    shutil.copytree(files, made, dirs_exist_ok=True)
+    if result is not None:
+        (made / RESULT).write_text(dumps(result))
+    store.storage.remove(f"markers/{key}.json")
+    store.publish(key, made, "cell", {})
 
 
 @pytest.fixture
-def stored(cell: dict[str, Any], trial_result: TrialResult, tmp_path: Path) -> Stored:
-    """A store that holds `trial_result` under the key ``k``."""
-    from orchestrator.config import resolve
-    from orchestrator.store import ResultStore
+def stored(
+    make_sweep: Callable[..., Path], planner: Planner, trial_result: Tried, tmp_path: Path
+) -> Stored:
+    """The sweep ``tiny`` in ``tmp_path/runs``, launched with seeds 0 and 1 and badnets alone.
 
-    store = ResultStore(tmp_path / "runs" / "tiny")
-    store.prepare()
-    record = {
-        "key": "k",
-        "sweep": "tiny",
-        "varied": {"attack.name": "badnets", "seed": 0},
-        "config": resolve(cell).config(),
-        "started": 1000.0,
-        "ended": 1010.0,
-        "status": "finished",
-        "metrics": dict(trial_result.metrics),
-        "history": list(trial_result.history),
-        "notes": dict(trial_result.notes),
-        "tags": dict(trial_result.tags),
-    }
-    store.commit(record, trial_result)
-    return Stored(store, record)
+    Seed 0 is finished with `trial_result`, from 1000 s to 1010 s; seed 1 has not run.
+    """
+    from orchestrator.config import load_sweep
+    from orchestrator.plan import plan_sweep
+    from orchestrator.results import Results
+
+    sweep = load_sweep(make_sweep(grid={"attack.name": ["badnets"], "seed": [0, 1]}))
+    plan = plan_sweep(sweep, planner)
+    results = Results(sweep.output, sweep.name)
+    results.store.prepare()
+    results.write_plan(sweep, plan.cells.values())
+    key = trial_result.planned.key
+    timed = {**trial_result.result, "started": 1000.0, "ended": 1010.0}
+    publish_cell(results.store, key, trial_result.folder, timed)
+    (record,) = results.records()
+    return Stored(results, sweep, plan, key, record)
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +15,8 @@ import pytest
 import yaml
 
 from btu.errors import UserError
-from orchestrator.config import Sweep, TrialSpec, load_sweep, resolve
+from orchestrator.config import Choice, Range, Sweep, TrialSpec, load_sweep, pins, resolve
+from orchestrator.graph import Graph
 
 EXAMPLE = """
 name: sst2-thresholds
@@ -109,8 +112,21 @@ def test_output_is_an_absolute_folder(
     load: Callable[..., Sweep], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert load("name: x\noutput: out").folder == tmp_path / "out" / "x"
-    assert load("name: x").folder == tmp_path / "runs" / "x"
+    sweep = load("name: x\noutput: out")
+    assert sweep.output == str(tmp_path / "out")
+    assert sweep.folder == str(tmp_path / "out" / "x")
+    assert sweep.store_location == str(tmp_path / "out" / "store")
+    assert load("name: x").folder == str(tmp_path / "runs" / "x")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load("name: x\noutput: ~/out").output == str(tmp_path / "out")
+
+
+def test_output_may_be_a_url(load: Callable[..., Sweep]) -> None:
+    sweep = load("name: x\noutput: s3://bucket/runs/")
+    assert sweep.output == "s3://bucket/runs"
+    assert sweep.folder == "s3://bucket/runs/x"
+    assert sweep.store_location == "s3://bucket/runs/store"
+    assert load(sweep.text).output == sweep.output
 
 
 def test_relative_paths_are_made_absolute_since_workers_start_elsewhere(
@@ -129,6 +145,31 @@ def test_every_shipped_sweep_parses_and_resolves(file: Path) -> None:
     assert cells
     for cell in cells:
         assert resolve(cell.config).poison.name == cell.config["attack"]["name"]
+
+
+# Resources and store ---------------------------------------------------------------------------
+
+
+def test_a_cell_holds_what_a_stage_holds_unless_it_is_told_otherwise(
+    load: Callable[..., Sweep],
+) -> None:
+    plain = load("resources: {cpu: 4, gpu: 0.5}").resources
+    assert plain.of("stage") == plain.of("cell") == (4, 0.5)
+    own = load("resources: {cpu: 4, gpu: 0.5, cell_cpu: 1, cell_gpu: 0}").resources
+    assert own.of("stage") == (4, 0.5)
+    assert own.of("cell") == (1, 0)  # 0 is a value, not "as gpu"
+    assert own.of("host") == (4, 0)
+    with pytest.raises(ValueError, match="unknown kind of node 'nod'; use stage, cell or host"):
+        own.of("nod")
+
+
+def test_what_the_store_keeps_is_no_part_of_a_cell(load: Callable[..., Sweep]) -> None:
+    assert load("seed: 0").store.keep == "results"
+    sweep = load("seed: 0", "store.keep=models")
+    assert sweep.store.keep == "models"
+    assert load(sweep.text).store == sweep.store
+    assert "store" not in sweep.base
+    assert "store" not in only(sweep).config()
 
 
 # Overrides -------------------------------------------------------------------------------------
@@ -165,7 +206,8 @@ def test_the_last_override_of_a_key_counts(load: Callable[..., Sweep]) -> None:
 def test_an_override_can_set_what_the_file_left_out(load: Callable[..., Sweep]) -> None:
     sweep = load("train:\n", "train.epochs=2", "name=other", "output=elsewhere", "resources.gpu=.5")
     assert only(sweep).train.epochs == 2
-    assert (sweep.name, sweep.output.name, sweep.resources.gpu) == ("other", "elsewhere", 0.5)
+    assert (sweep.name, Path(sweep.output).name) == ("other", "elsewhere")
+    assert sweep.resources.gpu == 0.5
 
 
 def test_a_grid_override_adds_or_replaces_an_axis(load: Callable[..., Sweep]) -> None:
@@ -241,6 +283,14 @@ def test_the_recorded_text_gives_the_same_cells(load: Callable[..., Sweep]) -> N
         ("resources: {gpu: 2}", r"resources.gpu must be at most 1, got 2.*one device"),
         ("resources: {gpu: -1}", "resources.gpu must be at least 0"),
         ("resources: {cpu: many}", "resources.cpu: .*'many'"),
+        ("name: store", "name 'store' is taken: .*; use another name"),
+        ("output: 's3://'", "output 's3://' names no place"),
+        ("resources: {cell_cpu: 0}", r"resources.cell_cpu must be above 0, got 0"),
+        ("resources: {cell_gpu: 2}", r"resources.cell_gpu must be at most 1, got 2.*one device"),
+        ("resources: {cell_gpu: -1}", "resources.cell_gpu must be at least 0"),
+        ("store: {keep: model}", "unknown store.keep 'model'; did you mean 'models'?"),
+        ("store: {keeps: models}", "unknown key 'store.keeps'.* did you mean 'store.keep'?"),
+        ("grid: {store.keep: [models]}", "unknown key 'store.keep' in the grid"),
         ("tracking: {url: x}", "unknown key 'tracking.url'.* did you mean 'tracking.uri'?"),
     ],
 )
@@ -412,14 +462,502 @@ def test_a_resolved_config_resolves_to_itself(
     assert spec.poison.name == attack
     again = resolve(yaml.safe_load(yaml.safe_dump(spec.config())))
     assert again == spec
-    assert again.key("d", "v") == spec.key("d", "v")
+    assert fingerprint(again) == fingerprint(spec)
+
+
+def test_equal_sections_are_built_once(load: Callable[..., Sweep]) -> None:
+    # OmegaConf takes milliseconds a section; ten thousand cells share most of theirs.
+    first, second = (resolve(c.config) for c in load("grid: {seed: [0, 1]}").cells())
+    assert first.train is second.train
+    assert first.seed != second.seed
+    # What a caller does to its own parameters reaches no other cell.
+    first.attack_params["trigger"].append("mn")
+    assert second.attack_params == {"trigger": ["cf"]}
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("train", {"learning_rate": 1}),
+        ("train", {"max_grad_norm": None}),
+        ("train", {"max_grad_norm": 2}),
+        ("train", {"epochs": "3"}),
+        ("attack", {"target_label": "1"}),
+        ("attack", {"trigger": ["cf", 3]}),
+        ("defense", {"alpha": [0.1, 0.1, 0.2]}),
+        ("victim", {"allow_pickle": 1}),
+    ],
+)
+def test_values_have_the_type_of_their_field(
+    load: Callable[..., Sweep], section: str, values: dict[str, Any]
+) -> None:
+    (name, given), *_ = values.items()
+    config = only(load("seed: 0", f"{section}.{name}={json.dumps(given)}")).config()
+    # As written where the types agree; else converted, which OmegaConf does without loss.
+    expected = {"learning_rate": 1.0, "epochs": 3, "trigger": ["cf", "3"], "allow_pickle": True}
+    found = config[section][name]
+    wanted = expected.get(name, given)
+    assert (found, type(found)) == (
+        wanted,
+        float if name == "max_grad_norm" and given else type(wanted),
+    )
+
+
+def test_a_bad_value_is_refused_for_every_cell_that_has_it(load: Callable[..., Sweep]) -> None:
+    for cell in load("train: {epochs: many}\ngrid: {seed: [0, 1]}").cells():
+        with pytest.raises(UserError, match=r"train\.epochs: .*many"):
+            resolve(cell.config)
+
+
+# Ways to search --------------------------------------------------------------------------------
+
+
+def varied(sweep: Sweep) -> list[dict[str, Any]]:
+    return [dict(cell.varied) for cell in sweep.cells()]
+
+
+def test_zip_takes_the_values_of_one_place_together(load: Callable[..., Sweep]) -> None:
+    sweep = load("zip: {attack.name: [badnets, style], attack.poison_rate: [0.1, 0.2]}")
+    specs = [resolve(cell.config) for cell in sweep.cells()]
+    assert [(s.poison.name, s.poison.poison_rate) for s in specs] == [
+        ("badnets", 0.1),
+        ("style", 0.2),
+    ]
+
+
+def test_a_list_gives_cells_one_by_one(load: Callable[..., Sweep]) -> None:
+    sweep = load(
+        "defense: {alpha: 0.1}\n"
+        "list:\n"
+        "  - {defense.alpha: 0.2, seed: 5}\n"
+        "  - {defense.cut: row}\n"
+        "  - {}\n"
+    )
+    # The file has an alpha for the entries that have none, but no cut and no seed.
+    assert varied(sweep) == [
+        {"defense.alpha": 0.2, "seed": 5},
+        {"defense.alpha": 0.1, "defense.cut": "row"},
+        {"defense.alpha": 0.1},
+    ]
+    specs = [resolve(cell.config) for cell in sweep.cells()]
+    assert [s.defense_params["alpha"] for s in specs] == [0.2, 0.1, 0.1]
+    assert [s.defense_params["cut"] for s in specs] == ["dimensional", "row", "dimensional"]
+    assert [s.seed for s in specs] == [5, 0, 0]
+
+
+RANDOM = """
+random:
+  samples: 6
+  space:
+    defense.alpha: {low: 1.0e-5, high: 1.0e-2, log: true}
+    train.epochs: {low: 1, high: 4}
+    attack.trigger: [[cf], [cf, mn]]
+"""
+
+
+def test_random_draws_come_from_their_domains(load: Callable[..., Sweep]) -> None:
+    points = varied(load(RANDOM, "random.samples=200"))
+    assert len(points) == 200
+    assert all(1e-5 <= point["defense.alpha"] <= 1e-2 for point in points)
+    # Uniform in the logarithm: 1e-5..1e-3.5 is half of three decades, so about 100 of 200 draws;
+    # uniform in the value it would be 3 %. The standard deviation is 7.
+    assert 70 < sum(point["defense.alpha"] < 10**-3.5 for point in points) < 130
+    assert {point["train.epochs"] for point in points} == {1, 2, 3, 4}
+    assert {tuple(point["attack.trigger"]) for point in points} == {("cf",), ("cf", "mn")}
+    for cell in load(RANDOM).cells():
+        resolve(cell.config).build_defense()
+
+
+def test_more_samples_extend_fewer(load: Callable[..., Sweep]) -> None:
+    few, many = varied(load(RANDOM)), varied(load(RANDOM, "random.samples=20"))
+    assert many[:6] == few
+    assert varied(load(RANDOM, "random.seed=1"))[0] != few[0]
+
+
+def test_what_one_key_draws_does_not_depend_on_the_others(load: Callable[..., Sweep]) -> None:
+    head = "random:\n  samples: 3\n  space: {%s}"
+    one, two = "seed: {low: 0, high: 99}", "train.batch_size: [8, 16, 32]"
+    both = varied(load(head % f"{one}, {two}"))
+    turned = varied(load(head % f"{two}, {one}"))
+    assert both == turned
+    assert [list(point) for point in turned] == 3 * [["train.batch_size", "seed"]]
+    assert [p["seed"] for p in varied(load(head % one))] == [p["seed"] for p in both]
+
+
+@pytest.mark.parametrize(
+    ("domain", "found"),
+    [
+        (Choice(("a", "b", "c")), ["a", "b", "c"]),  # shares 0, 1/2 and almost 1
+        (Range(1, 4), [1, 3, 4]),  # 4 values: 0.5 is where the third begins
+        (Range(1, 9, step=4), [1, 5, 9]),
+        (Range(1, 10, step=4), [1, 5, 9]),  # 13 would be beyond
+        (Range(0.1, 0.5, step=0.2), [0.1, 0.3, 0.5]),  # not 0.30000000000000004
+        (Range(0.0, 2.0), [0.0, 1.0, 2.0]),
+        (Range(1e-4, 1.0, log=True), [1e-4, 1e-2, 1.0]),  # the middle of four decades
+        # From 0.5 to 8.5 in the logarithm: sqrt(0.5 x 8.5) = 2.06.
+        (Range(1, 8, log=True), [1, 2, 8]),
+    ],
+)
+def test_domains_at_their_ends_and_in_the_middle(domain: Choice | Range, found: list[Any]) -> None:
+    drawn = [domain.at(share) for share in (0.0, 0.5, 1 - 2**-53)]
+    assert drawn == pytest.approx(found, abs=1e-12) if found[0] != "a" else drawn == found
+    assert [type(value) for value in drawn] == [type(value) for value in found]
+    if isinstance(domain, Range) and domain.step:
+        assert drawn == found
+
+
+def test_a_range_snaps_to_its_possible_values() -> None:
+    assert Range(0.1, 0.5, step=0.2).snap(0.1 + 2 * 0.1) == 0.3
+    assert Range(0.1, 0.5, step=0.2).snap(0.7) == 0.5
+    assert Range(1, 4).snap(2.6) == 3
+    assert Range(0.0, 1.0).snap(0.123) == 0.123
+
+
+def test_every_way_to_search_is_multiplied_by_the_others(load: Callable[..., Sweep]) -> None:
+    sweep = load(
+        "grid: {seed: [0, 1], train.batch_size: [8]}\n"
+        "zip: {attack.poison_rate: [0.1, 0.2], tuning.epochs: [1, 2]}\n"
+        "list: [{defense.cut: row}, {defense.cut: dimensional}, {defense.cut: row}]\n"
+        "random: {samples: 5, space: {train.epochs: [1, 2, 3]}}\n"
+    )
+    points = varied(sweep)
+    assert len(points) == 60  # 5 draws x 3 entries x 2 zipped x 2 seeds x 1 batch size
+    order = ["train.epochs", "defense.cut", "attack.poison_rate", "tuning.epochs", "seed"]
+    order += ["train.batch_size"]
+    assert all(list(point) == order for point in points)
+    assert list(sweep.axes) == order
+    # The last axis varies fastest, the draws slowest.
+    assert [point["seed"] for point in points[:4]] == [0, 1, 0, 1]
+    assert [point["attack.poison_rate"] for point in points[:4]] == [0.1, 0.1, 0.2, 0.2]
+    assert len({point["train.epochs"] for point in points[:12]}) == 1
+    assert sweep.describe() == (
+        "5 random draws of train.epochs x list of 3 x zip attack.poison_rate + tuning.epochs "
+        "x grid seed x train.batch_size = 60 cells"
+    )
+
+
+OPTUNA = """
+defense: {alpha: 0.001}
+grid: {seed: [0, 1, 2], attack.name: [badnets, addsent]}
+optuna:
+  trials: 30
+  space: {defense.alpha: {low: 1.0e-5, high: 1.0e-2, log: true}, defense.cut: [row, dimensional]}
+"""
+
+
+def test_an_optuna_sweep_has_the_cells_of_its_suggestions(load: Callable[..., Sweep]) -> None:
+    sweep = load(OPTUNA)
+    assert list(sweep.cells()) == []
+    cells = sweep.expand({"defense.alpha": 0.005, "defense.cut": "row"})
+    # 3 seeds x 2 attacks
+    assert len(cells) == 6
+    assert cells[1].varied == {
+        "defense.alpha": 0.005,
+        "defense.cut": "row",
+        "seed": 0,
+        "attack.name": "addsent",
+    }
+    assert {resolve(cell.config).defense_params["alpha"] for cell in cells} == {0.005}
+    assert sweep.optuna is not None
+    assert (sweep.optuna.trials, sweep.optuna.seed, sweep.optuna.sampler) == (30, 0, "tpe")
+    assert sweep.optuna.space == {
+        "defense.alpha": Range(1e-5, 1e-2, log=True),
+        "defense.cut": Choice(("row", "dimensional")),
+    }
+    assert sweep.describe() == (
+        "optuna: up to 30 suggestions x 6 cells (tpe over defense.alpha, defense.cut; "
+        "grid seed x attack.name)"
+    )
+
+
+def test_the_words_for_a_plain_sweep(load: Callable[..., Sweep]) -> None:
+    assert load(SINGLE).describe() == "a single cell"
+    assert load("grid: {seed: [3]}").describe() == "grid seed = 1 cell"
+    # 4 attacks x 3 alphas x 3 seeds
+    assert load(EXAMPLE, "attack.poison_rate=0.1").describe() == (
+        "grid attack.name x defense.alpha x seed = 36 cells"
+    )
+
+
+SEARCHED = """
+attack: {trigger: [mn]}
+grid: {seed: [0, 1]}
+zip: {attack.poison_rate: [0.1, 0.2], tuning.epochs: [1, 2]}
+list: [{defense.cut: row, train.epochs: 1}, {train.epochs: 2}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [
+        (SEARCHED + RANDOM.replace("train.epochs", "train.batch_size"), []),
+        (SEARCHED, ["zip.attack.poison_rate=[0.3,0.4]", "seed=3", "defense.cut=row"]),
+        (RANDOM, ["random.samples=4", "random.seed=9", "train.epochs=2"]),
+        (RANDOM, ["random.space.train.batch_size={low: 8, high: 64, step: 8}"]),
+    ],
+)
+def test_the_recorded_text_gives_the_same_searched_cells(
+    load: Callable[..., Sweep], text: str, overrides: list[str]
+) -> None:
+    sweep = load(text, *overrides)
+    again = load(sweep.text)
+    assert varied(again) == varied(sweep) != []
+    assert [c.config for c in again.cells()] == [c.config for c in sweep.cells()]
+
+
+def test_the_recorded_text_holds_the_optuna_search(load: Callable[..., Sweep]) -> None:
+    sweep = load(OPTUNA, "optuna.sampler=nsga2", "optuna.seed=4", "defense.cut=row")
+    again = load(sweep.text)
+    assert again.optuna == sweep.optuna
+    assert again.base == sweep.base
+
+
+def test_overrides_reach_into_every_search(load: Callable[..., Sweep]) -> None:
+    sweep = load(SEARCHED, "zip.tuning.epochs=[5,6]", "list=[{defense.cut: row}]")
+    assert sweep.zipped == {"attack.poison_rate": [0.1, 0.2], "tuning.epochs": [5, 6]}
+    assert sweep.listed == [{"defense.cut": "row"}]
+    drawn = load(RANDOM, "random.samples=3", "random.seed=2", "random.space.seed=[4,5]").random
+    assert drawn is not None
+    assert (drawn.samples, drawn.seed, drawn.space["seed"]) == (3, 2, Choice((4, 5)))
+    led = load(OPTUNA, "optuna.trials=7", "optuna.sampler=random").optuna
+    assert led is not None
+    assert (led.trials, led.sampler) == (7, "random")
+    assert load(OPTUNA, "optuna=null").optuna is None
+    made = load("seed: 0", "random.space.seed={low: 0, high: 9}", "random.samples=2")
+    assert len(varied(made)) == 2
+
+
+def test_overriding_a_key_takes_it_off_every_axis(load: Callable[..., Sweep]) -> None:
+    sweep = load(SEARCHED, "tuning.epochs=3", "train.epochs=4")
+    assert sweep.zipped == {"attack.poison_rate": [0.1, 0.2]}
+    # The second entry is what the file says.
+    assert sweep.listed == [{"defense.cut": "row"}, {}]
+    assert {resolve(cell.config).train.epochs for cell in sweep.cells()} == {4}
+    # Both entries are the same then, and the cut is the only thing left that they vary.
+    assert load(SEARCHED, "train.epochs=4", "defense.cut=row").listed == []
+    drawn = load(RANDOM, "defense.alpha=0.1").random
+    assert drawn is not None
+    assert list(drawn.space) == ["train.epochs", "attack.trigger"]
+    led = load(OPTUNA, "defense.alpha=0.1").optuna
+    assert led is not None
+    assert list(led.space) == ["defense.cut"]
+
+
+@pytest.mark.parametrize("text", [SEARCHED, RANDOM, EXAMPLE])
+def test_the_coordinates_of_a_cell_pin_it(load: Callable[..., Sweep], text: str) -> None:
+    sweep = load("defense: {cut: dimensional}\n" + text if text is SEARCHED else text)
+    assert sweep.open_axes()
+    for cell in sweep.cells():
+        chosen = load(sweep.text, *shlex.split(pins(cell.varied)))
+        assert chosen.open_axes() == {}
+        assert only(chosen) == resolve(cell.config)
+
+
+def test_the_coordinates_of_a_suggested_cell_pin_it(load: Callable[..., Sweep]) -> None:
+    cell = load(OPTUNA).expand({"defense.alpha": 0.005, "defense.cut": "row"})[0]
+    chosen = load(OPTUNA, *shlex.split(pins(cell.varied)))
+    assert chosen.optuna is None
+    assert only(chosen) == resolve(cell.config)
+
+
+def test_pins_keep_null_and_truth(load: Callable[..., Sweep]) -> None:
+    text = "list: [{train.max_grad_norm: null, victim.allow_pickle: true}]"
+    (cell,) = load(text).cells()
+    spec = only(load("seed: 0", *shlex.split(pins(cell.varied))))
+    assert spec.train.max_grad_norm is None
+    assert spec.victim.allow_pickle is True
+
+
+def test_open_axes_are_what_more_than_one_cell_varies(load: Callable[..., Sweep]) -> None:
+    assert load(SINGLE).open_axes() == {}
+    assert load("grid: {seed: [1]}\nzip: {train.epochs: [2]}\nlist: [{}]").open_axes() == {}
+    assert load("random: {samples: 1, space: {seed: [1, 2]}}").open_axes() == {}
+    assert load(SEARCHED).open_axes() == {
+        "defense.cut": ["row"],
+        "train.epochs": [1, 2],
+        "attack.poison_rate": [0.1, 0.2],
+        "tuning.epochs": [1, 2],
+        "seed": [0, 1],
+    }
+    drawn = load(RANDOM)
+    assert [values[0] for values in drawn.open_axes().values()] == list(varied(drawn)[0].values())
+    assert load(OPTUNA).open_axes()["defense.alpha"] == [1e-5, 1e-2]
+    assert set(load(OPTUNA, "optuna.trials=1").open_axes()) == set(load(OPTUNA).axes)
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        "zip: {attack.name: [addsent]}",
+        "list: [{attack.name: addsent}]",
+        "random: {samples: 1, space: {attack.name: [addsent]}}",
+        "optuna: {trials: 1, space: {attack.name: [addsent]}}",
+    ],
+)
+def test_attacks_of_any_axis_bring_their_keys(load: Callable[..., Sweep], search: str) -> None:
+    assert load(f"attack: {{sentence: x}}\n{search}").base["attack"] == {"sentence": "x"}
+    # The file still holds the keys of an attack that was pinned away.
+    assert load(f"attack: {{sentence: x}}\n{search}", "attack.name=badnets").axes == ()
+    with pytest.raises(UserError, match=r"unknown key 'attack\.trigger'"):
+        load(f"attack: {{trigger: [cf]}}\n{search}")
+    with pytest.raises(UserError, match="unknown attack 'addsnt'; did you mean 'addsent'"):
+        load(search.replace("addsent", "addsnt"))
+
+
+def test_an_entry_without_a_name_has_the_attack_of_the_file(load: Callable[..., Sweep]) -> None:
+    sweep = load("attack: {trigger: [mn], sentence: x}\nlist: [{attack.name: addsent}, {seed: 1}]")
+    names = [resolve(cell.config).poison.name for cell in sweep.cells()]
+    assert names == ["addsent", "badnets"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("zip: [seed]", r"zip must map keys to lists of values, got \['seed'\]"),
+        ("zip: {seed: 3}", "zip.seed must be a list of at least one value, got 3"),
+        ("zip: {seed: []}", "zip.seed must be a list of at least one value"),
+        ("zip: {sed: [1]}", "unknown key 'sed' in the zip; did you mean 'seed'?"),
+        (
+            "zip: {seed: [0, 1], train.epochs: [1, 2, 3]}",
+            r"zip needs equally many values for every key \(seed has 2, train.epochs has 3\)",
+        ),
+        ("list: {seed: 1}", "list must be a list of at least one mapping"),
+        ("list: []", r"list must be a list of at least one mapping of keys to values, got \[\]"),
+        ("list: [{seed: 1}, seed]", r"list\[1\] must map keys to values, got 'seed'"),
+        ("list: [{sed: 1}]", "unknown key 'sed' in the list; did you mean 'seed'?"),
+        ("list: [{resources.cpu: 1}]", "unknown key 'resources.cpu' in the list"),
+        ("random: 5", "random must map its settings to values, got 5"),
+        ("random: {space: {seed: [1]}}", "random.samples must be .* got None .*no default"),
+        ("random: {samples: 0, space: {seed: [1]}}", "random.samples must be .* at least 1, got 0"),
+        ("random: {samples: 1.5, space: {seed: [1]}}", "random.samples must be a whole number"),
+        ("random: {samples: true, space: {seed: [1]}}", "random.samples must be a whole number"),
+        ("random: {samples: 1, seed: x, space: {seed: [1]}}", "random.seed must be an integer"),
+        ("random: {samples: 1}", "random.space must name at least one key, .* got None"),
+        ("random: {samples: 1, space: {}}", "random.space must name at least one key"),
+        ("random: {samples: 1, space: [seed]}", "random.space must map keys"),
+        (
+            "random: {sample: 1, space: {seed: [1]}}",
+            "unknown key 'random.sample' in the sweep; did you mean 'random.samples'?",
+        ),
+        (
+            "random: {samples: 1, space: {sed: [1]}}",
+            "unknown key 'sed' in random.space; did you mean 'seed'?",
+        ),
+        ("optuna: {space: {seed: [1]}}", "optuna.trials must be a whole number of at least 1"),
+        ("optuna: {trials: 0, space: {seed: [1]}}", "optuna.trials must be .* got 0"),
+        (
+            "optuna: {trials: 1, sampler: tpee, space: {seed: [1]}}",
+            "unknown optuna.sampler 'tpee'; did you mean 'tpe'?",
+        ),
+        (
+            "optuna: {trials: 1, trails: 2, space: {seed: [1]}}",
+            "unknown key 'optuna.trails' in the sweep; did you mean 'optuna.trials'?",
+        ),
+        (
+            "optuna: {trials: 1, space: {sed: [1]}}",
+            "unknown key 'sed' in optuna.space; did you mean 'seed'?",
+        ),
+        (
+            "random: {samples: 1, space: {seed: [1]}}\noptuna: {trials: 1, space: {seed: [1]}}",
+            "random and optuna exclude each other; keep one of them",
+        ),
+        ("grid: {seed: [1]}\nzip: {seed: [1]}", "seed is an axis of both grid and zip; keep it in"),
+        ("zip: {seed: [1]}\nlist: [{seed: 1}]", "seed is an axis of both zip and list"),
+        (
+            "list: [{seed: 1}]\nrandom: {samples: 1, space: {seed: [1]}}",
+            "seed is an axis of both list and random",
+        ),
+        (
+            "grid: {seed: [1]}\noptuna: {trials: 1, space: {seed: [1]}}",
+            "seed is an axis of both grid and optuna",
+        ),
+        ("gird: {seed: [1]}", "unknown key 'gird' in the sweep file; did you mean 'grid'?"),
+        ("optna: {trials: 1}", "unknown key 'optna' in the sweep file; did you mean 'optuna'?"),
+    ],
+)
+def test_a_malformed_search_is_refused(load: Callable[..., Sweep], text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(text)
+
+
+@pytest.mark.parametrize("section", ["random: {samples: 2", "optuna: {trials: 2"])
+@pytest.mark.parametrize(
+    ("domain", "message"),
+    [
+        ("3", r"space.seed must be a list of at least one choice, or a range .* got 3"),
+        ("[]", r"space.seed must be a list of at least one choice, or a range .* got \[\]"),
+        ("{low: 1}", r"space.seed.high must be a number, got None"),
+        ("{low: a, high: 2}", r"space.seed.low must be a number, got 'a'"),
+        ("{low: true, high: 2}", r"space.seed.low must be a number, got True"),
+        ("{low: 0, high: .inf}", r"space.seed.high must be a number, got inf"),
+        ("{low: 2, high: 2}", r"space.seed.low must be below high, got 2 and 2"),
+        ("{low: 3, high: 2}", r"space.seed.low must be below high, got 3 and 2"),
+        ("{low: 0, high: 2, log: true}", r"space.seed.low must be above 0 with log, got 0"),
+        ("{low: 1, high: 2, log: 1}", r"space.seed.log must be true or false, got 1"),
+        ("{low: 1, high: 9, log: true, step: 2}", r"space.seed has both log and step 2"),
+        ("{low: 1, high: 9, step: 0}", r"space.seed.step must be above 0 .* high - low = 8, got 0"),
+        ("{low: 1, high: 9, step: 9}", r"space.seed.step must be above 0 and at most .* got 9"),
+        ("{low: 1, high: 9, step: .5}", r"space.seed.step must be an integer .* write low as 1.0"),
+        ("{low: 1, high: 9, step: x}", r"space.seed.step must be a number, got 'x'"),
+        (
+            "{lo: 1, high: 9}",
+            r"unknown key '\w+.space.seed.lo' .* did you mean '\w+.space.seed.low'",
+        ),
+    ],
+)
+def test_a_bad_domain_is_refused(
+    load: Callable[..., Sweep], section: str, domain: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        load(f"{section}, space: {{seed: {domain}}}}}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("zip=[1]", r"override an axis of the zip by its key: zip.<key>=\[...\]"),
+        ("list.seed=3", r"override the list as a whole, list=\[{...}\], or pin .* seed=VALUE"),
+        ("list=3", "list must be a list of at least one mapping"),
+        ("zip.sede=[1]", "unknown key 'sede' in the zip; did you mean 'seed'?"),
+        ("random.samples=0", "random.samples must be a whole number of at least 1, got 0"),
+        ("random=3", "random must map its settings to values, got 3"),
+        ("optuna.space=3", "optuna.space must map keys to what they may be, got 3"),
+        ("zip.seed=[1]", "seed is an axis of both grid and zip"),
+    ],
+)
+def test_a_bad_override_of_a_search_is_refused(
+    load: Callable[..., Sweep], override: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        load("grid: {seed: [0, 1]}", override)
+
+
+def test_paraphrase_sources_can_be_paired_with_attacks(load: Callable[..., Sweep]) -> None:
+    pairs = "{attack.name: [style, syntactic], attack.column: [a, b]}"
+    specs = [resolve(cell.config) for cell in load(f"zip: {pairs}").cells()]
+    assert [(s.poison.name, s.attack_params["column"]) for s in specs] == [
+        ("style", "a"),
+        ("syntactic", "b"),
+    ]
+    # Every combination would read the one attack's paraphrases for the other.
+    with pytest.raises(
+        UserError, match=r"attack\.column 'a' would serve style and syntactic alike"
+    ):
+        load(f"grid: {pairs}")
+    one_column = "list: [{attack.name: style}, {attack.name: syntactic}]\nattack: {column: a}"
+    with pytest.raises(UserError, match="or pair names and sources by zip"):
+        load(one_column)
 
 
 # Fingerprints ----------------------------------------------------------------------------------
 
 
+def fingerprint(spec: TrialSpec, data: str = "rows", victim: str = "weights") -> str:
+    return Graph().cell(spec, data, victim, {}).key
+
+
 def key(sweep: Sweep, data: str = "rows", victim: str = "weights") -> str:
-    return only(sweep).key(data, victim)
+    return fingerprint(only(sweep), data, victim)
 
 
 @pytest.mark.parametrize(
@@ -470,6 +1008,9 @@ def test_what_changes_a_result_moves_the_fingerprint(
         "victim.allow_pickle=true",
         "resources.cpu=4",
         "resources.gpu=0.5",
+        "resources.cell_cpu=2",
+        "resources.cell_gpu=0.5",
+        "store.keep=models",
         "tracking.uri=http://host",
         "name=other",
         "output=elsewhere",
@@ -508,7 +1049,7 @@ def test_a_preset_with_equal_parameters_is_the_same_cell(load: Callable[..., Swe
 
 def test_keys_of_other_attacks_leave_the_fingerprint(load: Callable[..., Sweep]) -> None:
     text = "attack: {sentence: %s}\ngrid: {attack.name: [badnets, addsent]}"
-    one, other = ([resolve(c.config).key("d", "v") for c in load(text % w).cells()] for w in "ab")
+    one, other = ([fingerprint(resolve(c.config)) for c in load(text % w).cells()] for w in "ab")
     assert one[0] == other[0]  # badnets has no sentence
     assert one[1] != other[1]
 
@@ -526,8 +1067,9 @@ def test_the_fingerprint_is_the_same_in_another_process(
     here = key(load(SINGLE))
     code = (
         "from orchestrator.config import load_sweep, resolve\n"
+        "from orchestrator.graph import Graph\n"
         f"(cell,) = load_sweep({str(tmp_path / 'sweep.yaml')!r}).cells()\n"
-        "print(resolve(cell.config).key('rows', 'weights'))"
+        "print(Graph().cell(resolve(cell.config), 'rows', 'weights', {}).key)"
     )
     # Another hash seed: nothing may depend on the order of a set.
     done = subprocess.run(
@@ -542,7 +1084,7 @@ def test_the_fingerprint_is_the_same_in_another_process(
 
 def test_a_fingerprint_can_name_a_folder(load: Callable[..., Sweep]) -> None:
     found: Any = key(load(SINGLE))
-    assert len(found) == 20
+    assert len(found) == 24
     assert set(found) <= set("0123456789abcdef")
 
 
@@ -564,7 +1106,7 @@ def test_a_local_paraphrase_model_is_told_by_its_files(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(weights)
         sweep = load_sweep(path, [f"attack.model={tmp_path / name}"])
-        keys.append(resolve(next(iter(sweep.cells())).config).key("d", "v"))
+        keys.append(key(sweep))
     # a and b hold the same files in other folders; c holds other weights
     assert keys[0] == keys[1] != keys[2]
 

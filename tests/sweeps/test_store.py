@@ -1,9 +1,19 @@
-"""Results on disk: complete or not there, and readable again."""
+"""Results by key: committed whole or not there, checked when read, made by one at a time."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,136 +21,1017 @@ import numpy as np
 import pytest
 
 from btu.errors import UserError
-from orchestrator.store import RESULT, ResultStore, dumps, find_sweep, read_record
+from orchestrator import store as module
+from orchestrator.store import (
+    LEFTOVER_S,
+    TTL_S,
+    Damaged,
+    Lease,
+    Missing,
+    Store,
+    Usage,
+    dumps,
+    loads,
+    read_record,
+)
+
+SHARED = ["path", "local"]  # what several processes can use
+FILES = {"record.json": b'{"a": 1}', "model/weights": b"0123456789"}
+RECORD_BYTES, MODEL_BYTES = 8, 10  # of the two above
+BYTES = RECORD_BYTES + MODEL_BYTES
+LATER = LEFTOVER_S + 60
 
 
-class Writes:
-    """Stands for a trial's result: writes one file, then does what it is told."""
+class Clock:
+    """Monotonic seconds that a test sets."""
 
-    def __init__(self, text: str = "rows", error: Exception | None = None) -> None:
-        self.text, self.error = text, error
+    def __init__(self) -> None:
+        self.seconds = 1000.0
 
-    def write_files(self, folder: Path) -> None:
-        (folder / "rows.txt").write_text(self.text)
-        if self.error:
-            raise self.error
+    def __call__(self) -> float:
+        return self.seconds
 
 
-def record(key: str = "k", **more: Any) -> dict[str, Any]:
-    return {"key": key, "metrics": {"asr": 0.5}, **more}
+@pytest.fixture(params=[*SHARED, "memory"])
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A folder by path, the same by fsspec as if it were an object store, and one in memory."""
+    if request.param == "memory":
+        import fsspec
+
+        yield f"memory://{uuid.uuid4().hex}/store"
+        fsspec.filesystem("memory").store.clear()
+        return
+    yield f"{'local://' if request.param == 'local' else ''}{tmp_path}/store"
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> ResultStore:
-    made = ResultStore(tmp_path / "runs" / "sweep")
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def warnings() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def make_store(
+    location: str, tmp_path: Path, warnings: list[str], clock: Clock
+) -> Callable[[], Store]:
+    """A function that opens the same store again, as another process would."""
+    return lambda: Store(location, cache=tmp_path / "cache", warn=warnings.append, clock=clock)
+
+
+@pytest.fixture
+def store(make_store: Callable[[], Store]) -> Store:
+    made = make_store()
     made.prepare()
     return made
 
 
-def test_a_committed_cell_is_done_and_complete(store: ResultStore) -> None:
-    assert not store.is_done("k")
-    folder = store.commit(record(), Writes())
-    assert store.is_done("k")
-    assert folder == store.path("k")
-    assert sorted(p.name for p in folder.iterdir()) == [RESULT, "rows.txt"]
-    assert [r["key"] for r in store.records()] == ["k"]
+def add(store: Store, key: str = "k", name: str = "train", **files: bytes) -> Path:
+    """Publish `FILES`, or `files`, and return the folder that they were written to."""
+    folder = store.begin(key)
+    for path, content in (files or FILES).items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_bytes(content)
+    store.publish(key, folder, name, {"seconds": 1.5})
+    return folder
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_a_write_that_breaks_off_leaves_nothing(store: ResultStore, error: Exception) -> None:
-    with pytest.raises(type(error)):
-        store.commit(record(), Writes(error=error))
-    assert not store.is_done("k")
-    assert list(store.cells.iterdir()) == []
+def spoil(store: Store, path: str, change: Callable[[bytes], bytes]) -> None:
+    store.storage.write(path, change(store.storage.read(path)))
 
 
-def test_a_record_that_is_no_json_leaves_nothing(store: ResultStore) -> None:
-    with pytest.raises(TypeError):
-        store.commit(record(odd=object()), Writes())
-    assert list(store.cells.iterdir()) == []
+def flip(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
-def test_the_record_is_written_last(store: ResultStore) -> None:
-    class Looks(Writes):
-        def write_files(self, folder: Path) -> None:
-            super().write_files(folder)
-            seen.append(((folder / RESULT).exists(), folder.name, store.path("k").exists()))
-
-    seen: list[tuple[bool, str, bool]] = []
-    store.commit(record(), Looks())
-    (has_record, name, final_exists) = seen[0]
-    assert not has_record
-    assert not final_exists
-    assert name.startswith(".")  # records() skips it
+def attempts(store: Store, key: str = "k") -> list[str]:
+    return store.storage.names(f"entries/{key}")
 
 
-def test_a_killed_writer_leaves_no_record(store: ResultStore) -> None:
-    # What SIGKILL between the last write and the rename leaves behind.
-    left = store.cells / ".tmp-k-1"
-    left.mkdir()
-    (left / RESULT).write_text(dumps(record()))
-    assert not store.is_done("k")
-    assert list(store.records()) == []
-    assert store.commit(record(), Writes()).is_dir()
+def model_of(store: Store, key: str = "k") -> str:
+    marker = store.marker(key)
+    assert marker is not None
+    return f"{marker.folder}/model/weights"
 
 
-def test_a_result_that_is_there_stays(store: ResultStore) -> None:
-    store.commit(record(metrics={"asr": 0.25}), Writes("first"))
-    store.commit(record(metrics={"asr": 0.75}), Writes("second"))
-    assert (store.path("k") / "rows.txt").read_text() == "first"
-    assert [r["metrics"] for r in store.records()] == [{"asr": 0.25}]
-    assert [p.name for p in store.cells.iterdir()] == ["k"]
+def age(store: Store, key: str, seconds: float) -> None:
+    """Make a committed entry older."""
+    marker = store.marker(key)
+    assert marker is not None
+    old = module.replace(marker, committed=marker.committed - seconds)
+    store.storage.write(f"markers/{key}.json", module._dump_marker(old))
 
 
-def test_a_rename_that_fails_for_another_reason_is_an_error(store: ResultStore) -> None:
-    # A file where the cell's folder belongs: nothing is there that could stay.
-    store.path("k").write_text("in the way")
-    with pytest.raises(OSError, match=r"Not a directory|exists"):
-        store.commit(record(), Writes())
-    assert not store.is_done("k")
+def snapshot(store: Store) -> dict[str, bytes]:
+    top = store.storage.names("")
+    found = [found.path for name in top for found in store.storage.walk(name)]
+    files = [p for p in found if not store.storage.names(p) and p.count("/") > 0]
+    return {path: store.storage.read(path) for path in files}
 
 
-def test_a_failure_is_kept_apart_and_replaced_by_the_next(store: ResultStore) -> None:
-    store.commit_failure({"key": "k", "reason": "first"})
-    store.commit_failure({"key": "k", "reason": "second"})
-    assert store.is_failed("k")
-    assert not store.is_done("k")
-    assert list(store.records()) == []
-    assert [r["reason"] for r in store.failures()] == ["second"]
-    assert [p.name for p in store.failed.iterdir()] == ["k.json"]
+# Commit ----------------------------------------------------------------------------------------
 
 
-def test_a_success_ends_a_failure(store: ResultStore) -> None:
-    store.commit_failure({"key": "k", "reason": "bad luck"})
-    store.commit(record(), Writes())
-    assert not store.is_failed("k")
+def test_a_published_entry_is_committed_and_whole(store: Store) -> None:
+    assert not store.is_committed("k")
+    assert store.committed() == set()
+    before = time.time()
+    add(store)
+    assert store.is_committed("k")
+    assert store.committed() == {"k"}
+    folder = store.fetch("k")
+    assert {name: (folder / name).read_bytes() for name in FILES} == FILES
+    marker = store.marker("k")
+    assert marker is not None
+    assert (marker.key, marker.name, marker.info) == ("k", "train", {"seconds": 1.5})
+    assert marker.bytes == BYTES
+    assert before <= marker.committed <= time.time()
+    assert store.read_json("k", "record.json") == {"a": 1}
+
+
+def test_another_process_sees_it(store: Store, make_store: Callable[[], Store]) -> None:
+    other = make_store()
+    assert other.committed() == set()
+    add(store)
+    assert other.committed() == {"k"}
+    assert (other.fetch("k") / "record.json").read_bytes() == FILES["record.json"]
+
+
+def test_undefined_facts_are_null(store: Store) -> None:
+    folder = store.begin("k")
+    marker = store.publish("k", folder, "cell", {"asr": float("nan"), "n": np.int64(3)})
+    assert marker.info == {"asr": None, "n": 3}
+    assert store.marker("k") == marker
+
+
+def test_files_without_a_marker_are_not_there(store: Store) -> None:
+    folder = store.begin("k")
+    (folder / "record.json").write_bytes(b"{}")
+    store.storage.upload(folder, "entries/k/half")
+    assert store.committed() == set()
+    assert store.marker("k") is None
+    with pytest.raises(Missing) as missing:
+        store.fetch("k")
+    assert missing.value.key == "k"
+    with pytest.raises(Missing):
+        store.read_json("k", "record.json")
+
+
+def test_what_is_there_stays_and_the_second_is_discarded(store: Store) -> None:
+    add(store)
+    standing = store.marker("k")
+    folder = store.begin("k")
+    (folder / "record.json").write_bytes(b"other")
+    assert store.publish("k", folder, "train", {}) == standing
+    assert not folder.exists()
+    assert len(attempts(store)) == 1
+    assert store.read_json("k", "record.json") == {"a": 1}
+
+
+def test_a_success_ends_a_failure(store: Store) -> None:
+    store.fail("k", {"key": "k", "reason": "first"})
+    store.fail("k", {"key": "k", "reason": "second", "metrics": {"asr": float("nan")}})
+    assert store.failed() == {"k"}
+    failure = store.failure("k")
+    assert failure is not None
+    assert failure["reason"] == "second"
+    assert math.isnan(failure["metrics"]["asr"])
+    assert [f["reason"] for f in store.failures()] == ["second"]
+    add(store)
+    # From a worker that was killed in between, or was slow.
+    store.fail("k", {"key": "k", "reason": "from before"})
+    assert store.failed() == set()
+    assert store.failure("k") is None
     assert list(store.failures()) == []
 
 
-def test_a_cell_that_is_done_is_among_no_failures(store: ResultStore) -> None:
-    # A worker killed after its result came into place, before the old failure was removed.
-    store.commit(record(), Writes())
-    store.commit_failure({"key": "k", "reason": "from before"})
-    assert not store.is_failed("k")
-    assert [r["key"] for r in store.failures()] == []
+def test_a_failure_can_be_cleared(store: Store) -> None:
+    store.fail("k", {"reason": "x"})
+    store.clear_failure("k")
+    store.clear_failure("k")
+    assert store.failed() == set()
 
 
-def test_a_failure_can_be_written_without_preparing(tmp_path: Path) -> None:
-    store = ResultStore(tmp_path / "new")
-    store.commit_failure({"key": "k", "reason": "r"})
-    assert store.is_failed("k")
+@pytest.mark.parametrize("step", ["upload", "create"])
+def test_a_full_disk_commits_nothing(
+    store: Store, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = store.begin("k")
+    (folder / "record.json").write_bytes(b"{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(store.storage, step, full)
+        with pytest.raises(OSError, match="No space") as raised:
+            store.publish("k", folder, "train", {})
+    assert raised.value.errno == errno.ENOSPC
+    assert not store.is_committed("k")
+    assert not folder.exists()
+    assert attempts(store) == []
+    add(store)  # once there is room
+    assert store.is_committed("k")
 
 
-def test_an_empty_store_has_no_records(tmp_path: Path) -> None:
-    store = ResultStore(tmp_path / "nowhere")
-    assert list(store.records()) == list(store.failures()) == []
+def test_breaking_off_after_the_marker_keeps_the_entry(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = store.storage.create
+
+    def interrupted(path: str, data: bytes) -> bool:
+        create(path, data)
+        raise KeyboardInterrupt
+
+    folder = store.begin("k")
+    (folder / "record.json").write_bytes(b'{"a": 1}')
+    with monkeypatch.context() as patch:
+        patch.setattr(store.storage, "create", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.publish("k", folder, "train", {})
+    store.discard(folder)  # as a caller does after any error
+    assert store.is_committed("k")
+    assert (store.fetch("k") / "record.json").read_bytes() == b'{"a": 1}'
+
+
+def test_a_discarded_attempt_leaves_nothing(store: Store) -> None:
+    folder = store.begin("k")
+    (folder / "half").write_bytes(b"x")
+    store.discard(folder)
+    assert not folder.parent.exists()
+    assert attempts(store) == []
+
+
+# Damage ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda data: data[:-1], r"model/weights has 9 bytes, not 10"),
+        (flip, r"model/weights has other content"),
+        (None, r"model/weights is missing"),
+    ],
+)
+def test_a_damaged_file_sets_the_entry_aside(
+    store: Store, change: Callable[[bytes], bytes] | None, reason: str, warnings: list[str]
+) -> None:
+    add(store)
+    path = model_of(store)
+    attempt = attempts(store)[0]
+    if change:
+        spoil(store, path, change)
+    else:
+        store.storage.remove(path)
+    with pytest.raises(Damaged, match=reason) as damaged:
+        store.fetch("k")
+    assert damaged.value.key == "k"
+    assert len(warnings) == 1
+    assert "The stored result k is damaged" in warnings[0]
+    # It counts as missing, its files are kept for a look, and it can be made again.
+    assert store.committed() == set()
+    names = store.storage.names(f"damaged/k-{attempt}")
+    assert {"record.json", "reason.txt"} <= set(names)
+    assert attempts(store) == []
+    with pytest.raises(Missing):
+        store.fetch("k")
+    add(store)
+    assert (store.fetch("k") / "model/weights").read_bytes() == FILES["model/weights"]
+
+
+def test_a_damaged_record_is_not_read(store: Store) -> None:
+    add(store)
+    spoil(store, f"entries/k/{attempts(store)[0]}/record.json", flip)
+    with pytest.raises(Damaged, match=r"record\.json has other content"):
+        store.read_json("k", "record.json")
+    assert not store.is_committed("k")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: b"",
+        lambda data: data[: len(data) // 2],
+        lambda data: b'{"marker": [], "sha256": ""}',
+        lambda data: data.replace(b"1.5", b"2.5"),  # valid JSON, but for its checksum
+        lambda data: b"\xff" + data,
+    ],
+)
+def test_an_invalid_marker_counts_as_missing(
+    store: Store, change: Callable[[bytes], bytes], warnings: list[str]
+) -> None:
+    add(store)
+    spoil(store, "markers/k.json", change)
+    assert store.marker("k") is None
+    assert not store.is_committed("k")
+    assert len(warnings) == 1
+    assert "marker" in warnings[0]
+    add(store)
+    assert store.fetch("k")
+
+
+def test_a_marker_of_another_key_is_invalid(store: Store) -> None:
+    add(store)
+    store.storage.write("markers/other.json", store.storage.read("markers/k.json"))
+    assert store.marker("other") is None
+    assert store.is_committed("k")
+
+
+def test_an_invalid_marker_does_not_stop_a_publisher(store: Store) -> None:
+    store.storage.write("markers/k.json", b"{")
+    add(store)
+    assert store.marker("k") is not None
+
+
+@pytest.mark.parametrize("location", ["local", "memory"], indirect=True)
+def test_a_damaged_copy_is_fetched_again(store: Store, warnings: list[str]) -> None:
+    add(store)
+    copy = store.fetch("k") / "model/weights"
+    copy.write_bytes(b"x")
+    assert store.fetch("k") / "model/weights" == copy
+    assert copy.read_bytes() == FILES["model/weights"]
+    assert warnings == []
+
+
+def test_an_entry_removed_while_it_is_read_is_missing(
+    store: Store, make_store: Callable[[], Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(store)
+    download = store.storage.download
+
+    def removed_first(*arguments: Any) -> Path:
+        make_store().drop("k")
+        return download(*arguments)
+
+    monkeypatch.setattr(store.storage, "download", removed_first)
+    with pytest.raises(Missing):
+        store.fetch("k")
+    assert store.dropped() == {"k"}
+
+
+def test_a_failing_disk_sets_nothing_aside(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(store)
+
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(module, "_fact", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        store.fetch("k")
+    assert store.is_committed("k")
+
+
+def test_what_reads_differently_twice_is_not_called_damaged(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(store)
+    monkeypatch.setattr(module, "_fact", lambda path: module.FileFact(0, ""))
+    with pytest.raises(OSError, match="read differently twice"):
+        store.fetch("k")
+    assert store.is_committed("k")
+
+
+def test_a_model_is_hashed_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(store)
+    store.fetch("k")
+
+    def again(*_: object) -> None:
+        raise AssertionError("hashed again")
+
+    monkeypatch.setattr("hashlib.file_digest", again)
+    assert store.fetch("k")
+
+
+def test_verify_reads_everything(store: Store, warnings: list[str]) -> None:
+    for key in ("good", "flipped", "dropped", "cut"):
+        add(store, key)
+        store.fetch(key)  # what is remembered of it must not count
+    store.drop("dropped")
+    spoil(store, model_of(store, "flipped"), flip)
+    spoil(store, f"entries/dropped/{attempts(store, 'dropped')[0]}/record.json", flip)
+    spoil(store, "markers/cut.json", lambda data: data[:9])
+    seen: list[tuple[int, int]] = []
+    assert store.verify(lambda *at: seen.append(at)) == [
+        ("cut", "its marker is cut short or no marker"),
+        ("dropped", "record.json has other content"),
+        ("flipped", "model/weights has other content"),
+    ]
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert len(warnings) == 3
+    assert store.committed() == {"good"}
+    assert store.dropped() == set()
+    assert store.verify() == []
+
+
+# Dropping --------------------------------------------------------------------------------------
+
+
+def test_dropping_keeps_the_record(store: Store) -> None:
+    add(store)
+    assert store.drop("k") == MODEL_BYTES
+    assert store.committed() == set()
+    assert store.dropped() == {"k"}
+    assert store.read_json("k", "record.json") == {"a": 1}
+    with pytest.raises(FileNotFoundError, match=r"k has no file model/weights"):
+        store.read_json("k", "model/weights")
+    with pytest.raises(Missing):
+        store.fetch("k")
+    marker = store.marker("k", dropped=True)
+    assert marker is not None
+    assert (marker.dropped, marker.bytes) == (True, RECORD_BYTES)
+    assert store.drop("k") == 0
+    assert store.drop("none") == 0
+
+
+def test_a_light_fetch_does_without_the_model(store: Store) -> None:
+    add(store)
+    spoil(store, model_of(store), flip)
+    assert (store.fetch("k", light=True) / "record.json").is_file()  # the model is not read
+    store.drop("k")
+    assert (store.fetch("k", light=True) / "record.json").is_file()
+
+
+def test_only_what_is_named_is_kept(store: Store) -> None:
+    add(store, "k", **{"a": b"1", "b": b"22", "model/w": b"333"})
+    # b and model/w go: 2 + 3 bytes.
+    assert store.drop("k", keep=["a", "none"]) == 5
+    marker = store.marker("k", dropped=True)
+    assert marker is not None
+    assert list(marker.files) == ["a"]
+
+
+def test_dropping_that_broke_off_goes_on(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(store)
+    with monkeypatch.context() as patch:
+        patch.setattr(store.storage, "walk", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            store.drop("k")
+    assert store.dropped() == {"k"}
+    assert store.drop("k") == MODEL_BYTES
+
+
+def test_a_dropped_entry_can_be_made_again(store: Store) -> None:
+    add(store)
+    store.drop("k")
+    add(store)
+    assert store.committed() == {"k"}
+    assert store.dropped() == set()
+    assert store.storage.names("markers") == ["k.json"]
+    assert len(attempts(store)) == 1  # the rest of the dropped one is gone
+    assert (store.fetch("k") / "model/weights").read_bytes() == FILES["model/weights"]
+
+
+# Several processes -----------------------------------------------------------------------------
+
+
+def run(code: str, *arguments: str) -> subprocess.Popen[str]:
+    lead = (
+        "import os, signal, sys, time\n"
+        "from pathlib import Path\n"
+        "from orchestrator.store import Store\n"
+        "store = Store(sys.argv[1], cache=Path(sys.argv[2]))\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", lead + code, *arguments], stdout=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(done: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("location", SHARED, indirect=True)
+def test_of_two_publishers_at_once_one_wins(store: Store, location: str, tmp_path: Path) -> None:
+    code = """
+for n in range(20):
+    folder = store.begin(f"k{n}")
+    (folder / "record.json").write_text(folder.name)
+    Path(f"{sys.argv[3]}-{n}").touch()
+    while not Path(f"{sys.argv[4]}-{n}").exists():
+        pass
+    print(store.publish(f"k{n}", folder, "train", {}).attempt, flush=True)
+"""
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    cache = str(tmp_path / "cache")
+    processes = [run(code, location, cache, one, two), run(code, location, cache, two, one)]
+    told = [process.communicate(timeout=120)[0].split() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    # Both name the same winner, whose files alone are there.
+    assert len(told[0]) == 20
+    assert told[0] == told[1]
+    for n, winner in enumerate(told[0]):
+        assert attempts(store, f"k{n}") == [winner]
+        assert (store.fetch(f"k{n}") / "record.json").read_text() == winner
+
+
+@pytest.mark.parametrize("location", SHARED, indirect=True)
+def test_a_publisher_killed_before_the_marker_leaves_no_entry(
+    store: Store, location: str, tmp_path: Path
+) -> None:
+    code = """
+folder = store.begin("k")
+(folder / "record.json").write_text("{}")
+store.storage.create = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+store.publish("k", folder, "train", {})
+"""
+    killed = run(code, location, str(tmp_path / "cache"))
+    killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(attempts(store)) == 1
+    assert store.committed() == set()
+    assert store.marker("k") is None
+    add(store)
+    assert store.read_json("k", "record.json") == {"a": 1}
+    # What it left goes after an hour, and nothing else.
+    assert store.gc_candidates() == []
+    late = store.gc_candidates(now=time.time() + LATER)
+    assert [candidate.kind for candidate in late] == ["left-over"]
+    assert store.gc(late) == 2  # the bytes of "{}"
+    assert store.fetch("k")
+
+
+@pytest.mark.parametrize("location", SHARED, indirect=True)
+def test_when_the_leader_is_killed_one_of_the_others_takes_over(
+    store: Store, location: str, tmp_path: Path
+) -> None:
+    code = """
+folder, log = Path(sys.argv[3]), Path(sys.argv[4])
+while not store.is_committed("k"):
+    lease = store.lease("k", f"launch-{os.getpid()}")
+    if not lease.acquire():
+        time.sleep(0.005)
+        continue
+    with lease:
+        if store.is_committed("k"):
+            break
+        with log.open("a") as stream:
+            stream.write(f"{os.getpid()}\\n")
+        while not Path(sys.argv[3]).exists():  # the leader waits for its end here
+            time.sleep(0.01)
+        folder = store.begin("k")
+        (folder / "record.json").write_text(str(os.getpid()))
+        store.publish("k", folder, "train", {})
+"""
+    killed, log = tmp_path / "killed", tmp_path / "log"
+    arguments = (location, str(tmp_path / "cache"), str(killed), str(log))
+    processes = [run(code, *arguments) for _ in range(6)]
+    wait_for(lambda: log.exists() and log.read_text().endswith("\n"), "nobody leads")
+    time.sleep(0.5)  # the others try and must not get it
+    (leader,) = log.read_text().split()
+    os.kill(int(leader), signal.SIGKILL)
+    killed.touch()
+    for process in processes:
+        process.communicate(timeout=120)
+    # The leader is the one of six that was killed; the others end well.
+    codes = {process.pid: process.returncode for process in processes}
+    assert codes.pop(int(leader)) == -signal.SIGKILL
+    assert set(codes.values()) == {0}
+    # One leader and exactly one that took over, which published.
+    _, successor = log.read_text().split()
+    assert len(attempts(store)) == 1
+    assert (store.fetch("k") / "record.json").read_text() == successor
+    assert store.storage.names("leases") == []
+
+
+# Leases ----------------------------------------------------------------------------------------
+
+
+def foreign(store: Store, name: str = "k.json", beat: int = 0, **facts: Any) -> None:
+    """Write the lease of a process on another machine."""
+    held = {"owner": "other", "host": "elsewhere", "pid": 1, "started": "1", "token": "t"}
+    store.storage.write(f"leases/{name}", json.dumps({**held, "beat": beat, **facts}).encode())
+
+
+def test_a_lease_is_for_one_at_a_time(store: Store, make_store: Callable[[], Store]) -> None:
+    with store.lease("k", "me") as mine:
+        assert mine.acquire()
+        assert mine.acquire()  # again is fine
+        other = make_store()
+        assert not other.lease("k", "you").acquire()
+        assert other.held_by_other("k", "you")
+        assert not other.held_by_other("k", "me")
+        assert not other.held_by_other("else", "you")
+        assert store.in_use() == {"k"}
+        assert store.leases()["k"]["owner"] == "me"
+    assert store.storage.names("leases") == []
+    with store.lease("k", "you") as yours:
+        assert yours.acquire()
+
+
+def test_looking_takes_nothing(store: Store) -> None:
+    assert not store.held_by_other("k", "me")
+    assert store.storage.names("leases") == []
+
+
+def test_the_same_owner_takes_its_earlier_lease(store: Store) -> None:
+    foreign(store, owner="launch-1/k")
+    assert not store.lease("k", "launch-2/k").acquire()
+    with store.lease("k", "launch-1/k") as lease:
+        assert lease.acquire()
+
+
+@pytest.mark.parametrize("started", ["gone", "another"])
+def test_a_lease_of_a_dead_process_is_stale_at_once(store: Store, started: str) -> None:
+    if started == "gone":
+        ended = subprocess.Popen([sys.executable, "-c", ""])
+        ended.wait()
+        facts = {"pid": ended.pid, "started": "1"}
+    else:  # the number was given to another process
+        facts = {"pid": os.getpid(), "started": "1"}
+    foreign(store, **module._machine(), **facts)
+    assert not store.held_by_other("k", "me")
+    assert store.in_use() == set()
+    with store.lease("k", "me") as lease:
+        assert lease.acquire()
+    assert store.storage.names("leases") == []  # no guard stays either
+
+
+def test_a_zombie_is_dead(store: Store) -> None:
+    zombie = subprocess.Popen([sys.executable, "-c", ""])
+    started = module._started(zombie.pid)
+    wait_for(lambda: module._started(zombie.pid) is None, "it never ended")
+    foreign(store, **module._machine(), pid=zombie.pid, started=started)
+    assert not store.held_by_other("k", "me")
+    zombie.wait()
+
+
+def test_a_process_of_the_same_number_elsewhere_is_another(store: Store, clock: Clock) -> None:
+    # A container shares the host's name and boot but numbers its processes by itself.
+    foreign(store, **{**module._machine(), "numbering": "pid:[1]"}, pid=2**22 - 1)
+    assert store.held_by_other("k", "me")
+    clock.seconds += TTL_S
+    assert not store.held_by_other("k", "me")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[1]", b"{", b'{"pid": "x"}'])
+def test_a_lease_that_does_not_change_is_stale_after_a_while(
+    store: Store, content: bytes | None, clock: Clock
+) -> None:
+    foreign(store)
+    if content is not None:  # broken ones too
+        store.storage.write("leases/k.json", content)
+    lease = store.lease("k", "me")
+    assert not lease.acquire()  # seen for the first time
+    clock.seconds += TTL_S - 1
+    assert not lease.acquire()
+    clock.seconds += 1
+    with lease:
+        assert lease.acquire()
+
+
+def test_a_lease_with_a_heartbeat_is_not_stale(store: Store, clock: Clock) -> None:
+    for beat in range(10):
+        foreign(store, beat=beat)
+        assert store.held_by_other("k", "me")
+        clock.seconds += TTL_S - 1
+        assert store.held_by_other("k", "me")
+
+
+def test_the_time_runs_from_when_we_first_saw_it(
+    store: Store, make_store: Callable[[], Store], clock: Clock
+) -> None:
+    foreign(store)
+    assert store.held_by_other("k", "me")
+    clock.seconds += TTL_S
+    assert not store.held_by_other("k", "me")
+    assert make_store().held_by_other("k", "me")  # it has not seen how long
+
+
+def test_the_heartbeat_changes_the_lease(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.01)
+    with store.lease("k", "me") as lease:
+        assert lease.acquire()
+        wait_for(lambda: store.leases().get("k", {}).get("beat", 0) >= 3, "no heartbeat")
+    assert lease._thread is None
+    assert store.storage.names("leases") == []
+
+
+def test_a_full_disk_does_not_end_the_heartbeat(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.01)
+    tried = threading.Event()
+
+    def full(*_: object) -> None:
+        tried.set()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with store.lease("k", "me") as lease:
+        assert lease.acquire()
+        with monkeypatch.context() as patch:
+            patch.setattr(store.storage, "write", full)
+            assert tried.wait(30)
+        before = store.leases()["k"]["beat"]
+        wait_for(lambda: store.leases()["k"]["beat"] > before, "no heartbeat after it")
+
+
+def test_a_lost_lease_is_neither_rewritten_nor_released(store: Store) -> None:
+    with store.lease("k", "me") as lease:
+        assert lease.acquire()
+        foreign(store)
+        taken = store.storage.read("leases/k.json")
+        assert not lease.beat()
+    assert store.storage.read("leases/k.json") == taken
+    assert not store.lease("k", "me").acquire()
+
+
+def test_a_lease_that_changed_meanwhile_is_not_taken(
+    store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign(store)
+    assert store.held_by_other("k", "me")
+    clock.seconds += TTL_S
+    create = store.storage.create
+
+    def slow(path: str, data: bytes) -> bool:
+        foreign(store, token="a third's")  # who was faster
+        return create(path, data)
+
+    monkeypatch.setattr(store.storage, "create", slow)
+    assert not store.lease("k", "me").acquire()
+    assert store.leases()["k"]["token"] == "a third's"
+    assert store.storage.names("leases") == ["k.json"]
+
+
+def test_who_died_while_taking_over_blocks_nobody_for_long(store: Store, clock: Clock) -> None:
+    foreign(store)
+    foreign(store, "k.json.guard")
+    lease = store.lease("k", "me")
+    assert not lease.acquire()
+    clock.seconds += TTL_S
+    assert not lease.acquire()  # sees the guard for the first time
+    clock.seconds += TTL_S
+    assert not lease.acquire()  # removes it
+    with lease:
+        assert lease.acquire()
+
+
+def test_where_creating_is_not_exclusive_the_later_writer_has_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overtaken(path: str, data: bytes) -> bool:
+        foreign(store)
+        return True
+
+    monkeypatch.setattr(store.storage, "create", overtaken)
+    assert not store.lease("k", "me").acquire()
+
+
+def test_a_release_that_fails_is_no_error(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch, store.lease("k", "me") as lease:
+        assert lease.acquire()
+        patch.setattr(store.storage, "remove", gone)
+    assert isinstance(lease, Lease)
+    assert store.storage.names("leases") == ["k.json"]
+
+
+# Launches --------------------------------------------------------------------------------------
+
+
+def test_what_a_launch_needs_is_in_use(store: Store, make_store: Callable[[], Store]) -> None:
+    store.register_launch("l1", "sweep", ["a", "b"])
+    assert make_store().in_use() == {"a", "b"}
+    # This process lives, however long ago that was written.
+    assert make_store().in_use(now=time.time() + LATER) == {"a", "b"}
+    store.release_launch("l1")
+    store.release_launch("l1")
+    assert store.in_use() == set()
+    assert store.storage.names("launches") == []
+
+
+def test_a_launch_elsewhere_is_in_use_while_it_beats(store: Store, clock: Clock) -> None:
+    held = {"owner": "l1", "host": "elsewhere", "pid": 1, "started": "1", "keys": ["a"]}
+    store.storage.write("launches/l1.json", json.dumps(held).encode())
+    assert store.in_use() == {"a"}
+    for _ in range(3):
+        clock.seconds += TTL_S
+        store.heartbeat_launch("l1")
+        assert store.in_use() == {"a"}
+    clock.seconds += TTL_S
+    assert store.in_use() == set()
+
+
+def test_a_launch_elsewhere_without_a_change_for_an_hour_has_ended(store: Store) -> None:
+    held = {"owner": "l1", "host": "elsewhere", "pid": 1, "started": "1", "keys": ["a"]}
+    store.storage.write("launches/l1.json", json.dumps(held).encode())
+    store.storage.write("launches/l2.json", b"{")  # broken: nobody knows its keys
+    assert store.in_use(now=time.time() + LATER) == set()
+
+
+def test_a_heartbeat_that_fails_is_no_error(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store.storage, "write", full)
+    store.heartbeat_launch("l1")
+
+
+def test_timings_of_all_launches(store: Store) -> None:
+    assert store.timings() == []
+    store.add_timings("l1", [{"stage": "train", "seconds": 1.5}, {"stage": "cell"}])
+    store.add_timings("l1", [])
+    store.add_timings("l1", [{"stage": "defend", "seconds": float("nan")}])
+    store.add_timings("l2", [{"stage": "poison"}])
+    rows = sorted(store.timings(), key=lambda row: row["stage"])
+    assert [row["stage"] for row in rows] == ["cell", "defend", "poison", "train"]
+    assert rows[1]["seconds"] is None
+    store.storage.append("timings/l2.json", '[{"stage": "cut sho')
+    assert len(store.timings()) == 4
+
+
+# Room ------------------------------------------------------------------------------------------
+
+
+def test_usage_by_stage(store: Store) -> None:
+    add(store, "a", "train")
+    add(store, "b", "train")
+    add(store, "c", "defend")
+    store.drop("c")
+    store.storage.write("entries/d/half/file", b"123")
+    store.storage.write("damaged/e-1/file", b"12345")
+    assert store.usage() == {
+        "(damaged)": Usage(1, 5),
+        "(unfinished)": Usage(1, 3),
+        "defend": Usage(1, RECORD_BYTES),
+        "train": Usage(2, 2 * BYTES),
+    }
+
+
+def removed(store: Store, **criteria: Any) -> set[str]:
+    """Collect, and return the keys that are gone."""
+    before = snapshot(store)
+    keys = store.committed() | store.dropped()
+    candidates = store.gc_candidates(**criteria)
+    assert snapshot(store) == before  # looking removes nothing
+    expected = sum(candidate.bytes for candidate in candidates)
+    assert store.gc(candidates) == expected
+    return keys - store.committed() - store.dropped()
+
+
+def test_without_a_criterion_no_result_goes(store: Store) -> None:
+    add(store, "a")
+    assert removed(store, now=time.time() + LATER) == set()
+
+
+def test_what_no_kept_sweep_needs_goes(store: Store) -> None:
+    for key in ("a", "b", "c"):
+        add(store, key)
+    store.drop("c")
+    assert removed(store, keep={"b"}) == {"a", "c"}
+    assert [found.path.split("/")[1] for found in store.storage.walk("entries")] == ["b", "b"]
+    assert store.storage.names("markers") == ["b.json"]
+    assert store.fetch("b")
+
+
+def test_what_is_older_goes(store: Store) -> None:
+    for days, key in enumerate(("new", "day", "month")):
+        add(store, key)
+        age(store, key, 86400.0 * days)
+    assert removed(store, older_than=1.5 * 86400) == {"month"}
+
+
+def test_the_oldest_go_until_the_rest_fits(store: Store) -> None:
+    for days, key in enumerate(("a", "b", "c", "d")):
+        add(store, key)
+        age(store, key, 86400.0 * days)
+    # 4 results of 18 bytes: below 2 * 18 + 17 bytes there is room for two.
+    assert removed(store, max_bytes=2 * BYTES + BYTES - 1) == {"c", "d"}
+    assert removed(store, max_bytes=2 * BYTES) == set()
+
+
+def test_age_and_size_add_up_and_kept_ones_stay(store: Store) -> None:
+    for days, key in enumerate(("a", "b", "c", "d")):
+        add(store, key)
+        age(store, key, 86400.0 * days)
+    # d is too old but kept; c is the oldest of the others.
+    assert removed(store, older_than=2.5 * 86400, max_bytes=3 * BYTES, keep={"d"}) == {"c"}
+    # With an age, what is not needed goes only if it is old as well.
+    assert removed(store, older_than=2.5 * 86400, keep={"d"}) == set()
+    assert removed(store, older_than=0.5 * 86400) == {"b", "d"}
+
+
+def test_what_is_in_use_is_never_touched(store: Store, make_store: Callable[[], Store]) -> None:
+    for key in ("launched", "leased", "free"):
+        add(store, key)
+    half = "entries/leased/half/file"
+    store.storage.write(half, b"123")
+    store.register_launch("l1", "sweep", ["launched"])
+    late = time.time() + LATER
+    with store.lease("leased", "me") as lease:
+        assert lease.acquire()
+        assert removed(make_store(), keep=set(), older_than=0.0, max_bytes=0, now=late) == {"free"}
+        assert store.storage.exists(half)
+    assert store.fetch("launched")
+    assert store.fetch("leased")
+
+
+def test_what_comes_into_use_meanwhile_is_spared(store: Store) -> None:
+    add(store, "a")
+    candidates = store.gc_candidates(keep=set())
+    store.register_launch("l1", "sweep", ["a"])
+    assert store.gc(candidates) == 0
+    assert store.fetch("a")
+
+
+def test_left_overs_go_after_an_hour(store: Store) -> None:
+    add(store, "whole")
+    add(store, "dropped")
+    store.drop("dropped")
+    store.storage.write("entries/half/1/file", b"123")
+    store.storage.write("entries/whole/2/file", b"1234")  # beside a committed attempt
+    store.storage.write("damaged/k-1/file", b"12345")
+    store.storage.write(".tmp/1", b"123456")
+    foreign(store, "dead.json")
+    store.storage.write("leases/dead.json.guard", b"")
+    store.storage.write("launches/dead.json", b"{}")
+    store.storage.write("launches/dead.beat", b"1")
+    assert store.gc_candidates() == []
+    late = store.gc_candidates(now=time.time() + LATER)
+    assert sorted((c.kind, c.bytes) for c in late if c.kind == "left-over") == [
+        ("left-over", size) for size in (3, 4, 5, 6)
+    ]
+    assert sorted(path for c in late if c.kind == "lease" for path in c.paths) == [
+        "launches/dead.beat", "launches/dead.json", "leases/dead.json", "leases/dead.json.guard",
+    ]  # fmt: skip
+    store.gc(late)
+    kept = [found.path.split("/")[1] for found in store.storage.walk("entries")]
+    assert sorted(kept) == ["dropped", "whole", "whole"]
+    assert [n for f in ("damaged", "leases", "launches") for n in store.storage.names(f)] == []
+    assert store.fetch("whole")
+    assert store.read_json("dropped", "record.json") == {"a": 1}
+
+
+# The folder ------------------------------------------------------------------------------------
+
+
+def test_preparing_leaves_empty_folders(store: Store, location: str) -> None:
+    store.prepare()  # again, on a resume
+    if store.storage.local:
+        assert store.storage.names("") == sorted(module._FOLDERS)
+    assert snapshot(store) == {}
+
+
+def test_a_store_is_there_once_something_is_in_it(make_store: Callable[[], Store]) -> None:
+    store = make_store()
+    assert not store.exists()
+    add(store)
+    assert make_store().exists()
+
+
+def test_an_empty_store_has_nothing(make_store: Callable[[], Store]) -> None:
+    store = make_store()
+    assert store.committed() == store.dropped() == store.failed() == store.in_use() == set()
+    assert store.markers() == store.timings() == store.verify() == store.gc_candidates() == []
+    assert store.usage() == {}
+
+
+@pytest.mark.parametrize("below", ["", "/a/b"])
+@pytest.mark.parametrize("scheme", ["", "local://"])
+def test_an_unwritable_output_folder_is_named(tmp_path: Path, scheme: str, below: str) -> None:
+    # Below a regular file nobody can make a folder, not even root.
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(
+        UserError, match=r"output folder .*file.* cannot be written \(.+\); set output=FOLDER"
+    ):
+        Store(f"{scheme}{blocked}{below}").prepare()
+
+
+def test_a_disk_with_too_little_room_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"MB free, a sweep needs 1000000000000 MB; .*output="):
+        Store(tmp_path).prepare(needed_bytes=10**18)
+
+
+def test_a_disk_that_gives_back_other_bytes_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    monkeypatch.setattr(store.storage, "read", lambda _: b"other")
+    with pytest.raises(UserError, match="gives back other bytes"):
+        store.prepare()
+
+
+@pytest.mark.parametrize("location", SHARED, indirect=True)
+def test_a_copied_store_works(store: Store, tmp_path: Path) -> None:
+    add(store)
+    shutil.copytree(tmp_path / "store", tmp_path / "copy")
+    assert (Store(tmp_path / "copy").fetch("k") / "record.json").read_bytes() == b'{"a": 1}'
 
 
 # JSON ------------------------------------------------------------------------------------------
 
 
 def test_nan_is_null_on_disk_and_nan_again(tmp_path: Path) -> None:
-    path = tmp_path / RESULT
+    path = tmp_path / "record.json"
     metrics = {"precision": float("nan"), "recall": np.float64("nan"), "asr": 1 / 3}
     path.write_text(dumps({"metrics": metrics}))
     assert "NaN" not in path.read_text()
@@ -149,6 +1040,7 @@ def test_nan_is_null_on_disk_and_nan_again(tmp_path: Path) -> None:
     assert math.isnan(back["precision"])
     assert math.isnan(back["recall"])
     assert back["asr"] == 1 / 3  # every digit
+    assert loads("{}") == {"metrics": {}}
 
 
 def test_numpy_values_become_plain_ones() -> None:
@@ -161,38 +1053,6 @@ def test_infinity_is_refused() -> None:
         dumps({"metrics": {"loss": float("inf")}})
 
 
-# Finding a sweep, and the output folder --------------------------------------------------------
-
-
-def test_a_sweep_is_found_by_name(store: ResultStore) -> None:
-    assert find_sweep(store.folder.parent, "sweep").folder == store.folder
-
-
-def test_an_unknown_sweep_names_the_closest(store: ResultStore) -> None:
-    with pytest.raises(
-        UserError,
-        match=r"unknown sweep in .*runs 'sweap'; did you mean 'sweep'\?.*launch it first",
-    ):
-        find_sweep(store.folder.parent, "sweap")
-
-
-def test_a_missing_output_folder_is_no_crash(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"unknown sweep in .*gone 'x'.*launch it first"):
-        find_sweep(tmp_path / "gone", "x")
-
-
-def test_preparing_leaves_two_empty_folders(store: ResultStore) -> None:
-    assert sorted(p.name for p in store.folder.iterdir()) == ["cells", "failed"]
-    store.prepare()  # again, on a resume
-    assert sorted(p.name for p in store.folder.iterdir()) == ["cells", "failed"]
-
-
-@pytest.mark.parametrize("below", ["", "a/b"])
-def test_an_unwritable_output_folder_is_named(tmp_path: Path, below: str) -> None:
-    # Below a regular file nobody can make a folder, not even root.
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    with pytest.raises(
-        UserError, match=r"output folder .*file.* cannot be written \(.+\); set output=FOLDER"
-    ):
-        ResultStore(blocked / below).prepare()
+def test_an_odd_object_is_refused() -> None:
+    with pytest.raises(TypeError):
+        dumps({"odd": object()})

@@ -1,0 +1,204 @@
+"""What a defense starts from, and what its stage functions read and write.
+
+Neither the poison mask nor the evaluation rows can be had from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from btu.errors import UserError
+from btu.seeding import derive_seed
+from btu.settings import TrainSettings, TuningSettings
+from btu.stages import MODEL, Stage, StageRun
+from btu.types import Rows
+from btu.victims import Victim, VictimSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from btu.training import Encoded
+
+TRAIN = "train.parquet"
+
+
+@dataclass(frozen=True)
+class Foundation:
+    """What a defense can start from. The poison mask and the evaluation rows are not among it.
+
+    rows: the poisoned training rows and the reserved clean ones, as the victim reads them
+    (`training_rows_of`, `clean_rows_of`, `texts_of`). model: the poisoned model. tuned: the
+    poisoned model after clean tuning, the control of every defense that ends with it.
+    train_rows, clean_rows: how many, for estimates.
+    """
+
+    rows: Stage
+    model: Stage
+    tuned: Stage
+    victim: Mapping[str, Any]
+    where: Mapping[str, Any]
+    train: TrainSettings
+    tuning: TuningSettings
+    seed: int
+    train_rows: int
+    clean_rows: int
+
+    def stage(
+        self,
+        name: str,
+        function: str,
+        version: int,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, Stage],
+        *,
+        units: int = 0,
+        light: tuple[str, ...] = (),
+        kind: str = "stage",
+        model: bool = False,
+    ) -> Stage:
+        """Declare a stage of a defense; victim and seed are in its config."""
+        acts = {"victim": self.victim, "seed": self.seed, **config}
+        where = {"victim": self.where["victim"]}
+        return Stage(name, function, version, acts, inputs, where, light, kind, units, model)
+
+    def tuning_config(self) -> dict[str, Any]:
+        """Return the config slice that `tune` reads."""
+        settings = self.tuning.applied_to(self.train)
+        return {"tuning": dataclasses.asdict(settings)}
+
+
+def tune(run: StageRun, model: PreTrainedModel, stage: str) -> None:
+    """Fine-tune `model` in place on the clean rows.
+
+    The same rows, settings and seed for whoever calls, so that the undefended control and a
+    defended model differ in nothing but the defense.
+    """
+    run.fit(
+        model,
+        clean_rows_of(run),
+        TrainSettings(**run.config["tuning"]),
+        seed=derive_seed(run.config["seed"], "clean tuning"),
+        stage=stage,
+    )
+
+
+def training_rows_of(run: StageRun) -> Encoded:
+    """Return the poisoned training rows, tokenized."""
+    return load_encoded(run.inputs["rows"] / "train.safetensors")
+
+
+def clean_rows_of(run: StageRun) -> Encoded:
+    """Return the reserved clean rows, tokenized."""
+    return load_encoded(run.inputs["rows"] / "clean.safetensors")
+
+
+def texts_of(run: StageRun) -> Rows:
+    """Return the poisoned training rows as texts and labels.
+
+    Paraphrase columns are not there: one that equals the text would give the poison away.
+    """
+    return read_rows(run.inputs["rows"] / TRAIN)
+
+
+def load_encoded(path: Path) -> Encoded:
+    """Read tokenized rows."""
+    from btu.training import Encoded
+
+    return Encoded.load(path)
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """Write a model as safetensors with its config, loadable by ``from_pretrained``."""
+    with _no_progress_bar():
+        model.save_pretrained(folder / MODEL)
+
+
+def model_of(run: StageRun, role: str) -> PreTrainedModel:
+    """Return the model of an input, in fp32 and eval mode, on the CPU."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    with _no_progress_bar():
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+            run.inputs[role] / MODEL,
+            dtype=torch.float32,
+            trust_remote_code=run.where.get("victim", {}).get("trust_remote_code", False),
+        )
+    return model.eval()
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def victim_of(run: StageRun, classes: int | None = None) -> Victim:
+    """Return the victim, checked to be the one that was planned with.
+
+    Raises:
+        UserError: its files differ from those that the key was made of.
+    """
+    if classes is None:
+        classes = run.facts("rows")["classes"]
+    victim = load_victim(VictimSpec(**run.where["victim"]), classes)
+    planned = run.config["victim"]["identity"]
+    if victim.source.identity != planned:
+        raise UserError(
+            f"victim '{victim.spec.name}' is {victim.source.identity[:20]} here, but the sweep was "
+            f"planned with {planned[:20]}: its files changed, or differ between nodes; launch "
+            "again, with the same files everywhere."
+        )
+    return victim
+
+
+# A worker computes many stages of few victims; the tokenizer is loaded once.
+@lru_cache(maxsize=4)
+def load_victim(spec: VictimSpec, classes: int) -> Victim:
+    """Return a victim, loaded once per process."""
+    return Victim(spec, classes)
+
+
+def write_rows(path: Path, rows: Rows) -> None:
+    """Write texts and labels as Parquet.
+
+    Texts are stored as bytes: scraped text may hold lone surrogates, which Parquet's strings
+    refuse.
+    """
+    write_table(
+        path,
+        {"text": [t.encode("utf-8", "surrogatepass") for t in rows.texts], "label": rows.labels},
+    )
+
+
+def read_rows(path: Path) -> Rows:
+    """Read what `write_rows` wrote."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    texts = tuple(t.decode("utf-8", "surrogatepass") for t in table["text"].to_pylist())
+    return Rows(texts, tuple(table["label"].to_pylist()))
+
+
+def write_table(path: Path, columns: Mapping[str, Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    arrays = {
+        name: pa.array(values, pa.binary() if name == "text" else None)
+        for name, values in columns.items()
+    }
+    pq.write_table(pa.table(arrays), path)

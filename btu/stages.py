@@ -1,0 +1,238 @@
+"""Stages: the pieces that a cell is computed from, and that other cells share.
+
+A stage is a pure function of its config slice and its inputs. Its key says which one it is: a
+hash of what acts, so that equal keys mean equal results on any machine. Nothing here knows where
+results are kept; `compute` runs a graph of stages in this process, a scheduler may do so elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from btu.provenance import environment
+from btu.types import Progress, ProgressCallback, silent
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from btu.settings import TrainSettings
+    from btu.training import Encoded, Epoch
+
+RECORD = "record.json"
+# Outputs in this folder are large and can be computed again: a store may drop them.
+MODEL = "model"
+KINDS = ("host", "stage", "cell")
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """A piece of work, declared; nothing runs until someone computes it.
+
+    name: for people, and for grouping times. function: ``module:attribute`` of a `StageFunction`.
+    version: a constant beside the function, raised when what it computes changes.
+    config: what acts, as plain data. inputs: the stages it reads, by role.
+    where: what it takes to run but does not act: paths, options of loading.
+    light: roles of which no file in ``model/`` is read. model: whether it writes files there.
+    kind: whose resources it holds: ``host`` needs no accelerator, ``stage`` is shared by cells,
+    ``cell`` belongs to one. units: rows it passes over, for estimates of time.
+    """
+
+    name: str
+    function: str
+    version: int
+    config: Mapping[str, Any]
+    inputs: Mapping[str, Stage] = field(default_factory=dict)
+    where: Mapping[str, Any] = field(default_factory=dict)
+    light: tuple[str, ...] = ()
+    kind: str = "stage"
+    units: int = 0
+    model: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"stage kind must be one of {KINDS}, got {self.kind!r}.")
+
+    @cached_property
+    def key(self) -> str:
+        """The fingerprint: 24 hex digits, the same in every process and on every machine."""
+        acts = {
+            "function": self.function,
+            "version": self.version,
+            "config": self.config,
+            "inputs": {role: stage.key for role, stage in self.inputs.items()},
+        }
+        # No default=str: a value that JSON cannot hold has no stable text either.
+        text = json.dumps(acts, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def node(self) -> dict[str, Any]:
+        """Return the stage as plain data, its inputs by key."""
+        return {
+            "key": self.key,
+            "name": self.name,
+            "function": self.function,
+            "config": dict(self.config),
+            "where": dict(self.where),
+            "inputs": {role: stage.key for role, stage in self.inputs.items()},
+            "light": list(self.light),
+            "kind": self.kind,
+            "units": self.units,
+        }
+
+    def closure(self) -> Iterator[Stage]:
+        """Yield this stage and everything it rests on, inputs first, each key once."""
+        seen: set[str] = set()
+
+        def walk(stage: Stage) -> Iterator[Stage]:
+            if stage.key in seen:
+                return
+            seen.add(stage.key)
+            for before in stage.inputs.values():
+                yield from walk(before)
+            yield stage
+
+        yield from walk(self)
+
+
+@dataclass
+class StageRun:
+    """What a stage function is given.
+
+    config, where: of the `Stage`. inputs: a folder per role, read-only. folder: empty; what is
+    written here is the result. device: where to compute. accumulation: into how many parts each
+    batch is cut for want of memory. history: `fit` records here what trained.
+    """
+
+    config: Mapping[str, Any]
+    where: Mapping[str, Any]
+    inputs: Mapping[str, Path]
+    folder: Path
+    device: torch.device
+    accumulation: int = 1
+    progress: ProgressCallback = silent
+    history: list[Epoch] = field(default_factory=list)
+
+    def fit(
+        self,
+        model: nn.Module,
+        data: Encoded,
+        settings: TrainSettings,
+        *,
+        seed: int,
+        stage: str,
+        pad_to: int | None = None,
+    ) -> None:
+        """Train `model` in place (`btu.training.fit`) and keep the history."""
+        from btu.training import fit
+
+        self.history += fit(
+            model,
+            data,
+            settings,
+            seed=seed,
+            stage=stage,
+            device=self.device,
+            progress=self.progress,
+            pad_to=pad_to,
+            accumulation=self.accumulation,
+        )
+
+    def facts(self, role: str) -> dict[str, Any]:
+        """Return what the stage behind an input reported of itself."""
+        facts: dict[str, Any] = read_record(self.inputs[role])["facts"]
+        return facts
+
+
+class StageFunction(Protocol):
+    """Writes its result into ``run.folder`` and returns small facts about it, as plain data."""
+
+    def __call__(self, run: StageRun) -> Mapping[str, Any]: ...
+
+
+def run_stage(
+    node: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+    folder: Path,
+    *,
+    gpus: float = 0,
+    accumulation: int = 1,
+    progress: ProgressCallback = silent,
+) -> dict[str, Any]:
+    """Run one stage and write its files and its record into `folder`. Returns the record.
+
+    node: from `Stage.node`. inputs: a folder per role. gpus: above 0 computes on CUDA.
+
+    Raises:
+        UserError: the stage cannot run as asked.
+        NonFiniteLossError: training diverged.
+    """
+    from btu.training import choose_device
+
+    started = time.time()
+    clock = time.perf_counter()
+    module, attribute = node["function"].split(":")
+    function: StageFunction = getattr(importlib.import_module(module), attribute)
+    device = choose_device(0 if node["kind"] == "host" else gpus)
+    progress(Progress(node["name"], 0, 1))
+    run = StageRun(node["config"], node["where"], inputs, folder, device, accumulation, progress)
+    facts = dict(function(run))
+    record = {
+        "key": node["key"],
+        "stage": node["name"],
+        "kind": node["kind"],
+        "facts": facts,
+        "history": [dataclasses.asdict(epoch) for epoch in run.history],
+        "started": started,
+        "seconds": time.perf_counter() - clock,
+        "units": node["units"],
+        "environment": environment(device, accumulation),
+    }
+    (folder / RECORD).write_text(json.dumps(record, indent=1))
+    return record
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the record of a stage's result."""
+    record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+    return record
+
+
+def compute(
+    stage: Stage,
+    root: Path,
+    *,
+    gpus: float = 0,
+    progress: ProgressCallback = silent,
+) -> Path:
+    """Compute a stage and all it rests on, in this process; return the folder of its result.
+
+    root: gets a folder per stage, named by its key. A stage whose folder is there is not run
+    again, so that several stages computed under one root share their work.
+    """
+    for part in stage.closure():
+        folder = root / part.key
+        if folder.exists():
+            continue
+        staged = root / f".{part.key}"
+        # A process that was killed may have left a half-written one.
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        inputs = {role: root / before.key for role, before in part.inputs.items()}
+        try:
+            run_stage(part.node(), inputs, staged, gpus=gpus, progress=progress)
+        except BaseException:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise
+        staged.rename(folder)
+    return root / stage.key

@@ -1,0 +1,91 @@
+"""A trial spec -> the stages it is computed from. Imports no torch, ray or mlflow."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+
+from btu.recipe import Prepared, evaluation, prepare
+from btu.stages import Stage
+from orchestrator.config import TrialSpec
+
+# Raised when scoring a cell changes what it reports: cells are then scored again.
+CELL_VERSION = 1
+
+
+class Graph:
+    """Builds cells' stages. What cells share is built, and hashed, once."""
+
+    def __init__(self) -> None:
+        self._prepared: dict[str, Prepared] = {}
+        self._scored: dict[str, tuple[Stage, Stage]] = {}
+        self._stages: dict[str, Stage] = {}
+
+    def cell(
+        self,
+        spec: TrialSpec,
+        data_fingerprint: str,
+        victim_identity: str,
+        counts: Mapping[str, int],
+    ) -> Stage:
+        """Return the stage that a cell ends with; its key is the cell's.
+
+        data_fingerprint, victim_identity: stand for rows and weights in the keys. counts: of the
+        corpus, for estimates of time.
+
+        Raises:
+            ValueError: two stages of the defense have one name.
+        """
+        slices = [
+            dataclasses.asdict(part)
+            for part in (spec.data, spec.victim, spec.poison, spec.train, spec.tuning)
+        ]
+        known = json.dumps(
+            [slices, dict(spec.attack_params), spec.seed, data_fingerprint, victim_identity]
+        )
+        if known not in self._prepared:
+            prepared = self._prepared[known] = prepare(
+                data=spec.data,
+                data_fingerprint=data_fingerprint,
+                victim=spec.victim,
+                victim_identity=victim_identity,
+                poison=spec.poison,
+                attack_params=spec.attack_params,
+                train=spec.train,
+                tuning=spec.tuning,
+                seed=spec.seed,
+                counts=counts,
+            )
+            base = prepared.foundation
+            self._scored[known] = (
+                evaluation(prepared, base.model, "undefended"),
+                evaluation(prepared, base.tuned, "tuned"),
+            )
+        prepared = self._prepared[known]
+        undefended, tuned = self._scored[known]
+        defended = spec.build_defense().stages(prepared.foundation)
+        scored = evaluation(prepared, defended, "defended", kind="cell")
+        inputs: dict[str, Stage] = {}
+        for last in (undefended, tuned, scored):
+            for stage in last.closure():
+                # One object a key: keys of shared stages are then computed once.
+                stage = self._stages.setdefault(stage.key, stage)
+                if inputs.setdefault(stage.name, stage).key != stage.key:
+                    raise ValueError(
+                        f"defense '{spec.defense.name}' has two stages named '{stage.name}'."
+                    )
+        return Stage(
+            "cell",
+            "orchestrator.trial:score_cell",
+            CELL_VERSION,
+            {"defended": defended.name},
+            inputs,
+            {
+                "config": spec.config(),
+                "revisions": {"data": data_fingerprint[:12], "victim": victim_identity[:60]},
+            },
+            # The scorer reads records and tables, no model.
+            light=tuple(inputs),
+            kind="host",
+        )

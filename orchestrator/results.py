@@ -1,0 +1,185 @@
+"""A sweep's own folder: which cells it has, and their results and failures from the store.
+
+``<output>/<sweep>/plans/*.json`` says which cells were launched under this name, ``tracked/`` which
+of them MLflow has, ``journal.jsonl`` what ran when. Results are in the store, which all sweeps of
+an output folder share.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from btu.errors import UserError, unknown
+from btu.provenance import code_version
+from orchestrator.config import Sweep, assign, resolve
+from orchestrator.storage import Storage, open_storage
+from orchestrator.store import Damaged, Missing, Store
+
+if TYPE_CHECKING:
+    from orchestrator.plan import PlannedCell
+
+PLANS, TRACKED, JOURNAL = "plans", "tracked", "journal.jsonl"
+# The files of a cell's result.
+RESULT = "result.json"
+CONFIG = "config.yaml"
+TOKENS = "tokens.parquet"
+FLAGGED = "flagged_tokens.json"
+PLOT = "drift.png"
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A cell as it was launched. stages: name by key. base: the sweep's settings without varied."""
+
+    key: str
+    varied: Mapping[str, Any]
+    stages: Mapping[str, str]
+    base: Mapping[str, Any]
+
+    def config(self) -> dict[str, Any]:
+        """Return the resolved config of the cell."""
+        config = copy.deepcopy(dict(self.base))
+        for key, value in self.varied.items():
+            assign(config, key, value)
+        return resolve(config).config()
+
+
+class Results:
+    """The cells of one sweep."""
+
+    def __init__(self, output: str, name: str, store: Store | None = None) -> None:
+        self.output, self.name = output, name
+        self.storage: Storage = open_storage(output)
+        self.store = store or Store(store_location(output))
+
+    def write_plan(self, sweep: Sweep, cells: Iterable[PlannedCell]) -> None:
+        """Note which cells a launch has. The same cells again are the same file."""
+        plan = {
+            "sweep": self.name,
+            "base": sweep.base,
+            "cells": [
+                {
+                    "key": cell.key,
+                    "varied": dict(cell.varied),
+                    "stages": {s.key: s.name for s in cell.stage.inputs.values()},
+                }
+                for cell in cells
+            ],
+        }
+        text = json.dumps(plan)
+        name = hashlib.sha256(text.encode()).hexdigest()[:16]
+        path = f"{self.name}/{PLANS}/{name}.json"
+        if not self.storage.exists(path):
+            self.storage.write(path, text.encode())
+        self.storage.write(f"{self.name}/sweep.yaml", sweep.text.encode())
+
+    def cells(self) -> dict[str, Launched]:
+        """Return every cell that was ever launched under this name, by key."""
+        found: dict[str, Launched] = {}
+        for name in self.storage.names(f"{self.name}/{PLANS}"):
+            plan = json.loads(self.storage.read(f"{self.name}/{PLANS}/{name}"))
+            for cell in plan["cells"]:
+                found[cell["key"]] = Launched(
+                    cell["key"], cell["varied"], cell["stages"], plan["base"]
+                )
+        return dict(sorted(found.items()))
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Yield the result of every finished cell, by key.
+
+        A damaged result is set aside with a warning and left out, as if it had not run.
+        """
+        committed = self.store.committed()
+        for cell in self.cells().values():
+            if cell.key in committed:
+                record = self.record(cell.key, cell.varied)
+                if record is not None:
+                    yield record
+
+    def record(self, key: str, varied: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return a cell's result; None where there is none, or a damaged one."""
+        try:
+            result = self.store.read_json(key, RESULT)
+        except (Damaged, Missing):
+            return None
+        metrics = {k: float("nan") if v is None else v for k, v in result["metrics"].items()}
+        return {
+            "key": key,
+            "sweep": self.name,
+            "status": "finished",
+            "varied": dict(varied),
+            **result,
+            "metrics": metrics,
+        }
+
+    def failures(self) -> Iterator[dict[str, Any]]:
+        """Yield why each failed cell has no result: its own failure, or that of a stage of it."""
+        failed = self.store.failed()
+        if not failed:
+            return
+        committed = self.store.committed()
+        for cell in self.cells().values():
+            broken = [key for key in (cell.key, *cell.stages) if key in failed]
+            if cell.key in committed or not broken:
+                continue
+            failure = self.store.failure(broken[0])
+            if failure is not None:
+                yield self._failure(cell, failure)
+
+    def _failure(self, cell: Launched, failure: Mapping[str, Any]) -> dict[str, Any]:
+        own = failure["key"] == cell.key
+        lead = "" if own else f"stage '{failure['stage']}' failed: "
+        return {
+            **failure,
+            "key": cell.key,
+            "sweep": self.name,
+            "status": "failed",
+            "varied": dict(cell.varied),
+            "config": cell.config(),
+            "reason": lead + failure["reason"],
+            "failed": failure["key"],
+            "tags": {"code": code_version()},
+        }
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Add a line to the sweep's journal."""
+        line = json.dumps({"time": time.time(), "event": event, **facts})
+        self.storage.append(f"{self.name}/{JOURNAL}", line)
+
+    def journal(self) -> list[dict[str, Any]]:
+        """Return the journal of all launches."""
+        return [json.loads(line) for line in self.storage.lines(f"{self.name}/{JOURNAL}")]
+
+
+def store_location(output: str) -> str:
+    """Return where the store of an output folder is."""
+    return f"{output.rstrip('/')}/store"
+
+
+def read_result(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return a cell's result and its flagged tokens, most suspicious first, from its folder."""
+    result = json.loads((folder / RESULT).read_text())
+    metrics = {k: float("nan") if v is None else v for k, v in result["metrics"].items()}
+    return {**result, "metrics": metrics}, json.loads((folder / FLAGGED).read_text())
+
+
+def find_sweep(output: str | Path, name: str, warn: Callable[[str], None] | None = None) -> Results:
+    """Return the results of a sweep. warn: told when a damaged result is set aside.
+
+    Raises:
+        UserError: no sweep of that name was launched ("did you mean").
+    """
+    location = str(output) if "://" in str(output) else str(Path(output).expanduser().resolve())
+    storage = open_storage(location)
+    if not storage.names(f"{name}/{PLANS}"):
+        known = [n for n in storage.names("") if n != "store" and storage.names(f"{n}/{PLANS}")]
+        raise UserError(f"{unknown(f'sweep in {output}', name, known)}; launch it first.")
+    store = Store(store_location(location), warn=warn) if warn else None
+    return Results(location, name, store)

@@ -1,0 +1,2 @@
+def test_a(stored):
+    print(stored.record.keys(), stored.folder)
