@@ -5,7 +5,6 @@ Neither the poison mask nor the evaluation rows can be had from here.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from btu.errors import UserError
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, TuningSettings
-from btu.stages import MODEL, Stage, StageRun
+from btu.stages import MODEL, Stage, StageRun, plain
 from btu.types import Rows
 from btu.victims import Victim, VictimSpec
 
@@ -70,7 +69,7 @@ class Foundation:
     def tuning_config(self) -> dict[str, Any]:
         """Return the config slice that `tune` reads."""
         settings = self.tuning.applied_to(self.train)
-        return {"tuning": dataclasses.asdict(settings)}
+        return {"tuning": plain(settings)}
 
 
 def tune(run: StageRun, model: PreTrainedModel, stage: str) -> None:

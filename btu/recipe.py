@@ -33,7 +33,7 @@ from btu.metrics import Proportion
 from btu.poisoning import ATTACKS, Attack, PoisonSpec, poison, triggered_eval
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, TuningSettings
-from btu.stages import Stage, StageRun
+from btu.stages import Stage, StageRun, plain
 from btu.types import BoolArray, Corpus
 from btu.victims import VictimSpec, folder_identity, weight_files
 
@@ -79,7 +79,7 @@ def prepare(
     data_fingerprint, victim_identity: what stands in the keys for rows and weights; a path does
     not act. counts: of the corpus (`Corpus.counts`), for estimates.
     """
-    where = {"data": dataclasses.asdict(data), "victim": dataclasses.asdict(victim)}
+    where = {"data": plain(data), "victim": plain(victim)}
     attack_class = ATTACKS.load(poison.name)
     attack_acts = dict(attack_params)
     model = attack_acts.get("model")
@@ -91,7 +91,7 @@ def prepare(
         POISON_VERSION,
         {
             "data": data_fingerprint,
-            "attack": {**dataclasses.asdict(poison), **attack_acts},
+            "attack": {**plain(poison), **attack_acts},
             "attack_version": getattr(attack_class, "VERSION", 1),
             "seed": seed,
         },
@@ -129,7 +129,7 @@ def prepare(
         "poisoned fine-tune",
         "btu.recipe:fine_tune",
         FINE_TUNE_VERSION,
-        {"victim": reads, "train": dataclasses.asdict(train), "seed": seed},
+        {"victim": reads, "train": plain(train), "seed": seed},
         {"rows": rows},
         {"victim": where["victim"]},
         units=counts.get("rows_train", 0) * train.epochs,
@@ -141,7 +141,7 @@ def prepare(
         CLEAN_TUNE_VERSION,
         {
             "victim": reads,
-            "tuning": dataclasses.asdict(tuning.applied_to(train)),
+            "tuning": plain(tuning.applied_to(train)),
             "seed": seed,
         },
         {"rows": rows, "model": fine_tuned},

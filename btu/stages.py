@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -103,6 +103,15 @@ class Stage:
             yield stage
 
         yield from walk(self)
+
+
+@lru_cache(maxsize=1 << 14)
+def plain(settings: Any) -> dict[str, Any]:
+    """Return a frozen dataclass as plain data, for a config slice. Not to be changed.
+
+    Kept, because the cells of a large sweep share their settings.
+    """
+    return dataclasses.asdict(settings)
 
 
 @dataclass

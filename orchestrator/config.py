@@ -32,6 +32,7 @@ from btu.poisoning import ATTACKS, Attack, PoisonSpec
 from btu.registry import Registry
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, TuningSettings
+from btu.stages import plain
 from btu.victims import VICTIMS, VictimSpec
 
 
@@ -280,14 +281,14 @@ class TrialSpec:
         """Return the resolved cell in the shape of a sweep file, as plain data."""
         preset = {} if self.preset is None else {"preset": self.preset}
         return {
-            "data": dataclasses.asdict(self.data),
-            "victim": dataclasses.asdict(self.victim),
-            "attack": {**dataclasses.asdict(self.poison), **self.attack_params},
-            "defense": {**dataclasses.asdict(self.defense), **preset, **self.defense_params},
-            "train": dataclasses.asdict(self.train),
-            "tuning": dataclasses.asdict(self.tuning),
+            "data": plain(self.data),
+            "victim": plain(self.victim),
+            "attack": {**plain(self.poison), **self.attack_params},
+            "defense": {**plain(self.defense), **preset, **self.defense_params},
+            "train": plain(self.train),
+            "tuning": plain(self.tuning),
             "seed": self.seed,
-            "resources": dataclasses.asdict(self.resources),
+            "resources": plain(self.resources),
         }
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 from btu.recipe import Prepared, evaluation, prepare
 from btu.stages import Stage
@@ -18,8 +17,8 @@ class Graph:
     """Builds cells' stages. What cells share is built, and hashed, once."""
 
     def __init__(self) -> None:
-        self._prepared: dict[str, Prepared] = {}
-        self._scored: dict[str, tuple[Stage, Stage]] = {}
+        self._prepared: dict[Hashable, Prepared] = {}
+        self._controls: dict[Hashable, dict[str, Stage]] = {}
         self._stages: dict[str, Stage] = {}
 
     def cell(
@@ -37,12 +36,9 @@ class Graph:
         Raises:
             ValueError: two stages of the defense have one name.
         """
-        slices = [
-            dataclasses.asdict(part)
-            for part in (spec.data, spec.victim, spec.poison, spec.train, spec.tuning)
-        ]
-        known = json.dumps(
-            [slices, dict(spec.attack_params), spec.seed, data_fingerprint, victim_identity]
+        known = (
+            *(spec.data, spec.victim, spec.poison, spec.train, spec.tuning, spec.seed),
+            *(json.dumps(dict(spec.attack_params)), data_fingerprint, victim_identity),
         )
         if known not in self._prepared:
             prepared = self._prepared[known] = prepare(
@@ -58,23 +54,21 @@ class Graph:
                 counts=counts,
             )
             base = prepared.foundation
-            self._scored[known] = (
+            controls = (
                 evaluation(prepared, base.model, "undefended"),
                 evaluation(prepared, base.tuned, "tuned"),
             )
+            self._controls[known] = {s.name: s for last in controls for s in last.closure()}
         prepared = self._prepared[known]
-        undefended, tuned = self._scored[known]
+        inputs = dict(self._controls[known])
         defended = spec.build_defense().stages(prepared.foundation)
-        scored = evaluation(prepared, defended, "defended", kind="cell")
-        inputs: dict[str, Stage] = {}
-        for last in (undefended, tuned, scored):
-            for stage in last.closure():
-                # One object a key: keys of shared stages are then computed once.
-                stage = self._stages.setdefault(stage.key, stage)
-                if inputs.setdefault(stage.name, stage).key != stage.key:
-                    raise ValueError(
-                        f"defense '{spec.defense.name}' has two stages named '{stage.name}'."
-                    )
+        for stage in evaluation(prepared, defended, "defended", kind="cell").closure():
+            # One object a key: keys of shared stages are then computed once.
+            stage = self._stages.setdefault(stage.key, stage)
+            if inputs.setdefault(stage.name, stage).key != stage.key:
+                raise ValueError(
+                    f"defense '{spec.defense.name}' has two stages named '{stage.name}'."
+                )
         return Stage(
             "cell",
             "orchestrator.trial:score_cell",

@@ -45,7 +45,16 @@ from btu.errors import UserError
 from btu.provenance import code_version
 from orchestrator.config import Sweep
 from orchestrator.node import Outcome, Report
-from orchestrator.plan import Plan, PlannedCell, Planner, Timings, blocked, survey, victim_name
+from orchestrator.plan import (
+    Plan,
+    PlannedCell,
+    Planner,
+    Timings,
+    Work,
+    blocked,
+    survey,
+    victim_name,
+)
 from orchestrator.progress import SweepProgress, label
 from orchestrator.results import Results
 from orchestrator.schedule import CELL, Schedule, Task
@@ -182,6 +191,7 @@ class _Driver:
             timings=self.timings,
         )
         self.progress.begin(work, self.schedule, len(self.plan.cells))
+        self._check_space(work)
         try:
             if todo or self.study is not None:
                 self._compute(address)
@@ -204,6 +214,16 @@ class _Driver:
                 except (Damaged, Missing):
                     committed.discard(key)
         return committed
+
+    def _check_space(self, work: Work) -> None:
+        """Say where the disk may become full; how much is really needed is an estimate."""
+        free = self.store.storage.free_bytes()
+        models = work.models if self.sweep.store.keep == "models" else work.model_bytes
+        if free is not None and free < work.small + models:
+            self.progress.note(
+                f"{self.store.location} has {free / 1e9:.1f} GB free and the sweep may need more "
+                f"(btu plan says how much); a full disk stops it, and loses nothing."
+            )
 
     def _forget_failures(self) -> None:
         for cell in self.plan.cells.values():
@@ -370,6 +390,8 @@ class _Driver:
         if self.schedule.unfinished:
             # All that is left is with another launch. Tune would sleep for minutes without a
             # trial to look after, deaf to Ctrl-C, so it gets one that only waits.
+            if None not in self._tasks.values():
+                self.progress.note("all that is left is with another launch; waiting for it.")
             self._tasks[trial_id] = None
             return {"task": "", "held": {"cpu": WAIT_CPUS, "gpu": 0.0}}
         return Searcher.FINISHED

@@ -86,6 +86,9 @@ def run_node(
     with lease:
         if store.is_committed(key):  # published while this waited
             return Report(Outcome.done)
+        failure = store.failure(key)
+        if failure is not None:  # another launch has found out meanwhile
+            return Report(Outcome.failed, reason=failure["reason"])
         lost = []
         inputs: dict[str, Path] = {}
         for role, before in node["inputs"].items():

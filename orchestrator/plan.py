@@ -5,9 +5,8 @@ Loads the data (the rules about rates and columns need the rows) but no torch, r
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -72,7 +71,7 @@ class Planner:
         self._graph = Graph()
         self._corpora: dict[DataSpec, tuple[Corpus, str] | UserError] = {}
         self._victims: dict[VictimSpec, VictimSource | UserError] = {}
-        self._attackable: dict[str, UserError | None] = {}
+        self._attackable: dict[Hashable, UserError | None] = {}
 
     def add(self, plan: Plan, cells: Iterable[Cell]) -> list[PlannedCell]:
         """Resolve and check cells, and add them to `plan`. Returns those that are new in it."""
@@ -134,8 +133,7 @@ class Planner:
         return found
 
     def _check_attack(self, spec: TrialSpec, corpus: Corpus) -> None:
-        attack = [dataclasses.asdict(spec.poison), dict(spec.attack_params), spec.seed]
-        known = json.dumps([dataclasses.asdict(spec.data), attack])
+        known = (spec.data, spec.poison, json.dumps(dict(spec.attack_params)), spec.seed)
         if known not in self._attackable:
             try:
                 _check_attack(spec, corpus)

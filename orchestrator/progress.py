@@ -92,7 +92,7 @@ class SweepProgress:
                 for state in (State.done, State.running, State.failed, State.cached)
                 if counts[state] or state is State.done
             ]
-            eta = self._eta(schedule, ", ETA ") if task == self._cells else ""
+            eta = self._eta(schedule, ", ETA ") if task == self._cells else _running(schedule)
             total = sum(counts.values())
             state = f"{', '.join(parts)} of {total}{eta}"
             self._bar.update(task, total=total, completed=ended, state=state)
@@ -138,6 +138,14 @@ class SweepProgress:
     def _eta(self, schedule: Schedule, lead: str) -> str:
         left = schedule.seconds_left()
         return lead + duration(left) if left else ""
+
+
+def _running(schedule: Schedule) -> str:
+    """Return what is computed right now: ``: 2 x unlearn, poisoned fine-tune``."""
+    names = Counter(stage.name for stage in schedule.running.values() if stage.name != CELL)
+    shown = [f"{count} x {name}" if count > 1 else name for name, count in sorted(names.items())]
+    more = f" and {len(shown) - 3} others" if len(shown) > 3 else ""
+    return f": {', '.join(shown[:3])}{more}" if shown else ""
 
 
 def _first(reason: str) -> str:

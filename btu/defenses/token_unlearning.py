@@ -44,7 +44,6 @@ and the clean tuning. Rounds 1 and 3 do not.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,7 +64,7 @@ from btu.foundation import (
 )
 from btu.seeding import derive_seed
 from btu.settings import SCHEDULES, TrainSettings, check_positive
-from btu.stages import Stage, StageRun
+from btu.stages import Stage, StageRun, plain
 from btu.types import BoolArray, FloatArray, Rows
 from btu.victims import Victim
 
@@ -234,7 +233,7 @@ class TokenUnlearning:
             schedule=self.exposure_schedule,
             max_grad_norm=None,
         )
-        config: dict[str, Any] = {"train": dataclasses.asdict(settings)}
+        config: dict[str, Any] = {"train": plain(settings)}
         if number != 3:
             config |= {"bag_embeddings": self.bag_embeddings, "bag_pooling": self.bag_pooling}
         return config

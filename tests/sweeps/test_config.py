@@ -509,6 +509,15 @@ def test_a_bad_value_is_refused_for_every_cell_that_has_it(load: Callable[..., S
             resolve(cell.config)
 
 
+def test_values_that_no_file_can_hold_are_refused_alike() -> None:
+    with pytest.raises(UserError, match=r"train\.epochs: .*set"):
+        resolve({"train": {"epochs": {3}}})
+
+
+def test_the_own_syntax_of_omegaconf_stays_its_business() -> None:
+    assert resolve({"data": {"name": "${.hub_config}", "hub_config": "en"}}).data.name == "en"
+
+
 # Ways to search --------------------------------------------------------------------------------
 
 

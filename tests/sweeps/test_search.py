@@ -96,7 +96,9 @@ def test_more_trials_go_on_with_the_same_study(load: Callable[..., Sweep], tmp_p
     assert later.number == 3
     assert later.values not in few
     # Fewer trials than were asked for: nothing is left to do.
-    assert StudySearch(load("optuna.trials=2"), tmp_path).ask() is None
+    fewer = StudySearch(load("optuna.trials=2"), tmp_path)
+    assert fewer.ask() is None
+    assert [suggestion.number for suggestion in fewer.asked()] == [0, 1]
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
@@ -137,6 +139,7 @@ def test_what_was_never_told_is_handed_out_again_first(
     asked = [search.ask() for _ in range(3)]
     search.tell(1, [{"asr": 0.1, "cacc": 0.9}])
     again = StudySearch(sweep, tmp_path)  # as after kill -9
+    assert again.asked() == asked
     assert [again.ask(), again.ask()] == [asked[0], asked[2]]
     following = again.ask()
     assert following is not None

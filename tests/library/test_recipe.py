@@ -1,0 +1,847 @@
+"""The stages of a cell: what moves their keys, what they leave on disk, what they refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from lab import MAX_LENGTH, Lab, files_in, own_stages, write_corpus
+from safetensors.torch import load_file, save_file
+
+from btu.attacks.badnets import BadNets
+from btu.data import DataSpec, load_corpus
+from btu.defense import DEFENSES, Defense, Suspects
+from btu.defenses.token_unlearning import TokenUnlearning
+from btu.errors import UserError
+from btu.foundation import (
+    Foundation,
+    model_of,
+    read_rows,
+    save_model,
+    training_rows_of,
+    tune,
+    victim_of,
+    write_rows,
+)
+from btu.metrics import Proportion
+from btu.poisoning import ATTACKS, PoisonSpec, poison, triggered_eval
+from btu.recipe import (
+    HIDDEN,
+    Prepared,
+    evaluation,
+    mask_of,
+    poison_rows,
+    prepare,
+    scores_of,
+)
+from btu.settings import TrainSettings, TuningSettings
+from btu.stages import MODEL, Stage, StageRun, compute, read_record, run_stage
+from btu.types import Corpus, IntArray, ProgressCallback, Rows, silent
+from btu.victims import Victim, VictimSpec
+
+CPU = torch.device("cpu")
+VOCABULARY = 400
+
+
+def evaluations(prepared: Prepared, defense: Defense) -> list[Stage]:
+    """The stages that a cell ends with; all others are among what they rest on."""
+    base = prepared.foundation
+    return [
+        evaluation(prepared, base.model, "undefended"),
+        evaluation(prepared, base.tuned, "tuned"),
+        evaluation(prepared, defense.stages(base), "defended", kind="cell"),
+    ]
+
+
+def by_name(prepared: Prepared, defense: Defense) -> dict[str, Stage]:
+    """All stages of a cell."""
+    return {s.name: s for last in evaluations(prepared, defense) for s in last.closure()}
+
+
+# What moves which key --------------------------------------------------------------------------
+
+SPECS: dict[str, Any] = {
+    "data": DataSpec("tiny", path="/data/tiny"),
+    "victim": VictimSpec("/models/tiny", MAX_LENGTH),
+    "attack": PoisonSpec(poison_rate=0.2),
+    "train": TrainSettings(),
+    "tuning": TuningSettings(),
+    "defense": TokenUnlearning(),
+}
+ARGUMENTS: dict[str, Any] = {
+    "data_fingerprint": "d" * 64,
+    "victim_identity": "v" * 64,
+    "attack_params": {"trigger": ["cf"]},
+    "seed": 0,
+    "counts": {"rows_train": 240, "rows_clean": 60, "rows_eval": 60},
+}
+
+
+def declared(changes: Mapping[str, Any]) -> dict[str, Stage]:
+    """The stages of a cell with these config keys changed, by name; nothing is read or run."""
+    specs, arguments = dict(SPECS), dict(ARGUMENTS)
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        if name:
+            specs[section] = dataclasses.replace(specs[section], **{name: value})
+        else:
+            arguments[key] = value
+    defense = specs.pop("defense")
+    specs["poison"] = specs.pop("attack")
+    return by_name(prepare(**specs, **arguments), defense)
+
+
+ROWS = {"training rows", "evaluation rows"}
+ROUNDS = {"exposure round 1", "exposure round 2", "exposure round 3"}
+DEFENDED = {"unlearn", "evaluate defended"}
+TUNED = {"clean tuning (control)", "evaluate tuned"}
+TRAINED = {"poisoned fine-tune", "evaluate undefended"} | TUNED | DEFENDED
+BUT_POISON = ROWS | ROUNDS | TRAINED
+ALL = BUT_POISON | {"poison"}
+
+MOVES: list[tuple[str, Any, set[str]]] = [
+    # Where rows and weights lie does not act: they stand for themselves.
+    ("data.path", "/elsewhere/tiny", set()),
+    ("data.name", "called-otherwise", set()),
+    ("data_fingerprint", "e" * 64, ALL),
+    ("victim.name", "/elsewhere/model", set()),
+    ("victim_identity", "w" * 64, BUT_POISON),
+    ("victim.max_length", 32, BUT_POISON),
+    ("victim.sha256", "0" * 64, set()),
+    ("victim.revision", "v2", set()),  # of a hub model; it is part of the identity
+    ("victim.trust_remote_code", True, set()),
+    ("victim.allow_pickle", True, set()),
+    ("seed", 1, ALL),
+    ("attack_params", {"trigger": ["mn"]}, ALL),
+    ("attack.name", "addsent", ALL),
+    ("attack.poison_rate", 0.1, ALL),
+    ("attack.target_label", 0, ALL),
+    ("attack.label_mode", "mixed", ALL),
+    ("attack.insert", "append", ALL),
+    # The exposure rounds have settings of their own, but for these two.
+    ("train.precision", "fp32", TRAINED | ROUNDS),
+    ("train.weight_decay", 0.1, TRAINED | ROUNDS),
+    ("train.epochs", 1, TRAINED),
+    ("train.learning_rate", 1e-4, TRAINED),
+    ("train.batch_size", 32, TRAINED),
+    ("train.warmup_fraction", 0.0, TRAINED),
+    ("train.schedule", "constant", TRAINED),
+    ("train.max_grad_norm", None, TRAINED),
+    ("tuning.epochs", 2, TUNED | DEFENDED),
+    ("tuning.learning_rate", 1e-4, TUNED | DEFENDED),
+    # Round 2 drops what round 1 flagged; what is flagged in the end, only the cut needs.
+    ("defense.alpha", 0.01, {"exposure round 2"} | DEFENDED),
+    ("defense.exclude", "cls_sep", {"exposure round 2"} | DEFENDED),
+    ("defense.removal", "substring", {"exposure round 2"} | DEFENDED),
+    ("defense.exposure_epochs", 2, ROUNDS | DEFENDED),
+    ("defense.exposure_learning_rate", 1e-4, ROUNDS | DEFENDED),
+    ("defense.exposure_schedule", "linear", ROUNDS | DEFENDED),
+    ("defense.bag_batch_size", 32, ROUNDS - {"exposure round 3"} | DEFENDED),
+    ("defense.bag_embeddings", "full", ROUNDS - {"exposure round 3"} | DEFENDED),
+    ("defense.bag_pooling", "padded", ROUNDS - {"exposure round 3"} | DEFENDED),
+    ("defense.exposure_batch_size", 32, {"exposure round 3"} | DEFENDED),
+    ("defense.cut", "row", DEFENDED),
+    ("defense.cut_norm", "running", DEFENDED),
+    ("counts", {}, set()),  # estimates of time
+]
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), MOVES, ids=[key for key, _, _ in MOVES])
+def test_what_moves_which_stage(key: str, value: Any, expected: set[str]) -> None:
+    before, after = declared({}), declared({key: value})
+    assert set(before) == set(after) == ALL
+    assert {name for name in ALL if before[name].key != after[name].key} == expected
+
+
+def test_the_table_above_has_every_config_key() -> None:
+    listed = {key for key, _, _ in MOVES}
+    for section, spec in SPECS.items():
+        keys = {f"{section}.{field.name}" for field in dataclasses.fields(spec)}
+        if section == "data":
+            # Each of them acts through the rows, if it does: the next test.
+            continue
+        # Rounds that do not run are no stages: `test_rounds_that_do_not_run...`.
+        assert keys - listed == ({"defense.rounds"} if section == "defense" else set())
+    arguments = set(inspect.signature(prepare).parameters)
+    assert arguments == {*ARGUMENTS, "data", "victim", "poison", "train", "tuning"}
+
+
+def test_of_the_data_only_the_rows_act() -> None:
+    other = {
+        "data.path": None,
+        "data.name": "sst2",
+        "data.clean_fraction": 0.2,
+        "data.max_train_rows": 100,
+        "data.split_seed": 1,
+        "data.revision": "main",
+    }
+    before, after = declared({}), declared(other)
+    assert {name for name in ALL if before[name].key != after[name].key} == set()
+
+
+def test_rounds_that_do_not_run_are_no_stages_and_leave_the_others() -> None:
+    before, after = declared({}), declared({"defense.rounds": [1, 3]})
+    assert set(before) - set(after) == {"exposure round 2"}
+    assert {name for name in after if before[name].key != after[name].key} == DEFENDED
+
+
+def test_the_control_and_the_defense_tune_alike() -> None:
+    stages = declared({"tuning.epochs": 2})
+    tuned, unlearned = stages["clean tuning (control)"], stages["unlearn"]
+    assert tuned.config["tuning"] == unlearned.config["tuning"]
+    assert tuned.config["tuning"]["epochs"] == 2
+    assert tuned.config["seed"] == unlearned.config["seed"]
+    assert {tuned.inputs["rows"].key} == {unlearned.inputs["rows"].key}
+
+
+def test_the_versions_of_an_attack_act(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = declared({})
+    monkeypatch.setattr(BadNets, "VERSION", 2, raising=False)
+    after = declared({})
+    assert {name for name in ALL if before[name].key != after[name].key} == ALL
+
+
+def keys_in(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield key
+            yield from keys_in(inner)
+
+
+def test_resources_do_not_reach_the_library() -> None:
+    # Results hold for whatever machine they are computed on, except for what a record tells.
+    for stage in declared({}).values():
+        found = {*keys_in(stage.config), *keys_in(stage.where)}
+        assert not found & {"resources", "tracking", "cpu", "gpu", "device", "accumulation"}
+
+
+def test_units_are_rows_times_epochs() -> None:
+    stages = declared({"tuning.epochs": 2, "defense.exposure_epochs": 4})
+    assert {name: stage.units for name, stage in stages.items() if stage.units} == {
+        "poisoned fine-tune": 240 * 3,
+        "clean tuning (control)": 60 * 2,
+        "exposure round 1": 240 * 4,
+        "exposure round 2": 240 * 4,
+        "exposure round 3": 240 * 4,
+        "unlearn": 60 * 2,
+        "evaluate undefended": 60,
+        "evaluate tuned": 60,
+        "evaluate defended": 60,
+    }
+
+
+def test_kinds_and_models_are_declared() -> None:
+    stages = declared({})
+    assert {name for name, stage in stages.items() if stage.kind == "host"} == ROWS | {"poison"}
+    # What a threshold has of its own.
+    assert {name for name, stage in stages.items() if stage.kind == "cell"} == DEFENDED | {
+        "exposure round 2"
+    }
+    assert {name for name, stage in stages.items() if stage.model} == {
+        "poisoned fine-tune",
+        "clean tuning (control)",
+        "unlearn",
+    }
+
+
+def test_a_paraphrase_model_is_told_by_its_files(
+    victim_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def stages(model: str | None) -> dict[str, Stage]:
+        return declared({"attack.name": "style", "attack_params": {"model": model}})
+
+    here, there = victim_folder("bert"), tmp_path / "copied"
+    shutil.copytree(here, there)
+    assert stages(str(here))["poison"].key == stages(str(there))["poison"].key
+    (there / "config.json").write_text("{}")
+    assert stages(str(here))["poison"].key != stages(str(there))["poison"].key
+    # It is worth a device; a column of the data is not.
+    assert stages(str(here))["poison"].kind == "stage"
+    assert stages("google/a-hub-model")["poison"].kind == "stage"
+    assert stages(None)["poison"].kind == "host"
+
+
+def test_planning_is_light_and_the_same_in_every_process() -> None:
+    # The keys of a cell, from a process that has none of the test's modules loaded.
+    code = f"""
+import sys, json
+from btu.data import DataSpec
+from btu.defenses.token_unlearning import TokenUnlearning
+from btu.poisoning import PoisonSpec
+from btu.recipe import evaluation, prepare
+from btu.settings import TrainSettings, TuningSettings
+from btu.victims import VictimSpec
+
+prepared = prepare(
+    data=DataSpec("tiny", path="/data/tiny"),
+    victim=VictimSpec("/models/tiny", {MAX_LENGTH}),
+    poison=PoisonSpec(poison_rate=0.2),
+    train=TrainSettings(),
+    tuning=TuningSettings(),
+    **json.loads('''{json.dumps(ARGUMENTS)}'''),
+)
+last = evaluation(prepared, TokenUnlearning().stages(prepared.foundation), "defended")
+print(json.dumps({{stage.name: stage.key for stage in last.closure()}}))
+for module in ("torch", "transformers", "pyarrow", "ray", "mlflow"):
+    assert module not in sys.modules, module
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    stages = declared({})
+    keys = json.loads(done.stdout)
+    assert set(keys) == ALL - {"clean tuning (control)", "evaluate tuned", "evaluate undefended"}
+    assert keys == {name: stages[name].key for name in keys}
+
+
+# The same files elsewhere ----------------------------------------------------------------------
+
+
+def test_the_same_files_elsewhere_are_the_same_stages(
+    lab: Lab, tiny_corpus: Corpus, victim_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    prepared = lab.prepare()
+    data = write_corpus(tiny_corpus, tmp_path / "data")
+    shutil.copytree(victim_folder("bert"), tmp_path / "model")
+    moved = lab.prepare(data=data, victim=VictimSpec(str(tmp_path / "model"), MAX_LENGTH))
+    defense = TokenUnlearning()
+    here, there = by_name(prepared, defense), by_name(moved, defense)
+    assert {name: stage.key for name, stage in here.items()} == {
+        name: stage.key for name, stage in there.items()
+    }
+    # They are run from where they are said to be.
+    root = lab.base_root(tmp_path / "root", prepared)
+    other = tmp_path / "other"
+    folders = [
+        compute(stage, where)
+        for stage, where in ((here["training rows"], root), (there["training rows"], other))
+    ]
+    first, second = (
+        {Path(path).name: content for path, content in files_in(folder).items()}
+        for folder in folders
+    )
+    assert {name for name in first if first[name] != second[name]} == {"record.json"}
+
+
+# What the stages write -------------------------------------------------------------------------
+
+
+def test_the_poison_stage_is_the_poisoner_on_disk(lab: Lab, tiny_corpus: Corpus) -> None:
+    prepared = lab.prepare()
+    (folder,) = lab.compute(prepared.poisoned)
+    expected = poison(BadNets(), PoisonSpec(poison_rate=0.2), tiny_corpus.train, 1, 0)
+    triggered, plain = triggered_eval(BadNets(), tiny_corpus.eval, 1, 0)
+
+    def bare(rows: Rows) -> Rows:
+        return Rows(rows.texts, rows.labels)
+
+    assert read_rows(folder / "train.parquet") == bare(expected.rows)
+    assert read_rows(folder / "triggered.parquet") == bare(triggered)
+    assert read_rows(folder / "plain.parquet") == bare(plain)
+    np.testing.assert_array_equal(mask_of(folder), expected.mask)
+    assert mask_of(folder).dtype == np.bool_
+    assert read_record(folder)["facts"] == {
+        "target": 1,
+        "poison_rate": 0.2,  # 48 of 240
+        "poisoned_rows": 48,
+        "relabeled_rows": 48,  # dirty labels: rows of the other class alone
+        "counts": {"rows_train": 240, "rows_clean": 60, "rows_eval": 60},
+        "label_names": ["negative", "positive"],
+    }
+
+
+def test_the_rows_are_what_the_victim_reads(lab: Lab, bert: Victim, tiny_corpus: Corpus) -> None:
+    prepared = lab.prepare()
+    train, evaluated = lab.compute(prepared.foundation.rows, prepared.evaluation_rows)
+    texts = read_rows(lab.root / prepared.poisoned.key / "train.parquet")
+    assert read_rows(train / "train.parquet") == texts
+    pairs = [
+        (train / "train.safetensors", texts),
+        (train / "clean.safetensors", tiny_corpus.clean),
+        (evaluated / "clean.safetensors", tiny_corpus.eval),
+        *(
+            (
+                evaluated / f"{role}.safetensors",
+                read_rows(lab.root / prepared.poisoned.key / f"{role}.parquet"),
+            )
+            for role in ("triggered", "plain")
+        ),
+    ]
+    for path, rows in pairs:
+        found, expected = load_file(path), bert.encode(rows)
+        assert found["ids"].tolist() == expected.ids.tolist()
+        assert found["lengths"].tolist() == expected.lengths.tolist()
+        assert found["labels"].tolist() == list(rows.labels)
+        assert found["pad_id"].tolist() == [bert.tokenizer.pad_token_id]
+    facts = read_record(train)["facts"]
+    assert facts == {"classes": 2, "rows": 240, "clean_rows": 60, "truncated_rows": 0}
+    assert read_record(evaluated)["facts"] == {
+        "target": 1,
+        "trigger": sorted(BadNets().trigger_token_ids(bert.tokenizer)),
+    }
+
+
+def test_truncated_rows_are_counted(lab: Lab, bert: Victim, victim_folder: Any) -> None:
+    short = lab.prepare(victim=VictimSpec(str(victim_folder("bert")), 8))
+    (folder,) = lab.compute(short.foundation.rows)
+    rows = read_rows(folder / "train.parquet")
+    whole = bert.encode(rows).host_lengths
+    # A row that reaches max_length counts, whether or not it just fits.
+    assert read_record(folder)["facts"]["truncated_rows"] == int((whole >= 8).sum())
+    assert load_file(folder / "train.safetensors")["lengths"].max() == 8
+
+
+def columns_in(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Every column of every table and every tensor in a folder."""
+    for path in folder.rglob("*"):
+        if path.suffix == ".parquet":
+            table = pq.read_table(path)
+            for name in table.column_names:
+                yield f"{path.name}:{name}", table[name].to_numpy()
+        elif path.suffix == ".safetensors":
+            for name, tensor in load_file(path).items():
+                yield f"{path.name}:{name}", tensor.numpy()
+
+
+def test_the_mask_is_in_the_poison_stages_folder_alone(lab: Lab) -> None:
+    prepared = lab.prepare()
+    defense = TokenUnlearning(alpha=0.02)
+    stages = evaluations(prepared, defense)
+    lab.compute(*stages)
+    mask = mask_of(lab.root / prepared.poisoned.key)
+    assert 0 < mask.sum() < len(mask)
+    found = []
+    for stage in {s.key: s for last in stages for s in last.closure()}.values():
+        folder = lab.root / stage.key
+        for name, values in columns_in(folder):
+            if name.startswith(HIDDEN) or values.tolist() == mask.tolist():  # 0 == False
+                found.append((stage.name, name))
+    assert found == [("poison", f"{HIDDEN}:poisoned")]
+    # Nor is it told in a record: the number of poisoned rows is the scorer's too.
+    for stage in (prepared.foundation.rows, *own_stages(defense, prepared)):
+        assert "poison" not in json.dumps(read_record(lab.root / stage.key)["facts"])
+
+
+def test_texts_come_back_as_they_were(tmp_path: Path) -> None:
+    # Scraped text holds halves of characters, and anything else.
+    texts = (
+        "half \ud83d of one",
+        "\udfff",
+        "",
+        "null",
+        "a\0b",
+        "line\nbreak\r\n",
+        "犬 ï \U0001f600",
+    )
+    rows = Rows(texts, (0, 1, 0, 1, 2, 0, 1))
+    write_rows(tmp_path / "rows.parquet", rows)
+    assert read_rows(tmp_path / "rows.parquet") == rows
+
+
+def test_columns_are_not_written(tmp_path: Path) -> None:
+    rows = Rows(("a", "b"), (0, 1), {"style": ("c", "d")})
+    write_rows(tmp_path / "rows.parquet", rows)
+    assert read_rows(tmp_path / "rows.parquet") == Rows(("a", "b"), (0, 1))
+    assert pq.read_table(tmp_path / "rows.parquet").column_names == ["text", "label"]
+
+
+def test_no_rows_are_no_rows(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.parquet", Rows((), ()))
+    assert read_rows(tmp_path / "rows.parquet") == Rows((), ())
+
+
+def test_a_model_comes_back_bitwise(victim: Victim, tmp_path: Path) -> None:
+    model = victim.new_model(5)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # weights as training leaves them, not as drawn
+            parameter += torch.randn(parameter.shape, generator=generator) * 1e-3
+    save_model(model, tmp_path)
+    run = StageRun({}, {}, {"model": tmp_path}, tmp_path, CPU)
+    back = model_of(run, "model")
+    first, second = model.state_dict(), back.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert {p.dtype for p in back.parameters()} == {torch.float32}
+    assert not back.training
+    assert back.config.pad_token_id == model.config.pad_token_id
+    data = victim.encode(Rows(("a fine film", "a bad one with more words in it"), (1, 0)))
+    ids, mask, _ = data.batch(torch.arange(2), int(data.host_lengths.max()))
+    with torch.inference_mode():
+        logits = [m(input_ids=ids, attention_mask=mask.long()).logits for m in (model, back)]
+    assert torch.equal(*logits)
+    # Not as pickle, and in the folder that a store may drop.
+    assert {path.suffix for path in (tmp_path / MODEL).iterdir()} == {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5])
+def test_a_model_keeps_its_classes(
+    victim_folder: Callable[[str], Path], tmp_path: Path, classes: int
+) -> None:
+    victim = Victim(VictimSpec(str(victim_folder("bert")), MAX_LENGTH), classes)
+    save_model(victim.new_model(0), tmp_path)
+    back = model_of(StageRun({}, {}, {"model": tmp_path}, tmp_path, CPU), "model")
+    assert back.config.num_labels == classes
+    assert back.classifier.weight.shape == (classes, 16)
+
+
+def test_scores_are_the_hits_that_were_counted(lab: Lab) -> None:
+    prepared = lab.prepare()
+    stage = evaluation(prepared, prepared.foundation.model, "undefended")
+    (folder,) = lab.compute(stage)
+    facts = read_record(folder)["facts"]
+    assert facts["precision"] == "fp32"
+    scores = scores_of(facts)
+    assert isinstance(scores.cacc, Proportion)
+    rows = read_rows(lab.root / prepared.poisoned.key / "plain.parquet")
+    # CACC over all 60 rows, ASR and FTR over those of the other class.
+    assert (scores.cacc.n, scores.asr.n, scores.ftr.n) == (60, len(rows), len(rows))
+    assert set(rows.labels) == {0}
+    model = model_of(
+        StageRun({}, {}, {"model": lab.root / prepared.foundation.model.key}, folder, CPU), "model"
+    )
+    ids = load_file(lab.root / prepared.evaluation_rows.key / "triggered.safetensors")
+    said = []
+    for row in torch.split(ids["ids"].long(), ids["lengths"].tolist()):
+        with torch.inference_mode():
+            said.append(int(model(input_ids=row[None]).logits.argmax()))
+    # One row at a time, without the batches of `evaluate`.
+    assert scores.asr.hits == said.count(1)
+
+
+def test_evaluation_takes_smaller_batches_where_memory_is_short(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import btu.evaluation
+
+    prepared = lab.prepare()
+    stage = evaluation(prepared, prepared.foundation.model, "undefended")
+    lab.compute(stage)
+    sizes = []
+    evaluate = btu.evaluation.evaluate
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        sizes.append(kwargs["batch_size"])
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(btu.evaluation, "evaluate", spy)
+    inputs = {role: lab.root / before.key for role, before in stage.inputs.items()}
+    found = []
+    for parts in (1, 4, 1000):
+        folder = tmp_path / str(parts)
+        folder.mkdir()
+        found.append(run_stage(stage.node(), inputs, folder, accumulation=parts)["facts"])
+    assert sizes == [128, 32, 1]
+    assert found[0] == found[1] == found[2]
+
+
+def test_victims_with_code_of_their_own_work_to_the_end(
+    lab: Lab, victim_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Every stage that loads a model has to know that its code may be run.
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
+    folder = tmp_path / "model"
+    shutil.copytree(victim_folder("bert"), folder)
+    (folder / "own_code.py").write_text(
+        "from transformers import BertConfig, BertForSequenceClassification\n\n\n"
+        "class OwnConfig(BertConfig):\n    model_type = 'own'\n\n\n"
+        "class OwnModel(BertForSequenceClassification):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    names = {
+        "AutoConfig": "own_code.OwnConfig",
+        "AutoModelForSequenceClassification": "own_code.OwnModel",
+    }
+    config |= {"model_type": "own", "auto_map": names}
+    (folder / "config.json").write_text(json.dumps(config))
+    spec = VictimSpec(str(folder), MAX_LENGTH, trust_remote_code=True)
+    prepared = lab.prepare(victim=spec)
+    for stage in evaluations(prepared, TokenUnlearning(alpha=0.02)):
+        facts = read_record(compute(stage, tmp_path / "root"))["facts"]
+        assert facts["cacc"]["n"] == 60
+
+
+# Files that changed ----------------------------------------------------------------------------
+
+
+def moved_files(run: Callable[[], Any], what: str) -> None:
+    with pytest.raises(
+        UserError,
+        match=rf"^{what} .* here, but the sweep was planned with .*; launch again, with the same "
+        r"files everywhere\.$",
+    ):
+        run()
+
+
+def test_data_that_changed_after_planning_are_refused(
+    lab: Lab, tiny_corpus: Corpus, tmp_path: Path
+) -> None:
+    data = write_corpus(tiny_corpus, tmp_path / "data")
+    prepared = lab.prepare(data=data)
+    other = dataclasses.replace(tiny_corpus, eval=tiny_corpus.eval.take(range(59)))
+    shutil.rmtree(tmp_path / "data")
+    write_corpus(other, tmp_path / "data")
+    root = tmp_path / "root"
+    moved_files(lambda: compute(prepared.poisoned, root), "data 'tiny'")
+    assert not any(root.iterdir())
+    # Back as they were, they are taken, whatever this process has read in between.
+    shutil.rmtree(tmp_path / "data")
+    write_corpus(tiny_corpus, tmp_path / "data")
+    assert compute(prepared.poisoned, root).is_dir()
+    # Planned anew, the changed ones are.
+    shutil.rmtree(tmp_path / "data")
+    write_corpus(other, tmp_path / "data")
+    facts = read_record(compute(lab.prepare(data=data).poisoned, root))["facts"]
+    assert facts["counts"]["rows_eval"] == 59
+
+
+def test_a_victim_that_changed_after_planning_is_refused(
+    lab: Lab, victim_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(victim_folder("bert"), folder)
+    prepared = lab.prepare(victim=VictimSpec(str(folder), MAX_LENGTH))
+    root = lab.root_with(tmp_path / "root", prepared.poisoned)
+    compute(prepared.foundation.rows, root)  # the victim is loaded now, and kept for later stages
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {name: tensor + 1 for name, tensor in weights.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    moved_files(lambda: compute(prepared.foundation.model, root), f"victim '{folder}'")
+    # Planned anew, the changed weights are taken.
+    again = lab.prepare(victim=VictimSpec(str(folder), MAX_LENGTH))
+    assert again.foundation.model.key != prepared.foundation.model.key
+    assert compute(again.foundation.model, root).is_dir()
+
+
+def test_every_stage_checks_the_files_that_it_reads(lab: Lab, tmp_path: Path) -> None:
+    # Stages whose config has another fingerprint than what lies on disk here.
+    prepared = lab.prepare()
+    defense = TokenUnlearning(alpha=0.02)
+    lab.compute(*evaluations(prepared, defense))
+    refused = {}
+    for number, (name, stage) in enumerate(by_name(prepared, defense).items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        inputs = {role: lab.root / before.key for role, before in stage.inputs.items()}
+        for what in ("data", "victim"):
+            node = json.loads(json.dumps(stage.node()))
+            if what == "data" and "data" in node["config"]:
+                node["config"]["data"] = "0" * 64
+            elif what == "victim" and "victim" in node["config"]:
+                node["config"]["victim"]["identity"] = "0" * 64
+            else:
+                continue
+            try:
+                run_stage(node, inputs, folder)
+            except UserError as error:
+                assert str(error).startswith(f"{what} '")  # noqa: PT017
+                assert "launch again, with the same files everywhere" in str(error)  # noqa: PT017
+                refused.setdefault(name, []).append(what)
+    assert refused == {
+        "poison": ["data"],
+        "training rows": ["data", "victim"],
+        "evaluation rows": ["data", "victim"],
+        "poisoned fine-tune": ["victim"],
+        "exposure round 1": ["victim"],
+        "exposure round 2": ["victim"],
+        "exposure round 3": ["victim"],
+        "unlearn": ["victim"],
+        # The control, and evaluation, read a model that the sweep itself has made.
+    }
+
+
+def test_a_paraphrase_model_that_changed_after_planning_is_refused(
+    lab: Lab, victim_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "seq2seq"
+    shutil.copytree(victim_folder("bert"), folder)
+    prepared = lab.prepare(poison=PoisonSpec("style"), attack_params={"model": str(folder)})
+    (folder / "config.json").write_text("{}")
+    moved_files(lambda: compute(prepared.poisoned, tmp_path / "root"), f"attack.model '{folder}'")
+
+
+# Parts of one's own ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class RarestWord:
+    """A toy attack: its trigger is the data's rarest word, which a stage of its own finds.
+
+    before: put before the word. trigger: what was found; nobody sets it in a config.
+    """
+
+    before: str = ""
+    trigger: str = ""
+
+    VERSION: ClassVar[int] = 7
+
+    def candidates(self, rows: Rows) -> IntArray:
+        return np.arange(len(rows))
+
+    def apply(
+        self, rows: Rows, seeds: list[int], progress: ProgressCallback = silent
+    ) -> tuple[str, ...]:
+        assert self.trigger
+        return tuple(f"{self.before}{self.trigger} {text}" for text in rows.texts)
+
+    def trigger_token_ids(self, tokenizer: Any) -> None:
+        return None
+
+    def poison_stage(self, start: Stage) -> Stage:
+        search = Stage(
+            "trigger search",
+            f"{__name__}:search",
+            1,
+            {"data": start.config["data"]},
+            where=start.where,
+            kind="host",
+        )
+        return dataclasses.replace(
+            start, function=f"{__name__}:poison_with_found", inputs={"search": search}
+        )
+
+
+def search(run: StageRun) -> dict[str, Any]:
+    corpus = load_corpus(DataSpec(**run.where["data"]))
+    words = [word for text in corpus.train.texts for word in text.split()]
+    return {"word": min(set(words), key=lambda word: (words.count(word), word))}
+
+
+def poison_with_found(run: StageRun) -> dict[str, Any]:
+    params = {**run.where["attack"], "trigger": run.facts("search")["word"]}
+    return poison_rows(dataclasses.replace(run, where={**run.where, "attack": params}))
+
+
+@dataclasses.dataclass(frozen=True)
+class ForgetRareWords:
+    """A toy defense of two stages: count tokens, then zero the rows of those seen once."""
+
+    times: int = 1
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, object]]] = {"default": {}}
+
+    def check(self, vocabulary: int) -> None:
+        pass
+
+    def stages(self, base: Foundation) -> Stage:
+        count = base.stage("count tokens", f"{__name__}:count_tokens", 1, {}, {"rows": base.rows})
+        return base.stage(
+            "forget",
+            f"{__name__}:forget",
+            1,
+            {"times": self.times, **base.tuning_config()},
+            {"rows": base.rows, "model": base.model, "counts": count},
+            units=base.clean_rows,
+            light=("counts",),
+            kind="cell",
+            model=True,
+        )
+
+
+def count_tokens(run: StageRun) -> dict[str, Any]:
+    vocabulary = len(victim_of(run).tokenizer)
+    return {"counts": training_rows_of(run).counts(vocabulary).tolist()}
+
+
+def forget(run: StageRun) -> dict[str, Any]:
+    model = model_of(run, "model")
+    counts = np.array(run.facts("counts")["counts"])
+    rare = np.flatnonzero((counts > 0) & (counts <= run.config["times"]))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[rare] = 0.0
+    tune(run, model, "clean tuning (forgetful)")
+    save_model(model, run.folder)
+    return Suspects(tuple(int(i) for i in rare), -counts.astype(float)).save(run.folder)
+
+
+@pytest.fixture
+def toys() -> Iterator[None]:
+    """The toy attack ``rarest`` and the toy defense ``forget``, registered for one test."""
+    ATTACKS.register("rarest", f"{__name__}:RarestWord", "the rarest word of the data")
+    DEFENSES.register("forget", f"{__name__}:ForgetRareWords", "forget rare words")
+    yield
+    del ATTACKS._entries["rarest"], DEFENSES._entries["forget"]
+
+
+def test_an_attack_and_a_defense_may_bring_stages_of_their_own(
+    toys: None, lab: Lab, bert: Victim, tiny_corpus: Corpus, tmp_path: Path
+) -> None:
+    spec = PoisonSpec("rarest", poison_rate=0.1)
+    prepared = lab.prepare(poison=spec, attack_params={"before": "oh "})
+    defense = DEFENSES.load("forget")(times=2)
+    stages = by_name(prepared, defense)
+    assert set(stages) == {
+        "trigger search",
+        "count tokens",
+        "forget",
+        *(ALL - ROUNDS - {"unlearn"}),
+    }
+    *_, defended = (compute(stage, tmp_path) for stage in evaluations(prepared, defense))
+    assert scores_of(read_record(defended)["facts"]).cacc.n == 60
+    facts = {name: read_record(tmp_path / stage.key)["facts"] for name, stage in stages.items()}
+    # The attack: 0.1 * 240 = 24 rows begin with what the search found, and only they.
+    word = facts["trigger search"]["word"]
+    rows = read_rows(tmp_path / stages["training rows"].key / "train.parquet")
+    begins = [text.startswith(f"oh {word} ") for text in rows.texts]
+    assert facts["poison"]["poisoned_rows"] == sum(begins) == 24
+    np.testing.assert_array_equal(mask_of(tmp_path / stages["poison"].key), begins)
+    assert not any(text.startswith("oh ") for text in tiny_corpus.train.texts)
+    # The defense: tokens that occur once or twice.
+    data = bert.encode(rows)
+    counts = np.bincount(data.ids.numpy(), minlength=VOCABULARY)
+    assert facts["forget"]["flagged"] == np.flatnonzero((counts > 0) & (counts <= 2)).tolist()
+    found = Suspects.load(tmp_path / stages["forget"].key, facts["forget"])
+    assert found is not None
+    np.testing.assert_array_equal(found.scores, -counts)
+    history = read_record(tmp_path / stages["forget"].key)["history"]
+    assert [epoch["stage"] for epoch in history] == ["clean tuning (forgetful)"]
+
+
+def test_stages_of_ones_own_share_and_move_like_the_others(toys: None, lab: Lab) -> None:
+    spec = PoisonSpec("rarest", poison_rate=0.1)
+    first = by_name(
+        lab.prepare(poison=spec, attack_params={"before": "oh "}), ForgetRareWords(times=1)
+    )
+    second = by_name(
+        lab.prepare(poison=spec, attack_params={"before": "ah "}), ForgetRareWords(times=1)
+    )
+    third = by_name(
+        lab.prepare(poison=spec, attack_params={"before": "oh "}), ForgetRareWords(times=2)
+    )
+    # One search for both attacks; all that rests on the poison is another.
+    assert {name for name in first if first[name].key == second[name].key} == {"trigger search"}
+    assert {name for name in first if first[name].key != third[name].key} == {
+        "forget",
+        "evaluate defended",
+    }
+    # The engine's own checks hold for them: what it wraps keeps its config.
+    assert first["poison"].config["attack_version"] == 7
+
+
+def test_the_toys_are_gone_again() -> None:
+    assert "rarest" not in ATTACKS
+    assert "forget" not in DEFENSES
+    with pytest.raises(UserError, match="unknown attack 'rarest'"):
+        PoisonSpec("rarest")
