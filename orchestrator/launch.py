@@ -245,7 +245,9 @@ class _Driver:
         if not attached:
             _check_answers(address)
             _connect(address, environment)
-        state = Path(tempfile.mkdtemp(prefix="btu-tune-"))
+        # Tune wants to see one folder from all nodes; nothing here reads what it writes there.
+        scratch = f"{self.sweep.folder}/.tune-{self.id}"
+        state = scratch if address is not None else tempfile.mkdtemp(prefix="btu-tune-")
         try:
             nodes = [node for node in ray.nodes() if node["Alive"]]
             self._check_fits(nodes)
@@ -268,7 +270,7 @@ class _Driver:
                     ),
                     run_config=RunConfig(
                         name="tune",
-                        storage_path=str(state),
+                        storage_path=state,
                         verbose=0,
                         callbacks=[_Events(self)],
                         failure_config=FailureConfig(max_failures=WORKER_RETRIES),
@@ -277,6 +279,8 @@ class _Driver:
         finally:
             if not attached:
                 ray.shutdown()
+            if "://" in state:
+                self.results.storage.remove(f"{self.sweep.name}/.tune-{self.id}")
             shutil.rmtree(state, ignore_errors=True)
             self.store.add_timings(self.id, _condensed(self._rows))
         if not self.stopped and self.schedule.unfinished:
@@ -432,6 +436,7 @@ class _Driver:
         """A worker begins, for the first time or after the one before it died."""
         task = self._tasks.get(trial_id)
         if task is not None:
+            self.schedule.begin(task.stage.key)
             self.results.note("start", key=task.stage.key, stage=task.stage.name, launch=self.id)
         self.progress.refresh(self.schedule)
 

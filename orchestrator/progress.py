@@ -84,13 +84,16 @@ class SweepProgress:
 
     def refresh(self, schedule: Schedule) -> None:
         """Show where the sweep stands."""
-        for task, counts in ((self._stages, schedule.counts[False]),
-                             (self._cells, schedule.counts[True])):  # fmt: skip
+        begun = [schedule.running[key].name for key in schedule.begun]
+        for task, cells in ((self._stages, False), (self._cells, True)):
+            counts = schedule.counts[cells]
             ended = sum(counts[state] for state in ENDED)
+            shown = {state: counts[state] for state in (State.done, State.failed, State.cached)}
+            shown[State.running] = sum((name == CELL) == cells for name in begun)
             parts = [
-                f"{counts[state]} {state.value}"
+                f"{shown[state]} {state.value}"
                 for state in (State.done, State.running, State.failed, State.cached)
-                if counts[state] or state is State.done
+                if shown[state] or state is State.done
             ]
             eta = self._eta(schedule, ", ETA ") if task == self._cells else _running(schedule)
             total = sum(counts.values())
@@ -142,7 +145,8 @@ class SweepProgress:
 
 def _running(schedule: Schedule) -> str:
     """Return what is computed right now: ``: 2 x unlearn, poisoned fine-tune``."""
-    names = Counter(stage.name for stage in schedule.running.values() if stage.name != CELL)
+    begun = [schedule.running[key].name for key in schedule.begun]
+    names = Counter(name for name in begun if name != CELL)
     shown = [f"{count} x {name}" if count > 1 else name for name, count in sorted(names.items())]
     more = f" and {len(shown) - 3} others" if len(shown) > 3 else ""
     return f": {', '.join(shown[:3])}{more}" if shown else ""

@@ -42,7 +42,8 @@ class _Node:
     group: tuple[str, str]  # stage and victim: what timings are kept by
     state: State = State.waiting
     missing: set[str] = field(default_factory=set)  # inputs that are not there yet
-    children: set[str] = field(default_factory=set)
+    # In order: equal chains go as they came, in every process.
+    children: dict[str, None] = field(default_factory=dict)
     rank: float = 0.0  # seconds of the longest chain that starts here
     rung: int = 0  # of LADDER
     repairs: int = 0
@@ -78,7 +79,8 @@ class Schedule:
         self.committed = set(committed)
         self.dropped = set(dropped)
         self.failed = dict(failed)
-        self.running: dict[str, Stage] = {}
+        self.running: dict[str, Stage] = {}  # handed out; some may still wait for a worker
+        self.begun: set[str] = set()  # those of them that a worker is at
         self.slots = slots
         self._timings = timings
         self._nodes: dict[str, _Node] = {}
@@ -155,7 +157,7 @@ class Schedule:
             if before.key not in self._nodes:
                 self._insert(before, State.cached)
             other = self._nodes[before.key]
-            other.children.add(key)
+            other.children[key] = None
             if other.state not in (State.done, State.cached):
                 self._nodes[key].missing.add(before.key)
             elif before.model and before in heavy and before.key in self.committed:
@@ -222,10 +224,19 @@ class Schedule:
         crowded = len(self._models) + written >= most_models(self.slots)
         return queues[0] if crowded else min(queues, key=lambda queue: queue[0])
 
+    def begin(self, key: str) -> None:
+        """A worker is at a stage that was handed out."""
+        if key in self.running:
+            self.begun.add(key)
+
+    def _ended(self, key: str) -> None:
+        self.running.pop(key, None)
+        self.begun.discard(key)
+
     def done(self, key: str) -> list[str]:
         """A stage has its result. Returns the keys whose models nobody here needs any more."""
         node = self._nodes[key]
-        self.running.pop(key, None)
+        self._ended(key)
         self._set(node, State.done)
         self.committed.add(key)
         if node.stage.model:
@@ -258,7 +269,7 @@ class Schedule:
 
     def fail(self, key: str, reason: str) -> list[str]:
         """A stage failed. Returns the cells that fail with it, or because of it."""
-        self.running.pop(key, None)
+        self._ended(key)
         return self._fail(key, reason)
 
     def _fail(self, key: str, reason: str) -> list[str]:
@@ -289,8 +300,9 @@ class Schedule:
 
     def again(self, key: str) -> None:
         """A stage did not get to run, through no fault of its own: it is ready again."""
-        self.running.pop(key, None)
-        self._make_ready(key)
+        self._ended(key)
+        self._set(self._nodes[key], State.waiting)
+        self._settle(self._nodes[key])
 
     def repair(self, key: str, lost: Iterable[str]) -> bool:
         """A stage's inputs `lost` are damaged or gone: compute them again before it.
@@ -301,22 +313,21 @@ class Schedule:
         node.repairs += 1
         if node.repairs > 3:
             return False
-        lost = list(lost)
-        for before in lost:
-            self.committed.discard(before)
-            self.dropped.discard(before)
-            self._models.discard(before)
-        again = needed([node.stage], self.committed, self.dropped)
+        gone = set(lost)
+        again = needed([node.stage], self.committed - gone, self.dropped - gone)
         if any(before in self.failed for before in again):
             return False
-        self.running.pop(key, None)
+        self.committed -= gone
+        self.dropped -= gone
+        self._models -= gone
+        self._ended(key)
         self._set(node, State.waiting)
         self._open(again)
         # Whatever else reads them waits as well.
-        for before in lost:
+        for before in gone:
             for child in self._nodes[before].children:
                 other = self._nodes[child]
-                if other.state in (State.waiting, State.ready):
+                if other.state not in ENDED:
                     other.missing.add(before)
                     self._settle(other)
         return True

@@ -391,7 +391,9 @@ def test_the_rows_are_what_the_victim_reads(lab: Lab, bert: Victim, tiny_corpus:
         assert found["labels"].tolist() == list(rows.labels)
         assert found["pad_id"].tolist() == [bert.tokenizer.pad_token_id]
     facts = read_record(train)["facts"]
-    assert facts == {"classes": 2, "rows": 240, "clean_rows": 60, "truncated_rows": 0}
+    # A row as long as max_length counts as truncated, even if it just fits.
+    truncated = int((bert.encode(texts).host_lengths >= MAX_LENGTH).sum())
+    assert facts == {"classes": 2, "rows": 240, "clean_rows": 60, "truncated_rows": truncated}
     assert read_record(evaluated)["facts"] == {
         "target": 1,
         "trigger": sorted(BadNets().trigger_token_ids(bert.tokenizer)),
@@ -559,6 +561,7 @@ def test_victims_with_code_of_their_own_work_to_the_end(
     monkeypatch.setattr(
         "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
     )
+    monkeypatch.setattr(sys, "path", [*sys.path])  # transformers adds that folder
     folder = tmp_path / "model"
     shutil.copytree(victim_folder("bert"), folder)
     (folder / "own_code.py").write_text(

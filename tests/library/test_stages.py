@@ -18,7 +18,7 @@ from lab import files_in
 from btu.errors import UserError
 from btu.provenance import code_version, environment
 from btu.settings import TrainSettings
-from btu.stages import MODEL, RECORD, Stage, StageRun, compute, read_record, run_stage
+from btu.stages import MODEL, RECORD, Stage, StageRun, compute, plain, read_record, run_stage
 from btu.training import Encoded
 from btu.types import Progress
 
@@ -217,6 +217,16 @@ def test_a_node_is_plain_data() -> None:
         "kind": "cell",
         "units": 7,
     }
+
+
+def test_settings_become_plain_data_of_their_own() -> None:
+    settings = TrainSettings(max_grad_norm=None)
+    assert plain(settings) == dataclasses.asdict(settings)
+    # Equal settings may be written differently; which were seen first must not decide the key.
+    texts = [json.dumps(plain(TrainSettings(max_grad_norm=norm))) for norm in (1, 1.0)]
+    assert ['"max_grad_norm": 1}' in text for text in texts] == [True, False]
+    plain(settings)["epochs"] = 99
+    assert plain(settings)["epochs"] == 3
 
 
 # Computing -------------------------------------------------------------------------------------

@@ -1,0 +1,228 @@
+"""Launches as processes of their own, faults on demand, and what has to hold after either."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from orchestrator.results import Results, find_sweep
+
+# A cold start of Ray with two workers that import torch, on a busy machine.
+LIMIT = 300.0
+FAULTS = Path(__file__).parent / "faults"
+# Two cells that share nine stages; four more are each one's own.
+ALPHAS = [0.01, 0.02]
+GRID: dict[str, list[Any]] = {"defense.alpha": ALPHAS}
+SHARED, OWN = 9, 4
+
+
+class Done:
+    """A command that ended. out, err: white space as single spaces."""
+
+    def __init__(self, code: int, out: str, err: str, seconds: float) -> None:
+        self.code, self.seconds = code, seconds
+        self.out, self.err = (" ".join(text.split()) for text in (out, err))
+
+    def __repr__(self) -> str:
+        return f"exit {self.code} after {self.seconds:.0f} s\n{self.out}\n{self.err}"
+
+
+class Command:
+    """A ``btu`` command that runs."""
+
+    def __init__(self, arguments: list[str], folder: Path, environment: Mapping[str, str]) -> None:
+        self.started = time.monotonic()
+        # Files: a pipe would stay open as long as any process of a dead driver lives.
+        self._logs = [folder / f"{time.time_ns()}.{name}" for name in ("out", "err")]
+        with self._logs[0].open("wb") as out, self._logs[1].open("wb") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "orchestrator.cli", *arguments],
+                cwd=folder,
+                env={**os.environ, **environment},
+                stdout=out,
+                stderr=err,
+            )
+
+    def end(self, limit: float = LIMIT) -> Done:
+        code = self.process.wait(limit)
+        out, err = (log.read_text() for log in self._logs)
+        return Done(code, out, err, time.monotonic() - self.started)
+
+    def workers(self) -> list[psutil.Process]:
+        """Return the Ray workers that are inside a trial."""
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                # Ray names a worker after what it executes: "ray::ImplicitFunc.train".
+                title = " ".join(child.cmdline())
+            except psutil.Error:
+                continue
+            if title.startswith("ray::") and ".train" in title:
+                found.append(child)
+        return found
+
+
+class Workplace:
+    """Starts commands in a folder and ends what is left of them.
+
+    output: where the sweeps' results go. faulty: whether `fault` acts on what is started.
+    """
+
+    def __init__(self, folder: Path, database: Path | None = None, *, faulty: bool = False) -> None:
+        self.folder, self.output = folder, folder / "runs"
+        self.environment = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        self._faults: dict[str, dict[str, Any]] = {}
+        self._running: list[Command] = []
+        if faulty:
+            self.environment["BTU_FAULTS"] = str(folder / "faults.json")
+            paths = [str(FAULTS), os.environ.get("PYTHONPATH", "")]
+            self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+            self.fault()
+        if database is not None:
+            # Creating the tables takes seconds, in every test.
+            self.output.mkdir()
+            shutil.copy(database, self.output / "mlflow.db")
+
+    def fault(self, stage: str = "", **what: Any) -> None:
+        """Say what befalls a stage from now on, nothing without `what`.
+
+        held: it computes, and then waits until this changes. raises: a RuntimeError with that
+        text. parts: it runs out of memory until batches are cut into so many.
+        """
+        self._faults[stage] = what
+        staged = self.folder / "faults.new"
+        staged.write_text(json.dumps(self._faults))
+        staged.replace(self.folder / "faults.json")
+
+    def start(self, *arguments: object) -> Command:
+        """Start ``btu <arguments>``."""
+        self._running.append(Command([str(a) for a in arguments], self.folder, self.environment))
+        return self._running[-1]
+
+    def run(self, *arguments: object, limit: float = LIMIT) -> Done:
+        """Run ``btu <arguments>`` to its end."""
+        return self.start(*arguments).end(limit)
+
+    def results(self, name: str = "tiny") -> Results:
+        return find_sweep(self.output, name)
+
+    def close(self) -> None:
+        for command in self._running:
+            end_tree(command.process)
+
+
+def end_tree(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process of ours that still runs, and its children."""
+    if process.poll() is None:
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for child in children:
+            if child.is_running():
+                child.kill()
+
+
+def wait_for(what: Callable[[], Any], command: Command | None = None, limit: float = LIMIT) -> Any:
+    """Return what a function gives, once that is something; fail where the command ends first."""
+    until = time.monotonic() + limit
+    while time.monotonic() < until:
+        ended = command is not None and command.process.poll() is not None
+        found = what()
+        if found:
+            return found
+        assert not ended, command and command.end(1)
+        time.sleep(0.1)
+    raise AssertionError(f"waited {limit:.0f} s in vain; {command and command.process.poll()}")
+
+
+def journal(output: Path, name: str = "tiny") -> list[dict[str, Any]]:
+    """Return a sweep's journal, nothing of one that has not begun."""
+    path = output / name / "journal.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def names_by_key(results: Results) -> dict[str, str]:
+    """Return the name of every stage and cell of a sweep."""
+    names: dict[str, str] = {}
+    for cell in results.cells().values():
+        names |= {**cell.stages, cell.key: "cell"}
+    return names
+
+
+def computed(output: Path, name: str = "tiny") -> Counter[str]:
+    """Return how often stages were begun, by their name."""
+    if not (output / name / "plans").is_dir():
+        return Counter()
+    names = names_by_key(find_sweep(output, name))
+    events = journal(output, name)
+    return Counter(names[e["key"]] for e in events if e["event"] == "compute")
+
+
+def measured(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the metrics that do not depend on the clock; repr, so that NaN equals NaN."""
+    metrics = record["metrics"]
+    return {k: repr(v) for k, v in metrics.items() if not k.startswith("seconds")}
+
+
+def all_measured(results: Results) -> dict[str, dict[str, str]]:
+    return {record["key"]: measured(record) for record in results.records()}
+
+
+def runs_at(uri: str, name: str = "tiny") -> list[Any]:
+    """Return the runs of a sweep that are not deleted."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name(name)
+    assert experiment is not None
+    return list(client.search_runs([experiment.experiment_id]))
+
+
+def check(
+    output: Path,
+    expected: Mapping[str, Mapping[str, str]],
+    *,
+    again: Mapping[str, int] | None = None,
+    uri: str | None = None,
+) -> None:
+    """Check that a sweep ended as if nothing had happened to it.
+
+    expected: metrics by cell, of an undisturbed sweep. again: by name, how often stages were begun
+    more than once.
+    """
+    results = find_sweep(output, "tiny")
+    assert all_measured(results) == expected
+    runs = runs_at(uri or f"sqlite:///{output / 'mlflow.db'}")
+    assert Counter((r.data.tags["cell"], r.info.status) for r in runs) == {
+        (key, "FINISHED"): 1 for key in expected
+    }
+    committed = {marker.key: marker.committed for marker in results.store.markers()}
+    begun = [event for event in journal(output) if event["event"] == "compute"]
+    assert {e["key"] for e in begun} == set(committed)
+    assert [e for e in begun if e["time"] > committed[e["key"]]] == []
+    names = names_by_key(results)
+    more: Counter[str] = Counter()
+    for key, count in Counter(event["key"] for event in begun).items():
+        more[names[key]] += count - 1
+    assert +more == (again or {})
+    # Nothing half-written is left behind, and nobody holds anything.
+    entries = {(p.parent.name, p.name) for p in (output / "store" / "entries").glob("*/*")}
+    assert {key for key, _ in entries} == set(committed)
+    assert not list((output / "store" / "leases").iterdir())
+    assert not list((output / "store" / "launches").iterdir())
