@@ -102,6 +102,11 @@ def prepare(
     extend = getattr(attack_class, "poison_stage", None)
     if extend is not None:
         poisoned = extend(attack_class(**attack_params), poisoned)
+        if poisoned.name != "poison":
+            raise ValueError(
+                f"attack '{poison.name}': poison_stage must keep the name 'poison', by which the "
+                f"scorer finds it, got '{poisoned.name}'."
+            )
     reads = {"identity": victim_identity, "max_length": victim.max_length}
     rows = Stage(
         "training rows",

@@ -17,11 +17,12 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 # Read by ray when it is imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -75,6 +76,10 @@ WAIT_SECONDS, LEASES_SECONDS = 3.0, 1.0
 WAIT_CPUS = 0.001
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
 @dataclass(frozen=True)
 class LaunchResult:
     """done: cells with a result. failed: reasons by cell. missing: neither.
@@ -115,6 +120,22 @@ def launch(
     return driver.run(address, retry_failed)
 
 
+def _guarded(method: Callable[P, R]) -> Callable[P, R | None]:
+    """Let an exception end the sweep in good order: raised inside Tune it would hang or kill it."""
+
+    @wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R | None:
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:
+            driver = cast(_Driver, args[0])
+            driver.error = driver.error or error
+            driver.stop(f"{type(error).__name__}: {error}")
+            return None
+
+    return call
+
+
 class _Driver:
     """The state of one launch: what to run, what ran, and what to tell."""
 
@@ -132,6 +153,7 @@ class _Driver:
         self.results = Results(sweep.output, sweep.name, self.store)
         self.max_failures = max_failures
         self.stopped = ""
+        self.error: Exception | None = None
         self.schedule: Schedule
         self.timings: Timings
         self.study: StudySearch | None = None
@@ -166,17 +188,33 @@ class _Driver:
             for suggestion in self.study.asked():
                 self.planner.add(self.plan, suggestion.cells)
         self.results.write_plan(self.sweep, self.plan.cells.values())
+        # Before looking at what is there: from now on nobody removes what this launch needs.
+        self._register()
+        try:
+            with self._heartbeat():
+                self._prepare_schedule(retry_failed)
+                try:
+                    if self.schedule.unfinished or self.study is not None:
+                        self._compute(address)
+                    self._drop_models()
+                    self._synchronize()
+                finally:
+                    self.progress.end()
+        finally:
+            self.store.release_launch(self.id)
+        return self._result(time.monotonic() - started)
+
+    # Before -------------------------------------------------------------------------------------
+
+    def _prepare_schedule(self, retry_failed: bool) -> None:
         committed = self._verified()
         if retry_failed:
             self._forget_failures()
+        dropped = self.store.dropped()
         failed = {record["key"]: record["reason"] for record in self.store.failures()}
         self.timings = Timings(self.store.timings(), self._device())
         work = survey(
-            self.plan,
-            committed=committed,
-            dropped=self.store.dropped(),
-            failed=failed,
-            timings=self.timings,
+            self.plan, committed=committed, dropped=dropped, failed=failed, timings=self.timings
         )
         todo = [
             cell.stage
@@ -184,25 +222,11 @@ class _Driver:
             if cell.key not in committed and cell.key not in work.failed
         ]
         self.schedule = Schedule(
-            todo,
-            committed=committed,
-            dropped=self.store.dropped(),
-            failed=failed,
-            timings=self.timings,
+            todo, committed=committed, dropped=dropped, failed=failed, timings=self.timings
         )
-        self.progress.begin(work, self.schedule, len(self.plan.cells))
+        searching = self.study is not None
+        self.progress.begin(work, self.schedule, len(self.plan.cells), searching)
         self._check_space(work)
-        try:
-            if todo or self.study is not None:
-                self._compute(address)
-            self._drop_models()
-            self._synchronize()
-        finally:
-            self.progress.end()
-            self.store.release_launch(self.id)
-        return self._result(time.monotonic() - started)
-
-    # Before -------------------------------------------------------------------------------------
 
     def _verified(self) -> set[str]:
         """Return the committed keys; results of this sweep's cells are read through and checked."""
@@ -226,9 +250,8 @@ class _Driver:
             )
 
     def _forget_failures(self) -> None:
-        for cell in self.plan.cells.values():
-            for key in (cell.key, *(stage.key for stage in cell.stage.inputs.values())):
-                self.store.clear_failure(key)
+        for key in self._keys() & self.store.failed():
+            self.store.clear_failure(key)
 
     def _device(self) -> str:
         return "cuda" if self.sweep.resources.gpu > 0 else "cpu"
@@ -253,8 +276,7 @@ class _Driver:
             self._check_fits(nodes)
             if address is not None or len(nodes) > 1:
                 self._check_nodes(nodes)
-            self._register()
-            with _sigterm_as_interrupt(), self._heartbeat():
+            with _sigterm_as_interrupt():
                 Tuner(
                     tune.with_resources(
                         tune.with_parameters(_trial, launch=self._for_workers()), _resources
@@ -283,6 +305,8 @@ class _Driver:
                 self.results.storage.remove(f"{self.sweep.name}/.tune-{self.id}")
             shutil.rmtree(state, ignore_errors=True)
             self.store.add_timings(self.id, _condensed(self._rows))
+        if self.error is not None:
+            raise self.error
         if not self.stopped and self.schedule.unfinished:
             self.stopped = "interrupted"
 
@@ -295,13 +319,16 @@ class _Driver:
             "tracking": self.tracking,
         }
 
-    def _register(self) -> None:
-        keys = {
+    def _keys(self) -> set[str]:
+        """Return the keys of all cells of the plan and of what they rest on."""
+        return {
             key
             for cell in self.plan.cells.values()
             for key in (cell.key, *(stage.key for stage in cell.stage.inputs.values()))
         }
-        self.store.register_launch(self.id, self.sweep.name, keys)
+
+    def _register(self) -> None:
+        self.store.register_launch(self.id, self.sweep.name, self._keys())
 
     @contextmanager
     def _heartbeat(self) -> Iterator[None]:
@@ -379,6 +406,7 @@ class _Driver:
 
     # What Tune asks and tells --------------------------------------------------------------------
 
+    @_guarded
     def suggest(self, trial_id: str) -> Any:
         """Return the config of the next trial, None to be asked again, or FINISHED."""
         if self.stopped:
@@ -432,26 +460,28 @@ class _Driver:
             self._leases_read = now
         return key in self._leased and self.store.held_by_other(key, self.id)
 
+    @_guarded
     def started(self, trial_id: str) -> None:
         """A worker begins, for the first time or after the one before it died."""
         task = self._tasks.get(trial_id)
         if task is not None:
             self.schedule.begin(task.stage.key)
-            self.results.note("start", key=task.stage.key, stage=task.stage.name, launch=self.id)
+            self._note("start", task)
         self.progress.refresh(self.schedule)
 
+    @_guarded
     def ended(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """A trial came to its end and reported."""
         if trial_id in self._ended:
             return
         self._ended.add(trial_id)
         task = self._tasks[trial_id]
-        if task is None:
+        if task is None or "report" not in result:
             return
         report = Report(**json.loads(result["report"]))
         stage, key = task.stage, task.stage.key
         outcome = Outcome(report.outcome)
-        self.results.note("end", key=key, stage=stage.name, outcome=outcome.value, launch=self.id)
+        self._note("end", task, outcome=outcome.value)
         if outcome is Outcome.done:
             self._given_up = 0
             if report.seconds:
@@ -490,6 +520,12 @@ class _Driver:
             self._fail(task, report.reason)
         self.progress.refresh(self.schedule)
 
+    def _note(self, event: str, task: Task, **facts: str) -> None:
+        with suppress(OSError):  # a full disk stops the sweep by itself, and in good order
+            stage = task.stage
+            self.results.note(event, key=stage.key, stage=stage.name, launch=self.id, **facts)
+
+    @_guarded
     def gave_up(self, trial_id: str, error: str) -> None:
         """A trial's workers died, one after the other."""
         self._ended.add(trial_id)
@@ -537,7 +573,11 @@ class _Driver:
 
     def _cell_ended(self, key: str, report: Report) -> None:
         cell = self.plan.cells[key]
-        self.progress.finished(cell.varied, report.facts, self.schedule)
+        facts = report.facts
+        if not facts:  # another launch computed it
+            record = self.results.record(key, cell.varied)
+            facts = record["metrics"] if record is not None else {}
+        self.progress.finished(cell.varied, facts, self.schedule)
         if report.untracked:
             self.progress.untracked(cell.varied, report.untracked)
         self._tell_study(key)
@@ -686,7 +726,7 @@ class _Gate(Searcher):  # type: ignore[misc]  # ray is untyped
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         # Of errors the callback knows more.
-        if not error and result is not None and "report" in result:
+        if not error and result is not None:
             self._driver.ended(trial_id, result)
 
     def save(self, checkpoint_path: str) -> None:
@@ -739,6 +779,10 @@ def _trial(config: dict[str, Any], launch: dict[str, Any]) -> None:
         if where is not None and record is not None:
             Tracker(where["uri"], where["id"], results).log(record, folder)
 
+    def begin() -> None:
+        with suppress(OSError):  # the journal of a full disk; the stage will say so
+            results.note("compute", key=task["node"]["key"], launch=launch["id"])
+
     report = run_node(
         task["node"],
         store,
@@ -747,7 +791,7 @@ def _trial(config: dict[str, Any], launch: dict[str, Any]) -> None:
         gpus=task["gpus"],
         accumulation=task["accumulation"],
         track=track,
-        begin=lambda: results.note("compute", key=task["node"]["key"], launch=launch["id"]),
+        begin=begin,
     )
     free_memory()
     tune.report({"report": json.dumps(asdict(report))})

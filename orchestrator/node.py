@@ -77,12 +77,37 @@ def run_node(
         Exception: of machines, not of the stage: an unusable device, a file system that is gone.
             A fresh worker may do better.
     """
+    try:
+        return _run_node(node, store, owner, cpus, gpus, accumulation, track, begin, progress)
+    except Exception as error:
+        # Leases, notes and copies of inputs take room as well as results do.
+        if _is_full(error):
+            return Report(Outcome.disk, reason=str(error)[:REASON_CHARACTERS])
+        raise
+
+
+def _run_node(
+    node: Mapping[str, Any],
+    store: Store,
+    owner: str,
+    cpus: float,
+    gpus: float,
+    accumulation: int,
+    track: Callable[[str, Path], None] | None,
+    begin: Callable[[], None],
+    progress: ProgressCallback,
+) -> Report:
     key = node["key"]
     if store.is_committed(key):
         return Report(Outcome.done)
     lease = store.lease(key, owner)
-    if not lease.acquire():
-        return Report(Outcome.busy)
+    try:
+        if not lease.acquire():
+            return Report(Outcome.busy)
+    except OSError as error:
+        if _is_full(error):
+            return Report(Outcome.disk, reason=str(error))
+        raise
     with lease:
         if store.is_committed(key):  # published while this waited
             return Report(Outcome.done)
@@ -167,7 +192,9 @@ def _judge(error: BaseException) -> Report | None:
 
     from btu.training import NonFiniteLossError
 
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    # Of a CPU's memory torch says so in words alone.
+    told = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if told or isinstance(error, torch.OutOfMemoryError | MemoryError):
         return Report(Outcome.memory, reason=str(error)[:REASON_CHARACTERS] or "out of memory")
     if _is_full(error):
         return Report(Outcome.disk, reason=str(error)[:REASON_CHARACTERS])

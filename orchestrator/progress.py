@@ -54,10 +54,10 @@ class SweepProgress:
         self._cells = self._bar.add_task("cells", total=None, state="", start=False)
         self._total = self._cached = 0
 
-    def begin(self, work: Work, schedule: Schedule, total: int) -> None:
+    def begin(self, work: Work, schedule: Schedule, total: int, searching: bool = False) -> None:
         """Say what there is to do, and what is there already.
 
-        total: cells of the sweep, done ones included.
+        total: cells of the sweep, done ones included. searching: more of them come as it goes.
         """
         self._total, self._cached = total, work.done
         if work.done:
@@ -66,12 +66,15 @@ class SweepProgress:
             self.note(f"{count} cells failed earlier and are not run again: {_first(reason)}")
         if work.failed:
             self.note("--retry-failed runs them again.")
-        if not schedule.unfinished:
+        if searching:
+            self.note("The search suggests cells as it goes.")
+        elif not schedule.unfinished:
             return
         stages, cells = schedule.counts[False], schedule.counts[True]
         open_ = sum(count for state, count in cells.items() if state not in ENDED)
         todo = sum(count for state, count in stages.items() if state not in ENDED)
-        self.note(f"{open_} cells to run, on {todo} stages; results are kept as each one ends.")
+        if open_:
+            self.note(f"{open_} cells to run, on {todo} stages; results are kept as each one ends.")
         if self._console.is_terminal:
             self._bar.start()
         for task in (self._stages, self._cells):
@@ -112,7 +115,7 @@ class SweepProgress:
                 f"{name} {facts[name]:.3f}" for name in ("asr", "cacc") if name in facts
             )
             counts = schedule.counts[True]
-            ended = self._cached + counts[State.done] + counts[State.failed]
+            ended = self._cached + sum(counts[state] for state in ENDED)
             eta = self._eta(schedule, ", ETA ")
             self.note(f"[{ended}/{self._total}] {label(varied)}: {shown}{eta}")
 

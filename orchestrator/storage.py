@@ -376,11 +376,17 @@ class RemoteStorage:
     def move(self, source: str, target: str) -> bool:
         if not self.exists(source):
             return False
-        at = self._at(source)
+        at, to = self._at(source), self._target(target)
         try:
-            self._fs.mv(at, self._target(target), recursive=bool(self._fs.isdir(at)))
+            if not self._atomic:
+                self._fs.mv(at, to, recursive=bool(self._fs.isdir(at)))
+                return True
+            # Not mv() of a folder: on S3 it fails at subfolders, which are no objects there.
+            for path in self._fs.find(at):
+                self._fs.cp_file(path, to + str(path)[len(at) :])
         except FileNotFoundError:
             return False
+        self.remove(source)
         return True
 
     def remove(self, path: str) -> None:

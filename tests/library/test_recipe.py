@@ -583,6 +583,18 @@ def test_victims_with_code_of_their_own_work_to_the_end(
         assert facts["cacc"]["n"] == 60
 
 
+@pytest.mark.gpu
+def test_a_cell_on_cuda(lab: Lab, tmp_path: Path) -> None:
+    prepared = lab.prepare()
+    defense = TokenUnlearning(alpha=0.02)
+    for stage in evaluations(prepared, defense):
+        facts = read_record(compute(stage, tmp_path, gpus=1))["facts"]
+        assert facts["cacc"]["n"] == 60
+    for stage in by_name(prepared, defense).values():
+        device = read_record(tmp_path / stage.key)["environment"]["device"]
+        assert (device == "cpu") == (stage.kind == "host"), stage.name
+
+
 # Files that changed ----------------------------------------------------------------------------
 
 

@@ -560,16 +560,15 @@ def test_batches_in_parts_take_the_same_steps(
         runs.append((history, list(norms), weights(model)))
     (one, one_norms, one_weights), (cut, cut_norms, cut_weights) = runs
     assert len(one_norms) == len(cut_norms) == 12  # 6 batches an epoch
-    # fp32 rounds at 1.2e-7 of a value; sums of a few hundred such terms agree to about 1e-5.
-    assert cut_norms == pytest.approx(one_norms, rel=1e-4)
+    # fp32 rounds at 1.2e-7 of a value. Gradients are sums of terms up to about 1 that cancel out
+    # to 1e-3 and less here, so they agree to a few 1e-7, not to a share of themselves.
+    assert cut_norms == pytest.approx(one_norms, rel=1e-5, abs=1e-6)
     assert [e.loss for e in cut] == pytest.approx([e.loss for e in one], rel=1e-5)
     assert [e.accuracy for e in cut] == [e.accuracy for e in one]
     assert [e.rows for e in cut] == [44, 44]
-    # Adam divides a gradient by its size, so where it is all but 0 its rounding decides a step:
-    # up to the learning rate of 1e-3. Nearly all weights agree to a thousandth of a step.
-    apart = torch.cat([(one_weights[k] - cut_weights[k]).abs().flatten() for k in one_weights])
-    assert float((apart > 1e-6).float().mean()) < 0.01
-    assert float(apart.max()) < 12 * 1e-3
+    # A step moves a weight by up to the learning rate, 1e-3: all of them agree to 1 % of a step.
+    for weight, expected in one_weights.items():
+        torch.testing.assert_close(cut_weights[weight], expected, atol=1e-5, rtol=0)
 
 
 def test_parts_are_what_is_in_memory_at_once() -> None:

@@ -95,10 +95,11 @@ class Workplace:
             shutil.copy(database, self.output / "mlflow.db")
 
     def fault(self, stage: str = "", **what: Any) -> None:
-        """Say what befalls a stage from now on, nothing without `what`.
+        """Say what befalls a stage, by name or key, from now on; nothing without `what`.
 
         held: it computes, and then waits until this changes. raises: a RuntimeError with that
-        text. parts: it runs out of memory until batches are cut into so many.
+        text. parts: it runs out of memory until batches are cut into so many. A stage named
+        "tracking" is the writing of a run: held after MLflow has it, before it is told anything.
         """
         self._faults[stage] = what
         staged = self.folder / "faults.new"
@@ -150,6 +151,72 @@ def wait_for(what: Callable[[], Any], command: Command | None = None, limit: flo
     raise AssertionError(f"waited {limit:.0f} s in vain; {command and command.process.poll()}")
 
 
+def holder(place: Workplace, stage: str, but: int = 0) -> psutil.Process | None:
+    """Return the process that has computed a stage and not committed it.
+
+    stage: its name or key. but: a process id to leave out.
+    """
+    if not (place.output / "tiny" / "plans").is_dir():
+        return None
+    for key, name in names_by_key(place.results()).items():
+        lease = place.output / "store" / "leases" / f"{key}.json"
+        computed = list((place.output / "store" / "entries" / key).glob("*/record.json"))
+        if stage in (key, name) and computed and lease.exists():
+            pid = json.loads(lease.read_text())["pid"]
+            if pid != but and psutil.pid_exists(pid):
+                return psutil.Process(pid)
+    return None
+
+
+def own_stages(results: Results, cell: str) -> dict[str, str]:
+    """Return the keys of a cell's stages, by name."""
+    return {name: key for key, name in results.cells()[cell].stages.items()}
+
+
+class Server:
+    """An MLflow server that can be stopped and started again.
+
+    database: its SQLite file. folder: of its log and its artifacts.
+    """
+
+    def __init__(self, database: Path, folder: Path, port: int) -> None:
+        self.uri = f"http://127.0.0.1:{port}"
+        self._command = [
+            sys.executable, "-m", "mlflow", "server", "--backend-store-uri",
+            f"sqlite:///{database}", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        ]  # fmt: skip
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        import urllib.request
+
+        with (self._folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, cwd=self._folder, stdout=log, stderr=log
+            )
+
+        def answers() -> bool:
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as answer:
+                    return bool(answer.status == 200)
+            except OSError:
+                return False
+
+        wait_for(answers, limit=120)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            children = psutil.Process(self._process.pid).children(recursive=True)
+            self._process.kill()
+            self._process.wait()
+            for child in children:
+                if child.is_running():
+                    child.kill()
+            psutil.wait_procs(children, timeout=10)
+            self._process = None
+
+
 def journal(output: Path, name: str = "tiny") -> list[dict[str, Any]]:
     """Return a sweep's journal, nothing of one that has not begun."""
     path = output / name / "journal.jsonl"
@@ -175,9 +242,12 @@ def computed(output: Path, name: str = "tiny") -> Counter[str]:
 
 
 def measured(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the metrics that do not depend on the clock; repr, so that NaN equals NaN."""
-    metrics = record["metrics"]
-    return {k: repr(v) for k, v in metrics.items() if not k.startswith("seconds")}
+    """Return metrics and losses, but for those of the clock; repr, so that NaN equals NaN."""
+    found = {k: repr(v) for k, v in record["metrics"].items() if not k.startswith("seconds")}
+    for epoch in record["history"]:
+        # Rates are coarse; a loss differs whenever anything does.
+        found[f"loss of {epoch['stage']} {epoch['epoch']}"] = repr(epoch["loss"])
+    return found
 
 
 def all_measured(results: Results) -> dict[str, dict[str, str]]:
@@ -224,5 +294,6 @@ def check(
     # Nothing half-written is left behind, and nobody holds anything.
     entries = {(p.parent.name, p.name) for p in (output / "store" / "entries").glob("*/*")}
     assert {key for key, _ in entries} == set(committed)
-    assert not list((output / "store" / "leases").iterdir())
+    # What a killed worker held stays there as a file, but counts for nothing.
+    assert results.store.leases() == {}
     assert not list((output / "store" / "launches").iterdir())

@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import psutil
 import pytest
-from launching import GRID, Workplace, all_measured, check, computed
+from launching import (
+    GRID,
+    OWN,
+    SHARED,
+    Server,
+    Workplace,
+    all_measured,
+    check,
+    computed,
+    holder,
+    journal,
+    names_by_key,
+    own_stages,
+    runs_at,
+    wait_for,
+)
 
 pytestmark = pytest.mark.slow
+
+# Seconds in which a stopped launch is gone.
+SOON = 20
 
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow store."""
     from mlflow import MlflowClient
 
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
@@ -27,10 +54,471 @@ def place(tmp_path: Path, database: Path) -> Iterator[Workplace]:
     made.close()
 
 
-def test_time(make_sweep: Callable[..., Path], place: Workplace) -> None:
-    done = place.run("launch", make_sweep(grid=GRID))
-    print(done)
-    print(computed(place.output))
-    check(place.output, all_measured(place.results()))
-    done = place.run("launch", make_sweep(grid=GRID))
-    print(done)
+@pytest.fixture
+def sweep(make_sweep: Callable[..., Path]) -> Path:
+    """Two cells of one grid, with results in ``runs`` beside the file."""
+    return make_sweep(grid=GRID)
+
+
+class Reference(NamedTuple):
+    """A sweep to which nothing happened. metrics: by cell."""
+
+    output: Path
+    metrics: dict[str, dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def reference(
+    cell: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, database: Path
+) -> Iterator[Reference]:
+    import yaml
+
+    folder = tmp_path_factory.mktemp("reference")
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump({"name": "tiny", **cell, "grid": GRID}))
+    place = Workplace(folder, database)
+    done = place.run("launch", file)
+    assert done.code == 0, done
+    assert sum(computed(place.output).values()) == SHARED + 2 * OWN
+    metrics = all_measured(place.results())
+    check(place.output, metrics)
+    yield Reference(place.output, metrics)
+    place.close()
+
+
+# Killed and stopped ----------------------------------------------------------------------------
+
+
+def test_workers_that_are_killed_are_replaced(
+    sweep: Path, place: Workplace, reference: Reference
+) -> None:
+    # While it computes for all cells, while it computes for one, while it writes the run.
+    stages = ("poisoned fine-tune", "unlearn")
+    for stage in (*stages, "tracking"):
+        place.fault(stage, held=True)
+    launch = place.start("launch", sweep)
+    for stage in stages:
+        worker = wait_for(lambda stage=stage: holder(place, stage), launch)
+        worker.kill()
+        place.fault(stage)
+    uri = f"sqlite:///{place.output / 'mlflow.db'}"
+    (run, *_) = wait_for(lambda: place.output.exists() and begun_runs(uri), launch)
+    cell = run.data.tags["cell"]
+    assert place.results().store.is_committed(cell)
+    wait_for(lambda: lease_holder(place, cell), launch).kill()
+    place.fault("tracking")
+    done = launch.end()
+    assert done.code == 0, done
+    assert "2 of 2 cells done, 0 failed, 0 not run" in done.out
+    # The killed ones began once more; the cell was there already, only its run was not.
+    check(place.output, reference.metrics, again=dict.fromkeys(stages, 1))
+
+
+def begun_runs(uri: str) -> list[Any]:
+    from mlflow import MlflowClient
+
+    found = MlflowClient(tracking_uri=uri).get_experiment_by_name("tiny")
+    return [run for run in runs_at(uri) if run.info.status == "RUNNING"] if found else []
+
+
+def lease_holder(place: Workplace, key: str) -> psutil.Process | None:
+    facts = place.results().store.leases().get(key)
+    return psutil.Process(facts["pid"]) if facts else None
+
+
+def test_a_driver_that_is_killed_or_stopped_is_started_again(
+    sweep: Path, place: Workplace, reference: Reference
+) -> None:
+    """SIGKILL in a shared stage, SIGTERM and SIGINT in stages of a cell, each time relaunched."""
+    blows = {
+        "poisoned fine-tune": signal.SIGKILL,
+        "unlearn": signal.SIGTERM,
+        "evaluate defended": signal.SIGINT,
+    }
+    for stage, blow in blows.items():
+        place.fault(stage, held=True)
+        launch = place.start("launch", sweep)
+        worker = wait_for(lambda stage=stage: holder(place, stage), launch)
+        began = time.monotonic()
+        launch.process.send_signal(blow)
+        done = launch.end(60)
+        if blow is not signal.SIGKILL:
+            assert time.monotonic() - began < SOON
+            assert done.code == 1, done
+            assert "Stopped: interrupted." in done.out
+            assert "the same command goes on where this one stopped" in done.out
+            assert "Traceback" not in done.err
+        # Ray ends the workers of a driver that is gone.
+        wait_for(lambda worker=worker: not worker.is_running(), limit=SOON)
+        place.fault(stage)
+    done = place.run("launch", sweep)
+    assert done.code == 0, done
+    # What was being computed began once more; of "unlearn" and "evaluate defended" there may be
+    # two at once.
+    more = Counter(computed(place.output)) - Counter(computed(reference.output))
+    assert more["poisoned fine-tune"] == 1
+    assert set(more) == set(blows)
+    assert max(more.values()) <= 2
+    check(place.output, reference.metrics, again=more)
+
+
+def test_a_node_that_is_lost_leaves_its_work_to_the_others(
+    sweep: Path, place: Workplace, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.cluster_utils import Cluster
+
+    for name, value in place.environment.items():
+        monkeypatch.setenv(name, value)
+    place.fault("poisoned fine-tune", held=True)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        launch = place.start("launch", sweep, "--address", cluster.address)
+        worker = wait_for(lambda: holder(place, "poisoned fine-tune"), launch)
+        raylets = {raylet_of(node): node for node in nodes}
+        lost = raylets[worker.ppid()]
+        cluster.remove_node(lost, allow_graceful=False)
+        place.fault("poisoned fine-tune")
+        done = launch.end()
+    finally:
+        cluster.shutdown()
+    assert done.code == 0, done
+    assert "2 of 2 cells done, 0 failed, 0 not run" in done.out
+    more = Counter(computed(place.output)) - Counter(computed(reference.output))
+    assert more["poisoned fine-tune"] == 1
+    check(place.output, reference.metrics, again=more)
+
+
+def raylet_of(node: Any) -> int:
+    return int(node.all_processes["raylet"][0].process.pid)
+
+
+def test_two_launches_of_one_sweep_share_the_work(
+    sweep: Path, place: Workplace, reference: Reference
+) -> None:
+    launches = [place.start("launch", sweep) for _ in range(2)]
+    for launch in launches:
+        done = launch.end()
+        assert done.code == 0, done
+        assert "2 of 2 cells done, 0 failed, 0 not run" in done.out
+    check(place.output, reference.metrics)
+    assert len({event["launch"] for event in journal(place.output)}) == 2
+
+
+# MLflow away -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(database: Path, tmp_path: Path, free_port: int) -> Iterator[Server]:
+    """An MLflow server that is not started yet."""
+    shutil.copy(database, tmp_path / "server.db")
+    made = Server(tmp_path / "server.db", tmp_path, free_port)
+    yield made
+    made.stop()
+
+
+def test_a_server_that_goes_away_is_told_when_it_is_back(
+    sweep: Path, place: Workplace, reference: Reference, server: Server
+) -> None:
+    first, second = reference.metrics
+    unlearn = own_stages(find_reference(reference), second)["unlearn"]
+    place.fault(unlearn, held=True)
+    server.start()
+    launch = place.start("launch", sweep, f"tracking.uri={server.uri}")
+    wait_for(lambda: "poisoned fine-tune" in computed(place.output), launch)
+    server.stop()
+    wait_for(lambda: first in place.results().store.committed(), launch)
+    told = wait_for(lambda: [e for e in journal(place.output) if ended(e, first)], launch)
+    assert told[0]["outcome"] == "done"
+    server.start()
+    place.fault(unlearn)
+    done = launch.end()
+    assert done.code == 0, done
+    assert "not in MLflow yet: alpha=" in done.out
+    assert "not in MLflow (" not in done.out  # at the end it has all
+    check(place.output, reference.metrics, uri=server.uri)
+
+
+def ended(event: dict[str, Any], key: str) -> bool:
+    return bool(event["event"] == "end" and event["key"] == key)
+
+
+def find_reference(reference: Reference) -> Any:
+    from orchestrator.results import find_sweep
+
+    return find_sweep(reference.output, "tiny")
+
+
+def test_a_sweep_without_a_server_is_synchronized_later(
+    sweep: Path, place: Workplace, reference: Reference, server: Server
+) -> None:
+    done = place.run("launch", sweep, f"tracking.uri={server.uri}")
+    assert done.code == 0, done
+    assert f"MLflow at {server.uri} does not answer" in done.out
+    assert "the sweep runs all the same. Results wait on disk: btu sync tiny writes them" in done.out
+    assert "2 of 2 cells done" in done.out
+    server.start()
+    # An answer of 0 once all is told: 2 cells.
+    for written in (2, 0):
+        synced = place.run("sync", "tiny", "--uri", server.uri)
+        assert synced.code == 0, synced
+        assert f"{written} runs written, 0 unfinished ones closed, 0 still missing" in synced.out
+        check(place.output, reference.metrics, uri=server.uri)
+    server.stop()
+    synced = place.run("sync", "tiny", "--uri", server.uri)
+    assert synced.code == 2, synced
+    assert f"error: tracking.uri {server.uri} does not answer" in synced.err
+
+
+# Damage ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(tmp_path: Path, reference: Reference) -> Iterator[Workplace]:
+    """A workplace with a finished sweep in it, and nothing happening."""
+    made = Workplace(tmp_path, faulty=True)
+    shutil.copytree(reference.output, made.output)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("command", ["launch", "sync"])
+def test_a_run_that_a_dead_worker_left_is_closed(
+    sweep: Path, copied: Workplace, reference: Reference, command: str
+) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{copied.output / 'mlflow.db'}"
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    (key, *_) = reference.metrics
+    client.create_run(experiment, tags={"cell": key})
+    # Not one of ours, so none of our business.
+    other = client.create_run(experiment, run_name="by hand").info.run_id
+    done = copied.run(command, sweep if command == "launch" else "tiny")
+    assert done.code == 0, done
+    if command == "sync":
+        assert "0 runs written, 1 unfinished ones closed, 0 still missing" in done.out
+    assert client.get_run(other).info.status == "RUNNING"
+    client.delete_run(other)
+    check(copied.output, reference.metrics)
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    """Leave the first half of a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_damaged_results_are_set_aside_and_computed_again(
+    sweep: Path, copied: Workplace, reference: Reference
+) -> None:
+    """Of both cells; of the first one also what it rests on, down to the dropped models."""
+    first, second = reference.metrics
+    store = copied.results().store
+    stages = own_stages(copied.results(), first)
+
+    def folder(key: str) -> Path:
+        marker = store.marker(key, dropped=True)
+        assert marker is not None
+        return copied.output / "store" / marker.folder
+
+    # A bit in one cell, half of the other; half a marker; half a file that a worker reads.
+    flip(folder(first) / "result.json")
+    cut(folder(second) / "result.json")
+    cut(folder(stages["exposure round 1"]) / "drift.safetensors")
+    cut(copied.output / "store" / "markers" / f"{stages['evaluate defended']}.json")
+    # What a worker that was killed leaves: files without a marker.
+    attempt = copied.output / "store" / "entries" / stages["unlearn"] / "0123"
+    (attempt / "model").mkdir(parents=True)
+    (attempt / "model" / "model.safetensors").write_bytes(b"half")
+    before = len(journal(copied.output))
+
+    done = copied.run("launch", sweep)
+    assert done.code == 0, done
+    assert "2 of 2 cells done, 0 failed, 0 not run" in done.out
+    for key in (first, second, stages["evaluate defended"]):
+        assert f"The stored result {key} is damaged" in done.out
+    assert "(its marker is cut short or no marker)" in done.out
+    assert "computing 1 input(s) of 'unlearn' again: damaged or gone." in done.out
+    assert all_measured(copied.results()) == reference.metrics
+    runs = runs_at(f"sqlite:///{copied.output / 'mlflow.db'}")
+    assert sorted((r.data.tags["cell"], r.info.status) for r in runs) == [
+        (key, "FINISHED") for key in sorted(reference.metrics)
+    ]
+    names = names_by_key(copied.results())
+    again = [e for e in journal(copied.output)[before:] if e["event"] == "compute"]
+    # The first cell's evaluation has no model to read any more: unlearning is done again, which
+    # reads the poisoned model, gone as well, and round 1's drift. The cells come last.
+    assert Counter(names[e["key"]] for e in again) == {
+        "poisoned fine-tune": 1,
+        "exposure round 1": 1,
+        "unlearn": 1,
+        "evaluate defended": 1,
+        "cell": 2,
+    }
+    damaged = {path.name.partition("-")[0] for path in (copied.output / "store/damaged").iterdir()}
+    assert damaged == {first, second, stages["exposure round 1"]} | (
+        damaged & {stages["evaluate defended"]}
+    )
+    assert store.verify() == []
+
+
+def test_a_model_that_is_damaged_while_it_is_needed_is_trained_again(
+    sweep: Path, place: Workplace, reference: Reference
+) -> None:
+    place.fault("unlearn", held=True)
+    launch = place.start("launch", sweep)
+    wait_for(lambda: holder(place, "unlearn"), launch)
+    launch.process.send_signal(signal.SIGINT)
+    assert launch.end(60).code == 1
+    place.fault("unlearn")
+    stages = own_stages(place.results(), next(iter(reference.metrics)))
+    key = stages["poisoned fine-tune"]
+    (weights,) = (place.output / "store" / "entries" / key).glob("*/model/model.safetensors")
+    flip(weights)
+    done = place.run("launch", sweep)
+    assert done.code == 0, done
+    assert "again: damaged or gone." in done.out
+    more = Counter(computed(place.output)) - Counter(computed(reference.output))
+    assert more["poisoned fine-tune"] == 1
+    assert set(more) == {"poisoned fine-tune", "unlearn"}
+    check(place.output, reference.metrics, again=more)
+
+
+# A full disk -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of 260 MB: a sweep wants 200 MB free."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=260m", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"a small disk cannot be mounted: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_the_launch_and_harms_nothing(
+    sweep: Path, place: Workplace, reference: Reference, small_disk: Path, database: Path
+) -> None:
+    output = small_disk / "runs"
+    output.mkdir()
+    shutil.copy(database, output / "mlflow.db")
+    place.output = output
+    place.fault("poisoned fine-tune", held=True)
+    launch = place.start("launch", sweep, f"output={output}")
+    wait_for(lambda: holder(place, "poisoned fine-tune"), launch)
+    ballast = small_disk / "ballast"
+    with ballast.open("wb") as file:
+        try:
+            while True:
+                file.write(b"x" * 4096)
+                file.flush()
+        except OSError:
+            pass
+    assert os.statvfs(small_disk).f_bavail == 0
+    place.fault("poisoned fine-tune")
+    done = launch.end(120)
+    assert done.code == 1, done
+    assert "stopping: the disk is full (" in done.out
+    assert "Stopped: the disk is full" in done.out
+    assert "the same command goes on where this one stopped" in done.out
+    assert "0 failed" in done.out
+    assert "Traceback" not in done.err
+    store = place.results().store
+    assert store.verify() == []
+    assert not store.failed()
+
+    refused = place.run("launch", sweep, f"output={output}")
+    assert refused.code == 2, refused
+    assert "0 MB free, a sweep needs 200 MB" in refused.err or "cannot be written" in refused.err
+    ballast.unlink()
+    done = place.run("launch", sweep, f"output={output}")
+    assert done.code == 0, done
+    more = Counter(computed(output)) - Counter(computed(reference.output))
+    check(output, reference.metrics, again=more)
+
+
+# Errors inside stages --------------------------------------------------------------------------
+
+
+def test_a_stage_that_raises_fails_its_cell_alone_until_it_is_retried(
+    sweep: Path, place: Workplace, reference: Reference
+) -> None:
+    first, second = reference.metrics
+    unlearn = own_stages(find_reference(reference), first)["unlearn"]
+    place.fault(unlearn, raises="the test wants it")
+    done = place.run("launch", sweep)
+    assert done.code == 1, done
+    assert "1 of 2 cells done, 1 failed, 0 not run" in done.out
+    assert "FAILED: stage 'unlearn' of alpha=0.01: RuntimeError: the test wants it" in done.out
+    assert "what failed stays failed until --retry-failed" in done.out
+    assert "Traceback" not in done.err
+    uri = f"sqlite:///{place.output / 'mlflow.db'}"
+    runs = {run.data.tags["cell"]: run for run in runs_at(uri)}
+    assert {key: run.info.status for key, run in runs.items()} == {
+        first: "FAILED", second: "FINISHED",
+    }  # fmt: skip
+    reason = "stage 'unlearn' failed: RuntimeError: the test wants it"
+    assert runs[first].data.tags["reason"] == reason
+
+    # It would fail again, so it is not run again: not even Ray is started.
+    place.fault(unlearn)
+    before = journal(place.output)
+    done = place.run("launch", sweep, "--address", "127.0.0.1:1")
+    assert done.code == 1, done
+    assert "1 cells failed earlier and are not run again: stage 'unlearn' failed" in done.out
+    assert journal(place.output) == before
+
+    done = place.run("launch", sweep, "--retry-failed")
+    assert done.code == 0, done
+    # Only the models are computed again that were dropped when nobody seemed to need them.
+    check(place.output, reference.metrics, again={"unlearn": 1})
+
+
+def test_a_stage_without_memory_is_tried_in_smaller_parts(
+    sweep: Path, place: Workplace, reference: Reference
+) -> None:
+    first, second = reference.metrics
+    unlearn = own_stages(find_reference(reference), first)["unlearn"]
+    place.fault("poisoned fine-tune", parts=2)
+    place.fault(unlearn, parts=16)  # more than are ever tried
+    done = place.run("launch", sweep)
+    assert done.code == 1, done
+    assert "1 of 2 cells done, 1 failed, 0 not run" in done.out
+    assert "'poisoned fine-tune' ran out of memory; trying again with more." in done.out
+    assert "out of memory, even alone and in parts: out of memory, as the test wants" in done.out
+    counts = computed(place.output)
+    assert counts["poisoned fine-tune"] == 3  # as it is, alone, in 2 parts
+    # as it is, alone, in 2, 4 and 8 parts; the other cell's at once
+    assert counts["unlearn"] == 5 + 1
+    (record,) = place.results().records()
+    assert record["key"] == second
+    assert record["tags"]["accumulation"] == "2"
+    # The same updates up to rounding: the first epoch's loss tells.
+    (loss,) = [e["loss"] for e in record["history"] if is_first_epoch(e)]
+    (undisturbed,) = [
+        e["loss"]
+        for r in find_reference(reference).records()
+        for e in r["history"]
+        if r["key"] == second and is_first_epoch(e)
+    ]
+    assert loss == pytest.approx(undisturbed, rel=1e-4)
+
+
+def is_first_epoch(epoch: dict[str, Any]) -> bool:
+    return bool(epoch["stage"] == "poisoned fine-tune" and epoch["epoch"] == 1)

@@ -1,20 +1,34 @@
-"""What runs and what is refused, before anything is trained."""
+"""What runs and what is refused, what is left of it and what it will cost."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import orchestrator.plan as planning
 from btu.data import DataSpec
 from btu.errors import UserError
+from btu.stages import Stage
 from btu.types import Corpus
 from orchestrator.config import load_sweep
-from orchestrator.plan import Plan, plan_sweep
+from orchestrator.plan import (
+    Plan,
+    PlannedCell,
+    Planner,
+    Timings,
+    Work,
+    blocked,
+    needed,
+    plan_sweep,
+    survey,
+    victim_name,
+)
 
 HEAVY = (
     "heavy = {'torch', 'ray', 'mlflow', 'transformers'} & set(sys.modules); assert not heavy, heavy"
@@ -23,32 +37,37 @@ HEAVY = (
 
 @pytest.fixture
 def plan(make_sweep: Callable[..., Path]) -> Callable[..., Plan]:
-    """A function from the arguments of `make_sweep` to a plan."""
+    """A function from the arguments of `make_sweep` to a plan; planner: another one than anew."""
 
-    def build(*arguments: object, **more: object) -> Plan:
-        return plan_sweep(load_sweep(make_sweep(*arguments, **more)))
+    def build(*arguments: object, planner: Planner | None = None, **more: object) -> Plan:
+        return plan_sweep(load_sweep(make_sweep(*arguments, **more)), planner)
 
     return build
 
 
+def cells_of(plan: Plan) -> list[PlannedCell]:
+    return list(plan.cells.values())
+
+
 def test_a_grid_that_fits_is_planned_in_its_order(plan: Callable[..., Plan]) -> None:
     planned = plan(grid={"attack.name": ["style", "badnets"], "seed": [1, 0]})
-    assert [dict(cell.varied) for cell in planned.cells] == [
+    assert [dict(cell.varied) for cell in cells_of(planned)] == [
         {"attack.name": "style", "seed": 1},
         {"attack.name": "style", "seed": 0},
         {"attack.name": "badnets", "seed": 1},
         {"attack.name": "badnets", "seed": 0},
     ]
-    assert [cell.spec.poison.name for cell in planned.cells] == ["style"] * 2 + ["badnets"] * 2
-    assert len({cell.key for cell in planned.cells}) == 4
-    assert (planned.refused, planned.duplicates) == ((), 0)
+    assert [cell.spec.poison.name for cell in cells_of(planned)] == ["style"] * 2 + ["badnets"] * 2
+    assert [cell.key for cell in cells_of(planned)] == list(planned.cells)
+    assert len(planned.cells) == 4
+    assert (planned.refused, planned.duplicates) == ([], 0)
 
 
 def test_a_rate_that_cannot_be_reached_is_refused_with_the_numbers(
     plan: Callable[..., Plan],
 ) -> None:
     planned = plan(grid={"attack.poison_rate": [0.2, 0.9]})
-    (cell,) = planned.cells
+    (cell,) = cells_of(planned)
     (refused,) = planned.refused
     assert cell.varied == {"attack.poison_rate": 0.2}
     assert refused.varied == {"attack.poison_rate": 0.9}
@@ -64,7 +83,7 @@ def test_a_style_attack_without_its_column_is_refused(
         grid={"attack.name": ["badnets", "addsent", "syntactic", "style"]},
         data={"path": str(plain_folder)},
     )
-    assert [cell.spec.poison.name for cell in planned.cells] == ["badnets", "addsent"]
+    assert [cell.spec.poison.name for cell in cells_of(planned)] == ["badnets", "addsent"]
     assert [dict(cell.varied)["attack.name"] for cell in planned.refused] == ["syntactic", "style"]
     assert "needs the paraphrase column 'style', which the data lacks" in planned.refused[1].reason
     assert "attack.model" in planned.refused[1].reason
@@ -84,7 +103,7 @@ def test_an_alpha_that_flags_nothing_of_this_vocabulary_is_refused(
 ) -> None:
     # The tiny victim has some hundreds of tokens: 1e-4 of them is below one token.
     planned = plan(grid={"defense.alpha": [1e-4, 0.05]})
-    assert [cell.varied["defense.alpha"] for cell in planned.cells] == [0.05]
+    assert [cell.varied["defense.alpha"] for cell in cells_of(planned)] == [0.05]
     (refused,) = planned.refused
     assert "defense.alpha 0.0001 flags nothing: 0.0001 * " in refused.reason
     assert "use at least" in refused.reason
@@ -113,7 +132,7 @@ def test_cells_that_differ_in_idle_keys_run_once(plan: Callable[..., Plan]) -> N
         grid={"attack.name": ["badnets", "addsent"], "attack.sentence": ["so it goes", "here i am"]}
     )
     assert planned.duplicates == 1
-    assert [cell.spec.poison.name for cell in planned.cells] == ["badnets", "addsent", "addsent"]
+    assert [cell.spec.poison.name for cell in cells_of(planned)] == ["badnets", "addsent", "addsent"]
 
 
 def test_a_doubled_value_runs_once(plan: Callable[..., Plan]) -> None:
@@ -127,21 +146,21 @@ def test_the_same_rows_from_another_folder_are_the_same_cell(
     import shutil
 
     copy = shutil.copytree(corpus_folder, tmp_path / "copy")
-    (one,), (other,) = plan().cells, plan(data={"path": str(copy)}).cells
+    (one,), (other,) = cells_of(plan()), cells_of(plan(data={"path": str(copy)}))
     assert one.key == other.key
     assert one.spec.data.path != other.spec.data.path
 
 
 def test_other_rows_are_another_cell(plan: Callable[..., Plan]) -> None:
-    (one,), (other,) = plan().cells, plan(data={"max_train_rows": 60}).cells
+    (one,), (other,) = cells_of(plan()), cells_of(plan(data={"max_train_rows": 60}))
     assert one.key != other.key
 
 
 def test_other_weights_are_another_cell(
     plan: Callable[..., Plan], victim_folder: Callable[[str], Path]
 ) -> None:
-    (one,) = plan().cells
-    (other,) = plan(victim={"name": str(victim_folder("distilbert"))}).cells
+    (one,) = cells_of(plan())
+    (other,) = cells_of(plan(victim={"name": str(victim_folder("distilbert"))}))
     assert one.key != other.key
 
 

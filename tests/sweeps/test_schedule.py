@@ -606,9 +606,7 @@ class World:
             name = self.dice.choice("abc")
             model = self.dice.random() < 0.4
             units = self.dice.randint(1, 5)
-            stages.append(
-                toy(name, *heavy, light=light, model=model, units=units, id=f"{number}")
-            )
+            stages.append(toy(name, *heavy, light=light, model=model, units=units, id=f"{number}"))
         return stages
 
     def _cells(self) -> list[Stage]:

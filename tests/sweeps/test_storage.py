@@ -351,6 +351,23 @@ def test_a_condition_is_told_apart_from_other_errors(
             storage.create("b", b"new")
 
 
+def test_a_folder_moves_where_folders_are_no_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = RemoteStorage(f"memory://{uuid.uuid4().hex}")
+    copy = storage._fs.cp_file
+
+    def only_objects(source: str, target: str, **_: object) -> None:
+        if not storage._fs.isfile(source):  # as S3 answers
+            raise FileNotFoundError(source)
+        copy(source, target)
+
+    monkeypatch.setattr(storage._fs, "cp_file", only_objects)
+    storage.write("a/b/c", b"1")
+    storage.write("a/d", b"2")
+    assert storage.move("a", "x")
+    assert [storage.read(path) for path in ("x/b/c", "x/d")] == [b"1", b"2"]
+    assert not storage.exists("a")
+
+
 def test_a_file_system_without_links_still_creates(tmp_path: Path) -> None:
     storage = RemoteStorage(f"local://{tmp_path}/root")
 
