@@ -370,8 +370,11 @@ def sync(
     from orchestrator import tracking
 
     where = uri or tracking.default_uri(results.output)
-    live = results.store.leased
-    synced = tracking.sync(where, tracking.experiment(where, name), results, lambda k: k in live())
+
+    def live(key: str) -> bool:
+        return results.store.held_by_other(key, "btu sync")
+
+    synced = tracking.sync(where, tracking.experiment(where, name), results, live)
     _say(
         f"{synced.written} runs written, {synced.closed} unfinished ones closed, "
         f"{synced.missing} still missing in {tracking.shown(where)}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Hashable, Mapping
 
@@ -77,9 +78,19 @@ class Graph:
             inputs,
             {
                 "config": spec.config(),
-                "revisions": {"data": data_fingerprint[:12], "victim": victim_identity[:60]},
+                "revisions": {
+                    "data": data_fingerprint[:12],
+                    "victim": victim_identity[:60],
+                    "recipe": _recipe(inputs),
+                },
             },
             # The scorer reads records and tables, no model.
             light=tuple(inputs),
             kind="host",
         )
+
+
+def _recipe(stages: Mapping[str, Stage]) -> str:
+    """Return what tells cells of other stage versions apart, where their settings are equal."""
+    versions = [[name, stage.function, stage.version] for name, stage in sorted(stages.items())]
+    return hashlib.sha256(json.dumps([*versions, CELL_VERSION]).encode()).hexdigest()[:8]

@@ -158,9 +158,8 @@ class _Driver:
         self.timings: Timings
         self.study: StudySearch | None = None
         self.tracking: dict[str, str] | None = None
-        self._suggestions: dict[
-            int, list[PlannedCell]
-        ] = {}  # by number, until all their cells ended
+        # By number, until all their cells have ended.
+        self._suggestions: dict[int, list[PlannedCell]] = {}
         self._exhausted = False
         self._tasks: dict[str, Task | None] = {}  # by trial; None is a node that only waits
         self._ended: set[str] = set()
@@ -229,10 +228,13 @@ class _Driver:
         self._check_space(work)
 
     def _verified(self) -> set[str]:
-        """Return the committed keys; results of this sweep's cells are read through and checked."""
+        """Return the committed keys; results of this sweep's cells are read through and checked.
+
+        Not on an object store, which checks its own and would send every file.
+        """
         committed = self.store.committed()
         for key in self.plan.cells:
-            if key in committed:
+            if key in committed and self.store.storage.local:
                 try:
                     self.store.fetch(key)
                 except (Damaged, Missing):
@@ -304,7 +306,8 @@ class _Driver:
             if "://" in state:
                 self.results.storage.remove(f"{self.sweep.name}/.tune-{self.id}")
             shutil.rmtree(state, ignore_errors=True)
-            self.store.add_timings(self.id, _condensed(self._rows))
+            with suppress(OSError):  # a full disk: only the estimates would have profited
+                self.store.add_timings(self.id, _condensed(self._rows))
         if self.error is not None:
             raise self.error
         if not self.stopped and self.schedule.unfinished:
@@ -510,7 +513,10 @@ class _Driver:
                 self._failed(task, "its inputs were damaged again and again; check the disk.")
         elif outcome is Outcome.memory:
             if self.schedule.out_of_memory(key):
-                self.progress.note(f"'{stage.name}' ran out of memory; trying again with more.")
+                self.progress.note(
+                    f"'{stage.name}' ran out of memory; it is tried again alone, and then with "
+                    "parts of a batch at a time."
+                )
             else:
                 self._failed(task, f"out of memory, even alone and in parts: {report.reason}")
         elif outcome is Outcome.disk:

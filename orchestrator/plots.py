@@ -14,7 +14,7 @@ LABELED = 5
 def drift_plot(tokens: pd.DataFrame, path: Path) -> None:
     """Plot each round's drift against how often a token occurs; name what was flagged first.
 
-    tokens: as in `orchestrator.trial.TrialResult`. Without drift columns nothing is drawn.
+    tokens: from `orchestrator.trial.token_table`. Without drift columns nothing is drawn.
     """
     rounds = [c for c in tokens.columns if c.startswith("drift_")]
     if not rounds:

@@ -18,8 +18,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from btu.errors import UserError, unknown
+from orchestrator import housekeeping
 from orchestrator.storage import below, is_url, open_storage
-from orchestrator.store import Candidate, Store
+from orchestrator.store import Store
 
 EXIT_DAMAGED = 1
 _SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -96,7 +97,7 @@ def du(output: Output = "runs") -> None:
 
     Example: `btu store du --output s3://bucket/runs`
     """
-    usage = _open(output).usage()
+    usage = housekeeping.usage(_open(output))
     table = Table("stage", header_style="bold")
     table.add_column("results", justify="right")
     table.add_column("size", justify="right")
@@ -176,13 +177,13 @@ def gc(
     age, size = parse_age(older_than), parse_size(max_size)
     store = _open(output)
     needed = None if not keep else reachable(output, keep)
-    candidates = store.gc_candidates(keep=needed, older_than=age, max_bytes=size)
+    candidates = housekeeping.gc_candidates(store, keep=needed, older_than=age, max_bytes=size)
     for line in _in_words(candidates):
         console.print(line, highlight=False)
     if not candidates:
         console.print("Nothing to remove.", highlight=False)
     elif yes:
-        console.print(f"Freed {decimal(store.gc(candidates))}.", highlight=False)
+        console.print(f"Freed {decimal(housekeeping.gc(store, candidates))}.", highlight=False)
     else:
         total = decimal(sum(candidate.bytes for candidate in candidates))
         console.print(
@@ -246,7 +247,7 @@ def reachable(output: str, sweeps: Iterable[str]) -> set[str]:
     return keys
 
 
-def _in_words(candidates: list[Candidate]) -> list[str]:
+def _in_words(candidates: list[housekeeping.Candidate]) -> list[str]:
     groups: dict[tuple[str, str], list[int]] = {}
     for candidate in candidates:
         groups.setdefault((candidate.kind, candidate.why), []).append(candidate.bytes)

@@ -15,6 +15,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -150,8 +151,9 @@ def _experiment_note(sweep: Sweep) -> str:
 class Tracker:
     """Writes a sweep's cells as runs, each once.
 
-    What was written is noted in the sweep's folder, before and after: only where a worker died in
-    between is MLflow asked whether it has the run.
+    What was written is noted in the sweep's folder, so that a launch need not ask for it. Before a
+    run is written MLflow is asked all the same: a worker may have died half-way, the folder may
+    have been moved, the server may have got another name.
     """
 
     def __init__(self, uri: str, experiment_id: str, results: Results) -> None:
@@ -160,32 +162,21 @@ class Tracker:
         self._results = results
         self._client = mlflow.MlflowClient(tracking_uri=uri)
 
-    def log(self, record: Mapping[str, Any], folder: Path | None) -> None:
-        """Write a cell's record, finished or failed, unless MLflow has it.
+    def log(self, record: Mapping[str, Any], folder: Path | None) -> bool:
+        """Write a cell's record, finished or failed, unless MLflow has it; return whether it did.
 
         folder: of the finished cell's files. A run of an earlier record of the cell is replaced.
 
         Raises:
             Exception: the server cannot be reached, or refuses.
         """
-        known = self._noted(record["key"])
-        if known.get("record") == _record_id(record) and "run_id" in known:
-            return
+        if self.is_logged(record):
+            return False
         with _breaker(self.uri):
-            if known:
-                # Someone was here: a worker that died half-way, or another result of this cell.
-                self._remove_runs(record["key"])
-            self._note(record["key"], {"record": _record_id(record)})
-            run_id = self._start(record)
-            if record["status"] == "finished":
-                assert folder is not None
-                self._tell_result(run_id, record, folder)
-            else:
-                self._tell_failure(run_id, record)
-            self._client.set_tag(run_id, RECORD_TAG, _record_id(record))
-            status = "FINISHED" if record["status"] == "finished" else "FAILED"
-            self._client.set_terminated(run_id, status, _milliseconds(record["ended"]))
+            found = self._whole_run(record)
+            run_id = found or self._write(record, folder)
             self._note(record["key"], {"record": _record_id(record), "run_id": run_id})
+        return found is None
 
     def is_logged(self, record: Mapping[str, Any]) -> bool:
         """Return whether MLflow has a record, from the sweep's folder alone."""
@@ -209,6 +200,18 @@ class Tracker:
                 self._client.delete_run(run.info.run_id)
                 closed += 1
         return closed
+
+    def _write(self, record: Mapping[str, Any], folder: Path | None) -> str:
+        run_id = self._start(record)
+        if record["status"] == "finished":
+            assert folder is not None
+            self._tell_result(run_id, record, folder)
+        else:
+            self._tell_failure(run_id, record)
+        self._client.set_tag(run_id, RECORD_TAG, _record_id(record))
+        status = "FINISHED" if record["status"] == "finished" else "FAILED"
+        self._client.set_terminated(run_id, status, _milliseconds(record["ended"]))
+        return run_id
 
     def _tell_result(self, run_id: str, record: Mapping[str, Any], folder: Path) -> None:
         self._client.log_batch(run_id, metrics=_metrics(record), params=_params(record))
@@ -242,9 +245,16 @@ class Tracker:
         )
         return str(run.info.run_id)
 
-    def _remove_runs(self, key: str) -> None:
-        for run in self._client.search_runs([self._id], f"tags.cell = '{key}'"):
-            self._client.delete_run(run.info.run_id)
+    def _whole_run(self, record: Mapping[str, Any]) -> str | None:
+        """Return the id of the run that has all of a record; remove the cell's other runs."""
+        whole = None
+        for run in self._client.search_runs([self._id], f"tags.cell = '{record['key']}'"):
+            same = run.data.tags.get(RECORD_TAG) == _record_id(record)
+            if whole is None and same and run.info.status in ("FINISHED", "FAILED"):
+                whole = str(run.info.run_id)
+            else:
+                self._client.delete_run(run.info.run_id)
+        return whole
 
     def _path(self, key: str) -> str:
         # A note is about one MLflow store: another one has to be told everything.
@@ -312,11 +322,15 @@ def sync(uri: str, experiment_id: str, results: Results, live: Callable[[str], b
             missed.append(missed[-1])
             continue
         try:
-            folder = None
-            if record["status"] == "finished":
-                folder = results.store.fetch(record["key"])
-            tracker.log(record, folder)
-            written += 1
+            # Under the cell's lease: another launch, or its worker, may be about to write it too.
+            with results.store.lease(record["key"], f"sync-{uuid.uuid4().hex}") as lease:
+                if not lease.acquire():
+                    missed.append(f"{record['key']} is being written by another process")
+                elif not tracker.is_logged(record):
+                    folder = None
+                    if record["status"] == "finished":
+                        folder = results.store.fetch(record["key"])
+                    written += tracker.log(record, folder)
         except Exception as error:
             missed.append(f"{type(error).__name__}: {str(error)[:200]}")
     return Synced(written, closed, len(missed), missed[0] if missed else "")

@@ -33,6 +33,7 @@ METRIC_COLUMNS = (
     "tuned_cacc",
     "seconds",
 )
+RECIPE = "revision.recipe"
 # Shown as they are; every other metric is a fraction and is shown in percent.
 PLAIN = ("flagged", "seconds")
 
@@ -47,6 +48,9 @@ def results_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     records = [_with_revisions(record) for record in records]
     keys = dict.fromkeys(key for record in records for key in record["varied"])
     keys |= dict.fromkeys(_differing([record["config"] for record in records]))
+    if not _recomputed(records):
+        # Cells of other defenses have other stages too; their settings tell them apart.
+        keys.pop(RECIPE, None)
     extra = [key for key in keys if key not in CONFIG_COLUMNS.values()]
     rows = []
     for record in records:
@@ -73,12 +77,25 @@ def _differing(configs: list[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def _recomputed(records: list[dict[str, Any]]) -> bool:
+    """Return whether cells of equal settings were computed by different versions of a stage."""
+    recipes: dict[str, set[Any]] = {}
+    for record in records:
+        flat = flatten(record["config"])
+        recipe = flat.pop(RECIPE, None)
+        acts = {
+            k: v for k, v in flat.items() if k != "data.path" and not k.startswith("resources.")
+        }
+        recipes.setdefault(str(sorted(acts.items())), set()).add(recipe)
+    return any(len(found) > 1 for found in recipes.values())
+
+
 def _with_revisions(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record with the revisions of rows, weights and recipe among its settings."""
     revisions = {
         "revision.data": record.get("tags", {}).get("data"),
         "revision.victim": record.get("tags", {}).get("victim"),
-        "revision.recipe": record.get("recipe"),
+        RECIPE: record.get("tags", {}).get("recipe"),
     }
     known = {key: value for key, value in revisions.items() if value is not None}
     return {**record, "config": {**record["config"], **known}}

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from rich.filesize import decimal
+from shelf import Stored
 
 import btu
 from btu.attacks.addsent import AddSent
@@ -21,8 +24,14 @@ from btu.defense import DEFENSES
 from btu.metrics import METRICS
 from btu.poisoning import ATTACKS
 from btu.victims import VICTIMS
+from orchestrator.plan import SMALL_BYTES
 
-COMMANDS = ("plan", "trial", "launch", "report", "list", "ui")
+if TYPE_CHECKING:
+    from orchestrator.config import Sweep
+    from orchestrator.plan import Plan, Planner
+
+COMMANDS = ("plan", "trial", "launch", "sync", "report", "list", "ui")
+STORE_COMMANDS = ("ls", "du", "verify", "gc")
 
 
 def shell(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -54,6 +63,14 @@ def test_the_help_of_a_command_shows_an_example(
     done = run_cli(command, flag)
     assert done.code == 0
     assert f"Example: btu {command} " in done.out
+
+
+@pytest.mark.parametrize("command", STORE_COMMANDS)
+def test_the_store_has_commands_of_its_own(run_cli: Callable[..., Any], command: str) -> None:
+    assert f" btu store {command} " in run_cli("store", "--help").out
+    done = run_cli("store", command, "-h")
+    assert done.code == 0
+    assert re.search(rf"Examples?: +btu store {command} ", done.out)
 
 
 def test_no_arguments_show_the_help(run_cli: Callable[..., Any]) -> None:
@@ -137,6 +154,8 @@ def test_an_unknown_kind_is_refused(run_cli: Callable[..., Any]) -> None:
         (("launch", "gone.yaml"), "error: sweep file gone.yaml does not exist"),
         (("trial", "gone.yaml"), "error: sweep file gone.yaml does not exist"),
         (("report", "gone"), "error: unknown sweep in runs 'gone'"),
+        (("sync", "gone"), "error: unknown sweep in runs 'gone' (known: none); launch it first."),
+        (("store", "ls"), "runs/store does not exist: no sweep has run with this output folder"),
         (("ui",), "error: runs/mlflow.db does not exist: no sweep has run"),
         (("ui", "-o", "else"), "error: else/mlflow.db does not exist"),
     ],
@@ -186,38 +205,189 @@ def test_an_unwritable_output_folder_is_refused_before_anything_runs(
 # plan ------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def launched_plan(
+    make_sweep: Callable[..., Path], planner: Planner
+) -> Callable[..., tuple[Path, Sweep, Plan]]:
+    """A function from a grid to its sweep file, the sweep and its plan."""
+    from orchestrator.config import load_sweep
+    from orchestrator.plan import plan_sweep
+
+    def build(**grid: list[Any]) -> tuple[Path, Sweep, Plan]:
+        path = make_sweep(grid={key.replace("__", "."): v for key, v in grid.items()})
+        sweep = load_sweep(path)
+        return path, sweep, plan_sweep(sweep, planner)
+
+    return build
+
+
+def store_of(sweep: Sweep) -> Any:
+    from orchestrator.store import Store
+
+    store = Store(sweep.store_location)
+    store.prepare()
+    return store
+
+
+def commit(store: Any, *stages: Any) -> None:
+    for stage in stages:
+        store.publish(stage.key, store.begin(stage.key), stage.name, {})
+
+
+def a_second_each(plan: Plan) -> list[dict[str, Any]]:
+    """Return timings by which each stage of a plan takes a second."""
+    stages = {s.name: s for cell in plan.cells.values() for s in cell.stage.closure()}
+    return [
+        {"stage": name, "victim": "", "device": "cpu", "units": stage.units, "seconds": 1.0,
+         "count": 1}
+        for name, stage in stages.items()
+    ]  # fmt: skip
+
+
 def test_plan_shows_what_would_run_and_what_cannot(
     run_cli: Callable[..., Any], make_sweep: Callable[..., Path], tmp_path: Path
 ) -> None:
     sweep = make_sweep(grid={"attack.poison_rate": [0.1, 0.9], "seed": [0, 0]})
     done = run_cli("plan", sweep)
     assert done.code == 0
-    assert "1 cells: 0 done, 1 to run; 2 refused; 1 duplicates folded." in done.out
     assert (
-        "needs 72 of 80" in done.out.replace("│", " ").replace("  ", " ") or "refused" in done.out
+        "1 cells: 0 done, 1 to run, 0 failed earlier; 2 refused, 1 duplicates folded." in done.out
     )
+    assert "search: grid attack.poison_rate x seed = 4 cells" in done.out
+    assert "data tiny: rows train 80, rows clean 20, rows eval 30" in done.out
+    assert re.search(r"poison_rate=0.9 seed=0 +│ refused: ", done.out)
     assert not (tmp_path / "runs").exists()  # it only looks
 
 
 def test_plan_knows_what_is_done_and_what_failed(
+    run_cli: Callable[..., Any], launched_plan: Callable[..., Any]
+) -> None:
+    path, sweep, plan = launched_plan(seed=[0, 1, 2, 3])
+    first, second, third, _ = (cell.stage for cell in plan.cells.values())
+    store = store_of(sweep)
+    commit(store, first)
+    store.fail(second.key, {"key": second.key, "stage": "cell", "reason": "bad luck\nTraceback"})
+    shared = third.inputs["poison"]
+    store.fail(shared.key, {"key": shared.key, "stage": "poison", "reason": "no [0, 1] rows"})
+    done = run_cli("plan", path)
+    assert "4 cells: 1 done, 1 to run, 2 failed earlier; 0 refused" in done.out
+    assert re.search(r"seed=0 +│ done", done.out)
+    assert re.search(r"seed=1 +│ failed: bad luck │", done.out)
+    assert re.search(r"seed=2 +│ failed: stage 'poison' failed:", done.out)
+    assert re.search(r"seed=3 +│ to run", done.out)
+
+
+@pytest.mark.parametrize(
+    ("limit", "shown", "more"), [(2, 2, "... and 2 more cells (--cells 0 shows all)"), (0, 4, "")]
+)
+def test_plan_shows_as_many_cells_as_asked_refused_ones_first(
+    run_cli: Callable[..., Any],
+    make_sweep: Callable[..., Path],
+    limit: int,
+    shown: int,
+    more: str,
+) -> None:
+    sweep = make_sweep(grid={"attack.poison_rate": [0.1, 0.15, 0.2, 0.9]})
+    done = run_cli("plan", sweep, "--cells", limit)
+    assert len(re.findall(r"│ poison_rate=", done.out)) == shown
+    assert "poison_rate=0.9" in done.out
+    assert more in done.out
+    assert ("more cells" in done.out) == bool(more)
+
+
+def test_plan_counts_what_sharing_saves(
+    run_cli: Callable[..., Any], launched_plan: Callable[..., Any]
+) -> None:
+    path, _, _ = launched_plan(seed=[0, 1], defense__alpha=[0.01, 0.05])
+    done = run_cli("plan", path)
+    # A cell has 13 stages; alpha reaches 4 of them: 9 x 2 + 4 x 4 instead of 13 x 4.
+    assert "Sharing: 34 stages instead of 52. Time: unknown until each kind of stage" in done.out
+    assert re.search(r"│ poisoned fine-tune +│ 2 +│ 4 +│", done.out)
+    assert re.search(r"│ unlearn +│ 4 +│ 4 +│", done.out)
+
+
+def test_plan_tells_the_time_once_stages_were_measured(
+    run_cli: Callable[..., Any],
+    launched_plan: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    path, sweep, plan = launched_plan(seed=[0, 1], defense__alpha=[0.01, 0.05])
+    store_of(sweep).add_timings("earlier", a_second_each(plan))
+    done = run_cli("plan", path)
+    # 1 - 34 / 52 = 35 % less
+    assert (
+        "Sharing: 34 stages instead of 52; 34 s of computing instead of 52 s, 35% less." in done.out
+    )
+    # On 2 CPUs 34 / 2; poison, training rows, rounds 1 and 2, unlearn, evaluate, cell: 7.
+    assert "Time: about 17 s with 2 at once, as on this machine; not under 7 s" in done.out
+    # Twice the CPUs a stage: one at a time.
+    again = run_cli("plan", path, "resources.cpu=2")
+    assert "Time: about 34 s with 1 at once" in again.out
+
+
+def test_plan_is_not_faster_than_the_longest_chain(
+    run_cli: Callable[..., Any],
+    launched_plan: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    path, sweep, plan = launched_plan(seed=[0, 1])
+    store_of(sweep).add_timings("earlier", a_second_each(plan))
+    assert "Time: about 7 s with 64 at once" in run_cli("plan", path).out
+
+
+def test_plan_tells_the_room_that_models_take(
+    run_cli: Callable[..., Any],
+    launched_plan: Callable[..., Any],
+    victim_folder: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    path, _, _ = launched_plan(seed=[0, 1], defense__alpha=[0.01, 0.05])
+    weights = (victim_folder("bert") / "model.safetensors").stat().st_size
+    # 2 fine-tuned, 2 tuned and 4 unlearned models; of 34 stages the rest. With 2 at once there
+    # are at most 4 + 2 models (see `most_models`).
+    most, least = 8 * weights + 34 * SMALL_BYTES, 6 * weights + 34 * SMALL_BYTES
+    assert (
+        f"Disk: about {decimal(least)} at most at once; {decimal(most)} with store.keep=models."
+        in run_cli("plan", path).out
+    )
+    kept = run_cli("plan", path, "store.keep=models")
+    assert f"Disk: about {decimal(most)} with every model kept (store.keep=models)." in kept.out
+
+
+def test_plan_says_no_more_where_nothing_is_left(
+    run_cli: Callable[..., Any], launched_plan: Callable[..., Any]
+) -> None:
+    path, sweep, plan = launched_plan(seed=[0])
+    commit(store_of(sweep), *(cell.stage for cell in plan.cells.values()))
+    done = run_cli("plan", path)
+    assert "1 cells: 1 done, 0 to run" in done.out
+    assert "Sharing" not in done.out
+    assert "Disk" not in done.out
+
+
+def test_plan_of_a_search_shows_one_suggestion(
     run_cli: Callable[..., Any], make_sweep: Callable[..., Path]
 ) -> None:
-    from orchestrator.config import load_sweep
-    from orchestrator.plan import plan_sweep
-    from orchestrator.store import RESULT, ResultStore
+    optuna = {"trials": 7, "space": {"defense.alpha": {"low": 0.01, "high": 0.05}}}
+    done = run_cli("plan", make_sweep(grid={"seed": [0, 1]}, optuna=optuna))
+    assert done.code == 0
+    assert "one suggestion, as an example" in done.out
+    assert "search: optuna: up to 7 suggestions x 2 cells" in done.out
+    assert "alpha=0.01 seed=1" in done.out
 
-    sweep = load_sweep(make_sweep(grid={"seed": [0, 1, 2]}))
-    store = ResultStore(sweep.folder)
-    store.prepare()
-    first, second, _ = plan_sweep(sweep).cells
-    store.path(first.key).mkdir()
-    (store.path(first.key) / RESULT).write_text("{}")
-    store.commit_failure({"key": second.key, "reason": "bad luck"})
-    done = run_cli("plan", sweep.output.parent / "tiny.yaml")
-    assert "3 cells: 1 done, 2 to run; 0 refused" in done.out
-    assert re.search(r"seed=0 +│ done", done.out)
-    assert re.search(r"seed=1 +│ failed, runs again", done.out)
-    assert re.search(r"seed=2 +│ to run", done.out)
+
+def test_a_dry_run_is_a_plan(
+    run_cli: Callable[..., Any], make_sweep: Callable[..., Path], tmp_path: Path
+) -> None:
+    sweep = make_sweep(grid={"seed": [0, 1]})
+    dry = run_cli("launch", sweep, "--dry-run")
+    assert dry == run_cli("plan", sweep)
+    assert dry.code == 0
+    assert "2 cells: 0 done, 2 to run" in dry.out
+    assert not (tmp_path / "runs").exists()
 
 
 def test_plan_shows_values_that_look_like_markup(
@@ -275,7 +445,7 @@ def test_a_pinned_trial_prints_its_metrics_and_tokens(
     assert re.search(r"│ asr +│ [\d.]+", done.out)
     assert re.search(r"\d+ tokens flagged: \S+", done.out)
     assert "poisoned fine-tune 2/2 loss" in done.out
-    assert not (tmp_path / "runs").exists()  # kept in memory only
+    assert not (tmp_path / "runs").exists()  # a folder of its own, gone again
 
 
 def test_any_cell_of_a_grid_can_be_pinned(
@@ -288,7 +458,7 @@ def test_any_cell_of_a_grid_can_be_pinned(
     for name in ("badnets", "addsent", "style"):
         done = run_cli("plan", sweep, f"attack.name={name}")
         assert done.code == 0, done.err
-        assert "1 cells: 0 done, 1 to run" in done.out
+        assert "1 cells: 0 done, 1 to run, 0 failed earlier" in done.out
 
 
 def test_a_trial_that_diverges_ends_in_a_message(
@@ -303,7 +473,7 @@ def test_a_trial_that_diverges_ends_in_a_message(
 
 
 def test_an_unknown_sweep_names_the_closest(
-    run_cli: Callable[..., Any], stored: Any, tmp_path: Path
+    run_cli: Callable[..., Any], stored: Stored, tmp_path: Path
 ) -> None:
     done = run_cli("report", "tinny", "-o", tmp_path / "runs")
     assert done.code == 2
@@ -311,11 +481,9 @@ def test_an_unknown_sweep_names_the_closest(
 
 
 def test_a_sweep_without_results_says_so(
-    run_cli: Callable[..., Any], stored: Any, tmp_path: Path
+    run_cli: Callable[..., Any], stored: Stored, tmp_path: Path
 ) -> None:
-    import shutil
-
-    shutil.rmtree(stored.store.path("k"))
+    shutil.rmtree(tmp_path / "runs" / "store")
     done = run_cli("report", "tiny", "-o", tmp_path / "runs")
     assert done.code == 2
     assert "sweep 'tiny' has no finished cell yet" in done.err
@@ -323,7 +491,7 @@ def test_a_sweep_without_results_says_so(
 
 @pytest.mark.parametrize("style", ["table", "csv", "json", "markdown", "latex"])
 def test_a_report_prints_in_every_format(
-    run_cli: Callable[..., Any], stored: Any, tmp_path: Path, style: str
+    run_cli: Callable[..., Any], stored: Stored, tmp_path: Path, style: str
 ) -> None:
     done = run_cli("report", "tiny", "-f", style, "--output", tmp_path / "runs")
     assert done.code == 0, done.err
@@ -332,15 +500,28 @@ def test_a_report_prints_in_every_format(
 
 
 def test_a_report_as_json_is_json_alone(
-    run_cli: Callable[..., Any], stored: Any, tmp_path: Path
+    run_cli: Callable[..., Any], stored: Stored, tmp_path: Path
 ) -> None:
-    stored.store.commit_failure({"key": "other", "reason": "r"})
+    (other,) = [cell for cell in stored.plan.cells.values() if cell.key != stored.key]
+    shared = other.stage.inputs["unlearn"]
+    failure = {"key": shared.key, "stage": "unlearn", "reason": "bad [1] luck\nmore"}
+    stored.store.fail(shared.key, failure)
     done = run_cli("report", "tiny", "-f", "json", "-o", tmp_path / "runs", "--mean")
     (row,) = json.loads(done.out)
     assert row["asr"] == pytest.approx(stored.record["metrics"]["asr"])
     assert row["seeds"] == 1
     # What is missing from the table is told beside it, not in it.
-    assert "1 failed cells are not in the table" in done.err
+    assert done.err == ("1 failed cells are not in the table: stage 'unlearn' failed: bad [1] luck")
+
+
+def test_a_report_says_what_it_had_to_set_aside(
+    run_cli: Callable[..., Any], stored: Stored, tmp_path: Path
+) -> None:
+    (stored.folder / "result.json").write_text("{}")
+    done = run_cli("report", "tiny", "-o", tmp_path / "runs")
+    assert done.code == 2
+    assert f"The stored result {stored.key} is damaged" in done.err
+    assert "has no finished cell yet" in done.err
 
 
 def test_an_unknown_format_is_refused(run_cli: Callable[..., Any]) -> None:
@@ -379,17 +560,30 @@ def test_the_ui_of_a_server_points_at_it(run_cli: Callable[..., Any]) -> None:
 def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A function that says how every launch of the test ends; no Ray is started."""
 
-    def ends(done: int, failed: dict[str, str], missing: int) -> None:
+    def ends(
+        done: int, failed: dict[str, str], missing: int, stopped: str = ""
+    ) -> list[dict[str, Any]]:
+        calls: list[dict[str, Any]] = []
         result = SimpleNamespace(
             done=done,
             failed=failed,
             missing=missing,
             seconds=5.0,
+            stopped=stopped,
             complete=not failed and not missing,
         )
+
+        def run(sweep: Any, plan: Any, *_: object, **options: Any) -> SimpleNamespace:
+            # Reasons are by cell: "" stands for the first one.
+            first = next(iter(plan.cells))
+            result.failed = {key or first: reason for key, reason in failed.items()}
+            calls.append({"sweep": sweep, "plan": plan, **options})
+            return result
+
         module: Any = ModuleType("orchestrator.launch")
-        module.launch = lambda *_: result
+        module.launch = run
         monkeypatch.setitem(sys.modules, "orchestrator.launch", module)
+        return calls
 
     return ends
 
@@ -408,11 +602,46 @@ def test_a_launch_ends_with_commands_that_can_be_pasted(
     assert f"btu ui --output {output}" in done.out
 
 
+def test_a_launch_of_another_server_names_it_without_its_password(
+    run_cli: Callable[..., Any], make_sweep: Callable[..., Path], launched: Callable[..., None]
+) -> None:
+    launched(done=1, failed={}, missing=0)
+    done = run_cli("launch", make_sweep(), "tracking.uri=http://me:secret@host:5000")
+    assert "btu ui --uri http://host:5000" in done.out
+    assert "secret" not in done.out
+
+
+def test_the_options_of_a_launch_reach_it(
+    run_cli: Callable[..., Any], make_sweep: Callable[..., Path], launched: Callable[..., Any]
+) -> None:
+    calls = launched(done=1, failed={}, missing=0)
+    sweep = make_sweep()
+    run_cli("launch", sweep)
+    run_cli("launch", sweep, "--retry-failed", "--max-failures", 3, "--address", "auto")
+    given = [{k: call[k] for k in ("retry_failed", "max_failures", "address")} for call in calls]
+    assert given == [
+        {"retry_failed": False, "max_failures": None, "address": None},
+        {"retry_failed": True, "max_failures": 3, "address": "auto"},
+    ]
+    assert calls[0]["sweep"].name == "tiny"
+    assert len(calls[0]["plan"].cells) == 1
+
+
 @pytest.mark.parametrize(
-    ("failed", "missing", "message"),
+    ("failed", "missing", "message", "how"),
     [
-        ({"k": "loss became [nan]\nmore"}, 0, "0 of 1 cells done, 1 failed, 0 not run, in 5 s"),
-        ({}, 1, "0 of 1 cells done, 0 failed, 1 not run, in 5 s"),
+        (
+            {"": "loss became [nan]\nmore"},
+            0,
+            "0 of 1 cells done, 1 failed, 0 not run, in 5 s",
+            "what failed stays failed until --retry-failed",
+        ),
+        (
+            {},
+            1,
+            "0 of 1 cells done, 0 failed, 1 not run, in 5 s",
+            "the same command goes on where this one stopped",
+        ),
     ],
 )
 def test_a_launch_that_is_not_complete_exits_with_1(
@@ -422,16 +651,35 @@ def test_a_launch_that_is_not_complete_exits_with_1(
     failed: dict[str, str],
     missing: int,
     message: str,
+    how: str,
 ) -> None:
-    launched(done=0, failed=failed, missing=missing)
+    launched(done=0, failed=failed, missing=missing, stopped="the disk is full")
     done = run_cli("launch", make_sweep())
     assert done.code == 1
     assert message in done.out
-    assert "the same command goes on where this one stopped" in done.out
+    assert f"Stopped: the disk is full. Not every cell is done; {how}." in done.out
     if failed:
-        assert "failed: k: loss became [nan]" in done.out
-        assert "failed/k.json" in done.out
+        assert "failed: the cell: loss became [nan]" in done.out
         assert "more" not in done.out
+
+
+def test_of_many_failures_the_first_are_told(
+    run_cli: Callable[..., Any],
+    make_sweep: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(sweep: Any, plan: Any, *_: object, **__: object) -> SimpleNamespace:
+        failed = dict.fromkeys(plan.cells, "bad luck")
+        return SimpleNamespace(
+            done=0, failed=failed, missing=0, seconds=1.0, stopped="", complete=False
+        )
+
+    module: Any = ModuleType("orchestrator.launch")
+    module.launch = run
+    monkeypatch.setitem(sys.modules, "orchestrator.launch", module)
+    done = run_cli("launch", make_sweep(grid={"seed": list(range(25))}))
+    assert done.out.count("failed: seed=") == 20
+    assert "... and 5 more; btu report tiny counts them all." in done.out
 
 
 def test_a_launch_names_the_cells_that_it_refuses(
@@ -441,3 +689,88 @@ def test_a_launch_names_the_cells_that_it_refuses(
     done = run_cli("launch", make_sweep(grid={"attack.poison_rate": [0.1, 0.9]}))
     assert done.code == 0  # what can run is done
     assert "refused: poison_rate=0.9: attack.poison_rate 0.9 needs 72 of 80" in done.out
+
+
+# sync, with MLflow left out (see test_tracking.py) -----------------------------------------------
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
+    """A function that says how every sync of the test ends; returns what was asked of it."""
+
+    def ends(written: int = 2, missing: int = 0) -> list[dict[str, Any]]:
+        from orchestrator import tracking
+
+        calls: list[dict[str, Any]] = []
+
+        def sync(uri: str, experiment: str, results: Any, live: Any) -> Any:
+            calls.append({"uri": uri, "experiment": experiment, "results": results, "live": live})
+            return tracking.Synced(written, 1, missing, "ConnectionError: gone")
+
+        monkeypatch.setattr(tracking, "experiment", lambda uri, name: f"id of {name}")
+        monkeypatch.setattr(tracking, "sync", sync)
+        return calls
+
+    return ends
+
+
+def test_sync_writes_to_the_sweeps_own_store(
+    run_cli: Callable[..., Any], stored: Stored, synced: Callable[..., Any], tmp_path: Path
+) -> None:
+    calls = synced()
+    done = run_cli("sync", "tiny", "-o", tmp_path / "runs")
+    assert done.code == 0, done.err
+    uri = f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
+    assert done.out == (f"2 runs written, 1 unfinished ones closed, 0 still missing in {uri}.")
+    (call,) = calls
+    assert (call["uri"], call["experiment"]) == (uri, "id of tiny")
+    assert list(call["results"].cells()) == list(stored.results.cells())
+
+
+def test_sync_leaves_cells_alone_that_somebody_is_at(
+    run_cli: Callable[..., Any], stored: Stored, synced: Callable[..., Any], tmp_path: Path
+) -> None:
+    calls = synced()
+    run_cli("sync", "tiny", "-o", tmp_path / "runs")
+    live = calls[0]["live"]
+    with stored.store.lease(stored.key, "a launch") as lease:
+        assert lease.acquire()
+        assert live(stored.key)
+    assert not live(stored.key)
+    # A lease of a process that is gone holds nobody up.
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    with stored.store.lease(stored.key, "a launch") as lease:
+        assert lease.acquire()
+        facts = json.loads(stored.store.storage.read(f"leases/{stored.key}.json"))
+        left = json.dumps({**facts, "pid": int(dead.stdout)}).encode()
+        stored.store.storage.write(f"leases/{stored.key}.json", left)
+        assert not live(stored.key)
+
+
+def test_sync_to_another_server_is_told_as_such(
+    run_cli: Callable[..., Any], stored: Stored, synced: Callable[..., Any], tmp_path: Path
+) -> None:
+    calls = synced(written=0, missing=3)
+    done = run_cli("sync", "tiny", "-o", tmp_path / "runs", "--uri", "http://me:secret@host:1")
+    assert done.code == 2
+    assert calls[0]["uri"] == "http://me:secret@host:1"
+    assert "3 still missing in http://host:1." in done.out
+    assert "MLflow does not have all runs: ConnectionError: gone" in done.err
+    assert "secret" not in done.out + done.err
+
+
+# store (see test_store_cli.py) -------------------------------------------------------------------
+
+
+def test_the_store_commands_look_at_the_output_folder(
+    run_cli: Callable[..., Any], stored: Stored, tmp_path: Path
+) -> None:
+    done = run_cli("store", "ls", "-o", tmp_path / "runs")
+    assert done.code == 0
+    assert stored.key in done.out
+    assert "1 result." in done.out
+    kept = run_cli("store", "gc", "-o", tmp_path / "runs", "--keep", "tiny")
+    assert "Nothing to remove." in kept.out

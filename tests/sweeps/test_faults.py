@@ -109,7 +109,7 @@ def test_workers_that_are_killed_are_replaced(
     place.fault("tracking")
     done = launch.end()
     assert done.code == 0, done
-    assert "2 of 2 cells done, 0 failed, 0 not run" in done.out
+    assert "2 of 2 cells done, 0 failed, 0 not run" in done.out, done
     # The killed ones began once more; the cell was there already, only its run was not.
     check(place.output, reference.metrics, again=dict.fromkeys(stages, 1))
 
@@ -145,9 +145,9 @@ def test_a_driver_that_is_killed_or_stopped_is_started_again(
         if blow is not signal.SIGKILL:
             assert time.monotonic() - began < SOON
             assert done.code == 1, done
-            assert "Stopped: interrupted." in done.out
-            assert "the same command goes on where this one stopped" in done.out
-            assert "Traceback" not in done.err
+            assert "Stopped: interrupted." in done.out, done
+            assert "the same command goes on where this one stopped" in done.out, done
+            assert "Traceback" not in done.err, done
         # Ray ends the workers of a driver that is gone.
         wait_for(lambda worker=worker: not worker.is_running(), limit=SOON)
         place.fault(stage)
@@ -178,12 +178,13 @@ def test_a_node_that_is_lost_leaves_its_work_to_the_others(
         raylets = {raylet_of(node): node for node in nodes}
         lost = raylets[worker.ppid()]
         cluster.remove_node(lost, allow_graceful=False)
+        wait_for(lambda: not worker.is_running(), launch)
         place.fault("poisoned fine-tune")
         done = launch.end()
     finally:
         cluster.shutdown()
     assert done.code == 0, done
-    assert "2 of 2 cells done, 0 failed, 0 not run" in done.out
+    assert "2 of 2 cells done, 0 failed, 0 not run" in done.out, done
     more = Counter(computed(place.output)) - Counter(computed(reference.output))
     assert more["poisoned fine-tune"] == 1
     check(place.output, reference.metrics, again=more)
@@ -200,7 +201,7 @@ def test_two_launches_of_one_sweep_share_the_work(
     for launch in launches:
         done = launch.end()
         assert done.code == 0, done
-        assert "2 of 2 cells done, 0 failed, 0 not run" in done.out
+        assert "2 of 2 cells done, 0 failed, 0 not run" in done.out, done
     check(place.output, reference.metrics)
     assert len({event["launch"] for event in journal(place.output)}) == 2
 
@@ -234,7 +235,7 @@ def test_a_server_that_goes_away_is_told_when_it_is_back(
     place.fault(unlearn)
     done = launch.end()
     assert done.code == 0, done
-    assert "not in MLflow yet: alpha=" in done.out
+    assert "not in MLflow yet: alpha=" in done.out, done
     assert "not in MLflow (" not in done.out  # at the end it has all
     check(place.output, reference.metrics, uri=server.uri)
 
@@ -254,9 +255,9 @@ def test_a_sweep_without_a_server_is_synchronized_later(
 ) -> None:
     done = place.run("launch", sweep, f"tracking.uri={server.uri}")
     assert done.code == 0, done
-    assert f"MLflow at {server.uri} does not answer" in done.out
-    assert "the sweep runs all the same. Results wait on disk: btu sync tiny writes them" in done.out
-    assert "2 of 2 cells done" in done.out
+    assert f"MLflow at {server.uri} does not answer" in done.out, done
+    assert "the sweep runs all the same. Results wait on disk: btu sync tiny writes them" in done.out, done
+    assert "2 of 2 cells done" in done.out, done
     server.start()
     # An answer of 0 once all is told: 2 cells.
     for written in (2, 0):
@@ -298,7 +299,7 @@ def test_a_run_that_a_dead_worker_left_is_closed(
     done = copied.run(command, sweep if command == "launch" else "tiny")
     assert done.code == 0, done
     if command == "sync":
-        assert "0 runs written, 1 unfinished ones closed, 0 still missing" in done.out
+        assert "0 runs written, 1 unfinished ones closed, 0 still missing" in done.out, done
     assert client.get_run(other).info.status == "RUNNING"
     client.delete_run(other)
     check(copied.output, reference.metrics)
@@ -342,11 +343,12 @@ def test_damaged_results_are_set_aside_and_computed_again(
 
     done = copied.run("launch", sweep)
     assert done.code == 0, done
-    assert "2 of 2 cells done, 0 failed, 0 not run" in done.out
-    for key in (first, second, stages["evaluate defended"]):
-        assert f"The stored result {key} is damaged" in done.out
-    assert "(its marker is cut short or no marker)" in done.out
-    assert "computing 1 input(s) of 'unlearn' again: damaged or gone." in done.out
+    assert "2 of 2 cells done, 0 failed, 0 not run" in done.out, done
+    for key in (first, second):
+        assert f"The stored result {key} is damaged" in done.out, done
+    # What only workers read they find.
+    assert "computing 1 input(s) of 'cell' again: damaged or gone." in done.out, done
+    assert "computing 1 input(s) of 'unlearn' again: damaged or gone." in done.out, done
     assert all_measured(copied.results()) == reference.metrics
     runs = runs_at(f"sqlite:///{copied.output / 'mlflow.db'}")
     assert sorted((r.data.tags["cell"], r.info.status) for r in runs) == [
@@ -385,7 +387,7 @@ def test_a_model_that_is_damaged_while_it_is_needed_is_trained_again(
     flip(weights)
     done = place.run("launch", sweep)
     assert done.code == 0, done
-    assert "again: damaged or gone." in done.out
+    assert "again: damaged or gone." in done.out, done
     more = Counter(computed(place.output)) - Counter(computed(reference.output))
     assert more["poisoned fine-tune"] == 1
     assert set(more) == {"poisoned fine-tune", "unlearn"}
@@ -412,6 +414,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+def fill(path: Path) -> None:
+    """Write to a file until its disk is full."""
+    opened = os.open(path, os.O_WRONLY | os.O_CREAT)
+    try:
+        while True:
+            os.write(opened, bytes(4096))
+    except OSError:
+        pass
+    finally:
+        os.close(opened)
+
+
 def test_a_full_disk_stops_the_launch_and_harms_nothing(
     sweep: Path, place: Workplace, reference: Reference, small_disk: Path, database: Path
 ) -> None:
@@ -423,22 +437,16 @@ def test_a_full_disk_stops_the_launch_and_harms_nothing(
     launch = place.start("launch", sweep, f"output={output}")
     wait_for(lambda: holder(place, "poisoned fine-tune"), launch)
     ballast = small_disk / "ballast"
-    with ballast.open("wb") as file:
-        try:
-            while True:
-                file.write(b"x" * 4096)
-                file.flush()
-        except OSError:
-            pass
+    fill(ballast)
     assert os.statvfs(small_disk).f_bavail == 0
     place.fault("poisoned fine-tune")
     done = launch.end(120)
     assert done.code == 1, done
-    assert "stopping: the disk is full (" in done.out
-    assert "Stopped: the disk is full" in done.out
-    assert "the same command goes on where this one stopped" in done.out
-    assert "0 failed" in done.out
-    assert "Traceback" not in done.err
+    assert "stopping: the disk is full (" in done.out, done
+    assert "Stopped: the disk is full" in done.out, done
+    assert "the same command goes on where this one stopped" in done.out, done
+    assert "0 failed" in done.out, done
+    assert "Traceback" not in done.err, done
     store = place.results().store
     assert store.verify() == []
     assert not store.failed()
@@ -464,10 +472,10 @@ def test_a_stage_that_raises_fails_its_cell_alone_until_it_is_retried(
     place.fault(unlearn, raises="the test wants it")
     done = place.run("launch", sweep)
     assert done.code == 1, done
-    assert "1 of 2 cells done, 1 failed, 0 not run" in done.out
-    assert "FAILED: stage 'unlearn' of alpha=0.01: RuntimeError: the test wants it" in done.out
-    assert "what failed stays failed until --retry-failed" in done.out
-    assert "Traceback" not in done.err
+    assert "1 of 2 cells done, 1 failed, 0 not run" in done.out, done
+    assert "FAILED: stage 'unlearn' of alpha=0.01: RuntimeError: the test wants it" in done.out, done
+    assert "what failed stays failed until --retry-failed" in done.out, done
+    assert "Traceback" not in done.err, done
     uri = f"sqlite:///{place.output / 'mlflow.db'}"
     runs = {run.data.tags["cell"]: run for run in runs_at(uri)}
     assert {key: run.info.status for key, run in runs.items()} == {
@@ -481,13 +489,13 @@ def test_a_stage_that_raises_fails_its_cell_alone_until_it_is_retried(
     before = journal(place.output)
     done = place.run("launch", sweep, "--address", "127.0.0.1:1")
     assert done.code == 1, done
-    assert "1 cells failed earlier and are not run again: stage 'unlearn' failed" in done.out
+    assert "1 cells failed earlier and are not run again: stage 'unlearn' failed" in done.out, done
     assert journal(place.output) == before
 
     done = place.run("launch", sweep, "--retry-failed")
     assert done.code == 0, done
-    # Only the models are computed again that were dropped when nobody seemed to need them.
-    check(place.output, reference.metrics, again={"unlearn": 1})
+    # The poisoned model went when nobody seemed to need it any more.
+    check(place.output, reference.metrics, again={"poisoned fine-tune": 1, "unlearn": 1})
 
 
 def test_a_stage_without_memory_is_tried_in_smaller_parts(
@@ -499,9 +507,9 @@ def test_a_stage_without_memory_is_tried_in_smaller_parts(
     place.fault(unlearn, parts=16)  # more than are ever tried
     done = place.run("launch", sweep)
     assert done.code == 1, done
-    assert "1 of 2 cells done, 1 failed, 0 not run" in done.out
-    assert "'poisoned fine-tune' ran out of memory; trying again with more." in done.out
-    assert "out of memory, even alone and in parts: out of memory, as the test wants" in done.out
+    assert "1 of 2 cells done, 1 failed, 0 not run" in done.out, done
+    assert "'poisoned fine-tune' ran out of memory; it is tried again alone, and then with" in done.out, done
+    assert "out of memory, even alone and in parts: out of memory, as the test wants" in done.out, done
     counts = computed(place.output)
     assert counts["poisoned fine-tune"] == 3  # as it is, alone, in 2 parts
     # as it is, alone, in 2, 4 and 8 parts; the other cell's at once

@@ -132,7 +132,11 @@ def test_cells_that_differ_in_idle_keys_run_once(plan: Callable[..., Plan]) -> N
         grid={"attack.name": ["badnets", "addsent"], "attack.sentence": ["so it goes", "here i am"]}
     )
     assert planned.duplicates == 1
-    assert [cell.spec.poison.name for cell in cells_of(planned)] == ["badnets", "addsent", "addsent"]
+    assert [cell.spec.poison.name for cell in cells_of(planned)] == [
+        "badnets",
+        "addsent",
+        "addsent",
+    ]
 
 
 def test_a_doubled_value_runs_once(plan: Callable[..., Plan]) -> None:
@@ -255,3 +259,300 @@ def test_planning_the_quickstart_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# Planning together -----------------------------------------------------------------------------
+
+
+def test_a_typo_that_only_a_cell_shows_is_answered_with_the_closest_name(
+    plan: Callable[..., Plan],
+) -> None:
+    planned = plan(grid={"defense.preset": ["reference", "refernce"]})
+    assert [cell.varied["defense.preset"] for cell in cells_of(planned)] == ["reference"]
+    (refused,) = planned.refused
+    assert "unknown defense.preset 'refernce'; did you mean 'reference'?" in refused.reason
+
+
+def test_a_planner_adds_to_a_plan_what_is_new_in_it(make_sweep: Callable[..., Path]) -> None:
+    planner, plan = Planner(), Plan()
+    first = planner.add(plan, load_sweep(make_sweep(grid={"seed": [0, 1]})).cells())
+    more = planner.add(plan, load_sweep(make_sweep(grid={"seed": [1, 2]})).cells())
+    assert [cell.varied["seed"] for cell in first] == [0, 1]
+    assert [cell.varied["seed"] for cell in more] == [2]
+    assert (len(plan.cells), plan.duplicates) == (3, 1)
+
+
+def test_cells_share_the_stages_that_their_difference_does_not_reach(
+    plan: Callable[..., Plan],
+) -> None:
+    one, other = cells_of(plan(grid={"defense.alpha": [0.01, 0.05]}))
+    same = {name for name, stage in one.stage.inputs.items() if stage is other.stage.inputs[name]}
+    # alpha acts in round 2 (it drops what round 1 flagged) and in the cut, nowhere before.
+    assert set(one.stage.inputs) - same == {"exposure round 2", "unlearn", "evaluate defended"}
+    assert len(one.stage.inputs) == 12
+
+
+def test_stages_are_shared_between_sweeps(plan: Callable[..., Plan]) -> None:
+    (one,) = cells_of(plan(name="one"))
+    (other,) = cells_of(plan(name="other", resources={"cpu": 2}))
+    assert one.key == other.key
+
+
+def test_the_corpora_are_counted(make_sweep: Callable[..., Path]) -> None:
+    planner = Planner()
+    assert planner.counts() == ()
+    plan_sweep(load_sweep(make_sweep()), planner)
+    ((name, counts),) = planner.counts()
+    assert name == "tiny"
+    assert (counts["rows_train"], counts["rows_clean"], counts["rows_eval"]) == (80, 20, 30)
+
+
+def test_a_cell_knows_its_stages_and_their_costs(plan: Callable[..., Plan]) -> None:
+    (cell,) = cells_of(plan())
+    stages = cell.stage.inputs
+    # Passed rows: 80 for 2 epochs; 20 clean ones for 1; 80 exposed ones for 1; 30 evaluated ones.
+    units = {name: stage.units for name, stage in stages.items() if stage.units}
+    assert units == {
+        "poisoned fine-tune": 160, "clean tuning (control)": 20, "unlearn": 20,
+        "exposure round 1": 80, "exposure round 2": 80, "exposure round 3": 80,
+        "evaluate undefended": 30, "evaluate tuned": 30, "evaluate defended": 30,
+    }  # fmt: skip
+    assert {name for name, stage in stages.items() if stage.model} == {
+        "poisoned fine-tune", "clean tuning (control)", "unlearn",
+    }  # fmt: skip
+    # A cell is put together from records and tables: it waits for no model.
+    assert set(cell.stage.light) == set(stages)
+
+
+def test_one_suggestion_of_a_search_is_an_example(make_sweep: Callable[..., Path]) -> None:
+    sweep = load_sweep(
+        make_sweep(grid={"seed": [0, 1]}, optuna={"trials": 9, "space": {"defense.alpha": [0.02]}})
+    )
+    assert plan_sweep(sweep).cells == {}  # they are chosen as the sweep goes
+    example = planning.example_plan(sweep, Planner())
+    assert [dict(cell.varied) for cell in cells_of(example)] == [
+        {"defense.alpha": 0.02, "seed": 0}, {"defense.alpha": 0.02, "seed": 1},
+    ]  # fmt: skip
+
+
+# What is left to do ----------------------------------------------------------------------------
+
+
+def toy(name: str, **inputs: Stage) -> Stage:
+    """Return a stage; an input whose role starts with "light" is read without its model."""
+    light = tuple(role for role in inputs if role.startswith("light"))
+    return Stage(name, "toys:none", 1, {"name": name}, inputs, light=light)
+
+
+def names(stages: dict[str, Stage]) -> list[str]:
+    return [stage.name for stage in stages.values()]
+
+
+def test_everything_is_needed_at_first_inputs_before_readers() -> None:
+    base = toy("base")
+    left, right = toy("left", base=base), toy("right", base=base)
+    cells = [toy("one", a=left, b=right), toy("two", b=right)]
+    assert names(needed(cells, (), ())) == ["base", "left", "right", "one", "two"]
+
+
+def test_what_is_committed_is_not_needed_nor_what_it_rests_on() -> None:
+    base = toy("base")
+    left, right = toy("left", base=base), toy("right", base=base)
+    cell = toy("cell", a=left, b=right)
+    assert names(needed([cell], {left.key, right.key}, ())) == ["cell"]
+    assert names(needed([cell], {left.key}, ())) == ["base", "right", "cell"]
+    assert names(needed([cell], {cell.key}, ())) == []
+
+
+def test_a_dropped_model_is_needed_by_who_reads_it() -> None:
+    base = toy("base")
+    scored, trained = toy("scored", light=base), toy("trained", model=base)
+    assert names(needed([scored], (), {base.key})) == ["scored"]
+    assert names(needed([trained], (), {base.key})) == ["base", "trained"]
+    # Wherever both do, the one that reads it decides.
+    assert names(needed([scored, trained], (), {base.key})) == ["scored", "base", "trained"]
+
+
+def test_a_cell_is_blocked_by_itself_or_by_a_stage_of_it() -> None:
+    base = toy("base")
+    cell = toy("cell", light=base)
+    assert blocked(cell, {}) is None
+    assert blocked(cell, {"elsewhere": "x"}) is None
+    assert blocked(cell, {cell.key: "its own"}) == "its own"
+    assert blocked(cell, {base.key: "too bad"}) == "stage 'base' failed: too bad"
+
+
+# Times -----------------------------------------------------------------------------------------
+
+
+def row(stage: str, seconds: float, units: int, **more: Any) -> dict[str, Any]:
+    return {"stage": stage, "victim": "bert", "device": "cpu", "units": units, "seconds": seconds,
+            "count": 1, **more}  # fmt: skip
+
+
+def test_an_estimate_grows_with_the_units() -> None:
+    times = Timings([row("work", 10, 100), row("work", 30, 100, count=3)], "cpu")
+    # 40 s for 200 units: 0.2 s each.
+    assert times.estimate(("work", "bert"), 1, 50) == pytest.approx(10)
+
+
+def test_each_victim_has_its_own_times_and_a_new_one_those_of_all() -> None:
+    times = Timings([row("work", 10, 100), row("work", 50, 100, victim="big")], "cpu")
+    assert times.estimate(("work", "bert"), 1, 20) == pytest.approx(2)
+    assert times.estimate(("work", "big"), 1, 20) == pytest.approx(10)
+    # 60 s for 200 units of any victim: 20 take 6 s.
+    assert times.estimate(("work", "new"), 1, 20) == pytest.approx(6)
+
+
+def test_without_units_the_count_decides() -> None:
+    times = Timings([row("poison", 6, 0, count=3)], "cpu")
+    assert times.estimate(("poison", ""), 2, 0) == pytest.approx(4)
+
+
+def test_what_was_never_measured_has_no_estimate() -> None:
+    times = Timings([row("work", 1, 1)], "cpu")
+    assert times.estimate(("other", "bert"), 1, 1) is None
+    times.add(row("other", 3, 1))
+    assert times.estimate(("other", "bert"), 2, 2) == pytest.approx(6)
+
+
+def test_times_of_another_device_say_nothing() -> None:
+    rows = [row("work", 100, 10), row("work", 1, 10, device="NVIDIA H200"), row("tokenize", 2, 0)]
+    assert Timings(rows, "cpu").estimate(("work", "bert"), 1, 10) == pytest.approx(100)
+    cuda = Timings(rows, "cuda")
+    assert cuda.estimate(("work", "bert"), 1, 10) == pytest.approx(1)
+    # What has no units computes on the CPU everywhere.
+    assert cuda.estimate(("tokenize", "bert"), 1, 0) == pytest.approx(2)
+
+
+def test_the_victim_of_every_stage_is_known(plan: Callable[..., Plan], cell: Any) -> None:
+    (planned,) = cells_of(plan())
+    victims = {name: victim_name(stage) for name, stage in planned.stage.inputs.items()}
+    # Poisoning knows no victim.
+    assert {name for name, victim in victims.items() if not victim} == {"poison"}
+    assert set(victims.values()) == {"", cell["victim"]["name"]}
+    assert victim_name(planned.stage) == cell["victim"]["name"]
+
+
+# Costs -----------------------------------------------------------------------------------------
+
+# Of a cell: nine stages that alpha does not reach, three that it does, and the cell.
+SHARED = (
+    "poison", "evaluation rows", "training rows", "poisoned fine-tune", "evaluate undefended",
+    "clean tuning (control)", "evaluate tuned", "exposure round 1", "exposure round 3",
+)  # fmt: skip
+OWN = ("exposure round 2", "unlearn", "evaluate defended", "cell")
+
+
+@pytest.fixture
+def four(plan: Callable[..., Plan], planner: Planner) -> Plan:
+    """Seeds 0 and 1 with two values of alpha each, in this order."""
+    return plan(grid={"seed": [0, 1], "defense.alpha": [0.01, 0.05]}, planner=planner)
+
+
+def a_second_each(plan: Plan) -> Timings:
+    """Return times by which each stage of a plan takes a second."""
+    stages = {s.name: s for cell in cells_of(plan) for s in cell.stage.closure()}
+    return Timings([row(name, 1.0, stage.units) for name, stage in stages.items()], "cpu")
+
+
+def work(plan: Plan, **known: Any) -> Work:
+    given: dict[str, Any] = {"committed": (), "dropped": (), "failed": {}}
+    return survey(plan, **{**given, "timings": a_second_each(plan), **known})
+
+
+def test_sharing_is_counted(four: Plan, victim_folder: Callable[[str], Path]) -> None:
+    found = work(four)
+    # Two seeds share nothing, two alphas all but their own.
+    assert found.stages == {**dict.fromkeys(SHARED, 2), **dict.fromkeys(OWN, 4)}
+    assert found.naive == dict.fromkeys((*SHARED, *OWN), 4)
+    # 9 x 2 + 4 x 4 stages instead of 13 x 4, a second each.
+    assert (found.seconds, found.naive_seconds) == (pytest.approx(34), pytest.approx(52))
+    # poison, training rows, rounds 1 and 2, unlearn, evaluate, cell: each waits for the one before.
+    assert found.longest == pytest.approx(7)
+    assert (found.done, found.failed, found.unmeasured) == (0, {}, ())
+    # A fine-tuned and a tuned model a seed, an unlearned one a cell.
+    weights = (victim_folder("bert") / "model.safetensors").stat().st_size
+    assert (found.model_bytes, found.models) == (weights, 8 * weights)
+    assert found.small == 34 * planning.SMALL_BYTES
+
+
+def test_what_is_there_is_not_counted(four: Plan) -> None:
+    first = cells_of(four)[0].stage
+    committed = {stage.key for stage in first.closure()}
+    found = work(four, committed=committed)
+    assert found.done == 1
+    # The other alpha of seed 0 has its own 4 stages left; seed 1 has 9 + 2 x 4.
+    assert sum(found.stages.values()) == found.seconds == pytest.approx(21)
+    assert found.stages["poisoned fine-tune"] == 1
+    # Without sharing, three cells of 13.
+    assert sum(found.naive.values()) == found.naive_seconds == pytest.approx(39)
+
+
+def test_a_dropped_model_is_counted_again(four: Plan) -> None:
+    first = cells_of(four)[0].stage
+    dropped = {stage.key for stage in first.closure() if stage.model}
+    committed = {stage.key for stage in first.closure()} - dropped
+    found = work(four, committed=committed, dropped=dropped)
+    # As above, and the fine-tune of seed 0, from which the other alpha starts. Not the control.
+    assert sum(found.stages.values()) == 22
+    assert (found.stages["poisoned fine-tune"], found.stages["clean tuning (control)"]) == (2, 1)
+
+
+def test_what_rests_on_a_failure_is_not_counted(four: Plan) -> None:
+    cells = cells_of(four)
+    broken = cells[0].stage.inputs["poisoned fine-tune"]
+    found = work(four, failed={broken.key: "bad luck", "elsewhere": "x"})
+    reason = "stage 'poisoned fine-tune' failed: bad luck"
+    assert found.failed == {cells[0].key: reason, cells[1].key: reason}
+    # Seed 1 alone: 9 + 2 x 4
+    assert sum(found.stages.values()) == 17
+
+
+def test_a_finished_cell_is_done_whatever_failed_since(four: Plan) -> None:
+    first = cells_of(four)[0].stage
+    found = work(four, committed={first.key}, failed={first.inputs["poison"].key: "bad luck"})
+    assert found.done == 1
+    assert list(found.failed) == [cells_of(four)[1].key]
+
+
+def test_with_everything_done_nothing_is_left(four: Plan) -> None:
+    found = work(four, committed=set(four.cells))
+    assert (found.done, found.stages, found.naive) == (4, {}, {})
+    assert (found.seconds, found.longest, found.models, found.small) == (0, 0, 0, 0)
+
+
+def test_times_are_unknown_until_every_kind_was_measured(four: Plan) -> None:
+    found = work(four, timings=Timings([row("poison", 1, 0), row("cell", 1, 0)], "cpu"))
+    assert (found.seconds, found.naive_seconds, found.longest) == (None, None, None)
+    assert set(found.unmeasured) == {*SHARED, *OWN} - {"poison", "cell"}
+
+
+@pytest.mark.slow
+def test_ten_thousand_cells_are_planned_in_five_seconds(
+    make_sweep: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = load_sweep(
+        make_sweep(
+            grid={
+                "seed": list(range(50)),
+                "defense.alpha": [0.01 + n / 1000 for n in range(20)],
+                "train.learning_rate": [0.001 * (n + 1) for n in range(10)],
+            }
+        )
+    )
+    # CPU time: what else runs on the machine is not the planner's.
+    began = time.process_time()
+    planned = plan_sweep(sweep)
+    took = time.process_time() - began
+    found = survey(planned, committed=(), dropped=(), failed={}, timings=Timings([], "cpu"))
+    surveyed = time.process_time() - began - took
+    with capsys.disabled():
+        print(f"\n10,000 cells: planned in {took:.1f} s, surveyed in {surveyed:.1f} s")
+    assert len(planned.cells) == 10_000
+    # A fine-tune for each seed and learning rate, a round 2 for each seed and alpha.
+    assert found.stages["poisoned fine-tune"] == 500
+    assert found.stages["exposure round 2"] == 1000
+    assert found.stages["exposure round 1"] == 50
+    assert took < 5
+    assert surveyed < 1

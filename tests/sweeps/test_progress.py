@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from btu.stages import Stage
 from btu.types import Progress
+from orchestrator.plan import Timings, Work
 from orchestrator.progress import StageProgress, SweepProgress, duration, label
+from orchestrator.schedule import CELL, Schedule
 
 
 @pytest.mark.parametrize(
@@ -41,9 +45,63 @@ def test_a_cell_is_labelled_by_its_coordinates(varied: dict[str, Any], text: str
     assert label(varied) == text
 
 
-def finished(seconds: float = 10.0, **more: Any) -> dict[str, Any]:
-    return {"status": "finished", "cell_asr": 0.25, "cell_cacc": 0.5, "reason": "",
-            "trial_seconds": seconds, "untracked": "", **more}  # fmt: skip
+def toy(name: str, *inputs: Stage, id: object = None) -> Stage:
+    """Return a stage that takes a second; a cell reads no model."""
+    named = {f"{before.name} {before.key}": before for before in inputs}
+    acts = {"name": name, "id": id}
+    return Stage(name, "toys:none", 1, acts, named, light=tuple(named), kind="host")
+
+
+def times(*names: str) -> Timings:
+    rows = [
+        {"stage": name, "victim": "", "device": "cpu", "units": 0, "seconds": 1.0, "count": 1}
+        for name in names
+    ]
+    return Timings(rows, "cpu")
+
+
+class Sweep:
+    """Three cells on a stage each and a shared one, a fourth that is done already."""
+
+    def __init__(self, console: Console, *, known: bool = True, failed: int = 0) -> None:
+        self.shared = toy("shared")
+        self.own = [toy("own", self.shared, id=number) for number in range(3)]
+        self.cells = [toy(CELL, self.shared, own, id=n) for n, own in enumerate(self.own)]
+        self.schedule = Schedule(
+            self.cells,
+            committed=(),
+            dropped=(),
+            failed={},
+            timings=times("shared", "own", CELL) if known else times(),
+        )
+        self.work = Work(
+            done=1,
+            failed={f"f{n}": "lr too high\nTraceback" for n in range(failed)},
+            stages={},
+            naive={},
+            seconds=None,
+            naive_seconds=None,
+            longest=None,
+            unmeasured=(),
+            models=0,
+            model_bytes=0,
+            small=0,
+        )
+        self.progress = SweepProgress(console)
+        self.progress.begin(self.work, self.schedule, 4 + failed)
+
+    def run(self, stage: Stage) -> None:
+        """Let a stage begin, as its turn comes, and end well."""
+        self.begin(stage)
+        self.schedule.done(stage.key)
+        self.progress.refresh(self.schedule)
+
+    def begin(self, stage: Stage) -> None:
+        task = self.schedule.next()
+        assert task is not None
+        assert task.stage is stage
+        self.schedule.begin(stage.key)
+        self.progress.refresh(self.schedule)
 
 
 @pytest.fixture
@@ -52,74 +110,152 @@ def log() -> io.StringIO:
 
 
 @pytest.fixture
-def progress(log: io.StringIO) -> SweepProgress:
-    """A sweep of four cells, one of them done before, in a log."""
-    made = SweepProgress(Console(file=log, width=200))
-    made.begin(total=4, done=1)
-    return made
+def sweep(log: io.StringIO) -> Sweep:
+    """A sweep in a log."""
+    return Sweep(Console(file=log, width=200))
 
 
-def test_a_log_gets_a_line_per_finished_cell(progress: SweepProgress, log: io.StringIO) -> None:
-    progress.started("a")
-    progress.finished("a", {"seed": 1}, finished())
-    progress.end()
-    lines = log.getvalue().splitlines()
-    assert lines[0] == "1 of 4 cells are done already and are not run again."
-    # 2 of 4 done; the 2 left take 10 s each, one at a time
-    assert "[2/4] seed=1: asr 0.250 cacc 0.500 in 10 s, ETA 20 s" in lines
+FACTS = {"asr": 0.25, "cacc": 0.5}
+
+
+def test_a_log_says_first_what_there_is_to_do(sweep: Sweep, log: io.StringIO) -> None:
+    assert log.getvalue().splitlines() == [
+        "1 of 4 cells are done already and are not run again.",
+        # The shared stage, and three of their own.
+        "3 cells to run, on 4 stages; results are kept as each one ends.",
+    ]
+
+
+def test_a_log_says_what_failed_earlier(log: io.StringIO) -> None:
+    Sweep(Console(file=log, width=200), failed=2)
+    assert "2 cells failed earlier and are not run again: lr too high" in log.getvalue()
+    assert "--retry-failed runs them again." in log.getvalue()
+    assert "Traceback" not in log.getvalue()
+
+
+def test_with_nothing_to_do_nothing_is_promised(log: io.StringIO) -> None:
+    made = Sweep(Console(file=log, width=200))
+    log.truncate(log.seek(0))
+    done = Schedule([], committed=(), dropped=(), failed={}, timings=times())
+    made.progress.begin(made.work, done, 1)
+    made.progress.end()
+    assert log.getvalue() == "1 of 1 cells are done already and are not run again.\n"
+
+
+def test_a_log_gets_a_line_per_finished_cell(sweep: Sweep, log: io.StringIO) -> None:
+    for stage in (sweep.shared, sweep.own[0], sweep.cells[0]):
+        sweep.run(stage)
+    sweep.progress.finished({"seed": 1}, FACTS, sweep.schedule)
+    sweep.progress.end()
+    # 2 of 4 done; 2 x (own, cell) left, a second each, one at a time
+    assert "[2/4] seed=1: asr 0.250 cacc 0.500, ETA 4 s" in log.getvalue().splitlines()
     assert log.getvalue().count("[") == 1
 
 
-def test_cells_that_run_side_by_side_share_the_time(
-    progress: SweepProgress, log: io.StringIO
-) -> None:
-    progress.started("a")
-    progress.started("b")
-    progress.finished("a", {"seed": 1}, finished())
-    # 2 left x 10 s / 2 at once
-    assert "ETA 10 s" in log.getvalue()
+def test_stages_that_run_side_by_side_share_the_time(sweep: Sweep, log: io.StringIO) -> None:
+    sweep.schedule.slots = 2
+    for stage in (sweep.shared, sweep.own[0], sweep.cells[0]):
+        sweep.run(stage)
+    sweep.progress.finished({"seed": 1}, FACTS, sweep.schedule)
+    # 4 s of work, two at once
+    assert "ETA 2 s" in log.getvalue()
 
 
-def test_a_failed_cell_shows_the_first_line_of_its_reason(
-    progress: SweepProgress, log: io.StringIO
-) -> None:
-    progress.started("a")
-    progress.finished("a", {}, {"status": "failed", "reason": "one [0, 1]\ntwo", "untracked": ""})
-    assert "[2/4] the cell: FAILED: one [0, 1]" in log.getvalue()
+def test_without_measured_times_nothing_is_guessed(log: io.StringIO) -> None:
+    sweep = Sweep(Console(file=log, width=200), known=False)
+    sweep.progress.finished({"seed": 1}, FACTS, sweep.schedule)
+    assert "asr 0.250 cacc 0.500\n" in log.getvalue()
+    assert "ETA" not in log.getvalue()
+
+
+def test_failed_cells_count_as_ended(sweep: Sweep, log: io.StringIO) -> None:
+    sweep.run(sweep.shared)
+    sweep.begin(sweep.own[0])
+    sweep.schedule.fail(sweep.own[0].key, "no")
+    for stage in (sweep.own[1], sweep.cells[1]):
+        sweep.run(stage)
+    sweep.progress.finished({"seed": 1}, FACTS, sweep.schedule)
+    # One done before, one failed, one done now.
+    assert "[3/4] seed=1" in log.getvalue()
+
+
+def test_a_search_that_grows_counts_what_was_there(sweep: Sweep, log: io.StringIO) -> None:
+    # A suggestion of a cell that an earlier sweep has finished, and of one that is new.
+    old, new = toy(CELL, sweep.shared, id="old"), toy(CELL, sweep.shared, id="new")
+    sweep.schedule.committed.add(old.key)
+    sweep.schedule.add([old, new])
+    sweep.progress.grown(6)
+    sweep.run(sweep.shared)
+    sweep.run(new)
+    sweep.progress.finished({}, FACTS, sweep.schedule)
+    # One done before the launch, the old one, the new one.
+    assert "[3/6] the cell: asr 0.250" in log.getvalue()
+
+
+def test_a_failed_stage_names_the_cells_that_fall_with_it(sweep: Sweep, log: io.StringIO) -> None:
+    cells = [{"seed": number} for number in range(5)]
+    sweep.progress.failed("unlearn", cells, "loss [0, 1]\nmore", "store/failed/k.json")
+    assert (
+        "FAILED: stage 'unlearn' of seed=0, seed=1, seed=2 and 2 more cells: loss [0, 1] "
+        "(store/failed/k.json)"
+    ) in log.getvalue()
+    assert "\nmore" not in log.getvalue()
+
+
+def test_a_failed_cell_shows_the_first_line_of_its_reason(sweep: Sweep, log: io.StringIO) -> None:
+    sweep.progress.failed(CELL, [{}], "one [0, 1]\ntwo", "p")
+    assert "FAILED: the cell: one [0, 1] (p)" in log.getvalue()
     assert "two" not in log.getvalue()
 
 
-def test_a_result_that_mlflow_missed_is_told(progress: SweepProgress, log: io.StringIO) -> None:
-    progress.finished("a", {"seed": 1}, finished(untracked="ConnectionError: gone"))
-    assert "not in MLflow yet: seed=1 (ConnectionError: gone)" in log.getvalue()
-
-
-def test_an_undefined_rate_does_not_stop_the_sweep(
-    progress: SweepProgress, log: io.StringIO
-) -> None:
+def test_a_failure_without_a_reason_does_not_stop_the_sweep(sweep: Sweep, log: io.StringIO) -> None:
     # An exception in a Tune callback kills the whole sweep.
-    progress.finished("a", {"seed": 1}, finished(cell_asr=float("nan")))
-    assert "[2/4] seed=1: asr nan cacc 0.500" in log.getvalue()
+    sweep.progress.failed("unlearn", [], "", "p")
+    assert "no reason given" in log.getvalue()
 
 
-def test_a_trial_that_ends_without_a_word_does_not_stop_the_sweep(
-    progress: SweepProgress, log: io.StringIO
+def test_a_result_that_mlflow_missed_is_told(sweep: Sweep, log: io.StringIO) -> None:
+    sweep.progress.untracked({"seed": 1}, "ConnectionError: gone\nand more")
+    assert "not in MLflow yet: seed=1 (ConnectionError: gone)\n" in log.getvalue()
+
+
+def test_an_undefined_rate_does_not_stop_the_sweep(sweep: Sweep, log: io.StringIO) -> None:
+    sweep.progress.finished({"seed": 1}, {"asr": float("nan"), "cacc": 0.5}, sweep.schedule)
+    assert "[1/4] seed=1: asr nan cacc 0.500" in log.getvalue()
+
+
+def test_a_cell_that_ends_without_a_word_does_not_stop_the_sweep(
+    sweep: Sweep, log: io.StringIO
 ) -> None:
-    progress.finished("a", {"seed": 1}, {})
-    assert "[2/4] seed=1: FAILED" in log.getvalue()
+    sweep.progress.finished({"seed": 1}, {}, sweep.schedule)
+    assert "[1/4] seed=1:" in log.getvalue()
 
 
-def test_a_terminal_gets_one_live_line() -> None:
+def test_a_terminal_gets_two_live_lines() -> None:
     screen = io.StringIO()
-    progress = SweepProgress(Console(file=screen, width=120, force_terminal=True))
-    progress.begin(total=2, done=0)
-    progress.started("a")
-    progress.finished("a", {"seed": 0}, finished())
-    progress.end()
-    shown = screen.getvalue()
-    assert "1 done, 0 running, 0 failed of 2" in shown
-    assert "[1/2]" not in shown  # the line says it already
-    assert shown.count("\x1b[?25h") == shown.count("\x1b[?25l") == 1  # the cursor is back
+    sweep = Sweep(Console(file=screen, width=120, force_terminal=True))
+    for stage in (sweep.shared, sweep.own[0], sweep.cells[0]):
+        sweep.run(stage)
+    sweep.begin(sweep.own[1])
+    sweep.progress.finished({"seed": 0}, FACTS, sweep.schedule)
+    sweep.progress.end()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    # 2 of 4 stages and 1 of 3 cells are done, one stage runs; 2 x (own, cell) are left.
+    assert "2 done, 1 running of 4: own" in shown
+    assert "1 done of 3, ETA 4 s" in shown
+    assert "[2/4]" not in shown  # the line says it already
+    # The cursor is back.
+    assert screen.getvalue().count("\x1b[?25h") == screen.getvalue().count("\x1b[?25l") == 1
+
+
+def test_what_runs_is_named_with_its_number() -> None:
+    screen = io.StringIO()
+    sweep = Sweep(Console(file=screen, width=160, force_terminal=True))
+    sweep.run(sweep.shared)
+    for stage in sweep.own:
+        sweep.begin(stage)
+    sweep.progress.end()
+    assert "1 done, 3 running of 4: 3 x own" in re.sub(r"\x1b\[[0-9;?]*m", "", screen.getvalue())
 
 
 def test_a_trial_tells_stage_epoch_and_metrics() -> None:

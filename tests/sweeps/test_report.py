@@ -7,13 +7,19 @@ import io
 import json
 import math
 import re
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pytest
+from shelf import Stored, publish_cell
 
 from btu.errors import UserError
 from orchestrator.report.table import mean_over_seeds, render, results_table
+
+if TYPE_CHECKING:
+    from orchestrator.plan import Planner
 
 NAN = float("nan")
 # The columns that the README promises, in their order.
@@ -330,3 +336,47 @@ def test_rows_of_other_data_under_one_name_are_told_apart() -> None:
     one, other = record(), record()
     one["tags"], other["tags"] = {"data": "1a"}, {"data": "2b"}
     assert results_table([one, other])["revision.data"].tolist() == ["1a", "2b"]
+
+
+# From a store ----------------------------------------------------------------------------------
+
+
+def test_the_results_of_a_sweep_are_a_table(stored: Stored) -> None:
+    (row,) = results_table(stored.results.records()).to_dict("records")
+    metrics = stored.record["metrics"]
+    assert (row["attack"], row["defense"], row["seed"]) == ("badnets", "btu", 0)
+    assert (row["poison_rate"], row["alpha"]) == (0.2, 0.01)
+    for name in METRICS:
+        assert row[name] == metrics[name]
+
+
+def test_cells_of_two_launches_are_rows_of_one_table(
+    stored: Stored, make_sweep: Callable[..., Path], planner: Planner
+) -> None:
+    from orchestrator.config import load_sweep
+    from orchestrator.plan import plan_sweep
+
+    # Launched again under the same name, with other epochs: nobody varies the key.
+    sweep = load_sweep(make_sweep(train={"epochs": 3}))
+    plan = plan_sweep(sweep, planner)
+    stored.results.write_plan(sweep, plan.cells.values())
+    (cell,) = plan.cells.values()
+    publish_cell(
+        stored.store, cell.key, stored.folder, {**stored.record, "config": cell.spec.config()}
+    )
+    table = results_table(stored.results.records())
+    assert table["train.epochs"].tolist() == [2, 3]
+    # They are not averaged: one seed each.
+    assert mean_over_seeds(table)["seeds"].tolist() == [1, 1]
+
+
+def test_seeds_in_the_store_are_averaged(stored: Stored) -> None:
+    other = next(cell for cell in stored.plan.cells.values() if cell.key != stored.key)
+    metrics = {**stored.record["metrics"], "asr": stored.record["metrics"]["asr"] - 0.5}
+    result = {**stored.record, "config": other.spec.config(), "metrics": metrics}
+    publish_cell(stored.store, other.key, stored.folder, result)
+    (row,) = mean_over_seeds(results_table(stored.results.records())).to_dict("records")
+    assert row["seeds"] == 2
+    # x and x - 0.5: a mean of x - 0.25; standard error 0.5 / 2, times t(0.975, 1) = 12.7062047
+    assert row["asr"] == pytest.approx(stored.record["metrics"]["asr"] - 0.25)
+    assert row["asr_ci"] == pytest.approx(0.25 * 12.7062047)

@@ -21,19 +21,11 @@ import numpy as np
 import pytest
 
 from btu.errors import UserError
+from orchestrator import lease as lease_module
 from orchestrator import store as module
-from orchestrator.store import (
-    LEFTOVER_S,
-    TTL_S,
-    Damaged,
-    Lease,
-    Missing,
-    Store,
-    Usage,
-    dumps,
-    loads,
-    read_record,
-)
+from orchestrator.housekeeping import Usage, gc, gc_candidates, usage
+from orchestrator.lease import LEFTOVER_S, TTL_S, Lease
+from orchestrator.store import Damaged, Missing, Store, dumps, loads, read_record
 
 SHARED = ["path", "local"]  # what several processes can use
 FILES = {"record.json": b'{"a": 1}', "model/weights": b"0123456789"}
@@ -220,7 +212,7 @@ def test_a_failure_can_be_cleared(store: Store) -> None:
 def test_a_full_disk_commits_nothing(
     store: Store, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     folder = store.begin("k")
@@ -242,8 +234,8 @@ def test_breaking_off_after_the_marker_keeps_the_entry(
 ) -> None:
     create = store.storage.create
 
-    def interrupted(path: str, data: bytes) -> bool:
-        create(path, data)
+    def interrupted(*arguments: Any, **named: Any) -> bool:
+        create(*arguments, **named)
         raise KeyboardInterrupt
 
     folder = store.begin("k")
@@ -263,6 +255,34 @@ def test_a_discarded_attempt_leaves_nothing(store: Store) -> None:
     store.discard(folder)
     assert not folder.parent.exists()
     assert attempts(store) == []
+
+
+@pytest.mark.parametrize("location", ["path"], indirect=True)
+@pytest.mark.parametrize(("size", "flushed"), [(999_992, False), (999_993, True)])
+def test_only_a_large_entry_is_flushed(
+    store: Store, size: int, flushed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    sync, link = os.fsync, os.link
+
+    def syncing(opened: int) -> None:
+        calls.append("sync")
+        sync(opened)
+
+    def linking(*arguments: Any) -> None:
+        calls.append("link")
+        link(*arguments)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "link", linking)
+    with store.lease("k", "me") as lease:
+        assert lease.acquire()
+        assert calls == ["link"]
+        calls.clear()
+        # From a million bytes on, 7 of them in the record: 2 files and their folders, then the
+        # marker's content, and its folder once it is there.
+        add(store, "k", **{"record.json": b'{"a":1}', "model/weights": b"0" * size})
+    assert calls == (["sync"] * 5 + ["link", "sync"] if flushed else ["link"])
 
 
 # Damage ----------------------------------------------------------------------------------------
@@ -537,7 +557,7 @@ def test_a_publisher_killed_before_the_marker_leaves_no_entry(
     code = """
 folder = store.begin("k")
 (folder / "record.json").write_text("{}")
-store.storage.create = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+store.storage.create = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 store.publish("k", folder, "train", {})
 """
     killed = run(code, location, str(tmp_path / "cache"))
@@ -549,10 +569,10 @@ store.publish("k", folder, "train", {})
     add(store)
     assert store.read_json("k", "record.json") == {"a": 1}
     # What it left goes after an hour, and nothing else.
-    assert store.gc_candidates() == []
-    late = store.gc_candidates(now=time.time() + LATER)
+    assert gc_candidates(store) == []
+    late = gc_candidates(store, now=time.time() + LATER)
     assert [candidate.kind for candidate in late] == ["left-over"]
-    assert store.gc(late) == 2  # the bytes of "{}"
+    assert gc(store, late) == 2  # the bytes of "{}"
     assert store.fetch("k")
 
 
@@ -644,7 +664,7 @@ def test_a_lease_of_a_dead_process_is_stale_at_once(store: Store, started: str) 
         facts = {"pid": ended.pid, "started": "1"}
     else:  # the number was given to another process
         facts = {"pid": os.getpid(), "started": "1"}
-    foreign(store, **module._machine(), **facts)
+    foreign(store, **lease_module._machine(), **facts)
     assert not store.held_by_other("k", "me")
     assert store.in_use() == set()
     with store.lease("k", "me") as lease:
@@ -654,16 +674,16 @@ def test_a_lease_of_a_dead_process_is_stale_at_once(store: Store, started: str) 
 
 def test_a_zombie_is_dead(store: Store) -> None:
     zombie = subprocess.Popen([sys.executable, "-c", ""])
-    started = module._started(zombie.pid)
-    wait_for(lambda: module._started(zombie.pid) is None, "it never ended")
-    foreign(store, **module._machine(), pid=zombie.pid, started=started)
+    started = lease_module._started(zombie.pid)
+    wait_for(lambda: lease_module._started(zombie.pid) is None, "it never ended")
+    foreign(store, **lease_module._machine(), pid=zombie.pid, started=started)
     assert not store.held_by_other("k", "me")
     zombie.wait()
 
 
 def test_a_process_of_the_same_number_elsewhere_is_another(store: Store, clock: Clock) -> None:
     # A container shares the host's name and boot but numbers its processes by itself.
-    foreign(store, **{**module._machine(), "numbering": "pid:[1]"}, pid=2**22 - 1)
+    foreign(store, **{**lease_module._machine(), "numbering": "pid:[1]"}, pid=2**22 - 1)
     assert store.held_by_other("k", "me")
     clock.seconds += TTL_S
     assert not store.held_by_other("k", "me")
@@ -704,7 +724,7 @@ def test_the_time_runs_from_when_we_first_saw_it(
 
 
 def test_the_heartbeat_changes_the_lease(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(lease_module, "HEARTBEAT_S", 0.01)
     with store.lease("k", "me") as lease:
         assert lease.acquire()
         wait_for(lambda: store.leases().get("k", {}).get("beat", 0) >= 3, "no heartbeat")
@@ -715,10 +735,10 @@ def test_the_heartbeat_changes_the_lease(store: Store, monkeypatch: pytest.Monke
 def test_a_full_disk_does_not_end_the_heartbeat(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(lease_module, "HEARTBEAT_S", 0.01)
     tried = threading.Event()
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         tried.set()
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -749,9 +769,9 @@ def test_a_lease_that_changed_meanwhile_is_not_taken(
     clock.seconds += TTL_S
     create = store.storage.create
 
-    def slow(path: str, data: bytes) -> bool:
+    def slow(*arguments: Any, **named: Any) -> bool:
         foreign(store, token="a third's")  # who was faster
-        return create(path, data)
+        return create(*arguments, **named)
 
     monkeypatch.setattr(store.storage, "create", slow)
     assert not store.lease("k", "me").acquire()
@@ -775,7 +795,7 @@ def test_who_died_while_taking_over_blocks_nobody_for_long(store: Store, clock: 
 def test_where_creating_is_not_exclusive_the_later_writer_has_it(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def overtaken(path: str, data: bytes) -> bool:
+    def overtaken(*_: object, **__: object) -> bool:
         foreign(store)
         return True
 
@@ -828,7 +848,7 @@ def test_a_launch_elsewhere_without_a_change_for_an_hour_has_ended(store: Store)
 
 
 def test_a_heartbeat_that_fails_is_no_error(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(store.storage, "write", full)
@@ -858,7 +878,7 @@ def test_usage_by_stage(store: Store) -> None:
     store.drop("c")
     store.storage.write("entries/d/half/file", b"123")
     store.storage.write("damaged/e-1/file", b"12345")
-    assert store.usage() == {
+    assert usage(store) == {
         "(damaged)": Usage(1, 5),
         "(unfinished)": Usage(1, 3),
         "defend": Usage(1, RECORD_BYTES),
@@ -870,10 +890,10 @@ def removed(store: Store, **criteria: Any) -> set[str]:
     """Collect, and return the keys that are gone."""
     before = snapshot(store)
     keys = store.committed() | store.dropped()
-    candidates = store.gc_candidates(**criteria)
+    candidates = gc_candidates(store, **criteria)
     assert snapshot(store) == before  # looking removes nothing
     expected = sum(candidate.bytes for candidate in candidates)
-    assert store.gc(candidates) == expected
+    assert gc(store, candidates) == expected
     return keys - store.committed() - store.dropped()
 
 
@@ -936,9 +956,9 @@ def test_what_is_in_use_is_never_touched(store: Store, make_store: Callable[[], 
 
 def test_what_comes_into_use_meanwhile_is_spared(store: Store) -> None:
     add(store, "a")
-    candidates = store.gc_candidates(keep=set())
+    candidates = gc_candidates(store, keep=set())
     store.register_launch("l1", "sweep", ["a"])
-    assert store.gc(candidates) == 0
+    assert gc(store, candidates) == 0
     assert store.fetch("a")
 
 
@@ -954,15 +974,15 @@ def test_left_overs_go_after_an_hour(store: Store) -> None:
     store.storage.write("leases/dead.json.guard", b"")
     store.storage.write("launches/dead.json", b"{}")
     store.storage.write("launches/dead.beat", b"1")
-    assert store.gc_candidates() == []
-    late = store.gc_candidates(now=time.time() + LATER)
+    assert gc_candidates(store) == []
+    late = gc_candidates(store, now=time.time() + LATER)
     assert sorted((c.kind, c.bytes) for c in late if c.kind == "left-over") == [
         ("left-over", size) for size in (3, 4, 5, 6)
     ]
     assert sorted(path for c in late if c.kind == "lease" for path in c.paths) == [
         "launches/dead.beat", "launches/dead.json", "leases/dead.json", "leases/dead.json.guard",
     ]  # fmt: skip
-    store.gc(late)
+    gc(store, late)
     kept = [found.path.split("/")[1] for found in store.storage.walk("entries")]
     assert sorted(kept) == ["dropped", "whole", "whole"]
     assert [n for f in ("damaged", "leases", "launches") for n in store.storage.names(f)] == []
@@ -990,8 +1010,8 @@ def test_a_store_is_there_once_something_is_in_it(make_store: Callable[[], Store
 def test_an_empty_store_has_nothing(make_store: Callable[[], Store]) -> None:
     store = make_store()
     assert store.committed() == store.dropped() == store.failed() == store.in_use() == set()
-    assert store.markers() == store.timings() == store.verify() == store.gc_candidates() == []
-    assert store.usage() == {}
+    assert store.markers() == store.timings() == store.verify() == gc_candidates(store) == []
+    assert usage(store) == {}
 
 
 @pytest.mark.parametrize("below", ["", "/a/b"])

@@ -14,10 +14,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from btu.errors import UserError
+from orchestrator import lease, store_cli
 from orchestrator import store as module
-from orchestrator import store_cli
+from orchestrator.lease import LEFTOVER_S
 from orchestrator.storage import below
-from orchestrator.store import LEFTOVER_S, Store
+from orchestrator.store import Store
 
 DAY = 86400.0
 
@@ -121,7 +122,7 @@ def test_an_ended_lease_and_an_old_failure_are_not_listed(
 ) -> None:
     add(store, "k")
     store.fail("k", {"key": "k", "reason": "before"})
-    store.storage.write("leases/dead.json", json.dumps(module._machine() | {"pid": 2**22}).encode())
+    store.storage.write("leases/dead.json", json.dumps(lease._machine() | {"pid": 2**22}).encode())
     _, text = run("ls")
     assert "1 result." in text
     assert "failed" not in text

@@ -1,33 +1,49 @@
-"""One trial on a tiny victim: what it measures, what the defense sees, what is written."""
+"""One cell on a tiny victim: what it measures and what is written."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import math
-import sys
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
+from shelf import Tried
 
 import orchestrator.trial as trial_module
-from btu.defense import DEFENSES, DefenseContext, DefenseOutcome
+from btu.defense import DEFENSES, Suspects
 from btu.errors import UserError
+from btu.foundation import Foundation, model_of, save_model, tune
 from btu.metrics import METRICS
-from btu.training import NonFiniteLossError
+from btu.stages import Stage, StageRun, read_record
+from btu.training import Encoded, NonFiniteLossError
 from btu.types import Progress
+from btu.victims import Victim
 from orchestrator.config import load_sweep, resolve
-from orchestrator.store import ResultStore
-from orchestrator.trial import TrialResult, run_and_store, run_trial
+from orchestrator.node import Outcome, run_node
+from orchestrator.store import Store
+from orchestrator.trial import detection_metrics, flagged_table, run_trial, token_table
+
+if TYPE_CHECKING:
+    from orchestrator.plan import PlannedCell
 
 EVAL_ROWS = 30
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Leave the number of threads as it was: a trial sets it."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def with_(cell: dict[str, Any], **sections: Any) -> dict[str, Any]:
@@ -37,19 +53,21 @@ def with_(cell: dict[str, Any], **sections: Any) -> dict[str, Any]:
     return config
 
 
-def run(config: dict[str, Any]) -> TrialResult:
-    return run_trial(resolve(config))
-
-
-def comparable(result: TrialResult) -> dict[str, str]:
+def comparable(metrics: Mapping[str, float]) -> dict[str, str]:
     """Return all that does not depend on the clock; repr, so that NaN equals NaN."""
-    return {k: repr(v) for k, v in result.metrics.items() if not k.startswith("seconds")}
+    return {k: repr(v) for k, v in metrics.items() if not k.startswith("seconds")}
+
+
+def records(tried: Tried) -> dict[str, dict[str, Any]]:
+    """Return the record of each stage of a cell, by name."""
+    inputs = tried.stage.inputs.items()
+    return {name: read_record(tried.root / stage.key) for name, stage in inputs}
 
 
 # What is measured ------------------------------------------------------------------------------
 
 
-def test_every_metric_is_there_and_no_other(trial_result: TrialResult) -> None:
+def test_every_metric_is_there_and_no_other(trial_result: Tried) -> None:
     names = {name for name in trial_result.metrics if "/" not in name}
     assert names == set(METRICS)
     assert all(isinstance(value, int | float) for value in trial_result.metrics.values())
@@ -57,9 +75,7 @@ def test_every_metric_is_there_and_no_other(trial_result: TrialResult) -> None:
 
 @pytest.mark.parametrize("state", ["", "undefended_", "tuned_"])
 @pytest.mark.parametrize("name", ["asr", "cacc", "ftr"])
-def test_every_rate_has_its_n_and_interval(
-    trial_result: TrialResult, state: str, name: str
-) -> None:
+def test_every_rate_has_its_n_and_interval(trial_result: Tried, state: str, name: str) -> None:
     metrics = trial_result.metrics
     value, n = metrics[f"{state}{name}"], metrics[f"{state}{name}_n"]
     low, high = metrics[f"{state}{name}_low"], metrics[f"{state}{name}_high"]
@@ -73,46 +89,75 @@ def test_every_rate_has_its_n_and_interval(
     assert (low, high) == pytest.approx((middle - half, middle + half), abs=1e-6)
 
 
-def test_rates_stand_on_the_rows_they_should(
-    trial_result: TrialResult, corpus_folder: Path
+@pytest.mark.parametrize(
+    ("prefix", "stage"),
+    [
+        ("", "evaluate defended"),
+        ("undefended_", "evaluate undefended"),
+        ("tuned_", "evaluate tuned"),
+    ],
+)
+def test_rates_are_hits_over_rows_of_their_stage(
+    trial_result: Tried, prefix: str, stage: str
 ) -> None:
+    facts = records(trial_result)[stage]["facts"]
+    for name in ("asr", "cacc", "ftr"):
+        counts = facts[name]
+        assert trial_result.metrics[f"{prefix}{name}"] == counts["hits"] / counts["n"]
+        assert trial_result.metrics[f"{prefix}{name}_n"] == counts["n"]
+
+
+def test_rates_stand_on_the_rows_they_should(trial_result: Tried, corpus_folder: Path) -> None:
     labels = pd.read_parquet(corpus_folder / "eval.parquet").label
     assert trial_result.metrics["cacc_n"] == len(labels) == EVAL_ROWS
     # ASR and FTR: rows that are not of the target class (1) already.
     assert trial_result.metrics["asr_n"] == trial_result.metrics["ftr_n"] == (labels != 1).sum()
 
 
-def test_poisoned_rows_are_counted(trial_result: TrialResult) -> None:
-    metrics = trial_result.metrics
+def test_poisoned_rows_are_counted(trial_result: Tried) -> None:
+    metrics, notes = trial_result.metrics, trial_result.result["notes"]
     # 20 % of 80 rows, none of them of the target class before (dirty)
     assert (metrics["poisoned_rows"], metrics["relabeled_rows"]) == (16, 16)
     assert metrics["poison_rate_reached"] == 0.2
-    assert (trial_result.notes["rows_train"], trial_result.notes["rows_clean"]) == (80, 20)
+    assert (notes["rows_train"], notes["rows_clean"], notes["rows_eval"]) == (80, 20, 30)
     assert (metrics["triggers_cut_train"], metrics["triggers_cut_eval"]) == (0, 0)
 
 
-def test_the_label_mapping_is_recorded(trial_result: TrialResult) -> None:
-    assert trial_result.label_names == tuple(trial_result.tags["labels"].split())
+def test_the_label_mapping_is_recorded(trial_result: Tried) -> None:
+    assert trial_result.result["label_names"] == ["0", "1"]
+    assert trial_result.result["tags"]["labels"] == "0 1"
 
 
-def test_every_stage_reports_its_epochs(trial_result: TrialResult) -> None:
-    epochs = [(e["stage"], e["epoch"]) for e in trial_result.history]
+def test_every_stage_reports_its_epochs_and_its_time(trial_result: Tried) -> None:
+    epochs = [(e["stage"], e["epoch"]) for e in trial_result.result["history"]]
+    # As the stages stand in the cell: control before defense, each trained for `epochs`.
     assert epochs == [
         ("poisoned fine-tune", 1),
         ("poisoned fine-tune", 2),
+        ("clean tuning (control)", 1),
         ("exposure round 1", 1),
         ("exposure round 2", 1),
         ("exposure round 3", 1),
         ("clean tuning (defended)", 1),
-        ("clean tuning (control)", 1),
     ]
-    stages = {name.partition("/")[2] for name in trial_result.metrics if "/" in name}
-    assert stages == {*dict(epochs), "unlearn", "evaluate"}
-    parts = sum(v for k, v in trial_result.metrics.items() if k.startswith("seconds/"))
-    assert parts <= trial_result.metrics["seconds"]
+    metrics = trial_result.metrics
+    seconds = {n.partition("/")[2]: v for n, v in metrics.items() if n.startswith("seconds/")}
+    assert seconds == {name: r["seconds"] for name, r in records(trial_result).items()}
+    # What the cell costs alone, shared stages included.
+    assert metrics["seconds"] == pytest.approx(sum(seconds.values()))
 
 
-def test_the_token_table_agrees_with_the_metrics(trial_result: TrialResult) -> None:
+def test_a_cell_lasts_from_its_own_first_stage_to_its_last(trial_result: Tried) -> None:
+    made = records(trial_result)
+    # Round 2, unlearning and the scoring of the defended model belong to this cell alone.
+    own = [record for record in made.values() if record["kind"] == "cell"]
+    assert len(own) == 3
+    assert trial_result.result["started"] == min(record["started"] for record in own)
+    ends = [record["started"] + record["seconds"] for record in made.values()]
+    assert trial_result.result["ended"] == max(ends)
+
+
+def test_the_token_table_agrees_with_the_metrics(trial_result: Tried) -> None:
     tokens, metrics = trial_result.tokens, trial_result.metrics
     assert tokens.flagged.sum() == metrics["flagged"] > 0
     hits = (tokens.flagged & tokens.trigger).sum()
@@ -125,317 +170,353 @@ def test_the_token_table_agrees_with_the_metrics(trial_result: TrialResult) -> N
     assert tokens[tokens.trigger]["count"].item() == 16
 
 
-def test_flagged_tokens_stand_with_the_most_suspicious_first(trial_result: TrialResult) -> None:
-    table = trial_result.flagged_table()
+def test_flagged_tokens_stand_with_the_most_suspicious_first(trial_result: Tried) -> None:
+    table = flagged_table(trial_result.tokens)
     assert table.flagged.all()
     assert table.score.is_monotonic_decreasing
+    assert [token["token"] for token in trial_result.flagged] == table.token.tolist()
 
 
-def test_the_data_and_the_machine_are_noted(trial_result: TrialResult) -> None:
-    notes = trial_result.notes
-    assert (notes["rows_train"], notes["rows_clean"], notes["rows_eval"]) == (80, 20, 30)
-    assert trial_result.tags["device"] == "cpu"
-    assert trial_result.tags["precision"] == "fp32"
-    assert trial_result.tags["threads"] == "1"
-    assert trial_result.tags["torch"] == str(torch.__version__)
-    assert set(trial_result.tags) >= {"code", "host", "python", "transformers"}
+def test_the_machine_and_what_was_computed_are_noted(trial_result: Tried) -> None:
+    tags = trial_result.result["tags"]
+    assert tags["device"] == "cpu"
+    assert tags["precision"] == "fp32"
+    assert tags["threads"] == "1"
+    assert tags["torch"] == str(torch.__version__)
+    assert set(tags) >= {"code", "host", "python", "transformers"}
+    assert trial_result.stage.where["revisions"] == {
+        "data": tags["data"], "victim": tags["victim"],
+    }  # fmt: skip
 
 
-def test_the_same_spec_gives_the_same_result(
-    cell: dict[str, Any], trial_result: TrialResult
+def test_the_same_cell_gives_the_same_result(
+    cell: dict[str, Any], try_cell: Callable[..., Tried], trial_result: Tried, tmp_path: Path
 ) -> None:
     torch.manual_seed(123)  # whatever ran before must not act
-    again = run(cell)
-    assert comparable(again) == comparable(trial_result)
+    again = try_cell(cell, tmp_path)
+    assert again.folder != trial_result.folder
+    assert comparable(again.metrics) == comparable(trial_result.metrics)
     pd.testing.assert_frame_equal(again.tokens, trial_result.tokens)
-    losses = [[e["loss"] for e in result.history] for result in (again, trial_result)]
+    losses = [[e["loss"] for e in tried.result["history"]] for tried in (again, trial_result)]
     assert losses[0] == losses[1]
 
 
-def test_another_seed_gives_another_result(cell: dict[str, Any], trial_result: TrialResult) -> None:
-    other = run(with_(cell, seed=1))
-    assert [e["loss"] for e in other.history] != [e["loss"] for e in trial_result.history]
+def test_the_same_cell_stage_by_stage_gives_the_same_result(
+    trial_result: Tried, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "store")
+    store.prepare()
+    for stage in trial_result.stage.closure():
+        report = run_node(stage.node(), store, owner="me")
+        assert report.outcome is Outcome.done, report.reason
+    # Shown as the cell ends.
+    assert report.facts == {name: trial_result.metrics[name] for name in ("asr", "cacc")}
+    result = store.read_json(trial_result.stage.key, "result.json")
+    metrics = {k: float("nan") if v is None else v for k, v in result["metrics"].items()}
+    assert comparable(metrics) == comparable(trial_result.metrics)
+    tokens = pd.read_parquet(store.fetch(trial_result.stage.key) / "tokens.parquet")
+    pd.testing.assert_frame_equal(tokens, trial_result.tokens)
 
 
-def test_without_poison_there_is_nothing_to_find(cell: dict[str, Any]) -> None:
-    result = run(with_(cell, attack={"poison_rate": 0}))
-    metrics = result.metrics
+def test_another_seed_gives_another_result(
+    cell: dict[str, Any], try_cell: Callable[..., Tried], trial_result: Tried
+) -> None:
+    other = try_cell(with_(cell, seed=1))
+    losses = [[e["loss"] for e in tried.result["history"]] for tried in (other, trial_result)]
+    assert losses[0] != losses[1]
+
+
+def test_without_poison_there_is_nothing_to_find(
+    cell: dict[str, Any], try_cell: Callable[..., Tried]
+) -> None:
+    tried = try_cell(with_(cell, attack={"poison_rate": 0}))
+    metrics = tried.metrics
     assert (metrics["poisoned_rows"], metrics["poison_rate_reached"]) == (0, 0)
     assert math.isnan(metrics["detection_recall"])
     assert math.isnan(metrics["detection_auprc"])
     assert math.isnan(metrics["sample_recall"])
     assert metrics["detection_precision"] == 0  # k tokens flagged, none of them right
-    assert not result.tokens.trigger.any()
+    assert not tried.tokens.trigger.any()
     for name in ("undefended_asr", "undefended_cacc", "tuned_asr", "asr", "cacc"):
         assert 0 <= metrics[name] <= 1
 
 
 @pytest.mark.parametrize("attack", ["style", "syntactic"])
 def test_an_attack_without_trigger_tokens_has_no_token_precision(
-    cell: dict[str, Any], attack: str
+    cell: dict[str, Any], try_cell: Callable[..., Tried], attack: str
 ) -> None:
-    metrics = run(with_(cell, attack={"name": attack})).metrics
+    metrics = try_cell(with_(cell, attack={"name": attack})).metrics
     for name in ("precision", "recall", "f1", "auprc"):
         assert math.isnan(metrics[f"detection_{name}"])
     # Which rows are poisoned is known all the same.
     assert 0 <= metrics["sample_recall"] <= 1
     assert metrics["flagged"] > 0
+    # Nor can a trigger be cut off that is not made of tokens.
+    assert not [name for name in metrics if name.startswith("triggers_cut")]
 
 
 @pytest.mark.parametrize("architecture", ["roberta", "distilbert", "deberta-v2", "gpt2"])
 @pytest.mark.slow
 def test_every_architecture_runs(
-    cell: dict[str, Any], victim_folder: Callable[[str], Path], architecture: str
+    cell: dict[str, Any],
+    victim_folder: Callable[[str], Path],
+    try_cell: Callable[..., Tried],
+    architecture: str,
 ) -> None:
-    result = run(with_(cell, victim={"name": str(victim_folder(architecture))}))
-    assert result.tokens.trigger.any()
-    assert 0 <= result.metrics["asr"] <= 1
+    tried = try_cell(with_(cell, victim={"name": str(victim_folder(architecture))}))
+    assert tried.tokens.trigger.any()
+    assert 0 <= tried.metrics["asr"] <= 1
 
 
-def test_progress_tells_every_epoch(cell: dict[str, Any], trial_result: TrialResult) -> None:
+def test_progress_tells_every_stage_and_epoch(trial_result: Tried, tmp_path: Path) -> None:
     told: list[Progress] = []
-    run_trial(resolve(cell), told.append)
-    assert [(p.stage, p.step) for p in told] == [
-        (e["stage"], e["epoch"]) for e in trial_result.history
-    ]
+    run_trial(trial_result.stage, tmp_path, cpus=1, gpus=0, progress=told.append)
+    # Each stage as it begins, then its epochs.
+    began = [event.stage for event in told if event.step == 0]
+    assert began == [stage.name for stage in trial_result.stage.closure()]
+    epochs = [(event.stage, event.step) for event in told if event.step and event.metrics]
+    assert sorted(epochs) == sorted(
+        (e["stage"], e["epoch"]) for e in trial_result.result["history"]
+    )
 
 
-def test_a_gpu_that_is_not_there_is_named(cell: dict[str, Any]) -> None:
+def test_a_trial_computes_only_what_is_not_there(
+    trial_result: Tried, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def computed(*_: object, **__: object) -> None:
+        raise AssertionError("it is there already")
+
+    monkeypatch.setattr("btu.stages.run_stage", computed)
+    folder = run_trial(trial_result.stage, trial_result.root, cpus=1, gpus=0)
+    assert folder == trial_result.folder
+
+
+def test_a_gpu_that_is_not_there_is_named(trial_result: Tried, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(UserError, match=r"resources.gpu is 1.* no CUDA device is visible"):
-        run(with_(cell, resources={"gpu": 1}))
+        run_trial(trial_result.stage, tmp_path, cpus=1, gpus=1)
 
 
-def test_a_loss_that_explodes_names_step_and_settings(cell: dict[str, Any]) -> None:
+def test_a_loss_that_explodes_names_step_and_settings(
+    cell: dict[str, Any], try_cell: Callable[..., Tried]
+) -> None:
     with pytest.raises(
         NonFiniteLossError,
         match=r"loss became (nan|inf) in stage 'poisoned fine-tune' at step \d+.*1e\+30",
     ):
-        run(with_(cell, train={"learning_rate": 1e30}))
+        try_cell(with_(cell, train={"learning_rate": 1e30}))
 
 
-def test_an_alpha_that_flags_everything_is_refused(cell: dict[str, Any]) -> None:
+def test_an_alpha_that_flags_everything_is_refused(
+    cell: dict[str, Any], try_cell: Callable[..., Tried], tmp_path: Path
+) -> None:
+    # Not while planning: how many tokens occur is known with the rows alone.
     with pytest.raises(UserError, match=r"defense.alpha 0.99 flags all of the \d+ tokens"):
-        run(with_(cell, defense={"alpha": 0.99}))
+        try_cell(with_(cell, defense={"alpha": 0.99}), tmp_path)
 
 
-# What the defense sees -------------------------------------------------------------------------
+def test_triggers_beyond_max_length_are_counted(
+    cell: dict[str, Any], try_cell: Callable[..., Tried]
+) -> None:
+    # 8 tokens, 2 of them special, hold 6 pieces; the texts have at least 6 words before the
+    # trigger finds its slot, so that of 16 triggers some are cut and some are not.
+    metrics = try_cell(with_(cell, victim={"max_length": 8})).metrics
+    assert 0 < metrics["triggers_cut_train"] < metrics["poisoned_rows"] == 16
+    assert 0 < metrics["triggers_cut_eval"] < metrics["asr_n"]
+
+
+def test_the_threshold_free_score_does_not_move_with_alpha(
+    cell: dict[str, Any], try_cell: Callable[..., Tried], trial_result: Tried
+) -> None:
+    # Round 2 trains without what round 1 flagged at alpha, so it must not be in the ranking.
+    tried = [trial_result, try_cell(with_(cell, defense={"alpha": 0.05}))]
+    one, other = (each.tokens.set_index("token_id").score for each in tried)
+    assert one.equals(other)
+    first, second = (each.metrics for each in tried)
+    assert first["detection_auprc"] == second["detection_auprc"]
+    assert first["flagged"] < second["flagged"]
+
+
+# The scoring itself ----------------------------------------------------------------------------
+
+
+def test_detection_is_as_counted_by_hand() -> None:
+    # Token 7 is the trigger, rows 0 and 1 are poisoned; 7 and 5 were flagged.
+    train = Encoded.from_lists([[1, 7], [7, 2], [5, 1], [3]], [1, 1, 0, 0], pad_id=0)
+    mask = np.array([True, True, False, False])
+    scores = np.full(10, np.nan)
+    scores[[1, 2, 3, 5, 7]] = [-5, -4, -3, -1, -2]
+    found = detection_metrics(Suspects((7, 5), scores), mask, frozenset({7}), train)
+    assert found["flagged"] == 2
+    # 1 of 2 flagged tokens is the trigger's; its only token was flagged.
+    assert (found["detection_precision"], found["detection_recall"]) == (0.5, 1)
+    assert found["detection_f1"] == pytest.approx(2 * 0.5 * 1 / 1.5)
+    # Rows 0, 1 and 2 hold a flagged token; 0 and 1 are poisoned.
+    assert found["sample_precision"] == pytest.approx(2 / 3)
+    assert found["sample_recall"] == 1
+    # The trigger stands second in the ranking: precision 1/2 where its recall jumps to 1.
+    assert found["detection_auprc"] == pytest.approx(0.5)
+
+
+def test_a_defense_that_ranks_nothing_has_no_ranking_score() -> None:
+    train = Encoded.from_lists([[7]], [1], pad_id=0)
+    found = detection_metrics(Suspects((7,)), np.array([True]), frozenset({7}), train)
+    assert "detection_auprc" not in found
+    assert found["detection_precision"] == 1
+    assert detection_metrics(None, np.array([True]), frozenset({7}), train) == {}
+
+
+def test_the_table_holds_candidates_and_whatever_was_flagged(bert: Victim) -> None:
+    scores = np.full(20, np.nan)
+    scores[[6, 9]] = [-1.0, -2.0]
+    # 3 was flagged without being a candidate.
+    made = token_table(Suspects((6, 3), scores, {"count": np.arange(20)}), bert, frozenset({9}))
+    assert made.token_id.tolist() == [3, 6, 9]
+    assert made.flagged.tolist() == [True, True, False]
+    assert made.trigger.tolist() == [False, False, True]
+    assert made["count"].tolist() == [3, 6, 9]
+    assert made.token.tolist() == bert.tokenizer.convert_ids_to_tokens([3, 6, 9])
+
+
+def test_without_a_ranking_the_table_holds_what_was_flagged(bert: Victim) -> None:
+    made = token_table(Suspects((9, 6)), bert, None)
+    assert made.token_id.tolist() == [6, 9]
+    assert made.score.isna().all()
+    assert not made.trigger.any()
+    assert token_table(None, bert, None).empty
+
+
+# A defense of one's own ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Spy:
-    """A defense that keeps what it was given and changes nothing."""
+    """A defense that changes nothing, or only tunes; it looks for no tokens."""
 
     strength: float = 1.0
 
-    seen = []  # noqa: RUF012
-    checked = []  # noqa: RUF012
-
     def check(self, vocabulary: int) -> None:
-        self.checked.append(vocabulary)
+        CHECKED.append(vocabulary)
 
-    def defend(self, context: DefenseContext) -> DefenseOutcome:
-        self.seen.append(context)
-        return DefenseOutcome(copy.deepcopy(context.model))
+    def stages(self, base: Foundation) -> Stage:
+        config = {"strength": self.strength, **base.tuning_config()}
+        return base.stage(
+            "spy",
+            f"{__name__}:watch",
+            1,
+            config,
+            {"rows": base.rows, "model": base.model},
+            model=True,
+            kind="cell",
+        )
+
+
+CHECKED: list[int] = []
+
+
+def watch(run: StageRun) -> dict[str, Any]:
+    """Hand the poisoned model on, tuned if the strength is 2."""
+    model = model_of(run, "model")
+    if run.config["strength"] == 2:
+        tune(run, model, "clean tuning (spy)")
+    save_model(model, run.folder)
+    return {}
 
 
 @pytest.fixture
-def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Spy]]:
-    """The spy, registered as the defense ``spy`` for one test."""
-    module = "tests_spy_defense"
-    monkeypatch.setitem(sys.modules, module, type(sys)(module))
-    monkeypatch.setattr(sys.modules[module], "Spy", Spy, raising=False)
+def spied(monkeypatch: pytest.MonkeyPatch, cell: dict[str, Any]) -> Callable[..., dict[str, Any]]:
+    """A function from the spy's strength, and other sections, to a config; for one test."""
     monkeypatch.setattr(DEFENSES, "_entries", dict(DEFENSES._entries))
-    DEFENSES.register("spy", f"{module}:Spy", "keeps what it is given")
-    Spy.seen.clear()
-    Spy.checked.clear()
-    yield Spy
-    Spy.seen.clear()
+    DEFENSES.register("spy", f"{__name__}:Spy", "hands the model on")
+    CHECKED.clear()
 
+    def build(strength: float = 1.0, **sections: Any) -> dict[str, Any]:
+        return {**with_(cell, **sections), "defense": {"name": "spy", "strength": strength}}
 
-def spied(cell: dict[str, Any], **attack: Any) -> dict[str, Any]:
-    return {**with_(cell, attack=attack), "defense": {"name": "spy", "strength": 2.0}}
-
-
-@pytest.mark.parametrize("attack", ["badnets", "style"])
-def test_the_defense_gets_neither_mask_nor_paraphrases(
-    cell: dict[str, Any], spy: type[Spy], attack: str
-) -> None:
-    run(spied(cell, name=attack))
-    (context,) = spy.seen
-    assert {f.name for f in dataclasses.fields(context)} == {
-        "victim", "train_rows", "train", "clean", "model", "settings", "tuning", "seed", "device",
-        "progress", "history", "seconds",
-    }  # fmt: skip
-    # A column that equals the text would give the poisoned rows away.
-    assert context.train_rows.columns == {}
-    assert len(context.train_rows) == len(context.train) == 80
-    assert len(context.clean) == 20
+    return build
 
 
 def test_a_defense_of_its_own_is_a_config_key_and_runs(
-    cell: dict[str, Any], spy: type[Spy], tmp_path: Path
+    spied: Callable[..., Any], try_cell: Callable[..., Tried]
 ) -> None:
-    spec = resolve(spied(cell))
-    assert spec.build_defense() == Spy(2.0)
-    store = ResultStore(tmp_path / "runs")
-    record = run_and_store(spec, "k", "s", {}, store)
-    assert record["status"] == "finished", record.get("traceback")
-    metrics = record["metrics"]
-    (vocabulary,) = spy.checked
+    config = spied(strength=3.0)
+    assert resolve(config).build_defense() == Spy(3.0)
+    tried = try_cell(config)
+    (vocabulary,) = CHECKED
     assert vocabulary > 100
     # It flags no tokens: detection does not apply, rather than being 0.
+    metrics = tried.metrics
     assert not [name for name in metrics if name.startswith(("detection", "sample", "flagged"))]
     # It changes nothing: the model is the undefended one.
     for name in ("asr", "cacc", "ftr"):
         assert metrics[name] == metrics[f"undefended_{name}"]
-    written = {p.name for p in store.path("k").iterdir()}
-    assert written == {"result.json", "config.yaml", "tokens.parquet", "flagged_tokens.json"}
+    assert tried.tokens.empty
+    assert tried.flagged == []
+    # Without drift there is nothing to plot.
+    assert {path.name for path in tried.folder.iterdir()} == {
+        "record.json", "result.json", "config.yaml", "tokens.parquet", "flagged_tokens.json",
+    }  # fmt: skip
 
 
 def test_clean_tuning_of_defense_and_control_is_the_same(
-    cell: dict[str, Any], spy: type[Spy], monkeypatch: pytest.MonkeyPatch
+    spied: Callable[..., Any], try_cell: Callable[..., Tried]
 ) -> None:
     # A defense that only tunes ends with the control's model.
-    def tunes(self: Spy, context: DefenseContext) -> DefenseOutcome:
-        model = copy.deepcopy(context.model)
-        context.clean_tune(model, "clean tuning (defended)")
-        return DefenseOutcome(model)
-
-    monkeypatch.setattr(spy, "defend", tunes)
-    config = spied(cell)
-    config["tuning"] = {"learning_rate": 1e-2, "epochs": 2}
-    result = run(config)
+    tried = try_cell(spied(2, tuning={"learning_rate": 1e-2, "epochs": 2}))
     for name in ("asr", "cacc", "ftr"):
-        assert result.metrics[name] == result.metrics[f"tuned_{name}"]
-    tuned = {e["stage"]: e["loss"] for e in result.history if e["stage"].startswith("clean")}
-    assert len(set(tuned.values())) == 1
+        assert tried.metrics[name] == tried.metrics[f"tuned_{name}"]
+    losses: dict[str, list[float]] = {}
+    for epoch in tried.result["history"]:
+        losses.setdefault(epoch["stage"], []).append(epoch["loss"])
+    assert len(losses["clean tuning (spy)"]) == 2
+    assert losses["clean tuning (spy)"] == losses["clean tuning (control)"]
 
 
 # What is written -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> ResultStore:
-    made = ResultStore(tmp_path / "runs" / "s")
-    made.prepare()
-    return made
-
-
-def test_a_finished_cell_is_written_whole(
-    cell: dict[str, Any], store: ResultStore, trial_result: TrialResult
+def test_a_cell_is_written_whole(
+    trial_result: Tried, plan_cell: Callable[..., PlannedCell]
 ) -> None:
-    spec = resolve(cell)
-    key = spec.key("rows", "weights")
-    record = run_and_store(spec, key, "s", {"seed": 0}, store)
-    assert record["status"] == "finished"
-    folder = store.path(key)
-    assert {p.name for p in folder.iterdir()} == {
-        "result.json", "config.yaml", "tokens.parquet", "flagged_tokens.json", "drift.png",
+    folder = trial_result.folder
+    assert {path.name for path in folder.iterdir()} == {
+        "record.json", "result.json", "config.yaml", "tokens.parquet", "flagged_tokens.json",
+        "drift.png",
     }  # fmt: skip
-    (read,) = store.records()
-    assert (read["key"], read["sweep"], read["varied"]) == (key, "s", {"seed": 0})
-    assert read["started"] < read["ended"]
-    for name, value in comparable(trial_result).items():
-        assert repr(read["metrics"][name]) == value
-    pd.testing.assert_frame_equal(pd.read_parquet(folder / "tokens.parquet"), trial_result.tokens)
-    flagged = json.loads((folder / "flagged_tokens.json").read_text())
-    assert [row["token"] for row in flagged] == trial_result.flagged_table().token.tolist()
     assert (folder / "drift.png").read_bytes().startswith(b"\x89PNG")
+    flagged = json.loads((folder / "flagged_tokens.json").read_text())
+    assert {"token_id", "token", "score", "flagged", "trigger"} <= set(flagged[0])
+    assert len(flagged) == trial_result.metrics["flagged"]
     # The written config is a sweep file of the same cell.
     (again,) = load_sweep(folder / "config.yaml").cells()
-    assert resolve(again.config).key("rows", "weights") == key
-    yaml.safe_load((folder / "config.yaml").read_text())
+    assert plan_cell(again.config).key == trial_result.stage.key
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == trial_result.result["config"]
 
 
-def test_a_loss_that_explodes_is_a_failed_record(cell: dict[str, Any], store: ResultStore) -> None:
-    spec = resolve(with_(cell, train={"learning_rate": 1e30}))
-    record = run_and_store(spec, "k", "s", {}, store)
-    assert record["status"] == "failed"
-    assert record["reason"].startswith("loss became ")
-    assert "lower the learning rate" in record["reason"]
-    assert "NonFiniteLossError" in record["traceback"]
-    assert store.is_failed("k")
-    assert not store.is_done("k")
-    assert [r["reason"] for r in store.failures()] == [record["reason"]]
+def test_a_result_is_strict_json(cell: dict[str, Any], try_cell: Callable[..., Tried]) -> None:
+    tried = try_cell(with_(cell, attack={"poison_rate": 0}))
+    text = (tried.folder / "result.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["metrics"]["detection_recall"] is None
 
 
-def test_an_unexpected_exception_is_a_failed_record(
-    cell: dict[str, Any], store: ResultStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: object) -> None:
-        raise ZeroDivisionError("deep inside")
-
-    monkeypatch.setattr(trial_module, "poison", broken)
-    record = run_and_store(resolve(cell), "k", "s", {}, store)
-    assert record["status"] == "failed"
-    assert record["reason"] == "ZeroDivisionError: deep inside"
-    assert "in broken" in record["traceback"]
-    assert set(record["tags"]) >= {"code", "host"}
-    assert store.is_failed("k")
-
-
-def test_an_interruption_is_no_failure(
-    cell: dict[str, Any], store: ResultStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trial_module, "poison", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_and_store(resolve(cell), "k", "s", {}, store)
-    assert not store.is_failed("k")
-
-
-def test_a_full_disk_is_no_result_of_the_trial(
-    cell: dict[str, Any],
-    store: ResultStore,
-    monkeypatch: pytest.MonkeyPatch,
-    trial_result: TrialResult,
-) -> None:
-    # Another machine may have room: the error escapes, so that Ray tries again.
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(trial_module, "run_trial", lambda *_: trial_result)
-    monkeypatch.setattr(ResultStore, "commit", full)
-    with pytest.raises(OSError, match="No space left"):
-        run_and_store(resolve(cell), "k", "s", {}, store)
-    assert not store.is_failed("k")
-
-
-def test_the_code_version_starts_with_the_package_version() -> None:
-    import btu
-
-    assert trial_module.code_version().split("+")[0] == btu.__version__
-
-
-def test_triggers_beyond_max_length_are_counted(cell: dict[str, Any]) -> None:
-    # 8 tokens, 2 of them special, hold 6 pieces; the texts have at least 6 words before the
-    # trigger finds its slot, so that of 16 triggers some are cut and some are not.
-    metrics = run(with_(cell, victim={"max_length": 8})).metrics
-    assert 0 < metrics["triggers_cut_train"] < metrics["poisoned_rows"] == 16
-    assert 0 < metrics["triggers_cut_eval"] < metrics["asr_n"]
-
-
-def test_the_threshold_free_score_does_not_move_with_alpha(cell: dict[str, Any]) -> None:
-    # Round 2 trains without what round 1 flagged at alpha, so it must not be in the ranking.
-    scores = [run(with_(cell, defense={"alpha": alpha})) for alpha in (0.01, 0.05)]
-    one, other = (result.tokens.set_index("token_id").score for result in scores)
-    assert one.equals(other)
-    assert scores[0].metrics["detection_auprc"] == scores[1].metrics["detection_auprc"]
-    assert scores[0].metrics["flagged"] < scores[1].metrics["flagged"]
-
-
-def test_a_table_that_cannot_be_written_is_a_failed_record(
-    cell: dict[str, Any], store: ResultStore, monkeypatch: pytest.MonkeyPatch
+def test_a_plot_that_cannot_be_drawn_is_a_failure_of_the_cell(
+    trial_result: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
         raise KeyError("count")
 
-    monkeypatch.setattr("orchestrator.plots.drift_plot", broken)
-    record = run_and_store(resolve(cell), "k", "tiny", {}, store)
-    assert (record["status"], record["reason"]) == ("failed", "KeyError: 'count'")
-    assert store.is_failed("k")
-    assert record["tags"]["device"] == "cpu"
+    store = Store(tmp_path / "store")
+    store.prepare()
+    *stages, last = trial_result.stage.closure()
+    for stage in stages:
+        made = store.begin(stage.key)
+        shutil.copytree(trial_result.root / stage.key, made, dirs_exist_ok=True)
+        store.publish(stage.key, made, stage.name, {})
+    monkeypatch.setattr(trial_module.plots, "drift_plot", broken)
+    report = run_node(last.node(), store, owner="me")
+    assert (report.outcome, report.reason) == (Outcome.failed, "KeyError: 'count'")
+    failure = store.failure(last.key)
+    assert failure is not None
+    assert "in broken" in failure["traceback"]

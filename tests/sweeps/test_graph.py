@@ -1,0 +1,176 @@
+"""A cell's spec -> its stages: what acts, what is shared. No data and no weights are needed."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+import orchestrator.graph as graphs
+from btu.defense import DEFENSES
+from btu.foundation import Foundation
+from btu.stages import Stage
+from orchestrator.config import resolve
+from orchestrator.graph import Graph
+
+COUNTS = {"rows_train": 80, "rows_clean": 20, "rows_eval": 30}
+CONFIG: dict[str, Any] = {
+    "data": {"name": "tiny", "path": "data"},
+    "victim": {"name": "offline"},
+    "attack": {"name": "badnets", "poison_rate": 0.2},
+    "defense": {"name": "btu", "alpha": 0.01},
+    "train": {"epochs": 2},
+    "seed": 0,
+}
+
+
+def config(**sections: Any) -> dict[str, Any]:
+    made = copy.deepcopy(CONFIG)
+    for key, value in sections.items():
+        made[key] = {**made.get(key, {}), **value} if isinstance(value, dict) else value
+    return made
+
+
+def cell(
+    graph: Graph | None = None, rows: str = "r" * 64, weights: str = "w" * 64, **sections: Any
+) -> Stage:
+    return (graph or Graph()).cell(resolve(config(**sections)), rows, weights, COUNTS)
+
+
+def other_stages(one: Stage, other: Stage) -> set[str]:
+    """Return the names of the stages that two cells do not share."""
+    assert one.inputs.keys() == other.inputs.keys()
+    return {name for name, stage in one.inputs.items() if stage.key != other.inputs[name].key}
+
+
+BEFORE = {"poison", "training rows", "evaluation rows"}
+MODELS = {
+    "poisoned fine-tune", "evaluate undefended", "clean tuning (control)", "evaluate tuned",
+    "unlearn", "evaluate defended",
+}  # fmt: skip
+ROUNDS = {"exposure round 1", "exposure round 2", "exposure round 3"}
+
+
+def test_a_cell_has_its_stages_by_name() -> None:
+    made = cell()
+    assert set(made.inputs) == BEFORE | MODELS | ROUNDS
+    assert all(stage.name == name for name, stage in made.inputs.items())
+    # Whatever a stage rests on is a stage of the cell.
+    assert {s.key for s in made.closure()} == {made.key, *(s.key for s in made.inputs.values())}
+    # It is put together on any node, from records and tables.
+    assert (made.name, made.kind, made.model) == ("cell", "host", False)
+    assert set(made.light) == set(made.inputs)
+
+
+def test_the_same_spec_is_the_same_cell() -> None:
+    assert cell().key == cell().key
+
+
+@pytest.mark.parametrize(
+    ("sections", "reached"),
+    [
+        ({"seed": 1}, BEFORE | MODELS | ROUNDS),
+        ({"attack": {"poison_rate": 0.3}}, BEFORE | MODELS | ROUNDS),
+        ({"attack": {"trigger": ["mn"]}}, BEFORE | MODELS | ROUNDS),
+        ({"victim": {"max_length": 64}}, (BEFORE - {"poison"}) | MODELS | ROUNDS),
+        # Exposure has settings of its own and starts from the pretrained model.
+        ({"train": {"epochs": 3}}, MODELS),
+        (
+            {"tuning": {"epochs": 3}},
+            {"clean tuning (control)", "evaluate tuned", "unlearn", "evaluate defended"},
+        ),
+        ({"defense": {"alpha": 0.02}}, {"exposure round 2", "unlearn", "evaluate defended"}),
+        ({"defense": {"cut": "row"}}, {"unlearn", "evaluate defended"}),
+        # Bags are trained in rounds 1 and 2 alone.
+        (
+            {"defense": {"bag_batch_size": 8}},
+            {"exposure round 1", "exposure round 2", "unlearn", "evaluate defended"},
+        ),
+    ],
+)
+def test_a_setting_reaches_what_it_acts_on(sections: dict[str, Any], reached: set[str]) -> None:
+    one, other = cell(), cell(**sections)
+    assert other_stages(one, other) == reached
+    assert one.key != other.key
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"resources": {"cpu": 4, "gpu": 0.5}},
+        {"data": {"path": "elsewhere"}},
+        {"defense": {"preset": "default"}},
+        {"victim": {"trust_remote_code": True}},
+        {"attack": {"sentence": "of another attack"}},
+    ],
+)
+def test_what_does_not_act_is_no_other_cell(sections: dict[str, Any]) -> None:
+    one, other = cell(), cell(**sections)
+    assert other_stages(one, other) == set()
+    assert one.key == other.key
+
+
+def test_rows_and_weights_act() -> None:
+    assert other_stages(cell(), cell(rows="q" * 64)) == BEFORE | MODELS | ROUNDS
+    assert other_stages(cell(), cell(weights="v" * 64)) == ((BEFORE - {"poison"}) | MODELS | ROUNDS)
+    assert cell().where["revisions"] == {"data": "r" * 12, "victim": "w" * 60}
+
+
+def test_another_scoring_is_another_cell_on_the_same_stages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = cell()
+    monkeypatch.setattr(graphs, "CELL_VERSION", graphs.CELL_VERSION + 1)
+    after = cell()
+    assert before.key != after.key
+    assert other_stages(before, after) == set()
+
+
+def test_cells_of_one_graph_share_their_stages() -> None:
+    graph = Graph()
+    one, other = cell(graph), cell(graph, defense={"alpha": 0.02})
+    same = set(one.inputs) - other_stages(one, other)
+    # The same objects: their keys are computed once.
+    assert all(one.inputs[name] is other.inputs[name] for name in same)
+    assert len(same) == 9
+
+
+def test_where_a_graph_was_used_before_does_not_matter() -> None:
+    graph = Graph()
+    cell(graph, seed=3)
+    cell(graph, data={"path": "elsewhere"})
+    assert cell(graph).key == cell().key
+    # The paths are those of the cell itself, not of the one that came first.
+    first = cell(graph).inputs["poison"]
+    assert str(first.where["data"]["path"]).endswith("data")
+
+
+def test_a_cell_keeps_its_whole_config() -> None:
+    made = cell()
+    assert made.where["config"] == resolve(CONFIG).config()
+    json.dumps(made.node())  # it travels
+
+
+@dataclass(frozen=True)
+class Twice:
+    """A defense whose two stages have one name."""
+
+    def check(self, vocabulary: int) -> None:
+        pass
+
+    def stages(self, base: Foundation) -> Stage:
+        first = base.stage("same", "toys:none", 1, {}, {"rows": base.rows})
+        return base.stage("same", "toys:none", 2, {}, {"model": first})
+
+
+def test_two_stages_of_one_name_are_a_mistake_of_the_defense(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(DEFENSES, "_entries", dict(DEFENSES._entries))
+    DEFENSES.register("twice", f"{__name__}:Twice", "has two stages of one name")
+    made = {**CONFIG, "defense": {"name": "twice"}}
+    with pytest.raises(ValueError, match="defense 'twice' has two stages named 'same'"):
+        Graph().cell(resolve(made), "rows", "weights", COUNTS)
