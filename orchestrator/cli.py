@@ -113,7 +113,7 @@ def plan(
 
 
 def _show_plan(sweep: Sweep, planner: Planner, planned: Plan, limit: int) -> None:
-    from orchestrator.plan import Timings, survey
+    from orchestrator.plan import survey, timings_for
     from orchestrator.progress import duration, label
     from orchestrator.store import Store
 
@@ -125,7 +125,7 @@ def _show_plan(sweep: Sweep, planner: Planner, planned: Plan, limit: int) -> Non
     store = Store(sweep.store_location, warn=_warn)
     committed, dropped = store.committed(), store.dropped()
     failed = {record["key"]: record["reason"] for record in store.failures()}
-    timings = Timings(store.timings(), "cuda" if sweep.resources.gpu > 0 else "cpu")
+    timings = timings_for(store.timings(), sweep.resources)
     work = survey(planned, committed=committed, dropped=dropped, failed=failed, timings=timings)
     table = Table("cell", "coordinates", "state", header_style="bold")
     rows = [

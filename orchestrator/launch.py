@@ -54,6 +54,7 @@ from orchestrator.plan import (
     Work,
     blocked,
     survey,
+    timings_for,
     victim_name,
 )
 from orchestrator.progress import SweepProgress, label
@@ -211,7 +212,7 @@ class _Driver:
             self._forget_failures()
         dropped = self.store.dropped()
         failed = {record["key"]: record["reason"] for record in self.store.failures()}
-        self.timings = Timings(self.store.timings(), self._device())
+        self.timings = timings_for(self.store.timings(), self.sweep.resources)
         work = survey(
             self.plan, committed=committed, dropped=dropped, failed=failed, timings=self.timings
         )
@@ -254,9 +255,6 @@ class _Driver:
     def _forget_failures(self) -> None:
         for key in self._keys() & self.store.failed():
             self.store.clear_failure(key)
-
-    def _device(self) -> str:
-        return "cuda" if self.sweep.resources.gpu > 0 else "cpu"
 
     # Ray ----------------------------------------------------------------------------------------
 
@@ -800,6 +798,7 @@ def _trial(config: dict[str, Any], launch: dict[str, Any]) -> None:
         begin=begin,
     )
     free_memory()
+    store.trim_cache()
     tune.report({"report": json.dumps(asdict(report))})
 
 

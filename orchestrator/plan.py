@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from btu.poisoning import choose_rows
 from btu.stages import Stage
 from btu.types import Corpus
 from btu.victims import VictimSource, VictimSpec, find_victim, weight_files
-from orchestrator.config import Cell, Sweep, TrialSpec, resolve
+from orchestrator.config import Cell, ResourceSpec, Sweep, TrialSpec, resolve
 from orchestrator.graph import Graph
 
 # What a stage takes on disk beside models: tables, token ids, records. Measured on SST-2.
@@ -240,32 +240,39 @@ class Timings:
     """How long stages took: the basis of every estimate.
 
     rows: ``stage``, ``victim``, ``device``, ``units``, ``seconds`` and ``count`` of stages of a
-    kind, summed. device: ``cpu`` or another; times on the one say nothing of the other.
+    kind, summed. device: what stages compute on, ``cpu`` or another; times on the one say nothing
+    of the other. cell_device: the same for the stages of a single cell; None is as `device`.
     """
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]], device: str) -> None:
-        self._cpu = device == "cpu"
-        self._sums: dict[tuple[str, ...], list[float]] = {}
+    def __init__(
+        self, rows: Iterable[Mapping[str, Any]], device: str, cell_device: str | None = None
+    ) -> None:
+        self._cpu = {
+            "host": True,
+            "stage": device == "cpu",
+            "cell": (cell_device or device) == "cpu",
+        }
+        self._sums: dict[tuple[bool, str, str | None], list[float]] = {}
         for row in rows:
             self.add(row)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Learn from a row, unless it is of another kind of device."""
-        # Stages without units, such as tokenizing, compute on the CPU everywhere.
-        if (row["device"] == "cpu") != self._cpu and row["units"]:
-            return
+        """Learn from a row."""
         # By victim, and, for victims that have not been measured, by any.
-        for known in ((row["stage"], row["victim"]), (row["stage"],)):
+        for victim in (row["victim"], None):
+            known = (row["device"] == "cpu", row["stage"], victim)
             sums = self._sums.setdefault(known, [0.0, 0.0, 0.0])
             for index, name in enumerate(("seconds", "units", "count")):
                 sums[index] += row[name]
 
-    def estimate(self, group: tuple[str, str], count: int, units: int) -> float | None:
+    def estimate(self, group: Group, count: int, units: int) -> float | None:
         """Return the expected seconds of stages; None where nothing like them was measured.
 
-        group: the stages' name and victim (`victim_name`). count, units: of them, summed.
+        count, units: of them, summed.
         """
-        sums = self._sums.get(group) or self._sums.get(group[:1])
+        cpu = self._cpu[group.kind]
+        sums = self._sums.get((cpu, group.stage, group.victim))
+        sums = sums or self._sums.get((cpu, group.stage, None))
         if sums is None:
             return None
         seconds, known_units, known_count = sums
@@ -273,7 +280,26 @@ class Timings:
 
     def seconds(self, stage: Stage) -> float | None:
         """Return the expected seconds of one stage."""
-        return self.estimate((stage.name, victim_name(stage)), 1, stage.units)
+        return self.estimate(group_of(stage), 1, stage.units)
+
+
+class Group(NamedTuple):
+    """What stages are alike in, as far as their times go."""
+
+    stage: str
+    victim: str
+    kind: str = "stage"
+
+
+def group_of(stage: Stage) -> Group:
+    """Return the group of a stage."""
+    return Group(stage.name, victim_name(stage), stage.kind)
+
+
+def timings_for(rows: Iterable[Mapping[str, Any]], resources: ResourceSpec) -> Timings:
+    """Return the timings that are of use to a sweep with these resources."""
+    shared, own = ("cpu" if resources.of(kind)[1] == 0 else "cuda" for kind in ("stage", "cell"))
+    return Timings(rows, shared, own)
 
 
 def victim_name(stage: Stage) -> str:

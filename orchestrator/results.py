@@ -12,6 +12,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,7 +156,11 @@ class Results:
 
     def journal(self) -> list[dict[str, Any]]:
         """Return the journal of all launches."""
-        return [json.loads(line) for line in self.storage.lines(f"{self.name}/{JOURNAL}")]
+        events = []
+        for line in self.storage.lines(f"{self.name}/{JOURNAL}"):
+            with suppress(ValueError):  # cut short by a full disk or a kill
+                events.append(json.loads(line))
+        return events
 
 
 def store_location(output: str) -> str:

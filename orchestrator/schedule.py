@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import TypeAlias
 
 from btu.stages import Stage
-from orchestrator.plan import Timings, needed, victim_name
+from orchestrator.plan import Group, Timings, group_of, needed
 
 # What a stage that ran out of memory is tried with: alone on its device, then in smaller parts.
 LADDER = (1, 1, 2, 4, 8)
@@ -39,7 +39,7 @@ _Queue: TypeAlias = list[tuple[float, int, str]]
 @dataclass
 class _Node:
     stage: Stage
-    group: tuple[str, str]  # stage and victim: what timings are kept by
+    group: Group  # what timings are kept by
     state: State = State.waiting
     missing: set[str] = field(default_factory=set)  # inputs that are not there yet
     # In order: equal chains go as they came, in every process.
@@ -91,7 +91,7 @@ class Schedule:
         self._released: set[str] = set()  # of these, what a reader let go since `done` was asked
         # Kept up to date, since a sweep may have many thousands of stages.
         self.counts = {True: dict.fromkeys(State, 0), False: dict.fromkeys(State, 0)}
-        self._left: dict[tuple[str, str], list[int]] = {}  # by group: stages and their units
+        self._left: dict[Group, list[int]] = {}  # by group: stages and their units
         self.add(cells)
 
     def add(self, cells: Iterable[Stage]) -> None:
@@ -140,7 +140,7 @@ class Schedule:
             self._set(node, State.waiting)
 
     def _insert(self, stage: Stage, state: State) -> None:
-        node = self._nodes[stage.key] = _Node(stage, (stage.name, victim_name(stage)), state)
+        node = self._nodes[stage.key] = _Node(stage, group_of(stage), state)
         self.counts[stage.name == CELL][state] += 1
         if state not in ENDED:
             self._count_left(node, 1)

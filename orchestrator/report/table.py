@@ -77,7 +77,7 @@ def _differing(configs: list[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _recomputed(records: list[dict[str, Any]]) -> bool:
+def _recomputed(records: Iterable[Mapping[str, Any]]) -> bool:
     """Return whether cells of equal settings were computed by different versions of a stage."""
     recipes: dict[str, set[Any]] = {}
     for record in records:

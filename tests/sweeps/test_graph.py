@@ -116,7 +116,10 @@ def test_what_does_not_act_is_no_other_cell(sections: dict[str, Any]) -> None:
 def test_rows_and_weights_act() -> None:
     assert other_stages(cell(), cell(rows="q" * 64)) == BEFORE | MODELS | ROUNDS
     assert other_stages(cell(), cell(weights="v" * 64)) == ((BEFORE - {"poison"}) | MODELS | ROUNDS)
-    assert cell().where["revisions"] == {"data": "r" * 12, "victim": "w" * 60}
+    revisions = cell().where["revisions"]
+    assert (revisions["data"], revisions["victim"]) == ("r" * 12, "w" * 60)
+    # The recipe is told by the versions of the stages, whatever the settings are.
+    assert revisions["recipe"] == cell(rows="q" * 64, seed=5).where["revisions"]["recipe"]
 
 
 def test_another_scoring_is_another_cell_on_the_same_stages(

@@ -1,417 +1,568 @@
-"""Whole sweeps on a real local Ray: done, resumed, failed, killed and interrupted.
+"""Whole sweeps on a real local Ray: what is computed, what is kept, and what the command says.
 
-The command line runs as a process of its own, as a person starts it.
+Most run in this process, on one Ray that all tests share. What breaks is in ``test_faults``.
 """
 
 from __future__ import annotations
 
 import io
-import os
+import json
 import signal
-import subprocess
-import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import yaml
-from rich.console import Console
+from launching import (
+    Workplace,
+    all_measured,
+    check,
+    computed,
+    journal,
+    measured,
+    own_stages,
+    runs_at,
+    wait_for,
+)
 
-from orchestrator.progress import SweepProgress
-from orchestrator.store import ResultStore
+from orchestrator.results import find_sweep
 
-pytestmark = pytest.mark.slow
-
-# A cold start of Ray with two workers that import torch, on a busy machine.
-LIMIT = 300
-LONG = {"train": {"epochs": 200}}  # some seconds: time enough to be killed in
-
-
-class Done:
-    """A launch that ended. out, err: white space as single spaces."""
-
-    def __init__(self, code: int, out: str, err: str, seconds: float) -> None:
-        self.code, self.seconds = code, seconds
-        self.out, self.err = (" ".join(text.split()) for text in (out, err))
-
-    def __repr__(self) -> str:
-        return f"exit {self.code} after {self.seconds:.0f} s\n{self.out}\n{self.err}"
+# Three cells of one attack.
+ALPHAS = {"defense.alpha": [0.01, 0.02, 0.03]}
+# Nothing answers there; an address is looked at only where Ray is needed.
+NOWHERE = ("--address", "127.0.0.1:1")
 
 
-class Launch:
-    """A launch that runs."""
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow store: creating its tables takes seconds."""
+    from mlflow import MlflowClient
 
-    def __init__(self, arguments: list[str], folder: Path) -> None:
-        self.started = time.monotonic()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator.cli", "launch", *arguments],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def end(self, limit: float = LIMIT) -> Done:
-        out, err = self.process.communicate(timeout=limit)
-        return Done(self.process.returncode, out, err, time.monotonic() - self.started)
-
-    def worker(self) -> int:
-        """Wait for a Ray worker that is inside a trial and return its process id."""
-        import psutil
-
-        while self.process.poll() is None:
-            for child in psutil.Process(self.process.pid).children(recursive=True):
-                try:
-                    title = " ".join(child.cmdline())
-                    # Ray names a worker after what it executes: "ray::ImplicitFunc.train".
-                    if title.startswith("ray::") and ".train" in title:
-                        return int(child.pid)
-                except psutil.Error:
-                    continue
-            if time.monotonic() - self.started > LIMIT:
-                break
-            time.sleep(0.1)
-        raise AssertionError(f"no worker ran a trial: {self.end(20)}")
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Launch]]:
-    """A function that starts ``btu launch <arguments>`` in `tmp_path`."""
-    running: list[Launch] = []
-
-    def begin(*arguments: object) -> Launch:
-        running.append(Launch([str(a) for a in arguments], tmp_path))
-        return running[-1]
-
-    yield begin
-    for launch in running:
-        if launch.process.poll() is None:
-            launch.process.send_signal(signal.SIGINT)
-            try:
-                launch.process.communicate(timeout=60)
-            except subprocess.TimeoutExpired:
-                launch.process.kill()
-                launch.process.communicate()
+def place(tmp_path: Path, database: Path) -> Iterator[Workplace]:
+    """Where commands run as processes of their own."""
+    made = Workplace(tmp_path, database)
+    yield made
+    made.close()
 
 
-def runs_of(tmp_path: Path, name: str = "tiny") -> list[Any]:
-    """Return the sweep's runs in the SQLite store of ``tmp_path/runs``."""
-    from mlflow import MlflowClient
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """Ray in this process, which a launch in this process uses: two workers at once."""
+    import ray
 
-    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name(name)
-    assert experiment is not None
-    return list(client.search_runs([experiment.experiment_id]))
+    # Imported first: it sets what ray reads on import.
+    import orchestrator.launch  # noqa: F401
 
-
-def statuses(tmp_path: Path) -> list[str]:
-    return sorted(run.info.status for run in runs_of(tmp_path))
-
-
-def measured(metrics: dict[str, float]) -> dict[str, str]:
-    """Return the metrics that do not depend on the clock; repr, so that NaN equals NaN."""
-    return {k: repr(v) for k, v in metrics.items() if not k.startswith("seconds")}
-
-
-def test_a_grid_runs_grows_and_resumes(
-    make_sweep: Callable[..., Path], start: Callable[..., Launch], tmp_path: Path
-) -> None:
-    sweep = make_sweep(grid={"attack.name": ["badnets", "style"], "seed": [0, 1]})
-    first = start(sweep).end()
-    assert first.code == 0, first
-    assert "4 of 4 cells done, 0 failed, 0 not run" in first.out
-    # One line a cell, where there is no terminal for a live one.
-    assert all(f"[{n}/4]" in first.out for n in range(1, 5))
-    assert "badnets seed=1: asr" in first.out
-    store = ResultStore(tmp_path / "runs" / "tiny")
-    records = {r["key"]: r for r in store.records()}
-    assert sorted((r["config"]["attack"]["name"], r["config"]["seed"]) for r in records.values()) \
-        == [("badnets", 0), ("badnets", 1), ("style", 0), ("style", 1)]  # fmt: skip
-    for key in records:
-        assert {p.name for p in store.path(key).iterdir()} >= {
-            "result.json", "config.yaml", "tokens.parquet", "flagged_tokens.json", "drift.png",
-        }  # fmt: skip
-    # Tune's own state is gone.
-    assert sorted(p.name for p in store.folder.iterdir()) == ["cells", "failed", "sweep.yaml"]
-
-    runs = runs_of(tmp_path)
-    assert [run.info.status for run in runs] == ["FINISHED"] * 4
-    assert {run.data.tags["cell"] for run in runs} == set(records)
-    for run in runs:
-        asr = records[run.data.tags["cell"]]["metrics"]["asr"]
-        assert run.data.metrics["asr"] == pytest.approx(asr)
-
-    # A launched cell measures what the same cell does in this process, with as many threads.
-    import torch
-
-    from orchestrator.config import resolve
-    from orchestrator.trial import run_trial
-
-    threads = torch.get_num_threads()
-    one = next(r for r in records.values() if r["varied"] == {"attack.name": "badnets", "seed": 1})
-    try:
-        here = run_trial(resolve(one["config"]))
-    finally:
-        torch.set_num_threads(threads)
-    assert measured(one["metrics"]) == measured(dict(here.metrics))
-    assert {"asr", "detection_precision"} <= set(here.metrics)
-
-    # Again: nothing runs.
-    again = start(sweep).end()
-    assert again.code == 0, again
-    assert "4 of 4 cells are done already and are not run again" in again.out
-    assert "[1/4]" not in again.out
-    assert again.seconds < first.seconds  # no Ray is started
-    assert {r["key"]: r["started"] for r in store.records()} == {
-        key: r["started"] for key, r in records.items()
-    }
-    assert statuses(tmp_path) == ["FINISHED"] * 4
-
-    # A grown grid runs the new cells alone.
-    grown = start(sweep, "grid.seed=[0,1,2]").end()
-    assert grown.code == 0, grown
-    assert "4 of 6 cells are done already" in grown.out
-    assert "6 of 6 cells done" in grown.out
-    after = {r["key"]: r["started"] for r in store.records()}
-    assert len(after) == 6
-    assert {key: after[key] for key in records} == {k: r["started"] for k, r in records.items()}
-    assert statuses(tmp_path) == ["FINISHED"] * 6
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+    )
+    yield
+    ray.shutdown()
 
 
-def test_a_relaunch_with_nothing_to_do_needs_no_cluster(
-    make_sweep: Callable[..., Path], start: Callable[..., Launch], tmp_path: Path
-) -> None:
-    # Nothing answers at this address; it is needed only to run cells.
-    sweep = make_sweep()
-    assert start(sweep).end().code == 0
-    done = start(sweep, "--address", "127.0.0.1:1").end()
-    assert done.code == 0, done
-    assert "1 of 1 cells done" in done.out
+def uri_of(output: Path) -> str:
+    return f"sqlite:///{output / 'mlflow.db'}"
 
 
-def test_a_failing_cell_does_not_stop_the_others(
-    make_sweep: Callable[..., Path], start: Callable[..., Launch], tmp_path: Path
-) -> None:
-    sweep = make_sweep(grid={"train.learning_rate": [1e30, 1e-3]})
-    done = start(sweep).end()
-    assert done.code == 1, done
-    assert "1 of 2 cells done, 1 failed, 0 not run" in done.out
-    assert "FAILED: loss became nan" in done.out or "FAILED: loss became inf" in done.out
-    assert "Traceback" not in done.err
-    store = ResultStore(tmp_path / "runs" / "tiny")
-    (failure,) = store.failures()
-    assert failure["varied"] == {"train.learning_rate": 1e30}
-    assert failure["key"] in done.out
-    failed, finished = sorted(runs_of(tmp_path), key=lambda run: run.info.status)
-    assert (failed.info.status, finished.info.status) == ("FAILED", "FINISHED")
-    assert failed.data.tags["reason"] == failure["reason"]
-    assert "lower the learning rate" in failed.data.tags["reason"]
-    assert float(failed.data.params["train.learning_rate"]) == 1e30
+# What is computed ------------------------------------------------------------------------------
 
 
-def test_refused_cells_are_named_and_the_others_run(
+@pytest.mark.slow
+def test_a_sweep_shares_its_stages_grows_and_resumes(
     make_sweep: Callable[..., Path],
-    start: Callable[..., Launch],
-    plain_folder: Path,
+    place: Workplace,
+    run_cli: Callable[..., Any],
+    cluster: None,
     tmp_path: Path,
 ) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from orchestrator.config import load_sweep
+    from orchestrator.plan import plan_sweep
+    from orchestrator.results import read_result
+    from orchestrator.trial import run_trial
+
+    sweep = make_sweep(grid=ALPHAS)
+    first = run_cli("launch", sweep, "store.keep=models")
+    assert first.code == 0, first
+    assert "3 of 3 cells done, 0 failed, 0 not run" in first.out
+    # One line a cell, where there is no terminal for a live one.
+    assert all(f"[{n}/3] alpha=" in first.out for n in range(1, 4)), first
+    # alpha acts from round 2 on: what comes before is computed once for the three.
+    assert computed(place.output) == {
+        **dict.fromkeys(
+            ("poison", "training rows", "evaluation rows", "poisoned fine-tune",
+             "clean tuning (control)", "exposure round 1", "exposure round 3",
+             "evaluate undefended", "evaluate tuned"), 1,
+        ),
+        **dict.fromkeys(("exposure round 2", "unlearn", "evaluate defended", "cell"), 3),
+    }  # fmt: skip
+    results = place.results()
+    store = results.store
+    metrics = all_measured(results)
+    check(place.output, metrics)
+    for record in results.records():
+        names = {path.name for path in store.fetch(record["key"]).iterdir()}
+        assert names >= {
+            "result.json", "config.yaml", "tokens.parquet", "flagged_tokens.json", "drift.png",
+        }  # fmt: skip
+    for run in runs_at(uri_of(place.output)):
+        asr = metrics[run.data.tags["cell"]]["asr"]
+        assert run.data.metrics["asr"] == pytest.approx(float(asr))
+
+    # A launched cell measures what the same cell does in this process, with as many threads.
+    (planned,) = plan_sweep(load_sweep(sweep, ["defense.alpha=0.02"])).cells.values()
+    threads = torch.get_num_threads()
+    try:
+        here, _ = read_result(run_trial(planned.stage, tmp_path / "trial", cpus=1, gpus=0))
+    finally:
+        torch.set_num_threads(threads)
+    assert measured(here) == metrics[planned.key]
+    assert {"asr", "detection_precision", "loss of poisoned fine-tune 1"} <= set(measured(here))
+
+    # Kept, the models are ordinary ones; a grown grid reads them and computes what is new alone.
+    stages = own_stages(results, planned.key)
+    models = [stages[name] for name in ("poisoned fine-tune", "clean tuning (control)", "unlearn")]
+    for key in models:
+        folder = store.fetch(key) / "model"
+        loaded = AutoModelForSequenceClassification.from_pretrained(folder)
+        assert loaded.config.num_labels == 2
+    grown = run_cli("launch", sweep, "store.keep=models", "grid.defense.alpha=[0.01,0.02,0.03,0.04]")
+    assert grown.code == 0, grown
+    assert "3 of 4 cells are done already and are not run again" in grown.out
+    assert "4 of 4 cells done" in grown.out
+    counts = computed(place.output)
+    assert counts["poisoned fine-tune"] == counts["exposure round 1"] == 1
+    assert counts["unlearn"] == counts["cell"] == 4
+    check(place.output, all_measured(results))
+    assert {k: v for k, v in all_measured(results).items() if k in metrics} == metrics
+
+    # With everything done a launch needs no Ray. Without store.keep it removes the models.
+    before = journal(place.output)
+    again = place.run("launch", sweep, "grid.defense.alpha=[0.01,0.02,0.03,0.04]", *NOWHERE)
+    assert again.code == 0, again
+    assert again.seconds < 20  # no Ray
+    assert "4 of 4 cells are done already and are not run again" in again.out
+    assert "[1/4]" not in again.out
+    assert journal(place.output) == before
+    assert not list((place.output / "store").rglob("*.safetensors.*"))
+    assert not list((place.output / "store").rglob("model.safetensors"))
+    assert store.dropped() >= set(models)
+    assert store.verify() == []
+    assert len(runs_at(uri_of(place.output))) == 4
+    # Tune's own state is gone.
+    left = {path.name for path in (place.output / "tiny").iterdir()}
+    assert left == {"journal.jsonl", "plans", "sweep.yaml", "tracked"}
+
+
+@pytest.mark.slow
+def test_failures_take_their_own_cells_alone_and_stay(
+    make_sweep: Callable[..., Path], place: Workplace, run_cli: Callable[..., Any], cluster: None
+) -> None:
+    # A shared stage fails: both cells at the learning rate of 1e30. A cell's own stage fails: half
+    # of the vocabulary is more than there are candidates, which only the rows say.
+    sweep = make_sweep(
+        grid={"train.learning_rate": [1e30, 1e-3], "defense.alpha": [0.01, 0.9]}
+    )
+    done = run_cli("launch", sweep)
+    assert done.code == 1, done
+    assert "1 of 4 cells done, 3 failed, 0 not run" in done.out
+    assert "FAILED: stage 'poisoned fine-tune' of learning_rate=1e+30 alpha=" in done.out
+    assert "what failed stays failed until --retry-failed" in done.out
+    assert "Traceback" not in done.err
+    results = place.results()
+    reasons = {tuple(f["varied"].values()): f["reason"] for f in results.failures()}
+    assert set(reasons) == {(1e30, 0.01), (1e30, 0.9), (1e-3, 0.9)}
+    for alpha in (0.01, 0.9):
+        assert "stage 'poisoned fine-tune' failed: loss became" in reasons[1e30, alpha]
+        assert "lower the learning rate" in reasons[1e30, alpha]
+    assert "flags all of the" in reasons[1e-3, 0.9]
+    runs = {run.data.tags["cell"]: run for run in runs_at(uri_of(place.output))}
+    assert Counter(run.info.status for run in runs.values()) == {"FINISHED": 1, "FAILED": 3}
+    for failure in results.failures():
+        run = runs[failure["key"]]
+        assert run.data.tags["reason"] == failure["reason"]
+        assert float(run.data.params["train.learning_rate"]) == (
+            failure["varied"]["train.learning_rate"]
+        )
+
+    # The next launch says so and runs nothing, not even Ray.
+    before = journal(place.output)
+    again = place.run("launch", sweep, *NOWHERE)
+    assert again.code == 1, again
+    assert "2 cells failed earlier and are not run again: stage 'poisoned" in again.out
+    assert "--retry-failed runs them again." in again.out
+    assert journal(place.output) == before
+
+    # Until it is told to; then it stops where it is told to.
+    retried = run_cli("launch", sweep, "--retry-failed", "--max-failures", "1")
+    assert retried.code == 1, retried
+    assert "stopping: 1 stages failed (--max-failures 1)." in retried.out
+    assert "Stopped: 1 stages failed (--max-failures 1). Not every cell is done" in retried.out
+    more = [event for event in journal(place.output)[len(before) :] if event["event"] == "end"]
+    assert "failed" in {event["outcome"] for event in more}
+    (finished,) = [r["key"] for r in results.records()]
+    assert finished not in {event["key"] for event in more}
+    # One run per cell, however often it failed.
+    cells = [run.data.tags["cell"] for run in runs_at(uri_of(place.output))]
+    assert len(cells) == len(set(cells))
+
+
+@pytest.mark.slow
+def test_refused_cells_are_named_and_the_others_run(
+    make_sweep: Callable[..., Path],
+    place: Workplace,
+    run_cli: Callable[..., Any],
+    plain_folder: Path,
+    cluster: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The database of a relative URI is one file, though workers start in folders of their own.
+    monkeypatch.chdir(tmp_path)
     sweep = make_sweep(grid={"attack.name": ["style", "badnets"]}, data={"path": str(plain_folder)})
-    done = start(sweep).end()
+    done = run_cli("launch", sweep, "tracking.uri=sqlite:///my.db", "seed=5")
     assert done.code == 0, done
     assert "refused: style: the style attack needs the paraphrase column 'style'" in done.out
     assert "1 of 1 cells done" in done.out
-
-
-def test_a_killed_worker_is_tried_again(
-    make_sweep: Callable[..., Path], start: Callable[..., Launch], tmp_path: Path
-) -> None:
-    launch = start(make_sweep(grid={"seed": [0, 1]}, **LONG))
-    worker = launch.worker()
-    store = ResultStore(tmp_path / "runs" / "tiny")
-    assert list(store.records()) == []
-    os.kill(worker, signal.SIGKILL)
-    done = launch.end()
-    assert done.code == 0, done
-    assert "2 of 2 cells done, 0 failed, 0 not run" in done.out
-    assert len(list(store.records())) == 2
-    assert [p.name for p in store.cells.iterdir() if p.name.startswith(".")] == []
-    assert statuses(tmp_path) == ["FINISHED"] * 2
-
-
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
-def test_an_interrupted_sweep_stops_and_goes_on(
-    make_sweep: Callable[..., Path],
-    start: Callable[..., Launch],
-    tmp_path: Path,
-    sent: signal.Signals,
-) -> None:
-    sweep = make_sweep(grid={"seed": [0, 1]}, **LONG)
-    store = ResultStore(tmp_path / "runs" / "tiny")
-    launch = start(sweep)
-    worker = launch.worker()
-    launch.process.send_signal(sent)
-    began = time.monotonic()
-    stopped = launch.end(60)
-    assert time.monotonic() - began < 20
-    assert stopped.code == 1, stopped
-    assert "the same command goes on where this one stopped" in stopped.out
-    assert "Traceback" not in stopped.err
-    left = len(list(store.records()))
-    assert left < 2
-    import psutil
-
-    gone_by = time.monotonic() + 10
-    while psutil.pid_exists(worker) and time.monotonic() < gone_by:
-        time.sleep(0.2)
-    assert not psutil.pid_exists(worker)
-
-    done = start(sweep).end()
-    assert done.code == 0, done
-    assert "2 of 2 cells done" in done.out
-    assert statuses(tmp_path) == ["FINISHED"] * 2
-
-
-def test_a_dead_tracking_server_stops_the_launch_before_ray(
-    make_sweep: Callable[..., Path], start: Callable[..., Launch], free_port: int
-) -> None:
-    uri = f"http://127.0.0.1:{free_port}"
-    done = start(make_sweep(), f"tracking.uri={uri}").end(120)
-    assert done.code == 2, done
-    assert f"error: tracking.uri {uri} does not answer" in done.err
-    assert "Traceback" not in done.err
-
-
-@pytest.mark.parametrize(
-    ("override", "asked"), [("resources.cpu=500", "cpu=500 gpu=0"), ("resources.gpu=1", "gpu=1")]
-)
-def test_resources_that_no_node_has_are_refused(
-    make_sweep: Callable[..., Path], start: Callable[..., Launch], override: str, asked: str
-) -> None:
-    if "gpu" in override:
-        import torch
-
-        if torch.cuda.is_available():
-            pytest.skip("this machine has a GPU")
-    done = start(make_sweep(), override).end()
-    assert done.code == 2, done
-    assert "error: no node can hold a trial with resources" in done.err
-    assert asked in done.err
-    assert "Traceback" not in done.err
-
-
-def test_a_cluster_that_does_not_answer_is_named(
-    make_sweep: Callable[..., Path], start: Callable[..., Launch], free_port: int
-) -> None:
-    # Ray itself goes on trying for more than five minutes.
-    done = start(make_sweep(), "--address", f"127.0.0.1:{free_port}").end(90)
-    assert done.code == 2, done
-    assert f"error: Ray cluster 127.0.0.1:{free_port} cannot be reached" in done.err
-    assert "Traceback" not in done.err
-
-
-def test_a_relative_sqlite_uri_is_one_database(
-    make_sweep: Callable[..., Path], start: Callable[..., Launch], tmp_path: Path
-) -> None:
-    # Workers run in folders of their own.
-    done = start(make_sweep(), "tracking.uri=sqlite:///my.db").end()
-    assert done.code == 0, done
-    assert "not in MLflow yet" not in done.out
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'my.db'}")
-    experiment = client.get_experiment_by_name("tiny")
-    assert experiment is not None
-    assert len(client.search_runs([experiment.experiment_id])) == 1
-
-
-def test_the_recorded_sweep_file_gives_the_same_cells(
-    make_sweep: Callable[..., Path], start: Callable[..., Launch], tmp_path: Path
-) -> None:
-    sweep = make_sweep(grid={"seed": [0, 1]})
-    assert start(sweep, "seed=5").end().code == 0
-    recorded = tmp_path / "runs" / "tiny" / "sweep.yaml"
+    assert "not in MLflow" not in done.out
+    assert len(runs_at(f"sqlite:///{tmp_path / 'my.db'}")) == 1
+    # The recorded file holds the overrides.
+    recorded = place.output / "tiny" / "sweep.yaml"
     assert yaml.safe_load(recorded.read_text())["seed"] == 5
-    again = start(recorded).end()
+    again = place.run("launch", recorded, *NOWHERE)
     assert again.code == 0, again
     assert "1 of 1 cells are done already" in again.out
 
 
-def test_the_live_line_ends_when_the_launch_fails(
+@pytest.mark.slow
+def test_random_draws_lists_and_zips_run(
+    make_sweep: Callable[..., Path], place: Workplace, run_cli: Callable[..., Any], cluster: None
+) -> None:
+    # 1 draw x 2 entries x 2 pairs = 4 cells
+    sweep = make_sweep(
+        random={"samples": 1, "space": {"attack.poison_rate": [0.2, 0.3]}},
+        list=[{"defense.alpha": 0.01}, {"defense.alpha": 0.02, "defense.cut": "row"}],
+        zip={"seed": [0, 1], "train.epochs": [1, 2]},
+    )
+    done = run_cli("launch", sweep)
+    assert done.code == 0, done
+    assert "4 of 4 cells done, 0 failed, 0 not run" in done.out
+    records = list(place.results().records())
+    rates = {record["varied"]["attack.poison_rate"] for record in records}
+    assert len(rates) == 1
+    assert rates < {0.2, 0.3}
+    varied = [{k: v for k, v in r["varied"].items() if "rate" not in k} for r in records]
+    pairs = [{"seed": 0, "train.epochs": 1}, {"seed": 1, "train.epochs": 2}]
+    entries = [
+        {"defense.alpha": 0.01, "defense.cut": "dimensional"},
+        {"defense.alpha": 0.02, "defense.cut": "row"},
+    ]
+    wanted = [entry | pair for entry in entries for pair in pairs]
+    assert sorted(map(str, map(known, varied))) == sorted(map(str, map(known, wanted)))
+    check(place.output, all_measured(place.results()))
+
+
+def known(varied: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return coordinates in one order; a default that is not written counts as written."""
+    return sorted({"defense.cut": "dimensional", **varied}.items())
+
+
+@pytest.mark.slow
+def test_an_output_on_an_object_store(
+    make_sweep: Callable[..., Path], run_cli: Callable[..., Any], cluster: None, tmp_path: Path
+) -> None:
+    """Every file goes through fsspec; a cell's own stages hold, and compute with, two CPUs."""
+    folder = tmp_path / "remote"
+    sweep = make_sweep(output=f"local://{folder}", resources={"cpu": 1, "cell_cpu": 2})
+    refused = run_cli("launch", sweep)
+    assert refused.code == 2, refused
+    assert "name an MLflow server with tracking.uri" in refused.err
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    done = run_cli("launch", sweep, f"tracking.uri={uri}")
+    assert done.code == 0, done
+    assert "1 of 1 cells done, 0 failed, 0 not run" in done.out
+    results = find_sweep(f"local://{folder}", "tiny")
+    (record,) = results.records()
+    (run,) = runs_at(uri)
+    assert (run.info.status, run.data.tags["cell"]) == ("FINISHED", record["key"])
+    stages = own_stages(results, record["key"])
+    threads = {
+        name: results.store.read_json(stages[name], "record.json")["environment"]["threads"]
+        for name in ("poisoned fine-tune", "unlearn", "evaluate defended")
+    }
+    assert threads == {"poisoned fine-tune": "1", "unlearn": "2", "evaluate defended": "2"}
+    assert results.store.verify() == []
+    assert not list(folder.rglob("model.safetensors"))  # dropped
+    events = Counter(event["event"] for event in results.journal())
+    # 9 shared stages and 4 of the cell
+    assert events == {"start": 13, "compute": 13, "end": 13}
+    again = run_cli("launch", sweep, f"tracking.uri={uri}", *NOWHERE)
+    assert again.code == 0, again
+    assert "1 of 1 cells are done already" in again.out
+    assert len(results.journal()) == 39
+
+
+# Search ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_after_its_driver_was_killed(
+    make_sweep: Callable[..., Path], place: Workplace, run_cli: Callable[..., Any], cluster: None
+) -> None:
+    # 3 suggestions x 2 seeds
+    sweep = make_sweep(
+        optuna={
+            "trials": 3,
+            "sampler": "tpe",
+            "seed": 1,
+            "space": {"defense.alpha": {"low": 0.01, "high": 0.1}},
+        },
+        grid={"seed": [0, 1]},
+    )
+    study = place.output / "tiny" / "search"
+    launch = place.start("launch", sweep)
+    wait_for(lambda: list(study.glob("*/*.told.json")), launch)
+    launch.process.send_signal(signal.SIGKILL)
+    launch.end(60)
+    before = {path: path.read_text() for path in study.glob("*/*.json")}
+    assert 2 <= len(before) < 6  # a suggestion told, and one or two that were not
+
+    done = run_cli("launch", sweep)
+    assert done.code == 0, done
+    assert "6 of 6 cells done, 0 failed, 0 not run" in done.out
+    assert "best: asr" in done.out
+    after = {path: path.read_text() for path in study.glob("*/*.json")}
+    assert {path: after[path] for path in before} == before  # the same study, nothing anew
+    numbers = ("000000", "000001", "000002")
+    assert sorted(path.name for path in after) == sorted(
+        f"{number}.{what}.json" for number in numbers for what in ("asked", "told")
+    )
+    # What is told is the mean over the two seeds.
+    records = list(place.results().records())
+    for number in numbers:
+        asked, told = (
+            json.loads(next(study.glob(f"*/{number}.{what}.json")).read_text())
+            for what in ("asked", "told")
+        )
+        alpha = asked["values"]["defense.alpha"]
+        pair = [r["metrics"] for r in records if r["varied"]["defense.alpha"] == alpha]
+        assert len(pair) == 2
+        for name in ("asr", "cacc"):
+            assert told[name] == pytest.approx(sum(metrics[name] for metrics in pair) / 2)
+    check(
+        place.output,
+        all_measured(place.results()),
+        again=computed(place.output) - Counter(once(place)),
+    )
+
+    again = run_cli("launch", sweep)
+    assert again.code == 0, again
+    assert {path: path.read_text() for path in study.glob("*/*.json")} == after
+
+
+def once(place: Workplace) -> dict[str, int]:
+    """Return by name how many stages a sweep has."""
+    results = place.results()
+    stages = {key: name for cell in results.cells().values() for key, name in cell.stages.items()}
+    return {**Counter(stages.values()), "cell": len(results.cells())}
+
+
+# What the command refuses ----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "asked"),
+    [
+        ("resources.cpu=500", "cpu=500 gpu=0"),
+        ("resources.cell_cpu=500", "cpu=500 gpu=0"),
+        ("resources.gpu=1", "gpu=1"),
+    ],
+)
+def test_resources_that_no_node_has_are_refused(
+    make_sweep: Callable[..., Path],
+    place: Workplace,
+    run_cli: Callable[..., Any],
+    cluster: None,
+    override: str,
+    asked: str,
+) -> None:
+    import ray
+
+    if "gpu" in override and ray.cluster_resources().get("GPU", 0):
+        pytest.skip("this machine has a GPU")
+    done = run_cli("launch", make_sweep(), override)
+    assert done.code == 2, done
+    assert "error: no node can hold a stage with resources" in done.err
+    assert asked in done.err
+    assert "Traceback" not in done.err
+    assert not place.results().store.in_use()
+
+
+@pytest.mark.slow
+def test_a_cluster_that_does_not_answer_is_named(
+    make_sweep: Callable[..., Path], place: Workplace, free_port: int
+) -> None:
+    # Ray itself goes on trying for more than five minutes.
+    done = place.run("launch", make_sweep(), "--address", f"127.0.0.1:{free_port}", limit=90)
+    assert done.code == 2, done
+    assert f"error: Ray cluster 127.0.0.1:{free_port} cannot be reached" in done.err
+    assert "Traceback" not in done.err
+    client = place.run("launch", make_sweep(), "--address", "ray://127.0.0.1:10001", limit=90)
+    assert client.code == 2, client
+    assert "is Ray Client, which sweeps do not use" in client.err
+
+
+def test_a_dry_run_touches_nothing(
+    make_sweep: Callable[..., Path], run_cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    sweep = make_sweep(grid=ALPHAS)
+    done = run_cli("launch", sweep, "--dry-run")
+    assert done.code == 0, done
+    assert "3 cells: 0 done, 3 to run, 0 failed earlier; 0 refused, 0 duplicates" in done.out
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, sweep])
+
+
+# The driver by itself --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def driver(make_sweep: Callable[..., Path], tmp_path: Path) -> Iterator[Any]:
+    """A driver that has planned one cell and started nothing, with what it prints: `told`."""
+    from rich.console import Console
+
+    from orchestrator.config import load_sweep
+    from orchestrator.launch import _Driver
+    from orchestrator.plan import Planner, plan_sweep
+    from orchestrator.progress import SweepProgress
+
+    sweep = load_sweep(make_sweep())
+    planner = Planner()
+    told = io.StringIO()
+    made = _Driver(
+        sweep, plan_sweep(sweep, planner), planner, SweepProgress(Console(file=told)), None
+    )
+    made.store.prepare()
+    made._prepare_schedule(retry_failed=False)
+    made.told = told  # type: ignore[attr-defined]
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "last"), [("", "its worker died"), ("  \n", "its worker died"), ("OSError: a\nb", "b")]
+)
+def test_a_stage_that_is_given_up_is_a_failure(driver: Any, error: str, last: str) -> None:
+    from orchestrator.launch import WORKER_RETRIES
+
+    driver.suggest("t")
+    driver.gave_up("t", error)
+    (record,) = driver.store.failures()
+    assert record["stage"] == "poison"
+    assert record["reason"] == f"gave up after {WORKER_RETRIES + 1} tries: {last}"
+    assert f"FAILED: stage 'poison' of the cell: gave up after 3 tries: {last}" in " ".join(
+        driver.told.getvalue().split()
+    )
+    # Its cell fails with it, and there is nothing else to do.
+    (cell,) = driver._result(0.0).failed.values()
+    assert cell.startswith("stage 'poison' failed: gave up")
+
+
+@pytest.mark.slow
+def test_a_failure_that_cannot_be_recorded_is_told_and_does_not_end_the_sweep(
+    driver: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(driver.store, "fail", full)
+    driver.suggest("t")
+    driver.gave_up("t", "")
+    told = " ".join(driver.told.getvalue().split())
+    assert "was not recorded: [Errno 28] No space left" in told
+    assert driver.error is None
+
+
+@pytest.mark.slow
+def test_workers_that_die_in_a_row_stop_the_sweep(driver: Any) -> None:
+    from orchestrator.launch import GIVEN_UP_IN_A_ROW
+
+    # Not the stages, the machines: whatever is tried dies.
+    for number in range(GIVEN_UP_IN_A_ROW):
+        assert not driver.stopped
+        driver._tasks[f"t{number}"] = None
+        driver.gave_up(f"t{number}", "")
+    assert not driver.stopped  # nodes that only wait do not count
+    task = driver.schedule.next()
+    for number in range(GIVEN_UP_IN_A_ROW):
+        driver._tasks[f"s{number}"] = task
+        driver.gave_up(f"s{number}", "")
+    assert "the workers of 3 stages in a row died" in driver.stopped
+
+
+@pytest.mark.slow
+def test_the_live_lines_end_when_the_launch_fails(
     make_sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Otherwise the terminal is left without a cursor.
-    import io
-
     from rich.console import Console
 
     import orchestrator.launch as launching
     from btu.errors import UserError
     from orchestrator import tracking
     from orchestrator.config import load_sweep
-    from orchestrator.plan import plan_sweep
+    from orchestrator.plan import Planner, plan_sweep
     from orchestrator.progress import SweepProgress
 
     def refuse(*_: object) -> None:
-        raise UserError("no node can hold a trial.")
+        raise UserError("no node can hold a stage.")
 
-    monkeypatch.setattr(launching, "_run", refuse)
-    monkeypatch.setattr(tracking, "prepare", lambda _: "0")
+    monkeypatch.setattr(launching._Driver, "_compute", refuse)
+    monkeypatch.setattr(tracking, "prepare", lambda _: ("0", ""))
     sweep = load_sweep(make_sweep())
+    planner = Planner()
     screen = io.StringIO()
     progress = SweepProgress(Console(file=screen, width=120, force_terminal=True))
     try:
         with pytest.raises(UserError, match="no node"):
-            launching.launch(sweep, plan_sweep(sweep), None, progress)
+            launching.launch(sweep, plan_sweep(sweep, planner), planner, progress)
         assert screen.getvalue().count("\x1b[?25h") == screen.getvalue().count("\x1b[?25l") == 1
     finally:
         progress.end()
 
 
-class GivenUp:
-    """What Tune hands over for a trial that failed too often."""
+def test_a_wait_for_another_launch_ends_when_that_lets_go(tmp_path: Path) -> None:
+    from orchestrator import launch as launching
+    from orchestrator.store import Store
 
-    trial_id = "t"
-    last_result: ClassVar[dict[str, Any]] = {}
-    run_metadata = SimpleNamespace(start_time=None)
-
-    def __init__(self, cell: dict[str, Any], error: Exception | None) -> None:
-        self.config = {"cell": {"key": "k", "varied": {"seed": 0}, "config": cell}}
-        self.error = error
-
-    def get_error(self) -> Exception | None:
-        return self.error
-
-
-@pytest.mark.parametrize(
-    ("error", "last"),
-    [(None, "its worker died"), (RuntimeError(""), "its worker died"), (OSError("a\nb"), "b")],
-)
-def test_a_trial_that_is_given_up_is_a_failed_record(
-    cell: dict[str, Any], tmp_path: Path, error: Exception | None, last: str
-) -> None:
-    from orchestrator.launch import WORKER_RETRIES, _ProgressCallback
-
-    store = ResultStore(tmp_path)
-    progress = SweepProgress(Console(file=io.StringIO()))
-    _ProgressCallback(progress, "tiny", store).on_trial_error(0, [], GivenUp(cell, error))
-    (record,) = store.failures()
-    assert record["reason"] == f"gave up after {WORKER_RETRIES + 1} tries: {last}"
-    assert (record["status"], record["sweep"], record["varied"]) == ("failed", "tiny", {"seed": 0})
-
-
-def test_a_failure_that_cannot_be_recorded_is_told_and_does_not_end_the_sweep(
-    cell: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from orchestrator.launch import _ProgressCallback
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(ResultStore, "commit_failure", full)
-    told = io.StringIO()
-    callback = _ProgressCallback(SweepProgress(Console(file=told)), "tiny", ResultStore(tmp_path))
-    callback.on_trial_error(0, [], GivenUp(cell, None))
-    assert "the failure of k was not recorded: [Errno 28] No space left" in told.getvalue()
+    store = Store(tmp_path)
+    store.prepare()
+    lease = store.lease("k", "other")
+    assert lease.acquire()
+    reported: list[dict[str, bool]] = []
+    patch = pytest.MonkeyPatch()
+    with patch.context() as context:
+        context.setattr(launching.tune, "report", reported.append)
+        began = time.monotonic()
+        launching._wait({"store": str(tmp_path)})
+        waited = time.monotonic() - began
+        assert launching.WAIT_SECONDS <= waited < launching.WAIT_SECONDS + 2
+        lease.release()
+    assert reported == [{"waited": True}]

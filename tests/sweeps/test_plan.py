@@ -18,6 +18,7 @@ from btu.stages import Stage
 from btu.types import Corpus
 from orchestrator.config import load_sweep
 from orchestrator.plan import (
+    Group,
     Plan,
     PlannedCell,
     Planner,
@@ -393,36 +394,43 @@ def row(stage: str, seconds: float, units: int, **more: Any) -> dict[str, Any]:
 def test_an_estimate_grows_with_the_units() -> None:
     times = Timings([row("work", 10, 100), row("work", 30, 100, count=3)], "cpu")
     # 40 s for 200 units: 0.2 s each.
-    assert times.estimate(("work", "bert"), 1, 50) == pytest.approx(10)
+    assert times.estimate(Group("work", "bert"), 1, 50) == pytest.approx(10)
 
 
 def test_each_victim_has_its_own_times_and_a_new_one_those_of_all() -> None:
     times = Timings([row("work", 10, 100), row("work", 50, 100, victim="big")], "cpu")
-    assert times.estimate(("work", "bert"), 1, 20) == pytest.approx(2)
-    assert times.estimate(("work", "big"), 1, 20) == pytest.approx(10)
+    assert times.estimate(Group("work", "bert"), 1, 20) == pytest.approx(2)
+    assert times.estimate(Group("work", "big"), 1, 20) == pytest.approx(10)
     # 60 s for 200 units of any victim: 20 take 6 s.
-    assert times.estimate(("work", "new"), 1, 20) == pytest.approx(6)
+    assert times.estimate(Group("work", "new"), 1, 20) == pytest.approx(6)
 
 
 def test_without_units_the_count_decides() -> None:
     times = Timings([row("poison", 6, 0, count=3)], "cpu")
-    assert times.estimate(("poison", ""), 2, 0) == pytest.approx(4)
+    assert times.estimate(Group("poison", ""), 2, 0) == pytest.approx(4)
 
 
 def test_what_was_never_measured_has_no_estimate() -> None:
     times = Timings([row("work", 1, 1)], "cpu")
-    assert times.estimate(("other", "bert"), 1, 1) is None
+    assert times.estimate(Group("other", "bert"), 1, 1) is None
     times.add(row("other", 3, 1))
-    assert times.estimate(("other", "bert"), 2, 2) == pytest.approx(6)
+    assert times.estimate(Group("other", "bert"), 2, 2) == pytest.approx(6)
+
+
+def test_the_stages_of_a_cell_may_be_on_another_device() -> None:
+    rows = [row("work", 100, 10), row("work", 1, 10, device="NVIDIA H200")]
+    mixed = Timings(rows, "cuda", "cpu")
+    assert mixed.estimate(Group("work", "bert"), 1, 10) == pytest.approx(1)
+    assert mixed.estimate(Group("work", "bert", "cell"), 1, 10) == pytest.approx(100)
 
 
 def test_times_of_another_device_say_nothing() -> None:
     rows = [row("work", 100, 10), row("work", 1, 10, device="NVIDIA H200"), row("tokenize", 2, 0)]
-    assert Timings(rows, "cpu").estimate(("work", "bert"), 1, 10) == pytest.approx(100)
+    assert Timings(rows, "cpu").estimate(Group("work", "bert"), 1, 10) == pytest.approx(100)
     cuda = Timings(rows, "cuda")
-    assert cuda.estimate(("work", "bert"), 1, 10) == pytest.approx(1)
-    # What has no units computes on the CPU everywhere.
-    assert cuda.estimate(("tokenize", "bert"), 1, 0) == pytest.approx(2)
+    assert cuda.estimate(Group("work", "bert"), 1, 10) == pytest.approx(1)
+    # What needs no accelerator computes on the CPU everywhere.
+    assert cuda.estimate(Group("tokenize", "bert", "host"), 1, 0) == pytest.approx(2)
 
 
 def test_the_victim_of_every_stage_is_known(plan: Callable[..., Plan], cell: Any) -> None:

@@ -338,6 +338,16 @@ def test_rows_of_other_data_under_one_name_are_told_apart() -> None:
     assert results_table([one, other])["revision.data"].tolist() == ["1a", "2b"]
 
 
+def test_equal_settings_computed_by_other_versions_of_a_stage_are_told_apart() -> None:
+    one, other = record(), record()
+    one["tags"], other["tags"] = {"recipe": "1a"}, {"recipe": "2b"}
+    assert results_table([one, other])["revision.recipe"].tolist() == ["1a", "2b"]
+    # Other settings have other stages: their own columns tell them apart already.
+    style = record("style")
+    style["tags"] = {"recipe": "3c"}
+    assert "revision.recipe" not in results_table([one, style])
+
+
 # From a store ----------------------------------------------------------------------------------
 
 
