@@ -39,8 +39,8 @@ def code_version() -> str:
 def environment(device: torch.device, accumulation: int = 1) -> dict[str, str]:
     """Return code, host, device, threads and versions.
 
-    accumulation: parts that each batch was cut into; told where above 1, since it changes results
-    by rounding.
+    accumulation: parts that each batch was cut into; told where above 1, since dropout then falls
+    differently and the results are others, if only by a little.
     """
     import torch
     import transformers

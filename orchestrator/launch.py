@@ -504,9 +504,7 @@ class _Driver:
             self._leases_read = 0.0
             self.schedule.again(key)
         elif outcome is Outcome.inputs:
-            self.progress.note(
-                f"computing {len(report.lost)} input(s) of '{stage.name}' again: damaged or gone."
-            )
+            self.progress.note(f"'{stage.name}' needs inputs computed again: {report.reason}")
             if not self.schedule.repair(key, report.lost):
                 self._failed(task, "its inputs were damaged again and again; check the disk.")
         elif outcome is Outcome.memory:
@@ -683,7 +681,7 @@ class _Driver:
         def live(key: str) -> bool:
             return self.store.held_by_other(key, self.id)
 
-        synced = tracking.sync(uri, experiment_id, self.results, live)
+        synced = tracking.sync(uri, experiment_id, self.results, live, self.id)
         if synced.missing:
             self.progress.note(
                 f"{synced.missing} results are on disk but not in MLflow ({synced.reason}); "

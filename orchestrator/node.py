@@ -114,15 +114,15 @@ def _run_node(
         failure = store.failure(key)
         if failure is not None:  # another launch has found out meanwhile
             return Report(Outcome.failed, reason=failure["reason"])
-        lost = []
+        lost: dict[str, str] = {}
         inputs: dict[str, Path] = {}
         for role, before in node["inputs"].items():
             try:
                 inputs[role] = store.fetch(before, light=role in node["light"])
-            except (Damaged, Missing):
-                lost.append(before)
+            except (Damaged, Missing) as error:
+                lost[before] = f"{role} ({error})"
         if lost:
-            return Report(Outcome.inputs, lost=tuple(lost))
+            return Report(Outcome.inputs, reason=", ".join(lost.values()), lost=tuple(lost))
         begin()
         return _compute(node, inputs, store, cpus, gpus, accumulation, track, progress)
 

@@ -301,11 +301,19 @@ class Synced:
     reason: str
 
 
-def sync(uri: str, experiment_id: str, results: Results, live: Callable[[str], bool]) -> Synced:
+def sync(
+    uri: str,
+    experiment_id: str,
+    results: Results,
+    live: Callable[[str], bool],
+    owner: str | None = None,
+) -> Synced:
     """Write every run that MLflow misses, and close those that dead workers left running.
 
-    live: whether a cell's worker is at it right now; it writes the run itself.
+    live: whether a cell's worker is at it right now; it writes the run itself. owner: the launch
+    that asks, whose workers have ended; their leases are its own.
     """
+    owner = owner or f"sync-{uuid.uuid4().hex}"
     tracker = Tracker(uri, experiment_id, results)
     written = closed = 0
     missed: list[str] = []
@@ -323,7 +331,7 @@ def sync(uri: str, experiment_id: str, results: Results, live: Callable[[str], b
             continue
         try:
             # Under the cell's lease: another launch, or its worker, may be about to write it too.
-            with results.store.lease(record["key"], f"sync-{uuid.uuid4().hex}") as lease:
+            with results.store.lease(record["key"], owner) as lease:
                 if not lease.acquire():
                     missed.append(f"{record['key']} is being written by another process")
                 elif not tracker.is_logged(record):

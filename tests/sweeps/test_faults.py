@@ -129,7 +129,10 @@ def lease_holder(place: Workplace, key: str) -> psutil.Process | None:
 def test_a_driver_that_is_killed_or_stopped_is_started_again(
     sweep: Path, place: Workplace, reference: Reference
 ) -> None:
-    """SIGKILL in a shared stage, SIGTERM and SIGINT in stages of a cell, each time relaunched."""
+    """SIGKILL in a shared stage, SIGTERM and SIGINT in stages of a cell, each time relaunched.
+
+    While it is down for the second time, a model that is still needed loses a bit.
+    """
     blows = {
         "poisoned fine-tune": signal.SIGKILL,
         "unlearn": signal.SIGTERM,
@@ -151,14 +154,20 @@ def test_a_driver_that_is_killed_or_stopped_is_started_again(
         # Ray ends the workers of a driver that is gone.
         wait_for(lambda worker=worker: not worker.is_running(), limit=SOON)
         place.fault(stage)
+        if stage == "unlearn":
+            key = own_stages(place.results(), next(iter(reference.metrics)))["poisoned fine-tune"]
+            flip(place.results().store.fetch(key) / "model" / "model.safetensors")
+        if stage == "evaluate defended":
+            assert "of 'unlearn' again: damaged or gone." in done.out, done
     done = place.run("launch", sweep)
     assert done.code == 0, done
-    # What was being computed began once more; of "unlearn" and "evaluate defended" there may be
-    # two at once.
-    more = Counter(computed(place.output)) - Counter(computed(reference.output))
-    assert more["poisoned fine-tune"] == 1
+    # What was being computed began once more, the damaged model too; of "unlearn" and "evaluate
+    # defended" there may be two at once.
+    more = computed(place.output) - computed(reference.output)
+    assert more["poisoned fine-tune"] == 2
     assert set(more) == set(blows)
     assert max(more.values()) <= 2
+    assert (place.output / "store" / "damaged").is_dir()
     check(place.output, reference.metrics, again=more)
 
 
@@ -185,7 +194,7 @@ def test_a_node_that_is_lost_leaves_its_work_to_the_others(
         cluster.shutdown()
     assert done.code == 0, done
     assert "2 of 2 cells done, 0 failed, 0 not run" in done.out, done
-    more = Counter(computed(place.output)) - Counter(computed(reference.output))
+    more = computed(place.output) - computed(reference.output)
     assert more["poisoned fine-tune"] == 1
     check(place.output, reference.metrics, again=more)
 
@@ -256,7 +265,9 @@ def test_a_sweep_without_a_server_is_synchronized_later(
     done = place.run("launch", sweep, f"tracking.uri={server.uri}")
     assert done.code == 0, done
     assert f"MLflow at {server.uri} does not answer" in done.out, done
-    assert "the sweep runs all the same. Results wait on disk: btu sync tiny writes them" in done.out, done
+    assert (
+        "the sweep runs all the same. Results wait on disk: btu sync tiny writes them" in done.out
+    ), done
     assert "2 of 2 cells done" in done.out, done
     server.start()
     # An answer of 0 once all is told: 2 cells.
@@ -347,8 +358,7 @@ def test_damaged_results_are_set_aside_and_computed_again(
     for key in (first, second):
         assert f"The stored result {key} is damaged" in done.out, done
     # What only workers read they find.
-    assert "computing 1 input(s) of 'cell' again: damaged or gone." in done.out, done
-    assert "computing 1 input(s) of 'unlearn' again: damaged or gone." in done.out, done
+    assert "of 'cell' again: damaged or gone." in done.out, done
     assert all_measured(copied.results()) == reference.metrics
     runs = runs_at(f"sqlite:///{copied.output / 'mlflow.db'}")
     assert sorted((r.data.tags["cell"], r.info.status) for r in runs) == [
@@ -370,28 +380,6 @@ def test_damaged_results_are_set_aside_and_computed_again(
         damaged & {stages["evaluate defended"]}
     )
     assert store.verify() == []
-
-
-def test_a_model_that_is_damaged_while_it_is_needed_is_trained_again(
-    sweep: Path, place: Workplace, reference: Reference
-) -> None:
-    place.fault("unlearn", held=True)
-    launch = place.start("launch", sweep)
-    wait_for(lambda: holder(place, "unlearn"), launch)
-    launch.process.send_signal(signal.SIGINT)
-    assert launch.end(60).code == 1
-    place.fault("unlearn")
-    stages = own_stages(place.results(), next(iter(reference.metrics)))
-    key = stages["poisoned fine-tune"]
-    (weights,) = (place.output / "store" / "entries" / key).glob("*/model/model.safetensors")
-    flip(weights)
-    done = place.run("launch", sweep)
-    assert done.code == 0, done
-    assert "again: damaged or gone." in done.out, done
-    more = Counter(computed(place.output)) - Counter(computed(reference.output))
-    assert more["poisoned fine-tune"] == 1
-    assert set(more) == {"poisoned fine-tune", "unlearn"}
-    check(place.output, reference.metrics, again=more)
 
 
 # A full disk -----------------------------------------------------------------------------------
@@ -457,7 +445,7 @@ def test_a_full_disk_stops_the_launch_and_harms_nothing(
     ballast.unlink()
     done = place.run("launch", sweep, f"output={output}")
     assert done.code == 0, done
-    more = Counter(computed(output)) - Counter(computed(reference.output))
+    more = computed(output) - computed(reference.output)
     check(output, reference.metrics, again=more)
 
 
@@ -473,7 +461,9 @@ def test_a_stage_that_raises_fails_its_cell_alone_until_it_is_retried(
     done = place.run("launch", sweep)
     assert done.code == 1, done
     assert "1 of 2 cells done, 1 failed, 0 not run" in done.out, done
-    assert "FAILED: stage 'unlearn' of alpha=0.01: RuntimeError: the test wants it" in done.out, done
+    assert "FAILED: stage 'unlearn' of alpha=0.01: RuntimeError: the test wants it" in done.out, (
+        done
+    )
     assert "what failed stays failed until --retry-failed" in done.out, done
     assert "Traceback" not in done.err, done
     uri = f"sqlite:///{place.output / 'mlflow.db'}"
@@ -508,8 +498,12 @@ def test_a_stage_without_memory_is_tried_in_smaller_parts(
     done = place.run("launch", sweep)
     assert done.code == 1, done
     assert "1 of 2 cells done, 1 failed, 0 not run" in done.out, done
-    assert "'poisoned fine-tune' ran out of memory; it is tried again alone, and then with" in done.out, done
-    assert "out of memory, even alone and in parts: out of memory, as the test wants" in done.out, done
+    assert (
+        "'poisoned fine-tune' ran out of memory; it is tried again alone, and then with" in done.out
+    ), done
+    assert "out of memory, even alone and in parts: out of memory, as the test wants" in done.out, (
+        done
+    )
     counts = computed(place.output)
     assert counts["poisoned fine-tune"] == 3  # as it is, alone, in 2 parts
     # as it is, alone, in 2, 4 and 8 parts; the other cell's at once
@@ -517,7 +511,7 @@ def test_a_stage_without_memory_is_tried_in_smaller_parts(
     (record,) = place.results().records()
     assert record["key"] == second
     assert record["tags"]["accumulation"] == "2"
-    # The same updates up to rounding: the first epoch's loss tells.
+    # The same batches, but dropout falls otherwise on their parts: nearly the same loss.
     (loss,) = [e["loss"] for e in record["history"] if is_first_epoch(e)]
     (undisturbed,) = [
         e["loss"]
@@ -525,7 +519,7 @@ def test_a_stage_without_memory_is_tried_in_smaller_parts(
         for e in r["history"]
         if r["key"] == second and is_first_epoch(e)
     ]
-    assert loss == pytest.approx(undisturbed, rel=1e-4)
+    assert loss == pytest.approx(undisturbed, rel=1e-2)
 
 
 def is_first_epoch(epoch: dict[str, Any]) -> bool:

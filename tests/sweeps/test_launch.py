@@ -142,7 +142,9 @@ def test_a_sweep_shares_its_stages_grows_and_resumes(
         folder = store.fetch(key) / "model"
         loaded = AutoModelForSequenceClassification.from_pretrained(folder)
         assert loaded.config.num_labels == 2
-    grown = run_cli("launch", sweep, "store.keep=models", "grid.defense.alpha=[0.01,0.02,0.03,0.04]")
+    grown = run_cli(
+        "launch", sweep, "store.keep=models", "grid.defense.alpha=[0.01,0.02,0.03,0.04]"
+    )
     assert grown.code == 0, grown
     assert "3 of 4 cells are done already and are not run again" in grown.out
     assert "4 of 4 cells done" in grown.out
@@ -176,9 +178,7 @@ def test_failures_take_their_own_cells_alone_and_stay(
 ) -> None:
     # A shared stage fails: both cells at the learning rate of 1e30. A cell's own stage fails: half
     # of the vocabulary is more than there are candidates, which only the rows say.
-    sweep = make_sweep(
-        grid={"train.learning_rate": [1e30, 1e-3], "defense.alpha": [0.01, 0.9]}
-    )
+    sweep = make_sweep(grid={"train.learning_rate": [1e30, 1e-3], "defense.alpha": [0.01, 0.9]})
     done = run_cli("launch", sweep)
     assert done.code == 1, done
     assert "1 of 4 cells done, 3 failed, 0 not run" in done.out
@@ -197,8 +197,9 @@ def test_failures_take_their_own_cells_alone_and_stay(
     for failure in results.failures():
         run = runs[failure["key"]]
         assert run.data.tags["reason"] == failure["reason"]
-        assert float(run.data.params["train.learning_rate"]) == (
-            failure["varied"]["train.learning_rate"]
+        assert (
+            float(run.data.params["train.learning_rate"])
+            == (failure["varied"]["train.learning_rate"])
         )
 
     # The next launch says so and runs nothing, not even Ray.
@@ -467,7 +468,8 @@ def driver(make_sweep: Callable[..., Path], tmp_path: Path) -> Iterator[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("error", "last"), [("", "its worker died"), ("  \n", "its worker died"), ("OSError: a\nb", "b")]
+    ("error", "last"),
+    [("", "its worker died"), ("  \n", "its worker died"), ("OSError: a\nb", "b")],
 )
 def test_a_stage_that_is_given_up_is_a_failure(driver: Any, error: str, last: str) -> None:
     from orchestrator.launch import WORKER_RETRIES

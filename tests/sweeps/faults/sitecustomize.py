@@ -1,7 +1,8 @@
 """Python runs this on start where its folder is on PYTHONPATH: stages wait or fail as told.
 
-The file that BTU_FAULTS names says what befalls a stage, by its name or key; see `launching.Faults`. It is
-read before every stage, so that a test can change it while a sweep runs.
+The file that BTU_FAULTS names says what befalls a stage, by its name or key: see
+`launching.Workplace.fault`. It is read before every stage, so that a test can change it while a
+sweep runs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-
 
 
 def patch_stages(module: ModuleType) -> None:
@@ -59,7 +59,7 @@ def _fault(node: dict[str, Any]) -> dict[str, Any]:
 
 
 class Finder:
-    """Patches modules as they are imported: importing them here would cost every process seconds."""
+    """Patches modules as they are imported; importing them here would cost seconds everywhere."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         if name not in PATCHES:
