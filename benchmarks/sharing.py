@@ -79,9 +79,9 @@ def launch_once(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="a folder with SST-2's splits")
-    parser.add_argument("--rows", type=int, default=4000, help="training rows")
-    parser.add_argument("--clean", type=int, default=1000, help="reserved clean rows")
-    parser.add_argument("--eval", type=int, default=400, help="evaluation rows")
+    parser.add_argument("--rows", type=int, default=2000, help="training rows")
+    parser.add_argument("--clean", type=int, default=500, help="reserved clean rows")
+    parser.add_argument("--eval", type=int, default=300, help="evaluation rows")
     options = parser.parse_args()
     # Two workers share two cores: one thread each.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
