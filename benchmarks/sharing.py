@@ -96,7 +96,7 @@ def main() -> None:
     ratio = took["apart"] / took["shared"]
     print(f"results equal to the last digit: {'yes' if same else 'NO'}")
     print(f"without sharing / with: {ratio:.2f}; bar 3: {'met' if ratio >= 3 else 'MISSED'}")
-    raise SystemExit(not same)
+    raise SystemExit(not same or ratio < 3)
 
 
 if __name__ == "__main__":

@@ -162,6 +162,14 @@ def choose_device(gpus: float) -> torch.device:
     return torch.device("cuda")
 
 
+def use_threads(cpus: float) -> None:
+    """Let torch compute with as many threads as CPUs are held, at least one.
+
+    Sums depend on how they are cut into threads, so the number is part of what was asked for.
+    """
+    torch.set_num_threads(max(1, int(cpus)))
+
+
 def resolve_precision(precision: str, device: torch.device) -> str:
     """Return ``bf16`` or ``fp32``; ``auto`` takes bf16 where the hardware multiplies it."""
     if precision != "auto":

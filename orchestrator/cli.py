@@ -316,15 +316,19 @@ def launch(
     from orchestrator.launch import launch as run
     from orchestrator.tracking import shown
 
-    result = run(
-        loaded,
-        planned,
-        planner,
-        SweepProgress(console),
-        address=address,
-        retry_failed=retry_failed,
-        max_failures=max_failures,
-    )
+    try:
+        result = run(
+            loaded,
+            planned,
+            planner,
+            SweepProgress(console),
+            address=address,
+            retry_failed=retry_failed,
+            max_failures=max_failures,
+        )
+    except KeyboardInterrupt:  # before the first stage, or after the last
+        _say("Interrupted; the same command goes on where this one stopped.")
+        raise typer.Exit(EXIT_INCOMPLETE) from None
     total = len(planned.cells)
     _say(
         f"{result.done} of {total} cells done, {len(result.failed)} failed, {result.missing} not "

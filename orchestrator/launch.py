@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -20,7 +21,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import wraps
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -38,6 +39,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 
 import ray
 from ray import tune
+from ray.exceptions import GetTimeoutError, RayError
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -45,6 +47,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from btu.errors import UserError
 from btu.provenance import code_version
 from orchestrator.config import Sweep
+from orchestrator.lease import HEARTBEAT_S
 from orchestrator.node import Outcome, Report
 from orchestrator.plan import (
     Plan,
@@ -73,6 +76,8 @@ WORKER_RETRIES = 2
 GIVEN_UP_IN_A_ROW = 3
 # How long a node that only waits for another launch does so, and how often leases are listed.
 WAIT_SECONDS, LEASES_SECONDS = 3.0, 1.0
+# How long a node may take to answer whether it sees the store: a fresh worker has to start.
+NODE_SECONDS = 120
 # CPUs that a waiting node holds: next to nothing, but Ray places nothing without a demand.
 WAIT_CPUS = 0.001
 
@@ -118,7 +123,8 @@ def launch(
         UserError: the output folder or tracking store cannot be used; no node can hold a stage.
     """
     driver = _Driver(sweep, plan, planner, progress, max_failures)
-    return driver.run(address, retry_failed)
+    with _sigterm_as_interrupt():
+        return driver.run(address, retry_failed)
 
 
 def _guarded(method: Callable[P, R]) -> Callable[P, R | None]:
@@ -168,6 +174,7 @@ class _Driver:
         self._failures = self._given_up = 0
         self._leased: set[str] = set()
         self._leases_read = 0.0
+        self._busy_until: dict[str, float] = {}
 
     def run(self, address: str | None, retry_failed: bool) -> LaunchResult:
         from orchestrator import tracking
@@ -179,14 +186,20 @@ class _Driver:
         if experiment_id is None:
             self.progress.note(
                 f"MLflow at {tracking.shown(uri)} does not answer ({reason[:150]}); the sweep runs "
-                f"all the same. Results wait on disk: btu sync {self.sweep.name} writes them."
+                f"all the same. Results wait on disk: {self._sync_command()} writes them."
             )
         else:
             self.tracking = {"uri": uri, "id": experiment_id}
         if self.sweep.optuna is not None:
             self.study = StudySearch(self.sweep, self.sweep.folder)
+            if retry_failed:
+                self.study.retry_failed()
+            self._exhausted = not self.study.open
             for suggestion in self.study.asked():
-                self.planner.add(self.plan, suggestion.cells)
+                found = Plan()
+                cells = self.planner.add(found, suggestion.cells)
+                if not found.refused:  # of a refused one nothing ran
+                    self.plan.cells |= {cell.key: cell for cell in cells}
         self.results.write_plan(self.sweep, self.plan.cells.values())
         # Before looking at what is there: from now on nobody removes what this launch needs.
         self._register()
@@ -194,7 +207,7 @@ class _Driver:
             with self._heartbeat():
                 self._prepare_schedule(retry_failed)
                 try:
-                    if self.schedule.unfinished or self.study is not None:
+                    if self.schedule.unfinished or self._searching():
                         self._compute(address)
                     self._drop_models()
                     self._synchronize()
@@ -224,8 +237,7 @@ class _Driver:
         self.schedule = Schedule(
             todo, committed=committed, dropped=dropped, failed=failed, timings=self.timings
         )
-        searching = self.study is not None
-        self.progress.begin(work, self.schedule, len(self.plan.cells), searching)
+        self.progress.begin(work, self.schedule, len(self.plan.cells), self._searching())
         self._check_space(work)
 
     def _verified(self) -> set[str]:
@@ -276,28 +288,27 @@ class _Driver:
             self._check_fits(nodes)
             if address is not None or len(nodes) > 1:
                 self._check_nodes(nodes)
-            with _sigterm_as_interrupt():
-                Tuner(
-                    tune.with_resources(
-                        tune.with_parameters(_trial, launch=self._for_workers()), _resources
-                    ),
-                    tune_config=TuneConfig(
-                        search_alg=_Gate(self),
-                        num_samples=-1,
-                        # One more than run: the next one is ready to take over a worker.
-                        max_concurrent_trials=self.schedule.slots + 1,
-                        # A fresh worker pays 5 s of imports per stage.
-                        reuse_actors=True,
-                        trial_dirname_creator=lambda trial: f"stage_{trial.trial_id}",
-                    ),
-                    run_config=RunConfig(
-                        name="tune",
-                        storage_path=state,
-                        verbose=0,
-                        callbacks=[_Events(self)],
-                        failure_config=FailureConfig(max_failures=WORKER_RETRIES),
-                    ),
-                ).fit()
+            Tuner(
+                tune.with_resources(
+                    tune.with_parameters(_trial, launch=self._for_workers()), _resources
+                ),
+                tune_config=TuneConfig(
+                    search_alg=_Gate(self),
+                    num_samples=-1,
+                    # One more than run: the next one is ready to take over a worker.
+                    max_concurrent_trials=self.schedule.slots + 1,
+                    # A fresh worker pays 5 s of imports per stage.
+                    reuse_actors=True,
+                    trial_dirname_creator=lambda trial: f"stage_{trial.trial_id}",
+                ),
+                run_config=RunConfig(
+                    name="tune",
+                    storage_path=state,
+                    verbose=0,
+                    callbacks=[_Events(self)],
+                    failure_config=FailureConfig(max_failures=WORKER_RETRIES),
+                ),
+            ).fit()
         finally:
             if not attached:
                 ray.shutdown()
@@ -337,9 +348,17 @@ class _Driver:
         done = threading.Event()
 
         def beat() -> None:
-            while not done.wait(5.0):
-                with suppress(OSError):  # the worst that follows is work done twice
+            told = False
+            while not done.wait(HEARTBEAT_S):
+                try:
                     self.store.heartbeat_launch(self.id)
+                except Exception as error:  # each client of an object store has its own
+                    if not told:
+                        self.progress.note(
+                            f"{self.store.location} cannot be written ({error}); until it can, gc "
+                            "on another machine may take this launch for dead."
+                        )
+                    told = True
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
@@ -375,35 +394,39 @@ class _Driver:
         probe = f"probes/{self.id}"
         self.store.storage.write(f"{probe}/driver", token.encode())
         try:
+            asked = {}
             for node in nodes:
-                if node["Resources"].get("CPU", 0) <= 0:
-                    continue  # runs nothing
-                place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                task = ray.remote(_probe).options(num_cpus=0, scheduling_strategy=place)
-                name = node.get("NodeManagerHostname", node["NodeID"])
-                problem = ray.get(
-                    task.remote(self.sweep.store_location, probe, node["NodeID"], token),
-                    timeout=120,
-                )
-                if not problem:
-                    try:
-                        written = self.store.storage.read(f"{probe}/{node['NodeID']}").decode()
-                    except FileNotFoundError:
-                        written = ""
-                    if written != code_version():
-                        problem = (
-                            f"it runs code {written}, the driver {code_version()}"
-                            if written
-                            else "what it writes there is not seen here"
-                        )
+                if node["Resources"].get("CPU", 0) > 0:  # without, it runs nothing
+                    place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                    task = ray.remote(_probe).options(num_cpus=0, scheduling_strategy=place)
+                    asked[node["NodeID"]] = task.remote(
+                        self.sweep.store_location, probe, node["NodeID"], token
+                    )
+            names = {node["NodeID"]: node.get("NodeManagerHostname") for node in nodes}
+            for node_id, answer in asked.items():
+                try:
+                    problem = ray.get(answer, timeout=NODE_SECONDS)
+                except (GetTimeoutError, RayError) as error:
+                    problem = f"its check did not end ({type(error).__name__})"
+                problem = problem or self._unseen(f"{probe}/{node_id}")
                 if problem:
                     raise UserError(
-                        f"node {name} cannot take part: {problem}. Every node needs the same code, "
-                        f"and {self.sweep.store_location} as a folder that all share (or an object "
-                        "store URL as output)."
+                        f"node {names[node_id] or node_id} cannot take part: {problem}. Every node "
+                        f"needs the same code, and {self.sweep.store_location} as a folder that "
+                        "all share (or an object store URL as output)."
                     )
         finally:
             self.store.storage.remove(probe)
+
+    def _unseen(self, path: str) -> str:
+        """Return what is wrong with the version that a node wrote, empty if nothing is."""
+        try:
+            written = self.store.storage.read(path).decode()
+        except FileNotFoundError:
+            return "what it writes there is not seen here"
+        if written != code_version():
+            return f"it runs code {written}, the driver {code_version()}"
+        return ""
 
     # What Tune asks and tells --------------------------------------------------------------------
 
@@ -459,7 +482,16 @@ class _Driver:
         if now - self._leases_read > LEASES_SECONDS:
             self._leased = self.store.leased()
             self._leases_read = now
-        return key in self._leased and self.store.held_by_other(key, self.id)
+        if key not in self._leased:
+            return False
+        if now < self._busy_until.get(key, 0.0) or self.store.held_by_other(key, self.id):
+            return True
+        # Nobody's any more, and watched from here for long enough to know; a worker would have to
+        # watch it anew.
+        with suppress(OSError), self.store.lease(key, self.id) as lease:
+            lease.acquire()
+        self._leased.discard(key)
+        return False
 
     @_guarded
     def started(self, trial_id: str) -> None:
@@ -502,11 +534,16 @@ class _Driver:
                 self._cell_ended(key, report)
         elif outcome is Outcome.busy:
             self._leases_read = 0.0
+            self._busy_until[key] = time.monotonic() + WAIT_SECONDS
             self.schedule.again(key)
         elif outcome is Outcome.inputs:
             self.progress.note(f"'{stage.name}' needs inputs computed again: {report.reason}")
             if not self.schedule.repair(key, report.lost):
-                self._failed(task, "its inputs were damaged again and again; check the disk.")
+                broken = [k for k in report.lost if k in self.schedule.failed]
+                if broken:
+                    self._fail(task, f"an input failed: {self.schedule.failed[broken[0]]}")
+                else:
+                    self._failed(task, "its inputs were damaged again and again; check the disk.")
         elif outcome is Outcome.memory:
             if self.schedule.out_of_memory(key):
                 self.progress.note(
@@ -592,6 +629,9 @@ class _Driver:
 
     # Search -------------------------------------------------------------------------------------
 
+    def _searching(self) -> bool:
+        return self.study is not None and not self._exhausted
+
     def _ask_study(self) -> bool:
         """Take in a suggestion's cells, if there is room and the study has more."""
         if self.study is None or len(self._suggestions) >= self.schedule.slots:
@@ -610,7 +650,7 @@ class _Driver:
         for cell in cells:
             self.plan.cells.setdefault(cell.key, cell)
         self._suggestions[suggestion.number] = cells
-        self.results.write_plan(self.sweep, self.plan.cells.values())
+        self.results.write_plan(self.sweep, cells)
         self._register()
         self.schedule.add([cell.stage for cell in cells])
         self.progress.grown(len(self.plan.cells))
@@ -640,9 +680,10 @@ class _Driver:
 
     def _drop(self, key: str) -> None:
         """Remove a stage's model that nobody needs any more."""
-        searching = self.study is not None and not self._exhausted
-        if searching or self.sweep.store.keep == "models":
+        if self.sweep.store.keep == "models" or key in self._wanted_elsewhere:
             return
+        if self._searching() and self.schedule.stage(key).kind != "cell":
+            return  # the next suggestion may start from it
         if key in self.store.in_use(but=self.id):
             return
         try:
@@ -652,10 +693,13 @@ class _Driver:
             return
         self.schedule.drop(key)
 
+    @cached_property
+    def _wanted_elsewhere(self) -> set[str]:
+        return self.results.wanted_elsewhere(self.store.committed())
+
     def _drop_models(self) -> None:
         """Remove the models that an earlier, interrupted launch left and no cell needs now."""
-        open_ = self.schedule.unfinished
-        if self.sweep.store.keep == "models" or open_:
+        if self.sweep.store.keep == "models" or self.schedule.unfinished or self._searching():
             return
         committed = self.store.committed()
         stages = {
@@ -667,11 +711,24 @@ class _Driver:
         for key in stages:
             self._drop(key)
 
+    def _sync_command(self) -> str:
+        """Return the command that tells MLflow what it misses."""
+        from orchestrator.tracking import shown
+
+        words = ["btu", "sync", self.sweep.name]
+        if self.sweep.output != str(Path("runs").resolve()):
+            words += ["--output", self.sweep.output]
+        if self.sweep.tracking.uri is not None:
+            words += ["--uri", shown(self.sweep.tracking.uri)]
+        return shlex.join(words)
+
     def _synchronize(self) -> None:
         """Write the runs that MLflow has missed; say how many it still misses."""
         from orchestrator import tracking
 
         uri = tracking.tracking_uri(self.sweep)
+        if self.stopped == "interrupted" and uri.startswith(("http://", "https://")):
+            return  # who waits for a stop does not wait for a server; the next launch tells it
         experiment_id = self.tracking["id"] if self.tracking else None
         if experiment_id is None:
             experiment_id, _ = tracking.prepare(self.sweep)
@@ -685,7 +742,7 @@ class _Driver:
         if synced.missing:
             self.progress.note(
                 f"{synced.missing} results are on disk but not in MLflow ({synced.reason}); "
-                f"btu sync {self.sweep.name} writes them once {tracking.shown(uri)} answers."
+                f"{self._sync_command()} writes them once {tracking.shown(uri)} answers."
             )
 
     def _result(self, seconds: float) -> LaunchResult:
@@ -700,8 +757,8 @@ class _Driver:
         done = sum(key in committed for key in self.plan.cells)
         missing = len(self.plan.cells) - done - len(failed)
         if self.study is not None:
-            if not self._exhausted:
-                missing += 1  # the study has suggestions left
+            # Not asked for yet, or in the hands of another launch.
+            missing += self.study.open
             for found in self.study.best():
                 self.progress.note(
                     f"best: asr {found['asr']:.3f} cacc {found['cacc']:.3f} with "
@@ -827,7 +884,7 @@ def _probe(location: str, probe: str, node: str, token: str) -> str:
         storage.write(f"{probe}/{node}", code_version().encode())
     except FileNotFoundError:
         return f"it does not see {location}"
-    except OSError as error:
+    except Exception as error:  # each client of an object store has its own
         return f"it cannot write to {location} ({error})"
     return ""
 

@@ -64,10 +64,9 @@ class Leases:
         self.storage.write(path, json.dumps(facts).encode(), durable=False)
 
     def heartbeat_launch(self, launch_id: str) -> None:
-        """Say that it still runs, every HEARTBEAT_S. Errors are left for the next time."""
-        with suppress(Exception):
-            beat = uuid.uuid4().hex.encode()
-            self.storage.write(f"launches/{launch_id}.beat", beat, durable=False)
+        """Say that it still runs, every HEARTBEAT_S. Errors of the storage escape."""
+        beat = uuid.uuid4().hex.encode()
+        self.storage.write(f"launches/{launch_id}.beat", beat, durable=False)
 
     def release_launch(self, launch_id: str) -> None:
         """Say that it has ended."""

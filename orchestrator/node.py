@@ -137,13 +137,15 @@ def _compute(
     track: Callable[[str, Path], None] | None,
     progress: ProgressCallback,
 ) -> Report:
+    from btu.training import use_threads
+
     started = time.time()
     key = node["key"]
     folder: Path | None = None
     try:
         # Inside the try: a full disk may refuse the folder already.
         folder = store.begin(key)
-        _use_threads(cpus)
+        use_threads(cpus)
         record = run_stage(
             node, inputs, folder, gpus=gpus, accumulation=accumulation, progress=progress
         )
@@ -177,13 +179,6 @@ def _compute(
         untracked=untracked,
         device=record["environment"]["device"],
     )
-
-
-def _use_threads(cpus: float) -> None:
-    import torch
-
-    # Sums depend on how they are cut into threads, so the number is part of the spec.
-    torch.set_num_threads(max(1, int(cpus)))
 
 
 def _judge(error: BaseException) -> Report | None:

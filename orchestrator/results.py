@@ -11,7 +11,7 @@ import copy
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from btu.errors import UserError, unknown
 from btu.provenance import code_version
 from orchestrator.config import Sweep, assign, resolve
 from orchestrator.storage import Storage, open_storage
-from orchestrator.store import Damaged, Missing, Store
+from orchestrator.store import Damaged, Missing, Store, loads, with_nan
 
 if TYPE_CHECKING:
     from orchestrator.plan import PlannedCell
@@ -64,6 +64,7 @@ class Results:
         """Note which cells a launch has. The same cells again are the same file."""
         plan = {
             "sweep": self.name,
+            "keep": sweep.store.keep,
             "base": sweep.base,
             "cells": [
                 {
@@ -92,6 +93,23 @@ class Results:
                 )
         return dict(sorted(found.items()))
 
+    def wanted_elsewhere(self, committed: Collection[str]) -> set[str]:
+        """Return the keys that other sweeps of this output want kept.
+
+        All of those that keep their models, and what the cells rest on that others have not
+        finished.
+        """
+        wanted: set[str] = set()
+        for sweep in self.storage.names(""):
+            if sweep == self.name:
+                continue
+            for name in self.storage.names(f"{sweep}/{PLANS}"):
+                plan = json.loads(self.storage.read(f"{sweep}/{PLANS}/{name}"))
+                for cell in plan["cells"]:
+                    if plan["keep"] == "models" or cell["key"] not in committed:
+                        wanted.update(cell["stages"])
+        return wanted
+
     def records(self) -> Iterator[dict[str, Any]]:
         """Yield the result of every finished cell, by key.
 
@@ -110,14 +128,12 @@ class Results:
             result = self.store.read_json(key, RESULT)
         except (Damaged, Missing):
             return None
-        metrics = {k: float("nan") if v is None else v for k, v in result["metrics"].items()}
         return {
             "key": key,
             "sweep": self.name,
             "status": "finished",
             "varied": dict(varied),
-            **result,
-            "metrics": metrics,
+            **with_nan(result),
         }
 
     def failures(self) -> Iterator[dict[str, Any]]:
@@ -170,9 +186,8 @@ def store_location(output: str) -> str:
 
 def read_result(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return a cell's result and its flagged tokens, most suspicious first, from its folder."""
-    result = json.loads((folder / RESULT).read_text())
-    metrics = {k: float("nan") if v is None else v for k, v in result["metrics"].items()}
-    return {**result, "metrics": metrics}, json.loads((folder / FLAGGED).read_text())
+    flagged: list[dict[str, Any]] = json.loads((folder / FLAGGED).read_text())
+    return loads((folder / RESULT).read_text()), flagged
 
 
 def find_sweep(output: str | Path, name: str, warn: Callable[[str], None] | None = None) -> Results:

@@ -332,6 +332,10 @@ class Schedule:
                     self._settle(other)
         return True
 
+    def stage(self, key: str) -> Stage:
+        """Return a stage that was added, by its key."""
+        return self._nodes[key].stage
+
     @property
     def unfinished(self) -> int:
         """How many stages and cells are neither done nor failed."""

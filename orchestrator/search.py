@@ -72,6 +72,20 @@ class StudySearch:
         """Return the suggestions made so far, told or not, as far as `trials` goes."""
         return [self._suggestion(n) for n in sorted(self._asked) if n < self._spec.trials]
 
+    @property
+    def open(self) -> int:
+        """How many of the `trials` have not been told yet, asked for or not."""
+        self._read()
+        return sum(number not in self._told for number in range(self._spec.trials))
+
+    def retry_failed(self) -> None:
+        """Hand out again what was told as failed."""
+        for number in [n for n, told in self._told.items() if told is None]:
+            self._storage.remove(self._path(number, TOLD))
+            del self._told[number]
+            self._again.append(number)
+        self._again.sort()
+
     def ask(self) -> Suggestion | None:
         """Return the next suggestion, first those that were never told; None when all are used up.
 

@@ -455,15 +455,13 @@ def dumps(record: Mapping[str, Any]) -> str:
 
 def loads(text: str | bytes) -> dict[str, Any]:
     """Read a record that `dumps` wrote; a metric that is null is NaN again."""
-    record: dict[str, Any] = json.loads(text)
+    return with_nan(json.loads(text))
+
+
+def with_nan(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record as strict JSON holds it with its undefined metrics as NaN again."""
     metrics = record.get("metrics", {})
-    record["metrics"] = {k: float("nan") if v is None else v for k, v in metrics.items()}
-    return record
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Read a record from a file; a metric that is null is NaN again."""
-    return loads(path.read_text())
+    return {**record, "metrics": {k: float("nan") if v is None else v for k, v in metrics.items()}}
 
 
 def _plain(value: Any) -> Any:

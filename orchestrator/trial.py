@@ -14,7 +14,7 @@ from btu.foundation import load_encoded, load_victim
 from btu.metrics import average_precision, row_detection, token_detection
 from btu.recipe import mask_of, scores_of
 from btu.stages import Stage, StageRun, compute, read_record
-from btu.training import Encoded
+from btu.training import Encoded, use_threads
 from btu.types import BoolArray, ProgressCallback, silent
 from btu.victims import Victim, VictimSpec
 from orchestrator import plots
@@ -38,13 +38,6 @@ def run_trial(
     """
     use_threads(cpus)
     return compute(cell, folder, gpus=gpus, progress=progress)
-
-
-def use_threads(cpus: float) -> None:
-    """Let torch compute with as many threads as CPUs are held: sums depend on how they are cut."""
-    import torch
-
-    torch.set_num_threads(max(1, int(cpus)))
 
 
 def score_cell(run: StageRun) -> dict[str, Any]:
