@@ -372,7 +372,8 @@ def test_a_study_goes_on_after_its_driver_was_killed(
         again=computed(place.output) - Counter(once(place)),
     )
 
-    again = run_cli("launch", sweep)
+    # Nothing is left: no cluster is asked for.
+    again = run_cli("launch", sweep, *NOWHERE)
     assert again.code == 0, again
     assert {path: path.read_text() for path in study.glob("*/*.json")} == after
 

@@ -111,6 +111,29 @@ def test_sweeps_of_one_output_have_their_own_cells(launch: Callable[..., Any]) -
     assert one.store.location == other.store.location
 
 
+def test_what_other_sweeps_want_is_told(launch: Callable[..., Any], tmp_path: Path) -> None:
+    one, first = launch("one", seed=[0])
+    other, _ = launch("other", seed=[1])
+    (cell,) = first.cells.values()
+    stages = {stage.key for stage in cell.stage.inputs.values()}
+    # The cell of `one` is not finished: what it rests on is wanted, but not by `one` itself.
+    assert other.wanted_elsewhere(committed=()) == stages
+    assert other.wanted_elsewhere(committed=[cell.key]) == set()
+    assert not stages & one.wanted_elsewhere(committed=())
+
+
+def test_models_that_a_finished_sweep_keeps_are_wanted(
+    output: str, make_sweep: Callable[..., Path], launch: Callable[..., Any], planner: Planner
+) -> None:
+    keeper = load_sweep(make_sweep("keeper", store={"keep": "models"}), [f"output={output}"])
+    plan = plan_sweep(keeper, planner)
+    Results(keeper.output, keeper.name).write_plan(keeper, plan.cells.values())
+    other, _ = launch("other", seed=[1])
+    (cell,) = plan.cells.values()
+    wanted = other.wanted_elsewhere(committed=[cell.key])
+    assert wanted == {stage.key for stage in cell.stage.inputs.values()}
+
+
 # Records ---------------------------------------------------------------------------------------
 
 

@@ -251,6 +251,26 @@ def test_without_numbers_a_suggestion_has_failed(
     assert following.number == 1
 
 
+def test_a_failed_suggestion_can_be_retried(load: Callable[..., Sweep], tmp_path: Path) -> None:
+    search = StudySearch(load(), tmp_path)
+    first, second = search.ask(), search.ask()
+    assert first is not None
+    assert second is not None
+    search.tell(first.number, [])
+    search.tell(second.number, measured(second))
+    trials = search.open + 2  # of all, two are told
+    again = StudySearch(load(), tmp_path)
+    assert again.open == trials - 2
+    again.retry_failed()
+    assert again.open == trials - 1
+    handed = again.ask()
+    assert handed is not None
+    assert (handed.number, handed.values) == (first.number, first.values)
+    again.tell(handed.number, measured(handed))
+    assert {entry["number"] for entry in again.best()} <= {first.number, second.number}
+    assert again.open == trials - 2
+
+
 def test_the_best_are_the_pareto_front(load: Callable[..., Sweep], tmp_path: Path) -> None:
     search = StudySearch(load(), tmp_path)
     results = [(0.5, 0.9), (0.1, 0.7), (0.5, 0.8), (0.3, 0.9), (0.1, 0.6), (0.05, 0.5)]

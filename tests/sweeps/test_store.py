@@ -25,7 +25,7 @@ from orchestrator import lease as lease_module
 from orchestrator import store as module
 from orchestrator.housekeeping import Usage, gc, gc_candidates, usage
 from orchestrator.lease import LEFTOVER_S, TTL_S, Lease
-from orchestrator.store import Damaged, Missing, Store, dumps, loads, read_record
+from orchestrator.store import Damaged, Missing, Store, dumps, loads
 
 SHARED = ["path", "local"]  # what several processes can use
 FILES = {"record.json": b'{"a": 1}', "model/weights": b"0123456789"}
@@ -1056,7 +1056,7 @@ def test_nan_is_null_on_disk_and_nan_again(tmp_path: Path) -> None:
     path.write_text(dumps({"metrics": metrics}))
     assert "NaN" not in path.read_text()
     assert json.loads(path.read_text())["metrics"]["precision"] is None
-    back = read_record(path)["metrics"]
+    back = loads(path.read_text())["metrics"]
     assert math.isnan(back["precision"])
     assert math.isnan(back["recall"])
     assert back["asr"] == 1 / 3  # every digit

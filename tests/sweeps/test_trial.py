@@ -184,9 +184,8 @@ def test_the_machine_and_what_was_computed_are_noted(trial_result: Tried) -> Non
     assert tags["threads"] == "1"
     assert tags["torch"] == str(torch.__version__)
     assert set(tags) >= {"code", "host", "python", "transformers"}
-    assert trial_result.stage.where["revisions"] == {
-        "data": tags["data"], "victim": tags["victim"],
-    }  # fmt: skip
+    revisions = trial_result.stage.where["revisions"]
+    assert revisions == {name: tags[name] for name in ("data", "victim", "recipe")}
 
 
 def test_the_same_cell_gives_the_same_result(
