@@ -847,12 +847,15 @@ def test_a_launch_elsewhere_without_a_change_for_an_hour_has_ended(store: Store)
     assert store.in_use(now=time.time() + LATER) == set()
 
 
-def test_a_heartbeat_that_fails_is_no_error(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_heartbeat_that_fails_is_for_the_launch_to_tell(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(store.storage, "write", full)
-    store.heartbeat_launch("l1")
+    with pytest.raises(OSError, match="No space left"):
+        store.heartbeat_launch("l1")
 
 
 def test_timings_of_all_launches(store: Store) -> None:
