@@ -288,27 +288,29 @@ class _Driver:
             self._check_fits(nodes)
             if address is not None or len(nodes) > 1:
                 self._check_nodes(nodes)
-            Tuner(
-                tune.with_resources(
-                    tune.with_parameters(_trial, launch=self._for_workers()), _resources
-                ),
-                tune_config=TuneConfig(
-                    search_alg=_Gate(self),
-                    num_samples=-1,
-                    # One more than run: the next one is ready to take over a worker.
-                    max_concurrent_trials=self.schedule.slots + 1,
-                    # A fresh worker pays 5 s of imports per stage.
-                    reuse_actors=True,
-                    trial_dirname_creator=lambda trial: f"stage_{trial.trial_id}",
-                ),
-                run_config=RunConfig(
-                    name="tune",
-                    storage_path=state,
-                    verbose=0,
-                    callbacks=[_Events(self)],
-                    failure_config=FailureConfig(max_failures=WORKER_RETRIES),
-                ),
-            ).fit()
+            # Once more: ray.init has put a handler of its own in the place of that of `launch`.
+            with _sigterm_as_interrupt():
+                Tuner(
+                    tune.with_resources(
+                        tune.with_parameters(_trial, launch=self._for_workers()), _resources
+                    ),
+                    tune_config=TuneConfig(
+                        search_alg=_Gate(self),
+                        num_samples=-1,
+                        # One more than run: the next one is ready to take over a worker.
+                        max_concurrent_trials=self.schedule.slots + 1,
+                        # A fresh worker pays 5 s of imports per stage.
+                        reuse_actors=True,
+                        trial_dirname_creator=lambda trial: f"stage_{trial.trial_id}",
+                    ),
+                    run_config=RunConfig(
+                        name="tune",
+                        storage_path=state,
+                        verbose=0,
+                        callbacks=[_Events(self)],
+                        failure_config=FailureConfig(max_failures=WORKER_RETRIES),
+                    ),
+                ).fit()
         finally:
             if not attached:
                 ray.shutdown()

@@ -158,7 +158,7 @@ def test_a_driver_that_is_killed_or_stopped_is_started_again(
             key = own_stages(place.results(), next(iter(reference.metrics)))["poisoned fine-tune"]
             flip(place.results().store.fetch(key) / "model" / "model.safetensors")
         if stage == "evaluate defended":
-            assert "of 'unlearn' again: damaged or gone." in done.out, done
+            assert "'unlearn' needs inputs computed again: model (the stored result" in done.out
     done = place.run("launch", sweep)
     assert done.code == 0, done
     # What was being computed began once more, the damaged model too; of "unlearn" and "evaluate
