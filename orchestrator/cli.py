@@ -373,7 +373,7 @@ def sync(
     results = find_sweep(output, name)
     from orchestrator import tracking
 
-    where = uri or tracking.default_uri(results.output)
+    where = tracking.absolute(uri) if uri else tracking.default_uri(results.output)
 
     def live(key: str) -> bool:
         return results.store.held_by_other(key, "btu sync")

@@ -17,7 +17,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,15 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 import mlflow
 import pandas as pd
 import yaml
-from mlflow.entities import Metric, Param
+from alembic.util.exc import CommandError
+from mlflow.entities import Experiment, Metric, Param
 from mlflow.exceptions import MlflowException
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from btu.errors import UserError
 from orchestrator.config import Sweep, flatten, pins
+from orchestrator.lease import LEFTOVER_S
 from orchestrator.results import CONFIG, FLAGGED, PLOT, RESULT, TOKENS, TRACKED, Results
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -44,6 +47,11 @@ logging.getLogger("mlflow").setLevel(logging.WARNING)
 # How long a server that did not answer is left alone, and how many records in a row may fail.
 DOWN_SECONDS, GIVE_UP = 60.0, 3
 RECORD_TAG = "btu.record"
+# Of an experiment: ids of SQLite begin at 1 again in a new file, and a URI changes with a move.
+ID_TAG = "btu.id"
+SQLITE = "sqlite:///"
+# What a store that cannot be used raises: MLflow, the database, its migrations, files, the URI.
+_REFUSALS = (MlflowException, SQLAlchemyError, CommandError, sqlite3.Error, OSError, ValueError)
 # MLflow refuses longer values of params and tags.
 PARAM_CHARACTERS, TAG_CHARACTERS = 6000, 5000
 # Params that get a column of their own under a short name; everything else keeps its dotted key.
@@ -63,18 +71,20 @@ def tracking_uri(sweep: Sweep) -> str:
         UserError: the output folder is on an object store, where SQLite cannot be.
     """
     uri = sweep.tracking.uri
-    if uri is None:
-        return default_uri(sweep.output)
-    scheme = "sqlite:///"
-    if uri.startswith(scheme):
+    return default_uri(sweep.output) if uri is None else absolute(uri)
+
+
+def absolute(uri: str) -> str:
+    """Return a URI that names the same SQLite file from everywhere; other URIs as they are."""
+    if uri.startswith(SQLITE):
         # Workers start in folders of their own, where a relative file would be another one.
-        return scheme + str(Path(uri.removeprefix(scheme)).expanduser().resolve())
+        return SQLITE + str(Path(uri.removeprefix(SQLITE)).expanduser().resolve())
     return uri
 
 
-def shown(uri: str) -> str:
-    """Return a URI for people, without user and password."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+def shown(text: str) -> str:
+    """Return a URI, or a text with some, for people: without user and password."""
+    return re.sub(r"//[^/@\s]*@", "//", text)
 
 
 def default_uri(output: str) -> str:
@@ -88,7 +98,7 @@ def default_uri(output: str) -> str:
             f"output {output} is an object store, where MLflow's SQLite file cannot be; name an "
             "MLflow server with tracking.uri (or --uri)."
         )
-    return f"sqlite:///{Path(output).expanduser().resolve() / 'mlflow.db'}"
+    return f"{SQLITE}{Path(output).expanduser().resolve() / 'mlflow.db'}"
 
 
 def prepare(sweep: Sweep) -> tuple[str | None, str]:
@@ -101,23 +111,46 @@ def prepare(sweep: Sweep) -> tuple[str | None, str]:
     Raises:
         UserError: the URI cannot work, whoever answers: no such database, driver or experiment.
     """
-    uri = tracking_uri(sweep)
+    hint = "correct tracking.uri, or leave it null for a local SQLite file."
+    return _open(tracking_uri(sweep), sweep.name, _experiment_note(sweep), hint)
+
+
+def experiment(uri: str, name: str) -> str:
+    """Return the id of a sweep's experiment, creating store and experiment where missing.
+
+    Raises:
+        UserError: the store does not answer, or the URI cannot work.
+    """
+    hint = "or correct --uri."
+    experiment_id, reason = _open(uri, name, None, hint)
+    if experiment_id is None:
+        raise UserError(_no_answer(uri, reason, hint))
+    return experiment_id
+
+
+def _open(uri: str, name: str, note: str | None, hint: str) -> tuple[str | None, str]:
+    """Create store and experiment. Returns its id, or none and why a server does not answer.
+
+    note: the experiment's description, None to leave it. hint: what may be done about the URI.
+
+    Raises:
+        UserError: the URI cannot work, whoever answers.
+    """
     try:
+        database = _database_of(uri)
+        if database is not None:
+            _make_database(database)
         client = mlflow.MlflowClient(tracking_uri=uri)
-        found = client.get_experiment_by_name(sweep.name)
-        if found is not None:
-            if found.lifecycle_stage != "active":
-                raise UserError(
-                    f"experiment '{sweep.name}' was deleted in the MLflow store {shown(uri)}; "
-                    "restore it there, or give the sweep another name."
-                )
-            experiment_id = str(found.experiment_id)
-        else:
-            artifacts = None
-            if uri.startswith("sqlite:///") and "://" not in sweep.output:
-                artifacts = (Path(sweep.output) / "mlartifacts" / sweep.name).as_uri()
-            experiment_id = str(client.create_experiment(sweep.name, artifact_location=artifacts))
-        client.set_experiment_tag(experiment_id, "mlflow.note.content", _experiment_note(sweep))
+        found = _find_or_create(client, name, _artifacts(database, name), note)
+        if found.lifecycle_stage != "active":
+            raise UserError(
+                f"experiment '{name}' was deleted in the MLflow store {shown(uri)}; "
+                "restore it there, or give the sweep another name."
+            )
+        experiment_id = str(found.experiment_id)
+        if note is not None and found.tags.get("mlflow.note.content") != note:
+            _set_tag(client, experiment_id, "mlflow.note.content", note)
+        _identities[uri, experiment_id] = _identity(client, found)
     except UserError:
         raise
     except ImportError as error:
@@ -125,19 +158,140 @@ def prepare(sweep: Sweep) -> tuple[str | None, str]:
             f"tracking.uri {shown(uri)} needs a package that is not installed: {error}. Install "
             "it (for PostgreSQL: pip install psycopg2-binary), or name an MLflow server (HTTP)."
         ) from error
-    except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except _REFUSALS as error:
+        reason = shown((str(error).splitlines() or [type(error).__name__])[0])
         if uri.startswith(("http://", "https://")):
             return None, reason
-        raise UserError(
-            f"tracking.uri {shown(uri)} does not answer: {reason} Start the "
-            "server, correct tracking.uri, or leave it null for a local SQLite file."
-        ) from error
-    if uri.startswith("sqlite:///"):
-        # Readers no longer wait for writers: 1.9x the runs per second from several workers.
-        with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
+        raise UserError(_no_answer(uri, reason, hint)) from error
+    if database is not None:
+        _use_wal(database)
     return experiment_id, ""
+
+
+def _no_answer(uri: str, reason: str, hint: str) -> str:
+    return f"tracking.uri {shown(uri)} does not answer: {reason} Start the server, {hint}"
+
+
+def _find_or_create(
+    client: mlflow.MlflowClient, name: str, artifacts: str | None, note: str | None
+) -> Experiment:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return found
+    # With its tags at once: launches that set them later could meet.
+    tags = {ID_TAG: uuid.uuid4().hex}
+    if note is not None:
+        tags["mlflow.note.content"] = note
+    try:
+        made = client.create_experiment(name, artifact_location=artifacts, tags=tags)
+    except (MlflowException, SQLAlchemyError):
+        # Another launch may have created it since.
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            raise
+        return found
+    return client.get_experiment(made)
+
+
+def _artifacts(database: Path | None, name: str) -> str | None:
+    """Return where an experiment's files go: beside its database; a server knows by itself.
+
+    MLflow's own choice would be a folder in the current directory.
+    """
+    return None if database is None else (database.parent / "mlartifacts" / name).as_uri()
+
+
+def _set_tag(client: mlflow.MlflowClient, experiment_id: str, key: str, value: str) -> None:
+    try:
+        client.set_experiment_tag(experiment_id, key, value)
+    except (MlflowException, SQLAlchemyError):
+        # Of two that insert a tag at once one is refused; it finds the tag the second time.
+        client.set_experiment_tag(experiment_id, key, value)
+
+
+def _identity(client: mlflow.MlflowClient, found: Experiment) -> str:
+    """Return what tells an experiment from all others, giving it to one that has none."""
+    if ID_TAG not in found.tags:
+        _set_tag(client, found.experiment_id, ID_TAG, uuid.uuid4().hex)
+        found = client.get_experiment(found.experiment_id)
+    return str(found.tags[ID_TAG])
+
+
+def _database_of(uri: str) -> Path | None:
+    """Return the file of a SQLite URI, None of any other."""
+    name = make_url(uri).database if uri.startswith(SQLITE) else None
+    return Path(name).resolve() if name and name != ":memory:" else None
+
+
+def _make_database(path: Path) -> None:
+    """Create a SQLite store with all its tables, unless there is one.
+
+    The tables take seconds, and MLflow refuses a file that has only some of them ever after. So
+    they are made aside and linked into place whole: neither a kill nor a second launch that does
+    the same can leave such a file.
+
+    Raises:
+        OSError, SQLAlchemyError, MlflowException: it cannot be made.
+    """
+    _remove_leftovers(path)
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Of a database that was removed without them: SQLite would write their pages into the new one.
+    # Before the tables, not after: by then another launch may have linked its own and use it.
+    _remove_companions(path)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
+    try:
+        _make_tables(aside)
+        # Closing the only connection leaves no -wal file, which a link would not take along.
+        _use_wal(aside)
+        try:
+            os.link(aside, path)
+        except FileExistsError:
+            pass  # another process was first; its store is as good
+        except OSError:
+            # A disk without hard links, where the second of two cannot be kept from replacing.
+            if not path.exists():
+                aside.rename(path)
+    finally:
+        aside.unlink(missing_ok=True)
+        _remove_companions(aside)
+
+
+def _remove_companions(path: Path) -> None:
+    """Remove the files that SQLite keeps beside a database, where that is gone."""
+    for suffix in ("-wal", "-shm", "-journal"):
+        if not path.exists():
+            Path(f"{path}{suffix}").unlink(missing_ok=True)
+
+
+def _make_tables(path: Path) -> None:
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    uri = f"{SQLITE}{path}"
+    try:
+        # Not by a client: the registry behind it keeps every store it ever made.
+        store = SqlAlchemyStore(uri, (path.parent / "mlartifacts").as_uri())
+        store.engine.dispose()
+    finally:
+        # MLflow keeps an engine for each URI; this one will never be asked for again.
+        getattr(SqlAlchemyStore, "_engine_map", {}).pop(uri, None)
+
+
+def _use_wal(path: Path) -> None:
+    """Let readers no longer wait for writers: 1.9x the runs per second from several workers."""
+    # Some network disks cannot, and a store that is busy in its old mode will next time.
+    with closing(sqlite3.connect(path)) as connection, suppress(sqlite3.OperationalError):
+        connection.execute("PRAGMA journal_mode=WAL")
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed in `_make_database` left beside a database."""
+    left = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}\.new(-\w+)?")
+    with suppress(OSError):  # no folder yet, or another launch removes the same
+        for found in path.parent.iterdir():
+            if left.fullmatch(found.name) and time.time() - found.stat().st_mtime > LEFTOVER_S:
+                found.unlink()
 
 
 def _experiment_note(sweep: Sweep) -> str:
@@ -152,8 +306,8 @@ class Tracker:
     """Writes a sweep's cells as runs, each once.
 
     What was written is noted in the sweep's folder, so that a launch need not ask for it. Before a
-    run is written MLflow is asked all the same: a worker may have died half-way, the folder may
-    have been moved, the server may have got another name.
+    run is written MLflow is asked all the same: a worker may have died half-way, or before it could
+    note anything.
     """
 
     def __init__(self, uri: str, experiment_id: str, results: Results) -> None:
@@ -173,21 +327,39 @@ class Tracker:
         if self.is_logged(record):
             return False
         with _breaker(self.uri):
+            self.identify()
+            if self.is_logged(record):
+                return False
             found = self._whole_run(record)
             run_id = found or self._write(record, folder)
             self._note(record["key"], {"record": _record_id(record), "run_id": run_id})
         return found is None
 
     def is_logged(self, record: Mapping[str, Any]) -> bool:
-        """Return whether MLflow has a record, from the sweep's folder alone."""
+        """Return whether MLflow has a record, from the sweep's folder alone.
+
+        False until this process has once reached the experiment, whose notes they are.
+        """
+        if (self.uri, self._id) not in _identities:
+            return False
         known = self._noted(record["key"])
         return known.get("record") == _record_id(record) and "run_id" in known
 
-    def close_orphans(self, live: Callable[[str], bool]) -> int:
+    def identify(self) -> None:
+        """Learn which experiment it is, whatever its store is called now; asks once a process.
+
+        Raises:
+            Exception: the server cannot be reached, or refuses.
+        """
+        if (self.uri, self._id) not in _identities:
+            found = self._client.get_experiment(self._id)
+            _identities[self.uri, self._id] = _identity(self._client, found)
+
+    def close_orphans(self, live: Callable[[str], bool], owner: str) -> int:
         """Remove the runs that dead workers left unfinished; returns how many.
 
-        live: whether a cell's worker is at it right now. What they were to say is on disk and is
-        told again, as a run of its own.
+        live: whether a cell's worker is at it right now. owner: of the leases that this takes. What
+        they were to say is on disk and is told again, as a run of its own.
         """
         closed = 0
         running = self._client.search_runs(
@@ -195,11 +367,19 @@ class Tracker:
         )
         for run in running:
             key = run.data.tags.get("cell")
-            if key is not None and not live(key):
-                self._client.set_terminated(run.info.run_id, "KILLED")
-                self._client.delete_run(run.info.run_id)
-                closed += 1
+            if key is None or live(key):
+                continue
+            # A worker may have finished it since the search, and then let go of the cell.
+            with self._results.store.lease(key, owner) as lease:
+                if lease.acquire() and self._is_running(run.info.run_id):
+                    self._client.set_terminated(run.info.run_id, "KILLED")
+                    self._client.delete_run(run.info.run_id)
+                    closed += 1
         return closed
+
+    def _is_running(self, run_id: str) -> bool:
+        info = self._client.get_run(run_id).info
+        return bool(info.status == "RUNNING" and info.lifecycle_stage == "active")
 
     def _write(self, record: Mapping[str, Any], folder: Path | None) -> str:
         run_id = self._start(record)
@@ -257,8 +437,10 @@ class Tracker:
         return whole
 
     def _path(self, key: str) -> str:
-        # A note is about one MLflow store: another one has to be told everything.
-        where = hashlib.sha256(f"{self.uri}#{self._id}".encode()).hexdigest()[:12]
+        # A note is about one experiment: the same sweep in another store is told everything.
+        # As a hash, since a server may say anything.
+        identity = _identities[self.uri, self._id]
+        where = hashlib.sha256(identity.encode()).hexdigest()[:12]
         return f"{self._results.name}/{TRACKED}/{where}/{key}.json"
 
     def _noted(self, key: str) -> dict[str, str]:
@@ -274,6 +456,8 @@ class Tracker:
         self._results.storage.write(self._path(key), json.dumps(noted).encode())
 
 
+# What experiments are, by URI and id there: known still when a server is away.
+_identities: dict[tuple[str, str], str] = {}
 _down: dict[str, tuple[float, str]] = {}
 
 
@@ -287,7 +471,8 @@ def _breaker(uri: str) -> Iterator[None]:
         yield
     except Exception as error:
         if uri.startswith(("http://", "https://")):
-            _down[uri] = (time.monotonic() + DOWN_SECONDS, f"{type(error).__name__}: {error}")
+            reason = shown(f"{type(error).__name__}: {error}")
+            _down[uri] = (time.monotonic() + DOWN_SECONDS, reason)
         raise
 
 
@@ -319,9 +504,10 @@ def sync(
     missed: list[str] = []
     _down.pop(uri, None)
     try:
-        closed = tracker.close_orphans(live)
+        tracker.identify()
+        closed = tracker.close_orphans(live, owner)
     except Exception as error:
-        missed.append(f"{type(error).__name__}: {str(error)[:200]}")
+        missed.append(_brief(error))
     for record in (*results.records(), *results.failures()):
         if live(record["key"]) or tracker.is_logged(record):
             continue
@@ -334,31 +520,35 @@ def sync(
             with results.store.lease(record["key"], owner) as lease:
                 if not lease.acquire():
                     missed.append(f"{record['key']} is being written by another process")
-                elif not tracker.is_logged(record):
+                    continue
+                now = _reread(results, record)
+                if now is not None and not tracker.is_logged(now):
                     folder = None
-                    if record["status"] == "finished":
-                        folder = results.store.fetch(record["key"])
-                    written += tracker.log(record, folder)
+                    if now["status"] == "finished":
+                        folder = results.store.fetch(now["key"])
+                    written += tracker.log(now, folder)
         except Exception as error:
-            missed.append(f"{type(error).__name__}: {str(error)[:200]}")
+            missed.append(_brief(error))
     return Synced(written, closed, len(missed), missed[0] if missed else "")
 
 
-def experiment(uri: str, name: str) -> str:
-    """Return the id of a sweep's experiment, creating it where it is missing.
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {shown(str(error))[:200]}"
 
-    Raises:
-        UserError: the store does not answer.
+
+def _reread(results: Results, record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a cell's record as it is now, None where it has none any more.
+
+    It is right as long as the cell's lease is held. Since the records were listed another launch
+    may have retried the cell: its failure must not replace the run of its result.
     """
-    try:
-        client = mlflow.MlflowClient(tracking_uri=uri)
-        found = client.get_experiment_by_name(name)
-        return str(found.experiment_id if found else client.create_experiment(name))
-    except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
-        raise UserError(
-            f"tracking.uri {shown(uri)} does not answer: {str(error).splitlines()[0]} Start the "
-            "server, or correct --uri."
-        ) from error
+    key = record["key"]
+    if record["status"] == "finished" or results.store.is_committed(key):
+        return results.record(key, record["varied"])
+    failure = results.store.failure(record["failed"])
+    if failure is not None and failure["started"] == record["started"]:
+        return dict(record)
+    return next((found for found in results.failures() if found["key"] == key), None)
 
 
 def ui_command(uri: str, port: int) -> list[str]:

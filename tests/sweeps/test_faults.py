@@ -55,6 +55,14 @@ def place(tmp_path: Path, database: Path) -> Iterator[Workplace]:
 
 
 @pytest.fixture
+def bare(tmp_path: Path) -> Iterator[Workplace]:
+    """A workplace without an MLflow store: the first launch makes it."""
+    made = Workplace(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
 def sweep(make_sweep: Callable[..., Path]) -> Path:
     """Two cells of one grid, with results in ``runs`` beside the file."""
     return make_sweep(grid=GRID)
@@ -213,6 +221,19 @@ def test_two_launches_of_one_sweep_share_the_work(
         assert "2 of 2 cells done, 0 failed, 0 not run" in done.out, done
     check(place.output, reference.metrics)
     assert len({event["launch"] for event in journal(place.output)}) == 2
+
+
+def test_two_first_launches_at_once_share_the_store_that_one_makes(
+    sweep: Path, bare: Workplace, reference: Reference
+) -> None:
+    launches = [bare.start("launch", sweep) for _ in range(2)]
+    for launch in launches:
+        done = launch.end()
+        assert done.code == 0, done
+        assert "2 of 2 cells done, 0 failed, 0 not run" in done.out, done
+        assert "not in MLflow" not in done.out, done
+    check(bare.output, reference.metrics)
+    assert not list(bare.output.glob(".mlflow.db.*"))
 
 
 # MLflow away -----------------------------------------------------------------------------------

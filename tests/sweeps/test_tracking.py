@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import psutil
 import pytest
 
 from btu.errors import UserError
@@ -20,6 +27,7 @@ from orchestrator.store import dumps
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from shelf import Stored
 
     from orchestrator.tracking import Tracker
 
@@ -130,6 +138,17 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> str:
     return uri
 
 
+def copied(database: str, path: Path) -> str:
+    """Copy a store that may be open; return the URI of the copy."""
+    path.parent.mkdir(exist_ok=True)
+    with (
+        closing(sqlite3.connect(database.removeprefix("sqlite:///"))) as source,
+        closing(sqlite3.connect(path)) as target,
+    ):
+        source.backup(target)
+    return f"sqlite:///{path}"
+
+
 def prepared(make_sweep: Callable[..., Path], name: str, uri: str) -> tuple[Sweep, str]:
     from orchestrator import tracking
 
@@ -173,6 +192,293 @@ def test_preparing_again_finds_the_same_experiment(
     assert prepared(make_sweep, "twice", database)[1] == first
     assert tracking.experiment(database, "twice") == first
     assert tracking.experiment(database, "never launched") != first
+
+
+@pytest.mark.slow
+def test_a_launch_that_is_killed_while_it_makes_the_database_leaves_none(
+    make_sweep: Callable[..., Path], tmp_path: Path
+) -> None:
+    from orchestrator import tracking
+
+    file, folder = make_sweep(), tmp_path / "runs"
+    launch = (
+        "import signal; from orchestrator import tracking;"
+        "from orchestrator.config import load_sweep;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"  # some shells have it ignored
+        f"tracking.prepare(load_sweep({str(file)!r}))"
+    )
+
+    def begun() -> set[Path]:
+        return {path for path in folder.glob(".mlflow.db.*.new") if path.stat().st_size}
+
+    for blow in (signal.SIGKILL, signal.SIGINT):
+        known = begun()
+        process = subprocess.Popen([sys.executable, "-c", launch], stderr=subprocess.DEVNULL)
+        while begun() == known:
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(0.3)  # in the midst of its tables
+        process.send_signal(blow)
+        assert process.wait() != 0
+        assert not (folder / "mlflow.db").exists()
+        assert len(begun()) == 1  # only SIGKILL leaves anything
+    left = list(folder.glob(".mlflow.db.*"))
+    other = folder / ".mlflow.db.mine.new"
+    other.write_text("")
+    for path in (*left, other):
+        os.utime(path, (time.time() - 7200,) * 2)
+    assert tracking.prepare(load_sweep(file))[0] is not None
+    # Two hours old: nobody's any more. Of another name: never was.
+    assert [path for path in left if path.exists()] == []
+    other.unlink()
+    assert not list(folder.glob(".mlflow.db.*"))
+
+
+@pytest.mark.slow
+def test_a_young_file_of_another_launch_is_left_alone(
+    make_sweep: Callable[..., Path], database: str, tmp_path: Path
+) -> None:
+    from orchestrator import tracking
+
+    copied(database, tmp_path / "runs" / "mlflow.db")
+    young = tmp_path / "runs" / f".mlflow.db.{'a' * 32}.new"
+    young.write_text("")
+    assert tracking.prepare(load_sweep(make_sweep()))[0] is not None
+    assert young.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_launches_that_make_a_database_the_first_ones_is_used(
+    make_sweep: Callable[..., Path],
+    database: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    links: bool,
+) -> None:
+    from mlflow import MlflowClient
+
+    from orchestrator import tracking
+
+    theirs = MlflowClient(tracking_uri=database).create_experiment(f"theirs {links}")
+    folder, link = tmp_path / "runs", os.link
+
+    def late(source: Path, target: Path) -> None:
+        copied(database, target)
+        if not links:  # a disk that has none
+            raise PermissionError(1, "Operation not permitted")
+        link(source, target)
+
+    monkeypatch.setattr(tracking, "_make_tables", lambda path: copied(database, path))
+    monkeypatch.setattr(tracking.os, "link", late)
+    assert tracking.prepare(load_sweep(make_sweep()))[0] is not None
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+    assert client.get_experiment(theirs).name == f"theirs {links}"
+    assert not list(folder.glob(".mlflow.db.*"))
+
+
+@pytest.mark.slow
+def test_a_disk_without_hard_links_gets_its_database(
+    make_sweep: Callable[..., Path], database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator import tracking
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(tracking, "_make_tables", lambda path: copied(database, path))
+    monkeypatch.setattr(tracking.os, "link", refuse)
+    assert tracking.prepare(load_sweep(make_sweep()))[0] is not None
+    assert not list((tmp_path / "runs").glob(".mlflow.db.*"))
+
+
+@pytest.mark.slow
+def test_what_a_removed_database_left_does_not_get_into_the_new_one(
+    make_sweep: Callable[..., Path], database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator import tracking
+
+    folder, removed = tmp_path / "runs", tmp_path / "removed.db"
+    folder.mkdir()
+    with closing(sqlite3.connect(removed)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("CREATE TABLE other (x)")
+        connection.commit()
+        # As a killed process leaves it: closing would take it away.
+        shutil.copy(f"{removed}-wal", folder / "mlflow.db-wal")
+    monkeypatch.setattr(tracking, "_make_tables", lambda path: copied(database, path))
+    assert tracking.prepare(load_sweep(make_sweep()))[0] is not None
+    with closing(sqlite3.connect(folder / "mlflow.db")) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+    assert "experiments" in tables
+    assert "other" not in tables
+
+
+@pytest.mark.slow
+def test_a_new_database_is_one_whole_file_that_nobody_has_open(tmp_path: Path) -> None:
+    from orchestrator import tracking
+
+    tracking._make_database(tmp_path / "mlflow.db")
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+    opened = [file.path for file in psutil.Process().open_files()]
+    assert not [name for name in opened if name.startswith(str(tmp_path))]
+
+
+@pytest.mark.slow
+def test_two_first_launches_at_once_have_one_experiment(
+    make_sweep: Callable[..., Path], tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    launch = (
+        "from orchestrator import tracking; from orchestrator.config import load_sweep;"
+        f"print(tracking.prepare(load_sweep({str(make_sweep())!r}))[0])"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", launch], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate()[0].strip() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    assert said == [client.get_experiment_by_name("tiny").experiment_id] * 2
+    assert not list((tmp_path / "runs").glob(".mlflow.db.*"))
+
+
+@pytest.mark.slow
+def test_an_experiment_that_another_launch_created_meanwhile_is_used(
+    make_sweep: Callable[..., Path], database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    create, theirs = mlflow.MlflowClient.create_experiment, []
+
+    def late(self: MlflowClient, name: str, *values: Any, **more: Any) -> str:
+        theirs.append(create(self, name))
+        return create(self, name, *values, **more)  # refused: there is one of that name
+
+    monkeypatch.setattr(mlflow.MlflowClient, "create_experiment", late)
+    sweep, ours = prepared(make_sweep, "met", database)
+    assert [ours] == theirs
+    tags = mlflow.MlflowClient(tracking_uri=database).get_experiment(ours).tags
+    # It was made by hand, without ours.
+    assert sweep.text in tags["mlflow.note.content"]
+    assert re.fullmatch("[0-9a-f]{32}", tags["btu.id"])
+
+
+@pytest.mark.slow
+def test_an_experiment_that_cannot_be_created_is_told_as_such(
+    make_sweep: Callable[..., Path], database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    def refuse(*_: object, **__: object) -> str:
+        raise MlflowException("no room")
+
+    monkeypatch.setattr(mlflow.MlflowClient, "create_experiment", refuse)
+    with pytest.raises(UserError, match=r"^tracking.uri sqlite:.* does not answer: no room Start"):
+        prepared(make_sweep, "refused", database)
+
+
+@pytest.mark.slow
+def test_an_experiment_keeps_its_id(make_sweep: Callable[..., Path], database: str) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=database)
+    old = client.create_experiment("old")  # by a version that gave none
+    assert prepared(make_sweep, "old", database)[1] == old
+    given = client.get_experiment(old).tags["btu.id"]
+    prepared(make_sweep, "old", database)
+    assert client.get_experiment(old).tags["btu.id"] == given
+    other = prepared(make_sweep, "young", database)[1]
+    assert client.get_experiment(other).tags["btu.id"] != given
+
+
+@pytest.mark.slow
+def test_a_tag_that_two_insert_at_once_is_set(
+    make_sweep: Callable[..., Path], database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow.MlflowClient(tracking_uri=database)
+    made = client.create_experiment("tagged twice")
+    real, refused = mlflow.MlflowClient.set_experiment_tag, []
+
+    def once(self: MlflowClient, experiment: str, key: str, value: str) -> None:
+        if key not in refused:
+            refused.append(key)
+            raise MlflowException("UNIQUE constraint failed: experiment_tags")
+        real(self, experiment, key, value)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "set_experiment_tag", once)
+    assert prepared(make_sweep, "tagged twice", database)[1] == made
+    assert set(refused) <= set(client.get_experiment(made).tags)
+    assert "btu.id" in refused
+
+
+@pytest.mark.slow
+def test_a_store_of_another_version_is_told_as_such(
+    make_sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from alembic.util.exc import CommandError
+
+    from orchestrator import tracking
+
+    def refuse(path: Path) -> None:
+        raise CommandError("Can't locate revision identified by 'f00'")
+
+    monkeypatch.setattr(tracking, "_make_tables", refuse)
+    with pytest.raises(UserError, match=r"^tracking.uri sqlite:.*Can't locate revision"):
+        tracking.prepare(load_sweep(make_sweep()))
+
+
+@pytest.mark.slow
+def test_sync_to_a_database_of_its_own_leaves_the_current_directory_alone(
+    stored: Stored,
+    run_cli: Callable[..., Any],
+    database: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mlflow import MlflowClient
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    uri = copied(database, there / "x.db")
+    monkeypatch.chdir(here)
+    done = run_cli("sync", "tiny", "-o", tmp_path / "runs", "--uri", "sqlite:///../there/x.db")
+    assert done.code == 0, done
+    assert "1 runs written, 0 unfinished ones closed, 0 still missing" in done.out
+    assert list(here.iterdir()) == []
+    client = MlflowClient(tracking_uri=uri)
+    found = client.get_experiment_by_name("tiny")
+    assert found.artifact_location == (there / "mlartifacts" / "tiny").as_uri()
+    with closing(sqlite3.connect(there / "x.db")) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+@pytest.mark.slow
+def test_sync_names_what_it_cannot_use_without_its_password(
+    database: str, free_port: int, make_sweep: Callable[..., Path]
+) -> None:
+    from mlflow import MlflowClient
+
+    from orchestrator import tracking
+
+    uri = f"http://me:secret@127.0.0.1:{free_port}"
+    match = f"^tracking.uri http://127.0.0.1:{free_port} does not answer: .*or correct --uri"
+    with pytest.raises(UserError, match=match) as caught:
+        tracking.experiment(uri, "tiny")
+    assert "secret" not in str(caught.value)
+    with pytest.raises(UserError, match=r"needs a package that is not installed"):
+        tracking.experiment("mssql+pymssql://me:secret@127.0.0.1:1/x", "tiny")
+    gone = prepared(make_sweep, "gone too", database)[1]
+    MlflowClient(tracking_uri=database).delete_experiment(gone)
+    with pytest.raises(UserError, match=r"^experiment 'gone too' was deleted"):
+        tracking.experiment(database, "gone too")
 
 
 @pytest.mark.slow
@@ -286,6 +592,7 @@ def bench(
     from orchestrator import tracking
 
     monkeypatch.setattr(tracking, "_down", {})
+    monkeypatch.setattr(tracking, "_identities", {})
     results = Results(str(tmp_path / "runs"), "tiny")
     results.store.prepare()
     base = {key: value for key, value in cell.items() if key != "seed"}
@@ -539,6 +846,99 @@ def test_runs_of_dead_workers_are_closed_and_told_again(bench: Bench) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_that_its_worker_finishes_just_now_is_kept(bench: Bench) -> None:
+    record = bench.finish(FIRST)
+    tags = {"cell": FIRST, "btu.record": f"{FIRST}-1000000"}
+    run = bench.client.create_run(bench.experiment, tags=tags).info.run_id
+
+    def live(key: str) -> bool:
+        # The worker is done between the look at its run and the look at its lease.
+        bench.client.set_terminated(run, "FINISHED")
+        return False
+
+    synced = bench.sync(live)
+    assert (synced.written, synced.closed, synced.missing) == (0, 0, 0)
+    assert bench.statuses() == [(FIRST, "FINISHED")]
+    assert bench.runs()[0].info.run_id == run
+    assert bench.tracker().is_logged(record)
+
+
+@pytest.mark.slow
+def test_a_run_whose_cell_somebody_took_just_now_is_kept(bench: Bench) -> None:
+    run = bench.client.create_run(bench.experiment, tags={"cell": FIRST}).info.run_id
+    with bench.results.store.lease(FIRST, "another launch") as lease:
+        assert lease.acquire()
+        synced = bench.sync()  # and did not see the lease yet
+    assert synced.closed == 0
+    assert bench.client.get_run(run).info.status == "RUNNING"
+    assert bench.sync().closed == 1
+
+
+@pytest.mark.slow
+def test_a_failure_that_was_retried_meanwhile_replaces_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Results.failures
+    bench.fail(FIRST)
+    bench.fail(SECOND)
+    listed = list(bench.results.failures())
+    stale = [listed]
+    monkeypatch.setattr(
+        Results, "failures", lambda self: iter(stale.pop()) if stale else real(self)
+    )
+    # Since they were listed another launch has finished one cell and is at the other one again,
+    assert bench.log(bench.finish(FIRST, 2000.0))
+    bench.results.store.clear_failure(SECOND)
+    synced = bench.sync()
+    assert (synced.written, synced.missing) == (0, 0)
+    assert bench.statuses() == [(FIRST, "FINISHED")]
+    # which fails for another reason.
+    bench.fail(SECOND, 3000.0, "out of memory")
+    stale.append(listed)
+    assert bench.sync().written == 1
+    assert stale == []
+    assert bench.statuses() == [(FIRST, "FINISHED"), (SECOND, "FAILED")]
+    assert {run.data.tags.get("reason") for run in bench.runs()} == {None, "out of memory"}
+
+
+@pytest.mark.slow
+def test_a_database_that_was_removed_is_filled_again(
+    bench: Bench, database: str, tmp_path: Path
+) -> None:
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    from orchestrator import tracking
+
+    path = tmp_path / "removed" / "mlflow.db"
+    uri = f"sqlite:///{path}"
+    bench.finish(FIRST)
+    ids = []
+    for _ in range(2):
+        copied(database, path)
+        ids.append(tracking.experiment(uri, "again"))
+        for written in (1, 0):
+            assert bench.sync(uri=uri, experiment_id=ids[-1]).written == written
+        SqlAlchemyStore._engine_map[uri].dispose()  # as a process that ends does
+        shutil.rmtree(path.parent)
+    assert ids[0] == ids[1]  # of SQLite, which begins anew
+
+
+@pytest.mark.slow
+def test_a_moved_folder_keeps_its_notes(bench: Bench, database: str, tmp_path: Path) -> None:
+    from orchestrator import tracking
+
+    bench.finish(FIRST)
+    uris = [f"sqlite:///{tmp_path / name / 'mlflow.db'}" for name in ("before", "after")]
+    copied(database, tmp_path / "before" / "mlflow.db")
+    made = tracking.experiment(uris[0], "moved")
+    assert bench.sync(uri=uris[0], experiment_id=made).written == 1
+    shutil.copytree(tmp_path / "before", tmp_path / "after")
+    assert tracking.experiment(uris[1], "moved") == made
+    (record,) = bench.results.records()
+    assert tracking.Tracker(uris[1], made, bench.results).is_logged(record)
+
+
+@pytest.mark.slow
 def test_one_bad_record_does_not_keep_the_others_out(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -624,6 +1024,7 @@ def test_sync_gives_up_on_a_dead_server_and_counts_what_is_missing(
     # Six records on an experiment that can be listed, but takes no run.
     records = [{"key": f"{n:024x}", "status": "failed", "started": 1.0} for n in range(6)]
     monkeypatch.setattr(Results, "failures", lambda self: iter(records))
+    monkeypatch.setattr(tracking, "_reread", lambda results, record: record)
     monkeypatch.setattr(tracking.Tracker, "_whole_run", away)
     synced = bench.sync()
     assert len(asked) == tracking.GIVE_UP == 3
