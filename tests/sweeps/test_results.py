@@ -113,13 +113,15 @@ def test_sweeps_of_one_output_have_their_own_cells(launch: Callable[..., Any]) -
 
 def test_what_other_sweeps_want_is_told(launch: Callable[..., Any], tmp_path: Path) -> None:
     one, first = launch("one", seed=[0])
-    other, _ = launch("other", seed=[1])
+    other, second = launch("other", seed=[1])
     (cell,) = first.cells.values()
     stages = {stage.key for stage in cell.stage.inputs.values()}
+    (sibling,) = second.cells.values()
     # The cell of `one` is not finished: what it rests on is wanted, but not by `one` itself.
     assert other.wanted_elsewhere(committed=()) == stages
     assert other.wanted_elsewhere(committed=[cell.key]) == set()
-    assert not stages & one.wanted_elsewhere(committed=())
+    wanted = one.wanted_elsewhere(committed=())
+    assert wanted == {stage.key for stage in sibling.stage.inputs.values()}
 
 
 def test_models_that_a_finished_sweep_keeps_are_wanted(
