@@ -31,13 +31,17 @@ TRAIN = "train.parquet"
 class Foundation:
     """What a defense can start from. The poison mask and the evaluation rows are not among it.
 
-    rows: the poisoned training rows and the reserved clean ones, as the victim reads them
-    (`training_rows_of`, `clean_rows_of`, `texts_of`). model: the poisoned model. tuned: the
+    rows: the poisoned training rows as the victim reads them (`training_rows_of`, `texts_of`).
+    clean: the reserved clean ones (`clean_rows_of`, `tune`). model: the poisoned model. tuned: the
     poisoned model after clean tuning, the control of every defense that ends with it.
-    train_rows, clean_rows: how many, for estimates.
+    where: where the victim is. train_rows, clean_rows: how many, for estimates.
+
+    A stage that tunes has ``{"rows": rows, "clean": clean}`` among its inputs; whatever does not
+    read the clean rows leaves them out, and is then shared by cells that differ in them.
     """
 
     rows: Stage
+    clean: Stage
     model: Stage
     tuned: Stage
     victim: Mapping[str, Any]
@@ -63,8 +67,7 @@ class Foundation:
     ) -> Stage:
         """Declare a stage of a defense; victim and seed are in its config."""
         acts = {"victim": self.victim, "seed": self.seed, **config}
-        where = {"victim": self.where["victim"]}
-        return Stage(name, function, version, acts, inputs, where, light, kind, units, model)
+        return Stage(name, function, version, acts, inputs, self.where, light, kind, units, model)
 
     def tuning_config(self) -> dict[str, Any]:
         """Return the config slice that `tune` reads."""
@@ -73,7 +76,7 @@ class Foundation:
 
 
 def tune(run: StageRun, model: PreTrainedModel, stage: str) -> None:
-    """Fine-tune `model` in place on the clean rows.
+    """Fine-tune `model` in place on the clean rows, the input ``clean``.
 
     The same rows, settings and seed for whoever calls, so that the undefended control and a
     defended model differ in nothing but the defense.
@@ -94,7 +97,7 @@ def training_rows_of(run: StageRun) -> Encoded:
 
 def clean_rows_of(run: StageRun) -> Encoded:
     """Return the reserved clean rows, tokenized."""
-    return load_encoded(run.inputs["rows"] / "clean.safetensors")
+    return load_encoded(run.inputs["clean"] / "clean.safetensors")
 
 
 def texts_of(run: StageRun) -> Rows:
@@ -159,7 +162,7 @@ def victim_of(run: StageRun, classes: int | None = None) -> Victim:
         raise UserError(
             f"victim '{victim.spec.name}' is {victim.source.identity[:20]} here, but the sweep was "
             f"planned with {planned[:20]}: its files changed, or differ between nodes; launch "
-            "again, with the same files everywhere."
+            "again with --retry-failed, with the same files everywhere."
         )
     return victim
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +41,11 @@ if TYPE_CHECKING:
     from btu.evaluation import Scores
 
 # Raised when what a stage computes changes: results of an earlier version are then not reused.
-POISON_VERSION = 1
-TRAINING_ROWS_VERSION = 1
-EVALUATION_ROWS_VERSION = 1
+POISON_VERSION = 2
+TRIGGERED_ROWS_VERSION = 1
+TRAINING_ROWS_VERSION = 2
+CLEAN_ROWS_VERSION = 1
+EVALUATION_ROWS_VERSION = 2
 FINE_TUNE_VERSION = 1
 CLEAN_TUNE_VERSION = 1
 EVALUATE_VERSION = 1
@@ -53,18 +55,35 @@ HIDDEN, TRIGGERED = "hidden.parquet", "triggered.parquet"
 
 @dataclass(frozen=True)
 class Prepared:
-    """The stages before any defense. poisoned, evaluation_rows: not for defenses."""
+    """The stages before any defense. Only `foundation` is for defenses."""
 
     poisoned: Stage
+    triggered: Stage
     evaluation_rows: Stage
     foundation: Foundation
     eval_rows: int
+
+    @cached_property
+    def hidden(self) -> frozenset[str]:
+        """The keys of the stages that no defense may read.
+
+        They hold the mask, the trigger, or the rows that are reported on.
+        """
+        tops = (self.poisoned, self.evaluation_rows)
+        return frozenset(stage.key for top in tops for stage in top.closure())
+
+    @cached_property
+    def shared(self) -> frozenset[str]:
+        """The keys of the stages that are there whatever the defense is, but for evaluations."""
+        base = self.foundation
+        tops = (base.rows, base.clean, base.model, base.tuned)
+        return self.hidden | {stage.key for top in tops for stage in top.closure()}
 
 
 def prepare(
     *,
     data: DataSpec,
-    data_fingerprint: str,
+    data_fingerprints: Mapping[str, str],
     victim: VictimSpec,
     victim_identity: str,
     poison: PoisonSpec,
@@ -76,45 +95,77 @@ def prepare(
 ) -> Prepared:
     """Declare the stages that every defense of a cell shares. Imports no torch.
 
-    data_fingerprint, victim_identity: what stands in the keys for rows and weights; a path does
-    not act. counts: of the corpus (`Corpus.counts`), for estimates.
+    data_fingerprints, victim_identity: what stands in the keys for the rows of each role
+    (`Corpus.fingerprints`) and for the weights; a path does not act. A stage has the fingerprint
+    of the role that it reads, so that more rows in one role leave what rests on the others.
+    counts: of the corpus (`Corpus.counts`), for estimates.
     """
-    where = {"data": plain(data), "victim": plain(victim)}
+    where_data, where_victim = plain(data), plain(victim)
     attack_class = ATTACKS.load(poison.name)
     model = attack_params.get("model")
     attack_acts = dict(attack_params)
     if model is not None:
         attack_acts["model"] = _model_identity(model)
+    where_attack = dict(attack_params)
+    version = getattr(attack_class, "VERSION", 1)
+    # A paraphrase model is worth a device; words are inserted without one.
+    kind = "host" if model is None else "stage"
     poisoned = Stage(
         "poison",
         "btu.recipe:poison_rows",
         POISON_VERSION,
         {
-            "data": data_fingerprint,
+            "data": data_fingerprints["train"],
             "attack": {**plain(poison), **attack_acts},
-            "attack_version": getattr(attack_class, "VERSION", 1),
+            "attack_version": version,
             "seed": seed,
         },
-        where={"data": where["data"], "attack": dict(attack_params)},
-        # A paraphrase model is worth a device; words are inserted without one.
-        kind="host" if model is None else "stage",
+        where={"data": where_data, "attack": where_attack},
+        kind=kind,
     )
-    extend = getattr(attack_class, "poison_stage", None)
+    # How much of the training set is poisoned, and which rows, does not act on these.
+    triggered = Stage(
+        "triggered rows",
+        "btu.recipe:triggered_rows",
+        TRIGGERED_ROWS_VERSION,
+        {
+            "data": data_fingerprints["eval"],
+            "attack": {
+                "name": poison.name,
+                "target_label": poison.target_label,
+                **attack_acts,
+            },
+            "attack_version": version,
+            "seed": seed,
+        },
+        where={"data": where_data, "attack": where_attack},
+        kind=kind,
+    )
+    extend = getattr(attack_class, "poison_stages", None)
     if extend is not None:
-        poisoned = extend(attack_class(**attack_params), poisoned)
-        if poisoned.name != "poison":
+        poisoned, triggered = extend(attack_class(**attack_params), poisoned, triggered)
+        names = (poisoned.name, triggered.name)
+        if names != ("poison", "triggered rows"):
             raise ValueError(
-                f"attack '{poison.name}': poison_stage must keep the name 'poison', by which the "
-                f"scorer finds it, got '{poisoned.name}'."
+                f"attack '{poison.name}': poison_stages must keep the names 'poison' and "
+                f"'triggered rows', by which the scorer finds them, got {names}."
             )
     reads = {"identity": victim_identity, "max_length": victim.max_length}
     rows = Stage(
         "training rows",
         "btu.recipe:training_rows",
         TRAINING_ROWS_VERSION,
-        {"data": data_fingerprint, "victim": reads},
+        {"victim": reads},
         {"poison": poisoned},
-        where,
+        {"victim": where_victim},
+        kind="host",
+    )
+    clean_rows = Stage(
+        "clean rows",
+        "btu.recipe:clean_rows",
+        CLEAN_ROWS_VERSION,
+        {"data": data_fingerprints["clean"], "victim": reads},
+        where={"data": where_data, "victim": where_victim},
         kind="host",
     )
     evaluation_rows = Stage(
@@ -122,12 +173,12 @@ def prepare(
         "btu.recipe:evaluation_rows",
         EVALUATION_ROWS_VERSION,
         {
-            "data": data_fingerprint,
+            "data": data_fingerprints["eval"],
             "victim": reads,
             "attack": {"name": poison.name, **attack_acts},
         },
-        {"poison": poisoned},
-        {**where, "attack": dict(attack_params)},
+        {"triggered": triggered},
+        {"data": where_data, "victim": where_victim, "attack": where_attack},
         kind="host",
     )
     fine_tuned = Stage(
@@ -136,7 +187,7 @@ def prepare(
         FINE_TUNE_VERSION,
         {"victim": reads, "train": plain(train), "seed": seed},
         {"rows": rows},
-        {"victim": where["victim"]},
+        {"victim": where_victim},
         units=counts.get("rows_train", 0) * train.epochs,
         model=True,
     )
@@ -149,24 +200,26 @@ def prepare(
             "tuning": plain(tuning.applied_to(train)),
             "seed": seed,
         },
-        {"rows": rows, "model": fine_tuned},
-        {"victim": where["victim"]},
+        {"clean": clean_rows, "model": fine_tuned},
+        {"victim": where_victim},
         units=counts.get("rows_clean", 0) * tuning.epochs,
         model=True,
     )
     base = Foundation(
         rows,
+        clean_rows,
         fine_tuned,
         tuned,
         reads,
-        where,
+        # Where the data are, a defense need not know: the rows before the poison are there.
+        {"victim": where_victim},
         train,
         tuning,
         seed,
         counts.get("rows_train", 0),
         counts.get("rows_clean", 0),
     )
-    return Prepared(poisoned, evaluation_rows, base, counts.get("rows_eval", 0))
+    return Prepared(poisoned, triggered, evaluation_rows, base, counts.get("rows_eval", 0))
 
 
 def evaluation(prepared: Prepared, model: Stage, name: str, kind: str = "stage") -> Stage:
@@ -178,7 +231,7 @@ def evaluation(prepared: Prepared, model: Stage, name: str, kind: str = "stage")
         {"precision": prepared.foundation.train.precision},
         {"rows": prepared.evaluation_rows, "model": model},
         # Whether code that comes with the model may be run.
-        {"victim": prepared.foundation.where["victim"]},
+        prepared.foundation.where,
         kind=kind,
         units=prepared.eval_rows,
     )
@@ -188,59 +241,70 @@ def evaluation(prepared: Prepared, model: Stage, name: str, kind: str = "stage")
 
 
 def poison_rows(run: StageRun) -> dict[str, Any]:
-    """Poison the training rows and trigger the evaluation rows."""
-    corpus = corpus_of(run)
+    """Poison the training rows."""
+    corpus = corpus_of(run, "train")
     spec, attack = _attack_of(run)
     target = corpus.label_index(spec.target_label)
-    seed = run.config["seed"]
-    poisoned = poison(attack, spec, corpus.train, target, seed, run.progress)
-    triggered, plain = triggered_eval(attack, corpus.eval, target, seed, run.progress)
+    poisoned = poison(attack, spec, corpus.train, target, run.config["seed"], run.progress)
     write_rows(run.folder / TRAIN, poisoned.rows)
     write_table(run.folder / HIDDEN, {"poisoned": poisoned.mask})
-    write_rows(run.folder / TRIGGERED, triggered)
-    write_rows(run.folder / "plain.parquet", plain)
     return {
         "target": target,
         "poison_rate": poisoned.poison_rate,
         "poisoned_rows": int(poisoned.mask.sum()),
         "relabeled_rows": poisoned.relabeled,
-        "counts": corpus.counts(),
         "label_names": list(corpus.label_names),
     }
 
 
+def triggered_rows(run: StageRun) -> dict[str, Any]:
+    """Write the evaluation rows that can be attacked, with the trigger and without it."""
+    corpus = corpus_of(run, "eval")
+    spec, attack = _attack_of(run)
+    target = corpus.label_index(spec.target_label)
+    triggered, plain = triggered_eval(attack, corpus.eval, target, run.config["seed"], run.progress)
+    write_rows(run.folder / TRIGGERED, triggered)
+    write_rows(run.folder / "plain.parquet", plain)
+    return {"target": target, "rows": len(plain)}
+
+
 def training_rows(run: StageRun) -> dict[str, Any]:
     """Tokenize what the victim and the defender read; the mask stays behind."""
-    corpus = corpus_of(run)
-    victim = victim_of(run, len(corpus.label_names))
+    classes = len(run.facts("poison")["label_names"])
+    victim = victim_of(run, classes)
     rows = read_rows(run.inputs["poison"] / TRAIN)
     train = victim.encode(rows)
     train.save(run.folder / "train.safetensors")
-    victim.encode(corpus.clean).save(run.folder / "clean.safetensors")
     write_rows(run.folder / TRAIN, rows)
     longest = victim.spec.max_length
     return {
-        "classes": len(corpus.label_names),
+        "classes": classes,
         "rows": len(rows),
-        "clean_rows": len(corpus.clean),
         "truncated_rows": int((train.host_lengths >= longest).sum()),
     }
 
 
+def clean_rows(run: StageRun) -> dict[str, Any]:
+    """Tokenize the reserved clean rows."""
+    corpus = corpus_of(run, "clean")
+    classes = len(corpus.label_names)
+    victim_of(run, classes).encode(corpus.clean).save(run.folder / "clean.safetensors")
+    return {"classes": classes, "rows": len(corpus.clean)}
+
+
 def evaluation_rows(run: StageRun) -> dict[str, Any]:
     """Tokenize what models are scored on, and the trigger's tokens, for the scorer alone."""
-    corpus = corpus_of(run)
+    corpus = corpus_of(run, "eval")
     victim = victim_of(run, len(corpus.label_names))
-    poisoned = run.inputs["poison"]
     victim.encode(corpus.eval).save(run.folder / "clean.safetensors")
     for role in ("triggered", "plain"):
-        rows = read_rows(poisoned / f"{role}.parquet")
+        rows = read_rows(run.inputs["triggered"] / f"{role}.parquet")
         victim.encode(rows).save(run.folder / f"{role}.safetensors")
     params = run.where["attack"]
     attack: Attack = ATTACKS.load(run.config["attack"]["name"])(**params)
     trigger = attack.trigger_token_ids(victim.tokenizer)
     return {
-        "target": run.facts("poison")["target"],
+        "target": run.facts("triggered")["target"],
         "trigger": None if trigger is None else sorted(trigger),
     }
 
@@ -261,7 +325,7 @@ def fine_tune(run: StageRun) -> dict[str, Any]:
 
 
 def clean_tune(run: StageRun) -> dict[str, Any]:
-    """Fine-tune a model on the clean rows: the control of the defenses that end with this."""
+    """Fine-tune the model on the clean rows: the control of the defenses that end with this."""
     model = model_of(run, "model")
     tune(run, model, "clean tuning (control)")
     save_model(model, run.folder)
@@ -290,7 +354,9 @@ def evaluate_model(run: StageRun) -> dict[str, Any]:
         name: {"hits": getattr(scores, name).hits, "n": getattr(scores, name).n}
         for name in ("cacc", "asr", "ftr")
     }
-    return {**counts, "precision": resolve_precision(precision, run.device)}
+    resolved = resolve_precision(precision, run.device)
+    run.precisions.add(resolved)
+    return {**counts, "precision": resolved}
 
 
 def scores_of(facts: Mapping[str, Any]) -> Scores:
@@ -308,43 +374,50 @@ def mask_of(folder: Path) -> BoolArray:
     return mask
 
 
-def corpus_of(run: StageRun) -> Corpus:
-    """Return the corpus, checked to be the one that was planned with.
+def corpus_of(run: StageRun, role: str) -> Corpus:
+    """Return the corpus, whose rows of `role` are checked to be those that were planned with.
 
     Raises:
-        UserError: its rows differ from those that the key was made of.
+        UserError: they differ from those that the key was made of.
     """
     spec = DataSpec(**run.where["data"])
-    corpus, fingerprint = _corpus(spec)
-    if fingerprint != run.config["data"]:
+    planned = run.config["data"]
+    corpus, fingerprints = _corpus(spec)
+    if fingerprints[role] != planned:
         # Planned after this process read it, perhaps.
         _corpus.cache_clear()
-        corpus, fingerprint = _corpus(spec)
-    if fingerprint != run.config["data"]:
+        corpus, fingerprints = _corpus(spec)
+    if fingerprints[role] != planned:
         raise UserError(
-            f"data '{spec.name}' has the rows {fingerprint[:12]} here, but the sweep was planned "
-            f"with {run.config['data'][:12]}: they changed, or differ between nodes; launch "
-            "again, with the same files everywhere."
+            f"data '{spec.name}' has the {role} rows {fingerprints[role][:12]} here, but the sweep "
+            f"was planned with {planned[:12]}: they changed, or differ between nodes; launch "
+            "again with --retry-failed, with the same files everywhere."
         )
     return corpus
 
 
 # A worker computes many stages of few corpora; nobody changes one.
 @lru_cache(maxsize=2)
-def _corpus(spec: DataSpec) -> tuple[Corpus, str]:
+def _corpus(spec: DataSpec) -> tuple[Corpus, dict[str, str]]:
     corpus = load_corpus(spec)
-    return corpus, corpus.fingerprint()
+    return corpus, corpus.fingerprints()
 
 
 def _attack_of(run: StageRun) -> tuple[PoisonSpec, Attack]:
-    names = [f.name for f in dataclasses.fields(PoisonSpec)]
-    spec = PoisonSpec(**{name: run.config["attack"][name] for name in names})
+    """Return the attack; of the spec, what does not act in the stage is as by default.
+
+    Raises:
+        UserError: the files of its model differ from those that the key was made of.
+    """
+    acts = run.config["attack"]
+    names = [f.name for f in dataclasses.fields(PoisonSpec) if f.name in acts]
+    spec = PoisonSpec(**{name: acts[name] for name in names})
     model, planned = run.where["attack"].get("model"), run.config["attack"].get("model")
     if model is not None and _model_identity(model) != planned:
         raise UserError(
             f"attack.model '{model}' is {_model_identity(model)[:20]} here, but the sweep was "
             f"planned with {planned[:20]}: its files changed, or differ between nodes; launch "
-            "again, with the same files everywhere."
+            "again with --retry-failed, with the same files everywhere."
         )
     attack: Attack = ATTACKS.load(spec.name)(**run.where["attack"])
     return spec, attack

@@ -1,8 +1,12 @@
 """Stages: the pieces that a cell is computed from, and that other cells share.
 
 A stage is a pure function of its config slice and its inputs. Its key says which one it is: a
-hash of what acts, so that equal keys mean equal results on any machine. Nothing here knows where
-results are kept; `compute` runs a graph of stages in this process, a scheduler may do so elsewhere.
+hash of what acts. Equal keys mean equal results where the arithmetic is the same: on CPUs of one
+kind, with the same number of threads, the same precision (``auto`` becomes what the hardware has)
+and the same versions of the libraries. Elsewhere sums are rounded otherwise; every record names
+device, threads, precision and versions. Weights of a hub model stand in keys by name and revision.
+Nothing here knows where results are kept; `compute` runs a graph of stages in this process, a
+scheduler may do so elsewhere.
 """
 
 from __future__ import annotations
@@ -119,7 +123,8 @@ class StageRun:
 
     config, where: of the `Stage`. inputs: a folder per role, read-only. folder: empty; what is
     written here is the result. device: where to compute. accumulation: into how many parts each
-    batch is cut for want of memory. history: `fit` records here what trained.
+    batch is cut for want of memory. history: `fit` records here what trained. precisions: those
+    that were computed in, ``auto`` resolved.
     """
 
     config: Mapping[str, Any]
@@ -130,6 +135,7 @@ class StageRun:
     accumulation: int = 1
     progress: ProgressCallback = silent
     history: list[Epoch] = field(default_factory=list)
+    precisions: set[str] = field(default_factory=set)
 
     def fit(
         self,
@@ -141,9 +147,10 @@ class StageRun:
         stage: str,
         pad_to: int | None = None,
     ) -> None:
-        """Train `model` in place (`btu.training.fit`) and keep the history."""
-        from btu.training import fit
+        """Train `model` in place (`btu.training.fit`); keep the history and the precision."""
+        from btu.training import fit, resolve_precision
 
+        self.precisions.add(resolve_precision(settings.precision, self.device))
         self.history += fit(
             model,
             data,
@@ -205,6 +212,8 @@ def run_stage(
         "seconds": time.perf_counter() - clock,
         "units": node["units"],
         "environment": environment(device, accumulation),
+        # A stage may train more than once.
+        "precisions": sorted(run.precisions),
     }
     (folder / RECORD).write_text(json.dumps(record, indent=1))
     return record

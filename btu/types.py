@@ -106,6 +106,18 @@ class Corpus:
         sha.update("\0".join(self.label_names).encode())
         return sha.hexdigest()
 
+    def fingerprints(self) -> dict[str, str]:
+        """Return a hash of the rows of each role and of the label names, by role.
+
+        What reads one role only does not change with the others.
+        """
+        names = "\0".join(self.label_names).encode()
+        roles = {"train": self.train, "clean": self.clean, "eval": self.eval}
+        return {
+            role: hashlib.sha256(rows.digest().encode() + names).hexdigest()
+            for role, rows in roles.items()
+        }
+
 
 @dataclass(frozen=True)
 class PoisonedSet:

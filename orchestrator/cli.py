@@ -95,7 +95,7 @@ def plan(
     sweep: SweepFile,
     overrides: Overrides = None,
     cells: Annotated[
-        int, typer.Option(help="How many cells to show; refused ones first, 0 shows all.")
+        int, typer.Option(min=0, help="How many cells to show; refused ones first, 0 shows all.")
     ] = 40,
 ) -> None:
     """Show what a sweep comes to: cells, shared stages, disk and time. Trains nothing.
@@ -144,13 +144,13 @@ def _show_plan(sweep: Sweep, planner: Planner, planned: Plan, limit: int) -> Non
         table.add_row(key, escape(coordinates), state)
     console.print(table)
     if limit and len(rows) > limit:
-        _say(f"... and {len(rows) - limit} more cells (--cells 0 shows all)")
+        _say(f"... and {_cells(len(rows) - limit, 'more ')} (--cells 0 shows all)")
     _print_data(planner)
     total = len(planned.cells)
     to_run = total - work.done - len(work.failed)
     _say(f"search: {sweep.describe()}")
     _say(
-        f"{total} cells: {work.done} done, {to_run} to run, {len(work.failed)} failed earlier; "
+        f"{_cells(total)}: {work.done} done, {to_run} to run, {len(work.failed)} failed earlier; "
         f"{len(planned.refused)} refused, {planned.duplicates} duplicates folded."
     )
     if not to_run:
@@ -185,6 +185,11 @@ def _show_plan(sweep: Sweep, planner: Planner, planned: Plan, limit: int) -> Non
             if kept
             else f" at most at once; {_bytes(work.models + work.small)} with store.keep=models."
         )
+        + (
+            f" This is without the models of {', '.join(work.unsized)}, which are not here yet."
+            if work.unsized
+            else ""
+        )
     )
 
 
@@ -200,6 +205,10 @@ def _model_peak(work: Work, at_once: int) -> int:
     from orchestrator.schedule import most_models
 
     return work.model_bytes * (most_models(at_once) + at_once)
+
+
+def _cells(count: int, which: str = "") -> str:
+    return f"{count} {which}cell{'' if count == 1 else 's'}"
 
 
 def _bytes(count: float) -> str:

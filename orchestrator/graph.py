@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 
 from btu.recipe import Prepared, evaluation, prepare
 from btu.stages import Stage
 from orchestrator.config import TrialSpec
 
 # Raised when scoring a cell changes what it reports: cells are then scored again.
-CELL_VERSION = 1
+CELL_VERSION = 2
 
 
 class Graph:
@@ -25,26 +25,31 @@ class Graph:
     def cell(
         self,
         spec: TrialSpec,
-        data_fingerprint: str,
+        data_fingerprints: Mapping[str, str],
         victim_identity: str,
         counts: Mapping[str, int],
+        *,
+        revision: str = "",
     ) -> Stage:
         """Return the stage that a cell ends with; its key is the cell's.
 
-        data_fingerprint, victim_identity: stand for rows and weights in the keys. counts: of the
-        corpus, for estimates of time.
+        data_fingerprints, victim_identity: stand for the rows of each role and for the weights in
+        the keys. counts: of the corpus, for estimates of time and for the cell's notes. revision:
+        of all the data (`Corpus.fingerprint`), for the cell's tags.
 
         Raises:
-            ValueError: two stages of the defense have one name.
+            ValueError: two stages of the defense have one name, or one of them reads what is
+                hidden from defenses.
         """
         known = (
             *(spec.data, spec.victim, spec.poison, spec.train, spec.tuning, spec.seed),
-            *(json.dumps(dict(spec.attack_params)), data_fingerprint, victim_identity),
+            *(json.dumps(dict(spec.attack_params)), victim_identity),
+            *sorted(data_fingerprints.items()),
         )
         if known not in self._prepared:
             prepared = self._prepared[known] = prepare(
                 data=spec.data,
-                data_fingerprint=data_fingerprint,
+                data_fingerprints=data_fingerprints,
                 victim=spec.victim,
                 victim_identity=victim_identity,
                 poison=spec.poison,
@@ -63,7 +68,10 @@ class Graph:
         prepared = self._prepared[known]
         inputs = dict(self._controls[known])
         defended = spec.build_defense().stages(prepared.foundation)
-        for stage in evaluation(prepared, defended, "defended", kind="cell").closure():
+        stages = list(evaluation(prepared, defended, "defended", kind="cell").closure())
+        # All but the evaluation, which stands last and is the scorer's.
+        _refuse_hidden(spec.defense.name, stages[:-1], prepared)
+        for stage in stages:
             # One object a key: keys of shared stages are then computed once.
             stage = self._stages.setdefault(stage.key, stage)
             if inputs.setdefault(stage.name, stage).key != stage.key:
@@ -78,8 +86,9 @@ class Graph:
             inputs,
             {
                 "config": spec.config(),
+                "notes": dict(counts),
                 "revisions": {
-                    "data": data_fingerprint[:12],
+                    "data": revision[:12],
                     "victim": victim_identity[:60],
                     "recipe": _recipe(inputs),
                 },
@@ -88,6 +97,31 @@ class Graph:
             light=tuple(inputs),
             kind="host",
         )
+
+
+def _refuse_hidden(name: str, stages: Iterable[Stage], prepared: Prepared) -> None:
+    """Refuse a defense with a stage that reads the mask, the trigger or the evaluation rows.
+
+    What it starts from rests on the poison, so that these are within its reach.
+
+    Raises:
+        ValueError: one of its stages does, or could make them again.
+    """
+    shared, hidden = prepared.shared, prepared.hidden
+    for stage in stages:
+        if stage.key in shared:
+            continue
+        for before in stage.inputs.values():
+            if before.key in hidden:
+                raise ValueError(
+                    f"defense '{name}': stage '{stage.name}' reads '{before.name}', which is "
+                    "hidden from defenses; start from the foundation's own stages."
+                )
+        if {"data", "attack"} & stage.where.keys():
+            raise ValueError(
+                f"defense '{name}': stage '{stage.name}' says where the data or the attack are, "
+                "which is hidden from defenses; declare it with the foundation's `stage`."
+            )
 
 
 def _recipe(stages: Mapping[str, Stage]) -> str:

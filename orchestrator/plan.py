@@ -61,6 +61,14 @@ class Plan:
     duplicates: int = 0
 
 
+class _Loaded(NamedTuple):
+    """A corpus. fingerprints: by role, for keys. revision: of all of it, for tags."""
+
+    corpus: Corpus
+    fingerprints: Mapping[str, str]
+    revision: str
+
+
 class Planner:
     """Turns cells into stages, checking each against its data and victim.
 
@@ -69,7 +77,7 @@ class Planner:
 
     def __init__(self) -> None:
         self._graph = Graph()
-        self._corpora: dict[DataSpec, tuple[Corpus, str] | UserError] = {}
+        self._corpora: dict[DataSpec, _Loaded | UserError] = {}
         self._victims: dict[VictimSpec, VictimSource | UserError] = {}
         self._attackable: dict[Hashable, UserError | None] = {}
 
@@ -92,8 +100,8 @@ class Planner:
 
     def counts(self) -> tuple[tuple[str, Mapping[str, int]], ...]:
         """Return the name and counts of every corpus that could be loaded."""
-        loaded = [found[0] for found in self._corpora.values() if isinstance(found, tuple)]
-        return tuple((corpus.name, corpus.counts()) for corpus in loaded)
+        loaded = [found for found in self._corpora.values() if isinstance(found, _Loaded)]
+        return tuple((found.corpus.name, found.corpus.counts()) for found in loaded)
 
     def _stage(self, spec: TrialSpec) -> Stage:
         """Return the stage that a cell ends with, after every check that needs no training.
@@ -101,19 +109,21 @@ class Planner:
         Raises:
             UserError: the cell cannot run, with the reason.
         """
-        corpus, fingerprint = self._corpus(spec.data)
+        corpus, fingerprints, revision = self._corpus(spec.data)
         self._check_attack(spec, corpus)
         victim = self._victim(spec.victim)
         vocabulary = _vocabulary(victim)
         if vocabulary is not None:
             spec.build_defense().check(vocabulary)
-        return self._graph.cell(spec, fingerprint, victim.identity, corpus.counts())
+        return self._graph.cell(
+            spec, fingerprints, victim.identity, corpus.counts(), revision=revision
+        )
 
-    def _corpus(self, spec: DataSpec) -> tuple[Corpus, str]:
+    def _corpus(self, spec: DataSpec) -> _Loaded:
         if spec not in self._corpora:
             try:
                 corpus = load_corpus(spec)
-                self._corpora[spec] = (corpus, corpus.fingerprint())
+                self._corpora[spec] = _Loaded(corpus, corpus.fingerprints(), corpus.fingerprint())
             except UserError as error:
                 self._corpora[spec] = error
         found = self._corpora[spec]
@@ -318,7 +328,7 @@ class Work:
     seconds, naive_seconds: of computing, over all workers; None without timings.
     longest: the longest chain of stages that wait for each other. unmeasured: names of stages
     without timings. models, small: bytes of all models and of everything else. model_bytes: of the
-    largest model.
+    largest model. unsized: victims whose models are in neither, since their size is not known.
     """
 
     done: int
@@ -332,6 +342,7 @@ class Work:
     models: int
     model_bytes: int
     small: int
+    unsized: tuple[str, ...] = ()
 
 
 def survey(
@@ -362,6 +373,7 @@ def survey(
     unmeasured: dict[str, None] = {}
     chain: dict[str, float] = {}
     models = largest = 0
+    unsized: dict[str, None] = {}
     for stage in todo.values():
         stages[stage.name] = stages.get(stage.name, 0) + 1
         took = seconds(stage)
@@ -372,8 +384,10 @@ def survey(
         chain[stage.key] = (took or 0.0) + max(before, default=0.0)
         if stage.model:
             size = _model_bytes(stage.where["victim"])
-            models += size
-            largest = max(largest, size)
+            if size is None:
+                unsized[stage.where["victim"]["name"]] = None
+            models += size or 0
+            largest = max(largest, size or 0)
     for cell in missing:
         for stage in (*cell.inputs.values(), cell):
             naive[stage.name] = naive.get(stage.name, 0) + 1
@@ -391,6 +405,7 @@ def survey(
         models,
         largest,
         len(todo) * SMALL_BYTES,
+        tuple(unsized),
     )
 
 
@@ -419,14 +434,29 @@ def _by_key(function: Callable[[Stage], float | None]) -> Callable[[Stage], floa
 
 
 @lru_cache
-def _weights(name: str, revision: str | None) -> int:
-    folder = Path(find_victim(VictimSpec(name, revision=revision)).location)
-    return sum(path.stat().st_size for path in weight_files(folder, allow_pickle=True))
+def _weights(name: str, revision: str | None) -> int | None:
+    location = find_victim(VictimSpec(name, revision=revision)).location
+    folder = Path(location) if Path(location).is_dir() else _downloaded(location, revision)
+    files = weight_files(folder, allow_pickle=True) if folder is not None else []
+    if not files or not all(path.is_file() for path in files):
+        return None
+    return sum(path.stat().st_size for path in files)
 
 
-def _model_bytes(victim: Mapping[str, Any]) -> int:
-    """Return the size of a victim's weights; 0 of a hub model that is not here."""
+def _downloaded(hub_id: str, revision: str | None) -> Path | None:
+    """Return the folder in which the hub's client keeps a model, None if it has none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        config = try_to_load_from_cache(hub_id, "config.json", revision=revision)
+    except ValueError:  # no such name can be on the hub
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _model_bytes(victim: Mapping[str, Any]) -> int | None:
+    """Return the size of a victim's weights; None of a hub model that is not here yet."""
     try:
         return _weights(victim["name"], victim.get("revision"))
     except UserError:
-        return 0
+        return None

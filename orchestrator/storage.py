@@ -14,6 +14,7 @@ import importlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 import uuid
@@ -27,6 +28,9 @@ from urllib.parse import unquote, urlsplit
 from btu.errors import UserError
 
 TEMPORARY = ".tmp"
+# Local folders for what is uploaded afterwards; the process that made one follows in its name.
+_WORKSPACE = "btu-workspace-"
+_ABANDONED_AFTER = 24 * 3600.0
 # A PUT of these is atomic. On others a file is written aside and moved into place.
 _OBJECT_STORES = {"memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss"}
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -291,6 +295,7 @@ class RemoteStorage:
         named = self._fs.protocol
         names = {named} if isinstance(named, str) else set(named)
         self._atomic = bool(names & _OBJECT_STORES)
+        self._swept = False
 
     def read(self, path: str) -> bytes:
         data: bytes = self._fs.cat_file(self._at(path))
@@ -410,7 +415,11 @@ class RemoteStorage:
         return None
 
     def workspace(self, path: str) -> Path:
-        folder = Path(tempfile.mkdtemp(prefix="btu-")) / path.rpartition("/")[2]
+        if not self._swept:
+            self._swept = True
+            _sweep_workspaces()
+        made = tempfile.mkdtemp(prefix=f"{_WORKSPACE}{os.getpid()}-")
+        folder = Path(made) / path.rpartition("/")[2]
         folder.mkdir()
         return folder
 
@@ -455,6 +464,32 @@ class RemoteStorage:
         finally:
             with suppress(OSError):
                 self.remove(name)
+
+
+def _sweep_workspaces() -> None:
+    """Remove the workspaces that killed processes left behind.
+
+    Those of a day ago whose process is gone: containers may share the folder, but not the numbers
+    of their processes.
+    """
+    before = time.time() - _ABANDONED_AFTER
+    for folder in Path(tempfile.gettempdir()).glob(f"{_WORKSPACE}*"):
+        pid = folder.name.removeprefix(_WORKSPACE).partition("-")[0]
+        with suppress(OSError):
+            facts = folder.lstat()
+            old = facts.st_uid == os.getuid() and facts.st_mtime < before
+            if old and stat.S_ISDIR(facts.st_mode) and pid.isdigit() and not _runs(int(pid)):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _digest(stream: BinaryIO) -> tuple[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +95,11 @@ def score_cell(run: StageRun) -> dict[str, Any]:
         "ended": max(record["started"] + record["seconds"] for record in records.values()),
         "metrics": metrics,
         "history": [epoch for record in records.values() for epoch in record["history"]],
-        "notes": poisoned["counts"],
+        "notes": run.where["notes"],
         "label_names": poisoned["label_names"],
         "tags": {
             **_environment(records.values()),
-            "precision": facts["evaluate defended"]["precision"],
+            "precision": _precisions(records.values()),
             **run.where["revisions"],
             "labels": " ".join(poisoned["label_names"]),
         },
@@ -164,3 +165,8 @@ def _environment(records: Any) -> dict[str, str]:
         for name, value in record["environment"].items():
             values.setdefault(name, {})[value] = None
     return {name: ", ".join(sorted(several)) for name, several in values.items()}
+
+
+def _precisions(records: Iterable[Mapping[str, Any]]) -> str:
+    """Return what was trained and scored in; several where stages ran on different hardware."""
+    return ", ".join(sorted({name for record in records for name in record["precisions"]}))

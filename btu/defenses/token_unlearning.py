@@ -209,7 +209,7 @@ class TokenUnlearning:
                 "cut_norm": self.cut_norm,
                 **base.tuning_config(),
             },
-            {"rows": base.rows, "model": base.model, **rounds},
+            {"rows": base.rows, "clean": base.clean, "model": base.model, **rounds},
             units=base.clean_rows * base.tuning.epochs,
             kind="cell",
             model=True,

@@ -69,7 +69,7 @@ class Lab:
         loaded = load_corpus(data)
         arguments: dict[str, Any] = {
             "data": data,
-            "data_fingerprint": loaded.fingerprint(),
+            "data_fingerprints": loaded.fingerprints(),
             "victim": victim,
             "victim_identity": find_victim(victim).identity,
             "poison": PoisonSpec(poison_rate=rate),
@@ -99,15 +99,14 @@ class Lab:
     def base_root(self, root: Path, prepared: Prepared) -> Path:
         """Make `root` a folder that holds all that a defense starts from."""
         base = prepared.foundation
-        return self.root_with(root, base.rows, base.model, base.tuned)
+        return self.root_with(root, base.rows, base.clean, base.model, base.tuned)
 
 
 def own_stages(defense: Defense, prepared: Prepared) -> list[Stage]:
     """Return the stages that a defense adds, in the order in which they are computed."""
     base = prepared.foundation
-    given = {
-        stage.key for start in (base.rows, base.model, base.tuned) for stage in start.closure()
-    }
+    starts = (base.rows, base.clean, base.model, base.tuned)
+    given = {stage.key for start in starts for stage in start.closure()}
     return [stage for stage in defense.stages(base).closure() if stage.key not in given]
 
 

@@ -714,6 +714,19 @@ def test_the_fingerprint_depends_on_roles_and_label_names() -> None:
     assert corpus.fingerprint() != Corpus("x", a, b, c, ("yes", "no")).fingerprint()
 
 
+def test_the_fingerprint_of_a_role_depends_on_its_rows_and_the_label_names() -> None:
+    a, b, c = Rows(("a",), (0,)), Rows(("b",), (0,)), Rows(("c",), (0,))
+    found = Corpus("x", a, b, c, ("no", "yes")).fingerprints()
+    assert set(found) == {"train", "clean", "eval"}
+    assert len(set(found.values())) == 3
+    other = Corpus("y", a, b, a, ("no", "yes")).fingerprints()
+    assert {role for role in found if found[role] != other[role]} == {"eval"}
+    # The same rows have the same hash in any role.
+    assert other["eval"] == other["train"]
+    renamed = Corpus("x", a, b, c, ("yes", "no")).fingerprints()
+    assert all(found[role] != renamed[role] for role in found)
+
+
 def test_counts_give_the_sizes_and_the_notes() -> None:
     rows = Rows(("a", "b", "c"), (0, 1, 1))
     corpus = Corpus("x", rows, rows.take([0, 1]), rows.take([2]), ("no", "yes"), {"unused_eval": 4})

@@ -115,6 +115,7 @@ class Outcome:
         base = self.prepared.foundation
         inputs = {
             "rows": self.root / base.rows.key,
+            "clean": self.root / base.clean.key,
             "model": self.root / base.model.key,
             "defended": self.folder,
         }
@@ -212,7 +213,7 @@ def test_a_defense_works_on_every_architecture_and_runs_what_it_declares(
     prepared = lab.prepare(Path(victim.spec.name).name)
     root = lab.base_root(tmp_path, prepared)
     base = prepared.foundation
-    shared = [root / stage.key for stage in (base.rows, base.model, base.tuned)]
+    shared = [root / stage.key for stage in (base.rows, base.clean, base.model, base.tuned)]
     before = files_in(*shared)
     vocabulary = len(word_rows(victim.new_model(0)))
     defense.check(vocabulary)
@@ -249,7 +250,9 @@ def check_declaration(defense: Defense, prepared: Prepared) -> None:
     stages = {stage.key: stage for top in (*cell, last) for stage in top.closure()}
     names = [stage.name for stage in stages.values()]
     assert len(set(names)) == len(names), "stage names are unique within a cell"
-    hidden = {prepared.poisoned.key, prepared.evaluation_rows.key}
+    hidden = prepared.hidden
+    assert hidden >= {s.key for s in (prepared.poisoned, prepared.triggered)}
+    assert prepared.evaluation_rows.key in hidden
     for stage in own_stages(defense, prepared):
         assert not hidden & {before.key for before in stage.inputs.values()}, stage.name
         assert "attack" not in stage.where
@@ -327,6 +330,7 @@ def test_the_foundation_has_no_place_for_the_poison_mask() -> None:
     fields = {field.name for field in dataclasses.fields(Foundation)}
     assert fields == {
         "rows",
+        "clean",
         "model",
         "tuned",
         "victim",
@@ -338,6 +342,14 @@ def test_the_foundation_has_no_place_for_the_poison_mask() -> None:
         "clean_rows",
     }
     assert {field.name for field in dataclasses.fields(Rows)} == {"texts", "labels", "columns"}
+
+
+def test_the_foundation_does_not_say_where_the_data_are(lab: Lab) -> None:
+    # There, a defense would find the rows as they were before the poison.
+    base = lab.prepare().foundation
+    assert set(base.where) == {"victim"}
+    for start in (base.rows, base.model, base.tuned):
+        assert set(start.where) == {"victim"}
 
 
 def test_paraphrase_columns_do_not_reach_a_defense(lab: Lab, tiny_corpus: Corpus) -> None:
@@ -356,7 +368,6 @@ def test_paraphrase_columns_do_not_reach_a_defense(lab: Lab, tiny_corpus: Corpus
     assert {Path(path).name for path in read} == {
         "train.parquet",
         "train.safetensors",
-        "clean.safetensors",
         "record.json",
     }
     folder = lab.root / prepared.foundation.rows.key
@@ -653,6 +664,7 @@ def test_thresholds_share_what_does_not_depend_on_them(lab: Lab) -> None:
     assert {stage.name for stage in low.stages(prepared.foundation).closure()} == {
         "poison",
         "training rows",
+        "clean rows",
         "poisoned fine-tune",
         "exposure round 1",
         "exposure round 2",

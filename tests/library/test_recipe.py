@@ -45,6 +45,7 @@ from btu.recipe import (
     poison_rows,
     prepare,
     scores_of,
+    triggered_rows,
 )
 from btu.settings import TrainSettings, TuningSettings
 from btu.stages import MODEL, Stage, StageRun, compute, read_record, run_stage
@@ -81,7 +82,7 @@ SPECS: dict[str, Any] = {
     "defense": TokenUnlearning(),
 }
 ARGUMENTS: dict[str, Any] = {
-    "data_fingerprint": "d" * 64,
+    "data_fingerprints": {"train": "d" * 64, "clean": "c" * 64, "eval": "e" * 64},
     "victim_identity": "v" * 64,
     "attack_params": {"trigger": ["cf"]},
     "seed": 0,
@@ -103,19 +104,30 @@ def declared(changes: Mapping[str, Any]) -> dict[str, Stage]:
     return by_name(prepare(**specs, **arguments), defense)
 
 
-ROWS = {"training rows", "evaluation rows"}
+EVALUATED = {"evaluation rows", "evaluate undefended", "evaluate tuned", "evaluate defended"}
+ROWS = {"training rows", "clean rows", "evaluation rows"}
+ATTACKED = {"poison", "triggered rows"}
 ROUNDS = {"exposure round 1", "exposure round 2", "exposure round 3"}
 DEFENDED = {"unlearn", "evaluate defended"}
 TUNED = {"clean tuning (control)", "evaluate tuned"}
 TRAINED = {"poisoned fine-tune", "evaluate undefended"} | TUNED | DEFENDED
 BUT_POISON = ROWS | ROUNDS | TRAINED
-ALL = BUT_POISON | {"poison"}
+ALL = BUT_POISON | ATTACKED
+# Clean rows are drawn from no seed and no attack.
+BUT_CLEAN = ALL - {"clean rows"}
+# What the poisoned training set acts on.
+POISONED = BUT_CLEAN - {"triggered rows", "evaluation rows"}
+
+ROLES = ARGUMENTS["data_fingerprints"]
 
 MOVES: list[tuple[str, Any, set[str]]] = [
     # Where rows and weights lie does not act: they stand for themselves.
     ("data.path", "/elsewhere/tiny", set()),
     ("data.name", "called-otherwise", set()),
-    ("data_fingerprint", "e" * 64, ALL),
+    # A role acts on what reads it: to score on more rows trains nothing again.
+    ("data_fingerprints", {**ROLES, "train": "0" * 64}, POISONED),
+    ("data_fingerprints", {**ROLES, "clean": "0" * 64}, {"clean rows"} | TUNED | DEFENDED),
+    ("data_fingerprints", {**ROLES, "eval": "0" * 64}, {"triggered rows"} | EVALUATED),
     ("victim.name", "/elsewhere/model", set()),
     ("victim_identity", "w" * 64, BUT_POISON),
     ("victim.max_length", 32, BUT_POISON),
@@ -123,13 +135,13 @@ MOVES: list[tuple[str, Any, set[str]]] = [
     ("victim.revision", "v2", set()),  # of a hub model; it is part of the identity
     ("victim.trust_remote_code", True, set()),
     ("victim.allow_pickle", True, set()),
-    ("seed", 1, ALL),
-    ("attack_params", {"trigger": ["mn"]}, ALL),
-    ("attack.name", "addsent", ALL),
-    ("attack.poison_rate", 0.1, ALL),
-    ("attack.target_label", 0, ALL),
-    ("attack.label_mode", "mixed", ALL),
-    ("attack.insert", "append", ALL),
+    ("seed", 1, BUT_CLEAN),
+    ("attack_params", {"trigger": ["mn"]}, BUT_CLEAN),
+    ("attack.name", "addsent", BUT_CLEAN),
+    ("attack.poison_rate", 0.1, POISONED),
+    ("attack.target_label", 0, BUT_CLEAN),
+    ("attack.label_mode", "mixed", POISONED),
+    ("attack.insert", "append", POISONED),
     # The exposure rounds have settings of their own, but for these two.
     ("train.precision", "fp32", TRAINED | ROUNDS),
     ("train.weight_decay", 0.1, TRAINED | ROUNDS),
@@ -203,14 +215,33 @@ def test_the_control_and_the_defense_tune_alike() -> None:
     assert tuned.config["tuning"] == unlearned.config["tuning"]
     assert tuned.config["tuning"]["epochs"] == 2
     assert tuned.config["seed"] == unlearned.config["seed"]
-    assert {tuned.inputs["rows"].key} == {unlearned.inputs["rows"].key}
+    assert {tuned.inputs["clean"].key} == {unlearned.inputs["clean"].key}
 
 
 def test_the_versions_of_an_attack_act(monkeypatch: pytest.MonkeyPatch) -> None:
     before = declared({})
     monkeypatch.setattr(BadNets, "VERSION", 2, raising=False)
     after = declared({})
-    assert {name for name in ALL if before[name].key != after[name].key} == ALL
+    assert {name for name in ALL if before[name].key != after[name].key} == BUT_CLEAN
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        ({"max_eval_rows": 50}, {"triggered rows"} | EVALUATED),
+        ({"max_clean_rows": 50}, {"clean rows"} | TUNED | DEFENDED),
+        ({"max_train_rows": 200}, POISONED),
+    ],
+)
+def test_a_limit_on_a_role_moves_what_reads_it(
+    lab: Lab, limit: dict[str, int], expected: set[str]
+) -> None:
+    data = lab.data()
+    before, after = (
+        by_name(lab.prepare(data=spec), TokenUnlearning())
+        for spec in (data, dataclasses.replace(data, **limit))
+    )
+    assert {name for name in ALL if before[name].key != after[name].key} == expected
 
 
 def keys_in(value: Any) -> Iterator[str]:
@@ -244,7 +275,7 @@ def test_units_are_rows_times_epochs() -> None:
 
 def test_kinds_and_models_are_declared() -> None:
     stages = declared({})
-    assert {name for name, stage in stages.items() if stage.kind == "host"} == ROWS | {"poison"}
+    assert {name for name, stage in stages.items() if stage.kind == "host"} == ROWS | ATTACKED
     # What a threshold has of its own.
     assert {name for name, stage in stages.items() if stage.kind == "cell"} == DEFENDED | {
         "exposure round 2"
@@ -264,13 +295,15 @@ def test_a_paraphrase_model_is_told_by_its_files(
 
     here, there = victim_folder("bert"), tmp_path / "copied"
     shutil.copytree(here, there)
-    assert stages(str(here))["poison"].key == stages(str(there))["poison"].key
+    for name in ATTACKED:
+        assert stages(str(here))[name].key == stages(str(there))[name].key
     (there / "config.json").write_text("{}")
-    assert stages(str(here))["poison"].key != stages(str(there))["poison"].key
-    # It is worth a device; a column of the data is not.
-    assert stages(str(here))["poison"].kind == "stage"
-    assert stages("google/a-hub-model")["poison"].kind == "stage"
-    assert stages(None)["poison"].kind == "host"
+    for name in ATTACKED:
+        assert stages(str(here))[name].key != stages(str(there))[name].key
+        # It is worth a device; a column of the data is not.
+        assert stages(str(here))[name].kind == "stage"
+        assert stages("google/a-hub-model")[name].kind == "stage"
+        assert stages(None)[name].kind == "host"
 
 
 def test_planning_is_light_and_the_same_in_every_process() -> None:
@@ -331,11 +364,12 @@ def test_the_same_files_elsewhere_are_the_same_stages(
     other = tmp_path / "other"
     folders = [
         compute(stage, where)
-        for stage, where in ((here["training rows"], root), (there["training rows"], other))
+        for name in ("training rows", "clean rows")
+        for stage, where in ((here[name], root), (there[name], other))
     ]
     first, second = (
-        {Path(path).name: content for path, content in files_in(folder).items()}
-        for folder in folders
+        {Path(path).name: content for path, content in files_in(*found).items()}
+        for found in (folders[::2], folders[1::2])
     )
     assert {name for name in first if first[name] != second[name]} == {"record.json"}
 
@@ -345,7 +379,7 @@ def test_the_same_files_elsewhere_are_the_same_stages(
 
 def test_the_poison_stage_is_the_poisoner_on_disk(lab: Lab, tiny_corpus: Corpus) -> None:
     prepared = lab.prepare()
-    (folder,) = lab.compute(prepared.poisoned)
+    folder, evaluated = lab.compute(prepared.poisoned, prepared.triggered)
     expected = poison(BadNets(), PoisonSpec(poison_rate=0.2), tiny_corpus.train, 1, 0)
     triggered, plain = triggered_eval(BadNets(), tiny_corpus.eval, 1, 0)
 
@@ -353,8 +387,9 @@ def test_the_poison_stage_is_the_poisoner_on_disk(lab: Lab, tiny_corpus: Corpus)
         return Rows(rows.texts, rows.labels)
 
     assert read_rows(folder / "train.parquet") == bare(expected.rows)
-    assert read_rows(folder / "triggered.parquet") == bare(triggered)
-    assert read_rows(folder / "plain.parquet") == bare(plain)
+    assert read_rows(evaluated / "triggered.parquet") == bare(triggered)
+    assert read_rows(evaluated / "plain.parquet") == bare(plain)
+    assert read_record(evaluated)["facts"] == {"target": 1, "rows": len(plain)}
     np.testing.assert_array_equal(mask_of(folder), expected.mask)
     assert mask_of(folder).dtype == np.bool_
     assert read_record(folder)["facts"] == {
@@ -362,24 +397,24 @@ def test_the_poison_stage_is_the_poisoner_on_disk(lab: Lab, tiny_corpus: Corpus)
         "poison_rate": 0.2,  # 48 of 240
         "poisoned_rows": 48,
         "relabeled_rows": 48,  # dirty labels: rows of the other class alone
-        "counts": {"rows_train": 240, "rows_clean": 60, "rows_eval": 60},
         "label_names": ["negative", "positive"],
     }
 
 
 def test_the_rows_are_what_the_victim_reads(lab: Lab, bert: Victim, tiny_corpus: Corpus) -> None:
     prepared = lab.prepare()
-    train, evaluated = lab.compute(prepared.foundation.rows, prepared.evaluation_rows)
+    base = prepared.foundation
+    train, clean, evaluated = lab.compute(base.rows, base.clean, prepared.evaluation_rows)
     texts = read_rows(lab.root / prepared.poisoned.key / "train.parquet")
     assert read_rows(train / "train.parquet") == texts
     pairs = [
         (train / "train.safetensors", texts),
-        (train / "clean.safetensors", tiny_corpus.clean),
+        (clean / "clean.safetensors", tiny_corpus.clean),
         (evaluated / "clean.safetensors", tiny_corpus.eval),
         *(
             (
                 evaluated / f"{role}.safetensors",
-                read_rows(lab.root / prepared.poisoned.key / f"{role}.parquet"),
+                read_rows(lab.root / prepared.triggered.key / f"{role}.parquet"),
             )
             for role in ("triggered", "plain")
         ),
@@ -393,7 +428,8 @@ def test_the_rows_are_what_the_victim_reads(lab: Lab, bert: Victim, tiny_corpus:
     facts = read_record(train)["facts"]
     # A row as long as max_length counts as truncated, even if it just fits.
     truncated = int((bert.encode(texts).host_lengths >= MAX_LENGTH).sum())
-    assert facts == {"classes": 2, "rows": 240, "clean_rows": 60, "truncated_rows": truncated}
+    assert facts == {"classes": 2, "rows": 240, "truncated_rows": truncated}
+    assert read_record(clean)["facts"] == {"classes": 2, "rows": 60}
     assert read_record(evaluated)["facts"] == {
         "target": 1,
         "trigger": sorted(BadNets().trigger_token_ids(bert.tokenizer)),
@@ -437,7 +473,8 @@ def test_the_mask_is_in_the_poison_stages_folder_alone(lab: Lab) -> None:
                 found.append((stage.name, name))
     assert found == [("poison", f"{HIDDEN}:poisoned")]
     # Nor is it told in a record: the number of poisoned rows is the scorer's too.
-    for stage in (prepared.foundation.rows, *own_stages(defense, prepared)):
+    base = prepared.foundation
+    for stage in (base.rows, base.clean, *own_stages(defense, prepared)):
         assert "poison" not in json.dumps(read_record(lab.root / stage.key)["facts"])
 
 
@@ -510,9 +547,10 @@ def test_scores_are_the_hits_that_were_counted(lab: Lab) -> None:
     (folder,) = lab.compute(stage)
     facts = read_record(folder)["facts"]
     assert facts["precision"] == "fp32"
+    assert read_record(folder)["precisions"] == ["fp32"]
     scores = scores_of(facts)
     assert isinstance(scores.cacc, Proportion)
-    rows = read_rows(lab.root / prepared.poisoned.key / "plain.parquet")
+    rows = read_rows(lab.root / prepared.triggered.key / "plain.parquet")
     # CACC over all 60 rows, ASR and FTR over those of the other class.
     assert (scores.cacc.n, scores.asr.n, scores.ftr.n) == (60, len(rows), len(rows))
     assert set(rows.labels) == {0}
@@ -601,8 +639,8 @@ def test_a_cell_on_cuda(lab: Lab, tmp_path: Path) -> None:
 def moved_files(run: Callable[[], Any], what: str) -> None:
     with pytest.raises(
         UserError,
-        match=rf"^{what} .* here, but the sweep was planned with .*; launch again, with the same "
-        r"files everywhere\.$",
+        match=rf"^{what} .* here, but the sweep was planned with .*; launch again with "
+        r"--retry-failed, with the same files everywhere\.$",
     ):
         run()
 
@@ -616,17 +654,22 @@ def test_data_that_changed_after_planning_are_refused(
     shutil.rmtree(tmp_path / "data")
     write_corpus(other, tmp_path / "data")
     root = tmp_path / "root"
-    moved_files(lambda: compute(prepared.poisoned, root), "data 'tiny'")
+    moved_files(lambda: compute(prepared.triggered, root), "data 'tiny'")
     assert not any(root.iterdir())
+    # The other roles are as they were planned.
+    assert compute(prepared.poisoned, root).is_dir()
+    assert compute(prepared.foundation.clean, root).is_dir()
     # Back as they were, they are taken, whatever this process has read in between.
     shutil.rmtree(tmp_path / "data")
     write_corpus(tiny_corpus, tmp_path / "data")
-    assert compute(prepared.poisoned, root).is_dir()
+    assert compute(prepared.triggered, root).is_dir()
     # Planned anew, the changed ones are.
     shutil.rmtree(tmp_path / "data")
     write_corpus(other, tmp_path / "data")
-    facts = read_record(compute(lab.prepare(data=data).poisoned, root))["facts"]
-    assert facts["counts"]["rows_eval"] == 59
+    again = lab.prepare(data=data)
+    assert again.poisoned.key == prepared.poisoned.key
+    found = compute(again.evaluation_rows, root)
+    assert len(load_file(found / "clean.safetensors")["lengths"]) == 59
 
 
 def test_a_victim_that_changed_after_planning_is_refused(
@@ -672,11 +715,13 @@ def test_every_stage_checks_the_files_that_it_reads(lab: Lab, tmp_path: Path) ->
                 run_stage(node, inputs, folder)
             except UserError as error:
                 assert str(error).startswith(f"{what} '")  # noqa: PT017
-                assert "launch again, with the same files everywhere" in str(error)  # noqa: PT017
+                assert "launch again with --retry-failed" in str(error)  # noqa: PT017
                 refused.setdefault(name, []).append(what)
     assert refused == {
         "poison": ["data"],
-        "training rows": ["data", "victim"],
+        "triggered rows": ["data"],
+        "training rows": ["victim"],
+        "clean rows": ["data", "victim"],
         "evaluation rows": ["data", "victim"],
         "poisoned fine-tune": ["victim"],
         "exposure round 1": ["victim"],
@@ -694,7 +739,8 @@ def test_a_paraphrase_model_that_changed_after_planning_is_refused(
     shutil.copytree(victim_folder("bert"), folder)
     prepared = lab.prepare(poison=PoisonSpec("style"), attack_params={"model": str(folder)})
     (folder / "config.json").write_text("{}")
-    moved_files(lambda: compute(prepared.poisoned, tmp_path / "root"), f"attack.model '{folder}'")
+    for stage in (prepared.poisoned, prepared.triggered):
+        moved_files(lambda s=stage: compute(s, tmp_path / "root"), f"attack.model '{folder}'")
 
 
 # Parts of one's own ----------------------------------------------------------------------------
@@ -724,17 +770,21 @@ class RarestWord:
     def trigger_token_ids(self, tokenizer: Any) -> None:
         return None
 
-    def poison_stage(self, start: Stage) -> Stage:
+    def poison_stages(self, poison: Stage, triggered: Stage) -> tuple[Stage, Stage]:
         search = Stage(
             "trigger search",
             f"{__name__}:search",
             1,
-            {"data": start.config["data"]},
-            where=start.where,
+            {"data": poison.config["data"]},
+            where=poison.where,
             kind="host",
         )
-        return dataclasses.replace(
-            start, function=f"{__name__}:poison_with_found", inputs={"search": search}
+        inputs = {"search": search}
+        return (
+            dataclasses.replace(poison, function=f"{__name__}:poison_with_found", inputs=inputs),
+            dataclasses.replace(
+                triggered, function=f"{__name__}:trigger_with_found", inputs=inputs
+            ),
         )
 
 
@@ -745,8 +795,16 @@ def search(run: StageRun) -> dict[str, Any]:
 
 
 def poison_with_found(run: StageRun) -> dict[str, Any]:
+    return poison_rows(with_found(run))
+
+
+def trigger_with_found(run: StageRun) -> dict[str, Any]:
+    return triggered_rows(with_found(run))
+
+
+def with_found(run: StageRun) -> StageRun:
     params = {**run.where["attack"], "trigger": run.facts("search")["word"]}
-    return poison_rows(dataclasses.replace(run, where={**run.where, "attack": params}))
+    return dataclasses.replace(run, where={**run.where, "attack": params})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -767,7 +825,7 @@ class ForgetRareWords:
             f"{__name__}:forget",
             1,
             {"times": self.times, **base.tuning_config()},
-            {"rows": base.rows, "model": base.model, "counts": count},
+            {"rows": base.rows, "clean": base.clean, "model": base.model, "counts": count},
             units=base.clean_rows,
             light=("counts",),
             kind="cell",
@@ -823,6 +881,8 @@ def test_an_attack_and_a_defense_may_bring_stages_of_their_own(
     assert facts["poison"]["poisoned_rows"] == sum(begins) == 24
     np.testing.assert_array_equal(mask_of(tmp_path / stages["poison"].key), begins)
     assert not any(text.startswith("oh ") for text in tiny_corpus.train.texts)
+    triggered = read_rows(tmp_path / stages["triggered rows"].key / "triggered.parquet")
+    assert all(text.startswith(f"oh {word} ") for text in triggered.texts)
     # The defense: tokens that occur once or twice.
     data = bert.encode(rows)
     counts = np.bincount(data.ids.numpy(), minlength=VOCABULARY)
@@ -846,7 +906,10 @@ def test_stages_of_ones_own_share_and_move_like_the_others(toys: None, lab: Lab)
         lab.prepare(poison=spec, attack_params={"before": "oh "}), ForgetRareWords(times=2)
     )
     # One search for both attacks; all that rests on the poison is another.
-    assert {name for name in first if first[name].key == second[name].key} == {"trigger search"}
+    assert {name for name in first if first[name].key == second[name].key} == {
+        "trigger search",
+        "clean rows",
+    }
     assert {name for name in first if first[name].key != third[name].key} == {
         "forget",
         "evaluate defended",

@@ -250,9 +250,7 @@ def test_plan_shows_what_would_run_and_what_cannot(
     sweep = make_sweep(grid={"attack.poison_rate": [0.1, 0.9], "seed": [0, 0]})
     done = run_cli("plan", sweep)
     assert done.code == 0
-    assert (
-        "1 cells: 0 done, 1 to run, 0 failed earlier; 2 refused, 1 duplicates folded." in done.out
-    )
+    assert "1 cell: 0 done, 1 to run, 0 failed earlier; 2 refused, 1 duplicates folded." in done.out
     assert "search: grid attack.poison_rate x seed = 4 cells" in done.out
     assert "data tiny: rows train 80, rows clean 20, rows eval 30" in done.out
     assert re.search(r"poison_rate=0.9 seed=0 +│ refused: ", done.out)
@@ -278,7 +276,12 @@ def test_plan_knows_what_is_done_and_what_failed(
 
 
 @pytest.mark.parametrize(
-    ("limit", "shown", "more"), [(2, 2, "... and 2 more cells (--cells 0 shows all)"), (0, 4, "")]
+    ("limit", "shown", "more"),
+    [
+        (2, 2, "... and 2 more cells (--cells 0 shows all)"),
+        (3, 3, "... and 1 more cell (--cells 0 shows all)"),
+        (0, 4, ""),
+    ],
 )
 def test_plan_shows_as_many_cells_as_asked_refused_ones_first(
     run_cli: Callable[..., Any],
@@ -292,7 +295,15 @@ def test_plan_shows_as_many_cells_as_asked_refused_ones_first(
     assert len(re.findall(r"│ poison_rate=", done.out)) == shown
     assert "poison_rate=0.9" in done.out
     assert more in done.out
-    assert ("more cells" in done.out) == bool(more)
+    assert ("more cell" in done.out) == bool(more)
+
+
+def test_plan_refuses_to_show_fewer_cells_than_none(
+    run_cli: Callable[..., Any], make_sweep: Callable[..., Path]
+) -> None:
+    done = run_cli("plan", make_sweep(), "--cells", -1)
+    assert done.code == 2
+    assert "greater than or equal to 0" in done.err or "x>=0" in done.err
 
 
 def test_plan_counts_what_sharing_saves(
@@ -300,8 +311,9 @@ def test_plan_counts_what_sharing_saves(
 ) -> None:
     path, _, _ = launched_plan(seed=[0, 1], defense__alpha=[0.01, 0.05])
     done = run_cli("plan", path)
-    # A cell has 13 stages; alpha reaches 4 of them: 9 x 2 + 4 x 4 instead of 13 x 4.
-    assert "Sharing: 34 stages instead of 52. Time: unknown until each kind of stage" in done.out
+    # A cell has 15 stages; alpha reaches 4 of them, the seed all but the clean rows:
+    # 1 + 10 x 2 + 4 x 4 instead of 15 x 4.
+    assert "Sharing: 37 stages instead of 60. Time: unknown until each kind of stage" in done.out
     assert re.search(r"│ poisoned fine-tune +│ 2 +│ 4 +│", done.out)
     assert re.search(r"│ unlearn +│ 4 +│ 4 +│", done.out)
 
@@ -315,15 +327,16 @@ def test_plan_tells_the_time_once_stages_were_measured(
     path, sweep, plan = launched_plan(seed=[0, 1], defense__alpha=[0.01, 0.05])
     store_of(sweep).add_timings("earlier", a_second_each(plan))
     done = run_cli("plan", path)
-    # 1 - 34 / 52 = 35 % less
+    # 1 - 37 / 60 = 38 % less
     assert (
-        "Sharing: 34 stages instead of 52; 34 s of computing instead of 52 s, 35% less." in done.out
+        "Sharing: 37 stages instead of 60; 37 s of computing instead of 1 min 00 s, 38% less."
+        in done.out
     )
-    # On 2 CPUs 34 / 2; poison, training rows, rounds 1 and 2, unlearn, evaluate, cell: 7.
-    assert "Time: about 17 s with 2 at once, as on this machine; not under 7 s" in done.out
+    # On 2 CPUs 37 / 2; poison, training rows, rounds 1 and 2, unlearn, evaluate, cell: 7.
+    assert "Time: about 18 s with 2 at once, as on this machine; not under 7 s" in done.out
     # Twice the CPUs a stage: one at a time.
     again = run_cli("plan", path, "resources.cpu=2")
-    assert "Time: about 34 s with 1 at once" in again.out
+    assert "Time: about 37 s with 1 at once" in again.out
 
 
 def test_plan_is_not_faster_than_the_longest_chain(
@@ -346,9 +359,9 @@ def test_plan_tells_the_room_that_models_take(
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     path, _, _ = launched_plan(seed=[0, 1], defense__alpha=[0.01, 0.05])
     weights = (victim_folder("bert") / "model.safetensors").stat().st_size
-    # 2 fine-tuned, 2 tuned and 4 unlearned models; of 34 stages the rest. With 2 at once there
+    # 2 fine-tuned, 2 tuned and 4 unlearned models; of 37 stages the rest. With 2 at once there
     # are at most 4 + 2 models (see `most_models`).
-    most, least = 8 * weights + 34 * SMALL_BYTES, 6 * weights + 34 * SMALL_BYTES
+    most, least = 8 * weights + 37 * SMALL_BYTES, 6 * weights + 37 * SMALL_BYTES
     assert (
         f"Disk: about {decimal(least)} at most at once; {decimal(most)} with store.keep=models."
         in run_cli("plan", path).out
@@ -357,13 +370,22 @@ def test_plan_tells_the_room_that_models_take(
     assert f"Disk: about {decimal(most)} with every model kept (store.keep=models)." in kept.out
 
 
+def test_plan_names_the_models_whose_size_it_cannot_know(
+    run_cli: Callable[..., Any], make_sweep: Callable[..., Path]
+) -> None:
+    done = run_cli("plan", make_sweep(victim={"name": "nobody/no-such-model"}))
+    assert done.code == 0
+    assert "without the models of nobody/no-such-model, which are not here yet." in done.out
+    assert "without the models" not in run_cli("plan", make_sweep()).out
+
+
 def test_plan_says_no_more_where_nothing_is_left(
     run_cli: Callable[..., Any], launched_plan: Callable[..., Any]
 ) -> None:
     path, sweep, plan = launched_plan(seed=[0])
     commit(store_of(sweep), *(cell.stage for cell in plan.cells.values()))
     done = run_cli("plan", path)
-    assert "1 cells: 1 done, 0 to run" in done.out
+    assert "1 cell: 1 done, 0 to run" in done.out
     assert "Sharing" not in done.out
     assert "Disk" not in done.out
 
@@ -421,7 +443,7 @@ def test_the_pins_that_a_trial_names_work(
     suggestion = run_cli("trial", sweep).err.split("btu trial ")[1]
     done = shell_line(f"plan {suggestion}")
     assert done.returncode == 0, done.stderr
-    assert "1 cells" in done.stdout
+    assert "1 cell:" in done.stdout
 
 
 def shell_line(line: str) -> subprocess.CompletedProcess[str]:
@@ -458,7 +480,7 @@ def test_any_cell_of_a_grid_can_be_pinned(
     for name in ("badnets", "addsent", "style"):
         done = run_cli("plan", sweep, f"attack.name={name}")
         assert done.code == 0, done.err
-        assert "1 cells: 0 done, 1 to run, 0 failed earlier" in done.out
+        assert "1 cell: 0 done, 1 to run, 0 failed earlier" in done.out
 
 
 def test_a_trial_that_diverges_ends_in_a_message(

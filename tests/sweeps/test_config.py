@@ -962,7 +962,7 @@ def test_paraphrase_sources_can_be_paired_with_attacks(load: Callable[..., Sweep
 
 
 def fingerprint(spec: TrialSpec, data: str = "rows", victim: str = "weights") -> str:
-    return Graph().cell(spec, data, victim, {}).key
+    return Graph().cell(spec, dict.fromkeys(("train", "clean", "eval"), data), victim, {}).key
 
 
 def key(sweep: Sweep, data: str = "rows", victim: str = "weights") -> str:
@@ -1078,7 +1078,8 @@ def test_the_fingerprint_is_the_same_in_another_process(
         "from orchestrator.config import load_sweep, resolve\n"
         "from orchestrator.graph import Graph\n"
         f"(cell,) = load_sweep({str(tmp_path / 'sweep.yaml')!r}).cells()\n"
-        "print(Graph().cell(resolve(cell.config), 'rows', 'weights', {}).key)"
+        "rows = {'train': 'rows', 'clean': 'rows', 'eval': 'rows'}\n"
+        "print(Graph().cell(resolve(cell.config), rows, 'weights', {}).key)"
     )
     # Another hash seed: nothing may depend on the order of a set.
     done = subprocess.run(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import pytest
 
@@ -13,10 +14,11 @@ import orchestrator.graph as graphs
 from btu.defense import DEFENSES
 from btu.foundation import Foundation
 from btu.stages import Stage
-from orchestrator.config import resolve
+from orchestrator.config import TrialSpec, resolve
 from orchestrator.graph import Graph
 
 COUNTS = {"rows_train": 80, "rows_clean": 20, "rows_eval": 30}
+ROWS = {"train": "t" * 64, "clean": "c" * 64, "eval": "e" * 64}
 CONFIG: dict[str, Any] = {
     "data": {"name": "tiny", "path": "data"},
     "victim": {"name": "offline"},
@@ -35,9 +37,13 @@ def config(**sections: Any) -> dict[str, Any]:
 
 
 def cell(
-    graph: Graph | None = None, rows: str = "r" * 64, weights: str = "w" * 64, **sections: Any
+    graph: Graph | None = None,
+    rows: Mapping[str, str] = ROWS,
+    weights: str = "w" * 64,
+    **sections: Any,
 ) -> Stage:
-    return (graph or Graph()).cell(resolve(config(**sections)), rows, weights, COUNTS)
+    spec = resolve(config(**sections))
+    return (graph or Graph()).cell(spec, rows, weights, COUNTS, revision="r" * 64)
 
 
 def other_stages(one: Stage, other: Stage) -> set[str]:
@@ -46,17 +52,19 @@ def other_stages(one: Stage, other: Stage) -> set[str]:
     return {name for name, stage in one.inputs.items() if stage.key != other.inputs[name].key}
 
 
-BEFORE = {"poison", "training rows", "evaluation rows"}
+BEFORE = {"poison", "triggered rows", "training rows", "evaluation rows"}
 MODELS = {
     "poisoned fine-tune", "evaluate undefended", "clean tuning (control)", "evaluate tuned",
     "unlearn", "evaluate defended",
 }  # fmt: skip
+SCORES = {name for name in MODELS if name.startswith("evaluate")}
+TUNED = {"clean tuning (control)", "evaluate tuned", "unlearn", "evaluate defended"}
 ROUNDS = {"exposure round 1", "exposure round 2", "exposure round 3"}
 
 
 def test_a_cell_has_its_stages_by_name() -> None:
     made = cell()
-    assert set(made.inputs) == BEFORE | MODELS | ROUNDS
+    assert set(made.inputs) == BEFORE | MODELS | ROUNDS | {"clean rows"}
     assert all(stage.name == name for name, stage in made.inputs.items())
     # Whatever a stage rests on is a stage of the cell.
     assert {s.key for s in made.closure()} == {made.key, *(s.key for s in made.inputs.values())}
@@ -73,15 +81,19 @@ def test_the_same_spec_is_the_same_cell() -> None:
     ("sections", "reached"),
     [
         ({"seed": 1}, BEFORE | MODELS | ROUNDS),
-        ({"attack": {"poison_rate": 0.3}}, BEFORE | MODELS | ROUNDS),
+        # The rows that are scored carry the trigger at any rate.
+        (
+            {"attack": {"poison_rate": 0.3}},
+            {"poison", "training rows"} | MODELS | ROUNDS,
+        ),
         ({"attack": {"trigger": ["mn"]}}, BEFORE | MODELS | ROUNDS),
-        ({"victim": {"max_length": 64}}, (BEFORE - {"poison"}) | MODELS | ROUNDS),
+        (
+            {"victim": {"max_length": 64}},
+            {"training rows", "clean rows", "evaluation rows"} | MODELS | ROUNDS,
+        ),
         # Exposure has settings of its own and starts from the pretrained model.
         ({"train": {"epochs": 3}}, MODELS),
-        (
-            {"tuning": {"epochs": 3}},
-            {"clean tuning (control)", "evaluate tuned", "unlearn", "evaluate defended"},
-        ),
+        ({"tuning": {"epochs": 3}}, TUNED),
         ({"defense": {"alpha": 0.02}}, {"exposure round 2", "unlearn", "evaluate defended"}),
         ({"defense": {"cut": "row"}}, {"unlearn", "evaluate defended"}),
         # Bags are trained in rounds 1 and 2 alone.
@@ -114,12 +126,21 @@ def test_what_does_not_act_is_no_other_cell(sections: dict[str, Any]) -> None:
 
 
 def test_rows_and_weights_act() -> None:
-    assert other_stages(cell(), cell(rows="q" * 64)) == BEFORE | MODELS | ROUNDS
-    assert other_stages(cell(), cell(weights="v" * 64)) == ((BEFORE - {"poison"}) | MODELS | ROUNDS)
+    reached = {role: other_stages(cell(), cell(rows={**ROWS, role: "q" * 64})) for role in ROWS}
+    assert reached == {
+        "train": {"poison", "training rows"} | MODELS | ROUNDS,
+        "clean": {"clean rows"} | TUNED,
+        # Scoring on other rows trains nothing.
+        "eval": {"triggered rows", "evaluation rows"} | SCORES,
+    }
+    assert other_stages(cell(), cell(weights="v" * 64)) == (
+        {"training rows", "clean rows", "evaluation rows"} | MODELS | ROUNDS
+    )
     revisions = cell().where["revisions"]
     assert (revisions["data"], revisions["victim"]) == ("r" * 12, "w" * 60)
     # The recipe is told by the versions of the stages, whatever the settings are.
-    assert revisions["recipe"] == cell(rows="q" * 64, seed=5).where["revisions"]["recipe"]
+    other = cell(rows=dict.fromkeys(ROWS, "q" * 64), seed=5)
+    assert revisions["recipe"] == other.where["revisions"]["recipe"]
 
 
 def test_another_scoring_is_another_cell_on_the_same_stages(
@@ -138,7 +159,7 @@ def test_cells_of_one_graph_share_their_stages() -> None:
     same = set(one.inputs) - other_stages(one, other)
     # The same objects: their keys are computed once.
     assert all(one.inputs[name] is other.inputs[name] for name in same)
-    assert len(same) == 9
+    assert len(same) == 11
 
 
 def test_where_a_graph_was_used_before_does_not_matter() -> None:
@@ -154,6 +175,8 @@ def test_where_a_graph_was_used_before_does_not_matter() -> None:
 def test_a_cell_keeps_its_whole_config() -> None:
     made = cell()
     assert made.where["config"] == resolve(CONFIG).config()
+    # What loading did to the rows belongs to no role.
+    assert made.where["notes"] == COUNTS
     json.dumps(made.node())  # it travels
 
 
@@ -176,4 +199,80 @@ def test_two_stages_of_one_name_are_a_mistake_of_the_defense(
     DEFENSES.register("twice", f"{__name__}:Twice", "has two stages of one name")
     made = {**CONFIG, "defense": {"name": "twice"}}
     with pytest.raises(ValueError, match="defense 'twice' has two stages named 'same'"):
-        Graph().cell(resolve(made), "rows", "weights", COUNTS)
+        Graph().cell(resolve(made), ROWS, "weights", COUNTS)
+
+
+@dataclass(frozen=True)
+class Peeks:
+    """A defense that reads a stage which it should not. what: found through the poisoned rows."""
+
+    what: str = "poison"
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, object]]] = {"default": {}}
+
+    def check(self, vocabulary: int) -> None:
+        pass
+
+    def stages(self, base: Foundation) -> Stage:
+        poisoned = base.rows.inputs["poison"]
+        found = {
+            "poison": poisoned,
+            # Made anew from what is known of it: the key is the same.
+            "copy": replace(poisoned, inputs=dict(poisoned.inputs)),
+            "nothing": base.rows,
+        }[self.what]
+        first = base.stage("peek", "toys:none", 1, {}, {"rows": base.rows, "other": found})
+        return base.stage("last", "toys:none", 1, {}, {"clean": base.clean, "peek": first})
+
+
+def test_a_defense_that_reads_what_is_hidden_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DEFENSES, "_entries", dict(DEFENSES._entries))
+    DEFENSES.register("peeks", f"{__name__}:Peeks", "reads the mask")
+
+    def planned(what: str) -> Stage:
+        made = {**CONFIG, "defense": {"name": "peeks", "what": what}}
+        return Graph().cell(resolve(made), ROWS, "weights", COUNTS)
+
+    for what in ("poison", "copy"):
+        with pytest.raises(
+            ValueError, match="defense 'peeks': stage 'peek' reads 'poison', which is hidden"
+        ):
+            planned(what)
+    assert "peek" in planned("nothing").inputs
+
+
+@dataclass(frozen=True)
+class Reads:
+    """A defense of one stage, which reads the one that it was given."""
+
+    stage: Stage
+
+    def stages(self, base: Foundation) -> Stage:
+        return base.stage("told", "toys:none", 1, {}, {"stage": self.stage})
+
+
+@pytest.mark.parametrize("name", ["poison", "triggered rows", "evaluation rows"])
+def test_whatever_way_a_hidden_stage_is_got_at_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    defense = Reads(cell().inputs[name])
+    monkeypatch.setattr(TrialSpec, "build_defense", lambda _: defense)
+    with pytest.raises(ValueError, match=f"stage 'told' reads '{name}', which is hidden"):
+        cell()
+
+
+def test_a_defense_that_would_poison_again_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of another version, the stage is another one, but it writes the same mask.
+    defense = Reads(replace(cell().inputs["poison"], version=99, name="again"))
+    monkeypatch.setattr(TrialSpec, "build_defense", lambda _: defense)
+    with pytest.raises(ValueError, match="stage 'again' says where the data or the attack are"):
+        cell()
+
+
+@pytest.mark.parametrize(
+    "name", ["training rows", "clean rows", "poisoned fine-tune", "clean tuning (control)"]
+)
+def test_what_the_foundation_has_may_be_read(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    defense = Reads(cell().inputs[name])
+    monkeypatch.setattr(TrialSpec, "build_defense", lambda _: defense)
+    assert cell().inputs["told"].inputs["stage"].name == name

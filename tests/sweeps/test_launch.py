@@ -106,8 +106,8 @@ def test_a_sweep_shares_its_stages_grows_and_resumes(
     # alpha acts from round 2 on: what comes before is computed once for the three.
     assert computed(place.output) == {
         **dict.fromkeys(
-            ("poison", "training rows", "evaluation rows", "poisoned fine-tune",
-             "clean tuning (control)", "exposure round 1", "exposure round 3",
+            ("poison", "triggered rows", "training rows", "clean rows", "evaluation rows",
+             "poisoned fine-tune", "clean tuning (control)", "exposure round 1", "exposure round 3",
              "evaluate undefended", "evaluate tuned"), 1,
         ),
         **dict.fromkeys(("exposure round 2", "unlearn", "evaluate defended", "cell"), 3),
@@ -311,12 +311,12 @@ def test_an_output_on_an_object_store(
     assert results.store.verify() == []
     assert not list(folder.rglob("model.safetensors"))  # dropped
     events = Counter(event["event"] for event in results.journal())
-    # 9 shared stages and 4 of the cell
-    assert events == {"start": 13, "compute": 13, "end": 13}
+    # 11 shared stages and 4 of the cell
+    assert events == {"start": 15, "compute": 15, "end": 15}
     again = run_cli("launch", sweep, f"tracking.uri={uri}", *NOWHERE)
     assert again.code == 0, again
     assert "1 of 1 cells are done already" in again.out
-    assert len(results.journal()) == 39
+    assert len(results.journal()) == 45
 
 
 # Search ----------------------------------------------------------------------------------------

@@ -290,7 +290,7 @@ def test_cells_share_the_stages_that_their_difference_does_not_reach(
     same = {name for name, stage in one.stage.inputs.items() if stage is other.stage.inputs[name]}
     # alpha acts in round 2 (it drops what round 1 flagged) and in the cut, nowhere before.
     assert set(one.stage.inputs) - same == {"exposure round 2", "unlearn", "evaluate defended"}
-    assert len(one.stage.inputs) == 12
+    assert len(one.stage.inputs) == 14
 
 
 def test_stages_are_shared_between_sweeps(plan: Callable[..., Plan]) -> None:
@@ -437,17 +437,21 @@ def test_the_victim_of_every_stage_is_known(plan: Callable[..., Plan], cell: Any
     (planned,) = cells_of(plan())
     victims = {name: victim_name(stage) for name, stage in planned.stage.inputs.items()}
     # Poisoning knows no victim.
-    assert {name for name, victim in victims.items() if not victim} == {"poison"}
+    assert {name for name, victim in victims.items() if not victim} == {
+        "poison", "triggered rows",
+    }  # fmt: skip
     assert set(victims.values()) == {"", cell["victim"]["name"]}
     assert victim_name(planned.stage) == cell["victim"]["name"]
 
 
 # Costs -----------------------------------------------------------------------------------------
 
-# Of a cell: nine stages that alpha does not reach, three that it does, and the cell.
+# Of a cell: eleven stages that alpha does not reach, three that it does, and the cell. The seed
+# reaches all but the clean rows.
 SHARED = (
-    "poison", "evaluation rows", "training rows", "poisoned fine-tune", "evaluate undefended",
-    "clean tuning (control)", "evaluate tuned", "exposure round 1", "exposure round 3",
+    "poison", "triggered rows", "evaluation rows", "training rows", "clean rows",
+    "poisoned fine-tune", "evaluate undefended", "clean tuning (control)", "evaluate tuned",
+    "exposure round 1", "exposure round 3",
 )  # fmt: skip
 OWN = ("exposure round 2", "unlearn", "evaluate defended", "cell")
 
@@ -471,18 +475,51 @@ def work(plan: Plan, **known: Any) -> Work:
 
 def test_sharing_is_counted(four: Plan, victim_folder: Callable[[str], Path]) -> None:
     found = work(four)
-    # Two seeds share nothing, two alphas all but their own.
-    assert found.stages == {**dict.fromkeys(SHARED, 2), **dict.fromkeys(OWN, 4)}
+    # Two seeds share the clean rows, two alphas all but their own.
+    assert found.stages == {
+        **dict.fromkeys(SHARED, 2), **dict.fromkeys(OWN, 4), "clean rows": 1,
+    }  # fmt: skip
     assert found.naive == dict.fromkeys((*SHARED, *OWN), 4)
-    # 9 x 2 + 4 x 4 stages instead of 13 x 4, a second each.
-    assert (found.seconds, found.naive_seconds) == (pytest.approx(34), pytest.approx(52))
+    # 1 + 10 x 2 + 4 x 4 stages instead of 15 x 4, a second each.
+    assert (found.seconds, found.naive_seconds) == (pytest.approx(37), pytest.approx(60))
     # poison, training rows, rounds 1 and 2, unlearn, evaluate, cell: each waits for the one before.
     assert found.longest == pytest.approx(7)
     assert (found.done, found.failed, found.unmeasured) == (0, {}, ())
     # A fine-tuned and a tuned model a seed, an unlearned one a cell.
     weights = (victim_folder("bert") / "model.safetensors").stat().st_size
     assert (found.model_bytes, found.models) == (weights, 8 * weights)
-    assert found.small == 34 * planning.SMALL_BYTES
+    assert found.unsized == ()
+    assert found.small == 37 * planning.SMALL_BYTES
+
+
+def test_a_hub_model_that_is_not_here_has_no_size(plan: Callable[..., Plan]) -> None:
+    found = work(plan(victim={"name": "nobody/no-such-model"}))
+    assert (found.models, found.model_bytes) == (0, 0)
+    assert found.unsized == ("nobody/no-such-model",)
+
+
+def test_a_hub_model_that_was_downloaded_has_its_size(
+    plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    kept = tmp_path / "models--nobody--kept-model"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text("abc")
+    snapshot = kept / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot / "model.safetensors").write_bytes(b"x" * 1000)
+    found = work(plan(victim={"name": "nobody/kept-model"}))
+    assert (found.model_bytes, found.unsized) == (1000, ())
+
+
+def test_scoring_on_more_rows_trains_nothing_again(plan: Callable[..., Plan]) -> None:
+    (before,), more = cells_of(plan(data={"max_eval_rows": 20})), plan()
+    found = work(more, committed={stage.key for stage in before.stage.closure()})
+    assert set(found.stages) == {
+        "triggered rows", "evaluation rows", "evaluate undefended", "evaluate tuned",
+        "evaluate defended", "cell",
+    }  # fmt: skip
 
 
 def test_what_is_there_is_not_counted(four: Plan) -> None:
@@ -490,11 +527,11 @@ def test_what_is_there_is_not_counted(four: Plan) -> None:
     committed = {stage.key for stage in first.closure()}
     found = work(four, committed=committed)
     assert found.done == 1
-    # The other alpha of seed 0 has its own 4 stages left; seed 1 has 9 + 2 x 4.
-    assert sum(found.stages.values()) == found.seconds == pytest.approx(21)
+    # The other alpha of seed 0 has its own 4 stages left; seed 1 has 10 + 2 x 4.
+    assert sum(found.stages.values()) == found.seconds == pytest.approx(22)
     assert found.stages["poisoned fine-tune"] == 1
-    # Without sharing, three cells of 13.
-    assert sum(found.naive.values()) == found.naive_seconds == pytest.approx(39)
+    # Without sharing, three cells of 15.
+    assert sum(found.naive.values()) == found.naive_seconds == pytest.approx(45)
 
 
 def test_a_dropped_model_is_counted_again(four: Plan) -> None:
@@ -503,7 +540,7 @@ def test_a_dropped_model_is_counted_again(four: Plan) -> None:
     committed = {stage.key for stage in first.closure()} - dropped
     found = work(four, committed=committed, dropped=dropped)
     # As above, and the fine-tune of seed 0, from which the other alpha starts. Not the control.
-    assert sum(found.stages.values()) == 22
+    assert sum(found.stages.values()) == 23
     assert (found.stages["poisoned fine-tune"], found.stages["clean tuning (control)"]) == (2, 1)
 
 
@@ -513,8 +550,8 @@ def test_what_rests_on_a_failure_is_not_counted(four: Plan) -> None:
     found = work(four, failed={broken.key: "bad luck", "elsewhere": "x"})
     reason = "stage 'poisoned fine-tune' failed: bad luck"
     assert found.failed == {cells[0].key: reason, cells[1].key: reason}
-    # Seed 1 alone: 9 + 2 x 4
-    assert sum(found.stages.values()) == 17
+    # Seed 1 alone: 11 + 2 x 4
+    assert sum(found.stages.values()) == 19
 
 
 def test_a_finished_cell_is_done_whatever_failed_since(four: Plan) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -221,6 +223,31 @@ def test_a_folder_goes_up_and_comes_back(storage: Storage, tmp_path: Path) -> No
     back = storage.download("entries/k/1", names, tmp_path / "cache")
     assert [(back / name).read_bytes() for name in names] == [b"w", b"r"]
     assert storage.local == (back == folder)
+
+
+def test_workspaces_of_killed_processes_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    day_ago = time.time() - 25 * 3600
+    made = {
+        "of a killed one": (f"btu-workspace-{ended.pid}-a", day_ago),
+        "of today": (f"btu-workspace-{ended.pid}-b", time.time()),
+        "of one that runs": (f"btu-workspace-{os.getpid()}-c", day_ago),
+        "of somebody else": ("btu-something", day_ago),
+    }
+    for name, changed in made.values():
+        (tmp_path / name / "attempt").mkdir(parents=True)
+        (tmp_path / name / "attempt" / "weights").write_bytes(b"w")
+        os.utime(tmp_path / name, (changed, changed))
+    storage = open_storage("memory://workspaces")
+    folder = storage.workspace("entries/k/1")
+    assert {what for what, (name, _) in made.items() if not (tmp_path / name).exists()} == {
+        "of a killed one"
+    }
+    assert folder.parent.name.startswith(f"btu-workspace-{os.getpid()}-")
 
 
 @pytest.mark.parametrize("location", ["local", "memory"], indirect=True)

@@ -185,8 +185,26 @@ def test_the_machine_and_what_was_computed_are_noted(trial_result: Tried) -> Non
     assert tags["torch"] == str(torch.__version__)
     assert set(tags) >= {"code", "host", "python", "transformers"}
     assert trial_result.stage.where["revisions"] == {
-        "data": tags["data"], "victim": tags["victim"],
+        "data": tags["data"], "victim": tags["victim"], "recipe": tags["recipe"],
     }  # fmt: skip
+
+
+def test_the_precision_of_every_stage_that_computes_is_told(trial_result: Tried) -> None:
+    told = {name for name, record in records(trial_result).items() if record["precisions"]}
+    assert told == {
+        name for name in trial_result.stage.inputs if not name.endswith("rows") and name != "poison"
+    }
+
+
+def test_several_precisions_are_all_in_the_tags(
+    cell: dict[str, Any], try_cell: Callable[..., Tried], tmp_path: Path
+) -> None:
+    # As if the fine-tune had run where `auto` means another precision.
+    tried = try_cell(cell, tmp_path)
+    record = tmp_path / tried.stage.inputs["poisoned fine-tune"].key / "record.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "precisions": ["bf16"]}))
+    shutil.rmtree(tried.folder)
+    assert try_cell(cell, tmp_path).result["tags"]["precision"] == "bf16, fp32"
 
 
 def test_the_same_cell_gives_the_same_result(
@@ -406,7 +424,7 @@ class Spy:
             f"{__name__}:watch",
             1,
             config,
-            {"rows": base.rows, "model": base.model},
+            {"rows": base.rows, "clean": base.clean, "model": base.model},
             model=True,
             kind="cell",
         )
