@@ -316,7 +316,7 @@ def test_an_output_on_an_object_store(
     again = run_cli("launch", sweep, f"tracking.uri={uri}", *NOWHERE)
     assert again.code == 0, again
     assert "1 of 1 cells are done already" in again.out
-    assert len(results.journal()) == 39
+    assert len(results.journal()) == 45
 
 
 # Search ----------------------------------------------------------------------------------------
