@@ -13,18 +13,15 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import tempfile
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from btu.data import DataSpec
-from btu.defense import DefenseSpec
-from btu.defenses.token_unlearning import TokenUnlearning
-from btu.poisoning import PoisonSpec
-from btu.settings import TrainSettings, TuningSettings
-from btu.victims import VictimSpec
-from orchestrator.config import ResourceSpec, TrialSpec
+from orchestrator.config import Cell
+from orchestrator.plan import Plan, Planner
+from orchestrator.results import read_result
 from orchestrator.trial import run_trial
 
 MEASURED = {"undefended_cacc": 0.832, "undefended_asr": 1.0, "cacc": 0.800, "asr": 0.166}
@@ -35,29 +32,24 @@ BARS = {
 }
 
 
-def spec(data: Path, seed: int, threads: int) -> TrialSpec:
-    """Return the cell: the reference code's settings."""
-    return TrialSpec(
-        data=DataSpec("sst2", path=str(data)),
-        victim=VictimSpec("offline", max_length=128),
-        poison=PoisonSpec("badnets", poison_rate=0.1, target_label=1, label_mode="mixed"),
-        attack_params={"trigger": ["cf"]},
-        defense=DefenseSpec("btu"),
-        preset="reference",
-        defense_params=dict(TokenUnlearning.PRESETS["reference"]),
-        train=TrainSettings(
-            epochs=1,
-            learning_rate=2e-5,
-            batch_size=64,
-            precision="fp32",
-            warmup_fraction=0.0,
-            schedule="constant",
-            max_grad_norm=None,
-        ),
-        tuning=TuningSettings(epochs=1, learning_rate=2e-5),
-        seed=seed,
-        resources=ResourceSpec(cpu=threads),
-    )
+def cell(data: Path, seed: int) -> Cell:
+    """Return the cell in the reference code's settings."""
+    config = {
+        "data": {"name": "sst2", "path": str(data)},
+        "victim": {"name": "offline", "max_length": 128},
+        "attack": {
+            "name": "badnets", "poison_rate": 0.1, "target_label": 1, "label_mode": "mixed",
+            "trigger": ["cf"],
+        },
+        "defense": {"name": "btu", "preset": "reference"},
+        "train": {
+            "epochs": 1, "learning_rate": 2e-5, "batch_size": 64, "precision": "fp32",
+            "warmup_fraction": 0.0, "schedule": "constant", "max_grad_norm": None,
+        },
+        "tuning": {"epochs": 1, "learning_rate": 2e-5},
+        "seed": seed,
+    }  # fmt: skip
+    return Cell({"seed": seed}, config)
 
 
 def main() -> None:
@@ -71,7 +63,10 @@ def main() -> None:
     table = Table("run", *columns)
     runs = []
     for seed in arguments.seeds:
-        metrics = run_trial(spec(arguments.data, seed, arguments.threads)).metrics
+        (planned,) = Planner().add(Plan(), [cell(arguments.data, seed)])
+        with tempfile.TemporaryDirectory(prefix="btu-reference-") as folder:
+            done = run_trial(planned.stage, Path(folder), cpus=arguments.threads, gpus=0)
+            metrics = read_result(done)[0]["metrics"]
         runs.append(metrics)
         table.add_row(f"seed {seed}", *(f"{metrics[c]:.3f}" for c in columns))
     mean = {c: statistics.fmean(run[c] for run in runs) for c in columns}
