@@ -121,6 +121,10 @@ def _show_plan(sweep: Sweep, planner: Planner, planned: Plan, limit: int) -> Non
         from orchestrator.plan import example_plan
 
         planned = example_plan(sweep, planner)
+        from orchestrator.search import StudySearch
+
+        left, trials = StudySearch(sweep, sweep.folder).open, sweep.optuna.trials
+        _say(f"{trials - left} of {trials} suggestions are measured.")
         _say("The cells are chosen as the sweep goes; one suggestion, as an example:")
     store = Store(sweep.store_location, warn=_warn)
     committed, dropped = store.committed(), store.dropped()

@@ -91,8 +91,11 @@ def gc_candidates(
 
 def gc(store: Store, candidates: Iterable[Candidate]) -> int:
     """Remove what `gc_candidates` returned unless it has come into use; return the bytes."""
-    busy, freed = store.in_use(), 0
-    for candidate in candidates:
+    busy: set[str] = set()
+    freed = 0
+    for number, candidate in enumerate(candidates):
+        if number % 50 == 0:  # removing takes a while, in which a launch may begin
+            busy = store.in_use()
         if candidate.key in busy:
             continue
         for path in candidate.paths:
