@@ -24,7 +24,7 @@ FAULTS = Path(__file__).parent / "faults"
 # Two cells that share nine stages; four more are each one's own.
 ALPHAS = [0.01, 0.02]
 GRID: dict[str, list[Any]] = {"defense.alpha": ALPHAS}
-SHARED, OWN = 9, 4
+SHARED, OWN = 11, 4
 
 
 class Done:
