@@ -21,7 +21,7 @@ from orchestrator.results import Results, find_sweep
 # A cold start of Ray with two workers that import torch, on a busy machine.
 LIMIT = 300.0
 FAULTS = Path(__file__).parent / "faults"
-# Two cells that share nine stages; four more are each one's own.
+# Two cells that share eleven stages; four more are each one's own.
 ALPHAS = [0.01, 0.02]
 GRID: dict[str, list[Any]] = {"defense.alpha": ALPHAS}
 SHARED, OWN = 11, 4
