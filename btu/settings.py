@@ -22,7 +22,7 @@ class TrainSettings:
     """How a stage is trained: AdamW, warm-up, then the schedule.
 
     epochs: passes over the rows. learning_rate: AdamW's peak. batch_size: rows a step.
-    precision: ``auto`` (bf16 where the hardware multiplies it), ``bf16`` autocast or ``fp32``;
+    precision: ``auto`` (bf16 where the hardware is faster with it), ``bf16`` autocast or ``fp32``;
     the weights are fp32 either way. weight_decay: on matrices, not on biases and norms.
     warmup_fraction: share of the steps that warm up. schedule: ``linear`` decay to 0 or
     ``constant``. max_grad_norm: gradient clipping; null clips nothing.

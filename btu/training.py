@@ -171,14 +171,16 @@ def use_threads(cpus: float) -> None:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """Return ``bf16`` or ``fp32``; ``auto`` takes bf16 where the hardware multiplies it."""
+    """Return ``bf16`` or ``fp32``; ``auto`` takes bf16 where the hardware is faster with it.
+
+    Of CPUs that is those with AMX. With AVX-512 alone, whose instructions multiply bf16 too, a
+    fine-tune of MiniLM takes 1.3 times as long as in fp32 (measured).
+    """
     if precision != "auto":
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    capabilities = torch.cpu.get_capabilities()
-    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return "bf16" if native else "fp32"
+    return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
 
 
 def plan_batches(lengths: IntArray, batch_size: int, rng: np.random.Generator) -> list[IntArray]:
