@@ -22,7 +22,7 @@ DEFENSES: Registry[type[Defense]] = Registry(
     [("btu", "btu.defenses.token_unlearning:TokenUnlearning", "Backdoor Token Unlearning")],
 )
 
-SUSPECTS = "suspects.parquet"
+SUSPECTS, ROWS = "suspects.parquet", "rows.parquet"
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,13 @@ class Suspects:
     flagged: vocabulary ids it took for trigger tokens, in the order of its finding.
     scores: (vocabulary,) the ranking behind `flagged`, higher is more suspicious, NaN for what is
     no candidate; None where there is no ranking. table: further (vocabulary,) columns worth
-    keeping, by name.
+    keeping, by name. rows: (training rows,) how suspicious each row is; None where it is not said.
     """
 
     flagged: tuple[int, ...]
     scores: FloatArray | None = None
     table: Mapping[str, FloatArray | IntArray] = field(default_factory=dict)
+    rows: FloatArray | None = None
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the columns into a stage's folder; return what belongs into its facts."""
@@ -60,6 +61,8 @@ class Suspects:
             columns["score"] = self.scores
         if columns:
             pq.write_table(pa.table(columns), folder / SUSPECTS)
+        if self.rows is not None:
+            pq.write_table(pa.table({"suspicion": self.rows}), folder / ROWS)
         return {"flagged": list(self.flagged)}
 
     @classmethod
@@ -73,7 +76,10 @@ class Suspects:
         if (folder / SUSPECTS).is_file():
             table = pq.read_table(folder / SUSPECTS)
             columns = {name: table[name].to_numpy() for name in table.column_names}
-        return cls(tuple(facts["flagged"]), columns.pop("score", None), columns)
+        rows = None
+        if (folder / ROWS).is_file():
+            rows = pq.read_table(folder / ROWS)["suspicion"].to_numpy()
+        return cls(tuple(facts["flagged"]), columns.pop("score", None), columns, rows)
 
 
 class Defense(Protocol):

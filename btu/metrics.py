@@ -31,11 +31,16 @@ METRICS: dict[str, Metric] = {
     "detection_recall": Metric("trigger tokens that were flagged", True),
     "detection_f1": Metric("harmonic mean of token precision and recall", True),
     "detection_auprc": Metric(
-        "average precision of the token ranking by drift, over all thresholds", True
+        "average precision of the token ranking by score, over all thresholds", True
     ),
     "sample_precision": Metric("training rows holding a flagged token that are poisoned", True),
     "sample_recall": Metric("poisoned training rows that hold a flagged token", True),
     "sample_f1": Metric("harmonic mean of sample precision and recall", True),
+    "sample_auroc": Metric("poisoned rows are more suspicious than others: area under ROC", True),
+    "cut_cost": Metric("accuracy on the reserved clean rows that the cut alone costs", False),
+    "cut_flips": Metric(
+        "training rows with a flagged token that leave their label by the cut", None
+    ),
     "flagged": Metric("tokens flagged", None),
     "undefended_asr": Metric("asr of the poisoned model, nothing done", None),
     "undefended_cacc": Metric("cacc of the poisoned model, nothing done", None),
@@ -173,3 +178,15 @@ def average_precision(scores: FloatArray, truth: Collection[int] | None) -> floa
     from sklearn.metrics import average_precision_score
 
     return float(average_precision_score(positive, scores[candidates]))
+
+
+def area_under_roc(scores: FloatArray, truth: BoolArray) -> float:
+    """Return the chance that a true row scores higher than another; NaN where one kind is missing.
+
+    scores, truth: (rows,).
+    """
+    if truth.all() or not truth.any():
+        return math.nan
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(truth, scores))

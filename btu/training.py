@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -114,6 +114,17 @@ class Encoded:
             self.labels.to(device),
             self.host_lengths,
             self.pad_id,
+        )
+
+    def take(self, rows: IntArray) -> Encoded:
+        """Return the rows at indices `rows`, in that order, on the CPU."""
+        index = torch.from_numpy(np.asarray(rows, dtype=np.int64))
+        return replace(
+            self,
+            starts=self.starts.cpu()[index],
+            lengths=self.lengths.cpu()[index],
+            labels=self.labels.cpu()[index],
+            host_lengths=self.host_lengths[rows],
         )
 
     def without(self, token_ids: Sequence[int]) -> Encoded:

@@ -31,6 +31,7 @@ PLANS, TRACKED, JOURNAL = "plans", "tracked", "journal.jsonl"
 RESULT = "result.json"
 CONFIG = "config.yaml"
 TOKENS = "tokens.parquet"
+ROWS = "rows.parquet"
 FLAGGED = "flagged_tokens.json"
 PLOT = "drift.png"
 

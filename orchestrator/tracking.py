@@ -40,7 +40,16 @@ from sqlalchemy.exc import SQLAlchemyError
 from btu.errors import UserError
 from orchestrator.config import Sweep, flatten, pins
 from orchestrator.lease import LEFTOVER_S
-from orchestrator.results import CONFIG, FLAGGED, PLOT, RESULT, TOKENS, TRACKED, Results
+from orchestrator.results import (
+    CONFIG,
+    FLAGGED,
+    PLOT,
+    RESULT,
+    ROWS,
+    TOKENS,
+    TRACKED,
+    Results,
+)
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 
@@ -395,7 +404,7 @@ class Tracker:
 
     def _tell_result(self, run_id: str, record: Mapping[str, Any], folder: Path) -> None:
         self._client.log_batch(run_id, metrics=_metrics(record), params=_params(record))
-        for name in (CONFIG, TOKENS, PLOT, RESULT):
+        for name in (CONFIG, TOKENS, ROWS, PLOT, RESULT):
             if (folder / name).is_file():
                 self._client.log_artifact(run_id, str(folder / name))
         if (folder / FLAGGED).is_file():

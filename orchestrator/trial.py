@@ -12,14 +12,14 @@ import yaml
 
 from btu.defense import Suspects
 from btu.foundation import load_encoded, load_victim
-from btu.metrics import average_precision, row_detection, token_detection
+from btu.metrics import area_under_roc, average_precision, row_detection, token_detection
 from btu.recipe import mask_of, scores_of
 from btu.stages import Stage, StageRun, compute, read_record
 from btu.training import Encoded, use_threads
 from btu.types import BoolArray, ProgressCallback, silent
 from btu.victims import Victim, VictimSpec
 from orchestrator import plots
-from orchestrator.results import CONFIG, FLAGGED, PLOT, RESULT, TOKENS
+from orchestrator.results import CONFIG, FLAGGED, PLOT, RESULT, ROWS, TOKENS
 from orchestrator.store import dumps
 
 # Prefix of a model's metrics -> the stage that scored it.
@@ -44,8 +44,8 @@ def run_trial(
 def score_cell(run: StageRun) -> dict[str, Any]:
     """Put a cell's result together from its stages: the only place where mask and defense meet.
 
-    Writes ``result.json`` (metrics, history and tags), the tokens as a table and as a plot, and
-    the config.
+    Writes ``result.json`` (metrics, history and tags), the tokens as a table and as a plot, the
+    rows as a table, and the config.
     """
     records = {name: read_record(folder) for name, folder in run.inputs.items()}
     facts = {name: record["facts"] for name, record in records.items()}
@@ -63,6 +63,8 @@ def score_cell(run: StageRun) -> dict[str, Any]:
     for prefix, stage in SCORED.items():
         metrics |= scores_of(facts[stage]).as_metrics(prefix)
     metrics |= detection_metrics(suspects, mask, truth, train)
+    # What the defense measured of itself, on rows that it may see.
+    metrics |= facts[defended].get("measured", {})
     metrics |= {
         "poison_rate_reached": poisoned["poison_rate"],
         "poisoned_rows": poisoned["poisoned_rows"],
@@ -100,6 +102,7 @@ def score_cell(run: StageRun) -> dict[str, Any]:
     (run.folder / RESULT).write_text(dumps(result))
     (run.folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
     tokens.to_parquet(run.folder / TOKENS, index=False)
+    row_table(suspects, mask, train).to_parquet(run.folder / ROWS, index=False)
     flagged_table(tokens).to_json(run.folder / FLAGGED, orient="records", indent=1)
     plots.drift_plot(tokens, run.folder / PLOT)
     return {name: metrics[name] for name in ("asr", "cacc")}
@@ -118,7 +121,27 @@ def detection_metrics(
     }
     if suspects.scores is not None:
         found["detection_auprc"] = average_precision(suspects.scores, truth)
+    if suspects.rows is not None:
+        found["sample_auroc"] = area_under_roc(suspects.rows, mask)
     return found
+
+
+def row_table(suspects: Suspects | None, mask: BoolArray, train: Encoded) -> pd.DataFrame:
+    """Return what is known of each training row, as a table.
+
+    poisoned: the hidden mask. suspicion: the defense's score of the row. top: the highest score
+    among its tokens; at a threshold, rows of at least its score hold a flagged token.
+    """
+    columns: dict[str, Any] = {"poisoned": mask}
+    if suspects is not None and suspects.rows is not None:
+        columns["suspicion"] = suspects.rows
+    if suspects is not None and suspects.scores is not None:
+        scores = np.where(np.isnan(suspects.scores), -np.inf, suspects.scores)
+        top = np.full(len(mask), -np.inf)
+        row = np.repeat(np.arange(len(mask)), train.host_lengths)
+        np.maximum.at(top, row, scores[train.ids.numpy()])
+        columns["top"] = top
+    return pd.DataFrame(columns)
 
 
 def token_table(

@@ -5,8 +5,9 @@ Language Models (AAAI 2025, arXiv 2501.03272). Reference code: XDJPH/Backdoor-To
 at 7a63ece, for BERT only.
 
 While a model learns a poisoned set, the word-embedding rows of the trigger's tokens move
-differently from those of clean tokens. Three short exposure rounds measure the movement, the
-rows that moved most are flagged, and in the poisoned model they are replaced by a neutral row.
+differently from those of clean tokens. Short exposure rounds measure the movement, a detection
+rule (`btu.detection.RULES`) says which rows moved abnormally, and in the poisoned model they are
+replaced by a neutral row.
 
 Every choice of the reference code is a hyperparameter here; preset ``reference`` takes its
 choices, preset ``default`` ours:
@@ -14,6 +15,10 @@ choices, preset ``default`` ours:
 ==================  ======================  ==============  =======================================
 hyperparameter      reference               default         why the default differs
 ==================  ======================  ==============  =======================================
+rule                top_fraction            contrast        a fixed share of the vocabulary flags
+                                                            30 clean tokens to catch one trigger
+rounds              1, 2, 3                 3               the bag's rounds tell a trigger from a
+                                                            strong honest word no better (measured)
 bag_embeddings      full                    word            only word rows are read off; positions
                                                             and norm share the movement otherwise
 bag_pooling         padded                  masked          with padding in the mean, a token's
@@ -38,23 +43,25 @@ never flags "@" and "user", by hand. Fine-tune and clean tuning take warm-up, sc
 from ``train``: the code's are ``warmup_fraction: 0, schedule: constant, max_grad_norm: null`` (as
 ``benchmarks/reference.py`` sets them).
 
-What depends on ``alpha``: the flagged set, round 2 (through round 1's flagged tokens), the cut
-and the clean tuning. Rounds 1 and 3 do not.
+What depends on the threshold: the flagged set, round 2 (through round 1's flagged tokens; rule
+``top_fraction`` alone has it), the cut and the clean tuning. Rounds 1 and 3 do not.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from btu.defense import Suspects
+from btu.detection import DEFAULT_RULE, RULES, Evidence, flag, suspicion
 from btu.errors import UserError, unknown
 from btu.foundation import (
     Foundation,
+    clean_rows_of,
     model_of,
     save_model,
     texts_of,
@@ -65,7 +72,7 @@ from btu.foundation import (
 from btu.seeding import derive_seed
 from btu.settings import SCHEDULES, TrainSettings, check_positive
 from btu.stages import Stage, StageRun, plain
-from btu.types import BoolArray, FloatArray, Rows
+from btu.types import BoolArray, FloatArray, IntArray, Rows
 from btu.victims import Victim
 
 if TYPE_CHECKING:
@@ -76,10 +83,14 @@ if TYPE_CHECKING:
 
 # Raised when what a stage computes changes: results of an earlier version are then not reused.
 EXPOSE_VERSION = 1
-UNLEARN_VERSION = 1
+DETECT_VERSION = 1
+UNLEARN_VERSION = 2
 
 DRIFT = "drift.safetensors"
 ROUNDS = (1, 2, 3)
+TOP_FRACTION = "top_fraction"
+# Training rows that tell what a cut does; more would tell it hardly better and take longer.
+FLIP_ROWS = 512
 CHOICES = {
     "exposure_schedule": SCHEDULES,
     "bag_embeddings": ("word", "full"),
@@ -95,9 +106,15 @@ CHOICES = {
 class TokenUnlearning:
     """Backdoor Token Unlearning.
 
-    alpha: share of the vocabulary that each round flags, in (0, 1); one value, or one a round.
+    rule: how the drifts become flags (`btu.detection.RULES`); null takes ``contrast``, or
+        ``top_fraction`` where alpha is given.
+    threshold: the score from which a token is flagged, in the rule's unit; null is its default.
+    alpha: the threshold of ``top_fraction``: the share of the vocabulary that each round flags, in
+        (0, 1); one value, or one a round. Null is 0.0005.
     rounds: exposure rounds that run. 1 trains a bag of embeddings, 2 the same without the tokens
-        that round 1 flagged, 3 the word embeddings alone under the whole frozen model.
+        that round 1 flagged, 3 the word embeddings alone under the whole frozen model. Null is
+        the rule's own choice: all three for ``top_fraction``, which flags what any of them does;
+        3 for the others, which with several flag what stands out in each, and cannot take 2.
     exposure_epochs, exposure_learning_rate, exposure_schedule: of every round (AdamW, no warm-up,
         no clipping; the reference code's 1, 2e-5, constant).
     bag_batch_size: rows a step in rounds 1 and 2. exposure_batch_size: in round 3; the reference
@@ -113,8 +130,10 @@ class TokenUnlearning:
         the reference code's formula: a norm over all rows divided by V, not a mean row norm.
     """
 
-    alpha: Any = 0.0005
-    rounds: list[int] = field(default_factory=lambda: [1, 2, 3])
+    rule: str | None = None
+    threshold: float | None = None
+    alpha: Any = None
+    rounds: list[int] | None = None
     exposure_epochs: int = 1
     exposure_learning_rate: float = 2e-5
     exposure_schedule: str = "constant"
@@ -130,6 +149,7 @@ class TokenUnlearning:
     PRESETS: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "default": {},
         "reference": {
+            "rule": TOP_FRACTION,
             "bag_embeddings": "full",
             "bag_pooling": "padded",
             "removal": "substring",
@@ -142,21 +162,70 @@ class TokenUnlearning:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise unknown(f"defense.{name}", getattr(self, name), choices)
-        if not self.rounds or sorted(set(self.rounds)) != list(self.rounds):
+        self._resolve_rule()
+        rounds = self._rounds
+        if not rounds or sorted(set(rounds)) != list(rounds):
             raise UserError(
                 f"defense.rounds must be some of 1, 2, 3 in ascending order, got {self.rounds}."
             )
-        if not set(self.rounds) <= set(ROUNDS):
+        if not set(rounds) <= set(ROUNDS):
             raise UserError(f"defense.rounds must be some of 1, 2, 3, got {self.rounds}.")
-        if 2 in self.rounds and 1 not in self.rounds:
+        if 2 in rounds and 1 not in rounds:
             raise UserError(
                 f"defense.rounds {self.rounds} has round 2 without round 1, whose flagged tokens "
                 "it removes; add 1 or leave out 2."
             )
-        alphas = self.alpha if isinstance(self.alpha, list | tuple) else [self.alpha]
-        if isinstance(self.alpha, list | tuple) and len(alphas) != len(self.rounds):
+        if self.rule == TOP_FRACTION:
+            self._check_alpha()
+        elif 2 in rounds:
             raise UserError(
-                f"defense.alpha has {len(alphas)} values for {len(self.rounds)} rounds; give one "
+                f"defense.rounds {self.rounds} has round 2, whose drift depends on what round 1 "
+                f"flagged; rule '{self.rule}' takes 1, 3 or both."
+            )
+        check_positive("defense.exposure_learning_rate", self.exposure_learning_rate)
+        for name in ("exposure_epochs", "bag_batch_size", "exposure_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"defense.{name} must be at least 1, got {getattr(self, name)}.")
+
+    def _resolve_rule(self) -> None:
+        """Put rule, threshold, alpha and rounds in the place of null: a config then names them."""
+        rule = self.rule or (DEFAULT_RULE if self.alpha is None else TOP_FRACTION)
+        found = RULES.load(rule)
+        if rule == TOP_FRACTION:
+            if self.threshold is not None:
+                raise UserError(
+                    f"defense.threshold {self.threshold!r} does not act with rule "
+                    f"'{TOP_FRACTION}', whose threshold is defense.alpha; set that instead."
+                )
+            resolved: dict[str, Any] = {"alpha": found.threshold}
+        else:
+            if self.alpha is not None:
+                raise UserError(
+                    f"defense.alpha {self.alpha!r} is the threshold of rule '{TOP_FRACTION}' and "
+                    f"does not act with '{rule}'; set defense.threshold instead, or leave out "
+                    "defense.rule."
+                )
+            resolved = {"threshold": found.threshold}
+        resolved |= {"rule": rule, "rounds": list(found.rounds)}
+        for name, value in resolved.items():
+            if getattr(self, name) is None:
+                # Frozen for everyone else.
+                object.__setattr__(self, name, value)
+        if rule != TOP_FRACTION:
+            assert self.threshold is not None
+            found.check(self.threshold)
+
+    @property
+    def _rounds(self) -> list[int]:
+        assert self.rounds is not None  # resolved by now
+        return self.rounds
+
+    def _check_alpha(self) -> None:
+        several = isinstance(self.alpha, list | tuple)
+        alphas = self.alpha if several else [self.alpha]
+        if several and len(alphas) != len(self._rounds):
+            raise UserError(
+                f"defense.alpha has {len(alphas)} values for {len(self._rounds)} rounds; give one "
                 "value, or one a round."
             )
         for alpha in alphas:
@@ -165,46 +234,25 @@ class TokenUnlearning:
                     f"defense.alpha must be above 0 and below 1, got {alpha!r}: 0 flags nothing "
                     "and 1 everything."
                 )
-        check_positive("defense.exposure_learning_rate", self.exposure_learning_rate)
-        for name in ("exposure_epochs", "bag_batch_size", "exposure_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"defense.{name} must be at least 1, got {getattr(self, name)}.")
 
     def check(self, vocabulary: int) -> None:
         """Raise a `UserError` where alpha flags nothing or everything of such a vocabulary."""
-        for alpha in self._alphas().values():
-            tokens_flagged(alpha, vocabulary, vocabulary)
+        if self.rule == TOP_FRACTION:
+            for alpha in self._alphas().values():
+                tokens_flagged(alpha, vocabulary, vocabulary)
 
     def stages(self, base: Foundation) -> Stage:
         """Declare the exposure rounds, each a stage of its own, then cut and tuning.
 
         Round 2 depends on round 1's alpha; rounds 1 and 3 are shared by all thresholds.
         """
-        alphas = self._alphas()
-        rounds: dict[str, Stage] = {}
-        for number in self.rounds:
-            inputs = {"rows": base.rows}
-            config = {"round": number, **self._exposure_config(base.train, number)}
-            if number == 2:
-                inputs["round 1"] = rounds["round 1"]
-                config |= {"alpha": alphas[1], "removal": self.removal, "exclude": self.exclude}
-            rounds[f"round {number}"] = base.stage(
-                f"exposure round {number}",
-                "btu.defenses.token_unlearning:expose",
-                EXPOSE_VERSION,
-                config,
-                inputs,
-                units=base.train_rows * self.exposure_epochs,
-                # Of round 2 each threshold has its own.
-                kind="cell" if number == 2 else "stage",
-            )
+        rounds = self.exposure(base)
         return base.stage(
             "unlearn",
             "btu.defenses.token_unlearning:unlearn",
             UNLEARN_VERSION,
             {
-                "alpha": [[number, alpha] for number, alpha in alphas.items()],
-                "exclude": self.exclude,
+                **self._detection_config(),
                 "cut": self.cut,
                 "cut_norm": self.cut_norm,
                 **base.tuning_config(),
@@ -215,11 +263,53 @@ class TokenUnlearning:
             model=True,
         )
 
+    def detection(self, base: Foundation) -> Stage:
+        """Declare the exposure rounds and the flagging alone: no model is poisoned or cut."""
+        return base.stage(
+            "detect",
+            "btu.defenses.token_unlearning:detect",
+            DETECT_VERSION,
+            self._detection_config(),
+            {"rows": base.rows, "clean": base.clean, **self.exposure(base)},
+            kind="host",
+        )
+
+    def exposure(self, base: Foundation) -> dict[str, Stage]:
+        """Declare the exposure rounds, by role."""
+        rounds: dict[str, Stage] = {}
+        for number in self._rounds:
+            inputs = {"rows": base.rows}
+            config = {"round": number, **self._exposure_config(base.train, number)}
+            if number == 2:
+                inputs["round 1"] = rounds["round 1"]
+                config |= {
+                    "alpha": self._alphas()[1],
+                    "removal": self.removal,
+                    "exclude": self.exclude,
+                }
+            rounds[f"round {number}"] = base.stage(
+                f"exposure round {number}",
+                "btu.defenses.token_unlearning:expose",
+                EXPOSE_VERSION,
+                config,
+                inputs,
+                units=base.train_rows * self.exposure_epochs,
+                # Of round 2 each threshold has its own.
+                kind="cell" if number == 2 else "stage",
+            )
+        return rounds
+
+    def _detection_config(self) -> dict[str, Any]:
+        threshold: dict[str, Any] = {"threshold": self.threshold}
+        if self.rule == TOP_FRACTION:
+            threshold = {"alpha": [[number, alpha] for number, alpha in self._alphas().items()]}
+        return {"rule": self.rule, **threshold, "exclude": self.exclude}
+
     def _alphas(self) -> dict[int, float]:
         """Return the share that each round flags."""
         several = isinstance(self.alpha, list | tuple)
-        values = self.alpha if several else [self.alpha] * len(self.rounds)
-        return dict(zip(self.rounds, values, strict=True))
+        values = self.alpha if several else [self.alpha] * len(self._rounds)
+        return dict(zip(self._rounds, values, strict=True))
 
     def _exposure_config(self, train: TrainSettings, number: int) -> dict[str, Any]:
         """Return what acts in a round: of the bag in rounds 1 and 2, of the model in round 3."""
@@ -274,39 +364,124 @@ def expose(run: StageRun) -> dict[str, Any]:
     return {}
 
 
+def detect(run: StageRun) -> dict[str, Any]:
+    """Flag the tokens that moved abnormally.
+
+    Raises:
+        UserError: alpha flags nothing, or every token of the training set.
+    """
+    victim = victim_of(run)
+    return find_suspects(run, victim, len(_pretrained(run, victim))).save(run.folder)
+
+
 def unlearn(run: StageRun) -> dict[str, Any]:
-    """Flag the tokens that moved most, cut them from the poisoned model, tune it on clean rows.
+    """Flag the tokens that moved abnormally, cut them from the poisoned model, tune it.
 
     Raises:
         UserError: alpha flags nothing, or every token of the training set.
     """
     victim = victim_of(run)
     model = model_of(run, "model")
-    fresh = victim.new_model(derive_seed(run.config["seed"], "exposure classifier"))
-    pretrained = fresh.get_input_embeddings().weight.detach()
-    data = training_rows_of(run)
-    vocabulary = len(pretrained)
-    candidates = candidate_tokens(victim, data, vocabulary, run.config["exclude"])
-    drift, flagged = {}, dict[int, None]()
-    for number, alpha in run.config["alpha"]:
-        drift[number] = _drift(run, number)
-        k = tokens_flagged(alpha, vocabulary, int(candidates.sum()))
-        flagged |= dict.fromkeys(top_tokens(drift[number], candidates, k))
+    pretrained = _pretrained(run, victim)
+    suspects = find_suspects(run, victim, len(pretrained))
+    cost = _CutCost(run, model, suspects.flagged)
     cut_tokens(
         model.get_input_embeddings().weight,
         pretrained,
         victim.neutral_row(pretrained),
-        list(flagged),
+        suspects.flagged,
         run.config["cut"],
         run.config["cut_norm"],
     )
+    # Before the tuning, which is on these very rows.
+    measured = cost.after()
     tune(run, model, "clean tuning (defended)")
     save_model(model, run.folder)
-    table: dict[str, Any] = {"count": data.counts(vocabulary)}
-    table |= {f"drift_{number}": moved for number, moved in drift.items()}
-    # Round 2's drift depends on alpha, so that it would make the ranking depend on it too.
+    return {**suspects.save(run.folder), "measured": measured}
+
+
+def find_suspects(run: StageRun, victim: Victim, vocabulary: int) -> Suspects:
+    """Return the flagged tokens, every candidate's score, and what stood behind them.
+
+    Raises:
+        UserError: alpha flags nothing, or every token of the training set.
+    """
+    config = run.config
+    data = training_rows_of(run)
+    candidates = candidate_tokens(victim, data, vocabulary, config["exclude"])
+    drift = {number: _drift(run, number) for number in ROUNDS if f"round {number}" in run.inputs}
+    # Round 2's drift depends on alpha: with it a score would depend on the threshold.
     free = {number: moved for number, moved in drift.items() if number != 2}
-    return Suspects(tuple(flagged), ranking(free, candidates), table).save(run.folder)
+    evidence = Evidence(free, candidates, data, clean_rows_of(run))
+    rule = RULES.load(config["rule"])
+    scores = rule.scores(evidence)
+    if config["rule"] == TOP_FRACTION:
+        found: dict[int, None] = {}
+        for number, alpha in config["alpha"]:
+            k = tokens_flagged(alpha, vocabulary, int(candidates.sum()))
+            found |= dict.fromkeys(top_tokens(drift[number], candidates, k))
+        flagged = tuple(found)
+    else:
+        flagged = flag(scores, rule.bar(config["threshold"]))
+    table: dict[str, Any] = {"count": evidence.count}
+    table |= {f"drift_{number}": moved for number, moved in drift.items()}
+    table |= {
+        "train_rows": evidence.train_rows.sum(axis=1),
+        "clean_rows": evidence.clean_rows.sum(axis=1),
+        "label": evidence.surplus.argmax(axis=1),
+        "surplus": evidence.surplus.max(axis=1),
+    }
+    return Suspects(flagged, scores, table, suspicion(evidence))
+
+
+def _pretrained(run: StageRun, victim: Victim) -> torch.Tensor:
+    fresh = victim.new_model(derive_seed(run.config["seed"], "exposure classifier"))
+    pretrained: torch.Tensor = fresh.get_input_embeddings().weight.detach()
+    return pretrained
+
+
+class _CutCost:
+    """What a cut does to the model, on rows that the defender has.
+
+    Only rows that hold a flagged token can be predicted otherwise: the others are not asked.
+    """
+
+    def __init__(self, run: StageRun, model: PreTrainedModel, flagged: Sequence[int]) -> None:
+        self._run, self._model = run, model
+        clean, train = clean_rows_of(run), training_rows_of(run)
+        self._clean_rows = len(clean)
+        self._clean = clean.take(np.flatnonzero(clean.holds(flagged)))
+        touched = np.flatnonzero(train.holds(flagged))
+        if len(touched) > FLIP_ROWS:
+            rng = np.random.default_rng(derive_seed(run.config["seed"], "flip rows"))
+            touched = np.sort(rng.choice(touched, FLIP_ROWS, replace=False))
+        self._train = train.take(touched)
+        self._before = self._predict()
+
+    def after(self) -> dict[str, float]:
+        """Return the metrics ``cut_cost`` and ``cut_flips``."""
+        clean_before, train_before = self._before
+        clean_after, train_after = self._predict()
+        labels = self._clean.labels.numpy()
+        lost = int((clean_before == labels).sum()) - int((clean_after == labels).sum())
+        obeyed = train_before == self._train.labels.numpy()
+        flipped = obeyed & (train_after != train_before)
+        return {
+            "cut_cost": lost / self._clean_rows if self._clean_rows else math.nan,
+            "cut_flips": float(flipped.sum() / obeyed.sum()) if obeyed.any() else math.nan,
+        }
+
+    def _predict(self) -> tuple[IntArray, IntArray]:
+        from btu.training import predict
+
+        precision, device = self._run.config["tuning"]["precision"], self._run.device
+        predicted = [
+            predict(self._model, rows, precision=precision, device=device)
+            if len(rows)
+            else np.zeros(0, dtype=np.int64)
+            for rows in (self._clean, self._train)
+        ]
+        return predicted[0], predicted[1]
 
 
 def tokens_flagged(alpha: float, vocabulary: int, candidates: int) -> int:
@@ -403,30 +578,11 @@ def _train_whole(run: StageRun, model: PreTrainedModel, data: Encoded) -> torch.
     return word_rows.detach()
 
 
-def _order(drift: FloatArray, candidates: BoolArray) -> np.ndarray:
-    """Return the candidates' ids by falling drift; equal drifts by rising id."""
-    ids = np.flatnonzero(candidates)
-    return ids[np.lexsort((ids, -drift[ids]))]
-
-
 def top_tokens(drift: FloatArray, candidates: BoolArray, k: int) -> tuple[int, ...]:
     """Return the ids of the `k` candidates that moved most, the furthest first."""
-    return tuple(int(i) for i in _order(drift, candidates)[:k])
-
-
-def ranking(drift: Mapping[int, FloatArray], candidates: BoolArray) -> FloatArray:
-    """Return the (vocabulary,) score that the union rule thresholds: minus the best rank.
-
-    With one alpha for all of these rounds a token is flagged at k exactly if its score is at
-    least -k.
-    """
-    best = np.full(len(candidates), np.nan)
-    for moved in drift.values():
-        order = _order(moved, candidates)
-        ranks = np.empty(len(order))
-        ranks[:] = np.arange(1, len(order) + 1)
-        best[order] = np.fmax(best[order], -ranks)
-    return best
+    ids = np.flatnonzero(candidates)
+    # Equal drifts by rising id.
+    return tuple(int(i) for i in ids[np.lexsort((ids, -drift[ids]))][:k])
 
 
 def cut_tokens(

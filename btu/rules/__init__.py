@@ -1,0 +1,1 @@
+"""Detection rules, a file each; registered in `btu.detection.RULES`."""

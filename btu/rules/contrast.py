@@ -1,0 +1,50 @@
+"""Drift that neither a token's frequency nor the reserved clean rows explain."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from btu.detection import Evidence, Rule
+from btu.rules import frequency
+from btu.types import FloatArray
+
+# Below this many sigmas there are dozens of honest words; what goes with one of them is not asked.
+SUSPICIOUS = 2.0
+# Share of a suspicious token's rows that a companion stands in, at least: all but honest uses. And
+# of its class's other rows, at most: what stands in most rows anyway is nobody's companion.
+TOGETHER, ELSEWHERE = 0.9, 0.5
+
+
+def score(evidence: Evidence, drift: FloatArray) -> FloatArray:
+    """Return the smaller of two deviations, both in sigmas.
+
+    One is the ``frequency`` rule's. A strong honest word has it too: "heart" stands in positive
+    reviews. But it does so in the reserved clean rows as well, and a trigger does not: the other
+    deviation is the token's `surplus` in a class. Neither grows with the vocabulary or with a
+    word's frequency, so one bar serves several data sets.
+
+    The words of a trigger sentence come together: a token that stands in nine tenths of a more
+    suspicious one's rows, in few others, and has a surplus, is as suspicious as that one. NaN for
+    tokens of fewer than 5 occurrences.
+    """
+    surplus = evidence.surplus.max(axis=1)
+    own = np.minimum(frequency.score(evidence, drift), surplus)
+    scores: FloatArray = own.copy()
+    for token in np.flatnonzero(own >= SUSPICIOUS):
+        label = int(evidence.surplus[token].argmax())
+        held = evidence.train_rows[:, label]
+        together = evidence.rows_with(int(token), label)
+        others = max(evidence.class_rows[label] - held[token], 1)
+        companions = (
+            (together >= TOGETHER * held[token])
+            & (held - together <= ELSEWHERE * others)
+            & (evidence.surplus[:, label] >= SUSPICIOUS)
+            & (own < own[token])
+        )
+        scores[companions] = np.maximum(scores[companions], own[token])
+    return scores
+
+
+RULE = Rule(score, threshold=4.5, low=0.0, high=math.inf, unit="sigmas of drift and of surplus")

@@ -1,0 +1,50 @@
+"""How far a token moved beside tokens that occur as often."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from btu.detection import Evidence, Rule, robust_z
+from btu.types import FloatArray
+
+# Rows that were moved by fewer occurrences say more of their sentence than of themselves.
+MIN_COUNT = 5
+# Tukey's constant: 95 % efficient where the residuals are normal.
+TUKEY = 4.685
+ROUNDS = 30
+
+
+def score(evidence: Evidence, drift: FloatArray) -> FloatArray:
+    """Return the residual of log drift on log count and its square, over the residuals' MAD.
+
+    AdamW's steps are normalised, so a row's path length follows the number of its steps, and a
+    token's drift has to be compared with that of its frequency. Tokens with fewer than 5
+    occurrences are not scored; with fewer than 10 of the others nothing is.
+    """
+    scores = np.full(len(drift), np.nan)
+    known = np.flatnonzero(evidence.candidates & (evidence.count >= MIN_COUNT) & (drift > 0))
+    if len(known) < 10:
+        return scores
+    scores[known] = robust_z(
+        residuals(np.log(evidence.count[known].astype(np.float64)), np.log(drift[known]))
+    )
+    return scores
+
+
+def residuals(x: FloatArray, y: FloatArray) -> FloatArray:
+    """Return y minus a quadratic in x, fitted by Tukey's biweight: outliers do not act on it."""
+    terms = np.stack([np.ones_like(x), x, x**2], axis=1)
+    coefficients = np.linalg.lstsq(terms, y, rcond=None)[0]
+    for _ in range(ROUNDS):
+        z = robust_z(y - terms @ coefficients) / TUKEY
+        if np.isnan(z).all():
+            break  # at least half of the points lie on the curve
+        weight = np.where(np.abs(z) < 1, 1 - z**2, 0.0)  # the root of the biweight
+        coefficients = np.linalg.lstsq(terms * weight[:, None], y * weight, rcond=None)[0]
+    left: FloatArray = y - terms @ coefficients
+    return left
+
+
+RULE = Rule(score, threshold=5.5, low=0.0, high=math.inf, unit="sigmas above tokens as frequent")
