@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,12 +45,14 @@ class Suspects:
     scores: (vocabulary,) the ranking behind `flagged`, higher is more suspicious, NaN for what is
     no candidate; None where there is no ranking. table: further (vocabulary,) columns worth
     keeping, by name. rows: (training rows,) how suspicious each row is; None where it is not said.
+    row_bar: from where a row counts as flagged.
     """
 
     flagged: tuple[int, ...]
     scores: FloatArray | None = None
     table: Mapping[str, FloatArray | IntArray] = field(default_factory=dict)
     rows: FloatArray | None = None
+    row_bar: float = math.nan
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the columns into a stage's folder; return what belongs into its facts."""
@@ -63,7 +66,8 @@ class Suspects:
             pq.write_table(pa.table(columns), folder / SUSPECTS)
         if self.rows is not None:
             pq.write_table(pa.table({"suspicion": self.rows}), folder / ROWS)
-        return {"flagged": list(self.flagged)}
+        bar = None if math.isnan(self.row_bar) else self.row_bar
+        return {"flagged": list(self.flagged), "row_bar": bar}
 
     @classmethod
     def load(cls, folder: Path, facts: Mapping[str, Any]) -> Suspects | None:
@@ -79,7 +83,14 @@ class Suspects:
         rows = None
         if (folder / ROWS).is_file():
             rows = pq.read_table(folder / ROWS)["suspicion"].to_numpy()
-        return cls(tuple(facts["flagged"]), columns.pop("score", None), columns, rows)
+        bar = facts.get("row_bar")
+        return cls(
+            tuple(facts["flagged"]),
+            columns.pop("score", None),
+            columns,
+            rows,
+            math.nan if bar is None else bar,
+        )
 
 
 class Defense(Protocol):

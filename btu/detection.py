@@ -22,9 +22,9 @@ from btu.types import BoolArray, FloatArray, IntArray
 if TYPE_CHECKING:
     from btu.training import Encoded
 
-# Of the suspicion of a row: chance surpluses below the floor add up in long rows; and the weight
-# of the label's odds, whose tails are longer.
-SURPLUS_FLOOR, CONTRADICTION = 1.5, 0.5
+# Of the suspicion of a row: chance surpluses below the floor would add up in long rows; the weight
+# of the label's odds, whose tails are longer; the share of clean rows that reach the bar.
+SURPLUS_FLOOR, CONTRADICTION, CLEAN_SUSPECTED = 1.5, 0.25, 0.001
 # Share of a normal distribution's deviation that the median absolute deviation is.
 MAD_PER_SIGMA = 0.6745
 
@@ -76,13 +76,18 @@ class Evidence:
     def surplus(self) -> FloatArray:
         """(V, classes) `surplus_by_class` of the training rows over the clean ones."""
         return surplus_by_class(
-            self.train_rows, self.clean_rows, self.class_rows, self._sizes(self.clean)
+            self.train_rows, self.clean_rows, self.class_rows, self.clean_class_rows
         )
 
     @cached_property
     def class_rows(self) -> IntArray:
         """(classes,) training rows of each class."""
         return self._sizes(self.train)
+
+    @cached_property
+    def clean_class_rows(self) -> IntArray:
+        """(classes,) clean rows of each class."""
+        return self._sizes(self.clean)
 
     def _sizes(self, rows: Encoded) -> IntArray:
         sizes: IntArray = np.bincount(rows.labels.cpu().numpy(), minlength=self.classes)
@@ -159,28 +164,54 @@ def suspicion(evidence: Evidence) -> FloatArray:
     """Return how suspicious each training row is: (rows,), from its tokens alone.
 
     The sum of two things. The surplus of its tokens in the row's own class, as far as it is above
-    1.5 sigmas: the row holds what the clean rows of its class do not. And the log odds, by the
-    words of the clean rows, that another class's label would have suited it better: a relabeled
-    row reads like the class that it was taken from, whatever its trigger is.
+    1.5 sigmas: the row holds what the clean rows of its class do not. And, at a quarter of its
+    weight, the log odds by the words of the clean rows that another class's label would have
+    suited it better: a relabeled row reads like the class that it was taken from, whatever its
+    trigger is.
     """
-    rows, tokens = evidence.pairs
-    labels = evidence.train.labels.cpu().numpy()
-    surplus = evidence.surplus[tokens, labels[rows]]
-    above = np.maximum(surplus - SURPLUS_FLOOR, 0.0)
-    total = np.bincount(rows, above, minlength=len(labels)).astype(np.float64)
-    reserved = np.bincount(evidence.clean.labels.cpu().numpy(), minlength=evidence.classes)
+    return _suspicion(evidence, evidence.train, evidence.pairs, own=0)
+
+
+def suspicion_bar(evidence: Evidence) -> float:
+    """Return the suspicion that one in a thousand of the reserved clean rows reaches.
+
+    Each is looked at as if it were a training row, without its own share in the clean rows' words.
+    Training rows from here up count as flagged. NaN without clean rows.
+    """
+    clean = evidence.clean
+    if not len(clean):
+        return math.nan
+    pairs = rows_and_tokens(clean, len(evidence.candidates))
+    return float(np.quantile(_suspicion(evidence, clean, pairs, own=1), 1 - CLEAN_SUSPECTED))
+
+
+def _suspicion(
+    evidence: Evidence, data: Encoded, pairs: tuple[IntArray, IntArray], own: int
+) -> FloatArray:
+    """own: how many of the clean rows that are counted a row of `data` itself is, 0 or 1."""
+    rows, tokens = pairs
+    count = len(data)
+    labels = data.labels.cpu().numpy()
+    above = np.maximum(evidence.surplus[tokens, labels[rows]] - SURPLUS_FLOOR, 0.0)
+    total = np.bincount(rows, above, minlength=count)
     # Naive Bayes over the words that occur, with one more row of each kind than there is.
-    occurs = np.log((evidence.clean_rows + 1) / (reserved + 2))
+    sizes = evidence.clean_class_rows
+    occurs = np.log((evidence.clean_rows + 1) / (sizes + 2))
     fit = np.stack(
         [
-            np.bincount(rows, occurs[tokens, label], minlength=len(labels))
+            np.bincount(rows, occurs[tokens, label], minlength=count)
             for label in range(evidence.classes)
         ],
         axis=1,
     )
-    own = fit[np.arange(len(labels)), labels]
-    fit[np.arange(len(labels)), labels] = -np.inf
-    result: FloatArray = total + CONTRADICTION * (fit.max(axis=1) - own)
+    at = np.arange(count), labels
+    label_of = labels[rows]
+    without = np.log(
+        (evidence.clean_rows[tokens, label_of] - own + 1) / (sizes[label_of] - own + 2)
+    )
+    given = np.bincount(rows, without, minlength=count)
+    fit[at] = -np.inf
+    result: FloatArray = total + CONTRADICTION * (fit.max(axis=1) - given)
     return result
 
 

@@ -37,6 +37,11 @@ METRICS: dict[str, Metric] = {
     "sample_recall": Metric("poisoned training rows that hold a flagged token", True),
     "sample_f1": Metric("harmonic mean of sample precision and recall", True),
     "sample_auroc": Metric("poisoned rows are more suspicious than others: area under ROC", True),
+    "suspicion_precision": Metric(
+        "training rows over the bar of suspicion that are poisoned", True
+    ),
+    "suspicion_recall": Metric("poisoned training rows that are over the bar of suspicion", True),
+    "suspicion_f1": Metric("harmonic mean of suspicion precision and recall", True),
     "cut_cost": Metric("accuracy on the reserved clean rows that the cut alone costs", False),
     "cut_flips": Metric(
         "training rows with a flagged token that leave their label by the cut", None
@@ -58,7 +63,11 @@ METRICS: dict[str, Metric] = {
 }
 _PROPORTIONS = [
     f"{state}{name}" for state in ("", "undefended_", "tuned_") for name in ("asr", "cacc", "ftr")
-] + [f"{what}_{name}" for what in ("detection", "sample") for name in ("precision", "recall")]
+] + [
+    f"{what}_{name}"
+    for what in ("detection", "sample", "suspicion")
+    for name in ("precision", "recall")
+]
 for _name in _PROPORTIONS:
     METRICS[f"{_name}_low"] = Metric(f"lower end of the 95 % Wilson interval of {_name}", None)
     METRICS[f"{_name}_high"] = Metric(f"upper end of the 95 % Wilson interval of {_name}", None)

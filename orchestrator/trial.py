@@ -123,6 +123,9 @@ def detection_metrics(
         found["detection_auprc"] = average_precision(suspects.scores, truth)
     if suspects.rows is not None:
         found["sample_auroc"] = area_under_roc(suspects.rows, mask)
+        # NaN is reached by no row.
+        suspicious = suspects.rows >= suspects.row_bar
+        found |= row_detection(suspicious, mask).as_metrics("suspicion")
     return found
 
 

@@ -57,7 +57,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from btu.defense import Suspects
-from btu.detection import DEFAULT_RULE, RULES, Evidence, flag, suspicion
+from btu.detection import DEFAULT_RULE, RULES, Evidence, flag, suspicion, suspicion_bar
 from btu.errors import UserError, unknown
 from btu.foundation import (
     Foundation,
@@ -431,7 +431,7 @@ def find_suspects(run: StageRun, victim: Victim, vocabulary: int) -> Suspects:
         "label": evidence.surplus.argmax(axis=1),
         "surplus": evidence.surplus.max(axis=1),
     }
-    return Suspects(flagged, scores, table, suspicion(evidence))
+    return Suspects(flagged, scores, table, suspicion(evidence), suspicion_bar(evidence))
 
 
 def _pretrained(run: StageRun, victim: Victim) -> torch.Tensor:
