@@ -389,7 +389,8 @@ def survey(
             models += size or 0
             largest = max(largest, size or 0)
     for cell in missing:
-        for stage in (*cell.inputs.values(), cell):
+        # By key: without a defense one evaluation has two names.
+        for stage in {s.key: s for s in (*cell.inputs.values(), cell)}.values():
             naive[stage.name] = naive.get(stage.name, 0) + 1
             naive_total += seconds(stage) or 0.0
     known = not unmeasured
