@@ -153,8 +153,10 @@ def _show_plan(sweep: Sweep, planner: Planner, planned: Plan, limit: int) -> Non
     total = len(planned.cells)
     to_run = total - work.done - len(work.failed)
     _say(f"search: {sweep.describe()}")
+    controls = f", {planned.controls} of them controls" if planned.controls else ""
     _say(
-        f"{_cells(total)}: {work.done} done, {to_run} to run, {len(work.failed)} failed earlier; "
+        f"{_cells(total)}{controls}: {work.done} done, {to_run} to run, "
+        f"{len(work.failed)} failed earlier; "
         f"{len(planned.refused)} refused, {planned.duplicates} duplicates folded."
     )
     if not to_run:
@@ -246,12 +248,14 @@ def trial(sweep: SweepFile, overrides: Overrides = None) -> None:
     Example: `btu trial sweeps/quickstart.yaml attack.name=badnets defense.alpha=0.0005 seed=0`
     """
     import tempfile
+    from dataclasses import replace
 
     from orchestrator.config import load_sweep, pins
     from orchestrator.plan import plan_sweep
     from orchestrator.progress import StageProgress
 
-    loaded = load_sweep(sweep, overrides or [])
+    # Controls would be further cells.
+    loaded = replace(load_sweep(sweep, overrides or []), controls=())
     open_axes = loaded.open_axes()
     if open_axes:
         example = pins({key: values[0] for key, values in open_axes.items()})
