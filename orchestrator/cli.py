@@ -415,15 +415,17 @@ def report(
     ] = False,
     output: Output = "runs",
 ) -> None:
-    """Print a sweep's results, a row per cell.
+    """Print a sweep's results, a row per cell, and what speaks against reading some of them.
 
     Example: `btu report quickstart --mean --format markdown > table.md`
     """
+    from orchestrator.guards import summary
     from orchestrator.report.table import mean_over_seeds, render, results_table
     from orchestrator.results import find_sweep
 
     results = find_sweep(output, name, _warn)
-    table = results_table(results.records())
+    records = list(results.records())
+    table = results_table(records)
     if table.empty:
         raise UserError(f"sweep '{name}' has no finished cell yet; launch it first.")
     text = render(mean_over_seeds(table) if mean else table, style.value)
@@ -431,6 +433,8 @@ def report(
     reasons = Counter(record["reason"].splitlines()[0] for record in results.failures())
     for reason, count in reasons.items():
         _warn(f"{count} failed cells are not in the table: {reason}")
+    for line in summary(records):
+        _warn(line)
 
 
 @app.command(name="list")
