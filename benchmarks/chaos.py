@@ -35,6 +35,7 @@ grid:
   attack.name: [badnets, addsent]
   defense.alpha: [0.0001, 0.0002, 0.0003, 0.0004, 0.0005, 0.0006, 0.0007, 0.0008, 0.0009, 0.001]
   seed: [0, 1]
+controls: []
 """
 
 

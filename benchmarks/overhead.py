@@ -57,6 +57,7 @@ def measure(cells: int, folder: Path) -> dict[str, float]:
     file = folder / "overhead.yaml"
     file.write_text(
         f"name: n{cells}\noutput: {folder / 'runs'}\ngrid: {{seed: {list(range(cells))}}}\n"
+        "controls: []\n"
     )
     sweep = load_sweep(file)
     plan = Plan()

@@ -24,6 +24,7 @@ grid:
   attack.poison_rate: [0.01, 0.02, 0.05, 0.1, 0.15]
   defense.alpha: {alphas}
   seed: {seeds}
+controls: []
 """
 
 

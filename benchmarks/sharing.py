@@ -25,6 +25,7 @@ data:
 victim: {{name: offline, max_length: 128}}
 attack: {{name: badnets, poison_rate: 0.1, target_label: 1}}
 grid: {{defense.alpha: {alphas}}}
+controls: []
 """
 
 

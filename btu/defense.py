@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 DEFENSES: Registry[type[Defense]] = Registry(
     "defense",
-    [("btu", "btu.defenses.token_unlearning:TokenUnlearning", "Backdoor Token Unlearning")],
+    [
+        ("btu", "btu.defenses.token_unlearning:TokenUnlearning", "Backdoor Token Unlearning"),
+        ("none", "btu.defenses.none:NoDefense", "nothing is done: the control"),
+    ],
 )
 
 SUSPECTS, ROWS = "suspects.parquet", "rows.parquet"
@@ -112,8 +115,9 @@ class Defense(Protocol):
 
         Its result holds the defended model (`btu.foundation.save_model`) and, where the defense
         looks for tokens, what it found (`Suspects.save`, its return value among the stage's
-        facts). Whatever does not depend on a threshold belongs into stages of its own, which all
-        thresholds then share. Names are unique within a cell. Called while planning: imports no
+        facts). One that changes nothing returns the foundation's own model. Whatever does not
+        depend on a threshold belongs into stages of its own, which all thresholds then share.
+        Names are unique within a cell. Called while planning: imports no
         torch.
         """
         ...

@@ -14,6 +14,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from btu.data import DataSpec, load_corpus
 from btu.errors import UserError
 from btu.foundation import (
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 # Raised when what a stage computes changes: results of an earlier version are then not reused.
 POISON_VERSION = 2
+UNPOISONED_VERSION = 1
 TRIGGERED_ROWS_VERSION = 1
 TRAINING_ROWS_VERSION = 2
 CLEAN_ROWS_VERSION = 1
@@ -150,6 +153,16 @@ def prepare(
                 f"attack '{poison.name}': poison_stages must keep the names 'poison' and "
                 f"'triggered rows', by which the scorer finds them, got {names}."
             )
+    if poison.poison_rate == 0:
+        # No attack is at work on these rows: all attacks share one clean model.
+        poisoned = Stage(
+            "poison",
+            "btu.recipe:unpoisoned_rows",
+            UNPOISONED_VERSION,
+            {"data": data_fingerprints["train"]},
+            where={"data": where_data},
+            kind="host",
+        )
     reads = {"identity": victim_identity, "max_length": victim.max_length}
     rows = Stage(
         "training rows",
@@ -253,6 +266,19 @@ def poison_rows(run: StageRun) -> dict[str, Any]:
         "poison_rate": poisoned.poison_rate,
         "poisoned_rows": int(poisoned.mask.sum()),
         "relabeled_rows": poisoned.relabeled,
+        "label_names": list(corpus.label_names),
+    }
+
+
+def unpoisoned_rows(run: StageRun) -> dict[str, Any]:
+    """Hand the training rows on as they are: what every attack does at rate 0."""
+    corpus = corpus_of(run, "train")
+    write_rows(run.folder / TRAIN, corpus.train)
+    write_table(run.folder / HIDDEN, {"poisoned": np.zeros(len(corpus.train), dtype=bool)})
+    return {
+        "poison_rate": 0.0,
+        "poisoned_rows": 0,
+        "relabeled_rows": 0,
         "label_names": list(corpus.label_names),
     }
 

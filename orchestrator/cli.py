@@ -153,8 +153,10 @@ def _show_plan(sweep: Sweep, planner: Planner, planned: Plan, limit: int) -> Non
     total = len(planned.cells)
     to_run = total - work.done - len(work.failed)
     _say(f"search: {sweep.describe()}")
+    controls = f", {planned.controls} of them controls" if planned.controls else ""
     _say(
-        f"{_cells(total)}: {work.done} done, {to_run} to run, {len(work.failed)} failed earlier; "
+        f"{_cells(total)}{controls}: {work.done} done, {to_run} to run, "
+        f"{len(work.failed)} failed earlier; "
         f"{len(planned.refused)} refused, {planned.duplicates} duplicates folded."
     )
     if not to_run:
@@ -246,12 +248,14 @@ def trial(sweep: SweepFile, overrides: Overrides = None) -> None:
     Example: `btu trial sweeps/quickstart.yaml attack.name=badnets defense.alpha=0.0005 seed=0`
     """
     import tempfile
+    from dataclasses import replace
 
     from orchestrator.config import load_sweep, pins
     from orchestrator.plan import plan_sweep
     from orchestrator.progress import StageProgress
 
-    loaded = load_sweep(sweep, overrides or [])
+    # Controls would be further cells.
+    loaded = replace(load_sweep(sweep, overrides or []), controls=())
     open_axes = loaded.open_axes()
     if open_axes:
         example = pins({key: values[0] for key, values in open_axes.items()})
@@ -411,15 +415,17 @@ def report(
     ] = False,
     output: Output = "runs",
 ) -> None:
-    """Print a sweep's results, a row per cell.
+    """Print a sweep's results, a row per cell, and what speaks against reading some of them.
 
     Example: `btu report quickstart --mean --format markdown > table.md`
     """
+    from orchestrator.guards import summary
     from orchestrator.report.table import mean_over_seeds, render, results_table
     from orchestrator.results import find_sweep
 
     results = find_sweep(output, name, _warn)
-    table = results_table(results.records())
+    records = list(results.records())
+    table = results_table(records)
     if table.empty:
         raise UserError(f"sweep '{name}' has no finished cell yet; launch it first.")
     text = render(mean_over_seeds(table) if mean else table, style.value)
@@ -427,6 +433,8 @@ def report(
     reasons = Counter(record["reason"].splitlines()[0] for record in results.failures())
     for reason, count in reasons.items():
         _warn(f"{count} failed cells are not in the table: {reason}")
+    for line in summary(records):
+        _warn(line)
 
 
 @app.command(name="list")

@@ -124,10 +124,19 @@ NAMED_SECTIONS: dict[str, tuple[type, Registry[Any]]] = {
     "attack": (PoisonSpec, ATTACKS),
     "defense": (DefenseSpec, DEFENSES),
 }
-SCALARS = ("name", "output", "seed")
+SCALARS = ("name", "output", "seed", "controls")
 NOT_SWEPT = ("resources", "tracking", "store")
 # Of the sweep as a whole: no part of what a cell is.
 NOT_IN_CELLS = ("tracking", "store")
+
+
+# Cells that come by themselves beside those of the sweep: what makes them of a cell, by name.
+CONTROLS: dict[str, dict[str, Any]] = {
+    "no_poison": {"attack.poison_rate": 0.0},
+    "no_defense": {"defense.name": "none"},
+}
+# The coordinate that says which control a cell is; no setting.
+CONTROL = "control"
 
 
 # Ways to search ----------------------------------------------------------------------------------
@@ -294,7 +303,10 @@ class TrialSpec:
 
 @dataclass(frozen=True)
 class Cell:
-    """A point of the sweep, before it is resolved. varied: its coordinates, by dotted key."""
+    """A point of the sweep, before it is resolved.
+
+    varied: its coordinates, by dotted key; of a control also which one it is.
+    """
 
     varied: Mapping[str, Any]
     config: Mapping[str, Any]
@@ -306,7 +318,8 @@ class Sweep:
 
     output: an absolute folder or a URL. grid: axes of which every combination is a cell. zipped:
     axes of which the i-th values go together. listed: cells one by one; an entry that lacks a key
-    of another one has the file's value of it, if there is one. base: the settings of all cells.
+    of another one has the file's value of it, if there is one. controls: names of `CONTROLS` that
+    every cell gets. base: the settings of all cells.
     text: the file with the overrides applied, as YAML, for the record. Without `tracking`, whose
     URI may hold a password.
     """
@@ -321,6 +334,7 @@ class Sweep:
     listed: Sequence[Mapping[str, Any]]
     random: RandomSpec | None
     optuna: OptunaSpec | None
+    controls: tuple[str, ...]
     base: Mapping[str, Any]
     text: str
 
@@ -352,6 +366,19 @@ class Sweep:
     def expand(self, suggested: Mapping[str, Any]) -> list[Cell]:
         """Return the cells of one suggestion, whose coordinates come first."""
         return list(self._expand(suggested))
+
+    def controls_of(self, cells: Iterable[Mapping[str, Any]]) -> Iterator[Cell]:
+        """Yield the controls of cells, given by their coordinates; of equal ones the first.
+
+        A control has the coordinates of its cell, but for those that make it one.
+        """
+        known = set()
+        for varied, name in itertools.product(cells, self.controls):
+            made = {**varied, **CONTROLS[name], CONTROL: name}
+            acts = json.dumps(shown_coordinates(made), sort_keys=True)
+            if acts not in known:
+                known.add(acts)
+                yield self._cell(made)
 
     def describe(self) -> str:
         """Return in words what is searched and how many cells that makes."""
@@ -407,10 +434,13 @@ class Sweep:
             varied = dict(suggested)
             for point in points:
                 varied |= point
-            config = _copied(self.base)
-            for key, value in varied.items():
-                assign(config, key, value)
-            yield Cell(varied, config)
+            yield self._cell(varied)
+
+    def _cell(self, varied: Mapping[str, Any]) -> Cell:
+        config = _copied(self.base)
+        for key, value in settings(varied).items():
+            assign(config, key, value)
+        return Cell(varied, config)
 
 
 def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
@@ -430,7 +460,7 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
     pinned: dict[str, list[Any]] = {}
     for key, value in _parse_overrides(overrides):
         if not search.override(key, value):
-            pinned.setdefault(key, []).extend(search.pin(key))
+            pinned.setdefault(key, []).extend([*search.pin(key), _lookup(config, key)])
             assign(config, key, value)
     search.finish()
     config.setdefault("name", Path(path).stem)
@@ -451,6 +481,8 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
     tracking = _typed("tracking", TrackingSpec, config.pop("tracking", None) or {})
     keeping = config.pop("store", None) or {}
     shown = {"name": name, "output": written, **config}
+    optuna = search.optuna()
+    controls = _controls(config, optuna)
     if keeping:
         shown["store"] = keeping
     return Sweep(
@@ -463,7 +495,8 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
         search.zipped,
         _filled(search.listed or [], config),
         search.random(),
-        search.optuna(),
+        optuna,
+        controls,
         config,
         yaml.safe_dump(shown | search.written(), sort_keys=False),
     )
@@ -524,11 +557,22 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def settings(varied: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the coordinates that are settings: all but which control a cell is."""
+    return {key: value for key, value in varied.items() if key != CONTROL}
+
+
+def shown_coordinates(varied: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the coordinates that tell a cell from others; of no defense there are no settings."""
+    idle = varied.get(CONTROL) == "no_defense"
+    return {key: v for key, v in varied.items() if not (idle and key.startswith("defense."))}
+
+
 def pins(varied: Mapping[str, Any]) -> str:
     """Return coordinates as overrides that a shell takes as they are."""
     return " ".join(
         shlex.quote(f"{key}={v if isinstance(v, str) else json.dumps(v, separators=(',', ':'))}")
-        for key, v in varied.items()
+        for key, v in settings(varied).items()
     )
 
 
@@ -609,6 +653,34 @@ def _filled(
     keys = dict.fromkeys(itertools.chain(*entries))
     filled = [{key: entry.get(key, _lookup(config, key)) for key in keys} for entry in entries]
     return [{k: v for k, v in entry.items() if v is not _ABSENT} for entry in filled]
+
+
+def _controls(config: dict[str, Any], optuna: OptunaSpec | None) -> tuple[str, ...]:
+    """Take the key `controls` out of the file; return the controls that its cells get.
+
+    Raises:
+        UserError: one is unknown, or the sweep cannot have any.
+    """
+    written = config.pop("controls", _ABSENT)
+    if written is _ABSENT:
+        # Suggestions are there to be compared with each other.
+        return () if optuna is not None else tuple(CONTROLS)
+    if written is None or written is False:
+        return ()
+    if not isinstance(written, list):
+        raise UserError(
+            f"controls must be a list of {' and '.join(CONTROLS)}, or false for none, got "
+            f"{written!r}."
+        )
+    for name in written:
+        if name not in list(CONTROLS):  # it may be anything, a mapping too
+            raise unknown("control", str(name), CONTROLS)
+    if written and optuna is not None:
+        raise UserError(
+            f"controls {', '.join(written)} cannot be had of cells that Optuna suggests; leave the "
+            "key out, and launch a second sweep without optuna for them."
+        )
+    return tuple(dict.fromkeys(written))
 
 
 def _output(written: Any) -> str:
@@ -897,7 +969,8 @@ def _names_in_use(
 ) -> dict[str, list[str]]:
     """Return the attacks and defenses that any cell names; unknown ones are errors here.
 
-    Names on an axis that an override pinned count too: the file holds their keys.
+    Names that an override replaced, on an axis or by themselves, count too: the file holds their
+    keys.
     """
     names = {}
     for section, (schema, registry) in NAMED_SECTIONS.items():

@@ -71,10 +71,12 @@ class Graph:
         stages = list(evaluation(prepared, defended, "defended", kind="cell").closure())
         # All but the evaluation, which stands last and is the scorer's.
         _refuse_hidden(spec.defense.name, stages[:-1], prepared)
+        given = {stage.key: stage for stage in inputs.values()}
         for stage in stages:
-            # One object a key: keys of shared stages are then computed once.
-            stage = self._stages.setdefault(stage.key, stage)
-            if inputs.setdefault(stage.name, stage).key != stage.key:
+            # One object a key: keys of shared stages are then computed once. Without a defense the
+            # scores of the defended model are those of the undefended one, under two names.
+            one = given.get(stage.key) or self._stages.setdefault(stage.key, stage)
+            if inputs.setdefault(stage.name, one).key != one.key:
                 raise ValueError(
                     f"defense '{spec.defense.name}' has two stages named '{stage.name}'."
                 )

@@ -20,7 +20,7 @@ from btu.poisoning import choose_rows
 from btu.stages import Stage
 from btu.types import Corpus
 from btu.victims import VictimSource, VictimSpec, find_victim, weight_files
-from orchestrator.config import Cell, ResourceSpec, Sweep, TrialSpec, resolve
+from orchestrator.config import CONTROL, Cell, ResourceSpec, Sweep, TrialSpec, resolve
 from orchestrator.graph import Graph
 
 # What a stage takes on disk beside models: tables, token ids, records. Measured on SST-2.
@@ -53,12 +53,18 @@ class RefusedCell:
 class Plan:
     """What a sweep comes to.
 
-    duplicates: cells that differ in keys that do not act for them; each runs once.
+    duplicates: cells that differ in keys that do not act for them; each runs once. Controls that
+    are there already are not counted.
     """
 
     cells: dict[str, PlannedCell] = field(default_factory=dict)
     refused: list[RefusedCell] = field(default_factory=list)
     duplicates: int = 0
+
+    @property
+    def controls(self) -> int:
+        """How many of the cells are controls."""
+        return sum(CONTROL in cell.varied for cell in self.cells.values())
 
 
 class _Loaded(NamedTuple):
@@ -92,7 +98,7 @@ class Planner:
                 plan.refused.append(RefusedCell(cell.varied, str(error)))
                 continue
             if stage.key in plan.cells:
-                plan.duplicates += 1
+                plan.duplicates += CONTROL not in cell.varied
                 continue
             planned = plan.cells[stage.key] = PlannedCell(stage, spec, cell.varied)
             new.append(planned)
@@ -158,7 +164,8 @@ class Planner:
 def _check_attack(spec: TrialSpec, corpus: Corpus) -> None:
     target = corpus.label_index(spec.poison.target_label)
     attack = spec.build_attack()
-    choose_rows(attack, spec.poison, corpus.train, target, spec.seed)
+    if spec.poison.poison_rate > 0:
+        choose_rows(attack, spec.poison, corpus.train, target, spec.seed)
     attackable = attack.candidates(corpus.eval)
     if not (np.asarray(corpus.eval.labels)[attackable] != target).any():
         raise UserError(
@@ -173,7 +180,7 @@ def _vocabulary(victim: VictimSource) -> int | None:
 
 
 def plan_sweep(sweep: Sweep, planner: Planner | None = None) -> Plan:
-    """Resolve and check every cell of a sweep.
+    """Resolve and check every cell of a sweep, and the controls of those that can run.
 
     The plan of a sweep that Optuna searches is empty: its cells come as it goes. One suggestion is
     checked as an example (`example_plan`).
@@ -188,6 +195,7 @@ def plan_sweep(sweep: Sweep, planner: Planner | None = None) -> Plan:
     plan = Plan()
     planner.add(plan, sweep.cells())
     _refuse_empty(sweep, plan)
+    planner.add(plan, sweep.controls_of([cell.varied for cell in plan.cells.values()]))
     return plan
 
 
@@ -389,7 +397,8 @@ def survey(
             models += size or 0
             largest = max(largest, size or 0)
     for cell in missing:
-        for stage in (*cell.inputs.values(), cell):
+        # By key: without a defense one evaluation has two names.
+        for stage in {s.key: s for s in (*cell.inputs.values(), cell)}.values():
             naive[stage.name] = naive.get(stage.name, 0) + 1
             naive_total += seconds(stage) or 0.0
     known = not unmeasured

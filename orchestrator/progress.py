@@ -12,6 +12,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
 from btu.types import Progress
+from orchestrator.config import shown_coordinates
 from orchestrator.schedule import CELL, ENDED, Schedule, State
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def label(varied: Mapping[str, Any]) -> str:
         return "the cell"
     return " ".join(
         str(value) if key == "attack.name" else f"{key.split('.')[-1]}={value}"
-        for key, value in varied.items()
+        for key, value in shown_coordinates(varied).items()
     )
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from btu.errors import UserError, unknown
 from btu.provenance import code_version
-from orchestrator.config import Sweep, assign, resolve
+from orchestrator.config import CONTROL, Sweep, assign, resolve, settings
 from orchestrator.storage import Storage, open_storage
 from orchestrator.store import Damaged, Missing, Store, loads, with_nan
 
@@ -48,7 +48,7 @@ class Launched:
     def config(self) -> dict[str, Any]:
         """Return the resolved config of the cell."""
         config = copy.deepcopy(dict(self.base))
-        for key, value in self.varied.items():
+        for key, value in settings(self.varied).items():
             assign(config, key, value)
         return resolve(config).config()
 
@@ -89,6 +89,9 @@ class Results:
         for name in self.storage.names(f"{self.name}/{PLANS}"):
             plan = json.loads(self.storage.read(f"{self.name}/{PLANS}/{name}"))
             for cell in plan["cells"]:
+                # What one launch had as a control, another asked for by itself.
+                if cell["key"] in found and CONTROL in cell["varied"]:
+                    continue
                 found[cell["key"]] = Launched(
                     cell["key"], cell["varied"], cell["stages"], plan["base"]
                 )

@@ -38,7 +38,8 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from btu.errors import UserError
-from orchestrator.config import Sweep, flatten, pins
+from orchestrator.config import CONTROL, Sweep, flatten, pins, shown_coordinates
+from orchestrator.guards import joined, marks
 from orchestrator.lease import LEFTOVER_S
 from orchestrator.results import (
     CONFIG,
@@ -420,16 +421,10 @@ class Tracker:
         self._client.set_tag(run_id, "reason", record["reason"][:TAG_CHARACTERS])
 
     def _start(self, record: Mapping[str, Any]) -> str:
-        tags = {
-            "mlflow.source.name": "btu",
-            "mlflow.note.content": _run_note(record),
-            "cell": record["key"],
-            **record["tags"],
-        }
         run = self._client.create_run(
             self._id,
             start_time=_milliseconds(record["started"]),
-            tags={k: str(v)[:TAG_CHARACTERS] for k, v in tags.items()},
+            tags={k: str(v)[:TAG_CHARACTERS] for k, v in run_tags(record).items()},
             run_name=run_name(record),
         )
         return str(run.info.run_id)
@@ -582,11 +577,24 @@ def _record_id(record: Mapping[str, Any]) -> str:
 
 def run_name(record: Mapping[str, Any]) -> str:
     """Return what tells the cell from its siblings: ``badnets poison_rate=0.1 seed=0``."""
-    config, varied = record["config"], record["varied"]
+    config, varied = record["config"], shown_coordinates(record["varied"])
     parts = [
         f"{key.split('.')[-1]}={value}" for key, value in varied.items() if key != "attack.name"
     ]
     return " ".join([config["attack"]["name"], *parts])
+
+
+def run_tags(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run is told apart and found by, and what speaks against reading it."""
+    varied, found = record["varied"], marks(record)
+    return {
+        "mlflow.source.name": "btu",
+        "mlflow.note.content": _run_note(record),
+        "cell": record["key"],
+        **({CONTROL: varied[CONTROL]} if CONTROL in varied else {}),
+        **({"marks": joined(found)} if found else {}),
+        **record["tags"],
+    }
 
 
 def _run_note(record: Mapping[str, Any]) -> str:
@@ -594,6 +602,7 @@ def _run_note(record: Mapping[str, Any]) -> str:
         f"Cell `{record['key']}` of sweep `{record['sweep']}`. Again, in one process: "
         f"`btu trial SWEEP.yaml {pins(record['varied'])}`, or with the artifact: "
         "`btu trial config.yaml`."
+        + "".join(f"\n\n**{mark.name}**: {mark.detail}." for mark in marks(record))
     )
 
 

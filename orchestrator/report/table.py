@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from btu.errors import unknown
-from orchestrator.config import flatten
+from orchestrator.config import CONTROL, flatten
+from orchestrator.guards import GUARDS, joined, marks
 
 FORMATS = ("table", "csv", "json", "markdown", "latex")
 # Table column -> dotted config key.
@@ -33,6 +34,7 @@ METRIC_COLUMNS = (
     "tuned_cacc",
     "seconds",
 )
+MARKS = "marks"
 RECIPE = "revision.recipe"
 # Shown as they are; every other metric is a fraction and is shown in percent.
 PLAIN = ("flagged", "seconds")
@@ -43,7 +45,8 @@ def results_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
     Beside the fixed columns there is one for every further key that the sweep varies, or that
     differs between its cells because it was launched with other settings before: rows of
-    different settings must not look alike, nor be averaged.
+    different settings must not look alike, nor be averaged. So is a control told from other cells.
+    The last column says what speaks against reading a row (`orchestrator.guards`).
     """
     records = [_with_revisions(record) for record in records]
     keys = dict.fromkeys(key for record in records for key in record["varied"])
@@ -56,11 +59,12 @@ def results_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     for record in records:
         row = {name: _plain(_lookup(record, key)) for name, key in CONFIG_COLUMNS.items()}
         row |= {key: _plain(_lookup(record, key)) for key in extra}
-        row |= {name: record["metrics"].get(name, float("nan")) for name in METRIC_COLUMNS}
+        metrics = record.get("metrics") or {}
+        row |= {name: metrics.get(name, float("nan")) for name in METRIC_COLUMNS}
+        row[MARKS] = joined(marks(record))
         rows.append(row)
-    columns = [*list(CONFIG_COLUMNS)[:-1], *extra, "seed", *METRIC_COLUMNS]
-    table = pd.DataFrame(rows, columns=columns)
-    order = [c for c in columns if c not in METRIC_COLUMNS]
+    order = [*list(CONFIG_COLUMNS)[:-1], *extra, "seed"]
+    table = pd.DataFrame(rows, columns=[*order, *METRIC_COLUMNS, MARKS])
     return table.sort_values(order, key=_sortable, kind="stable").reset_index(drop=True)
 
 
@@ -105,15 +109,26 @@ def mean_over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """Return a row per cell without its seed: n, and mean and 95 % interval of each metric.
 
     The interval is Student's t over seeds, as a half width in ``<metric>_ci``; NaN for one seed.
-    Seeds at which a metric is undefined are left out of its mean.
+    Seeds at which a metric is undefined are left out of its mean. A mark says of how many seeds.
     """
-    groups = [c for c in table.columns if c not in METRIC_COLUMNS and c != "seed"]
+    groups = [c for c in table.columns if c not in (*METRIC_COLUMNS, "seed", MARKS)]
     grouped = table.groupby(groups, sort=False, dropna=False)
     result = grouped["seed"].nunique().rename("seeds").reset_index()
     for name in METRIC_COLUMNS:
         result[name] = grouped[name].mean().to_numpy()
         result[f"{name}_ci"] = grouped[name].apply(_half_width).to_numpy()
+    result[MARKS] = [_shares(group) for _, group in grouped]
     return result
+
+
+def _shares(group: pd.DataFrame) -> str:
+    """Return the marks of a group's rows, each with its number of seeds: ``overlap 2/3``."""
+    seeds: dict[str, set[int]] = {name: set() for name in GUARDS}
+    for names, seed in zip(group[MARKS], group["seed"], strict=True):
+        for name in filter(None, names.split("; ")):
+            seeds[name].add(seed)
+    total = group["seed"].nunique()
+    return "; ".join(f"{name} {len(found)}/{total}" for name, found in seeds.items() if found)
 
 
 def _half_width(values: pd.Series[float]) -> float:
@@ -179,8 +194,8 @@ def _number(value: float, digits: int, whole: bool) -> str:
 
 
 def _text(value: Any) -> str:
-    if value is None or value != value:
-        return "-"  # the cell's attack or defense has no such key
+    if value is None or value != value or value == "":
+        return "-"  # the cell's attack or defense has no such key, or nothing marks the cell
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -193,7 +208,7 @@ def _rich(shown: pd.DataFrame) -> str:
         # Headers break at underscores, so that the table fits a terminal.
         table.add_column(
             name.replace("_", "\n").replace(" %", "\n%"),
-            justify="right" if name not in CONFIG_COLUMNS else "left",
+            justify="left" if name in (*CONFIG_COLUMNS, CONTROL, MARKS) else "right",
             no_wrap=True,
         )
     for row in shown.itertuples(index=False):
@@ -205,6 +220,8 @@ def _rich(shown: pd.DataFrame) -> str:
 
 
 def _lookup(record: Mapping[str, Any], key: str) -> Any:
+    if key == CONTROL:
+        return record["varied"].get(CONTROL)
     value: Any = record["config"]
     if key in value:
         return value[key]

@@ -23,6 +23,7 @@ import btu.training
 from btu.attacks.badnets import BadNets
 from btu.bag import BagClassifier
 from btu.defense import DEFENSES, Defense, Suspects
+from btu.defenses.none import NoDefense
 from btu.defenses.token_unlearning import (
     TokenUnlearning,
     candidate_tokens,
@@ -59,7 +60,8 @@ SMALL: dict[str, dict[str, Any]] = {
         "exposure_learning_rate": 1e-3,
         "bag_batch_size": 32,
         "exposure_batch_size": 32,
-    }
+    },
+    "none": {},
 }
 BTU = SMALL["btu"]
 
@@ -70,7 +72,10 @@ def unlearning(**changes: Any) -> TokenUnlearning:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """A computed defense. stages: its own, in the order in which they were computed."""
+    """A computed defense.
+
+    stages: its own, in the order in which they were computed; what it handed on if it has none.
+    """
 
     root: Path
     prepared: Prepared
@@ -124,8 +129,9 @@ class Outcome:
 
 def defend(defense: Defense, prepared: Prepared, root: Path, **options: Any) -> Outcome:
     """Compute a defense and, unless `root` has it, what it starts from."""
-    compute(defense.stages(prepared.foundation), root, **options)
-    return Outcome(root, prepared, own_stages(defense, prepared))
+    last = defense.stages(prepared.foundation)
+    compute(last, root, **options)
+    return Outcome(root, prepared, own_stages(defense, prepared) or [last])
 
 
 @dataclasses.dataclass
@@ -198,6 +204,11 @@ def defense(request: pytest.FixtureRequest) -> Defense:
     return built
 
 
+def acts(defense: Defense) -> bool:
+    """Return whether a defense has to do anything: all but the control that does nothing."""
+    return not isinstance(defense, NoDefense)
+
+
 def test_every_defense_has_small_settings_for_this_suite() -> None:
     assert set(SMALL) == set(DEFENSES)
 
@@ -223,19 +234,19 @@ def test_a_defense_works_on_every_architecture_and_runs_what_it_declares(
     outcome = defend(defense, prepared, root)
     # Every stage that was declared ran, once, and nothing else did.
     assert ran == [stage.key for stage in declared]
-    assert declared
+    assert bool(declared) == acts(defense)
     # Whatever trained is in the history of its stage, in order.
     records = [read_record(root / stage.key) for stage in declared]
     history = [epoch for record in records for epoch in record["history"]]
     assert [epoch["stage"] for epoch in history if epoch["epoch"] == 1] == [
         call.stage for call in fits
     ]
-    assert fits
+    assert bool(fits) == acts(defense)
     assert [record["stage"] for record in records] == [stage.name for stage in declared]
     assert all(record["seconds"] > 0 for record in records)
     # Rows and models serve other defenses too.
     assert files_in(*shared) == before
-    assert not same_weights(outcome.model, outcome.poisoned_model)
+    assert same_weights(outcome.model, outcome.poisoned_model) == (not acts(defense))
     check_tokens(outcome, victim, vocabulary)
     check_declaration(defense, prepared)
 
@@ -291,9 +302,9 @@ def test_same_seed_same_defense(defense: Defense, lab: Lab, tmp_path: Path) -> N
     )
     # Byte for byte, but for the record, which tells the time.
     assert first.keys() == second.keys()
-    assert [path for path in first if first[path] != second[path]] == [
-        f"/{outcomes[0].stages[-1].key}/record.json"
-    ]
+    record = f"/{outcomes[0].stages[-1].key}/record.json"
+    differing = [path for path in first if first[path] != second[path]]
+    assert differing == ([record] if acts(defense) else [])
     facts = [read_record(outcome.folder)["facts"] for outcome in outcomes]
     assert facts[0] == facts[1]
 
@@ -390,9 +401,24 @@ def test_progress_reaches_the_callback(
     fits.clear()
     seen = []
     outcome = defend(defense, prepared, root, progress=seen.append)
-    assert [p.stage for p in seen if p.step == 0] == [stage.name for stage in outcome.stages]
+    declared = own_stages(defense, outcome.prepared)
+    assert [p.stage for p in seen if p.step == 0] == [stage.name for stage in declared]
     trained = list(dict.fromkeys(p.stage for p in seen if p.step > 0))
     assert trained == [call.stage for call in fits]
+
+
+def test_no_defense_is_the_poisoned_model_scored_by_the_stage_that_scores_it_anyway(
+    lab: Lab,
+) -> None:
+    prepared = lab.prepare()
+    base = prepared.foundation
+    assert NoDefense().stages(base) is base.model
+    undefended = evaluation(prepared, base.model, "undefended")
+    defended = evaluation(prepared, NoDefense().stages(base), "defended", kind="cell")
+    assert defended.key == undefended.key
+    # It looks for no tokens, which is not the same as having found none.
+    folder = defend(NoDefense(), prepared, lab.root).folder
+    assert Suspects.load(folder, read_record(folder)["facts"]) is None
 
 
 def test_clean_tuning_is_the_same_for_whoever_calls(

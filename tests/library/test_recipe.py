@@ -177,6 +177,30 @@ def test_what_moves_which_stage(key: str, value: Any, expected: set[str]) -> Non
     assert {name for name in ALL if before[name].key != after[name].key} == expected
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # What is scored carries the trigger; what is trained on does not.
+        ({"attack.name": "addsent", "attack_params": {}}, {"triggered rows"} | EVALUATED),
+        ({"attack.name": "style", "attack_params": {}}, {"triggered rows"} | EVALUATED),
+        ({"attack_params": {"trigger": ["mn"]}}, {"triggered rows"} | EVALUATED),
+        ({"attack.target_label": 0}, {"triggered rows"} | EVALUATED),
+        ({"attack.label_mode": "mixed"}, set()),
+        ({"attack.insert": "append"}, set()),
+        ({"data_fingerprints": {**ROLES, "train": "0" * 64}}, POISONED),
+        # Nothing is drawn.
+        ({"seed": 1}, BUT_CLEAN - {"poison", "training rows"}),
+    ],
+)
+def test_without_poison_all_attacks_share_what_is_trained(
+    changes: dict[str, Any], expected: set[str]
+) -> None:
+    before = declared({"attack.poison_rate": 0.0})
+    after = declared({"attack.poison_rate": 0.0, **changes})
+    assert set(before) == set(after) == ALL
+    assert {name for name in ALL if before[name].key != after[name].key} == expected
+
+
 def test_the_table_above_has_every_config_key() -> None:
     listed = {key for key, _, _ in MOVES}
     for section, spec in SPECS.items():
@@ -397,6 +421,24 @@ def test_the_poison_stage_is_the_poisoner_on_disk(lab: Lab, tiny_corpus: Corpus)
         "poison_rate": 0.2,  # 48 of 240
         "poisoned_rows": 48,
         "relabeled_rows": 48,  # dirty labels: rows of the other class alone
+        "label_names": ["negative", "positive"],
+    }
+
+
+@pytest.mark.parametrize("insert", ["replace", "append"])
+def test_without_poison_the_rows_are_handed_on(lab: Lab, tiny_corpus: Corpus, insert: str) -> None:
+    spec = PoisonSpec(poison_rate=0.0, insert=insert)
+    (folder,) = lab.compute(lab.prepare(poison=spec).poisoned)
+    # As the poisoner would have it.
+    expected = poison(BadNets(), spec, tiny_corpus.train, 1, 0)
+    rows = read_rows(folder / "train.parquet")
+    assert (rows.texts, rows.labels) == (expected.rows.texts, expected.rows.labels)
+    np.testing.assert_array_equal(mask_of(folder), expected.mask)
+    assert mask_of(folder).tolist() == [False] * 240
+    assert read_record(folder)["facts"] == {
+        "poison_rate": 0.0,
+        "poisoned_rows": 0,
+        "relabeled_rows": 0,
         "label_names": ["negative", "positive"],
     }
 
@@ -916,6 +958,18 @@ def test_stages_of_ones_own_share_and_move_like_the_others(toys: None, lab: Lab)
     }
     # The engine's own checks hold for them: what it wraps keeps its config.
     assert first["poison"].config["attack_version"] == 7
+
+
+def test_without_poison_what_an_attack_does_first_is_done_for_the_triggered_rows_alone(
+    toys: None, lab: Lab
+) -> None:
+    spec = PoisonSpec("rarest", poison_rate=0.0)
+    prepared = lab.prepare(poison=spec, attack_params={"before": "oh "})
+    assert prepared.poisoned.key == lab.prepare(rate=0.0).poisoned.key
+    assert [stage.name for stage in prepared.poisoned.closure()] == ["poison"]
+    triggered = [stage.name for stage in prepared.triggered.closure()]
+    assert triggered == ["trigger search", "triggered rows"]
+    assert {stage.key for stage in prepared.triggered.closure()} < prepared.hidden
 
 
 def test_the_toys_are_gone_again() -> None:

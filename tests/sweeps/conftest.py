@@ -62,11 +62,13 @@ def cell(corpus_folder: Path, victim_folder: Callable[[str], Path]) -> dict[str,
 def make_sweep(cell: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
     """A function from a name, a grid and overridden sections to a sweep file.
 
-    Its results go to ``tmp_path/runs``.
+    Without controls, unless named: its cells are those of the grid. Its results go to
+    ``tmp_path/runs``.
     """
 
     def build(name: str = "tiny", grid: Mapping[str, list[Any]] | None = None, **more: Any) -> Path:
         config: dict[str, Any] = {"name": name, "output": str(tmp_path / "runs"), **cell}
+        config["controls"] = []
         for key, value in more.items():
             config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
         if grid:

@@ -257,6 +257,20 @@ def test_plan_shows_what_would_run_and_what_cannot(
     assert not (tmp_path / "runs").exists()  # it only looks
 
 
+def test_plan_says_how_many_cells_are_controls(
+    run_cli: Callable[..., Any], make_sweep: Callable[..., Path]
+) -> None:
+    sweep = make_sweep(grid={"seed": [0, 1]}, controls=["no_poison", "no_defense"])
+    done = run_cli("plan", sweep)
+    # Each seed has both.
+    assert "6 cells, 4 of them controls: 0 done, 6 to run, 0 failed earlier; 0 ref" in done.out
+    assert "search: grid seed = 2 cells" in done.out
+    assert "seed=1 poison_rate=0.0 control=no_poison" in done.out
+    assert "seed=1 control=no_defense" in done.out
+    done = run_cli("plan", sweep, "controls=[]")
+    assert "2 cells: 0 done, 2 to run" in done.out
+
+
 def test_plan_knows_what_is_done_and_what_failed(
     run_cli: Callable[..., Any], launched_plan: Callable[..., Any]
 ) -> None:
@@ -461,7 +475,8 @@ def shell_line(line: str) -> subprocess.CompletedProcess[str]:
 def test_a_pinned_trial_prints_its_metrics_and_tokens(
     run_cli: Callable[..., Any], make_sweep: Callable[..., Path], tmp_path: Path
 ) -> None:
-    sweep = make_sweep(grid={"attack.name": ["badnets", "style"]})
+    # Controls are no part of it.
+    sweep = make_sweep(grid={"attack.name": ["badnets", "style"]}, controls=["no_defense"])
     done = run_cli("trial", sweep, "attack.name=badnets")
     assert done.code == 0, done.err
     assert re.search(r"│ asr +│ [\d.]+", done.out)
@@ -534,6 +549,18 @@ def test_a_report_as_json_is_json_alone(
     assert row["seeds"] == 1
     # What is missing from the table is told beside it, not in it.
     assert done.err == ("1 failed cells are not in the table: stage 'unlearn' failed: bad [1] luck")
+
+
+def test_a_report_says_what_speaks_against_its_cells(
+    run_cli: Callable[..., Any], stored: Stored, tmp_path: Path
+) -> None:
+    metrics = {**stored.record["metrics"], "undefended_asr": 0.1, "cacc": 0.9, "tuned_cacc": 0.9}
+    stored.rewrite({**stored.record, "metrics": metrics})
+    done = run_cli("report", "tiny", "-f", "csv", "-o", tmp_path / "runs")
+    assert done.out.endswith(",attack failed")
+    assert done.err == (
+        "1 cell: attack failed (undefended ASR under 0.5): ASR there says nothing about a defense"
+    )
 
 
 def test_a_report_says_what_it_had_to_set_aside(

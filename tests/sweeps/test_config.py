@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from btu.defense import DefenseSpec
 from btu.errors import UserError
 from orchestrator.config import Choice, Range, Sweep, TrialSpec, load_sweep, pins, resolve
 from orchestrator.graph import Graph
@@ -407,6 +409,127 @@ def test_the_example_has_108_cells(load: Callable[..., Sweep]) -> None:
 def test_a_sweep_without_a_grid_is_one_cell(load: Callable[..., Sweep]) -> None:
     (cell,) = load(SINGLE).cells()
     assert cell.varied == {}
+
+
+# Controls --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "controls"),
+    [
+        ("", ("no_poison", "no_defense")),
+        ("controls: []", ()),
+        ("controls: false", ()),
+        ("controls:", ()),
+        ("controls: [no_defense]", ("no_defense",)),
+        ("controls: [no_defense, no_poison, no_defense]", ("no_defense", "no_poison")),
+    ],
+)
+def test_a_sweep_gets_its_controls_unless_it_says_otherwise(
+    load: Callable[..., Sweep], written: str, controls: tuple[str, ...]
+) -> None:
+    sweep = load(f"{SINGLE}\n{written}")
+    assert sweep.controls == controls
+    # No setting of a cell, but part of the record.
+    assert "controls" not in sweep.base
+    assert load(sweep.text).controls == controls
+
+
+def test_controls_can_be_overridden(load: Callable[..., Sweep]) -> None:
+    assert load(SINGLE, "controls=[]").controls == ()
+    assert load("controls: []", "controls=[no_poison]").controls == ("no_poison",)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("[no_poisn]", r"unknown control 'no_poisn'; did you mean 'no_poison'\? \(known: no_def"),
+        ("no_poison", r"controls must be a list of no_poison and no_defense, or false for none, g"),
+        ("true", r"controls must be a list of .*, got True\."),
+        ("[{a: 1}]", r"unknown control"),
+    ],
+)
+def test_controls_that_are_none_are_refused(
+    load: Callable[..., Sweep], written: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        load(f"controls: {written}")
+
+
+def test_controls_cannot_be_swept(load: Callable[..., Sweep]) -> None:
+    with pytest.raises(UserError, match=r"unknown key 'controls' in the grid"):
+        load("grid: {controls: [no_poison]}")
+
+
+def test_suggestions_get_no_controls(load: Callable[..., Sweep]) -> None:
+    searched = "optuna: {trials: 2, space: {defense.alpha: [0.1, 0.2]}}"
+    assert load(searched).controls == ()
+    assert load(f"{searched}\ncontrols: []").controls == ()
+    with pytest.raises(UserError, match=r"controls no_poison cannot be had of cells that Optuna"):
+        load(f"{searched}\ncontrols: [no_poison]")
+
+
+def controls_of(sweep: Sweep) -> list[dict[str, Any]]:
+    found = sweep.controls_of([cell.varied for cell in sweep.cells()])
+    return [dict(cell.varied) for cell in found]
+
+
+def test_controls_have_the_coordinates_of_their_cells(load: Callable[..., Sweep]) -> None:
+    sweep = load("grid: {attack.poison_rate: [0.1, 0.2], defense.alpha: [0.3, 0.4]}")
+    assert controls_of(sweep) == [
+        # One for both rates, and one for both thresholds.
+        {"attack.poison_rate": 0.0, "defense.alpha": 0.3, "control": "no_poison"},
+        {"attack.poison_rate": 0.1, "defense.alpha": 0.3, "defense.name": "none",
+         "control": "no_defense"},
+        {"attack.poison_rate": 0.0, "defense.alpha": 0.4, "control": "no_poison"},
+        {"attack.poison_rate": 0.2, "defense.alpha": 0.3, "defense.name": "none",
+         "control": "no_defense"},
+    ]  # fmt: skip
+
+
+def test_a_control_is_its_cell_but_for_what_makes_it_one(load: Callable[..., Sweep]) -> None:
+    sweep = load(f"{SINGLE}\ngrid: {{train.epochs: [5]}}")
+    (cell,) = sweep.cells()
+    spec = resolve(cell.config)
+    no_poison, no_defense = (resolve(c.config) for c in sweep.controls_of([cell.varied]))
+    poison = dataclasses.replace(spec.poison, poison_rate=0.0)
+    assert no_poison == dataclasses.replace(spec, poison=poison)
+    assert no_defense == dataclasses.replace(
+        spec, defense=DefenseSpec("none"), preset=None, defense_params={}
+    )
+    assert sweep.base["attack"]["poison_rate"] == 0.1  # they share no state
+
+
+def test_the_pins_of_a_control_are_its_cell_again(load: Callable[..., Sweep]) -> None:
+    text = (
+        "defense: {preset: reference, alpha: 0.5}\nattack: {trigger: [mn]}\n"
+        "list: [{seed: 0}, {seed: 1}]\ngrid: {defense.alpha: [0.3, 0.4], "
+        "attack.poison_rate: [0.1, 0.2]}"
+    )
+    sweep = load(text)
+    controls = list(sweep.controls_of([cell.varied for cell in sweep.cells()]))
+    assert len(controls) == 2 * (2 + 2)  # by seed: without poison by alpha, undefended by rate
+    for control in controls:
+        pinned = pins(control.varied)
+        assert "control" not in pinned
+        again = load(text, *shlex.split(pinned))
+        assert not again.open_axes()
+        assert only(again) == resolve(control.config)
+
+
+def test_a_name_that_an_override_replaces_leaves_the_keys_of_the_other(
+    load: Callable[..., Sweep],
+) -> None:
+    spec = only(load("defense: {alpha: 0.5}", "defense.name=none"))
+    assert (spec.defense.name, spec.defense_params) == ("none", {})
+    spec = only(load("attack: {name: badnets, trigger: [mn]}", "attack.name=style"))
+    assert "trigger" not in spec.attack_params
+    # Misspelt it is unknown all the same.
+    with pytest.raises(UserError, match=r"unknown key 'defense.alpa'"):
+        load("defense: {alpa: 0.5}", "defense.name=none")
+
+
+# What cells share ------------------------------------------------------------------------------
 
 
 def test_cells_do_not_share_state(load: Callable[..., Sweep]) -> None:

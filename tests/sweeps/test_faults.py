@@ -83,7 +83,7 @@ def reference(
 
     folder = tmp_path_factory.mktemp("reference")
     file = folder / "tiny.yaml"
-    file.write_text(yaml.safe_dump({"name": "tiny", **cell, "grid": GRID}))
+    file.write_text(yaml.safe_dump({"name": "tiny", **cell, "grid": GRID, "controls": []}))
     place = Workplace(folder, database)
     done = place.run("launch", file)
     assert done.code == 0, done

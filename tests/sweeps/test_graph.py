@@ -77,6 +77,49 @@ def test_the_same_spec_is_the_same_cell() -> None:
     assert cell().key == cell().key
 
 
+# Of the cell above, as they were when rate 0 got a stage of its own. Results in people's stores go
+# by them: a difference means that all of these are computed again, as with a raised version.
+KEYS = {
+    "poison": "ded16b33e89d21969f16e0ce",
+    "triggered rows": "dcb6f8ab86314abc1d6e5d80",
+    "training rows": "6621bd6d14e2812af05cf6d5",
+    "clean rows": "8c969040a34c0e7c62ff6c33",
+    "evaluation rows": "c88807b679c533ffe1874ff1",
+    "poisoned fine-tune": "4335deb8ce488e43776c2cc9",
+    "clean tuning (control)": "460e4ca40b38434a58ea35b7",
+    "evaluate undefended": "1b55ced3ee603681ad41c99d",
+    "evaluate tuned": "b74f3cfa046dbd9f678cfe10",
+}
+
+
+def test_keys_of_poisoned_cells_stay_what_they_are() -> None:
+    made = cell()
+    assert {name: made.inputs[name].key for name in KEYS} == KEYS
+
+
+def test_without_poison_attacks_differ_in_what_is_scored_alone() -> None:
+    one, other = (cell(attack={"name": n, "poison_rate": 0}) for n in ("badnets", "addsent"))
+    assert other_stages(one, other) == {"triggered rows", "evaluation rows"} | SCORES
+    assert one.key != other.key
+    # How rows would have been chosen does not act where none is.
+    same = cell(attack={"poison_rate": 0, "label_mode": "mixed", "insert": "append"})
+    assert same.key == one.key
+    assert cell().key != one.key
+
+
+def test_without_a_defense_one_evaluation_stands_under_two_names() -> None:
+    graph = Graph()
+    btu, none = cell(graph), cell(graph, defense={"name": "none"})
+    assert set(none.inputs) == set(btu.inputs) - ROUNDS - {"unlearn"}
+    assert none.inputs["evaluate defended"] is none.inputs["evaluate undefended"]
+    # It adds no stage but the cell itself.
+    mine = {stage.key for stage in none.closure()} - {none.key}
+    assert mine < {stage.key for stage in btu.closure()}
+    assert none.config == {"defended": "poisoned fine-tune"}
+    # Settings of other defenses do not act.
+    assert cell(graph, defense={"name": "none", "alpha": 0.5}).key == none.key
+
+
 @pytest.mark.parametrize(
     ("sections", "reached"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -13,10 +14,11 @@ import pytest
 
 import orchestrator.plan as planning
 from btu.data import DataSpec
+from btu.defenses.token_unlearning import TokenUnlearning
 from btu.errors import UserError
 from btu.stages import Stage
 from btu.types import Corpus
-from orchestrator.config import load_sweep
+from orchestrator.config import TrialSpec, load_sweep
 from orchestrator.plan import (
     Group,
     Plan,
@@ -281,6 +283,120 @@ def test_a_planner_adds_to_a_plan_what_is_new_in_it(make_sweep: Callable[..., Pa
     assert [cell.varied["seed"] for cell in first] == [0, 1]
     assert [cell.varied["seed"] for cell in more] == [2]
     assert (len(plan.cells), plan.duplicates) == (3, 1)
+
+
+BOTH = ["no_poison", "no_defense"]
+
+
+def controls_in(plan: Plan) -> list[PlannedCell]:
+    found = [cell for cell in cells_of(plan) if "control" in cell.varied]
+    assert plan.controls == len(found)
+    return found
+
+
+def test_controls_come_after_the_cells_and_once(plan: Callable[..., Plan]) -> None:
+    grid = {"attack.name": ["badnets", "style"], "defense.alpha": [0.01, 0.05], "seed": [0, 1]}
+    planned = plan(grid=grid, controls=BOTH)
+    controls = controls_in(planned)
+    assert cells_of(planned)[8:] == controls
+    # Without poison: 2 attacks x 2 alphas x 2 seeds; without a defense: 2 attacks x 2 seeds.
+    names = [cell.varied["control"] for cell in controls]
+    assert (names.count("no_poison"), names.count("no_defense")) == (8, 4)
+    assert len(planned.cells) == 8 + 8 + 4
+    assert (planned.refused, planned.duplicates) == ([], 0)
+    for cell in controls:
+        none = cell.varied["control"] == "no_defense"
+        assert cell.spec.poison.poison_rate == (0.2 if none else 0.0)
+        assert cell.spec.defense.name == ("none" if none else "btu")
+
+
+def test_controls_cost_one_clean_model_for_all_attacks(plan: Callable[..., Plan]) -> None:
+    grid = {"attack.name": ["badnets", "addsent", "style"]}
+    bare = plan(grid=grid)
+    planned = plan(grid=grid, controls=BOTH)
+    before, after = (
+        {stage.key: stage.name for cell in cells_of(p) for stage in cell.stage.closure()}
+        for p in (bare, planned)
+    )
+    added = [name for key, name in after.items() if key not in before]
+    # What is trained is trained once for the three attacks, clean tuning, BTU's rounds and cut
+    # included; each is scored on its own rows. Without a defense nothing is added but the cells.
+    shared = [
+        "poison", "training rows", "poisoned fine-tune", "clean tuning (control)", "unlearn",
+        "exposure round 1", "exposure round 2", "exposure round 3",
+    ]  # fmt: skip
+    scored = ["evaluate undefended", "evaluate tuned", "evaluate defended"]
+    assert sorted(added) == sorted([*shared, *(3 * scored), *(6 * ["cell"])])
+
+
+def test_a_control_that_the_grid_has_anyway_is_a_cell_of_the_grid(
+    plan: Callable[..., Plan],
+) -> None:
+    grid = {"attack.poison_rate": [0, 0.2], "defense.name": ["btu", "none"]}
+    planned = plan(grid=grid, controls=BOTH)
+    assert controls_in(planned) == []
+    assert len(planned.cells) == 4
+    assert planned.duplicates == 0  # nobody wrote them twice
+
+
+def test_without_poison_how_it_is_done_does_not_matter(plan: Callable[..., Plan]) -> None:
+    grid = {"attack.label_mode": ["dirty", "mixed"], "attack.poison_rate": [0.1, 0.2]}
+    planned = plan(grid=grid, controls=["no_poison"])
+    # The same cell by other coordinates, so that the first one stands.
+    (control,) = controls_in(planned)
+    assert control.varied["attack.label_mode"] == "dirty"
+    assert planned.duplicates == 0
+
+
+def test_cells_that_cannot_run_have_no_controls(plan: Callable[..., Plan]) -> None:
+    planned = plan(grid={"attack.poison_rate": [0.2, 0.9], "seed": [0]}, controls=BOTH)
+    (refused,) = planned.refused
+    assert refused.varied == {"attack.poison_rate": 0.9, "seed": 0}
+    assert [dict(cell.varied) for cell in controls_in(planned)] == [
+        {"attack.poison_rate": 0.0, "seed": 0, "control": "no_poison"},
+        {"attack.poison_rate": 0.2, "seed": 0, "defense.name": "none", "control": "no_defense"},
+    ]
+    # Nor do they make a sweep of which no cell can run one that can.
+    with pytest.raises(UserError, match="needs 72 of 80 training rows"):
+        plan(attack={"poison_rate": 0.9}, controls=BOTH)
+
+
+def test_a_control_that_is_refused_is_listed_and_stops_nothing(
+    plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(self: TokenUnlearning, vocabulary: int) -> None:
+        raise UserError("it must be none")
+
+    def unpoisoned(spec: TrialSpec) -> Any:
+        found = build(spec)
+        if spec.poison.poison_rate == 0:
+            monkeypatch.setattr(TokenUnlearning, "check", check)
+        return found
+
+    build = TrialSpec.build_defense
+    monkeypatch.setattr(TrialSpec, "build_defense", unpoisoned)
+    planned = plan(controls=BOTH)
+    (refused,) = planned.refused
+    assert (dict(refused.varied), refused.reason) == (
+        {"attack.poison_rate": 0.0, "control": "no_poison"},
+        "it must be none",
+    )
+    assert [cell.varied.get("control") for cell in cells_of(planned)] == [None, "no_defense"]
+
+
+def test_without_poison_the_training_rows_need_nothing_that_an_attack_asks_for(
+    plan: Callable[..., Plan], corpus_folder: Path, tmp_path: Path
+) -> None:
+    import pandas as pd
+
+    folder = tmp_path / "half"
+    shutil.copytree(corpus_folder, folder)
+    rows = pd.read_parquet(folder / "train.parquet")
+    rows.drop(columns="style").to_parquet(folder / "train.parquet", index=False)
+    data = {"path": str(folder)}
+    with pytest.raises(UserError, match="needs the paraphrase column 'style'"):
+        plan(data=data, attack={"name": "style"})
+    assert len(plan(data=data, attack={"name": "style", "poison_rate": 0}).cells) == 1
 
 
 def test_cells_share_the_stages_that_their_difference_does_not_reach(

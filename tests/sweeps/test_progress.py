@@ -39,6 +39,11 @@ def test_durations_read_like_durations(seconds: float, text: str) -> None:
         ({"attack.name": "badnets", "attack.poison_rate": 0.1, "seed": 0},
          "badnets poison_rate=0.1 seed=0"),
         ({"defense.name": "btu", "seed": 1}, "name=btu seed=1"),
+        ({"attack.poison_rate": 0.0, "defense.alpha": 0.1, "control": "no_poison"},
+         "poison_rate=0.0 alpha=0.1 control=no_poison"),
+        # Settings of the defense that is left out would mislead.
+        ({"defense.alpha": 0.1, "seed": 1, "defense.name": "none", "control": "no_defense"},
+         "seed=1 control=no_defense"),
     ],
 )  # fmt: skip
 def test_a_cell_is_labelled_by_its_coordinates(varied: dict[str, Any], text: str) -> None:

@@ -26,9 +26,9 @@ NAN = float("nan")
 COLUMNS = [
     "attack", "poison_rate", "defense", "alpha", "seed", "asr", "cacc", "ftr",
     "detection_precision", "detection_recall", "flagged", "undefended_asr", "undefended_cacc",
-    "tuned_asr", "tuned_cacc", "seconds",
+    "tuned_asr", "tuned_cacc", "seconds", "marks",
 ]  # fmt: skip
-METRICS = COLUMNS[5:]
+METRICS = COLUMNS[5:-1]
 
 
 def record(
@@ -195,6 +195,94 @@ def test_a_key_that_only_some_attacks_have_still_groups() -> None:
     means = mean_over_seeds(results_table(rows))
     assert means.seeds.tolist() == [2, 1]
     assert means["attack.trigger"].tolist()[0] == "cf"
+
+
+# Controls and marks ----------------------------------------------------------------------------
+
+
+def controlled(control: str, **what: Any) -> dict[str, Any]:
+    made = record(varied=("attack.poison_rate", "seed"), **what)
+    if control:
+        made["varied"]["control"] = control
+    if control == "no_defense":
+        made["varied"]["defense.name"] = "none"
+        made["config"]["defense"] = {"name": "none"}
+    return made
+
+
+def test_controls_are_told_in_a_column_of_their_own() -> None:
+    rows = [
+        controlled("", asr=0.1),
+        controlled("no_defense", asr=1.0),
+        controlled("no_poison", rate=0.0, asr=0.2),
+    ]
+    table = results_table(rows)
+    assert list(table.columns)[:6] == [
+        "attack", "poison_rate", "defense", "alpha", "control", "seed",
+    ]  # fmt: skip
+    found = dict(zip(table["control"].fillna("-"), table["asr"], strict=True))
+    assert found == {"-": 0.1, "no_defense": 1.0, "no_poison": 0.2}
+    header, *shown = markdown_rows(render(table, "markdown"))
+    assert {row[header.index("control")] for row in shown} == {"-", "no_defense", "no_poison"}
+    # Where there are none there is no column.
+    assert "control" not in results_table(rows[:1])
+
+
+def test_controls_are_not_averaged_with_other_cells() -> None:
+    # A cell of the grid that has what makes another one a control, at another seed.
+    rows = [
+        controlled("", rate=0.0, seed=0, asr=0.1),
+        controlled("no_poison", rate=0.0, seed=1, asr=0.3),
+        controlled("no_poison", rate=0.0, seed=2, asr=0.5),
+    ]
+    means = mean_over_seeds(results_table(rows))
+    assert means["seeds"].tolist() == [1, 2]
+    assert means["asr"].tolist() == pytest.approx([0.1, 0.4])
+    assert means["control"].tolist()[1] == "no_poison"
+
+
+def test_marks_stand_beside_the_numbers() -> None:
+    # cacc 0.4 is 0.1 below the tuned 0.5.
+    rows = [record(seed=0), record(seed=1, undefended_asr=0.1, cacc=0.4)]
+    table = results_table(rows)
+    assert table["marks"].tolist() == ["", "attack failed; cacc collapse"]
+    for style in ("markdown", "table", "latex"):
+        first, second = (
+            next(line for line in render(table[i : i + 1], style).splitlines() if "badnets" in line)
+            for i in range(2)
+        )
+        assert "attack failed; cacc collapse" in second
+        assert first.rstrip(r" \|│").endswith("-")
+    found = list(csv.DictReader(io.StringIO(render(table, "csv"))))
+    assert [row["marks"] for row in found] == ["", "attack failed; cacc collapse"]
+    assert json.loads(render(table, "json"))[0]["marks"] == ""
+
+
+def test_a_mean_says_how_many_of_its_seeds_are_marked() -> None:
+    rows = [
+        record(seed=0, undefended_asr=0.1),
+        record(seed=1, undefended_asr=0.2, cacc=0.4),
+        record(seed=2),
+        *(record("style", seed=seed) for seed in (0, 1)),
+        record("addsent", seed=0, cacc=0.1),
+    ]
+    means = mean_over_seeds(results_table(rows))
+    assert dict(zip(means["attack"], means["marks"], strict=True)) == {
+        "addsent": "cacc collapse 1/1",
+        "badnets": "attack failed 2/3; cacc collapse 1/3",
+        "style": "",
+    }
+    # A mark does not split its group.
+    assert means["seeds"].tolist() == [1, 3, 2]
+    assert "attack failed 2/3; cacc collapse 1/3" in render(means, "markdown")
+
+
+def test_a_record_without_metrics_is_a_row_of_dashes() -> None:
+    made = record()
+    del made["metrics"]
+    (row,) = results_table([made]).to_dict("records")
+    assert math.isnan(row["asr"])
+    assert row["marks"] == ""
 
 
 # Rendering -------------------------------------------------------------------------------------

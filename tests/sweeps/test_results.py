@@ -103,6 +103,43 @@ def test_cells_of_all_launches_are_known(launch: Callable[..., Any]) -> None:
         assert cells[key].varied == {"seed": 0}
 
 
+def test_a_control_is_a_cell_with_its_coordinates(
+    make_sweep: Callable[..., Path], planner: Planner
+) -> None:
+    sweep = load_sweep(make_sweep(controls=["no_poison", "no_defense"]))
+    plan = plan_sweep(sweep, planner)
+    results = Results(sweep.output, sweep.name)
+    results.write_plan(sweep, plan.cells.values())
+    cells = results.cells()
+    assert {cell.varied.get("control") for cell in cells.values()} == {
+        None, "no_poison", "no_defense",
+    }  # fmt: skip
+    for key, planned in plan.cells.items():
+        assert cells[key].config() == planned.spec.config()
+        assert set(cells[key].stages) == {s.key for s in planned.stage.inputs.values()}
+
+
+def test_what_any_launch_asks_for_by_itself_is_no_control(
+    make_sweep: Callable[..., Path], planner: Planner
+) -> None:
+    sweeps = [
+        load_sweep(make_sweep(grid={"attack.poison_rate": rates}, controls=controls))
+        for rates, controls in (([0.2], ["no_poison"]), ([0.2, 0], []))
+    ]
+    results = Results(sweeps[0].output, "tiny")
+    for sweep in sweeps:
+        results.write_plan(sweep, plan_sweep(sweep, planner).cells.values())
+    first, second = results.storage.names("tiny/plans")
+    plans = [results.storage.read(f"tiny/plans/{name}") for name in (first, second)]
+    # Whichever of the two plans is read first.
+    for one, other in (plans, plans[::-1]):
+        results.storage.write(f"tiny/plans/{first}", one)
+        results.storage.write(f"tiny/plans/{second}", other)
+        found = [dict(cell.varied) for cell in results.cells().values()]
+        found.sort(key=lambda varied: varied["attack.poison_rate"])
+        assert found == [{"attack.poison_rate": 0}, {"attack.poison_rate": 0.2}]
+
+
 def test_sweeps_of_one_output_have_their_own_cells(launch: Callable[..., Any]) -> None:
     one, first = launch("one", seed=[0])
     other, second = launch("other", seed=[1])

@@ -43,6 +43,47 @@ def test_a_run_is_named_after_what_tells_it_from_its_siblings() -> None:
     }
     assert run_name(record) == "style poison_rate=0.1 seed=2"
     assert run_name({**record, "varied": {}}) == "style"
+    control = {"defense.alpha": 0.1, "seed": 2, "defense.name": "none", "control": "no_defense"}
+    assert run_name({**record, "varied": control}) == "style seed=2 control=no_defense"
+
+
+RECORD: dict[str, Any] = {
+    "key": "a" * 24,
+    "sweep": "tiny",
+    "status": "finished",
+    "varied": {"seed": 0},
+    "config": {"attack": {"name": "style", "poison_rate": 0.1}},
+    "metrics": {"undefended_asr": 0.75, "cacc": 0.5, "tuned_cacc": 0.5},
+    "notes": {"rows_train": 80},
+    "tags": {"host": "h"},
+}
+
+
+def test_a_run_is_tagged_with_what_speaks_against_its_cell() -> None:
+    from orchestrator.tracking import run_tags
+
+    tags = run_tags(RECORD)
+    assert (tags["cell"], tags["host"]) == ("a" * 24, "h")
+    assert not {"marks", "control"} & set(tags)
+    weak = {"undefended_asr": 0.25, "cacc": 0.5, "tuned_cacc": 0.75}
+    tags = run_tags({**RECORD, "metrics": weak})
+    assert tags["marks"] == "attack failed; cacc collapse"
+    note = tags["mlflow.note.content"]
+    assert "**attack failed**: undefended ASR 0.250 is under 0.5." in note
+    assert "**cacc collapse**: CACC 0.500 is 0.250 below" in note
+    # A failed cell has no numbers that could speak against it.
+    failed = {key: value for key, value in RECORD.items() if key not in ("metrics", "notes")}
+    assert "marks" not in run_tags({**failed, "status": "failed"})
+
+
+def test_a_control_is_tagged_and_runs_again_by_its_note() -> None:
+    from orchestrator.tracking import run_tags
+
+    varied = {"attack.poison_rate": 0.0, "seed": 0, "control": "no_poison"}
+    tags = run_tags({**RECORD, "varied": varied})
+    assert tags["control"] == "no_poison"
+    again = "`btu trial SWEEP.yaml attack.poison_rate=0.0 seed=0`"
+    assert again in tags["mlflow.note.content"]
 
 
 def test_a_relative_sqlite_uri_is_the_same_file_for_driver_and_workers(
@@ -649,6 +690,7 @@ def test_a_finished_cell_is_one_run_with_everything(bench: Bench) -> None:
     assert {name: tags[name] for name in ("code", "host", "device")} == {
         "code": "0.1", "host": "h", "device": "cpu",
     }  # fmt: skip
+    assert not {"marks", "control"} & set(tags)
     note = tags["mlflow.note.content"]
     assert f"Cell `{FIRST}` of sweep `tiny`." in note
     assert "`btu trial SWEEP.yaml attack.name=badnets seed=0`" in note

@@ -476,6 +476,24 @@ def test_a_defense_of_its_own_is_a_config_key_and_runs(
     }  # fmt: skip
 
 
+def test_no_defense_is_a_cell_that_adds_nothing(
+    cell: dict[str, Any], try_cell: Callable[..., Tried], trial_result: Tried
+) -> None:
+    tried = try_cell({**cell, "defense": {"name": "none"}})
+    metrics = tried.metrics
+    for name in ("asr", "cacc", "ftr"):
+        assert metrics[name] == metrics[f"undefended_{name}"]
+        assert metrics[f"undefended_{name}"] == trial_result.metrics[f"undefended_{name}"]
+    assert not [name for name in metrics if name.startswith(("detection", "sample", "flagged"))]
+    assert tried.tokens.empty
+    assert tried.result["config"]["defense"] == {"name": "none"}
+    # One evaluation under two names takes its time once.
+    stages = {stage.key: stage for stage in tried.stage.inputs.values()}
+    took = sum(read_record(tried.root / key)["seconds"] for key in stages)
+    assert metrics["seconds"] == pytest.approx(took)
+    assert metrics["seconds/evaluate defended"] == metrics["seconds/evaluate undefended"] > 0
+
+
 def test_clean_tuning_of_defense_and_control_is_the_same(
     spied: Callable[..., Any], try_cell: Callable[..., Tried]
 ) -> None:

@@ -1,0 +1,106 @@
+"""What a finished cell's own numbers say against reading it naively: marks, by constant bars.
+
+A cell without a value for a guard, NaN or none at all, is not marked by it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# An undefended ASR below it is no attack: a low defended one is then nobody's success.
+ATTACK_BAR = 0.5
+# CACC that a defense may cost, against the same model after clean tuning alone.
+CACC_BAR = 0.05
+# What is exactly at a bar is within it, whatever the difference of two floats is.
+_ROUNDING = 1e-9
+
+# By name, in the order of a cell's marks: the rule, and what follows for the reader.
+GUARDS: dict[str, tuple[str, str]] = {
+    "attack failed": (
+        f"undefended ASR under {ATTACK_BAR}",
+        "ASR there says nothing about a defense",
+    ),
+    "cacc collapse": (
+        f"CACC more than {CACC_BAR} below the clean-tuned control's",
+        "a low ASR there is bought with accuracy",
+    ),
+    "rate not reached": (
+        "the training set's poison rate is more than a row off",
+        "read poison_rate_reached there, not poison_rate",
+    ),
+    "nothing flagged": (
+        "no token flagged on a poisoned set",
+        "the defense removed nothing there",
+    ),
+    "overlap": (
+        "texts stood in two roles",
+        "they were dropped from the one that is not reported",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A guard that a cell fails. name: of `GUARDS`. detail: with the cell's own numbers."""
+
+    name: str
+    detail: str
+
+
+def marks(record: Mapping[str, Any]) -> list[Mark]:
+    """Return the marks of a cell's record, in the order of `GUARDS`."""
+    metrics, notes = (record.get(part) or {} for part in ("metrics", "notes"))
+    attack = (record.get("config") or {}).get("attack") or {}
+    rate = _number(attack, "poison_rate")
+    found = {}
+
+    undefended = _number(metrics, "undefended_asr")
+    if rate > 0 and undefended < ATTACK_BAR:
+        found["attack failed"] = f"undefended ASR {undefended:.3f} is under {ATTACK_BAR}"
+
+    cacc, tuned = _number(metrics, "cacc"), _number(metrics, "tuned_cacc")
+    if tuned - cacc > CACC_BAR + _ROUNDING:
+        found["cacc collapse"] = (
+            f"CACC {cacc:.3f} is {tuned - cacc:.3f} below the clean-tuned control's {tuned:.3f}"
+        )
+
+    reached, rows = _number(metrics, "poison_rate_reached"), _number(notes, "rows_train")
+    if rows > 0 and abs(reached - rate) > 1 / rows + _ROUNDING:
+        found["rate not reached"] = f"poison rate {reached:.4g} instead of {rate:.4g}"
+
+    if rate > 0 and _number(metrics, "flagged") == 0:
+        found["nothing flagged"] = f"no token flagged at poison rate {rate:.4g}"
+
+    dropped = {
+        match[1]: notes[name]
+        for name in notes
+        if (match := re.fullmatch(r"dropped_(\w+)_overlap", name)) and _number(notes, name) > 0
+    }
+    if dropped:
+        counts = ", ".join(f"{count:g} {role}" for role, count in dropped.items())
+        found["overlap"] = f"{counts} texts stood in another role too and were dropped"
+    return [Mark(name, found[name]) for name in GUARDS if name in found]
+
+
+def joined(found: Iterable[Mark]) -> str:
+    """Return the names of marks as one text."""
+    return "; ".join(mark.name for mark in found)
+
+
+def summary(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each kind of mark among the records: how many cells, and what follows."""
+    counts = Counter(mark.name for record in records for mark in marks(record))
+    return [
+        f"{counts[name]} cell{'' if counts[name] == 1 else 's'}: {name} ({rule}): {follows}"
+        for name, (rule, follows) in GUARDS.items()
+        if counts[name]
+    ]
+
+
+def _number(values: Mapping[str, Any], name: str) -> float:
+    value = values.get(name)
+    return float(value) if isinstance(value, int | float) else float("nan")
