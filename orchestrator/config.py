@@ -353,6 +353,13 @@ class Sweep:
         """Return the cells of one suggestion, whose coordinates come first."""
         return list(self._expand(suggested))
 
+    def cell(self, varied: Mapping[str, Any]) -> Cell:
+        """Return the cell with these coordinates, whether or not the sweep has it."""
+        config = _copied(self.base)
+        for key, value in varied.items():
+            assign(config, key, value)
+        return Cell(varied, config)
+
     def describe(self) -> str:
         """Return in words what is searched and how many cells that makes."""
         count = math.prod(map(len, self._parts()))
@@ -407,10 +414,7 @@ class Sweep:
             varied = dict(suggested)
             for point in points:
                 varied |= point
-            config = _copied(self.base)
-            for key, value in varied.items():
-                assign(config, key, value)
-            yield Cell(varied, config)
+            yield self.cell(varied)
 
 
 def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
