@@ -376,10 +376,8 @@ class Refinement:
         """
         if group.waiting:
             return None
-        steps = [
-            step for metric in self._spec.metrics for step in [*self._bisections(group, metric)][:1]
-        ]
-        return max(steps, key=lambda step: (step.width, step.change), default=None)
+        steps = [next(self._bisections(group, metric), None) for metric in self._spec.metrics]
+        return max(filter(None, steps), key=lambda step: (step.width, step.change), default=None)
 
     def _bisections(self, group: _Group, metric: str) -> Iterator[_Step]:
         """Yield the thresholds that would locate a metric's changes, the largest first."""

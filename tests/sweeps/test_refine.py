@@ -254,6 +254,17 @@ def test_a_group_waits_for_its_own_cells_alone(load: Callable[..., Sweep]) -> No
     assert not bench.study.exhausted
 
 
+def test_a_group_waits_though_a_change_is_known(load: Callable[..., Sweep]) -> None:
+    # 0.1 and 0.2 differ, but 0.05 may differ more from 0.1.
+    bench = Bench(load("{defense.alpha: [0.05, 0.1, 0.2]}"), step(0.15))
+    first, *others = bench.study.asked()
+    for suggestion in others:
+        bench.tell(suggestion.number, suggestion.cells)
+    assert bench.ask() == []
+    bench.tell(first.number, first.cells)
+    assert [cell.varied[KEY] for cell in bench.ask()] == [0.141]  # sqrt(0.02)
+
+
 def test_models_need_not_be_kept_for_groups_that_the_budget_excludes(
     load: Callable[..., Sweep],
 ) -> None:
@@ -345,8 +356,10 @@ def test_further_seeds_join_the_thresholds_that_are_asked_for(load: Callable[...
     # Of three cells at the one seed each lacks the other seed: it is not known yet, and a
     # threshold costs one cell more. 3 + 1 + 1 = 5.
     bench.sweep = load("{defense.alpha: [0.1, 0.8], seed: [0, 1]}")
-    bench.spec = RefineSpec(("asr",), 5)
+    bench.spec = RefineSpec(("asr",), 4)
     bench.asked.clear()
+    assert not bench.restart().exhausted  # the cell that is left is enough for one of the three
+    bench.spec = RefineSpec(("asr",), 5)
     bench.restart()
     assert bench.run() == [0.283, 0.476]
     assert len(bench.launched) == 4 + 5
@@ -489,6 +502,15 @@ def test_groups_with_one_threshold_are_left_alone(load: Callable[..., Sweep]) ->
     cells.append({"attack.name": "badnets", KEY: 0.1, "seed": 0})
     study = Refinement(bench.sweep, cells, bench.spec, {}, bench.key_of)
     assert len(study.asked()) == 4
+
+
+def test_a_threshold_that_lacks_a_refused_seed_has_no_mean(load: Callable[..., Sweep]) -> None:
+    sweep = load("{defense.alpha: [0.1, 0.2, 0.8], seed: [0, 1]}")
+    bench = Bench(sweep, step(0.3))
+    cells = [varied for varied in bench.grid() if varied != {KEY: 0.2, "seed": 1}]
+    bench.study = Refinement(sweep, cells, bench.spec, {}, bench.key_of)
+    assert len(bench.study.asked()) == 3
+    assert bench.run(rounds=1) == [0.283]  # between 0.1 and 0.8, not 0.2 and 0.8
 
 
 def test_nothing_heavy_is_imported() -> None:
