@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from orchestrator.plan import Plan, Planner, Work
 
 EXIT_INCOMPLETE, EXIT_USER_ERROR = 1, 2
+REFINE_TRIALS = 24
 
 app = typer.Typer(
     name="btu",
@@ -73,6 +74,13 @@ class Format(StrEnum):
     json = "json"
     markdown = "markdown"
     latex = "latex"
+
+
+class Curve(StrEnum):
+    """What `btu launch --refine` can look at."""
+
+    asr = "asr"
+    cacc = "cacc"
 
 
 def _version(show: bool) -> None:
@@ -301,6 +309,19 @@ def launch(
         int | None,
         typer.Option(min=1, help="Stop when so many stages have failed. Default: go on."),
     ] = None,
+    refine: Annotated[
+        list[Curve] | None,
+        typer.Option(
+            help="Place further detection thresholds where ASR falls, or CACC breaks; may be given "
+            "twice."
+        ),
+    ] = None,
+    refine_trials: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help=f"How many cells --refine may add, all in all. Default: {REFINE_TRIALS}."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and stop, as btu plan does.")
     ] = False,
@@ -311,14 +332,31 @@ def launch(
     longer grid, give the same command. Stages that cells share are computed once. What failed
     stays failed until `--retry-failed`. Exit code 0 only if every cell that can run is done.
 
+    With `--refine` the sweep goes on after its grid: for every attack, rate, ... it bisects between
+    the two neighbouring thresholds that differ most, until the change is located or
+    `--refine-trials` cells were added. The same command resumes that too.
+
     Example: `btu launch sweeps/sst2_thresholds.yaml data.path=data/sst2 resources.gpu=0.25`
+
+    Example: `btu launch sweeps/sst2_thresholds.yaml --refine asr --refine cacc --refine-trials 40`
     """
     from orchestrator.config import load_sweep
     from orchestrator.plan import Planner, plan_sweep
     from orchestrator.progress import SweepProgress, duration, label
+    from orchestrator.refine import RefineSpec, threshold_key
     from orchestrator.store import Store
 
     loaded = load_sweep(sweep, overrides or [])
+    refined = None
+    if refine:
+        threshold_key(loaded)
+        metrics = tuple(dict.fromkeys(curve.value for curve in refine))
+        refined = RefineSpec(metrics, refine_trials or REFINE_TRIALS)
+    elif refine_trials is not None:
+        raise UserError(
+            f"--refine-trials {refine_trials} needs --refine asr or --refine cacc; add one, or "
+            "leave it out."
+        )
     planner = Planner()
     if dry_run:
         _show_plan(loaded, planner, plan_sweep(loaded, planner), 40)
@@ -342,6 +380,7 @@ def launch(
             address=address,
             retry_failed=retry_failed,
             max_failures=max_failures,
+            refine=refined,
         )
     except KeyboardInterrupt:  # before the first stage, or after the last
         _say("Interrupted; the same command goes on where this one stopped.")

@@ -378,7 +378,14 @@ class Sweep:
             acts = json.dumps(shown_coordinates(made), sort_keys=True)
             if acts not in known:
                 known.add(acts)
-                yield self._cell(made)
+                yield self.cell(made)
+
+    def cell(self, varied: Mapping[str, Any]) -> Cell:
+        """Return the cell with these coordinates, whether or not the sweep has it."""
+        config = _copied(self.base)
+        for key, value in settings(varied).items():
+            assign(config, key, value)
+        return Cell(varied, config)
 
     def describe(self) -> str:
         """Return in words what is searched and how many cells that makes."""
@@ -434,13 +441,7 @@ class Sweep:
             varied = dict(suggested)
             for point in points:
                 varied |= point
-            yield self._cell(varied)
-
-    def _cell(self, varied: Mapping[str, Any]) -> Cell:
-        config = _copied(self.base)
-        for key, value in settings(varied).items():
-            assign(config, key, value)
-        return Cell(varied, config)
+            yield self.cell(varied)
 
 
 def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:

@@ -46,7 +46,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from btu.errors import UserError
 from btu.provenance import code_version
-from orchestrator.config import Sweep
+from orchestrator.config import Cell, Sweep
 from orchestrator.lease import HEARTBEAT_S
 from orchestrator.node import Outcome, Report
 from orchestrator.plan import (
@@ -60,10 +60,11 @@ from orchestrator.plan import (
     timings_for,
     victim_name,
 )
-from orchestrator.progress import SweepProgress, label
+from orchestrator.progress import SweepProgress
+from orchestrator.refine import Refinement, RefineSpec
 from orchestrator.results import Results
 from orchestrator.schedule import CELL, Schedule, Task
-from orchestrator.search import StudySearch
+from orchestrator.search import Study, StudySearch, Suggestion
 from orchestrator.store import Damaged, Missing, Store
 
 # Of a worker that died Tune prints a page; the progress says in a line what became of it.
@@ -113,16 +114,19 @@ def launch(
     address: str | None = None,
     retry_failed: bool = False,
     max_failures: int | None = None,
+    refine: RefineSpec | None = None,
 ) -> LaunchResult:
     """Compute every stage and cell of a plan that has no result yet.
 
     address: of a Ray cluster; None starts a local one for the time of the call. retry_failed: run
     again what failed in an earlier launch. max_failures: stop when so many stages have failed.
+    refine: place further thresholds where the plan's cells differ; `plan` grows by their cells.
 
     Raises:
-        UserError: the output folder or tracking store cannot be used; no node can hold a stage.
+        UserError: the output folder or tracking store cannot be used; no node can hold a stage;
+            there are no thresholds to refine.
     """
-    driver = _Driver(sweep, plan, planner, progress, max_failures)
+    driver = _Driver(sweep, plan, planner, progress, max_failures, refine)
     with _sigterm_as_interrupt():
         return driver.run(address, retry_failed)
 
@@ -153,21 +157,22 @@ class _Driver:
         planner: Planner,
         progress: SweepProgress,
         max_failures: int | None,
+        refine: RefineSpec | None = None,
     ) -> None:
         self.sweep, self.plan, self.planner, self.progress = sweep, plan, planner, progress
         self.id = f"{sweep.name}-{uuid.uuid4().hex[:12]}"
         self.store = Store(sweep.store_location, warn=progress.note)
         self.results = Results(sweep.output, sweep.name, self.store)
-        self.max_failures = max_failures
+        self.max_failures, self.refine = max_failures, refine
         self.stopped = ""
         self.error: Exception | None = None
         self.schedule: Schedule
         self.timings: Timings
-        self.study: StudySearch | None = None
+        self.study: Study | None = None
         self.tracking: dict[str, str] | None = None
         # By number, until all their cells have ended.
         self._suggestions: dict[int, list[PlannedCell]] = {}
-        self._exhausted = False
+        self._handed: set[int] = set()  # those of them that this launch asked for
         self._tasks: dict[str, Task | None] = {}  # by trial; None is a node that only waits
         self._ended: set[str] = set()
         self._rows: list[dict[str, Any]] = []
@@ -181,6 +186,7 @@ class _Driver:
 
         started = time.monotonic()
         self.store.prepare()
+        self._begin_study(retry_failed)
         uri = tracking.tracking_uri(self.sweep)
         experiment_id, reason = tracking.prepare(self.sweep)
         if experiment_id is None:
@@ -190,16 +196,6 @@ class _Driver:
             )
         else:
             self.tracking = {"uri": uri, "id": experiment_id}
-        if self.sweep.optuna is not None:
-            self.study = StudySearch(self.sweep, self.sweep.folder)
-            if retry_failed:
-                self.study.retry_failed()
-            self._exhausted = not self.study.open
-            for suggestion in self.study.asked():
-                found = Plan()
-                cells = self.planner.add(found, suggestion.cells)
-                if not found.refused:  # of a refused one nothing ran
-                    self.plan.cells |= {cell.key: cell for cell in cells}
         self.results.write_plan(self.sweep, self.plan.cells.values())
         # Before looking at what is there: from now on nobody removes what this launch needs.
         self._register()
@@ -237,6 +233,7 @@ class _Driver:
         self.schedule = Schedule(
             todo, committed=committed, dropped=dropped, failed=failed, timings=self.timings
         )
+        self._tell_study()
         self.progress.begin(work, self.schedule, len(self.plan.cells), self._searching())
         self._check_space(work)
 
@@ -631,49 +628,88 @@ class _Driver:
 
     # Search -------------------------------------------------------------------------------------
 
-    def _searching(self) -> bool:
-        return self.study is not None and not self._exhausted
+    def _begin_study(self, retry_failed: bool) -> None:
+        """Take in the cells of every suggestion of earlier launches.
 
-    def _ask_study(self) -> bool:
-        """Take in a suggestion's cells, if there is room and the study has more."""
-        if self.study is None or len(self._suggestions) >= self.schedule.slots:
-            return False
-        suggestion = None if self._exhausted else self.study.ask()
-        if suggestion is None:
-            self._exhausted = True
-            return False
+        Raises:
+            UserError: there are no thresholds to refine.
+        """
+        if self.refine is not None:
+            launched = {key: cell.varied for key, cell in self.results.cells().items()}
+            coordinates = [cell.varied for cell in self.plan.cells.values()]
+            self.study = Refinement(self.sweep, coordinates, self.refine, launched, self._key_of)
+        elif self.sweep.optuna is not None:
+            self.study = study = StudySearch(self.sweep, self.sweep.folder)
+            if retry_failed:
+                study.retry_failed()
+        if self.study is None:
+            return
+        untold = self.study.untold()
+        for suggestion in self.study.asked():
+            cells = self._planned(suggestion)
+            if cells and suggestion.number in untold:
+                self._suggestions[suggestion.number] = cells
+
+    def _key_of(self, cell: Cell) -> str:
+        """Return the key of a cell.
+
+        Raises:
+            UserError: it cannot run.
+        """
+        found = Plan()
+        self.planner.add(found, [cell])
+        if found.refused:
+            raise UserError(found.refused[0].reason)
+        return next(iter(found.cells))
+
+    def _planned(self, suggestion: Suggestion) -> list[PlannedCell]:
+        """Take a suggestion's cells into the plan; [] if one of them cannot run."""
         found = Plan()
         cells = self.planner.add(found, suggestion.cells)
-        if found.refused:
+        if found.refused and self.study is not None:
             # Without one of its cells a suggestion has no mean over them.
             self.progress.note(f"suggestion refused: {found.refused[0].reason}")
             self.study.tell(suggestion.number, [])
-            return True
-        for cell in cells:
-            self.plan.cells.setdefault(cell.key, cell)
-        self._suggestions[suggestion.number] = cells
-        self.results.write_plan(self.sweep, cells)
-        self._register()
-        self.schedule.add([cell.stage for cell in cells])
-        self.progress.grown(len(self.plan.cells))
-        self._tell_study()
+            return []
+        return [self.plan.cells.setdefault(cell.key, cell) for cell in cells]
+
+    def _searching(self) -> bool:
+        return self.study is not None and not self.study.exhausted
+
+    def _ask_study(self) -> bool:
+        """Take in a suggestion's cells, if there is room and the study has more."""
+        if self.study is None or self.study.exhausted or len(self._handed) >= self.schedule.slots:
+            return False
+        suggestion = self.study.ask()
+        if suggestion is None:
+            return False
+        cells = self._planned(suggestion)
+        if cells:
+            self._suggestions[suggestion.number] = cells
+            self._handed.add(suggestion.number)
+            self.results.write_plan(self.sweep, cells)
+            self._register()
+            self.schedule.add([cell.stage for cell in cells])
+            self.progress.grown(len(self.plan.cells))
+            self._tell_study()
         return True
 
     def _tell_study(self, key: str | None = None) -> None:
-        """Tell the study of every suggestion whose cells have all ended."""
+        """Tell the study of every suggestion whose cells have all ended; key: only of its own."""
         if self.study is None:
             return
         for number, cells in list(self._suggestions.items()):
-            if key is not None and key not in {cell.key for cell in cells}:
-                continue
             keys = [cell.key for cell in cells]
-            ended = [k in self.schedule.committed or k in self._broken(cells) for k in keys]
-            if all(ended):
+            if key is not None and key not in keys:
+                continue
+            broken = self._broken(cells)
+            if all(k in self.schedule.committed or k in broken for k in keys):
                 records = [self.results.record(cell.key, cell.varied) for cell in cells]
                 # A suggestion with a failed cell has no mean over its cells: it counts as failed.
                 told = [record["metrics"] for record in records if record is not None]
                 self.study.tell(number, told if len(told) == len(cells) else [])
                 del self._suggestions[number]
+                self._handed.discard(number)
 
     def _broken(self, cells: list[PlannedCell]) -> set[str]:
         return {c.key for c in cells if blocked(c.stage, self.schedule.failed) is not None}
@@ -761,11 +797,8 @@ class _Driver:
         if self.study is not None:
             # Not asked for yet, or in the hands of another launch.
             missing += self.study.open
-            for found in self.study.best():
-                self.progress.note(
-                    f"best: asr {found['asr']:.3f} cacc {found['cacc']:.3f} with "
-                    f"{label(found['values'])}"
-                )
+            for line in self.study.findings():
+                self.progress.note(line)
         return LaunchResult(done, failed, missing, seconds, self.stopped)
 
 

@@ -68,7 +68,7 @@ class SweepProgress:
         if work.failed:
             self.note("--retry-failed runs them again.")
         if searching:
-            self.note("The search suggests cells as it goes.")
+            self.note("Further cells are suggested as the sweep goes.")
         elif not schedule.unfinished:
             return
         stages, cells = schedule.counts[False], schedule.counts[True]
@@ -83,7 +83,7 @@ class SweepProgress:
         self.refresh(schedule)
 
     def grown(self, total: int) -> None:
-        """The search suggested further cells."""
+        """Further cells were suggested."""
         self._total = total
 
     def refresh(self, schedule: Schedule) -> None:

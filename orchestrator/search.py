@@ -1,4 +1,4 @@
-"""A study of Optuna: what it suggests next, from what was measured so far. Ask and tell, on disk.
+"""What a launch may be led by (`Study`), and a study of Optuna: ask and tell, on disk.
 
 ``search/<study>/<number>.asked.json`` in the sweep's folder is a suggestion, ``.told.json`` beside
 it what came of it. Each is written once, atomically, so a process may be killed at any time and
@@ -17,11 +17,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from btu.errors import UserError
 from btu.seeding import derive_seed
 from orchestrator.config import Cell, Choice, Domain, OptunaSpec, Sweep
+from orchestrator.progress import label
 from orchestrator.storage import open_storage
 
 if TYPE_CHECKING:
@@ -45,6 +46,36 @@ class Suggestion:
     cells: list[Cell]
 
 
+class Study(Protocol):
+    """Suggests cells while a sweep runs, from what the ones before have measured."""
+
+    @property
+    def open(self) -> int:
+        """How many suggestions are missing, as far as that is known."""
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether `ask` gives nothing more, whatever is told."""
+
+    def asked(self) -> list[Suggestion]:
+        """Return the suggestions made so far, by this launch and by earlier ones."""
+
+    def untold(self) -> set[int]:
+        """Return the numbers of those of which nothing was told: interrupted, or going on."""
+
+    def ask(self) -> Suggestion | None:
+        """Return a new suggestion; None if there is none before more is told, or none at all."""
+
+    def tell(self, number: int, results: Sequence[Mapping[str, float]]) -> None:
+        """Say what a suggestion's cells measured: all of them, or nothing if one has failed.
+
+        What was told of it earlier stands.
+        """
+
+    def findings(self) -> list[str]:
+        """Return what came of it, in lines for people."""
+
+
 class StudySearch:
     """The study of one search space, sampler, seed and config.
 
@@ -65,12 +96,17 @@ class StudySearch:
         self._asked: dict[int, dict[str, Any]] = {}
         self._told: dict[int, dict[str, float] | None] = {}
         self._read()
-        # Left by a process that was interrupted, or, to no harm, in the hands of another launch.
-        self._again = [number for number in sorted(self._asked) if number not in self._told]
 
     def asked(self) -> list[Suggestion]:
         """Return the suggestions made so far, told or not, as far as `trials` goes."""
         return [self._suggestion(n) for n in sorted(self._asked) if n < self._spec.trials]
+
+    def untold(self) -> set[int]:
+        """Return the numbers of those that were never told.
+
+        Left by a process that was interrupted, or, to no harm, in the hands of another launch.
+        """
+        return {n for n in self._asked if n < self._spec.trials and n not in self._told}
 
     @property
     def open(self) -> int:
@@ -78,24 +114,23 @@ class StudySearch:
         self._read()
         return sum(number not in self._told for number in range(self._spec.trials))
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether all of the `trials` have been asked for."""
+        return all(number in self._asked for number in range(self._spec.trials))
+
     def retry_failed(self) -> None:
-        """Hand out again what was told as failed."""
+        """Take what was told as failed as never told."""
         for number in [n for n, told in self._told.items() if told is None]:
             self._storage.remove(self._path(number, TOLD))
             del self._told[number]
-            self._again.append(number)
-        self._again.sort()
 
     def ask(self) -> Suggestion | None:
-        """Return the next suggestion, first those that were never told; None when all are used up.
+        """Return the next suggestion that nobody has; None when all are used up.
 
         Raises:
             UserError: a file of the study is damaged.
         """
-        while self._again:
-            number = self._again.pop(0)
-            if number < self._spec.trials:
-                return self._suggestion(number)
         while True:
             self._read()
             number = next(n for n in range(len(self._asked) + 1) if n not in self._asked)
@@ -137,6 +172,13 @@ class StudySearch:
             if not any(_beats(other, told) for _, other in done)
         ]
         return sorted(front, key=lambda entry: (entry["asr"], entry["number"]))
+
+    def findings(self) -> list[str]:
+        """Return a line for each of the best."""
+        return [
+            f"best: asr {best['asr']:.3f} cacc {best['cacc']:.3f} with {label(best['values'])}"
+            for best in self.best()
+        ]
 
     def _read(self) -> None:
         """Take in the files that are not known yet."""

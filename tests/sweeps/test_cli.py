@@ -65,6 +65,12 @@ def test_the_help_of_a_command_shows_an_example(
     assert f"Example: btu {command} " in done.out
 
 
+def test_the_help_of_a_launch_teaches_refinement(run_cli: Callable[..., Any]) -> None:
+    out = run_cli("launch", "--help").out
+    assert "--refine asr --refine cacc --refine-trials 40" in out
+    assert "Default: 24" in out
+
+
 @pytest.mark.parametrize("command", STORE_COMMANDS)
 def test_the_store_has_commands_of_its_own(run_cli: Callable[..., Any], command: str) -> None:
     assert f" btu store {command} " in run_cli("store", "--help").out
@@ -674,6 +680,54 @@ def test_the_options_of_a_launch_reach_it(
     ]
     assert calls[0]["sweep"].name == "tiny"
     assert len(calls[0]["plan"].cells) == 1
+
+
+def test_what_a_launch_refines_reaches_it(
+    run_cli: Callable[..., Any], make_sweep: Callable[..., Path], launched: Callable[..., Any]
+) -> None:
+    from orchestrator.refine import RefineSpec
+
+    calls = launched(done=2, failed={}, missing=0)
+    sweep = make_sweep(grid={"defense.alpha": [0.01, 0.02]})
+    run_cli("launch", sweep)
+    run_cli("launch", sweep, "--refine", "asr")
+    both = ("--refine", "cacc", "--refine", "asr", "--refine", "cacc")
+    run_cli("launch", sweep, *both, "--refine-trials", 3)
+    assert [call["refine"] for call in calls] == [
+        None,
+        RefineSpec(("asr",), 24),
+        RefineSpec(("cacc", "asr"), 3),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("grid", "options", "message"),
+    [
+        ({"seed": [0, 1]}, ["--refine", "asr"], "--refine needs an axis of thresholds"),
+        ({"seed": [0, 1]}, ["--refine", "asr", "--dry-run"], "--refine needs an axis of thresh"),
+        ({"defense.alpha": [0.01, 0.02]}, ["--refine", "auc"], "'auc' is not one of 'asr'"),
+        (
+            {"defense.alpha": [0.01, 0.02]},
+            ["--refine-trials", 9],
+            "--refine-trials 9 needs --refine asr or --refine cacc; add one, or leave it out.",
+        ),
+    ],
+)
+def test_what_cannot_be_refined_is_refused_before_anything_is_done(
+    run_cli: Callable[..., Any],
+    make_sweep: Callable[..., Path],
+    launched: Callable[..., Any],
+    tmp_path: Path,
+    grid: dict[str, Any],
+    options: list[Any],
+    message: str,
+) -> None:
+    calls = launched(done=2, failed={}, missing=0)
+    done = run_cli("launch", make_sweep(grid=grid), *options)
+    assert done.code == 2
+    assert message in done.err
+    assert calls == []
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

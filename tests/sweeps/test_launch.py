@@ -6,7 +6,9 @@ Most run in this process, on one Ray that all tests share. What breaks is in ``t
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import re
 import signal
 import time
 from collections import Counter
@@ -378,6 +380,59 @@ def test_a_study_goes_on_after_its_driver_was_killed(
     assert {path: path.read_text() for path in study.glob("*/*.json")} == after
 
 
+@pytest.mark.slow
+def test_thresholds_are_refined_within_the_budget_and_once(
+    make_sweep: Callable[..., Path], place: Workplace, run_cli: Callable[..., Any], cluster: None
+) -> None:
+    # 25 epochs, so that the tiny victim learns something that a threshold of 0.4 unlearns.
+    sweep = make_sweep(
+        grid={"defense.alpha": [0.005, 0.4], "seed": [0, 1]},
+        train={"epochs": 25, "learning_rate": 2e-3},
+    )
+    refine = ("--refine", "asr", "--refine", "cacc", "--refine-trials")
+    done = run_cli("launch", sweep, *refine, 5)
+    assert done.code == 0, done
+    # 4 cells, and 2 thresholds at 2 seeds: of a budget of 5, a third one would need 6.
+    assert "8 of 8 cells done, 0 failed, 0 not run" in done.out
+    assert "4 of 5 cells are refined; a higher --refine-trials narrows" in done.out
+    assert re.search(
+        r"tiny: asr falls from [\d.]+ to [\d.]+ between \S+ and \S+ \(refined with 4", done.out
+    )
+    results = place.results()
+    by_alpha: dict[float, dict[str, list[float]]] = {}
+    for record in results.records():
+        of = by_alpha.setdefault(record["varied"]["defense.alpha"], {"asr": [], "cacc": []})
+        for metric, values in of.items():
+            values.append(record["metrics"][metric])
+    assert {len(of["asr"]) for of in by_alpha.values()} == {2}
+    first, second = sorted(by_alpha.keys() - {0.005, 0.4}, key=lambda alpha: alpha != 0.0447)
+    assert first == 0.0447  # sqrt(0.005 x 0.4) = 0.04472
+    # The second lies in the middle of one of the halves.
+    assert second in (0.015, 0.134)  # sqrt(0.005 x 0.0447) = 0.01495, sqrt(0.0447 x 0.4) = 0.1337
+    # What was found is the largest change of the means over the two seeds.
+    means = {alpha: sum(of["asr"]) / 2 for alpha, of in sorted(by_alpha.items())}
+    low, high = max(
+        itertools.pairwise(means), key=lambda pair: round(abs(means[pair[0]] - means[pair[1]]), 9)
+    )
+    (start, a), (end, b) = sorted(((means[t], t) for t in (low, high)), reverse=True)
+    assert f"asr falls from {start:.3f} to {end:.3f} between {a:g} and {b:g} (refined" in done.out
+    # The models of the two seeds were there until the last threshold had read them; then they went.
+    counts = computed(place.output)
+    assert counts["poisoned fine-tune"] == counts["exposure round 1"] == 2
+    assert counts["unlearn"] == counts["cell"] == 8
+    assert not list((place.output / "store").rglob("model.safetensors"))
+    check(place.output, all_measured(results))
+
+    # Nothing is left: no cluster is asked for.
+    before = journal(place.output)
+    again = place.run("launch", sweep, *refine, 5, *NOWHERE)
+    assert again.code == 0, again
+    assert "8 of 8 cells are done already and are not run again" in again.out
+    assert "suggested" not in again.out
+    assert "refined with 4 cells" in again.out
+    assert journal(place.output) == before
+
+
 def once(place: Workplace) -> dict[str, int]:
     """Return by name how many stages a sweep has."""
     results = place.results()
@@ -518,6 +573,125 @@ def test_workers_that_die_in_a_row_stop_the_sweep(driver: Any) -> None:
         driver._tasks[f"s{number}"] = task
         driver.gave_up(f"s{number}", "")
     assert "the workers of 3 stages in a row died" in driver.stopped
+
+
+@pytest.fixture
+def refining(
+    make_sweep: Callable[..., Path], planner: Any, trial_result: Any
+) -> Callable[..., Any]:
+    """A function that begins a driver which refines, on a sweep whose grid is done.
+
+    ASR is 1 at 0.01 and 0 at 0.04. Called again, it is the next launch of the same sweep.
+    """
+    from rich.console import Console
+    from shelf import publish_cell
+
+    from orchestrator.config import load_sweep
+    from orchestrator.launch import _Driver
+    from orchestrator.plan import plan_sweep
+    from orchestrator.progress import SweepProgress
+    from orchestrator.refine import RefineSpec
+
+    def build(trials: int) -> Any:
+        sweep = load_sweep(make_sweep(grid={"defense.alpha": [0.01, 0.04]}))
+        told = io.StringIO()
+        made = _Driver(
+            sweep,
+            plan_sweep(sweep, planner),
+            planner,
+            SweepProgress(Console(file=told, width=500)),
+            None,
+            RefineSpec(("asr",), trials),
+        )
+        made.store.prepare()
+        for cell in made.plan.cells.values():
+            if cell.key not in made.store.committed():
+                metrics = {"asr": float(cell.varied["defense.alpha"] < 0.02), "cacc": 0.9}
+                result = {**trial_result.result, "metrics": metrics}
+                publish_cell(made.store, cell.key, trial_result.folder, result)
+        made._begin_study(retry_failed=False)
+        made.results.write_plan(made.sweep, made.plan.cells.values())
+        made._prepare_schedule(retry_failed=False)
+        made.told = told  # type: ignore[attr-defined]
+        return made
+
+    return build
+
+
+@pytest.mark.slow
+def test_a_driver_asks_for_a_threshold_and_the_next_launch_knows_it(
+    refining: Callable[..., Any],
+) -> None:
+    driver = refining(1)
+    assert driver._searching()
+    assert not driver.schedule.unfinished
+    assert driver.suggest("t")["task"]
+    (asked,) = (
+        cell for cell in driver.results.cells().values() if cell.varied["defense.alpha"] == 0.02
+    )
+    assert asked.key in driver.plan.cells  # sqrt(0.01 x 0.04)
+    assert driver.schedule.unfinished
+    assert not driver._searching()  # the budget is used up
+    # As after kill -9: its cell is to be run, and nothing else.
+    again = refining(1)
+    assert set(again.plan.cells) == set(driver.plan.cells)
+    assert again.schedule.unfinished == driver.schedule.unfinished
+    assert not again._searching()
+
+
+@pytest.mark.slow
+def test_shared_models_stay_while_thresholds_may_follow(refining: Callable[..., Any]) -> None:
+    dropped: list[str] = []
+    for trials, kept in ((2, True), (1, False)):
+        driver = refining(trials)
+        driver.suggest("t")
+        shared = next(
+            stage.key
+            for cell in driver.plan.cells.values()
+            for stage in cell.stage.inputs.values()
+            if stage.model and stage.kind != "cell"
+        )
+        driver.store.drop = dropped.append
+        dropped.clear()
+        driver._drop(shared)
+        assert dropped == ([] if kept else [shared]), trials
+        driver.store.release_launch(driver.id)
+
+
+@pytest.mark.slow
+def test_a_failed_threshold_is_told_and_ends_the_search(refining: Callable[..., Any]) -> None:
+    driver = refining(9)
+    driver.suggest("t")
+    driver.gave_up("t", "")  # the first stage of the new cell
+    assert not driver._searching()
+    result = driver._result(0.0)
+    assert (result.done, len(result.failed), result.missing) == (2, 1, 0)
+    assert "between 0.01 and 0.04 (refined with 1 cell; 0.02 between them has no asr)" in (
+        driver.told.getvalue()
+    )
+    assert not refining(9)._searching()
+
+
+@pytest.mark.slow
+def test_a_refused_threshold_ends_the_search_with_a_note(
+    refining: Callable[..., Any], planner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator.plan import Planner, RefusedCell
+
+    add = Planner.add
+
+    def refuse(self: Any, plan: Any, cells: Any) -> Any:
+        cells = list(cells)
+        for cell in cells:
+            if cell.varied["defense.alpha"] == 0.02:
+                plan.refused.append(RefusedCell(cell.varied, "no such threshold."))
+        return add(self, plan, [c for c in cells if c.varied["defense.alpha"] != 0.02])
+
+    monkeypatch.setattr(Planner, "add", refuse)
+    driver = refining(9)
+    assert not driver._searching()
+    assert driver._result(0.0).complete
+    assert "defense.alpha=0.02 is refused" in driver.told.getvalue()
 
 
 @pytest.mark.slow

@@ -83,6 +83,7 @@ def test_a_study_ends_with_its_trials(load: Callable[..., Sweep], tmp_path: Path
     search = StudySearch(load("optuna.trials=3"), tmp_path)
     suggestions = [search.ask() for _ in range(3)]  # none told yet
     assert [s.number for s in suggestions if s] == [0, 1, 2]
+    assert search.exhausted
     assert search.ask() is None
     search.tell(0, [])
     assert search.ask() is None  # a failed suggestion is used up too
@@ -97,6 +98,7 @@ def test_more_trials_go_on_with_the_same_study(load: Callable[..., Sweep], tmp_p
     assert later.values not in few
     # Fewer trials than were asked for: nothing is left to do.
     fewer = StudySearch(load("optuna.trials=2"), tmp_path)
+    assert fewer.exhausted
     assert fewer.ask() is None
     assert [suggestion.number for suggestion in fewer.asked()] == [0, 1]
 
@@ -131,7 +133,7 @@ def test_results_steer_what_is_suggested(load: Callable[..., Sweep], tmp_path: P
     assert told(tmp_path / "high", 5).count(5) >= 15
 
 
-def test_what_was_never_told_is_handed_out_again_first(
+def test_what_was_never_told_is_known_and_not_suggested_again(
     load: Callable[..., Sweep], tmp_path: Path
 ) -> None:
     sweep = load()
@@ -140,7 +142,7 @@ def test_what_was_never_told_is_handed_out_again_first(
     search.tell(1, [{"asr": 0.1, "cacc": 0.9}])
     again = StudySearch(sweep, tmp_path)  # as after kill -9
     assert again.asked() == asked
-    assert [again.ask(), again.ask()] == [asked[0], asked[2]]
+    assert again.untold() == {0, 2}
     following = again.ask()
     assert following is not None
     assert following.number == 3
@@ -160,8 +162,10 @@ def test_a_study_survives_a_kill(load: Callable[..., Sweep], tmp_path: Path) -> 
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     search = StudySearch(sweep, tmp_path)
-    numbers = [suggestion.number for suggestion in (search.ask(), search.ask()) if suggestion]
-    assert numbers == [2, 3]
+    assert search.untold() == {2}
+    following = search.ask()
+    assert following is not None
+    assert following.number == 3
     assert len(search.best()) == 2  # two equal results: neither beats the other
 
 
@@ -261,12 +265,12 @@ def test_a_failed_suggestion_can_be_retried(load: Callable[..., Sweep], tmp_path
     trials = search.open + 2  # of all, two are told
     again = StudySearch(load(), tmp_path)
     assert again.open == trials - 2
+    assert again.untold() == set()
     again.retry_failed()
     assert again.open == trials - 1
-    handed = again.ask()
-    assert handed is not None
-    assert (handed.number, handed.values) == (first.number, first.values)
-    again.tell(handed.number, measured(handed))
+    assert again.untold() == {first.number}
+    again.tell(first.number, measured(first))
+    assert again.untold() == set()
     assert {entry["number"] for entry in again.best()} <= {first.number, second.number}
     assert again.open == trials - 2
 
@@ -279,7 +283,13 @@ def test_the_best_are_the_pareto_front(load: Callable[..., Sweep], tmp_path: Pat
         search.tell(number, [{"asr": asr, "cacc": cacc}])
     # 0 loses to 3 (equal CACC, lower ASR), 2 to 0, 4 to 1; 5, 1 and 3 each win on one objective.
     assert [entry["number"] for entry in search.best()] == [5, 1, 3]
-    assert [entry["number"] for entry in StudySearch(load(), tmp_path).best()] == [5, 1, 3]
+    again = StudySearch(load(), tmp_path)
+    assert [entry["number"] for entry in again.best()] == [5, 1, 3]
+    assert [line.partition(" with ")[0] for line in again.findings()] == [
+        "best: asr 0.050 cacc 0.500",
+        "best: asr 0.100 cacc 0.700",
+        "best: asr 0.300 cacc 0.900",
+    ]
 
 
 def test_only_what_was_asked_for_can_be_told(load: Callable[..., Sweep], tmp_path: Path) -> None:
