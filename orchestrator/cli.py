@@ -36,6 +36,8 @@ app = typer.Typer(
     "    btu plan sweeps/quickstart.yaml      # what would run, and what cannot\n\n"
     "    btu launch sweeps/quickstart.yaml    # run it on local Ray; run it again to resume\n\n"
     "    btu report quickstart                # the table\n\n"
+    "    btu curves quickstart                # detection at every threshold\n\n"
+    "    btu choose quickstart                # which threshold to take\n\n"
     "    btu ui                               # the runs, in MLflow\n\n"
     "Any key of the file can be overridden: `btu launch FILE train.epochs=1 'grid.seed=[0,1]'`.",
 )
@@ -67,7 +69,7 @@ class Kind(StrEnum):
 
 
 class Format(StrEnum):
-    """How `btu report` prints."""
+    """How a table is printed."""
 
     table = "table"
     csv = "csv"
@@ -81,6 +83,11 @@ class Curve(StrEnum):
 
     asr = "asr"
     cacc = "cacc"
+
+
+StyleOption = Annotated[
+    Format, typer.Option("--format", "-f", help="csv and json hold fractions; others percent.")
+]
 
 
 def _version(show: bool) -> None:
@@ -446,9 +453,7 @@ def sync(
 @app.command()
 def report(
     name: Annotated[str, typer.Argument(help="The sweep's name.", metavar="NAME")],
-    style: Annotated[
-        Format, typer.Option("--format", "-f", help="csv and json hold fractions; others percent.")
-    ] = Format.table,
+    style: StyleOption = Format.table,
     mean: Annotated[
         bool, typer.Option("--mean", help="Mean and 95 % t interval over seeds.")
     ] = False,
@@ -474,6 +479,100 @@ def report(
         _warn(f"{count} failed cells are not in the table: {reason}")
     for line in summary(records):
         _warn(line)
+
+
+@app.command()
+def curves(
+    name: Annotated[str, typer.Argument(help="The sweep's name.", metavar="NAME")],
+    thresholds: Annotated[
+        int, typer.Option(min=2, help="How many thresholds, beside those that were trained.")
+    ] = 50,
+    style: StyleOption = Format.table,
+    mean: Annotated[
+        bool, typer.Option("--mean", help="Mean and 95 % t interval over seeds.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write a figure too: FILE.png, .svg or .pdf.")
+    ] = None,
+    output: Output = "runs",
+) -> None:
+    """Print detection at every threshold, from the scores that a sweep has saved.
+
+    Nothing is trained. A row per cell and threshold: precision, recall and F1 of the flagged tokens
+    and of their training rows; ASR and CACC only where the threshold was trained.
+
+    Example: `btu curves sst2-thresholds --mean --plot curves.png --format csv > curves.csv`
+    """
+    from orchestrator.report.cells import threshold_cells
+    from orchestrator.report.curve_plot import check_path, curve_plot
+    from orchestrator.report.curves import MEASURES, curve_means, read_saved, sweep_curves
+    from orchestrator.report.table import render
+    from orchestrator.results import find_sweep
+
+    if plot is not None:
+        check_path(plot)
+    results = find_sweep(output, name, _warn)
+    records = list(results.records())
+    if not records:
+        raise UserError(f"sweep '{name}' has no finished cell yet; launch it first.")
+    table, notes = sweep_curves(threshold_cells(records), read_saved(results.store), thresholds)
+    if plot is not None:
+        curve_plot(table, plot)
+        notes.append(f"Plot: {plot}")
+    sys.stdout.write(render(curve_means(table) if mean else table, style.value, MEASURES))
+    _note(notes)
+
+
+@app.command()
+def choose(
+    name: Annotated[str, typer.Argument(help="The sweep's name.", metavar="NAME")],
+    cacc_loss: Annotated[
+        float, typer.Option("--cacc-loss", help="Accuracy that a defense may cost, a fraction.")
+    ] = 0.01,
+    recommend: Annotated[
+        bool, typer.Option("--recommend", help="One threshold per rule, over the whole sweep.")
+    ] = False,
+    style: StyleOption = Format.table,
+    output: Output = "runs",
+) -> None:
+    """Print which trained threshold one would choose, for cells that are equal but for it.
+
+    `deployable` is chosen as a defender can, on clean rows and training data alone: the threshold
+    that flags most while its cut costs no more than `--cacc-loss`. `oracle` is the best in
+    hindsight, the lowest ASR within the same loss of CACC; `gap` is the ASR between the two.
+    With `--recommend`: the median of the deployable ones over the sweep, with its 95 % interval.
+
+    Example: `btu choose sst2-thresholds --cacc-loss 0.02 --recommend`
+    """
+    from btu.errors import check_fraction
+    from orchestrator.report.cells import threshold_cells
+    from orchestrator.report.choice import FRACTIONS, choices, recommended
+    from orchestrator.report.table import render
+    from orchestrator.results import find_sweep
+
+    check_fraction("--cacc-loss", cacc_loss)
+    results = find_sweep(output, name, _warn)
+    records = list(results.records())
+    if not records:
+        raise UserError(f"sweep '{name}' has no finished cell yet; launch it first.")
+    cells = threshold_cells(records)
+    table, notes = choices(cells, cacc_loss)
+    if recommend:
+        table, further = recommended(cells, table)
+        notes += further
+        if table.empty:
+            raise UserError(
+                f"sweep '{name}' has nothing to recommend a threshold from: {' '.join(further)} "
+                "Attack at a higher rate, or train longer."
+            )
+    sys.stdout.write(render(table, style.value, (*FRACTIONS, "flagged")))
+    _note(notes)
+
+
+def _note(notes: list[str]) -> None:
+    """Tell what is not in a table beside it, so that a pipe gets the table alone."""
+    for text in notes:
+        errors.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(name="list")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -49,12 +49,7 @@ def results_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     The last column says what speaks against reading a row (`orchestrator.guards`).
     """
     records = [_with_revisions(record) for record in records]
-    keys = dict.fromkeys(key for record in records for key in record["varied"])
-    keys |= dict.fromkeys(_differing([record["config"] for record in records]))
-    if not _recomputed(records):
-        # Cells of other defenses have other stages too; their settings tell them apart.
-        keys.pop(RECIPE, None)
-    extra = [key for key in keys if key not in CONFIG_COLUMNS.values()]
+    extra = _further_keys(records)
     rows = []
     for record in records:
         row = {name: _plain(_lookup(record, key)) for name, key in CONFIG_COLUMNS.items()}
@@ -66,6 +61,30 @@ def results_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     order = [*list(CONFIG_COLUMNS)[:-1], *extra, "seed"]
     table = pd.DataFrame(rows, columns=[*order, *METRIC_COLUMNS, MARKS])
     return table.sort_values(order, key=_sortable, kind="stable").reset_index(drop=True)
+
+
+def coordinates(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return the settings that `results_table` shows: a row per record, in their order."""
+    records = [_with_revisions(record) for record in records]
+    keys = {**CONFIG_COLUMNS, **{key: key for key in _further_keys(records)}}
+    keys["seed"] = keys.pop("seed")
+    rows = [{name: _plain(_lookup(r, key)) for name, key in keys.items()} for r in records]
+    return pd.DataFrame(rows, columns=list(keys))
+
+
+def in_order(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Return the rows sorted by columns of numbers, texts or both."""
+    return table.sort_values(by, key=_sortable, kind="stable").reset_index(drop=True)
+
+
+def _further_keys(records: Collection[Mapping[str, Any]]) -> list[str]:
+    """Return the dotted keys beside the fixed ones that tell the records apart."""
+    keys = dict.fromkeys(key for record in records for key in record["varied"])
+    keys |= dict.fromkeys(_differing([record["config"] for record in records]))
+    if not _recomputed(records):
+        # Cells of other defenses have other stages too; their settings tell them apart.
+        keys.pop(RECIPE, None)
+    return [key for key in keys if key not in CONFIG_COLUMNS.values()]
 
 
 def _differing(configs: list[Mapping[str, Any]]) -> list[str]:
@@ -112,11 +131,8 @@ def mean_over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     Seeds at which a metric is undefined are left out of its mean. A mark says of how many seeds.
     """
     groups = [c for c in table.columns if c not in (*METRIC_COLUMNS, "seed", MARKS)]
+    result = means(table, groups, METRIC_COLUMNS)
     grouped = table.groupby(groups, sort=False, dropna=False)
-    result = grouped["seed"].nunique().rename("seeds").reset_index()
-    for name in METRIC_COLUMNS:
-        result[name] = grouped[name].mean().to_numpy()
-        result[f"{name}_ci"] = grouped[name].apply(_half_width).to_numpy()
     result[MARKS] = [_shares(group) for _, group in grouped]
     return result
 
@@ -140,9 +156,20 @@ def _half_width(values: pd.Series[float]) -> float:
     return float(t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / len(known) ** 0.5)
 
 
-def render(table: pd.DataFrame, style: str) -> str:
+def means(table: pd.DataFrame, groups: list[str], metrics: Iterable[str]) -> pd.DataFrame:
+    """Return a row per group: its seeds, and mean and interval as in `mean_over_seeds`."""
+    grouped = table.groupby(groups, sort=False, dropna=False)
+    result = grouped["seed"].nunique().rename("seeds").reset_index()
+    for name in metrics:
+        result[name] = grouped[name].mean().to_numpy()
+        result[f"{name}_ci"] = grouped[name].apply(_half_width).to_numpy()
+    return result
+
+
+def render(table: pd.DataFrame, style: str, metrics: Collection[str] = METRIC_COLUMNS) -> str:
     """Return the table as text.
 
+    metrics: the columns that hold fractions, or `PLAIN` numbers; others are shown as they are.
     csv and json keep fractions and every digit; table, markdown and latex are for reading, in
     percent with one decimal, intervals as ``mean ± half width``.
 
@@ -159,7 +186,7 @@ def render(table: pd.DataFrame, style: str) -> str:
             for row in table.astype(object).to_dict("records")
         ]
         return json.dumps(rows, indent=1) + "\n"
-    shown = readable(table)
+    shown = readable(table, metrics)
     if style == "markdown":
         return shown.to_markdown(index=False, disable_numparse=True) + "\n"
     if style == "latex":
@@ -167,13 +194,13 @@ def render(table: pd.DataFrame, style: str) -> str:
     return _rich(shown)
 
 
-def readable(table: pd.DataFrame) -> pd.DataFrame:
+def readable(table: pd.DataFrame, metrics: Collection[str] = METRIC_COLUMNS) -> pd.DataFrame:
     """Return the table as text cells, fractions in percent."""
     shown = pd.DataFrame(index=table.index)
     for name in table.columns:
         if name.endswith("_ci"):
             continue
-        if name not in METRIC_COLUMNS:
+        if name not in metrics:
             shown[name] = table[name].map(_text)
             continue
         digits, scale = (1, 1) if name in PLAIN else (1, 100)
@@ -213,7 +240,8 @@ def _rich(shown: pd.DataFrame) -> str:
         )
     for row in shown.itertuples(index=False):
         table.add_row(*map(str, row))
-    console = Console(width=240)
+    # As wide as it gets: a number cut short would be another one.
+    console = Console(width=10_000)
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"

@@ -367,6 +367,11 @@ def test_the_terminal_table_holds_every_row_on_one_line(table: pd.DataFrame) -> 
     assert all(line == line.rstrip() for line in lines)
 
 
+def test_a_wide_terminal_table_is_not_cut_short(table: pd.DataFrame) -> None:
+    wide = table.assign(note="x" * 300)
+    assert "x" * 300 in render(wide, "table")
+
+
 @pytest.mark.parametrize("style", ["table", "markdown", "latex"])
 def test_intervals_stand_beside_their_means(style: str) -> None:
     rows = [record(seed=s, asr=v, flagged=n) for s, v, n in [(0, 0.4, 15), (1, 0.6, 16)]]

@@ -1,0 +1,234 @@
+"""Which of the trained thresholds one would choose: in hindsight, and as a defender can.
+
+The oracle knows ASR and CACC. A defender has neither triggered rows nor the mask, only the training
+rows and reserved clean ones, and chooses by what the cut costs there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from btu.detection import RULES, Rule
+from btu.errors import UserError
+from btu.seeding import derive_seed
+from btu.types import FloatArray
+from orchestrator.report.cells import Cells, falls
+
+# An attack that does less leaves a defense nothing to do.
+WORKS = 0.5
+# Losses are differences of fractions: 0.9 - 0.89 is above 0.01 by rounding.
+ROUNDING = 1e-9
+RESAMPLES = 5000
+# The columns that hold fractions, for reports.
+FRACTIONS = (
+    "cut_cost",
+    "asr",
+    "cacc",
+    "tuned_cacc",
+    "cacc_loss",
+    "oracle_asr",
+    "oracle_cacc",
+    "gap",
+    "cacc_gap",
+)
+NONE_WITHIN = "no threshold within the budget; the least aggressive"
+NOTHING_FLAGGED = "no threshold flags anything; the least aggressive"
+UNPOISONED = "nothing poisoned: no oracle"
+NO_ORACLE = "no threshold keeps CACC: no oracle"
+
+
+class Chosen(NamedTuple):
+    """position: among the thresholds. note: empty, or why it is no choice but a last resort."""
+
+    position: int
+    note: str
+
+
+def deployable(
+    thresholds: FloatArray, flagged: FloatArray, cut_cost: FloatArray, rule: Rule, loss: float
+) -> Chosen:
+    """Return the threshold that a defender would deploy.
+
+    The most aggressive one that flags something and costs at most `loss`: most tokens flagged; of
+    equal ones that which asks for more. More tokens cut never help the backdoor, so the best
+    defense within a budget of accuracy is the deepest cut within it. `cut_cost` is what the cut
+    alone costs on reserved clean rows. It is measured before the clean tuning on these very rows,
+    so nothing was tuned on what it is measured on, and it over-states the loss, which the tuning
+    then mends in part.
+
+    Nothing else is looked at: no ASR, CACC or FTR, and no metric that knows the mask.
+
+    Where no threshold qualifies, it is the least aggressive one; an unknown cost (NaN) is above
+    every budget.
+    """
+    mildness = -thresholds if falls(rule) else thresholds
+    within = np.flatnonzero((cut_cost <= loss + ROUNDING) & (flagged > 0))
+    if len(within):
+        return Chosen(int(max(within, key=lambda i: (flagged[i], mildness[i]))), "")
+    least = min(range(len(thresholds)), key=lambda i: (flagged[i], -mildness[i]))
+    return Chosen(least, NONE_WITHIN if (flagged > 0).any() else NOTHING_FLAGGED)
+
+
+def oracle(group: pd.DataFrame, rule: Rule, loss: float) -> int | None:
+    """Return the position of the threshold of lowest ASR whose CACC is within `loss` of the tuned.
+
+    Of equal ones that of higher CACC, then of fewer flags. None where CACC is kept by none.
+    """
+    kept = (group["cacc"] >= group["tuned_cacc"] - loss - ROUNDING) & group["asr"].notna()
+    within = np.flatnonzero(kept)
+    if not len(within):
+        return None
+    asr, cacc, threshold, flagged = (
+        group[name].to_numpy(dtype=np.float64) for name in ("asr", "cacc", "threshold", "flagged")
+    )
+    mildness = -threshold if falls(rule) else threshold
+    return int(min(within, key=lambda i: (asr[i], -cacc[i], flagged[i], -mildness[i])))
+
+
+def choices(cells: Cells, loss: float) -> tuple[pd.DataFrame, list[str]]:
+    """Return both choices for every group of at least two thresholds, and what was left out.
+
+    Columns: the coordinates; thresholds (how many); deployable with what it flags, its cut_cost,
+    asr, cacc and the group's tuned_cacc; oracle with oracle_asr and oracle_cacc; gap and cacc_gap
+    (deployable minus oracle); note.
+
+    Raises:
+        UserError: no group has two thresholds.
+    """
+    rows = [_choose(group, cells.coordinates, loss) for group in _several(cells)]
+    if not rows:
+        raise UserError(
+            f"no two of {len(cells.table) + sum(cells.left_out.values())} finished cells differ "
+            "only in the detection threshold: there is nothing to choose from; vary "
+            "defense.threshold (defense.alpha with rule top_fraction) in the grid and launch again."
+        )
+    notes = [f"{count} cells {reason} are left out." for reason, count in cells.left_out.items()]
+    single = sum(len(group) < 2 for group in cells.groups())
+    if single:
+        notes.append(f"{single} cells with the only threshold of their group are left out.")
+    return pd.DataFrame(rows), notes
+
+
+def _several(cells: Cells) -> list[pd.DataFrame]:
+    """Return the groups of at least two thresholds, each with rows 0, 1, ..."""
+    return [group.reset_index(drop=True) for group in cells.groups() if len(group) > 1]
+
+
+def _choose(group: pd.DataFrame, coordinates: list[str], loss: float) -> dict[str, Any]:
+    rule = RULES.load(str(group["rule"].iloc[0]))
+    threshold, flagged, cost = (
+        group[name].to_numpy(dtype=np.float64) for name in ("threshold", "flagged", "cut_cost")
+    )
+    deployed, note = deployable(threshold, flagged, cost, rule, loss)
+    taken = group.loc[deployed]
+    row: dict[str, Any] = {name: taken[name] for name in coordinates}
+    row |= {"thresholds": len(group), "deployable": taken["threshold"]}
+    row |= {name: taken[name] for name in ("flagged", "cut_cost", "asr", "cacc", "tuned_cacc")}
+    unpoisoned = taken["poison_rate"] == 0
+    best = None if unpoisoned else oracle(group, rule, loss)
+    nan = float("nan")
+    row |= dict.fromkeys(("oracle", "oracle_asr", "oracle_cacc", "gap", "cacc_gap"), nan)
+    if best is not None:
+        known = group.loc[best]
+        row |= {"oracle": known["threshold"], "oracle_asr": known["asr"]}
+        row |= {"oracle_cacc": known["cacc"], "gap": taken["asr"] - known["asr"]}
+        row |= {"cacc_gap": taken["cacc"] - known["cacc"]}
+    missing = UNPOISONED if unpoisoned else NO_ORACLE if best is None else ""
+    return {**row, "note": "; ".join(filter(None, (note, missing)))}
+
+
+def recommended(cells: Cells, chosen: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Return one threshold per rule, its interval, and what it gives.
+
+    chosen: of `choices`. The threshold is the trained one next to the median of what a defender
+    would deploy in each group: a single threshold has to serve attacks, rates and seeds that
+    nobody knows beforehand, and a median is moved neither by a group in which nothing qualifies
+    nor by one in which everything does. Shares are compared by ratio, scores by difference. It is
+    chosen without ASR or CACC, so those that stand beside it are not tuned on.
+
+    low, high: 95 % percentile bootstrap over groups, NaN for a single one. asr, cacc_loss (tuned
+    minus defended) and gap (to each group's oracle) are means over the groups that trained this
+    threshold: `measured` of them.
+
+    Groups without poison, and those in which the attack fails undefended, are left out.
+    """
+    groups = _several(cells)
+    undefended = pd.Series([group["undefended_asr"].iloc[0] for group in groups])
+    unpoisoned = chosen["poison_rate"] == 0
+    failed = ~unpoisoned & (undefended < WORKS)
+    notes = []
+    if failed.any():
+        notes.append(
+            f"{int(failed.sum())} groups whose attack fails undefended (ASR below {WORKS:.0%}) "
+            "are left out of the recommendation."
+        )
+    if unpoisoned.any():
+        notes.append(
+            f"{int(unpoisoned.sum())} groups without poison are left out of the recommendation."
+        )
+    rows = [
+        _recommend(str(name), part, [groups[i] for i in part.index])
+        for name, part in chosen[~(failed | unpoisoned)].groupby("rule", sort=False)
+    ]
+    columns = ["rule", "threshold", "low", "high", "groups", "measured", "asr", "cacc_loss", "gap"]
+    return pd.DataFrame(rows, columns=columns), notes
+
+
+def _recommend(name: str, chosen: pd.DataFrame, groups: list[pd.DataFrame]) -> dict[str, Any]:
+    rule = RULES.load(name)
+    by_ratio = falls(rule)
+    values = chosen["deployable"].to_numpy(dtype=np.float64)
+    scaled = np.log(values) if by_ratio else values
+    trained = np.unique(np.concatenate([group["threshold"].to_numpy() for group in groups]))
+    middle = float(np.median(scaled))
+    threshold = _nearest(trained, middle, by_ratio)
+    low, high = _interval(scaled)
+    asr, lost, gaps = [], [], []
+    for group, best in zip(groups, chosen["oracle_asr"], strict=True):
+        for _, cell in group[group["threshold"] == threshold].iterrows():
+            asr.append(cell["asr"])
+            lost.append(cell["tuned_cacc"] - cell["cacc"])
+            gaps.append(cell["asr"] - best)
+    return {
+        "rule": name,
+        "threshold": threshold,
+        "low": float(np.exp(low)) if by_ratio else low,
+        "high": float(np.exp(high)) if by_ratio else high,
+        "groups": len(chosen),
+        "measured": len(asr),
+        "asr": _mean(asr),
+        "cacc_loss": _mean(lost),
+        "gap": _mean(gaps),
+    }
+
+
+def _nearest(trained: FloatArray, middle: float, by_ratio: bool) -> float:
+    """Return the trained threshold next to `middle`, the milder one of two."""
+    distance = np.abs((np.log(trained) if by_ratio else trained) - middle)
+    ties = trained[distance <= distance.min() + ROUNDING]
+    return float(ties.min() if by_ratio else ties.max())
+
+
+def _interval(values: FloatArray) -> tuple[float, float]:
+    from scipy.stats import bootstrap
+
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    drawn = bootstrap(
+        (values,),
+        np.median,
+        n_resamples=RESAMPLES,
+        vectorized=True,
+        method="percentile",
+        random_state=np.random.default_rng(derive_seed(0, "bootstrap of thresholds")),
+    )
+    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
+
+
+def _mean(values: Iterable[float]) -> float:
+    """Return the mean of what is defined; NaN of nothing."""
+    return float(pd.Series(list(values), dtype=float).mean())

@@ -1,0 +1,225 @@
+"""What detection gives at every threshold, read off the scores that finished cells have saved.
+
+Nothing is trained: a token is flagged where its score reaches the rule's bar, a row where its
+highest token does. ASR and CACC are of trained models and known only at thresholds that ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from btu.detection import RULES, Rule
+from btu.errors import UserError
+from btu.metrics import average_precision
+from btu.types import FloatArray, IntArray
+from orchestrator.report.cells import LOGGED, Cells, falls
+from orchestrator.report.table import means
+from orchestrator.results import ROWS, TOKENS
+from orchestrator.store import Damaged, Missing, Store
+
+# The share of the candidates that a default curve flags at its deepest threshold.
+DEEPEST = 0.01
+# Above the highest score, by this share of the range, lies the last default threshold: it flags
+# nothing.
+ABOVE = 0.02
+DETECTION = ("flagged", "precision", "recall", "f1")
+SAMPLES = ("sample_precision", "sample_recall", "sample_f1")
+MEASURES = (*DETECTION, *SAMPLES, "auprc", "asr", "cacc")
+
+
+class Saved(NamedTuple):
+    """Of a cell: tokens (score, trigger) and training rows (top, poisoned)."""
+
+    tokens: pd.DataFrame
+    rows: pd.DataFrame
+
+
+def curve(
+    saved: Saved, thresholds: Iterable[float], rule: Rule, triggers: int | None
+) -> pd.DataFrame:
+    """Return a row per threshold: how many tokens are flagged, and how well.
+
+    triggers: the tokens of the trigger, scored or not; None where it is not made of fixed tokens,
+    and what counts tokens is undefined. As in `btu.metrics.DetectionScore`, what is undefined is
+    NaN.
+    """
+    thresholds = np.asarray(list(thresholds), dtype=np.float64)
+    bars = np.array([rule.bar(float(threshold)) for threshold in thresholds])
+    scores, top = saved.tokens["score"].to_numpy(), saved.rows["top"].to_numpy()
+    trigger, poisoned = saved.tokens["trigger"].to_numpy(), saved.rows["poisoned"].to_numpy()
+    flagged = reaching(scores, bars)
+    columns: dict[str, FloatArray | IntArray] = {"threshold": thresholds, "flagged": flagged}
+    columns |= _measures("", reaching(scores[trigger], bars), flagged, triggers)
+    columns |= _measures(
+        "sample_", reaching(top[poisoned], bars), reaching(top, bars), int(poisoned.sum())
+    )
+    return pd.DataFrame(columns)
+
+
+def reaching(scores: FloatArray, bars: FloatArray) -> IntArray:
+    """Return how many scores reach each bar; NaN reaches none."""
+    known = np.sort(scores[~np.isnan(scores)])
+    count: IntArray = len(known) - np.searchsorted(known, bars, side="left")
+    return count
+
+
+def _measures(
+    prefix: str, hits: IntArray, flagged: IntArray, true: int | None
+) -> dict[str, FloatArray]:
+    """Return precision, recall and F1 by name, each with a value per threshold."""
+    unknown = np.full(len(hits), np.nan)
+    precision, recall, f1 = unknown, unknown, unknown
+    if true is not None:
+        precision = np.divide(hits, flagged, out=unknown.copy(), where=flagged > 0)
+    if true:
+        recall = hits / true
+        # 2pr / (p + r), which is 0 without a hit even where nothing is flagged.
+        f1 = 2 * hits / (flagged + true)
+    return {f"{prefix}precision": precision, f"{prefix}recall": recall, f"{prefix}f1": f1}
+
+
+def spanning(
+    rule: Rule, scores: Iterable[FloatArray], trained: Collection[float], count: int
+) -> FloatArray:
+    """Return `count` thresholds over the range in which the flags change, and the trained ones.
+
+    From where a hundredth of the candidates is flagged to where nothing is, and at least from the
+    lowest trained threshold to the highest; for a share of the vocabulary, from one token up. They
+    lie at equal ratios: scores are densest low down, and a share counts ranks.
+    """
+    sign = -1.0 if falls(rule) else 1.0
+    ends = list(trained)
+    for several in scores:
+        known = np.sort(several[np.isfinite(several)])[::-1]
+        known = sign * known[: max(1, int(np.ceil(DEEPEST * len(known))))]
+        known = known[(known > rule.low) & (known < rule.high)]
+        ends += [float(end) for end in (known.min(), known.max())] if len(known) else []
+    low, high = (min(ends), max(ends)) if ends else (rule.threshold, rule.threshold)
+    if not falls(rule):
+        high += ABOVE * (high - (low if low < high else rule.low))
+    # Rounding must not move the ends: at the lowest share one token is flagged, just so.
+    inner = rule.low + np.geomspace(low - rule.low, high - rule.low, count)[1:-1]
+    spanned: FloatArray = np.union1d(np.concatenate([[low], inner, [high]]), list(trained))
+    return spanned
+
+
+def read_saved(store: Store) -> Callable[[str], Saved | None]:
+    """Return a function from a cell's key to its scores; None where it has none or is damaged."""
+
+    def read(key: str) -> Saved | None:
+        try:
+            folder = store.fetch(key)
+            tokens = pd.read_parquet(folder / TOKENS, columns=["score", "trigger"])
+            if not tokens["score"].notna().any():
+                return None  # the defense does not rank tokens
+            return Saved(tokens, pd.read_parquet(folder / ROWS, columns=["top", "poisoned"]))
+        except (Damaged, Missing, FileNotFoundError):
+            return None
+
+    return read
+
+
+def sweep_curves(
+    cells: Cells, read: Callable[[str], Saved | None], count: int
+) -> tuple[pd.DataFrame, list[str]]:
+    """Return the curve of every group of cells, a row per threshold, and what to know of them.
+
+    Cells that differ only in the threshold have the same scores: one of them is read. All groups
+    of a rule have the same thresholds, so that seeds can be averaged.
+
+    Columns: the coordinates, threshold, trained, exact, `MEASURES`. exact: false where the flags
+    depend on the threshold in a way that no saved score knows. auprc: of the whole ranking.
+
+    Raises:
+        UserError: no cell has token scores.
+    """
+    groups: list[tuple[pd.DataFrame, Saved]] = []
+    unread = 0
+    for group in cells.groups():
+        saved = next((found for key in group["key"] if (found := read(key)) is not None), None)
+        if saved is None:
+            unread += len(group)
+        else:
+            groups.append((group, saved))
+    if not groups:
+        raise UserError(
+            f"none of {len(cells.table) + sum(cells.left_out.values())} finished cells has token "
+            "scores; curves need a defense that ranks tokens (defense.name=btu with a defense.rule "
+            "of its own), launched with this version."
+        )
+    by_rule: dict[str, list[tuple[pd.DataFrame, Saved]]] = {}
+    for group, saved in groups:
+        by_rule.setdefault(str(group["rule"].iloc[0]), []).append((group, saved))
+    grids = {
+        name: spanning(
+            RULES.load(name),
+            [saved.tokens["score"].to_numpy() for _, saved in members],
+            {float(value) for group, _ in members for value in group["threshold"]},
+            count,
+        )
+        for name, members in by_rule.items()
+    }
+    curves, differing = [], 0
+    for group, saved in groups:
+        name = str(group["rule"].iloc[0])
+        part = _with_trained(group, saved, grids[name])
+        differing += _differing(group, part)
+        where = pd.concat([group[cells.coordinates].iloc[:1]] * len(part), ignore_index=True)
+        curves.append(pd.concat([where, part], axis=1))
+    table = pd.concat(curves, ignore_index=True)
+    read_cells = sum(len(group) for group, _ in groups)
+    notes = [f"{count} cells {reason} have no curve." for reason, count in cells.left_out.items()]
+    if unread:
+        notes.append(f"{unread} cells without token scores have no curve.")
+    notes.append(
+        f"{read_cells} cells, {len(groups)} curves: cells that differ only in the threshold have "
+        "the same scores."
+    )
+    if not table["exact"].all():
+        notes.append("Where exact is false: approximate, round 2 depends on the threshold.")
+    if differing:
+        notes.append(
+            f"{differing} cells logged other detection metrics than the scores of their curve give "
+            "at their threshold: they were computed by other versions or on other hardware. "
+            "Their curves are one cell's."
+        )
+    return table, notes
+
+
+def _with_trained(group: pd.DataFrame, saved: Saved, thresholds: FloatArray) -> pd.DataFrame:
+    first = group.iloc[0]
+    # Logged where the trigger is made of fixed tokens, whether or not any row is poisoned.
+    fixed = not np.isnan(first["triggers_cut_train"])
+    triggers = int(first["detection_recall_n"]) if fixed else None
+    part = curve(saved, thresholds, RULES.load(first["rule"]), triggers)
+    part["auprc"] = average_precision(
+        saved.tokens["score"].to_numpy(), np.flatnonzero(saved.tokens["trigger"]).tolist()
+    )
+    part.insert(1, "trained", part["threshold"].isin(group["threshold"]))
+    part.insert(2, "exact", bool(first["exact"]))
+    return part.merge(group[["threshold", "asr", "cacc"]], on="threshold", how="left")
+
+
+def _differing(group: pd.DataFrame, part: pd.DataFrame) -> int:
+    """Return how many cells logged other metrics than an exact curve has at their thresholds."""
+    here = part[part["trained"] & part["exact"]][list(LOGGED)].to_numpy(dtype=np.float64)
+    if not len(here):
+        return 0
+    logged = group.sort_values("threshold")[list(LOGGED.values())].to_numpy(dtype=np.float64)
+    return int((~np.isclose(here, logged, equal_nan=True)).any(axis=1).sum())
+
+
+def curve_means(curves: pd.DataFrame) -> pd.DataFrame:
+    """Return the curves' means over seeds with the intervals of `mean_over_seeds`.
+
+    trained: at one seed at least; ASR and CACC are means over those that are.
+    """
+    groups = [name for name in curves.columns if name not in (*MEASURES, "seed", "trained")]
+    table = means(curves, groups, MEASURES)
+    trained = curves.groupby(groups, sort=False, dropna=False)["trained"].any().to_numpy()
+    table.insert(list(table.columns).index("threshold") + 1, "trained", trained)
+    return table
