@@ -69,6 +69,8 @@ SHORT = {
     "attack.name": "attack",
     "attack.poison_rate": "poison_rate",
     "defense.name": "defense",
+    "defense.rule": "rule",
+    "defense.threshold": "threshold",
     "defense.alpha": "alpha",
 }
 UNTRACKED_KEYS = ("resources",)
