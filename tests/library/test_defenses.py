@@ -27,10 +27,10 @@ from btu.defenses.token_unlearning import (
     TokenUnlearning,
     candidate_tokens,
     cut_tokens,
-    ranking,
     tokens_flagged,
     top_tokens,
 )
+from btu.detection import RULES
 from btu.errors import UserError
 from btu.foundation import (
     Foundation,
@@ -62,6 +62,23 @@ SMALL: dict[str, dict[str, Any]] = {
     }
 }
 BTU = SMALL["btu"]
+# The same with every rule, with bars so low that each flags some of 240 rows' tokens.
+BARS: dict[str, dict[str, Any]] = {
+    "contrast": {"threshold": 0.8},
+    "frequency": {"threshold": 1.0},
+    "mad": {"threshold": 1.5},
+    "gap": {"threshold": 1.005},
+    "top_fraction": {"alpha": 0.02},
+}
+RULED = {
+    rule: {name: value for name, value in BTU.items() if name != "alpha"} | {"rule": rule} | bar
+    for rule, bar in BARS.items()
+}
+# What the contract runs: each defense as in `SMALL`, and btu once for each rule.
+KEPT: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, settings) for name, settings in SMALL.items() if name != "btu"},
+    **{f"btu-{rule}": ("btu", settings) for rule, settings in RULED.items()},
+}
 
 
 def unlearning(**changes: Any) -> TokenUnlearning:
@@ -191,15 +208,18 @@ def word_rows(model: nn.Module) -> Tensor:
 # The contract ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=DEFENSES)
+@pytest.fixture(params=KEPT)
 def defense(request: pytest.FixtureRequest) -> Defense:
-    """Each registered defense in turn."""
-    built: Defense = DEFENSES.load(request.param)(**SMALL[request.param])
+    """Each registered defense in turn, btu with each registered rule."""
+    name, settings = KEPT[request.param]
+    built: Defense = DEFENSES.load(name)(**settings)
     return built
 
 
 def test_every_defense_has_small_settings_for_this_suite() -> None:
     assert set(SMALL) == set(DEFENSES)
+    assert set(BARS) == set(RULES)
+    assert {name for name, _ in KEPT.values()} == set(DEFENSES)
 
 
 def test_a_defense_works_on_every_architecture_and_runs_what_it_declares(
@@ -273,11 +293,14 @@ def check_tokens(outcome: Outcome, victim: Victim, vocabulary: int) -> None:
     assert not set(found.flagged) & set(victim.tokenizer.all_special_ids)
     if found.scores is not None:
         assert found.scores.shape == (vocabulary,)
-        # What was flagged was a candidate, and no special token was one.
+        # What was flagged was a candidate with a score, and no special token was one.
         assert not np.isnan(found.scores[list(found.flagged)]).any()
         assert np.isnan(found.scores[victim.tokenizer.all_special_ids]).all()
     for values in found.table.values():
         assert np.shape(values) == (vocabulary,)
+    if found.rows is not None:
+        assert found.rows.shape == (len(outcome.train),)
+        assert np.isfinite(found.rows).all()
 
 
 def test_same_seed_same_defense(defense: Defense, lab: Lab, tmp_path: Path) -> None:
@@ -451,23 +474,6 @@ def test_top_tokens_by_falling_drift() -> None:
     assert top_tokens(DRIFT, CANDIDATES, 3) == (2, 3, 4)
     assert top_tokens(DRIFT, CANDIDATES, 99) == (2, 3, 4, 1)
     assert top_tokens(DRIFT, np.zeros(5, dtype=bool), 3) == ()
-
-
-def test_the_ranking_is_the_best_rank_over_the_rounds() -> None:
-    other = np.array([0.0, 8.0, 1.0, 7.0, 2.0])
-    scores = ranking({1: DRIFT, 3: other}, CANDIDATES)
-    # Ranks in round 1: 2 -> 1, 3 -> 2, 4 -> 3, 1 -> 4; in round 3: 1 -> 1, 3 -> 2, 4 -> 3, 2 -> 4.
-    np.testing.assert_array_equal(scores, [np.nan, -1, -1, -2, -3])
-
-
-def test_thresholding_the_ranking_gives_the_flagged_union() -> None:
-    rng = np.random.default_rng(0)
-    drift = {number: rng.random(50) for number in (1, 2, 3)}
-    candidates = rng.random(50) < 0.8
-    scores = ranking(drift, candidates)
-    for k in range(1, 30):
-        union = {i for moved in drift.values() for i in top_tokens(moved, candidates, k)}
-        assert set(np.flatnonzero(scores >= -k).tolist()) == union
 
 
 # The cut, by hand ------------------------------------------------------------------------------
@@ -830,7 +836,10 @@ def test_rounds_can_be_switched_off(
     fits.clear()
     outcome = defend(unlearning(rounds=rounds), prepared, root)
     assert [call.stage for call in fits[:-1]] == [f"exposure round {n}" for n in rounds]
-    assert set(outcome.table) == {"count", *(f"drift_{n}" for n in rounds)}
+    assert set(outcome.table) == {
+        *("count", "train_rows", "clean_rows", "label", "surplus"),
+        *(f"drift_{n}" for n in rounds),
+    }
     # A round's drift does not depend on which others run.
     everything = defend(unlearning(), prepared, lab.root)
     for n in rounds:
@@ -1022,7 +1031,7 @@ def test_alpha_of_k_tokens_flags_k_tokens() -> None:
         assert tokens_flagged(k / 30_522, 30_522, 30_522) == k
 
 
-@pytest.mark.parametrize("alpha", [0, 1, 0.0, 1.0, -0.1, 2, math.nan, "0.1", None, True, [0.1, 0]])
+@pytest.mark.parametrize("alpha", [0, 1, 0.0, 1.0, -0.1, 2, math.nan, "0.1", True, [0.1, 0]])
 def test_an_alpha_outside_0_to_1_is_an_error(alpha: object) -> None:
     with pytest.raises(UserError, match=r"defense\.alpha must be above 0 and below 1, got"):
         TokenUnlearning(alpha=alpha, rounds=[1, 3])
@@ -1119,13 +1128,14 @@ def test_the_presets_are_what_they_say() -> None:
     assert set(presets) == {"default", "reference"}
     assert TokenUnlearning(**presets["default"]) == TokenUnlearning()
     reference = TokenUnlearning(**presets["reference"])
-    # Every key of the preset differs from the default, and no other field does.
+    # Every key of the preset differs from the default, and no other field does but those that
+    # follow from the rule.
     different = {
         field.name
         for field in dataclasses.fields(TokenUnlearning)
         if getattr(reference, field.name) != getattr(TokenUnlearning(), field.name)
     }
-    assert different == set(presets["reference"])
+    assert different == set(presets["reference"]) | {"threshold", "alpha", "rounds"}
     for name in presets["reference"]:
         assert name in (btu.defenses.token_unlearning.__doc__ or "")
 

@@ -115,7 +115,8 @@ def test_attacks_and_defenses_are_listed_with_their_own_keys() -> None:
     assert "poison_rate" not in done.stdout  # every attack has it
     defenses = " ".join(shell("list", "defenses").stdout.split())
     assert "preset (default|reference)" in defenses
-    assert "alpha (0.0005)" in defenses
+    # As resolved: what a sweep file without these keys runs.
+    assert "rule (contrast), threshold (4.5), alpha (None), rounds ([3])" in defenses
 
 
 def test_metrics_are_listed_with_their_better_direction() -> None:

@@ -473,7 +473,12 @@ def test_a_defense_of_its_own_is_a_config_key_and_runs(
     # Without drift there is nothing to plot.
     assert {path.name for path in tried.folder.iterdir()} == {
         "record.json", "result.json", "config.yaml", "tokens.parquet", "flagged_tokens.json",
+        "rows.parquet",
     }  # fmt: skip
+    # Nor is any row suspicious; which are poisoned is known all the same.
+    rows = pd.read_parquet(tried.folder / "rows.parquet")
+    assert rows.columns.tolist() == ["poisoned"]
+    assert rows.poisoned.sum() == metrics["poisoned_rows"] == 16
 
 
 def test_clean_tuning_of_defense_and_control_is_the_same(
@@ -499,7 +504,7 @@ def test_a_cell_is_written_whole(
     folder = trial_result.folder
     assert {path.name for path in folder.iterdir()} == {
         "record.json", "result.json", "config.yaml", "tokens.parquet", "flagged_tokens.json",
-        "drift.png",
+        "rows.parquet", "drift.png",
     }  # fmt: skip
     assert (folder / "drift.png").read_bytes().startswith(b"\x89PNG")
     flagged = json.loads((folder / "flagged_tokens.json").read_text())
