@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,8 @@ from btu.detection import (
     robust_z,
     rows_and_tokens,
     rows_by_class,
-    suspicion,
     surplus_by_class,
+    suspicion,
 )
 from btu.errors import UserError
 from btu.rules import contrast, frequency, gap, mad, top_fraction
@@ -60,7 +61,9 @@ def planted() -> Evidence:
     share = 1 / np.arange(1, 50)
 
     def rows() -> list[list[int]]:
-        return [rng.choice(np.arange(6, 55), 12, p=share / share.sum()).tolist() for _ in range(100)]
+        return [
+            rng.choice(np.arange(6, 55), 12, p=share / share.sum()).tolist() for _ in range(100)
+        ]
 
     negative, positive, clean = rows(), rows(), (rows(), rows())
     for row in positive[:20]:
@@ -125,7 +128,7 @@ def test_a_higher_bar_flags_a_part_of_what_a_lower_one_flags(rule: Rule) -> None
     known = np.unique(scores[~np.isnan(scores)])
     flags = [flag(scores, bar) for bar in known]
     # The first ones, in the same order: nothing else moves with a bar.
-    assert all(low[: len(high)] == high for low, high in zip(flags, flags[1:], strict=False))
+    assert all(low[: len(high)] == high for low, high in pairwise(flags))
     assert len(flags[0]) == np.isfinite(scores).sum()
     assert TRIGGER in flags[-1]
     assert flag(scores, known[-1] + 1) == ()
@@ -365,9 +368,7 @@ def beside_the_curve(outlier: float) -> tuple[list[int], list[float]]:
     """Two tokens of each count, 0.1 above and 0.1 below the curve, and one far above it."""
     counts = [count for count in COUNTS for _ in range(2)] + [30]
     beside = [0.1, -0.1] * len(COUNTS) + [outlier]
-    return counts, [
-        math.exp(curve(c) + offset) for c, offset in zip(counts, beside, strict=True)
-    ]
+    return counts, [math.exp(curve(c) + offset) for c, offset in zip(counts, beside, strict=True)]
 
 
 def test_frequency_is_the_deviation_from_tokens_as_frequent() -> None:
@@ -439,7 +440,11 @@ def surplus(held: list[int], clean: list[int], rows: list[int], reserved: list[i
         ([5, 5], [5, 5], [0.0, 0.0]),
         ([0, 0], [0, 0], [0.0, 0.0]),
         # Of three, the highest of the others; two that are highest alike leave nothing.
-        ([9, 6, 0], [1, 4, 0], [NINE_TO_ONE - SIX_TO_FOUR, SIX_TO_FOUR - NINE_TO_ONE, -NINE_TO_ONE]),
+        (
+            [9, 6, 0],
+            [1, 4, 0],
+            [NINE_TO_ONE - SIX_TO_FOUR, SIX_TO_FOUR - NINE_TO_ONE, -NINE_TO_ONE],
+        ),
         ([9, 9, 0], [1, 1, 0], [0.0, 0.0, -NINE_TO_ONE]),
     ],
 )  # fmt: skip
