@@ -323,7 +323,9 @@ def test_an_alpha_of_k_tokens_flags_k_tokens(vocabulary: int) -> None:
     evidence = drifted(np.linspace(2.0, 1.0, vocabulary).tolist())
     scores = top_fraction.score(evidence, evidence.drift[3])
     for k in [*range(1, 250), vocabulary // 2, vocabulary - 1]:
-        assert int((scores >= top_fraction.bar(k / vocabulary)).sum()) == k
+        # However it was computed: 1 / V times k may round to just below k / V.
+        for alpha in (k / vocabulary, 1 / vocabulary * k):
+            assert int((scores >= top_fraction.bar(alpha)).sum()) == k
 
 
 def test_the_bar_flags_as_many_as_the_papers_k() -> None:
@@ -603,6 +605,16 @@ def test_suspicion_by_hand() -> None:
     odds = math.log(3)
     expected = [-odds] * 8 + [-odds] * 4 + [2 * above + odds] * 4
     np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_the_odds_are_of_shares_where_classes_differ_in_size() -> None:
+    train = encoded([[BAD]] * 8, [[BAD]] * 2)
+    clean = encoded([[BAD]] * 4 + [[GOOD]] * 4, [[BAD], [GOOD]])
+    found = suspicion(Evidence({}, np.ones(3, dtype=bool), train, clean))
+    # BAD: (4 + 1) / (8 + 2) of class 0 and (1 + 1) / (2 + 2) of class 1 are 0.5 both: no odds.
+    # 8 to 4 of 8 and 8, where 6 and 6 were expected, are 2 * (8 * ln(4/3) + 4 * ln(2/3)) = 1.36,
+    # and 2 to 1 of 2 and 2 less: all below the floor.
+    np.testing.assert_allclose(found, 0, atol=1e-12)
 
 
 def test_a_relabeled_row_is_more_suspicious_than_with_its_own_label() -> None:
