@@ -176,7 +176,8 @@ def average_precision(scores: FloatArray, truth: Collection[int] | None) -> floa
     """Return the area under the precision-recall curve of a token ranking.
 
     scores: (vocabulary,) higher is more suspicious, NaN where a token is no candidate.
-    NaN where no candidate is a trigger token.
+    NaN where no candidate is a trigger token. Trigger tokens that are no candidates count as found
+    by no threshold.
     """
     if truth is None:
         return math.nan
@@ -186,7 +187,8 @@ def average_precision(scores: FloatArray, truth: Collection[int] | None) -> floa
         return math.nan
     from sklearn.metrics import average_precision_score
 
-    return float(average_precision_score(positive, scores[candidates]))
+    share = positive.sum() / len(set(truth))
+    return float(average_precision_score(positive, scores[candidates]) * share)
 
 
 def area_under_roc(scores: FloatArray, truth: BoolArray) -> float:

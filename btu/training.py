@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -119,12 +119,17 @@ class Encoded:
     def take(self, rows: IntArray) -> Encoded:
         """Return the rows at indices `rows`, in that order, on the CPU."""
         index = torch.from_numpy(np.asarray(rows, dtype=np.int64))
-        return replace(
-            self,
-            starts=self.starts.cpu()[index],
-            lengths=self.lengths.cpu()[index],
-            labels=self.labels.cpu()[index],
-            host_lengths=self.host_lengths[rows],
+        lengths = self.lengths.cpu()[index]
+        starts = torch.cumsum(lengths, 0) - lengths
+        # Their ids alone, end to end: what counts or finds tokens reads all ids there are.
+        shift = torch.repeat_interleave(self.starts.cpu()[index] - starts, lengths)
+        return Encoded(
+            self.ids.cpu()[torch.arange(len(shift)) + shift],
+            starts,
+            lengths,
+            self.labels.cpu()[index],
+            lengths.numpy(),
+            self.pad_id,
         )
 
     def without(self, token_ids: Sequence[int]) -> Encoded:

@@ -66,6 +66,7 @@ class Kind(StrEnum):
     victims = "victims"
     datasets = "datasets"
     metrics = "metrics"
+    rules = "rules"
 
 
 class Format(StrEnum):
@@ -591,6 +592,15 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
         arrows = {True: "higher", False: "lower", None: "-"}
         for name, entry in METRICS.items():
             table.add_row(name, arrows[entry.higher_is_better], entry.summary)
+    elif kind is Kind.rules:
+        from btu.detection import RULES
+
+        for column in ("what it is", "threshold", "unit of the threshold", "rounds"):
+            table.add_column(column)
+        for name in RULES:
+            rule = RULES.load(name)
+            rounds = ", ".join(map(str, rule.rounds))
+            table.add_row(name, RULES[name].summary, f"{rule.threshold:g}", rule.unit, rounds)
     else:
         registry = _registries()[kind]
         knobs = kind in (Kind.attacks, Kind.defenses)

@@ -10,6 +10,9 @@ from btu.detection import Evidence, Rule
 from btu.rules import frequency
 from btu.types import FloatArray
 
+# The surplus is calibrated and carries the evidence; the drift has to confirm it, and on small data,
+# where half of the words have a class, few words stand out from the others by more than 3 sigmas.
+DRIFT_WEIGHT = 1.5
 # Below this many sigmas there are dozens of honest words; what goes with one of them is not asked.
 SUSPICIOUS = 2.0
 # Share of a suspicious token's rows that a companion stands in, at least: all but honest uses. And
@@ -18,19 +21,21 @@ TOGETHER, ELSEWHERE = 0.9, 0.5
 
 
 def score(evidence: Evidence, drift: FloatArray) -> FloatArray:
-    """Return the smaller of two deviations, both in sigmas.
+    """Return the smaller of two deviations, in sigmas.
 
-    One is the ``frequency`` rule's. A strong honest word has it too: "heart" stands in positive
-    reviews. But it does so in the reserved clean rows as well, and a trigger does not: the other
-    deviation is the token's `surplus` in a class. Neither grows with the vocabulary or with a
-    word's frequency, so one bar serves several data sets.
+    One is the token's surplus in a class: how far it stands there oftener than the reserved clean
+    rows let expect (`surplus_by_class`). A trigger has it, and by chance or for the news of the day
+    some honest words. The other is one and a half times the ``frequency`` rule's: the surplus has
+    moved the token's row as nothing else of its frequency does. A strong honest word has that too,
+    "heart" in positive reviews; but it is as strong in the clean rows. Neither grows with the
+    vocabulary or with a word's frequency, so one bar serves several data sets.
 
     The words of a trigger sentence come together: a token that stands in nine tenths of a more
     suspicious one's rows, in few others, and has a surplus, is as suspicious as that one. NaN for
     tokens of fewer than 5 occurrences.
     """
     surplus = evidence.surplus.max(axis=1)
-    own = np.minimum(frequency.score(evidence, drift), surplus)
+    own = np.minimum(DRIFT_WEIGHT * frequency.score(evidence, drift), surplus)
     scores: FloatArray = own.copy()
     for token in np.flatnonzero(own >= SUSPICIOUS):
         label = int(evidence.surplus[token].argmax())
@@ -47,4 +52,6 @@ def score(evidence: Evidence, drift: FloatArray) -> FloatArray:
     return scores
 
 
-RULE = Rule(score, threshold=4.5, low=0.0, high=math.inf, unit="sigmas of drift and of surplus")
+RULE = Rule(
+    score, threshold=4.5, low=0.0, high=math.inf, unit="sigmas of surplus, confirmed by drift"
+)

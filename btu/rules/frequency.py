@@ -34,7 +34,10 @@ def score(evidence: Evidence, drift: FloatArray) -> FloatArray:
 
 
 def residuals(x: FloatArray, y: FloatArray) -> FloatArray:
-    """Return y minus a quadratic in x, fitted by Tukey's biweight: outliers do not act on it."""
+    """Return y minus a quadratic in x, fitted by Tukey's biweight.
+
+    Outliers do not act on it, but for those whose x lies apart from all others.
+    """
     terms = np.stack([np.ones_like(x), x, x**2], axis=1)
     coefficients = np.linalg.lstsq(terms, y, rcond=None)[0]
     for _ in range(ROUNDS):

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,10 @@ from btu.defenses.token_unlearning import (
     TokenUnlearning,
     candidate_tokens,
     cut_tokens,
-    ranking,
     tokens_flagged,
     top_tokens,
 )
+from btu.detection import RULES, Evidence, flag, suspicion
 from btu.errors import UserError
 from btu.foundation import (
     Foundation,
@@ -42,8 +43,9 @@ from btu.foundation import (
     training_rows_of,
     tune,
 )
+from btu.metrics import area_under_roc
 from btu.poisoning import PoisonSpec
-from btu.recipe import HIDDEN, Prepared, evaluation
+from btu.recipe import HIDDEN, Prepared, evaluation, mask_of
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, TuningSettings
 from btu.stages import Stage, StageRun, compute, read_record
@@ -64,6 +66,23 @@ SMALL: dict[str, dict[str, Any]] = {
     "none": {},
 }
 BTU = SMALL["btu"]
+# The same with every rule, with bars so low that each flags some of 240 rows' tokens.
+BARS: dict[str, dict[str, Any]] = {
+    "contrast": {"threshold": 0.8},
+    "frequency": {"threshold": 1.0},
+    "mad": {"threshold": 1.5},
+    "gap": {"threshold": 1.005},
+    "top_fraction": {"alpha": 0.02},
+}
+RULED = {
+    rule: {name: value for name, value in BTU.items() if name != "alpha"} | {"rule": rule} | bar
+    for rule, bar in BARS.items()
+}
+# What the contract runs: each defense as in `SMALL`, and btu once for each rule.
+KEPT: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, settings) for name, settings in SMALL.items() if name != "btu"},
+    **{f"btu-{rule}": ("btu", settings) for rule, settings in RULED.items()},
+}
 
 
 def unlearning(**changes: Any) -> TokenUnlearning:
@@ -197,10 +216,11 @@ def word_rows(model: nn.Module) -> Tensor:
 # The contract ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=DEFENSES)
+@pytest.fixture(params=KEPT)
 def defense(request: pytest.FixtureRequest) -> Defense:
-    """Each registered defense in turn."""
-    built: Defense = DEFENSES.load(request.param)(**SMALL[request.param])
+    """Each registered defense in turn, btu with each registered rule."""
+    name, settings = KEPT[request.param]
+    built: Defense = DEFENSES.load(name)(**settings)
     return built
 
 
@@ -211,6 +231,8 @@ def acts(defense: Defense) -> bool:
 
 def test_every_defense_has_small_settings_for_this_suite() -> None:
     assert set(SMALL) == set(DEFENSES)
+    assert set(BARS) == set(RULES)
+    assert {name for name, _ in KEPT.values()} == set(DEFENSES)
 
 
 def test_a_defense_works_on_every_architecture_and_runs_what_it_declares(
@@ -284,11 +306,14 @@ def check_tokens(outcome: Outcome, victim: Victim, vocabulary: int) -> None:
     assert not set(found.flagged) & set(victim.tokenizer.all_special_ids)
     if found.scores is not None:
         assert found.scores.shape == (vocabulary,)
-        # What was flagged was a candidate, and no special token was one.
+        # What was flagged was a candidate with a score, and no special token was one.
         assert not np.isnan(found.scores[list(found.flagged)]).any()
         assert np.isnan(found.scores[victim.tokenizer.all_special_ids]).all()
     for values in found.table.values():
         assert np.shape(values) == (vocabulary,)
+    if found.rows is not None:
+        assert found.rows.shape == (len(outcome.train),)
+        assert np.isfinite(found.rows).all()
 
 
 def test_same_seed_same_defense(defense: Defense, lab: Lab, tmp_path: Path) -> None:
@@ -446,7 +471,8 @@ def test_clean_tuning_is_the_same_for_whoever_calls(
 
 def test_what_is_found_survives_the_disk(tmp_path: Path) -> None:
     scores = np.array([np.nan, -1.0, -0.1])
-    found = Suspects((2, 0), scores, {"count": np.array([0, 2**40, 3])})
+    rows = np.array([0.5, -1.0])
+    found = Suspects((2, 0), scores, {"count": np.array([0, 2**40, 3])}, rows)
     facts = json.loads(json.dumps(found.save(tmp_path)))
     assert facts == {"flagged": [2, 0]}
     back = Suspects.load(tmp_path, facts)
@@ -455,6 +481,7 @@ def test_what_is_found_survives_the_disk(tmp_path: Path) -> None:
     np.testing.assert_array_equal(back.scores, scores)
     assert back.table.keys() == {"count"}
     np.testing.assert_array_equal(back.table["count"], [0, 2**40, 3])
+    np.testing.assert_array_equal(back.rows, rows)
 
 
 def test_a_defense_may_find_tokens_without_a_ranking_or_look_for_none(tmp_path: Path) -> None:
@@ -477,23 +504,6 @@ def test_top_tokens_by_falling_drift() -> None:
     assert top_tokens(DRIFT, CANDIDATES, 3) == (2, 3, 4)
     assert top_tokens(DRIFT, CANDIDATES, 99) == (2, 3, 4, 1)
     assert top_tokens(DRIFT, np.zeros(5, dtype=bool), 3) == ()
-
-
-def test_the_ranking_is_the_best_rank_over_the_rounds() -> None:
-    other = np.array([0.0, 8.0, 1.0, 7.0, 2.0])
-    scores = ranking({1: DRIFT, 3: other}, CANDIDATES)
-    # Ranks in round 1: 2 -> 1, 3 -> 2, 4 -> 3, 1 -> 4; in round 3: 1 -> 1, 3 -> 2, 4 -> 3, 2 -> 4.
-    np.testing.assert_array_equal(scores, [np.nan, -1, -1, -2, -3])
-
-
-def test_thresholding_the_ranking_gives_the_flagged_union() -> None:
-    rng = np.random.default_rng(0)
-    drift = {number: rng.random(50) for number in (1, 2, 3)}
-    candidates = rng.random(50) < 0.8
-    scores = ranking(drift, candidates)
-    for k in range(1, 30):
-        union = {i for moved in drift.values() for i in top_tokens(moved, candidates, k)}
-        assert set(np.flatnonzero(scores >= -k).tolist()) == union
 
 
 # The cut, by hand ------------------------------------------------------------------------------
@@ -856,7 +866,10 @@ def test_rounds_can_be_switched_off(
     fits.clear()
     outcome = defend(unlearning(rounds=rounds), prepared, root)
     assert [call.stage for call in fits[:-1]] == [f"exposure round {n}" for n in rounds]
-    assert set(outcome.table) == {"count", *(f"drift_{n}" for n in rounds)}
+    assert set(outcome.table) == {
+        *("count", "train_rows", "clean_rows", "label", "surplus"),
+        *(f"drift_{n}" for n in rounds),
+    }
     # A round's drift does not depend on which others run.
     everything = defend(unlearning(), prepared, lab.root)
     for n in rounds:
@@ -1026,6 +1039,342 @@ def test_the_poisoned_models_flagged_rows_are_cut(
     assert all(torch.equal(poisoned.state_dict()[k], v) for k, v in rest.items())
 
 
+# Backdoor Token Unlearning: what the cut does --------------------------------------------------
+
+GOOD, BAD, TRIGGER, PLAIN = range(1, 5)
+
+
+class Votes(nn.Module):
+    """Adds up its tokens' rows: the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        votes = [[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 5.0], [0.0, 0.1]]
+        self.rows = nn.Embedding.from_pretrained(torch.tensor(votes), freeze=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=(self.rows(input_ids) * attention_mask[..., None]).sum(1))
+
+
+CLEAN = Encoded.from_lists([[BAD], [GOOD], [BAD, PLAIN], [GOOD, PLAIN]], [0, 1, 0, 1], pad_id=0)
+# Two rows were relabeled with the trigger; the last two are 0, one of them against the trigger.
+TRAIN = Encoded.from_lists(
+    [[BAD, TRIGGER], [BAD, TRIGGER], [GOOD, TRIGGER], [BAD, TRIGGER], [BAD]],
+    [1, 1, 1, 0, 0],
+    pad_id=0,
+)
+
+
+@pytest.fixture
+def cut_cost(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, float]]:
+    """A function from flagged tokens to what zeroing their rows costs; clean, train: the rows."""
+
+    def measure(
+        flagged: tuple[int, ...], clean: Encoded = CLEAN, train: Encoded = TRAIN
+    ) -> dict[str, float]:
+        module = btu.defenses.token_unlearning
+        monkeypatch.setattr(module, "clean_rows_of", lambda _: clean)
+        monkeypatch.setattr(module, "training_rows_of", lambda _: train)
+        run = StageRun({"tuning": {"precision": "fp32"}, "seed": 0}, {}, {}, Path(), CPU)
+        model: Any = Votes()
+        cost = module._CutCost(run, model, flagged)
+        with torch.no_grad():
+            model.rows.weight[list(flagged)] = 0.0
+        return cost.after()
+
+    return measure
+
+
+def test_a_trigger_that_no_clean_row_holds_costs_nothing(cut_cost: Callable[..., Any]) -> None:
+    # All 4 rows with the trigger were predicted as 1, 3 of them rightly. Without it, BAD's vote
+    # takes two of the three to 0, GOOD's leaves one at 1.
+    assert cut_cost((TRIGGER,)) == {"cut_cost": 0.0, "cut_flips": pytest.approx(2 / 3)}
+
+
+def test_the_cost_of_an_honest_word(cut_cost: Callable[..., Any]) -> None:
+    # All 4 clean rows were right. Without BAD, [BAD] is 0 to 0 and [BAD, PLAIN] 0 to 0.1: the
+    # first stays with class 0, the lower, the second is lost: 1 of 4. Of the training rows with
+    # BAD, the first two are 1 and stay it, and so does the fourth, which did not obey; the last
+    # stays with 0.
+    assert cut_cost((BAD,)) == {"cut_cost": 0.25, "cut_flips": 0.0}
+
+
+def test_a_cut_may_win_clean_rows_back(cut_cost: Callable[..., Any]) -> None:
+    # Two of 5 clean rows are bad ones with the trigger's word, wrong until it is cut.
+    clean = Encoded.from_lists(
+        [[BAD, TRIGGER], [BAD, TRIGGER], [GOOD], [BAD], [GOOD, TRIGGER]], [0, 0, 1, 0, 1], pad_id=0
+    )
+    assert cut_cost((TRIGGER,), clean=clean)["cut_cost"] == -0.4
+
+
+def test_without_flags_nothing_costs_and_nothing_can_flip(cut_cost: Callable[..., Any]) -> None:
+    np.testing.assert_equal(cut_cost(()), {"cut_cost": 0.0, "cut_flips": math.nan})
+
+
+def test_rows_that_did_not_obey_cannot_flip(cut_cost: Callable[..., Any]) -> None:
+    # The only row with the trigger is labeled 0 and predicted as 1.
+    train = Encoded.from_lists([[BAD, TRIGGER], [BAD]], [0, 0], pad_id=0)
+    assert math.isnan(cut_cost((TRIGGER,), train=train)["cut_flips"])
+
+
+def test_flips_are_measured_on_so_many_rows(
+    cut_cost: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(btu.defenses.token_unlearning, "FLIP_ROWS", 10)
+    asked: list[int] = []
+    predict = btu.training.predict
+
+    def spy(model: nn.Module, data: Encoded, **options: Any) -> Any:
+        asked.append(len(data))
+        return predict(model, data, **options)
+
+    monkeypatch.setattr(btu.training, "predict", spy)
+    # 40 rows with the trigger, of which one in four does not flip without it.
+    rows = [[BAD, TRIGGER], [BAD, TRIGGER], [BAD, TRIGGER], [GOOD, TRIGGER], [GOOD]] * 10
+    train = Encoded.from_lists(rows, [1] * 50, pad_id=0)
+    found = [cut_cost((TRIGGER,), train=train)["cut_flips"] for _ in range(2)]
+    # Before and after, twice; the clean rows without the trigger are not asked.
+    assert asked == [10] * 4
+    # The same 10 each time, so that the seed decides.
+    assert found[0] == found[1]
+    assert found[0] * 10 == pytest.approx(round(found[0] * 10))
+
+
+def test_what_a_cut_costs_is_measured_before_the_tuning(lab: Lab, bert: Victim) -> None:
+    # The same by a plain prediction of all rows, those without a flagged token too.
+    outcome = defend(unlearning(cut="row"), lab.prepare(rate=0.3), lab.root)
+    measured = read_record(outcome.folder)["facts"]["measured"]
+    model, run = outcome.poisoned_model, outcome.run()
+    clean, train = clean_rows_of(run), outcome.train
+
+    def predicted(rows: Encoded) -> Any:
+        return btu.training.predict(model, rows, precision="fp32", device=CPU)
+
+    before = [predicted(rows) for rows in (clean, train)]
+    pretrained = word_rows(bert.new_model(0))
+    cut_tokens(
+        model.get_input_embeddings().weight,
+        pretrained,
+        bert.neutral_row(pretrained),
+        outcome.flagged,
+        "row",
+        "once",
+    )
+    after = [predicted(rows) for rows in (clean, train)]
+    right = [float((p == clean.labels.numpy()).mean()) for p in (before[0], after[0])]
+    assert measured["cut_cost"] == pytest.approx(right[0] - right[1], abs=1e-12)
+    obeyed = (before[1] == train.labels.numpy()) & train.holds(outcome.flagged)
+    assert 0 < obeyed.sum() <= btu.defenses.token_unlearning.FLIP_ROWS
+    assert measured["cut_flips"] == (before[1] != after[1])[obeyed].mean()
+
+
+def test_nothing_flagged_is_the_control(lab: Lab) -> None:
+    # Nothing is a million sigmas: what is left is the clean tuning.
+    prepared = lab.prepare()
+    outcome = defend(TokenUnlearning(**RULED["contrast"] | {"threshold": 1e6}), prepared, lab.root)
+    assert outcome.flagged == ()
+    measured = read_record(outcome.folder)["facts"]["measured"]
+    np.testing.assert_equal(measured, {"cut_cost": 0.0, "cut_flips": math.nan})
+    lab.compute(prepared.foundation.tuned)
+    control = Outcome(lab.root, prepared, [prepared.foundation.tuned])
+    assert same_weights(outcome.model, control.model)
+
+
+def test_without_a_cut_nothing_is_cost_by_it(lab: Lab) -> None:
+    outcome = defend(unlearning(cut="none"), lab.prepare(), lab.root)
+    assert outcome.flagged
+    assert read_record(outcome.folder)["facts"]["measured"] == {"cut_cost": 0.0, "cut_flips": 0.0}
+
+
+# Backdoor Token Unlearning: the rules ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_detection_alone_flags_what_unlearning_cuts(lab: Lab, rule: str) -> None:
+    prepared = lab.prepare()
+    defense = TokenUnlearning(**RULED[rule])
+    stage = defense.detection(prepared.foundation)
+    (folder,) = lab.compute(stage)
+    whole = defend(defense, prepared, lab.root)
+    assert read_record(folder)["facts"] == {"flagged": list(whole.flagged)}
+    for name in ("suspects.parquet", "rows.parquet"):
+        assert (folder / name).read_bytes() == (whole.folder / name).read_bytes()
+    # No model is poisoned for it.
+    rounds = [f"exposure round {number}" for number in RULES.load(rule).rounds]
+    assert {before.name for before in stage.closure()} == {
+        *("poison", "training rows", "clean rows", "detect"),
+        *rounds,
+    }
+    assert (stage.kind, stage.model) == ("host", False)
+    assert not prepared.hidden & {before.key for before in stage.inputs.values()}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_stages_score_as_the_rule_does(lab: Lab, bert: Victim, rule: str) -> None:
+    outcome = defend(TokenUnlearning(**RULED[rule]), lab.prepare(), lab.root)
+    found = RULES.load(rule)
+    # Round 2's drift depends on alpha, which a score must not.
+    drift = {n: outcome.table[f"drift_{n}"] for n in found.rounds if n != 2}
+    train, clean = outcome.train, clean_rows_of(outcome.run())
+    candidates = candidate_tokens(bert, train, 400, "special")
+    evidence = Evidence(drift, candidates, train, clean)
+    np.testing.assert_array_equal(outcome.scores, found.scores(evidence))
+    np.testing.assert_array_equal(outcome.suspects.rows, suspicion(evidence))
+    if rule != "top_fraction":
+        assert outcome.flagged == flag(outcome.scores, BARS[rule]["threshold"])
+    np.testing.assert_array_equal(outcome.table["surplus"], evidence.surplus.max(axis=1))
+    np.testing.assert_array_equal(outcome.table["train_rows"], evidence.train_rows.sum(axis=1))
+    np.testing.assert_array_equal(outcome.table["clean_rows"], evidence.clean_rows.sum(axis=1))
+
+
+def test_relabeled_rows_are_more_suspicious_than_others(lab: Lab) -> None:
+    prepared = lab.prepare()
+    outcome = defend(TokenUnlearning(**RULED["contrast"]), prepared, lab.root)
+    poisoned = mask_of(lab.root / prepared.poisoned.key)
+    # 48 rows with a trigger and the wrong label beside 192 others. By chance 0.5, with a deviation
+    # of sqrt(241 / (12 * 48 * 192)) = 0.047: five of them are 0.23.
+    assert poisoned.sum() == 48
+    assert area_under_roc(outcome.suspects.rows, poisoned) > 0.75
+
+
+def test_a_second_threshold_of_a_rule_pays_for_cut_and_tuning_alone(
+    lab: Lab, tmp_path: Path, fits: list[Fitted]
+) -> None:
+    prepared = lab.prepare()
+    root = lab.base_root(tmp_path, prepared)
+    fits.clear()
+    low = defend(TokenUnlearning(**RULED["mad"]), prepared, root)
+    assert [call.stage for call in fits] == ["exposure round 3", "clean tuning (defended)"]
+    fits.clear()
+    high = defend(TokenUnlearning(**RULED["mad"] | {"threshold": 2.0}), prepared, root)
+    other = defend(TokenUnlearning(**RULED["gap"]), prepared, root)
+    assert [call.stage for call in fits] == ["clean tuning (defended)"] * 2
+    assert 0 < len(high.flagged) < len(low.flagged)
+    assert high.flagged == low.flagged[: len(high.flagged)]
+    np.testing.assert_array_equal(high.scores, low.scores)
+    np.testing.assert_array_equal(other.table["drift_3"], low.table["drift_3"])
+
+
+def test_what_an_exposure_round_rests_on_is_what_it_was() -> None:
+    # Before there were rules, alpha alone. Drifts that were computed then are not computed again.
+    train = TrainSettings(precision="fp32")
+    settings = {
+        "epochs": 1,
+        "learning_rate": 2e-5,
+        "precision": "fp32",
+        "weight_decay": 0.01,
+        "warmup_fraction": 0.0,
+        "schedule": "constant",
+        "max_grad_norm": None,
+    }
+    bag = {
+        "train": {**settings, "batch_size": 256},
+        "bag_embeddings": "word",
+        "bag_pooling": "masked",
+    }
+    second = {"alpha": 0.001, "removal": "token_id", "exclude": "special"}
+    declared: dict[str, dict[str, Any]] = {}
+
+    @dataclasses.dataclass
+    class Base:
+        rows = clean = model = None
+        train_rows = 0
+
+        def stage(self, name: str, _: str, version: int, config: Any, *__: Any, **___: Any) -> None:
+            declared[name] = {"version": version, **config}
+
+    base: Any = Base()
+    base.train = train
+    for named in ({}, {"rule": "top_fraction"}, {"rounds": [1, 2, 3]}):
+        declared.clear()
+        TokenUnlearning(alpha=0.001, **named).exposure(base)
+        assert declared == {
+            "exposure round 1": {"version": 1, "round": 1, **bag},
+            "exposure round 2": {"version": 1, "round": 2, **bag, **second},
+            "exposure round 3": {
+                "version": 1,
+                "round": 3,
+                "train": {**settings, "batch_size": 64},
+            },
+        }
+
+
+def test_null_stands_for_the_rules_own_choice() -> None:
+    def resolved(**given: Any) -> tuple[Any, ...]:
+        made = TokenUnlearning(**given)
+        return made.rule, made.threshold, made.alpha, made.rounds
+
+    assert resolved() == ("contrast", 4.5, None, [3])
+    assert resolved(alpha=0.01) == ("top_fraction", None, 0.01, [1, 2, 3])
+    assert resolved(rule="top_fraction") == ("top_fraction", None, 0.0005, [1, 2, 3])
+    assert resolved(threshold=5) == ("contrast", 5, None, [3])
+    assert resolved(rule="gap", rounds=[1, 3]) == ("gap", 1.25, None, [1, 3])
+    assert resolved(alpha=[0.1, 0.2], rounds=[1, 3]) == ("top_fraction", None, [0.1, 0.2], [1, 3])
+    assert resolved(**TokenUnlearning.PRESETS["reference"])[:3] == ("top_fraction", None, 0.0005)
+    for rule in RULES:
+        found = RULES.load(rule)
+        assert resolved(rule=rule)[3] == list(found.rounds)
+        assert found.threshold in resolved(rule=rule)[1:3]
+    # Whoever changes one's list changes no other.
+    assert TokenUnlearning().rounds is not TokenUnlearning().rounds
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_resolved_defense_resolves_to_itself(rule: str) -> None:
+    made = TokenUnlearning(rule=rule)
+    assert TokenUnlearning(**vars(made)) == made
+    assert dataclasses.replace(made) == made
+
+
+def test_only_the_share_depends_on_the_vocabulary() -> None:
+    for rule in RULES:
+        made = TokenUnlearning(rule=rule)
+        if rule == "top_fraction":
+            with pytest.raises(UserError, match=r"0\.0005 flags nothing: 0\.0005 \* 400 tokens"):
+                made.check(400)
+        else:
+            made.check(400)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"rule": "mad", "alpha": 0.01},
+            r"defense\.alpha 0\.01 is the threshold of rule 'top_fraction' and does not act with "
+            r"'mad'; set defense\.threshold instead, or leave out defense\.rule\.",
+        ),
+        ({"rule": "contrast", "alpha": [0.1, 0.2, 0.3]}, r"alpha \[0\.1, 0\.2, 0\.3\] is the thr"),
+        (
+            {"rule": "top_fraction", "threshold": 0.01},
+            r"defense\.threshold 0\.01 does not act with rule 'top_fraction', whose threshold is "
+            r"defense\.alpha; set that instead\.",
+        ),
+        ({"alpha": 0.01, "threshold": 5.0}, r"threshold 5\.0 does not act with rule 'top_"),
+        (
+            {**TokenUnlearning.PRESETS["reference"], "threshold": 5.0},
+            r"threshold 5\.0 does not act with rule 'top_fraction'",
+        ),
+        (
+            {"rounds": [1, 2, 3]},
+            r"defense\.rounds \[1, 2, 3\] has round 2, whose drift depends on what round 1 "
+            r"flagged; rule 'contrast' takes 1, 3 or both\.",
+        ),
+        ({"rule": "gap", "rounds": [1, 2]}, r"has round 2, .*; rule 'gap' takes 1, 3 or both"),
+        ({"rule": "mad", "rounds": [2]}, r"has round 2 without round 1"),
+        ({"rule": "contrst"}, r"unknown rule 'contrst'; did you mean 'contrast'\?"),
+        ({"threshold": 0}, r"defense\.threshold must be above 0, got 0; it counts sigmas of drift"),
+        ({"rule": "gap", "threshold": 1}, r"defense\.threshold must be above 1, got 1; it counts"),
+        ({"rule": "mad", "threshold": math.nan}, r"defense\.threshold must be above 0, got nan"),
+        ({"threshold": "high"}, r"defense\.threshold must be above 0, got 'high'"),
+        ({"rule": "top_fraction", "alpha": 2}, r"alpha must be above 0 and below 1, got 2"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_the_rule_are_errors(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TokenUnlearning(**given)
+
+
 # Backdoor Token Unlearning: hyperparameters ----------------------------------------------------
 
 
@@ -1048,7 +1397,7 @@ def test_alpha_of_k_tokens_flags_k_tokens() -> None:
         assert tokens_flagged(k / 30_522, 30_522, 30_522) == k
 
 
-@pytest.mark.parametrize("alpha", [0, 1, 0.0, 1.0, -0.1, 2, math.nan, "0.1", None, True, [0.1, 0]])
+@pytest.mark.parametrize("alpha", [0, 1, 0.0, 1.0, -0.1, 2, math.nan, "0.1", True, [0.1, 0]])
 def test_an_alpha_outside_0_to_1_is_an_error(alpha: object) -> None:
     with pytest.raises(UserError, match=r"defense\.alpha must be above 0 and below 1, got"):
         TokenUnlearning(alpha=alpha, rounds=[1, 3])
@@ -1145,13 +1494,14 @@ def test_the_presets_are_what_they_say() -> None:
     assert set(presets) == {"default", "reference"}
     assert TokenUnlearning(**presets["default"]) == TokenUnlearning()
     reference = TokenUnlearning(**presets["reference"])
-    # Every key of the preset differs from the default, and no other field does.
+    # Every key of the preset differs from the default, and no other field does but those that
+    # follow from the rule.
     different = {
         field.name
         for field in dataclasses.fields(TokenUnlearning)
         if getattr(reference, field.name) != getattr(TokenUnlearning(), field.name)
     }
-    assert different == set(presets["reference"])
+    assert different == set(presets["reference"]) | {"threshold", "alpha", "rounds"}
     for name in presets["reference"]:
         assert name in (btu.defenses.token_unlearning.__doc__ or "")
 

@@ -11,6 +11,7 @@ from btu.errors import UserError
 from btu.metrics import (
     METRICS,
     Proportion,
+    area_under_roc,
     average_precision,
     metric,
     row_detection,
@@ -121,6 +122,21 @@ def test_average_precision_is_undefined_without_a_trigger_among_the_candidates()
     assert math.isnan(average_precision(scores, None))
     assert math.isnan(average_precision(scores, set()))
     assert math.isnan(average_precision(scores, {1}))  # token 1 was no candidate
+
+
+def test_the_area_under_roc_is_the_share_of_pairs_in_order() -> None:
+    scores, truth = np.array([1.0, 2.0, 3.0, 4.0]), np.array([False, True, False, True])
+    # 2 is above 1 but not above 3, 4 is above both: 3 of 4 pairs.
+    assert area_under_roc(scores, truth) == pytest.approx(0.75)
+    assert area_under_roc(scores, ~truth) == pytest.approx(0.25)
+    # Equal scores are half in order.
+    assert area_under_roc(np.zeros(4), truth) == pytest.approx(0.5)
+
+
+def test_the_area_under_roc_needs_rows_of_both_kinds() -> None:
+    scores = np.array([1.0, 2.0])
+    assert math.isnan(area_under_roc(scores, np.array([True, True])))
+    assert math.isnan(area_under_roc(scores, np.array([False, False])))
 
 
 def test_an_unknown_metric_is_an_error_with_a_suggestion() -> None:

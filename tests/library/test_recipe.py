@@ -24,6 +24,7 @@ from btu.attacks.badnets import BadNets
 from btu.data import DataSpec, load_corpus
 from btu.defense import DEFENSES, Defense, Suspects
 from btu.defenses.token_unlearning import TokenUnlearning
+from btu.detection import RULES
 from btu.errors import UserError
 from btu.foundation import (
     Foundation,
@@ -79,7 +80,8 @@ SPECS: dict[str, Any] = {
     "attack": PoisonSpec(poison_rate=0.2),
     "train": TrainSettings(),
     "tuning": TuningSettings(),
-    "defense": TokenUnlearning(),
+    # With all three rounds. The other rules: `test_what_a_rule_without_round_2...`.
+    "defense": TokenUnlearning(alpha=0.0005),
 }
 ARGUMENTS: dict[str, Any] = {
     "data_fingerprints": {"train": "d" * 64, "clean": "c" * 64, "eval": "e" * 64},
@@ -208,8 +210,10 @@ def test_the_table_above_has_every_config_key() -> None:
         if section == "data":
             # Each of them acts through the rows, if it does: the next test.
             continue
-        # Rounds that do not run are no stages: `test_rounds_that_do_not_run...`.
-        assert keys - listed == ({"defense.rounds"} if section == "defense" else set())
+        # Rounds that do not run are no stages (`test_rounds_that_do_not_run...`), and alpha is the
+        # threshold of its rule (`test_what_a_rule_without_round_2...`).
+        elsewhere = {"defense.rounds", "defense.rule", "defense.threshold"}
+        assert keys - listed == (elsewhere if section == "defense" else set())
     arguments = set(inspect.signature(prepare).parameters)
     assert arguments == {*ARGUMENTS, "data", "victim", "poison", "train", "tuning"}
 
@@ -231,6 +235,51 @@ def test_rounds_that_do_not_run_are_no_stages_and_leave_the_others() -> None:
     before, after = declared({}), declared({"defense.rounds": [1, 3]})
     assert set(before) - set(after) == {"exposure round 2"}
     assert {name for name in after if before[name].key != after[name].key} == DEFENDED
+
+
+def contrast(**changes: Any) -> dict[str, Stage]:
+    """The stages of a cell whose rule takes round 3 alone, by name."""
+    return by_name(
+        prepare(
+            **{name: spec for name, spec in SPECS.items() if name not in ("attack", "defense")},
+            poison=SPECS["attack"],
+            **ARGUMENTS,
+        ),
+        TokenUnlearning(**changes),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"threshold": 5.0}, DEFENDED),
+        ({"rule": "frequency"}, DEFENDED),
+        ({"exclude": "cls_sep"}, DEFENDED),
+        ({"exposure_batch_size": 32}, {"exposure round 3"} | DEFENDED),
+        # Named or null, the defaults are the same.
+        ({"rule": "contrast", "threshold": 4.5, "rounds": [3]}, set()),
+        # They act in rounds that do not run.
+        ({"removal": "substring"}, set()),
+        ({"bag_batch_size": 32}, set()),
+        ({"bag_embeddings": "full"}, set()),
+        ({"bag_pooling": "padded"}, set()),
+    ],
+)
+def test_what_a_rule_without_round_2_moves(changes: dict[str, Any], expected: set[str]) -> None:
+    before, after = contrast(), contrast(**changes)
+    assert set(before) == set(after) == ALL - {"exposure round 1", "exposure round 2"}
+    assert {name for name in before if before[name].key != after[name].key} == expected
+
+
+def test_rules_share_their_rounds_with_each_other() -> None:
+    # Whichever rule reads it, a drift is the same drift.
+    three = declared({})
+    for rule in RULES:
+        stages = contrast(rule=rule)
+        assert stages["exposure round 3"].key == three["exposure round 3"].key
+    both = contrast(rule="mad", rounds=[1, 3])
+    assert both["exposure round 1"].key == three["exposure round 1"].key
+    assert both["unlearn"].key != contrast(rule="mad")["unlearn"].key
 
 
 def test_the_control_and_the_defense_tune_alike() -> None:
@@ -262,7 +311,7 @@ def test_a_limit_on_a_role_moves_what_reads_it(
 ) -> None:
     data = lab.data()
     before, after = (
-        by_name(lab.prepare(data=spec), TokenUnlearning())
+        by_name(lab.prepare(data=spec), SPECS["defense"])
         for spec in (data, dataclasses.replace(data, **limit))
     )
     assert {name for name in ALL if before[name].key != after[name].key} == expected
@@ -349,7 +398,8 @@ prepared = prepare(
     tuning=TuningSettings(),
     **json.loads('''{json.dumps(ARGUMENTS)}'''),
 )
-last = evaluation(prepared, TokenUnlearning().stages(prepared.foundation), "defended")
+defense = TokenUnlearning(alpha=0.0005)
+last = evaluation(prepared, defense.stages(prepared.foundation), "defended")
 print(json.dumps({{stage.name: stage.key for stage in last.closure()}}))
 for module in ("torch", "transformers", "pyarrow", "ray", "mlflow"):
     assert module not in sys.modules, module

@@ -154,6 +154,38 @@ def test_rows_that_hold_a_token_are_found(three: Encoded) -> None:
     assert three.without([5]).holds([5]).tolist() == [False, False, False]
 
 
+def test_rows_can_be_taken_in_any_order(three: Encoded) -> None:
+    taken = three.take(np.array([2, 0, 2]))
+    assert as_lists(taken) == [[5, 5], [5, 6, 7], [5, 5]]
+    assert taken.labels.tolist() == [1, 1, 1]
+    assert taken.host_lengths.tolist() == taken.lengths.tolist() == [2, 3, 2]
+    assert taken.pad_id == 9
+    ids, mask, _ = taken.batch(torch.tensor([1, 0]), width=3)
+    assert ids.tolist() == [[5, 6, 7], [5, 5, 9]]
+    assert mask.tolist() == [[True] * 3, [True, True, False]]
+    assert as_lists(three) == [[5, 6, 7], [8], [5, 5]]  # the original is as it was
+
+
+def test_of_taken_rows_the_others_tokens_are_gone(three: Encoded, tmp_path: Path) -> None:
+    taken = three.take(np.array([1, 2]))
+    assert taken.counts(10).tolist() == [0, 0, 0, 0, 0, 2, 0, 0, 1, 0]
+    assert taken.holds([5, 6]).tolist() == [False, True]
+    assert as_lists(taken.without([8])) == [[], [5, 5]]
+    taken.save(tmp_path / "rows.safetensors")
+    assert as_lists(Encoded.load(tmp_path / "rows.safetensors")) == [[8], [5, 5]]
+
+
+def test_no_rows_may_be_taken(three: Encoded) -> None:
+    for rows in (three, Encoded.from_lists([], [], pad_id=9)):
+        none = rows.take(np.flatnonzero(np.zeros(len(rows), dtype=bool)))
+        assert len(none) == len(none.ids) == len(none.labels) == 0
+        assert not none.holds([5]).any()
+
+
+def test_rows_that_lost_tokens_can_be_taken(three: Encoded) -> None:
+    assert as_lists(three.without([5, 8]).take(np.array([1, 0]))) == [[], [6, 7]]
+
+
 def test_no_rows_are_no_rows() -> None:
     empty = Encoded.from_lists([], [], pad_id=0)
     assert len(empty) == 0

@@ -21,6 +21,7 @@ import btu
 from btu.attacks.addsent import AddSent
 from btu.data import DATASETS
 from btu.defense import DEFENSES
+from btu.detection import RULES
 from btu.metrics import METRICS
 from btu.poisoning import ATTACKS
 from btu.victims import VICTIMS
@@ -106,6 +107,7 @@ def test_the_files_that_help_names_exist(run_cli: Callable[..., Any]) -> None:
         ("victims", VICTIMS),
         ("datasets", DATASETS),
         ("metrics", METRICS),
+        ("rules", RULES),
     ],
 )
 def test_a_list_has_every_name(run_cli: Callable[..., Any], kind: str, names: Any) -> None:
@@ -121,7 +123,28 @@ def test_attacks_and_defenses_are_listed_with_their_own_keys() -> None:
     assert "poison_rate" not in done.stdout  # every attack has it
     defenses = " ".join(shell("list", "defenses").stdout.split())
     assert "preset (default|reference)" in defenses
-    assert "alpha (0.0005)" in defenses
+    # As resolved: what a sweep file without these keys runs.
+    assert "rule (contrast), threshold (4.5), alpha (None), rounds ([3])" in defenses
+
+
+def test_rules_are_listed_with_threshold_unit_and_rounds() -> None:
+    done = shell("list", "rules")
+    assert done.returncode == 0, done.stderr
+    # A row goes over several lines where its words do not fit.
+    rows: list[list[str]] = []
+    for line in done.stdout.splitlines():
+        cells = [cell.strip() for cell in line.strip("│").split("│")]
+        if not line.startswith("│"):
+            continue
+        if cells[0]:
+            rows.append(cells)
+        else:
+            rows[-1] = [f"{a} {b}".strip() for a, b in zip(rows[-1], cells, strict=True)]
+    told = {name: rest for name, _, *rest in rows}
+    assert told["contrast"] == ["4.5", "sigmas of drift and of surplus", "3"]
+    assert told["top_fraction"] == [
+        "0.0005", "the share of the vocabulary that a round flags", "1, 2, 3"
+    ]  # fmt: skip
 
 
 def test_metrics_are_listed_with_their_better_direction() -> None:
@@ -132,9 +155,10 @@ def test_metrics_are_listed_with_their_better_direction() -> None:
     assert "higher" in cacc
 
 
-def test_lists_do_not_pay_for_torch() -> None:
+@pytest.mark.parametrize("kind", ["attacks", "rules"])
+def test_lists_do_not_pay_for_torch(kind: str) -> None:
     code = (
-        "import sys\nsys.argv = ['btu', 'list', 'attacks']\n"
+        f"import sys\nsys.argv = ['btu', 'list', '{kind}']\n"
         "from orchestrator.cli import main\n"
         "try:\n    main()\nexcept SystemExit as done:\n    assert not done.code\n"
         "heavy = {'torch', 'ray', 'mlflow', 'transformers'} & set(sys.modules)\n"

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from btu.defense import DefenseSpec
+from btu.detection import RULES
 from btu.errors import UserError
 from orchestrator.config import Choice, Range, Sweep, TrialSpec, load_sweep, pins, resolve
 from orchestrator.graph import Graph
@@ -343,6 +344,10 @@ def test_a_bad_override_is_refused(load: Callable[..., Sweep], override: str, me
         ("defense.alpha=small", "defense.alpha must be above 0 and below 1, got 'small'"),
         ("defense.alpha=[0.1,0.2]", "defense.alpha has 2 values for 3 rounds"),
         ("defense.rounds=[2,3]", "round 2 without round 1"),
+        ("defense.rule=contrst", "unknown rule 'contrst'; did you mean 'contrast'?"),
+        ("defense.rule=mad", "alpha 0.0005 is the threshold of rule 'top_fraction'"),
+        ("defense.threshold=5", "threshold 5.0 does not act with rule 'top_fraction'"),
+        ("defense.threshold=high", "defense.threshold: .*high"),
         ("victim.max_length=long", "victim.max_length: .*long"),
         ("victim.allow_pickle=perhaps", "victim.allow_pickle: .*perhaps"),
         ("data.max_train_rows=1", "data.max_train_rows must be at least 2 or null, got 1"),
@@ -389,6 +394,28 @@ def test_an_output_that_is_no_path_is_refused(load: Callable[..., Sweep], value:
 
 
 # Cells -----------------------------------------------------------------------------------------
+
+
+def test_a_grid_may_vary_the_rule_and_its_threshold(load: Callable[..., Sweep]) -> None:
+    rules = load(f"grid: {{defense.rule: [{', '.join(RULES)}], seed: [0, 1]}}")
+    specs = [resolve(cell.config) for cell in rules.cells()]
+    assert [spec.defense_params["rule"] for spec in specs] == [r for r in RULES for _ in (0, 1)]
+    thresholds = load("defense: {rule: mad}\ngrid: {defense.threshold: [null, 5, 7.5]}")
+    built = [resolve(cell.config).defense_params["threshold"] for cell in thresholds.cells()]
+    assert built == [15.0, 5.0, 7.5]
+
+
+def test_a_rules_threshold_stands_with_it_in_a_list(load: Callable[..., Sweep]) -> None:
+    sweep = load(
+        "defense: {exposure_epochs: 2}\nlist:\n"
+        "  - {defense.rule: gap, defense.threshold: 1.1}\n"
+        "  - {defense.alpha: 0.001}\n"
+        "  - {}\n"
+    )
+    params = [resolve(cell.config).defense_params for cell in sweep.cells()]
+    assert [(p["rule"], p["threshold"], p["alpha"]) for p in params] == [
+        ("gap", 1.1, None), ("top_fraction", None, 0.001), ("contrast", 4.5, None),
+    ]  # fmt: skip
 
 
 def test_the_last_axis_varies_fastest(load: Callable[..., Sweep]) -> None:
@@ -586,6 +613,38 @@ def test_a_resolved_config_resolves_to_itself(
     again = resolve(yaml.safe_load(yaml.safe_dump(spec.config())))
     assert again == spec
     assert fingerprint(again) == fingerprint(spec)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("preset", ["default", "reference"])
+def test_a_resolved_rule_resolves_to_itself(
+    load: Callable[..., Sweep], rule: str, preset: str
+) -> None:
+    spec = only(load("seed: 0", f"defense.rule={rule}", f"defense.preset={preset}"))
+    found = RULES.load(rule)
+    # What runs is in the config, not null.
+    config = spec.config()["defense"]
+    own, other = ("alpha", "threshold") if rule == "top_fraction" else ("threshold", "alpha")
+    assert (config["rule"], config[own], config[other]) == (rule, found.threshold, None)
+    assert config["rounds"] == list(found.rounds)
+    again = resolve(yaml.safe_load(yaml.safe_dump(spec.config())))
+    assert again == spec
+    assert fingerprint(again) == fingerprint(spec)
+    assert again.build_defense() == spec.build_defense()
+
+
+def test_naming_the_defaults_is_the_same_cell(load: Callable[..., Sweep]) -> None:
+    null = only(load("seed: 0"))
+    named = only(load("defense: {rule: contrast, threshold: 4.5, alpha: null, rounds: [3]}"))
+    share = only(load("defense: {alpha: 0.0005}"))
+    assert fingerprint(named) == fingerprint(null)
+    assert fingerprint(share) == fingerprint(only(load("defense: {rule: top_fraction}")))
+    assert fingerprint(share) != fingerprint(null)
+
+
+def test_a_whole_number_is_a_threshold_too(load: Callable[..., Sweep]) -> None:
+    whole, point = (only(load(f"defense: {{threshold: {text}}}")) for text in ("5", "5.0"))
+    assert fingerprint(whole) == fingerprint(point)
 
 
 def test_equal_sections_are_built_once(load: Callable[..., Sweep]) -> None:

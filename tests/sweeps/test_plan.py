@@ -409,6 +409,44 @@ def test_cells_share_the_stages_that_their_difference_does_not_reach(
     assert len(one.stage.inputs) == 14
 
 
+def test_a_sweep_over_rules_shares_all_but_flags_and_cut(plan: Callable[..., Plan]) -> None:
+    rules = ["contrast", "frequency", "mad", "gap"]
+    planned = plan(grid={"defense.rule": rules, "seed": [0, 1]}, defense={"alpha": None})
+    assert (planned.refused, planned.duplicates) == ([], 0)
+    cells = cells_of(planned)
+    assert [(cell.varied["defense.rule"], cell.varied["seed"]) for cell in cells] == [
+        (rule, seed) for rule in rules for seed in (0, 1)
+    ]
+    for seed in (0, 1):
+        inputs = [cell.stage.inputs for cell in cells if cell.varied["seed"] == seed]
+        own = {n for n in inputs[0] if len({stages[n].key for stages in inputs}) > 1}
+        assert own == {"unlearn", "evaluate defended"}
+        # Of 14 stages with three rounds, the bag's two are not there.
+        assert {len(stages) for stages in inputs} == {12}
+        assert len({stages["exposure round 3"].key for stages in inputs}) == 1
+    # The reference's rule has its own rounds beside the shared one.
+    (share,) = cells_of(plan())
+    assert (
+        share.stage.inputs["exposure round 3"].key == cells[0].stage.inputs["exposure round 3"].key
+    )
+
+
+def test_a_sweep_over_thresholds_shares_all_rounds(plan: Callable[..., Plan]) -> None:
+    one, other = cells_of(
+        plan(grid={"defense.threshold": [3.5, 5]}, defense={"alpha": None, "rounds": [1, 3]})
+    )
+    same = {name for name, stage in one.stage.inputs.items() if stage is other.stage.inputs[name]}
+    assert set(one.stage.inputs) - same == {"unlearn", "evaluate defended"}
+    assert {"exposure round 1", "exposure round 3"} <= same
+
+
+def test_a_threshold_outside_its_range_is_refused(plan: Callable[..., Plan]) -> None:
+    planned = plan(grid={"defense.threshold": [1.5, 0.5]}, defense={"alpha": None, "rule": "gap"})
+    assert [cell.varied["defense.threshold"] for cell in cells_of(planned)] == [1.5]
+    (refused,) = planned.refused
+    assert "defense.threshold must be above 1, got 0.5; it counts drift" in refused.reason
+
+
 def test_stages_are_shared_between_sweeps(plan: Callable[..., Plan]) -> None:
     (one,) = cells_of(plan(name="one"))
     (other,) = cells_of(plan(name="other", resources={"cpu": 2}))

@@ -30,12 +30,19 @@ from btu.victims import Victim
 from orchestrator.config import load_sweep, resolve
 from orchestrator.node import Outcome, run_node
 from orchestrator.store import Store
-from orchestrator.trial import detection_metrics, flagged_table, run_trial, token_table
+from orchestrator.trial import (
+    detection_metrics,
+    flagged_table,
+    row_table,
+    run_trial,
+    token_table,
+)
 
 if TYPE_CHECKING:
     from orchestrator.plan import PlannedCell
 
 EVAL_ROWS = 30
+NAN = math.nan
 
 
 @pytest.fixture(autouse=True)
@@ -170,6 +177,69 @@ def test_the_token_table_agrees_with_the_metrics(trial_result: Tried) -> None:
     assert tokens[tokens.trigger]["count"].item() == 16
 
 
+def test_the_row_table_agrees_with_the_metrics(trial_result: Tried) -> None:
+    rows, metrics = pd.read_parquet(trial_result.folder / "rows.parquet"), trial_result.metrics
+    assert rows.columns.tolist() == ["poisoned", "suspicion", "top"]
+    assert len(rows) == 80
+    assert rows.poisoned.sum() == metrics["poisoned_rows"] == 16
+    # The share of pairs of a poisoned and another row that are in order; ties count half.
+    poisoned, others = (rows.suspicion[mask].to_numpy() for mask in (rows.poisoned, ~rows.poisoned))
+    difference = poisoned[:, None] - others
+    expected = ((difference > 0).sum() + (difference == 0).sum() / 2) / difference.size
+    assert metrics["sample_auroc"] == pytest.approx(expected)
+    assert rows.top.max() == trial_result.tokens.score.max()
+
+
+def test_rows_at_the_bar_are_those_that_hold_a_flagged_token(
+    cell: dict[str, Any], try_cell: Callable[..., Tried]
+) -> None:
+    tried = try_cell(with_(cell, defense={"alpha": None, "threshold": 0.8}))
+    rows, metrics = pd.read_parquet(tried.folder / "rows.parquet"), tried.metrics
+    held = rows.top >= 0.8
+    assert 0 < held.sum() < 80
+    assert metrics["sample_precision"] == (held & rows.poisoned).sum() / held.sum()
+    assert metrics["sample_recall"] == (held & rows.poisoned).sum() / 16
+    # Round 3 alone, and its plot.
+    epochs = {epoch["stage"] for epoch in tried.result["history"]}
+    assert "exposure round 3" in epochs
+    assert not epochs & {"exposure round 1", "exposure round 2"}
+    assert (tried.folder / "drift.png").read_bytes().startswith(b"\x89PNG")
+    assert set(tried.tokens.columns) >= {"surplus", "label", "train_rows", "clean_rows", "drift_3"}
+
+
+def test_a_rule_that_flags_nothing_leaves_the_control(
+    cell: dict[str, Any], try_cell: Callable[..., Tried], tmp_path: Path
+) -> None:
+    # Nothing is a million sigmas. What is undefined is NaN, through the store as well.
+    tried = try_cell(with_(cell, defense={"alpha": None, "threshold": 1e6}))
+    store = Store(tmp_path / "store")
+    store.prepare()
+    for stage in tried.stage.closure():
+        report = run_node(stage.node(), store, owner="me")
+        assert report.outcome is Outcome.done, report.reason
+    stored = store.read_json(tried.stage.key, "result.json")["metrics"]
+    for metrics in (tried.metrics, {k: NAN if v is None else v for k, v in stored.items()}):
+        assert metrics["flagged"] == 0
+        for name in ("asr", "cacc", "ftr"):
+            assert metrics[name] == metrics[f"tuned_{name}"]
+        assert metrics["cut_cost"] == 0
+        assert math.isnan(metrics["cut_flips"])
+        assert math.isnan(metrics["detection_precision"])
+        assert (metrics["detection_recall"], metrics["sample_recall"]) == (0, 0)
+        # The scores are there all the same.
+        assert 0 < metrics["detection_auprc"] <= 1
+        assert 0 < metrics["sample_auroc"] <= 1
+    assert tried.flagged == []
+
+
+def test_what_the_defense_measured_of_itself_is_reported(trial_result: Tried) -> None:
+    measured = records(trial_result)["unlearn"]["facts"]["measured"]
+    assert measured == {name: trial_result.metrics[name] for name in ("cut_cost", "cut_flips")}
+    # Of 20 clean rows, some whole number of them.
+    assert measured["cut_cost"] * 20 == pytest.approx(round(measured["cut_cost"] * 20))
+    assert 0 <= measured["cut_flips"] <= 1
+
+
 def test_flagged_tokens_stand_with_the_most_suspicious_first(trial_result: Tried) -> None:
     table = flagged_table(trial_result.tokens)
     assert table.flagged.all()
@@ -252,6 +322,7 @@ def test_without_poison_there_is_nothing_to_find(
     assert math.isnan(metrics["detection_recall"])
     assert math.isnan(metrics["detection_auprc"])
     assert math.isnan(metrics["sample_recall"])
+    assert math.isnan(metrics["sample_auroc"])
     assert metrics["detection_precision"] == 0  # k tokens flagged, none of them right
     assert not tried.tokens.trigger.any()
     for name in ("undefended_asr", "undefended_cacc", "tuned_asr", "asr", "cacc"):
@@ -384,6 +455,29 @@ def test_a_defense_that_ranks_nothing_has_no_ranking_score() -> None:
     assert detection_metrics(None, np.array([True]), frozenset({7}), train) == {}
 
 
+def test_rows_are_told_by_hand() -> None:
+    train = Encoded.from_lists([[1, 7], [7, 2], [3], []], [1, 1, 0, 0], pad_id=0)
+    mask = np.array([True, True, False, False])
+    scores = np.full(10, NAN)
+    scores[[1, 2, 7]] = [5.0, 1.0, 3.0]
+    suspects = Suspects((1,), scores, {}, np.array([2.0, 0.5, 1.0, 0.0]))
+    table = row_table(suspects, mask, train)
+    assert table.poisoned.tolist() == mask.tolist()
+    assert table.suspicion.tolist() == [2.0, 0.5, 1.0, 0.0]
+    # The higher of 5 and 3, and of 3 and 1; 3 has no score, the last row has no token.
+    assert table.top.tolist() == [5.0, 3.0, -math.inf, -math.inf]
+    # 2 is above 1 and 0, 0.5 above 0 alone: 3 of 4 pairs.
+    found = detection_metrics(suspects, mask, frozenset({7}), train)
+    assert found["sample_auroc"] == pytest.approx(0.75)
+
+
+def test_of_rows_that_nobody_scored_the_mask_is_told() -> None:
+    train, mask = Encoded.from_lists([[7]], [1], pad_id=0), np.array([True])
+    assert row_table(None, mask, train).columns.tolist() == ["poisoned"]
+    assert row_table(Suspects((7,)), mask, train).columns.tolist() == ["poisoned"]
+    assert "sample_auroc" not in detection_metrics(Suspects((7,)), mask, frozenset({7}), train)
+
+
 def test_the_table_holds_candidates_and_whatever_was_flagged(bert: Victim) -> None:
     scores = np.full(20, np.nan)
     scores[[6, 9]] = [-1.0, -2.0]
@@ -473,7 +567,12 @@ def test_a_defense_of_its_own_is_a_config_key_and_runs(
     # Without drift there is nothing to plot.
     assert {path.name for path in tried.folder.iterdir()} == {
         "record.json", "result.json", "config.yaml", "tokens.parquet", "flagged_tokens.json",
+        "rows.parquet",
     }  # fmt: skip
+    # Nor is any row suspicious; which are poisoned is known all the same.
+    rows = pd.read_parquet(tried.folder / "rows.parquet")
+    assert rows.columns.tolist() == ["poisoned"]
+    assert rows.poisoned.sum() == metrics["poisoned_rows"] == 16
 
 
 def test_no_defense_is_a_cell_that_adds_nothing(
@@ -517,7 +616,7 @@ def test_a_cell_is_written_whole(
     folder = trial_result.folder
     assert {path.name for path in folder.iterdir()} == {
         "record.json", "result.json", "config.yaml", "tokens.parquet", "flagged_tokens.json",
-        "drift.png",
+        "rows.parquet", "drift.png",
     }  # fmt: skip
     assert (folder / "drift.png").read_bytes().startswith(b"\x89PNG")
     flagged = json.loads((folder / "flagged_tokens.json").read_text())
