@@ -240,7 +240,7 @@ def surplus_by_class(
     one rate, normal with sigma 1 where training and clean rows are draws from the same texts;
     minus that of the class in which it is next highest, if positive. For texts of another day or
     source have other words, but in all classes, where a trigger has one. A class without clean
-    rows shows no surplus: 0.
+    rows shows no surplus of its own.
     """
     share = rows / np.maximum(rows + reserved, 1)
     together = held + clean

@@ -10,8 +10,8 @@ from btu.detection import Evidence, Rule
 from btu.rules import frequency
 from btu.types import FloatArray
 
-# The surplus is calibrated and carries the evidence; the drift has to confirm it, and on small data,
-# where half of the words have a class, few words stand out from the others by more than 3 sigmas.
+# The surplus is calibrated and carries the evidence; the drift has to confirm it. On small data,
+# where every other word belongs to a class, no word stands out from others by much more than 3 sigmas.
 DRIFT_WEIGHT = 1.5
 # Below this many sigmas there are dozens of honest words; what goes with one of them is not asked.
 SUSPICIOUS = 2.0
