@@ -192,7 +192,8 @@ def _find_data(data: str, text: str | None, label: str | None, split: str | None
     columns: dict[str, Any] = {"text_column": text, "label_column": label, "train_split": split}
     path = Path(data).expanduser()
     if path.is_file() or path.is_dir():
-        return DataSpec(path.resolve().stem, path=str(path), **columns)
+        place = path.resolve()
+        return DataSpec(place.stem if path.is_file() else place.name, path=str(path), **columns)
     owner, _, rest = data.partition("/")
     hub = owner and rest and "/" not in rest and not data.startswith((".", "~"))
     if data in DATASETS or (hub and path.suffix not in SUFFIXES and not Path(owner).is_dir()):

@@ -142,9 +142,11 @@ def scan(
         epochs=epochs,
         seed=seed,
     )
+    folder = out or Path("runs") / "scan" / plan.spec.name.replace("/", "-")
     if export is not None:
         check_export(plan, export)
-    folder = out or Path("runs") / "scan" / plan.spec.name.replace("/", "-")
+        if export.expanduser().resolve() == folder.resolve():
+            raise UserError(f"--export {export} is the work folder; name another.")
     row_file, token_file = rows or folder / "suspicious_rows.csv", tokens or folder / "tokens.csv"
     _check_files(folder, [row_file, token_file], data, clean)
     # What is printed as JSON stands alone on the output.

@@ -165,6 +165,10 @@ def test_mistakes_end_in_a_message(
     (tmp_path / "file").write_text("")
     refused(run("poisoned.csv", out=tmp_path / "file" / "work"), "cannot be made", "--out")
     refused(run("poisoned.csv", "--export", data), "no earlier export")
+    refused(
+        run("poisoned.csv", "--export", tmp_path / "new", out=tmp_path / "new"),
+        "is the work folder",
+    )
     without = run("poisoned.csv", "--rule", "frequency", "--export", tmp_path / "x", clean=False)
     refused(without, "needs trusted rows")
 
