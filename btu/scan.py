@@ -127,7 +127,9 @@ class ScanPlan:
                 f"{name} {'(never: too few rows)' if least is None else least}"
                 for name, least in self.least.items()
             )
-            said.append(f"To be found, a token must stand in as many rows of a class: {limits}.")
+            said.append(
+                f"To be found, a token must stand in at least so many rows of a class: {limits}."
+            )
         if self.defense.rule == TOP_FRACTION:
             said.append(
                 f"Rule '{TOP_FRACTION}' flags a fixed share of the vocabulary, on clean data too."
