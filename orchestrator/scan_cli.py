@@ -244,11 +244,16 @@ def _show(report: ScanReport, top: int) -> None:
 
 def _show_export(plan: ScanPlan, measured: Measured, folder: str) -> None:
     found = measured.as_metrics()
+    flips = found["cut_flips"]
     _say(
         f"{folder}: the model, with its card. On {len(plan.corpus.clean)} trusted rows the cut "
         f"took the accuracy from {found['accuracy_before_cut']:.1%} to "
-        f"{found['accuracy_after_cut']:.1%}; cut_flips "
-        + ("-" if math.isnan(found["cut_flips"]) else f"{found['cut_flips']:.1%}")
+        f"{found['accuracy_after_cut']:.1%}"
+        + (
+            "."
+            if math.isnan(flips)
+            else f"; of the rows with a flagged token it changed {flips:.1%} of the predictions."
+        )
     )
 
 
