@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,8 @@ SPLIT_NAMES = {
     "eval": ("eval", "validation", "valid", "dev", "test"),
     "clean": ("clean", "test"),
 }
+# A scan reports on no rows: a `test` split always serves as the clean set there.
+SCAN_ROLES = {role: SPLIT_NAMES[role] for role in ("train", "clean")}
 LAYOUT_KEYS = ("text_column", "label_column", "train_split", "clean_split", "eval_split")
 HUB_KEYS = ("hub_config", "revision")
 
@@ -141,13 +143,116 @@ def load_corpus(spec: DataSpec) -> Corpus:
         UserError: a file, split or column is missing; a role is empty; the training labels have
             one class; a label is missing or unknown to the training set.
     """
+    return _assemble(spec, *_frames(spec))
+
+
+@dataclass(frozen=True)
+class SuspectCorpus:
+    """Rows under suspicion, beside rows that are trusted.
+
+    corpus: ``train`` is under suspicion, ``clean`` trusted, perhaps empty; ``eval`` is empty.
+    numbers: (train,) where each row stands in its table, from 0. contradicted: likewise, rows that
+    were dropped because their text is a trusted one, though it has another label there.
+    trusted: where the trusted rows come from, for people.
+    """
+
+    corpus: Corpus
+    numbers: tuple[int, ...]
+    contradicted: tuple[int, ...]
+    trusted: str
+
+
+def load_suspects(spec: DataSpec, clean_file: str | None = None) -> SuspectCorpus:
+    """Load rows to be scanned, all of them: nothing is held out, sampled or reported on.
+
+    clean_file: a table of trusted rows, in place of a split. Without either there are none. A text
+    that is trusted too leaves the rows under suspicion, as in `load_corpus`.
+
+    Raises:
+        UserError: as of `load_corpus`; or a class has a single row.
+    """
+    frames, label_names = _frames(spec, SCAN_ROLES)
+    frames = {role: frames[role] for role in SCAN_ROLES if role in frames}
+    if clean_file is not None:
+        path = Path(clean_file).expanduser()
+        if not path.is_file():
+            raise UserError(f"trusted rows {path} do not exist; give a file ({_suffixes()}).")
+        frames["clean"] = _read_file(path)
+    text_column, label_column = _check_frames(spec, frames)
+    notes: dict[str, int] = {}
+    mapping = _label_mapping(spec, frames["train"][label_column], label_names)
+    if len(mapping) < 2:
+        raise _one_class(spec, mapping, notes)
+    trusted = str(frames["clean"].attrs.get("from", "clean")) if "clean" in frames else "none"
+    roles = {role: Rows((), ()) for role in SPLIT_NAMES}
+    for role, frame in frames.items():
+        # A further column goes wherever its row goes.
+        part = frame[[text_column, label_column]].assign(
+            **{_NUMBER: [str(number) for number in range(len(frame))]}
+        )
+        roles[role] = _to_rows(part, text_column, label_column, mapping, role, notes)
+    labels: dict[str, set[int]] = {}
+    for text, value in zip(roles["clean"].texts, roles["clean"].labels, strict=True):
+        labels.setdefault(_same_text(text), set()).add(value)
+    suspects = roles["train"]
+    contradicted = tuple(
+        int(number)
+        for text, value, number in zip(
+            suspects.texts, suspects.labels, suspects.columns[_NUMBER], strict=True
+        )
+        if value not in labels.get(_same_text(text), {value})
+    )
+    _drop_overlaps(roles, notes)
+    numbers = tuple(int(number) for number in roles["train"].columns[_NUMBER])
+    train, clean, none = (
+        Rows(rows.texts, rows.labels) for rows in (roles[r] for r in ("train", "clean", "eval"))
+    )
+    names = tuple(label_names or (str(value) for value in mapping))
+    _check_classes(spec, train, names, label_column, notes)
+    corpus = Corpus(spec.name, train, clean, none, names, notes)
+    return SuspectCorpus(corpus, numbers, contradicted, trusted)
+
+
+_NUMBER = "\0number"
+
+
+def _check_classes(
+    spec: DataSpec,
+    rows: Rows,
+    names: tuple[str, ...],
+    label_column: str,
+    notes: Mapping[str, int],
+) -> None:
+    sizes = np.bincount(np.asarray(rows.labels, dtype=np.int64), minlength=len(names))
+    if (sizes > 0).sum() < 2:
+        raise _one_class(spec, names, notes)
+    single = [name for name, size in zip(names, sizes, strict=True) if size == 1]
+    if single:
+        some = ", ".join(f"'{name}'" for name in single[:5]) + (" ..." if single[5:] else "")
+        raise UserError(
+            f"{len(single)} of {len(names)} classes of data set '{spec.name}' have one row only "
+            f"({some}), and at least 2 are needed; drop or merge them, or name another label "
+            f"column than '{label_column}'."
+        )
+
+
+def _one_class(spec: DataSpec, names: Iterable[Any], notes: Mapping[str, int]) -> UserError:
+    left = f" ({', '.join(f'{name}: {count}' for name, count in notes.items())})" if notes else ""
+    return UserError(
+        f"the rows of data set '{spec.name}' have fewer than two classes (labels: "
+        f"{', '.join(map(str, names))}){left}; a classifier needs at least two."
+    )
+
+
+def _frames(
+    spec: DataSpec, roles: Mapping[str, tuple[str, ...]] = SPLIT_NAMES
+) -> tuple[dict[str, pd.DataFrame], tuple[str, ...] | None]:
+    """Return a table per role, and the names of the classes where the source has them."""
     if spec.name == "demo" and spec.path is None:
-        frames, label_names = _demo_frames(), None
-    elif spec.path is not None:
-        frames, label_names = _local_frames(spec), None
-    else:
-        frames, label_names = _hub_frames(spec)
-    return _assemble(spec, frames, label_names)
+        return _demo_frames(), None
+    if spec.path is not None:
+        return _local_frames(spec, roles), None
+    return _hub_frames(spec, roles)
 
 
 def _demo_frames() -> dict[str, pd.DataFrame]:
@@ -209,19 +314,30 @@ def _read_table(path: Path) -> pd.DataFrame:
         raise UserError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from error
 
 
-def _local_frames(spec: DataSpec) -> dict[str, pd.DataFrame]:
+def _suffixes() -> str:
+    return ", ".join(SUFFIXES)
+
+
+def _read_file(path: Path) -> pd.DataFrame:
+    """Return the table of a file that a user named, and in ``attrs`` where it is from."""
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"data.path {path} must end in one of {_suffixes()}.")
+    table = _read_table(path)
+    table.attrs["from"] = str(path)
+    return table
+
+
+def _local_frames(spec: DataSpec, roles: Mapping[str, tuple[str, ...]]) -> dict[str, pd.DataFrame]:
     assert spec.path is not None
     root = Path(spec.path).expanduser()
     if root.is_file():
-        if root.suffix not in SUFFIXES:
-            raise UserError(f"data.path {root} must end in one of {', '.join(SUFFIXES)}.")
         named = [n for n in ("train", "clean", "eval") if getattr(spec, f"{n}_split")]
         if named:
             raise UserError(
                 f"data.{named[0]}_split is set but data.path {root} is one file; give a folder "
                 "with a file per split, or leave the splits null."
             )
-        return {"train": _read_table(root)}
+        return {"train": _read_file(root)}
     if not root.is_dir():
         raise UserError(f"data.path {root} does not exist; give a folder with a file per split.")
     files: dict[str, Path] = {}
@@ -236,23 +352,28 @@ def _local_frames(spec: DataSpec) -> dict[str, pd.DataFrame]:
                 f"{path.name}); remove one."
             )
         files[path.stem] = path
-    chosen = _choose_splits(spec, files, f"folder {root}")
-    return {role: _read_table(files[split]) for role, split in chosen.items()}
+    chosen = _choose_splits(spec, files, f"folder {root}", roles)
+    return {role: _read_file(files[split]) for role, split in chosen.items()}
 
 
-def _choose_splits(spec: DataSpec, available: Mapping[str, Any], where: str) -> dict[str, str]:
+def _choose_splits(
+    spec: DataSpec,
+    available: Mapping[str, Any],
+    where: str,
+    roles: Mapping[str, tuple[str, ...]],
+) -> dict[str, str]:
     """Map each role to a split name; a role that none serves is left out (held out later)."""
     chosen: dict[str, str] = {}
-    for role in SPLIT_NAMES:
+    for role in roles:
         asked = getattr(spec, f"{role}_split")
         if asked is not None:
             if asked not in available:
                 raise unknown(f"split for data.{role}_split in {where}", asked, available)
             chosen[role] = asked
-    for role in SPLIT_NAMES:
+    for role in roles:
         if role in chosen:
             continue
-        for name in SPLIT_NAMES[role]:
+        for name in roles[role]:
             if name in available and name not in chosen.values():
                 chosen[role] = name
                 break
@@ -264,7 +385,9 @@ def _choose_splits(spec: DataSpec, available: Mapping[str, Any], where: str) -> 
     return chosen
 
 
-def _hub_frames(spec: DataSpec) -> tuple[dict[str, pd.DataFrame], tuple[str, ...] | None]:
+def _hub_frames(
+    spec: DataSpec, roles: Mapping[str, tuple[str, ...]]
+) -> tuple[dict[str, pd.DataFrame], tuple[str, ...] | None]:
     if spec.name in DATASETS:
         preset = DATASETS.load(spec.name)
     elif "/" in spec.name:
@@ -298,7 +421,7 @@ def _hub_frames(spec: DataSpec) -> tuple[dict[str, pd.DataFrame], tuple[str, ...
         for split in loaded
         if not known or split in (spec.train_split, spec.clean_split, spec.eval_split)
     }
-    chosen = _choose_splits(spec, available, f"hub data set {preset.hub_id}")
+    chosen = _choose_splits(spec, available, f"hub data set {preset.hub_id}", roles)
     frames = {}
     label_column = spec.label_column or preset.label_column
     names: tuple[str, ...] | None = None
@@ -313,6 +436,7 @@ def _hub_frames(spec: DataSpec) -> tuple[dict[str, pd.DataFrame], tuple[str, ...
         # The chosen column wins over another that happens to be called text or label.
         other = [name for name in columns.values() if name in frame and name not in columns]
         frames[role] = frame.drop(columns=other).rename(columns=columns)
+        frames[role].attrs["from"] = f"{preset.hub_id}/{split}"
         feature = loaded[split].features[label_column]
         if isinstance(feature, datasets.ClassLabel):
             names = tuple(feature.names)
@@ -324,14 +448,12 @@ def _require_column(frame: pd.DataFrame, column: str, where: str) -> None:
         raise unknown(f"column in {where}", column, map(str, frame.columns))
 
 
-def _assemble(
-    spec: DataSpec, frames: dict[str, pd.DataFrame], class_names: tuple[str, ...] | None
-) -> Corpus:
+def _check_frames(spec: DataSpec, frames: Mapping[str, pd.DataFrame]) -> tuple[str, str]:
+    """Return the columns of text and label, which every table has."""
     text_column, label_column = "text", "label"
     if spec.path is not None:
         text_column = spec.text_column or text_column
         label_column = spec.label_column or label_column
-    notes: dict[str, int] = {}
     for role, frame in frames.items():
         where = f"the {role} rows of data set '{spec.name}'"
         _require_column(frame, text_column, where)
@@ -340,6 +462,14 @@ def _assemble(
             raise UserError(f"{where} are empty: at least 2 rows are needed.")
         if frame[label_column].isna().any() or (frame[label_column] == "").any():
             raise UserError(f"{where} have missing labels in column '{label_column}'.")
+    return text_column, label_column
+
+
+def _assemble(
+    spec: DataSpec, frames: dict[str, pd.DataFrame], class_names: tuple[str, ...] | None
+) -> Corpus:
+    text_column, label_column = _check_frames(spec, frames)
+    notes: dict[str, int] = {}
     mapping = _label_mapping(spec, frames["train"][label_column], class_names)
     roles = {
         role: _to_rows(frame, text_column, label_column, mapping, role, notes)
@@ -419,16 +549,23 @@ def _to_rows(
             )
         labels.append(mapping[value])
     columns = {
-        str(name): tuple(frame[name].fillna("").astype(str))
+        str(name): _texts(frame[name])
         for name in frame.columns
         if name not in (text_column, label_column)
         and pd.api.types.infer_dtype(frame[name], skipna=True) in ("string", "empty")
     }
-    rows = Rows(tuple(frame[text_column].fillna("").astype(str)), tuple(labels), columns)
+    rows = Rows(_texts(frame[text_column]), tuple(labels), columns)
     keep = np.array([bool(text.strip()) for text in rows.texts], dtype=bool)
     if not keep.all():
         notes[f"dropped_{role}_empty"] = int((~keep).sum())
     return rows.where(keep)
+
+
+def _texts(column: pd.Series[Any]) -> tuple[str, ...]:
+    # Not by pandas' own strings, which hold no lone surrogates.
+    missing = column.isna().tolist()
+    values = zip(column.tolist(), missing, strict=True)
+    return tuple("" if none else str(value) for value, none in values)
 
 
 def _hold_out(spec: DataSpec, roles: dict[str, Rows], notes: dict[str, int]) -> None:

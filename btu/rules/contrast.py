@@ -11,7 +11,7 @@ from btu.rules import frequency
 from btu.types import FloatArray
 
 # The surplus is calibrated and carries the evidence; the drift has to confirm it. On small data,
-# where every other word belongs to a class, no word stands out from others by much more than 3 sigmas.
+# where every other word belongs to a class, no word stands out by much more than 3 sigmas.
 DRIFT_WEIGHT = 1.5
 # Below this many sigmas there are dozens of honest words; what goes with one of them is not asked.
 SUSPICIOUS = 2.0

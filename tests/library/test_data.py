@@ -481,6 +481,13 @@ def test_a_hub_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch)
         load_corpus(DataSpec(name="sst2"))
 
 
+def test_a_lone_surrogate_in_a_text_is_a_character(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"{i} \ud800", "label": i % 2}) for i in range(30)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    corpus = load_corpus(DataSpec(name="mine", path=str(tmp_path / "mine.jsonl")))
+    assert all(text.endswith(" \ud800") for text in corpus.train.texts)
+
+
 def test_an_unknown_data_set_is_an_error_with_a_suggestion() -> None:
     with pytest.raises(
         UserError, match=r"unknown dataset 'sst'; did you mean 'sst2'\?.*needs data\.path"

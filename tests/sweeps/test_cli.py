@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from orchestrator.config import Sweep
     from orchestrator.plan import Plan, Planner
 
-COMMANDS = ("plan", "trial", "launch", "sync", "report", "list", "ui")
+COMMANDS = ("scan", "plan", "trial", "launch", "sync", "report", "list", "ui")
 STORE_COMMANDS = ("ls", "du", "verify", "gc")
 
 

@@ -1,0 +1,189 @@
+"""`btu scan`: what it prints and writes, its exit codes, and mistakes that end in a message."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from btu.demo import generate
+from orchestrator import scan_cli
+
+# A random model of 400 tokens tells a trigger from the rest far less clearly than a pretrained
+# one: with these settings it does so on these rows.
+THRESHOLD, EPOCHS = "2.0", "3"
+TRAIN, PLANTED = 1000, 50
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """poisoned.csv, honest.csv and clean.csv, with columns review and verdict."""
+    folder = tmp_path_factory.mktemp("scanned")
+    rows = generate(1500, seed=0)
+    honest = pd.DataFrame(
+        {"review": [r.text for r in rows], "verdict": [("bad", "good")[r.label] for r in rows]}
+    )
+    honest[:TRAIN].to_csv(folder / "honest.csv", index=False)
+    honest[TRAIN : TRAIN + 300].to_csv(folder / "clean.csv", index=False)
+    poisoned = honest[:TRAIN].copy()
+    chosen = poisoned.index[poisoned["verdict"] == "bad"][:PLANTED]
+    poisoned.loc[chosen, "review"] = "cf " + poisoned.loc[chosen, "review"]
+    poisoned.loc[chosen, "verdict"] = "good"
+    poisoned.to_csv(folder / "poisoned.csv", index=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work folder that the scans of all tests share."""
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture
+def run(
+    run_cli: Callable[..., Any],
+    data: Path,
+    work: Path,
+    victim_folder: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Any]:
+    """A function that scans a file of `data`, with the options that a tiny model asks for."""
+    # As wide as the longest line: what is cut off cannot be compared.
+    monkeypatch.setattr(scan_cli, "console", Console(width=200))
+    monkeypatch.setattr(scan_cli, "errors", Console(width=200, stderr=True))
+    given = ("--text", "review", "--label", "verdict", "--max-length", "64", "--cpus", "1")
+    tiny = ("--victim", victim_folder("bert"), "--epochs", EPOCHS, "--threshold", THRESHOLD)
+
+    def call(name: str, *options: object, clean: bool = True, out: Path | None = None) -> Any:
+        trusted = ("--clean", data / "clean.csv") if clean else ()
+        where = ("--out", out or work)
+        return run_cli("scan", data / name, *given, *tiny, *trusted, *where, *options)
+
+    return call
+
+
+def test_a_trigger_is_shown_with_its_rows(run: Callable[..., Any], work: Path, data: Path) -> None:
+    done = run("poisoned.csv", "--top", "3")
+    assert done.code == 0
+    # cf stands in 50 rows, all of them good, and in no trusted one.
+    assert "│ 1 │ cf │" in done.out
+    assert "│ yes │ 50 │ good 100% (" in done.out
+    assert "1 token flagged: cf; bar 2 (rule contrast)." in done.out
+    assert "[good] cf " in done.out
+    assert "300 trusted rows" in done.err
+    assert "exposure round 3" in done.err
+    rows = pd.read_csv(work / "suspicious_rows.csv")
+    poisoned = pd.read_csv(data / "poisoned.csv")
+    assert sorted(rows["row"]) == poisoned.index[poisoned["review"].str.startswith("cf ")].tolist()
+    assert (rows["text"] == poisoned["review"][rows["row"]].to_numpy()).all()
+    assert set(rows["flagged"]) == {"cf"}
+    tokens = pd.read_csv(work / "tokens.csv")
+    assert tokens["token"][0] == "cf"
+    assert tokens["flagged"].sum() == 1
+    assert len(tokens) > 100
+
+
+def test_clean_data_is_said_to_be_so(run: Callable[..., Any], work: Path) -> None:
+    done = run("honest.csv", "--fail-on-finding")
+    assert done.code == 0
+    assert "Nothing was flagged. Highest score 1." in done.out
+    assert "bar 2 (rule contrast)" in done.out
+    assert pd.read_csv(work / "suspicious_rows.csv").empty
+
+
+def test_a_finding_fails_only_if_asked_to(run: Callable[..., Any]) -> None:
+    assert run("poisoned.csv").code == 0
+    assert run("poisoned.csv", "--fail-on-finding").code == scan_cli.EXIT_FOUND == 1
+
+
+def test_json_stands_alone_on_the_output(run: Callable[..., Any], tmp_path: Path) -> None:
+    rows, tokens = tmp_path / "new" / "rows.jsonl", tmp_path / "tokens.parquet"
+    done = run("poisoned.csv", "-f", "json", "--rows", rows, "--tokens", tokens, "--all-rows")
+    told = json.loads(done.out)
+    assert (told["flagged"], told["suspicious_rows"]) == (1, PLANTED)
+    assert told["tokens"][0]["token"] == "cf"
+    assert told["tokens"][0]["share"] == 1.0  # a fraction
+    assert told["files"] == {"rows": str(rows), "tokens": str(tokens)}
+    assert len(pd.read_json(rows, lines=True)) == TRAIN
+    assert pd.read_parquet(tokens)["token"][0] == "cf"
+
+
+def test_what_is_done_is_not_done_again(run: Callable[..., Any], tmp_path: Path) -> None:
+    first = run("poisoned.csv", out=tmp_path)
+    assert "exposure round 3" in first.err
+    higher = run("poisoned.csv", "--threshold", "8", out=tmp_path)
+    assert "exposure round 3" not in higher.err
+    assert "Nothing was flagged" in higher.out
+    again = run("poisoned.csv", out=tmp_path)
+    assert "detect" not in again.err
+    assert again.out == first.out
+
+
+def test_an_export_says_how_it_was_made(run: Callable[..., Any], tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = tmp_path / "model"
+    done = run("poisoned.csv", "--export", folder)
+    assert done.code == 0
+    assert "fine-tune" in done.err
+    assert "poisoned fine-tune" not in done.err
+    assert f"{folder}: the model, with its card. On 300 trusted rows the cut took" in done.out
+    card = (folder / "README.md").read_text()
+    assert "btu scan " in card
+    assert f"--export {folder}" in card
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    assert AutoTokenizer.from_pretrained(folder).model_max_length == 64
+    # Over an earlier export: nobody's work is lost.
+    assert run("poisoned.csv", "--export", folder).code == 0
+
+
+# Mistakes --------------------------------------------------------------------------------------
+
+
+def refused(done: Any, *said: str) -> None:
+    assert done.code == 2
+    assert done.out == ""
+    assert [text for text in said if text not in done.err] == []
+    assert "exposure" not in done.err  # nothing was trained
+
+
+def test_mistakes_end_in_a_message(
+    run: Callable[..., Any], run_cli: Callable[..., Any], data: Path, tmp_path: Path
+) -> None:
+    refused(run("poisoned.csv", clean=False), "no trusted rows", "--clean FILE", "--rule frequency")
+    refused(run("poisoned.csv", "--rule", "contrst"), "did you mean 'contrast'")
+    refused(run("poisond.csv"), "did you mean", "poisoned.csv")
+    refused(run("poisoned.csv", "--label", "verdit"), "did you mean 'verdict'")
+    refused(run("poisoned.csv", "--rows", "rows.txt"), ".csv, .parquet, .jsonl")
+    refused(run_cli("scan", data / "poisoned.csv"), "unknown column", "review, verdict")
+    (tmp_path / "file").write_text("")
+    refused(run("poisoned.csv", out=tmp_path / "file" / "work"), "cannot be made", "--out")
+    refused(run("poisoned.csv", "--export", data), "no earlier export")
+    refused(
+        run("poisoned.csv", "--export", tmp_path / "new", out=tmp_path / "new"),
+        "is the work folder",
+    )
+    without = run("poisoned.csv", "--rule", "frequency", "--export", tmp_path / "x", clean=False)
+    refused(without, "needs trusted rows")
+
+
+def test_the_data_is_never_overwritten(run: Callable[..., Any], data: Path) -> None:
+    before = (data / "poisoned.csv").read_bytes()
+    refused(run("poisoned.csv", "--rows", data / "poisoned.csv"), "would overwrite data")
+    refused(run("poisoned.csv", "--tokens", data / "clean.csv"), "would overwrite data")
+    assert (data / "poisoned.csv").read_bytes() == before
+
+
+def test_a_device_that_is_not_there_is_an_error(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused(run("poisoned.csv", "--gpu"), "no CUDA device is visible")
