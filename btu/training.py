@@ -28,6 +28,8 @@ CHUNK_BATCHES = 32
 PREDICT_BATCH = 128
 # A look at the loss waits for the device; every step would keep a GPU from running ahead.
 FINITE_CHECK_STEPS = 50
+# How often an epoch that takes minutes tells how far it is.
+TELL_SECONDS = 10.0
 
 
 class NonFiniteLossError(RuntimeError):
@@ -302,7 +304,7 @@ def fit(
     with torch.random.fork_rng(devices=devices), fast_dropout(model, device):
         torch.manual_seed(seed)
         for epoch in range(1, settings.epochs + 1):
-            started = time.perf_counter()
+            started = told = time.perf_counter()
             plan = plan_batches(data.host_lengths, settings.batch_size, rng)
             losses = torch.zeros(len(plan), device=device)
             correct = torch.zeros((), dtype=torch.int64, device=device)
@@ -327,6 +329,10 @@ def fit(
                 step += 1
                 if step % FINITE_CHECK_STEPS == 0 or step == len(plan):
                     _check_finite(losses[:step], stage, epoch, steps_per_epoch, settings)
+                if time.perf_counter() - told >= TELL_SECONDS:
+                    told = time.perf_counter()
+                    part = step / steps_per_epoch
+                    progress(Progress(stage, epoch - 1, settings.epochs, part=part))
             sizes = torch.tensor([len(rows) for rows in plan], device=device)
             record = Epoch(
                 stage,

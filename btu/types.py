@@ -143,13 +143,15 @@ class Progress:
     """One step of something long. Sent to a callback; never needed for the result.
 
     stage: what runs, e.g. ``"poisoned fine-tune"``. step of steps are done.
-    metrics: what is known so far, e.g. loss and accuracy of the epoch.
+    metrics: what is known so far, e.g. loss and accuracy of the epoch. part: share of the next
+    step that is done, where a step takes long.
     """
 
     stage: str
     step: int
     steps: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    part: float = 0.0
 
 
 ProgressCallback = Callable[[Progress], None]

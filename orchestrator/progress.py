@@ -161,18 +161,28 @@ def _first(reason: str) -> str:
 
 
 class StageProgress:
-    """Lines for one trial in this process: every stage and epoch as it ends."""
+    """Lines for one trial in this process: every stage and epoch as it ends, long ones on the way.
+
+    What is on the way says when its stage will be done, at the pace so far.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._began = time.monotonic()
+        self._began = self._stage_began = time.monotonic()
+        self._stage = ""
 
     def __call__(self, event: Progress) -> None:
-        metrics = " ".join(
-            f"{name} {value:.4f}" for name, value in event.metrics.items() if name != "seconds"
-        )
-        clock = duration(time.monotonic() - self._began)
-        step = f"{event.step}/{event.steps}" if event.steps > 1 else ""
+        now = time.monotonic()
+        if event.stage != self._stage:
+            self._stage, self._stage_began = event.stage, now
+        said = [f"{name} {value:.4f}" for name, value in event.metrics.items() if name != "seconds"]
+        if event.part:
+            done = (event.step + event.part) / event.steps
+            left = (now - self._stage_began) * (1 - done) / done
+            said.append(f"{done:.0%}, {duration(left)} left")
+        elif event.steps > 1:
+            said.insert(0, f"{event.step}/{event.steps}")
+        clock = duration(now - self._began)
         self._console.print(
-            f"[dim]{clock:>12}[/dim]  {event.stage} {step} {metrics}", highlight=False
+            f"[dim]{clock:>12}[/dim]  {event.stage} {' '.join(said)}", highlight=False
         )

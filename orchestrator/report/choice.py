@@ -16,10 +16,9 @@ from btu.detection import RULES, Rule
 from btu.errors import UserError
 from btu.seeding import derive_seed
 from btu.types import FloatArray
+from orchestrator.guards import ATTACK_BAR
 from orchestrator.report.cells import Cells, falls
 
-# An attack that does less leaves a defense nothing to do.
-WORKS = 0.5
 # Losses are differences of fractions: 0.9 - 0.89 is above 0.01 by rounding.
 ROUNDING = 1e-9
 RESAMPLES = 5000
@@ -159,12 +158,12 @@ def recommended(cells: Cells, chosen: pd.DataFrame) -> tuple[pd.DataFrame, list[
     groups = _several(cells)
     undefended = pd.Series([group["undefended_asr"].iloc[0] for group in groups])
     unpoisoned = chosen["poison_rate"] == 0
-    failed = ~unpoisoned & (undefended < WORKS)
+    failed = ~unpoisoned & (undefended < ATTACK_BAR)
     notes = []
     if failed.any():
         notes.append(
-            f"{int(failed.sum())} groups whose attack fails undefended (ASR below {WORKS:.0%}) "
-            "are left out of the recommendation."
+            f"{int(failed.sum())} groups whose attack fails undefended (ASR below "
+            f"{ATTACK_BAR:.0%}) are left out of the recommendation."
         )
     if unpoisoned.any():
         notes.append(

@@ -435,6 +435,24 @@ def test_progress_is_reported_once_an_epoch() -> None:
     assert [p.metrics["accuracy"] for p in seen] == [e.accuracy for e in history]
 
 
+def test_a_long_epoch_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("btu.training.TELL_SECONDS", 0.0)
+    seen: list[Progress] = []
+    fit(
+        Toy(),
+        toy_data(16),  # 2 steps an epoch
+        settings(epochs=2),
+        seed=0,
+        stage="toy",
+        device=CPU,
+        progress=seen.append,
+    )
+    assert [(p.step, p.part) for p in seen] == [
+        *((0, 0.5), (0, 1.0), (1, 0.0)),
+        *((1, 0.5), (1, 1.0), (2, 0.0)),
+    ]
+
+
 def test_the_model_trains_in_train_mode_and_is_left_in_eval_mode() -> None:
     model = Toy()
     fit(model, toy_data(), settings(), seed=0, stage="test", device=CPU)

@@ -154,8 +154,14 @@ def test_a_record_without_the_values_is_not_marked(damaged: dict[str, Any]) -> N
 def test_a_summary_has_a_line_for_each_kind() -> None:
     records = [record(undefended_asr=0.2), record(), record(undefended_asr=0.3, flagged=0), {}]
     assert summary(records) == [
-        "2 cells: attack failed (undefended ASR under 0.5): ASR there says nothing about a defense",
+        "2 cells: attack failed (undefended ASR under 0.5, or less than 0.25 above FTR): ASR there "
+        "says nothing about a defense",
         "1 cell: nothing flagged (no token flagged on a poisoned set): the defense removed nothing "
         "there",
     ]
     assert summary([record()]) == summary([]) == []
+
+
+def test_a_model_that_says_the_target_anyway_is_no_attack() -> None:
+    assert names(undefended_asr=1.0, undefended_ftr=0.76) == ["attack failed"]  # 0.24 apart
+    assert names(undefended_asr=1.0, undefended_ftr=0.75) == []

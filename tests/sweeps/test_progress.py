@@ -271,3 +271,16 @@ def test_a_trial_tells_stage_epoch_and_metrics() -> None:
     first, second = log.getvalue().splitlines()
     assert " ".join(first.split()) == "0 s poisoned fine-tune 1/3 loss 0.5000 accuracy 0.2500"
     assert " ".join(second.split()) == "0 s clean tuning"
+
+
+def test_a_long_epoch_says_when_its_stage_will_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0, 30.0])
+    monkeypatch.setattr("orchestrator.progress.time.monotonic", lambda: next(clock))
+    log = io.StringIO()
+    tell = StageProgress(Console(file=log, width=120))
+    tell(Progress("poisoned fine-tune", 0, 3))
+    tell(Progress("poisoned fine-tune", 1, 3, part=0.5))
+    # 1.5 of 3 epochs in 30 s: half is done, and as much time is left.
+    assert " ".join(log.getvalue().splitlines()[1].split()) == (
+        "30 s poisoned fine-tune 50%, 30 s left"
+    )
