@@ -109,6 +109,7 @@ class Rule:
     rounds: the exposure rounds that run unless others are asked for.
     bar: from a threshold to the score that it asks for. combine: of two rounds' scores; as it
     stands, a token is as suspicious as in the milder one, and unknown where it is so in one.
+    version: raised when the rule scores otherwise than before; results of it are then not reused.
     """
 
     score: Callable[[Evidence, FloatArray], FloatArray]
@@ -119,6 +120,7 @@ class Rule:
     rounds: tuple[int, ...] = (3,)
     bar: Callable[[float], float] = float
     combine: Callable[[FloatArray, FloatArray], FloatArray] = np.minimum
+    version: int = 1
 
     def scores(self, evidence: Evidence) -> FloatArray:
         """Return the (V,) score over all rounds that `evidence` holds."""

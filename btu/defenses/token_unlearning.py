@@ -303,7 +303,14 @@ class TokenUnlearning:
         threshold: dict[str, Any] = {"threshold": self.threshold}
         if self.rule == TOP_FRACTION:
             threshold = {"alpha": [[number, alpha] for number, alpha in self._alphas().items()]}
-        return {"rule": self.rule, **threshold, "exclude": self.exclude}
+        assert self.rule is not None  # resolved by now
+        version = RULES.load(self.rule).version
+        return {
+            "rule": self.rule,
+            "rule_version": version,
+            **threshold,
+            "exclude": self.exclude,
+        }
 
     def _alphas(self) -> dict[int, float]:
         """Return the share that each round flags."""

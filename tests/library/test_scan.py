@@ -623,6 +623,8 @@ def test_on_sst2_the_trigger_comes_first_and_clean_rows_are_left_in_peace(
     folder.mkdir()
     for split in ("train", "test"):
         table = pd.read_parquet(shared_data / "sst2" / f"{split}.parquet")
+        if split == "train":
+            table = table.sample(2000, random_state=0)  # of 6,920: an exposure of all takes minutes
         rows = Rows(tuple(table["text"]), tuple(int(value) for value in table["label"]))
         if split == "train" and rate:
             rows = poison(BadNets(), PoisonSpec(poison_rate=rate), rows, 1, 0).rows
