@@ -145,7 +145,7 @@ RULES: Registry[Rule] = Registry(
         (
             "contrast",
             "btu.rules.contrast:RULE",
-            "drift of its frequency, unexplained by clean rows",
+            "surplus over the clean rows, confirmed by the drift",
         ),
         ("frequency", "btu.rules.frequency:RULE", "drift against tokens as frequent, over the MAD"),
         ("mad", "btu.rules.mad:RULE", "drift over median and MAD of all drifts"),

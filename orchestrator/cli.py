@@ -37,7 +37,7 @@ app = typer.Typer(
     "    btu launch sweeps/quickstart.yaml    # run it on local Ray; run it again to resume\n\n"
     "    btu report quickstart                # the table\n\n"
     "    btu curves quickstart                # detection at every threshold\n\n"
-    "    btu choose quickstart                # which threshold to take\n\n"
+    "    btu scan DATA                        # a data set of your own, for triggers\n\n"
     "    btu ui                               # the runs, in MLflow\n\n"
     "Any key of the file can be overridden: `btu launch FILE train.epochs=1 'grid.seed=[0,1]'`.",
 )
