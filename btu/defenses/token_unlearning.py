@@ -479,11 +479,16 @@ class _CutCost:
         }
 
     def _predict(self) -> tuple[IntArray, IntArray]:
-        from btu.training import predict
+        from btu.training import PREDICT_BATCH, predict
 
-        precision, device = self._run.config["tuning"]["precision"], self._run.device
         predicted = [
-            predict(self._model, rows, precision=precision, device=device)
+            predict(
+                self._model,
+                rows,
+                precision=self._run.config["tuning"]["precision"],
+                device=self._run.device,
+                batch_size=max(1, PREDICT_BATCH // self._run.accumulation),
+            )
             if len(rows)
             else np.zeros(0, dtype=np.int64)
             for rows in (self._clean, self._train)
