@@ -252,7 +252,7 @@ def least_rows(label: int, rows: IntArray, reserved: IntArray, bar: float) -> in
     """Return in how many of a class's rows a token must stand for its surplus to reach `bar`.
 
     rows, reserved: (classes,) suspect and trusted rows. The token stands in no trusted row and in
-    no other class. None: not even in all of them.
+    no other class; the drift that has to confirm it knows no limit. None: not even in all of them.
     """
     from btu.rules.frequency import MIN_COUNT
 

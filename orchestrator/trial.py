@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,13 @@ import yaml
 
 from btu.defense import Suspects
 from btu.foundation import load_encoded, load_victim
-from btu.metrics import area_under_roc, average_precision, row_detection, token_detection
+from btu.metrics import (
+    DetectionScore,
+    area_under_roc,
+    average_precision,
+    row_detection,
+    token_detection,
+)
 from btu.recipe import mask_of, scores_of
 from btu.stages import Stage, StageRun, compute, read_record
 from btu.training import Encoded, use_threads
@@ -124,9 +131,10 @@ def detection_metrics(
         found["detection_auprc"] = average_precision(suspects.scores, truth)
     if suspects.rows is not None:
         found["sample_auroc"] = area_under_roc(suspects.rows, mask)
-        # NaN is reached by no row.
-        suspicious = suspects.rows >= suspects.row_bar
-        found |= row_detection(suspicious, mask).as_metrics("suspicion")
+        over = row_detection(suspects.rows >= suspects.row_bar, mask)
+        if math.isnan(suspects.row_bar):
+            over = DetectionScore(0, 0, None)  # where there is no bar, nothing was missed
+        found |= over.as_metrics("suspicion")
     return found
 
 

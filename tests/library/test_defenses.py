@@ -472,9 +472,9 @@ def test_clean_tuning_is_the_same_for_whoever_calls(
 def test_what_is_found_survives_the_disk(tmp_path: Path) -> None:
     scores = np.array([np.nan, -1.0, -0.1])
     rows = np.array([0.5, -1.0])
-    found = Suspects((2, 0), scores, {"count": np.array([0, 2**40, 3])}, rows)
+    found = Suspects((2, 0), scores, {"count": np.array([0, 2**40, 3])}, rows, row_bar=1.25)
     facts = json.loads(json.dumps(found.save(tmp_path)))
-    assert facts == {"flagged": [2, 0]}
+    assert facts == {"flagged": [2, 0], "row_bar": 1.25}
     back = Suspects.load(tmp_path, facts)
     assert back is not None
     assert back.flagged == (2, 0)
@@ -482,6 +482,16 @@ def test_what_is_found_survives_the_disk(tmp_path: Path) -> None:
     assert back.table.keys() == {"count"}
     np.testing.assert_array_equal(back.table["count"], [0, 2**40, 3])
     np.testing.assert_array_equal(back.rows, rows)
+    assert back.row_bar == 1.25
+
+
+def test_a_bar_that_there_is_not_survives_the_disk(tmp_path: Path) -> None:
+    facts = Suspects((5,), rows=np.array([0.5])).save(tmp_path)
+    assert facts == {"flagged": [5], "row_bar": None}  # NaN is no JSON
+    for known in (facts, {"flagged": [5]}):  # of an earlier version
+        back = Suspects.load(tmp_path, json.loads(json.dumps(known, allow_nan=False)))
+        assert back is not None
+        assert math.isnan(back.row_bar)
 
 
 def test_a_defense_may_find_tokens_without_a_ranking_or_look_for_none(tmp_path: Path) -> None:
@@ -1196,7 +1206,9 @@ def test_detection_alone_flags_what_unlearning_cuts(lab: Lab, rule: str) -> None
     stage = defense.detection(prepared.foundation)
     (folder,) = lab.compute(stage)
     whole = defend(defense, prepared, lab.root)
-    assert read_record(folder)["facts"] == {"flagged": list(whole.flagged)}
+    bar = whole.suspects.row_bar
+    assert math.isfinite(bar)
+    assert read_record(folder)["facts"] == {"flagged": list(whole.flagged), "row_bar": bar}
     for name in ("suspects.parquet", "rows.parquet"):
         assert (folder / name).read_bytes() == (whole.folder / name).read_bytes()
     # No model is poisoned for it.
@@ -1363,7 +1375,10 @@ def test_only_the_share_depends_on_the_vocabulary() -> None:
         ({"rule": "gap", "rounds": [1, 2]}, r"has round 2, .*; rule 'gap' takes 1, 3 or both"),
         ({"rule": "mad", "rounds": [2]}, r"has round 2 without round 1"),
         ({"rule": "contrst"}, r"unknown rule 'contrst'; did you mean 'contrast'\?"),
-        ({"threshold": 0}, r"defense\.threshold must be above 0, got 0; it counts sigmas of drift"),
+        (
+            {"threshold": 0},
+            r"defense\.threshold must be above 0, got 0; it counts sigmas of surplus, confirmed",
+        ),
         ({"rule": "gap", "threshold": 1}, r"defense\.threshold must be above 1, got 1; it counts"),
         ({"rule": "mad", "threshold": math.nan}, r"defense\.threshold must be above 0, got nan"),
         ({"threshold": "high"}, r"defense\.threshold must be above 0, got 'high'"),

@@ -22,6 +22,7 @@ from btu.detection import (
     rows_by_class,
     surplus_by_class,
     suspicion,
+    suspicion_bar,
 )
 from btu.errors import UserError
 from btu.rules import contrast, frequency, gap, mad, top_fraction
@@ -166,8 +167,8 @@ def test_a_threshold_is_a_number(rule: Rule, threshold: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "threshold", "message"),
     [
-        ("contrast", 0, "above 0, got 0; it counts sigmas of drift and of surplus."),
-        ("contrast", -1.5, "above 0, got -1.5; it counts sigmas of drift and of surplus."),
+        ("contrast", 0, "above 0, got 0; it counts sigmas of surplus, confirmed by drift."),
+        ("contrast", -1.5, "above 0, got -1.5; it counts sigmas of surplus, confirmed by drift."),
         ("frequency", 0.0, "above 0, got 0.0; it counts sigmas above tokens as frequent."),
         ("mad", 0.0, "above 0, got 0.0; it counts sigmas above the median drift."),
         ("gap", 1.0, "above 1, got 1.0; it counts drift over the next token's drift."),
@@ -499,6 +500,8 @@ def test_evidence_counts_rows_and_tokens() -> None:
 LEADER, WORD, MOSTLY, HALF, EVERYWHERE, HONEST, NEGATIVE = range(1, 8)
 # In 20 training rows and no clean one, of 100 each: 2 * 20 * ln(2), its root 5.2655.
 LEADING = math.sqrt(40 * math.log(2))
+# One and a half times the deviation of a token that moved as others do.
+UNMOVED = 1.5 * 0.5
 
 
 def sentence(
@@ -530,12 +533,12 @@ def sentence(
 
 
 def test_contrast_is_the_smaller_of_deviation_and_surplus(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Below 2 sigmas of drift nothing is a leader: each token stands for itself.
-    evidence, scores = sentence(monkeypatch, {LEADER: 1.9, HONEST: 1.8})
+    # 1.5 * 1.25 is below 2, where nothing is a leader yet: each token stands for itself.
+    evidence, scores = sentence(monkeypatch, {LEADER: 1.25, HONEST: 1.2})
     assert evidence.surplus[LEADER, 1] == pytest.approx(LEADING)
     assert pytest.approx(5.2655, abs=1e-4) == LEADING
-    assert scores[LEADER] == 1.9
-    assert scores[WORD] == 0.5
+    assert scores[LEADER] == 1.875
+    assert scores[WORD] == UNMOVED
     # As many clean rows as training rows: no surplus, however far it moved.
     assert scores[HONEST] == pytest.approx(0, abs=1e-7)
     assert np.isnan(scores[0])
@@ -550,38 +553,38 @@ def test_the_drift_does_not_outweigh_a_missing_surplus(monkeypatch: pytest.Monke
 def test_the_words_of_a_planted_sentence_are_as_suspicious_as_its_leader(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    evidence, scores = sentence(monkeypatch, {LEADER: 4.0})
-    assert scores[LEADER] == 4.0
-    assert scores[WORD] == 4.0
+    evidence, scores = sentence(monkeypatch, {LEADER: 3.0})
+    assert scores[LEADER] == 4.5  # 1.5 * 3, below its surplus
+    assert scores[WORD] == 4.5
     # 18 of 20 rows are nine tenths, 17 are not; both have surplus enough.
     assert evidence.surplus[HALF, 1] > 2
-    assert scores[MOSTLY] == 4.0
-    assert scores[HALF] == 0.5
+    assert scores[MOSTLY] == 4.5
+    assert scores[HALF] == UNMOVED
 
 
 def test_what_stands_in_most_rows_is_no_companion(monkeypatch: pytest.MonkeyPatch) -> None:
-    evidence, scores = sentence(monkeypatch, {LEADER: 4.0})
+    evidence, scores = sentence(monkeypatch, {LEADER: 3.0})
     # 80 training rows to 40 clean ones: 2 * (80 * ln(4/3) + 40 * ln(2/3)) = 13.59, its root 3.69:
     # a surplus. But 60 of the class's other 80 rows hold it.
     assert evidence.surplus[EVERYWHERE, 1] == pytest.approx(3.686, abs=1e-3)
-    assert scores[EVERYWHERE] == 0.5
+    assert scores[EVERYWHERE] == UNMOVED
 
 
 def test_what_has_no_surplus_is_no_companion(monkeypatch: pytest.MonkeyPatch) -> None:
-    evidence, scores = sentence(monkeypatch, {LEADER: 4.0})
+    evidence, scores = sentence(monkeypatch, {LEADER: 3.0})
     np.testing.assert_allclose(evidence.surplus[HONEST], 0, atol=1e-7)
-    assert scores[HONEST] <= 0.5
+    assert scores[HONEST] == pytest.approx(0, abs=1e-7)
     # In both classes alike: 20 to 0 in each, which cancels.
     np.testing.assert_allclose(evidence.surplus[NEGATIVE], 0, atol=1e-7)
-    assert scores[NEGATIVE] <= 0.5
+    assert scores[NEGATIVE] == pytest.approx(0, abs=1e-7)
 
 
 def test_a_companion_keeps_a_higher_score_and_an_unknown_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    _, scores = sentence(monkeypatch, {LEADER: 4.0, WORD: 4.5, MOSTLY: NAN})
-    # WORD leads now: LEADER stands in all of its rows.
-    assert scores[WORD] == scores[LEADER] == 4.5
+    _, scores = sentence(monkeypatch, {LEADER: 3.0, WORD: 3.25, MOSTLY: NAN})
+    # WORD leads now, with 1.5 * 3.25: LEADER stands in all of its rows.
+    assert scores[WORD] == scores[LEADER] == 4.875
     # Fewer than 5 occurrences stay unknown.
     assert np.isnan(scores[MOSTLY])
 
@@ -601,8 +604,9 @@ def test_suspicion_by_hand() -> None:
     above = math.sqrt(8 * math.log(2)) - 1.5
     assert above == pytest.approx(0.8548, abs=1e-4)
     # BAD stands in (8 + 1) / (8 + 2) of class 0 and 1 / 10 of class 1, GOOD the other way round,
-    # PLANTED in 1 / 10 of both: the odds are ln(9), halved ln(3), for or against the label.
-    odds = math.log(3)
+    # PLANTED in 1 / 10 of both: the odds are ln(9), a quarter of which counts, for or against the
+    # label.
+    odds = math.log(9) / 4
     expected = [-odds] * 8 + [-odds] * 4 + [2 * above + odds] * 4
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
@@ -635,7 +639,7 @@ def test_of_three_classes_the_next_best_counts() -> None:
     # with the other taken off.
     next_best = math.sqrt(2 * (math.log(9 / 5) + 4 * math.log(9 / 10)))
     above = math.sqrt(2 * math.log(9)) - next_best - 1.5
-    odds = [math.log(5 / 9) / 2, math.log(9 / 5) / 2, math.log(9) / 2 + above]
+    odds = [math.log(5 / 9) / 4, math.log(9 / 5) / 4, math.log(9) / 4 + above]
     np.testing.assert_allclose(found, odds, rtol=1e-12)
 
 
@@ -643,3 +647,32 @@ def test_a_row_without_tokens_is_not_suspicious() -> None:
     train = encoded([[], [BAD]], [[GOOD]])
     clean = encoded([[BAD]] * 2, [[GOOD]] * 2)
     assert suspicion(Evidence({}, np.ones(4, dtype=bool), train, clean))[0] == 0
+
+
+def test_the_bar_is_what_one_in_a_thousand_clean_rows_reaches() -> None:
+    # A bad row among the good ones.
+    train = encoded([[BAD]] * 4, [[GOOD]] * 4)
+    clean = encoded([[BAD]] * 4, [[GOOD]] * 3 + [[BAD]])
+    evidence = Evidence({}, np.ones(3, dtype=bool), train, clean)
+    assert evidence.surplus.max() < 1.5  # the odds alone count
+    # Of 4 rows each, BAD stands in 4 and 1, GOOD in 0 and 3. For the other label (n + 1) / (4 + 2);
+    # for its own, without the row itself, (n - 1 + 1) / (4 - 1 + 2): 2/6 to 4/5 for the 4 bad rows,
+    # 1/6 to 3/5 for the 3 good ones, 5/6 to 1/5 for the bad one with the good label.
+    second, highest = math.log(5 / 12) / 4, math.log(25 / 6) / 4
+    # Of 8 values, the quantile 0.999 is 7 * 0.999 = 6.993 steps above the lowest.
+    assert suspicion_bar(evidence) == pytest.approx(0.007 * second + 0.993 * highest, rel=1e-12)
+
+
+def test_the_surplus_counts_in_the_bar_too() -> None:
+    train = encoded([[]] * 10, [[PLANTED]] * 9 + [[]])
+    clean = encoded([[]] * 10, [[PLANTED]] + [[]] * 9)
+    bar = suspicion_bar(Evidence({}, np.ones(4, dtype=bool), train, clean))
+    # One of 20 rows holds a token: with 1 / 12 for the other label, and (1 - 1 + 1) / (10 - 1 + 2)
+    # for its own. 19 * 0.999 = 18.981 steps above the lowest, the other 19 being 0.
+    highest = NINE_TO_ONE - 1.5 + math.log(11 / 12) / 4
+    assert bar == pytest.approx(0.981 * highest, rel=1e-12)
+
+
+def test_without_clean_rows_there_is_no_bar() -> None:
+    train = encoded([[BAD]], [[GOOD]])
+    assert math.isnan(suspicion_bar(Evidence({}, np.ones(3, dtype=bool), train, encoded())))

@@ -117,6 +117,14 @@ def test_average_precision_of_a_small_ranking() -> None:
     assert average_precision(scores, {4}) == pytest.approx(0.25)
 
 
+def test_a_trigger_token_that_is_no_candidate_is_found_by_no_threshold() -> None:
+    scores = np.array([0.9, NAN, 0.7, 0.8, 0.1])
+    # As above, but recall ends at 2 of 3: (1/1 + 2/3) / 3 = 5 / 9
+    assert average_precision(scores, {0, 1, 2}) == pytest.approx(5 / 9)
+    # The first place is half of what there was to find.
+    assert average_precision(scores, {0, 1}) == pytest.approx(0.5)
+
+
 def test_average_precision_is_undefined_without_a_trigger_among_the_candidates() -> None:
     scores = np.array([0.9, NAN, 0.7])
     assert math.isnan(average_precision(scores, None))

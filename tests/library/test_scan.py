@@ -18,10 +18,12 @@ import torch
 from btu.attacks.badnets import BadNets
 from btu.data import DataSpec, load_corpus
 from btu.demo import generate
+from btu.detection import Evidence
 from btu.errors import UserError
 from btu.export import CARD, MANIFEST, check_export, export
 from btu.foundation import load_encoded
 from btu.poisoning import PoisonSpec, poison
+from btu.rules import contrast, frequency
 from btu.scan import (
     ScanPlan,
     ScanReport,
@@ -33,13 +35,15 @@ from btu.scan import (
 )
 from btu.settings import TrainSettings, TuningSettings
 from btu.stages import MODEL, read_record
+from btu.training import Encoded
 from btu.types import Rows
 
 NAMES = ("bad", "good")
 MAX_LENGTH = 64
 # A random model of 400 tokens tells a trigger from the rest far less clearly than a pretrained
-# one: with these settings it does so on these rows.
-THRESHOLD, EPOCHS = 2.0, 3
+# one: with these settings cf scores 3.3 to 3.7, for the ids of the tiny tokenizer differ from one
+# process to the next. No other token can reach 3 on these rows: the highest surplus is 2.8.
+THRESHOLD, EPOCHS = 3.0, 3
 TRAIN, CLEAN, RATE, PLANTED = 1000, 300, 0.05, 50
 
 
@@ -316,6 +320,21 @@ def test_the_least_rows_follow_from_the_deviance() -> None:
     assert least_rows(0, rows, reserved, 1.0) == 5
 
 
+def test_the_least_rows_are_enough_for_whatever_moved_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = np.array([100, 100])
+    # 2 n ln(200 / 100) reaches 4.5^2 from n = 14.6.
+    least = least_rows(1, sizes, sizes, 4.5)
+    assert least == 15
+    good = [[1]] * 15 + [[2]] * 14 + [[0]] * 71
+    train = Encoded.from_lists([[0]] * 100 + good, [0] * 100 + [1] * 100, pad_id=0)
+    clean = Encoded.from_lists([[0]] * 200, [0] * 100 + [1] * 100, pad_id=0)
+    # A drift has no highest deviation: it sets no limit of its own.
+    monkeypatch.setattr(frequency, "score", lambda _, moved: moved)
+    drift = np.array([0.0, 1e6, 1e6])
+    scores = contrast.score(Evidence({3: drift}, np.arange(3) > 0, train, clean), drift)
+    assert scores[1] >= 4.5 > scores[2]
+
+
 # What is refused -------------------------------------------------------------------------------
 
 
@@ -569,7 +588,7 @@ def test_without_a_finding_the_tuned_model_is_exported(honest: ScanReport, tmp_p
     assert measured.before == measured.after
     assert math.isnan(measured.flips)
     text = (tmp_path / "model" / CARD).read_text()
-    assert "nothing was cut: no score reached the bar of 2" in text
+    assert f"nothing was cut: no score reached the bar of {THRESHOLD:g}" in text
     assert f"the highest is {honest.highest:.2f}" in text
     manifest = json.loads((tmp_path / "model" / MANIFEST).read_text())
     assert manifest["tokens"] == []

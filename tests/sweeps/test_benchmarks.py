@@ -19,6 +19,8 @@ def test_a_benchmark_explains_itself(
     assert found is not None
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
+    # A dataclass with postponed annotations looks its module up there.
+    monkeypatch.setitem(sys.modules, found.name, module)
     found.loader.exec_module(module)
     monkeypatch.setattr(sys, "argv", [file.name, "--help"])
     with pytest.raises(SystemExit) as end:

@@ -15,8 +15,9 @@ from btu.demo import generate
 from orchestrator import scan_cli
 
 # A random model of 400 tokens tells a trigger from the rest far less clearly than a pretrained
-# one: with these settings it does so on these rows.
-THRESHOLD, EPOCHS = "2.0", "3"
+# one: with these settings cf scores 3.3 to 3.7, for the ids of the tiny tokenizer differ from one
+# process to the next. No other token can reach 3 on these rows: the highest surplus is 2.8.
+THRESHOLD, EPOCHS = "3.0", "3"
 TRAIN, PLANTED = 1000, 50
 
 
@@ -73,7 +74,7 @@ def test_a_trigger_is_shown_with_its_rows(run: Callable[..., Any], work: Path, d
     # cf stands in 50 rows, all of them good, and in no trusted one.
     assert "│ 1 │ cf │" in done.out
     assert "│ yes │ 50 │ good 100% (" in done.out
-    assert "1 token flagged: cf; bar 2 (rule contrast)." in done.out
+    assert "1 token flagged: cf; bar 3 (rule contrast)." in done.out
     assert "[good] cf " in done.out
     assert "300 trusted rows" in done.err
     assert "exposure round 3" in done.err
@@ -91,8 +92,10 @@ def test_a_trigger_is_shown_with_its_rows(run: Callable[..., Any], work: Path, d
 def test_clean_data_is_said_to_be_so(run: Callable[..., Any], work: Path) -> None:
     done = run("honest.csv", "--fail-on-finding")
     assert done.code == 0
-    assert "Nothing was flagged. Highest score 1." in done.out
-    assert "bar 2 (rule contrast)" in done.out
+    highest = pd.read_csv(work / "tokens.csv")["score"].max()
+    assert highest < float(THRESHOLD)
+    assert f"Nothing was flagged. Highest score {highest:.2f}" in done.out
+    assert "bar 3 (rule contrast)" in done.out
     assert pd.read_csv(work / "suspicious_rows.csv").empty
 
 

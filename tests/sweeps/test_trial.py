@@ -471,6 +471,32 @@ def test_rows_are_told_by_hand() -> None:
     assert found["sample_auroc"] == pytest.approx(0.75)
 
 
+def test_rows_over_the_bar_are_counted_by_hand() -> None:
+    train, mask = Encoded.from_lists([[7]] * 5, [1] * 5, pad_id=0), np.array([1, 1, 1, 0, 0]) > 0
+    rows = np.array([2.0, 0.5, 0.1, 1.0, 0.0])
+    found = detection_metrics(Suspects((7,), rows=rows, row_bar=0.5), mask, frozenset({7}), train)
+    # 2.0, 0.5 and 1.0 reach 0.5, two of them poisoned; of the poisoned ones 0.1 does not. That the
+    # token stands in all 5 rows changes nothing.
+    assert (found["suspicion_precision"], found["suspicion_precision_n"]) == (2 / 3, 3)
+    assert (found["suspicion_recall"], found["suspicion_recall_n"]) == (2 / 3, 3)
+    assert found["suspicion_f1"] == pytest.approx(2 / 3)
+    higher = Suspects((7,), rows=rows, row_bar=1.5)
+    found = detection_metrics(higher, mask, frozenset({7}), train)
+    # 2.0 alone: 2 * 1 * (1/3) / (4/3) = 1/2
+    assert (found["suspicion_precision"], found["suspicion_recall"]) == (1, 1 / 3)
+    assert found["suspicion_f1"] == pytest.approx(0.5)
+    assert found["sample_precision"] == 3 / 5
+    assert set(found) <= set(METRICS)
+
+
+def test_without_a_bar_no_row_is_said_to_be_over_it() -> None:
+    train, mask = Encoded.from_lists([[7]] * 2, [1] * 2, pad_id=0), np.array([True, False])
+    found = detection_metrics(Suspects((7,), rows=np.ones(2)), mask, frozenset({7}), train)
+    undefined = ("suspicion_precision", "suspicion_recall", "suspicion_f1")
+    assert [name for name in undefined if not math.isnan(found[name])] == []
+    assert (found["suspicion_precision_n"], found["suspicion_recall_n"]) == (0, 0)
+
+
 def test_of_rows_that_nobody_scored_the_mask_is_told() -> None:
     train, mask = Encoded.from_lists([[7]], [1], pad_id=0), np.array([True])
     assert row_table(None, mask, train).columns.tolist() == ["poisoned"]
@@ -558,7 +584,8 @@ def test_a_defense_of_its_own_is_a_config_key_and_runs(
     assert vocabulary > 100
     # It flags no tokens: detection does not apply, rather than being 0.
     metrics = tried.metrics
-    assert not [name for name in metrics if name.startswith(("detection", "sample", "flagged"))]
+    found = ("detection", "sample", "suspicion", "flagged")
+    assert not [name for name in metrics if name.startswith(found)]
     # It changes nothing: the model is the undefended one.
     for name in ("asr", "cacc", "ftr"):
         assert metrics[name] == metrics[f"undefended_{name}"]
@@ -583,7 +610,8 @@ def test_no_defense_is_a_cell_that_adds_nothing(
     for name in ("asr", "cacc", "ftr"):
         assert metrics[name] == metrics[f"undefended_{name}"]
         assert metrics[f"undefended_{name}"] == trial_result.metrics[f"undefended_{name}"]
-    assert not [name for name in metrics if name.startswith(("detection", "sample", "flagged"))]
+    found = ("detection", "sample", "suspicion", "flagged")
+    assert not [name for name in metrics if name.startswith(found)]
     assert tried.tokens.empty
     assert tried.result["config"]["defense"] == {"name": "none"}
     # One evaluation under two names takes its time once.
