@@ -560,15 +560,23 @@ def test_a_sweep_without_results_says_so(
 def test_a_report_prints_in_every_format(
     run_cli: Callable[..., Any], stored: Stored, tmp_path: Path, style: str
 ) -> None:
+    _unmarked(stored)
     done = run_cli("report", "tiny", "-f", style, "--output", tmp_path / "runs")
     assert done.code == 0, done.err
     assert "badnets" in done.out
     assert done.err == ""
 
 
+def _unmarked(stored: Stored) -> None:
+    """Give the tiny cell, on which no attack takes, numbers that no guard objects to."""
+    good = {"undefended_asr": 1.0, "undefended_ftr": 0.1, "cacc": 0.9, "tuned_cacc": 0.9}
+    stored.rewrite({**stored.record, "metrics": {**stored.record["metrics"], **good}})
+
+
 def test_a_report_as_json_is_json_alone(
     run_cli: Callable[..., Any], stored: Stored, tmp_path: Path
 ) -> None:
+    _unmarked(stored)
     (other,) = [cell for cell in stored.plan.cells.values() if cell.key != stored.key]
     shared = other.stage.inputs["unlearn"]
     failure = {"key": shared.key, "stage": "unlearn", "reason": "bad [1] luck\nmore"}
@@ -589,7 +597,8 @@ def test_a_report_says_what_speaks_against_its_cells(
     done = run_cli("report", "tiny", "-f", "csv", "-o", tmp_path / "runs")
     assert done.out.endswith(",attack failed")
     assert done.err == (
-        "1 cell: attack failed (undefended ASR under 0.5): ASR there says nothing about a defense"
+        "1 cell: attack failed (undefended ASR under 0.5, or less than 0.25 above FTR): ASR there says "
+        "nothing about a defense"
     )
 
 
