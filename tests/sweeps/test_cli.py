@@ -597,8 +597,8 @@ def test_a_report_says_what_speaks_against_its_cells(
     done = run_cli("report", "tiny", "-f", "csv", "-o", tmp_path / "runs")
     assert done.out.endswith(",attack failed")
     assert done.err == (
-        "1 cell: attack failed (undefended ASR under 0.5, or less than 0.25 above FTR): ASR there says "
-        "nothing about a defense"
+        "1 cell: attack failed (undefended ASR under 0.5, or less than 0.25 above FTR): ASR there "
+        "says nothing about a defense"
     )
 
 
