@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -44,6 +45,7 @@ WORDS = ("badnets", "addsent")
 CHOSEN_ON = 0
 # A trigger word that honest rows are full of cannot be told from them, and need not be cut.
 RARE = 0.02
+ROW_MEASURES = ["row_precision", "row_recall", "row_auroc"]
 CACC_BAR, ASR_BARS = 0.005, {"badnets": 0.03, "addsent": 0.05}
 
 
@@ -319,15 +321,18 @@ def main() -> None:
                 f"{(taken.asr_over_ftr <= bar).mean():.0%}"
             )
     if not options.detect and "sst2" in options.sets:
+        reference: dict[str, Any] = dict(TokenUnlearning.PRESETS["reference"])
         variants = {
             "contrast": TokenUnlearning(),
-            "contrast 3.0": TokenUnlearning(threshold=3.0),
-            "contrast 2.0": TokenUnlearning(threshold=2.0),
-            "reference": TokenUnlearning(**TokenUnlearning.PRESETS["reference"]),  # type: ignore[arg-type]
+            **{f"contrast {bar}": TokenUnlearning(threshold=bar) for bar in (2.0, 1.5, 1.0)},
+            "reference": TokenUnlearning(**reference),
         }
         texts = [Point("sst2", a, 0.1, s) for s in options.seeds for a in ("syntactic", "style")]
         table = defend(bench, texts, variants)
         show("Paraphrase attacks", mean_by(table, "attack", "rate", "variant"))
+        table = detect(bench, texts)
+        rows = mean_by(table[table.rule == "contrast"], "attack", "rate")
+        show("Rows of paraphrase attacks", rows[["attack", "rate", "n", *ROW_MEASURES]])
 
 
 if __name__ == "__main__":
