@@ -291,6 +291,10 @@ def main() -> None:
     parser.add_argument("--paraphrase", action="store_true", help="style and syntactic alone")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    if options.detect and options.paraphrase:
+        parser.error("--detect and --paraphrase exclude each other")
+    if CHOSEN_ON not in options.seeds and not options.paraphrase:
+        parser.error(f"--seeds must hold {CHOSEN_ON}, on which thresholds are chosen")
     use_threads(options.threads)
     bench = Bench(options.data.resolve(), options.root)
     todo = list(points(options))

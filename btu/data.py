@@ -321,7 +321,7 @@ def _suffixes() -> str:
 def _read_file(path: Path) -> pd.DataFrame:
     """Return the table of a file that a user named, and in ``attrs`` where it is from."""
     if path.suffix not in SUFFIXES:
-        raise UserError(f"data.path {path} must end in one of {_suffixes()}.")
+        raise UserError(f"data file {path} must end in one of {_suffixes()}.")
     table = _read_table(path)
     table.attrs["from"] = str(path)
     return table

@@ -177,7 +177,8 @@ def suspicion(evidence: Evidence) -> FloatArray:
 def suspicion_bar(evidence: Evidence) -> float:
     """Return the suspicion that one in a thousand of the reserved clean rows reaches.
 
-    Each is looked at as if it were a training row, without its own share in the clean rows' words.
+    Its own words are left out of the odds, but not of the surplus, which is therefore a little
+    lower than a training row's: more than one in a thousand honest training rows reach the bar.
     Training rows from here up count as flagged. NaN without clean rows.
     """
     clean = evidence.clean
@@ -207,13 +208,17 @@ def _suspicion(
         axis=1,
     )
     at = np.arange(count), labels
+    # A class without clean rows fits every row alike and says nothing.
+    fit[:, sizes == 0] = -np.inf
     label_of = labels[rows]
     without = np.log(
         (evidence.clean_rows[tokens, label_of] - own + 1) / (sizes[label_of] - own + 2)
     )
     given = np.bincount(rows, without, minlength=count)
     fit[at] = -np.inf
-    result: FloatArray = total + CONTRADICTION * (fit.max(axis=1) - given)
+    other = fit.max(axis=1)
+    odds = np.where((sizes[labels] > 0) & np.isfinite(other), other - given, 0.0)
+    result: FloatArray = total + CONTRADICTION * odds
     return result
 
 

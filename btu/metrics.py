@@ -44,7 +44,7 @@ METRICS: dict[str, Metric] = {
     "suspicion_f1": Metric("harmonic mean of suspicion precision and recall", True),
     "cut_cost": Metric("accuracy on the reserved clean rows that the cut alone costs", False),
     "cut_flips": Metric(
-        "training rows with a flagged token that leave their label by the cut", None
+        "up to 512 training rows with a flagged token: leave their label by the cut", None
     ),
     "flagged": Metric("tokens flagged", None),
     "undefended_asr": Metric("asr of the poisoned model, nothing done", None),

@@ -500,8 +500,8 @@ def curves(
 ) -> None:
     """Print detection at every threshold, from the scores that a sweep has saved.
 
-    Nothing is trained. A row per cell and threshold: precision, recall and F1 of the flagged tokens
-    and of their training rows; ASR and CACC only where the threshold was trained.
+    Nothing is trained. A row per curve and threshold: precision, recall and F1 of the flagged
+    tokens and of their training rows; ASR and CACC only where the threshold was trained.
 
     Example: `btu curves sst2-thresholds --mean --plot curves.png --format csv > curves.csv`
     """

@@ -62,11 +62,11 @@ def marks(record: Mapping[str, Any]) -> list[Mark]:
 
     undefended = _number(metrics, "undefended_asr")
     plain = _number(metrics, "undefended_ftr")
-    if rate > 0 and undefended < ATTACK_BAR:
-        found["attack failed"] = f"undefended ASR {undefended:.3f} is under {ATTACK_BAR}"
-    elif rate > 0 and undefended - plain < FTR_MARGIN - _ROUNDING:
+    if rate > 0 and attack_failed(undefended, plain):
+        below = f"under {ATTACK_BAR}"
+        close = f"less than {FTR_MARGIN} above FTR {plain:.3f}"
         found["attack failed"] = (
-            f"undefended ASR {undefended:.3f} is less than {FTR_MARGIN} above FTR {plain:.3f}"
+            f"undefended ASR {undefended:.3f} is {below if undefended < ATTACK_BAR else close}"
         )
 
     cacc, tuned = _number(metrics, "cacc"), _number(metrics, "tuned_cacc")
@@ -91,6 +91,12 @@ def marks(record: Mapping[str, Any]) -> list[Mark]:
         counts = ", ".join(f"{count:g} {role}" for role, count in dropped.items())
         found["overlap"] = f"{counts} texts stood in another role too and were dropped"
     return [Mark(name, found[name]) for name in GUARDS if name in found]
+
+
+def attack_failed(undefended_asr: float, undefended_ftr: float) -> bool:
+    """Return whether an attack did nothing to speak of; an unknown rate fails no attack."""
+    margin = undefended_asr - undefended_ftr
+    return undefended_asr < ATTACK_BAR or margin < FTR_MARGIN - _ROUNDING
 
 
 def joined(found: Iterable[Mark]) -> str:

@@ -184,6 +184,8 @@ def scan(
 
 def _check_files(folder: Path, tables: list[Path], data: str, clean: str | None) -> None:
     """Raise a `UserError` if a result cannot be written, or would overwrite the data."""
+    if len({table.expanduser().resolve() for table in tables}) < len(tables):
+        raise UserError(f"--rows and --tokens are both {tables[0]}; name two files.")
     inputs = [Path(name).expanduser() for name in (data, clean) if name is not None]
     for table in tables:
         where = table.expanduser().resolve()
@@ -252,7 +254,7 @@ def _show_export(plan: ScanPlan, measured: Measured, folder: str) -> None:
         + (
             "."
             if math.isnan(flips)
-            else f"; of the rows with a flagged token it changed {flips:.1%} of the predictions."
+            else f"; of rows with a flagged token that obeyed their label it changed {flips:.1%}."
         )
     )
 

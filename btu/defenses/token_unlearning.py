@@ -117,8 +117,9 @@ class TokenUnlearning:
         3 for the others, which with several flag what stands out in each, and cannot take 2.
     exposure_epochs, exposure_learning_rate, exposure_schedule: of every round (AdamW, no warm-up,
         no clipping; the reference code's 1, 2e-5, constant).
-    bag_batch_size: rows a step in rounds 1 and 2. exposure_batch_size: in round 3; the reference
-        code takes 64 on SST-2, 32 on OLID, else 10.
+    bag_batch_size: rows a step in rounds 1 and 2; it acts where these run, as the other keys of the
+        bag and ``removal`` do. exposure_batch_size: in round 3; the reference code takes 64 on
+        SST-2, 32 on OLID, else 10.
     bag_embeddings: ``word`` trains word rows and classifier; ``full`` the victim's whole embedding
         layer (positions, norms) too.
     bag_pooling: ``masked`` averages real tokens; ``padded`` pads to max_length and averages all.
@@ -133,7 +134,7 @@ class TokenUnlearning:
     rule: str | None = None
     threshold: float | None = None
     alpha: Any = None
-    rounds: list[int] | None = None
+    rounds: Any = None
     exposure_epochs: int = 1
     exposure_learning_rate: float = 2e-5
     exposure_schedule: str = "constant"
@@ -164,6 +165,10 @@ class TokenUnlearning:
                 raise unknown(f"defense.{name}", getattr(self, name), choices)
         self._resolve_rule()
         rounds = self._rounds
+        if not isinstance(rounds, list | tuple):
+            raise UserError(
+                f"defense.rounds must be a list of rounds, got {rounds!r}; write [{rounds}]."
+            )
         if not rounds or sorted(set(rounds)) != list(rounds):
             raise UserError(
                 f"defense.rounds must be some of 1, 2, 3 in ascending order, got {self.rounds}."
@@ -217,8 +222,8 @@ class TokenUnlearning:
 
     @property
     def _rounds(self) -> list[int]:
-        assert self.rounds is not None  # resolved by now
-        return self.rounds
+        rounds: list[int] = self.rounds  # resolved by now
+        return rounds
 
     def _check_alpha(self) -> None:
         several = isinstance(self.alpha, list | tuple)

@@ -25,6 +25,7 @@ METRICS = (
     "asr",
     "cacc",
     "undefended_asr",
+    "undefended_ftr",
     "tuned_cacc",
     "cut_cost",
     "detection_recall_n",

@@ -16,7 +16,7 @@ from btu.detection import RULES, Rule
 from btu.errors import UserError
 from btu.seeding import derive_seed
 from btu.types import FloatArray
-from orchestrator.guards import ATTACK_BAR
+from orchestrator.guards import ATTACK_BAR, attack_failed
 from orchestrator.report.cells import Cells, falls
 
 # Losses are differences of fractions: 0.9 - 0.89 is above 0.01 by rounding.
@@ -156,14 +156,15 @@ def recommended(cells: Cells, chosen: pd.DataFrame) -> tuple[pd.DataFrame, list[
     Groups without poison, and those in which the attack fails undefended, are left out.
     """
     groups = _several(cells)
-    undefended = pd.Series([group["undefended_asr"].iloc[0] for group in groups])
+    undefended = [group[["undefended_asr", "undefended_ftr"]].iloc[0] for group in groups]
+    took = pd.Series([not attack_failed(*rates) for rates in undefended], dtype=bool)
     unpoisoned = chosen["poison_rate"] == 0
-    failed = ~unpoisoned & (undefended < ATTACK_BAR)
+    failed = ~unpoisoned & ~took
     notes = []
     if failed.any():
         notes.append(
             f"{int(failed.sum())} groups whose attack fails undefended (ASR below "
-            f"{ATTACK_BAR:.0%}) are left out of the recommendation."
+            f"{ATTACK_BAR:.0%}, or hardly above FTR) are left out of the recommendation."
         )
     if unpoisoned.any():
         notes.append(

@@ -196,9 +196,10 @@ def _with_trained(group: pd.DataFrame, saved: Saved, thresholds: FloatArray) -> 
     fixed = not np.isnan(first["triggers_cut_train"])
     triggers = int(first["detection_recall_n"]) if fixed else None
     part = curve(saved, thresholds, RULES.load(first["rule"]), triggers)
-    part["auprc"] = average_precision(
-        saved.tokens["score"].to_numpy(), np.flatnonzero(saved.tokens["trigger"]).tolist()
-    )
+    known = np.flatnonzero(saved.tokens["trigger"]).tolist()
+    # Trigger tokens without a score are not in the saved table; no threshold finds them.
+    share = len(known) / triggers if triggers else 1.0
+    part["auprc"] = share * average_precision(saved.tokens["score"].to_numpy(), known)
     part.insert(1, "trained", part["threshold"].isin(group["threshold"]))
     part.insert(2, "exact", bool(first["exact"]))
     return part.merge(group[["threshold", "asr", "cacc"]], on="threshold", how="left")
