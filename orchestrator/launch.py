@@ -46,7 +46,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from btu.errors import UserError
 from btu.provenance import code_version
-from orchestrator.config import CONTROL, Cell, Sweep
+from orchestrator.config import Cell, Sweep
 from orchestrator.lease import HEARTBEAT_S
 from orchestrator.node import Outcome, Report
 from orchestrator.plan import (
@@ -636,8 +636,7 @@ class _Driver:
         """
         if self.refine is not None:
             launched = {key: cell.varied for key, cell in self.results.cells().items()}
-            # What a control does between two thresholds answers no question of the sweep's.
-            coordinates = [c.varied for c in self.plan.cells.values() if CONTROL not in c.varied]
+            coordinates = [cell.varied for cell in self.plan.cells.values()]
             self.study = Refinement(self.sweep, coordinates, self.refine, launched, self._key_of)
         elif self.sweep.optuna is not None:
             self.study = study = StudySearch(self.sweep, self.sweep.folder)

@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from btu.errors import UserError
-from orchestrator.config import Cell, Sweep
+from orchestrator.config import CONTROL, Cell, Sweep
 from orchestrator.progress import label
 from orchestrator.search import Suggestion
 
@@ -185,7 +185,8 @@ class Refinement:
         launched: Mapping[str, Mapping[str, Any]],
         key_of: Callable[[Cell], str],
     ) -> None:
-        """cells: coordinates of the cells that the sweep itself has.
+        """cells: coordinates of the cells that the sweep itself has; its controls are left out, for
+        what they do between two thresholds answers no question of the sweep's.
 
         launched: coordinates by key, of all cells ever launched under the sweep's name. Those of
         `cells` but for a threshold that is not theirs count as refined. key_of: gives the key of a
@@ -197,7 +198,7 @@ class Refinement:
         self._sweep, self._spec, self._key_of = sweep, spec, key_of
         self._key = threshold_key(sweep)
         self._points: list[_Point] = []
-        self._groups = self._grouped(cells)
+        self._groups = self._grouped(cell for cell in cells if CONTROL not in cell)
         if not self._groups:
             raise UserError(
                 f"--refine bisects between thresholds, and no two cells of sweep '{sweep.name}' "

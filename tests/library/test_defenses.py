@@ -1460,6 +1460,11 @@ def test_as_many_alphas_as_rounds() -> None:
         TokenUnlearning(alpha=[0.1, 0.2, 0.3], rounds=[3])
 
 
+def test_a_single_round_is_to_be_written_as_a_list() -> None:
+    with pytest.raises(UserError, match=r"defense\.rounds must be a list .*, got 3; write \[3\]"):
+        TokenUnlearning(rounds=3)
+
+
 @pytest.mark.parametrize("rounds", [[], [3, 1], [1, 1], [0, 1], [1, 4]])
 def test_rounds_must_be_some_of_1_2_3(rounds: list[int]) -> None:
     with pytest.raises(UserError, match=r"defense\.rounds must be some of 1, 2, 3.*got"):

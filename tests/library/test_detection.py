@@ -676,3 +676,14 @@ def test_the_surplus_counts_in_the_bar_too() -> None:
 def test_without_clean_rows_there_is_no_bar() -> None:
     train = encoded([[BAD]], [[GOOD]])
     assert math.isnan(suspicion_bar(Evidence({}, np.ones(3, dtype=bool), train, encoded())))
+
+
+def test_a_class_without_clean_rows_suits_no_row_better() -> None:
+    # By the words of no rows at all every text would fit class 1, the longer the better.
+    train = encoded([[GOOD, BAD, PLANTED]] * 8, [[GOOD]] * 8)
+    clean = encoded([[GOOD]] * 8, [])
+    evidence = Evidence({}, np.ones(4, dtype=bool), train, clean)
+    # What is left is the surplus: of BAD and PLANTED 8 to 0 in class 0, where 4 and 4 were
+    # expected: sqrt(2 * 8 * ln(2)) each. GOOD has none: 8 to 8.
+    above = math.sqrt(16 * math.log(2)) - 1.5
+    np.testing.assert_allclose(suspicion(evidence), [2 * above] * 8 + [0.0] * 8, atol=1e-12)

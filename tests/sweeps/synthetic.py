@@ -84,9 +84,7 @@ def logged(
         **row_detection((rows.top >= bar).to_numpy(), rows.poisoned.to_numpy()).as_metrics(
             "sample"
         ),
-        "detection_auprc": average_precision(
-            tokens.score.to_numpy(), set(tokens.token_id[tokens.trigger]) if truth else truth
-        ),
+        "detection_auprc": average_precision(tokens.score.to_numpy(), truth),
     }
     return found if triggers is None else {**found, "triggers_cut_train": 0}
 

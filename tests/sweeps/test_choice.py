@@ -267,8 +267,8 @@ def test_failed_attacks_and_unpoisoned_groups_are_left_out_and_counted() -> None
     row, notes, _ = recommendation(records)
     assert (row["threshold"], row["groups"]) == (4, 1)
     assert notes == [
-        "1 groups whose attack fails undefended (ASR below 50%) are left out of the "
-        "recommendation.",
+        "1 groups whose attack fails undefended (ASR below 50%, or hardly above FTR) are left out "
+        "of the recommendation.",
         "2 groups without poison are left out of the recommendation.",
     ]
 

@@ -519,3 +519,12 @@ def test_nothing_heavy_is_imported() -> None:
         "assert not {'torch', 'ray', 'mlflow', 'optuna'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_controls_are_left_alone(load: Callable[..., Sweep]) -> None:
+    sweep = load("{defense.alpha: [0.1, 0.8]}")
+    found = Bench(sweep, step())
+    controls = [{**varied, "control": "no_poison"} for varied in found.grid()]
+    study = Refinement(sweep, [*found.grid(), *controls], found.spec, {}, found.key_of)
+    asked = [cell.varied for suggestion in study.asked() for cell in suggestion.cells]
+    assert asked == found.grid()
