@@ -753,6 +753,6 @@ def test_ten_thousand_cells_are_planned_in_seconds(
     assert found.stages["poisoned fine-tune"] == 500
     assert found.stages["exposure round 2"] == 1000
     assert found.stages["exposure round 1"] == 50
-    # The bar is 5 s and that of benchmarks/planning.py; CPUs that are half as fast take twice as long.
+    # The bar of 5 s is that of benchmarks/planning.py; there are CPUs of half the speed.
     assert took < 15
     assert surveyed < 3
