@@ -51,7 +51,7 @@ class Evidence:
     @cached_property
     def train_rows(self) -> IntArray:
         """(V, classes) training rows of each class that hold the token."""
-        return rows_by_class(self.train, len(self.candidates), self.classes)
+        return self._by_class(self.train, self.pairs)
 
     def rows_with(self, token: int, label: int) -> IntArray:
         """Return in how many of the class's training rows with `token` each token stands: (V,)."""
@@ -68,9 +68,17 @@ class Evidence:
         return rows_and_tokens(self.train, len(self.candidates))
 
     @cached_property
+    def clean_pairs(self) -> tuple[IntArray, IntArray]:
+        """Likewise of the clean rows."""
+        return rows_and_tokens(self.clean, len(self.candidates))
+
+    @cached_property
     def clean_rows(self) -> IntArray:
         """(V, classes) clean rows of each class that hold the token."""
-        return rows_by_class(self.clean, len(self.candidates), self.classes)
+        return self._by_class(self.clean, self.clean_pairs)
+
+    def _by_class(self, rows: Encoded, pairs: tuple[IntArray, IntArray]) -> IntArray:
+        return count_by_class(rows, pairs, len(self.candidates), self.classes)
 
     @cached_property
     def surplus(self) -> FloatArray:
@@ -184,8 +192,8 @@ def suspicion_bar(evidence: Evidence) -> float:
     clean = evidence.clean
     if not len(clean):
         return math.nan
-    pairs = rows_and_tokens(clean, len(evidence.candidates))
-    return float(np.quantile(_suspicion(evidence, clean, pairs, own=1), 1 - CLEAN_SUSPECTED))
+    scores = _suspicion(evidence, clean, evidence.clean_pairs, own=1)
+    return float(np.quantile(scores, 1 - CLEAN_SUSPECTED))
 
 
 def _suspicion(
@@ -231,7 +239,14 @@ def rows_and_tokens(rows: Encoded, vocabulary: int) -> tuple[IntArray, IntArray]
 
 def rows_by_class(rows: Encoded, vocabulary: int, classes: int) -> IntArray:
     """Return how many rows of each class hold each token: (vocabulary, classes)."""
-    row, token = rows_and_tokens(rows, vocabulary)
+    return count_by_class(rows, rows_and_tokens(rows, vocabulary), vocabulary, classes)
+
+
+def count_by_class(
+    rows: Encoded, pairs: tuple[IntArray, IntArray], vocabulary: int, classes: int
+) -> IntArray:
+    """Return `rows_by_class` from the rows' `rows_and_tokens`, where these are known."""
+    row, token = pairs
     labels = rows.labels.cpu().numpy()[row]
     counted = np.bincount(token * classes + labels, minlength=vocabulary * classes)
     return counted.astype(np.int64).reshape(vocabulary, classes)

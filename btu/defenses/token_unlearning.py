@@ -382,8 +382,7 @@ def detect(run: StageRun) -> dict[str, Any]:
     Raises:
         UserError: alpha flags nothing, or every token of the training set.
     """
-    victim = victim_of(run)
-    return find_suspects(run, victim, len(_pretrained(run, victim))).save(run.folder)
+    return find_suspects(run, victim_of(run)).save(run.folder)
 
 
 def unlearn(run: StageRun) -> dict[str, Any]:
@@ -394,8 +393,9 @@ def unlearn(run: StageRun) -> dict[str, Any]:
     """
     victim = victim_of(run)
     model = model_of(run, "model")
-    pretrained = _pretrained(run, victim)
-    suspects = find_suspects(run, victim, len(pretrained))
+    fresh = victim.new_model(derive_seed(run.config["seed"], "exposure classifier"))
+    pretrained = fresh.get_input_embeddings().weight.detach()
+    suspects = find_suspects(run, victim)
     cost = _CutCost(run, model, suspects.flagged)
     cut_tokens(
         model.get_input_embeddings().weight,
@@ -412,7 +412,7 @@ def unlearn(run: StageRun) -> dict[str, Any]:
     return {**suspects.save(run.folder), "measured": measured}
 
 
-def find_suspects(run: StageRun, victim: Victim, vocabulary: int) -> Suspects:
+def find_suspects(run: StageRun, victim: Victim) -> Suspects:
     """Return the flagged tokens, every candidate's score, and what stood behind them.
 
     Raises:
@@ -420,8 +420,9 @@ def find_suspects(run: StageRun, victim: Victim, vocabulary: int) -> Suspects:
     """
     config = run.config
     data = training_rows_of(run)
-    candidates = candidate_tokens(victim, data, vocabulary, config["exclude"])
     drift = {number: _drift(run, number) for number in ROUNDS if f"round {number}" in run.inputs}
+    vocabulary = len(next(iter(drift.values())))
+    candidates = candidate_tokens(victim, data, vocabulary, config["exclude"])
     # Round 2's drift depends on alpha: with it a score would depend on the threshold.
     free = {number: moved for number, moved in drift.items() if number != 2}
     evidence = Evidence(free, candidates, data, clean_rows_of(run))
@@ -444,12 +445,6 @@ def find_suspects(run: StageRun, victim: Victim, vocabulary: int) -> Suspects:
         "surplus": evidence.surplus.max(axis=1),
     }
     return Suspects(flagged, scores, table, suspicion(evidence), suspicion_bar(evidence))
-
-
-def _pretrained(run: StageRun, victim: Victim) -> torch.Tensor:
-    fresh = victim.new_model(derive_seed(run.config["seed"], "exposure classifier"))
-    pretrained: torch.Tensor = fresh.get_input_embeddings().weight.detach()
-    return pretrained
 
 
 class _CutCost:
