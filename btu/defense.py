@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
-from btu.errors import unknown
+from btu.errors import UserError, unknown
 from btu.registry import Registry
-from btu.types import FloatArray, IntArray
+from btu.types import BoolArray, FloatArray, IntArray, Rows
 
 if TYPE_CHECKING:
     from btu.foundation import Foundation
@@ -26,7 +26,26 @@ DEFENSES: Registry[type[Defense]] = Registry(
     ],
 )
 
-SUSPECTS, ROWS = "suspects.parquet", "rows.parquet"
+SUSPECTS, ROWS, SCREENED = "suspects.parquet", "rows.parquet", "screened.parquet"
+INCOMING = "incoming.parquet"
+
+# When a defense acts -> what that means.
+KINDS: dict[str, str] = {
+    "before training": "cleans the training set, and a model is trained on what is left",
+    "during training": "trains a model of its own on the poisoned rows",
+    "after training": "mends the poisoned model",
+    "at inference": "stands before the poisoned model and screens what it is asked",
+    "control": "what a defense is compared with",
+}
+# What a defense may need beyond the poisoned training rows -> what that is.
+POISONED_MODEL, CLEAN_ROWS = "poisoned model", "clean rows"
+LANGUAGE_MODEL, ORIGINALS = "language model", "clean originals"
+NEEDS: dict[str, str] = {
+    POISONED_MODEL: "the model that was fine-tuned on the poisoned rows",
+    CLEAN_ROWS: "the reserved clean rows, with labels",
+    LANGUAGE_MODEL: "a causal or masked language model that is not the victim",
+    ORIGINALS: "the training rows as they were before the poison: for controls alone",
+}
 
 
 @dataclass(frozen=True)
@@ -42,20 +61,25 @@ class DefenseSpec:
 
 @dataclass(frozen=True)
 class Suspects:
-    """What a defense that looks for tokens found.
+    """What a defense that looks for the poison found in the training set.
 
-    flagged: vocabulary ids it took for trigger tokens, in the order of its finding.
+    flagged: vocabulary ids it took for trigger tokens, in the order of its finding; None where it
+    looks for rows alone.
     scores: (vocabulary,) the ranking behind `flagged`, higher is more suspicious, NaN for what is
     no candidate; None where there is no ranking. table: further (vocabulary,) columns worth
     keeping, by name. rows: (training rows,) how suspicious each row is; None where it is not said.
-    row_bar: from where a row counts as flagged.
+    row_bar: from where a row counts as flagged. taken: (training rows,) those that it isolated or
+    removed; None where it takes none by itself. target: the class index that it takes for the
+    attack's target; None where it does not guess.
     """
 
-    flagged: tuple[int, ...]
+    flagged: tuple[int, ...] | None = None
     scores: FloatArray | None = None
     table: Mapping[str, FloatArray | IntArray] = field(default_factory=dict)
     rows: FloatArray | None = None
     row_bar: float = math.nan
+    taken: BoolArray | None = None
+    target: int | None = None
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the columns into a stage's folder; return what belongs into its facts."""
@@ -67,46 +91,107 @@ class Suspects:
             columns["score"] = self.scores
         if columns:
             pq.write_table(pa.table(columns), folder / SUSPECTS)
-        if self.rows is not None:
-            pq.write_table(pa.table({"suspicion": self.rows}), folder / ROWS)
+        rows = {"suspicion": self.rows, "taken": self.taken}
+        rows = {name: values for name, values in rows.items() if values is not None}
+        if rows:
+            pq.write_table(pa.table(rows), folder / ROWS)
         bar = None if math.isnan(self.row_bar) else self.row_bar
-        return {"flagged": list(self.flagged), "row_bar": bar}
+        flagged = None if self.flagged is None else list(self.flagged)
+        facts = {"flagged": flagged, "row_bar": bar}
+        return facts if self.target is None else {**facts, "target_guess": self.target}
 
     @classmethod
     def load(cls, folder: Path, facts: Mapping[str, Any]) -> Suspects | None:
-        """Read what `save` wrote; None of a defense that does not look for tokens."""
+        """Read what `save` wrote; None of a defense that looks for nothing."""
         import pyarrow.parquet as pq
 
-        if facts.get("flagged") is None:
+        if "row_bar" not in facts:
             return None
         columns: dict[str, Any] = {}
         if (folder / SUSPECTS).is_file():
             table = pq.read_table(folder / SUSPECTS)
             columns = {name: table[name].to_numpy() for name in table.column_names}
-        rows = None
+        rows: dict[str, Any] = {}
         if (folder / ROWS).is_file():
-            rows = pq.read_table(folder / ROWS)["suspicion"].to_numpy()
-        bar = facts.get("row_bar")
+            table = pq.read_table(folder / ROWS)
+            rows = {name: table[name].to_numpy() for name in table.column_names}
+        flagged, bar = facts["flagged"], facts["row_bar"]
         return cls(
-            tuple(facts["flagged"]),
+            None if flagged is None else tuple(flagged),
             columns.pop("score", None),
             columns,
-            rows,
+            rows.get("suspicion"),
             math.nan if bar is None else bar,
+            rows.get("taken"),
+            facts.get("target_guess"),
         )
+
+
+@dataclass(frozen=True)
+class Screened:
+    """What a defense makes of texts on their way to the model, in the order of their coming.
+
+    accepted: (texts,) False is turned away: the model is not asked. texts: what the model reads
+    instead; None where they stay as they came.
+    """
+
+    accepted: BoolArray
+    texts: tuple[str, ...] | None = None
+
+    def save(self, folder: Path) -> None:
+        """Write into a screening stage's folder."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns: dict[str, Any] = {"accepted": np.asarray(self.accepted, dtype=bool)}
+        if self.texts is not None:
+            texts = [text.encode("utf-8", "surrogatepass") for text in self.texts]
+            columns["text"] = pa.array(texts, pa.binary())
+        pq.write_table(pa.table(columns), folder / SCREENED)
+
+    @classmethod
+    def load(cls, folder: Path) -> Screened:
+        """Read what `save` wrote."""
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(folder / SCREENED)
+        texts = None
+        if "text" in table.column_names:
+            held = table["text"].to_pylist()
+            texts = tuple(text.decode("utf-8", "surrogatepass") for text in held)
+        return cls(table["accepted"].to_numpy(), texts)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is known of a cell before anything is trained.
+
+    vocabulary: tokens of the victim; None where only training will tell. classes: of the data.
+    train_rows, clean_rows: how many there are.
+    """
+
+    vocabulary: int | None
+    classes: int
+    train_rows: int
+    clean_rows: int
 
 
 class Defense(Protocol):
     """A defense: a frozen dataclass whose fields are its hyperparameters.
 
-    A class attribute ``PRESETS`` (name -> values by field) lets a config name sets of them; one of
-    the names is ``default``.
+    KIND: when it acts (`KINDS`). NEEDS: what it cannot do without (`NEEDS`): planning refuses cells
+    that do not have it. A class attribute ``PRESETS`` (name -> values by field) lets a config name
+    sets of hyperparameters; one of the names is ``default``.
     """
 
-    def check(self, vocabulary: int) -> None:
-        """Raise a `UserError` where the hyperparameters cannot work on such a vocabulary.
+    KIND: ClassVar[str]
+    NEEDS: ClassVar[tuple[str, ...]]
 
-        Called before anything is trained.
+    def check(self, given: Given) -> None:
+        """Raise a `UserError` where the hyperparameters cannot work on such a cell.
+
+        Called before anything is trained; imports no torch. Whatever depends on no cell is checked
+        when the defense is made.
         """
         ...
 
@@ -114,10 +199,48 @@ class Defense(Protocol):
         """Declare the defense's stages and return the last one.
 
         Its result holds the defended model (`btu.foundation.save_model`) and, where the defense
-        looks for tokens, what it found (`Suspects.save`, its return value among the stage's
-        facts). One that changes nothing returns the foundation's own model. Whatever does not
-        depend on a threshold belongs into stages of its own, which all thresholds then share.
-        Names are unique within a cell. Called while planning: imports no
-        torch.
+        looks for the poison, what it found (`Suspects.save`, its return value among the stage's
+        facts). ``measured`` among the facts are metrics of its own, on rows that it may see. One
+        that changes nothing returns the foundation's own model. Whatever does not depend on a
+        threshold belongs into stages of its own, which all thresholds then share. Names are unique
+        within a cell. Called while planning: imports no torch.
         """
         ...
+
+
+@runtime_checkable
+class Screens(Protocol):
+    """A defense that stands before its model at inference has this method too."""
+
+    def screen(self, base: Foundation, model: Stage, incoming: Stage) -> Stage:
+        """Declare the stage that screens what comes in, and return it.
+
+        model: what `Defense.stages` returned. incoming: its folder holds the texts (`incoming_of`),
+        clean and triggered ones alike, each once, without labels and in an order that says nothing.
+        The result is `Screened`. Each text is screened for itself: what becomes of it does not
+        depend on the others. Bars come from rows that the defender has.
+        """
+        ...
+
+
+def incoming_of(folder: Path) -> Rows:
+    """Return the texts that a screening stage reads; all their labels are 0."""
+    import pyarrow.parquet as pq
+
+    held = pq.read_table(folder / INCOMING)["text"].to_pylist()
+    texts = tuple(text.decode("utf-8", "surrogatepass") for text in held)
+    return Rows(texts, (0,) * len(texts))
+
+
+def check_cell(name: str, defense: Defense, given: Given) -> None:
+    """Check a defense against a cell: what it needs is there, its hyperparameters can work.
+
+    Raises:
+        UserError: they are not, with the reason.
+    """
+    if CLEAN_ROWS in defense.NEEDS and given.clean_rows == 0:
+        raise UserError(
+            f"defense '{name}' needs {CLEAN_ROWS} ({NEEDS[CLEAN_ROWS]}), and the data have none; "
+            "raise data.max_clean_rows, or take a defense that needs none (`btu list defenses`)."
+        )
+    defense.check(given)

@@ -59,15 +59,28 @@ METRICS: dict[str, Metric] = {
     "triggers_cut_train": Metric("poisoned rows that max_length left without a trigger", None),
     "triggers_cut_eval": Metric("triggered test rows that max_length left without a trigger", None),
     "truncated_rows": Metric("training rows as long as max_length or cut to it", None),
+    "rows_flagged": Metric("training rows that the defense isolates or removes", None),
+    "rows_kept": Metric("training rows that the defense leaves in", None),
+    "target_found": Metric("1 where the defense names the attack's target class, else 0", True),
+    "frr": Metric("clean evaluation rows that an inference-time defense turns away", False),
+    "far": Metric("triggered rows that an inference-time defense lets through", False),
+    "changed_clean": Metric("clean evaluation rows that a defense changes on their way", False),
+    "changed_triggered": Metric("triggered rows that a defense changes on their way", None),
+    "tokens_removed_clean": Metric("tokens of clean rows that a defense takes out", False),
+    "trigger_removed": Metric("triggered rows in which nothing of the trigger is left", True),
+    "clean_rows_used": Metric("reserved clean rows that the defense learns from", False),
+    "defense_seconds": Metric("wall time of the defense's own stages", False),
     "seconds": Metric("wall time of the trial", False),
 }
-_PROPORTIONS = [
-    f"{state}{name}" for state in ("", "undefended_", "tuned_") for name in ("asr", "cacc", "ftr")
-] + [
-    f"{what}_{name}"
-    for what in ("detection", "sample", "suspicion")
-    for name in ("precision", "recall")
-]
+_PROPORTIONS = (
+    [f"{state}{name}" for state in ("", "undefended_", "tuned_") for name in ("asr", "cacc", "ftr")]
+    + [
+        f"{what}_{name}"
+        for what in ("detection", "sample", "suspicion")
+        for name in ("precision", "recall")
+    ]
+    + ["frr", "far", "changed_clean", "changed_triggered", "trigger_removed"]
+)
 for _name in _PROPORTIONS:
     METRICS[f"{_name}_low"] = Metric(f"lower end of the 95 % Wilson interval of {_name}", None)
     METRICS[f"{_name}_high"] = Metric(f"upper end of the 95 % Wilson interval of {_name}", None)
@@ -91,6 +104,11 @@ class Proportion:
 
     hits: int
     n: int
+
+    @classmethod
+    def of(cls, mask: BoolArray) -> Proportion:
+        """Count a mask's True."""
+        return cls(int(mask.sum()), len(mask))
 
     @property
     def value(self) -> float:

@@ -8,7 +8,9 @@ defense's threshold pays for the poisoned model once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import hashlib
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from btu.data import DataSpec, load_corpus
+from btu.defense import INCOMING, ORIGINALS, Screened, incoming_of
 from btu.errors import UserError
 from btu.foundation import (
     TRAIN,
@@ -36,11 +39,12 @@ from btu.poisoning import ATTACKS, Attack, PoisonSpec, poison, triggered_eval
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, TuningSettings
 from btu.stages import Stage, StageRun, plain
-from btu.types import BoolArray, Corpus
+from btu.types import BoolArray, Corpus, Rows
 from btu.victims import VictimSpec, folder_identity, weight_files
 
 if TYPE_CHECKING:
     from btu.evaluation import Scores
+    from btu.training import Encoded
 
 # Raised when what a stage computes changes: results of an earlier version are then not reused.
 POISON_VERSION = 2
@@ -52,19 +56,26 @@ EVALUATION_ROWS_VERSION = 2
 FINE_TUNE_VERSION = 1
 CLEAN_TUNE_VERSION = 1
 EVALUATE_VERSION = 1
+EVALUATION_TEXTS_VERSION = 1
+INCOMING_VERSION = 1
+EVALUATE_SCREENED_VERSION = 1
 
 HIDDEN, TRIGGERED = "hidden.parquet", "triggered.parquet"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The stages before any defense. Only `foundation` is for defenses."""
+    """The stages before any defense. Only `foundation` is for defenses.
+
+    originals: the model fine-tuned on the rows before the poison, for controls that ask for it.
+    """
 
     poisoned: Stage
     triggered: Stage
     evaluation_rows: Stage
     foundation: Foundation
     eval_rows: int
+    originals: Stage
 
     @cached_property
     def hidden(self) -> frozenset[str]:
@@ -81,6 +92,12 @@ class Prepared:
         base = self.foundation
         tops = (base.rows, base.clean, base.model, base.tuned)
         return self.hidden | {stage.key for top in tops for stage in top.closure()}
+
+    def foundation_for(self, needs: Collection[str]) -> Foundation:
+        """Return what a defense with these needs starts from."""
+        if ORIGINALS not in needs:
+            return self.foundation
+        return dataclasses.replace(self.foundation, originals=self.originals)
 
 
 def prepare(
@@ -155,14 +172,7 @@ def prepare(
             )
     if poison.poison_rate == 0:
         # No attack is at work on these rows: all attacks share one clean model.
-        poisoned = Stage(
-            "poison",
-            "btu.recipe:unpoisoned_rows",
-            UNPOISONED_VERSION,
-            {"data": data_fingerprints["train"]},
-            where={"data": where_data},
-            kind="host",
-        )
+        poisoned = _unpoisoned("poison", data_fingerprints["train"], where_data)
     reads = {"identity": victim_identity, "max_length": victim.max_length}
     clean_rows = Stage(
         "clean rows",
@@ -195,7 +205,59 @@ def prepare(
         seed=seed,
         counts=counts,
     )
-    return Prepared(poisoned, triggered, evaluation_rows, base, counts.get("rows_eval", 0))
+    originals = _fine_tuned(
+        _unpoisoned("clean originals", data_fingerprints["train"], where_data),
+        ("training rows (clean originals)", "fine-tune on clean originals"),
+        reads,
+        where_victim,
+        train,
+        seed,
+        counts,
+    )
+    eval_rows = counts.get("rows_eval", 0)
+    return Prepared(poisoned, triggered, evaluation_rows, base, eval_rows, originals)
+
+
+def _unpoisoned(name: str, fingerprint: str, where_data: Mapping[str, Any]) -> Stage:
+    return Stage(
+        name,
+        "btu.recipe:unpoisoned_rows",
+        UNPOISONED_VERSION,
+        {"data": fingerprint},
+        where={"data": where_data},
+        kind="host",
+    )
+
+
+def _fine_tuned(
+    poisoned: Stage,
+    names: tuple[str, str],
+    reads: Mapping[str, Any],
+    where_victim: Mapping[str, Any],
+    train: TrainSettings,
+    seed: int,
+    counts: Mapping[str, int],
+) -> Stage:
+    """Declare the tokenizing of rows and a fine-tune on them; names: of the two stages."""
+    rows = Stage(
+        names[0],
+        "btu.recipe:training_rows",
+        TRAINING_ROWS_VERSION,
+        {"victim": reads},
+        {"poison": poisoned},
+        {"victim": where_victim},
+        kind="host",
+    )
+    return Stage(
+        names[1],
+        "btu.recipe:fine_tune",
+        FINE_TUNE_VERSION,
+        {"victim": reads, "train": plain(train), "seed": seed},
+        {"rows": rows},
+        {"victim": where_victim},
+        units=counts.get("rows_train", 0) * train.epochs,
+        model=True,
+    )
 
 
 def foundation(
@@ -212,25 +274,9 @@ def foundation(
     """Declare what a defense starts from, on rows that `poisoned` writes as `poison_rows` does."""
     where_victim = plain(victim)
     reads = {"identity": victim_identity, "max_length": victim.max_length}
-    rows = Stage(
-        "training rows",
-        "btu.recipe:training_rows",
-        TRAINING_ROWS_VERSION,
-        {"victim": reads},
-        {"poison": poisoned},
-        {"victim": where_victim},
-        kind="host",
-    )
-    fine_tuned = Stage(
-        "poisoned fine-tune",
-        "btu.recipe:fine_tune",
-        FINE_TUNE_VERSION,
-        {"victim": reads, "train": plain(train), "seed": seed},
-        {"rows": rows},
-        {"victim": where_victim},
-        units=counts.get("rows_train", 0) * train.epochs,
-        model=True,
-    )
+    names = ("training rows", "poisoned fine-tune")
+    fine_tuned = _fine_tuned(poisoned, names, reads, where_victim, train, seed, counts)
+    rows = fine_tuned.inputs["rows"]
     tuned = Stage(
         "clean tuning (control)",
         "btu.recipe:clean_tune",
@@ -272,6 +318,52 @@ def evaluation(prepared: Prepared, model: Stage, name: str, kind: str = "stage")
         # Whether code that comes with the model may be run.
         prepared.foundation.where,
         kind=kind,
+        units=prepared.eval_rows,
+    )
+
+
+def incoming(prepared: Prepared) -> Stage:
+    """Declare what a screening defense is asked at inference: texts, and nothing else of them."""
+    rows = prepared.evaluation_rows
+    texts = Stage(
+        "evaluation texts",
+        "btu.recipe:evaluation_texts",
+        EVALUATION_TEXTS_VERSION,
+        {"data": rows.config["data"]},
+        {"triggered": prepared.triggered},
+        {"data": rows.where["data"]},
+        kind="host",
+    )
+    return Stage(
+        "incoming texts",
+        "btu.recipe:incoming_texts",
+        INCOMING_VERSION,
+        {},
+        {"texts": texts},
+        kind="host",
+    )
+
+
+def evaluation_screened(prepared: Prepared, model: Stage, screened: Stage, name: str) -> Stage:
+    """Declare the scoring of a model that a screening stage stands before.
+
+    screened: what `Screens.screen` returned for the cell's `incoming`.
+    """
+    came = incoming(prepared)
+    return Stage(
+        f"evaluate {name}",
+        "btu.recipe:evaluate_screened",
+        EVALUATE_SCREENED_VERSION,
+        {"precision": prepared.foundation.train.precision, "victim": prepared.foundation.victim},
+        {
+            "rows": prepared.evaluation_rows,
+            "texts": came.inputs["texts"],
+            "incoming": came,
+            "screened": screened,
+            "model": model,
+        },
+        prepared.foundation.where,
+        kind="cell",
         units=prepared.eval_rows,
     )
 
@@ -409,6 +501,106 @@ def evaluate_model(run: StageRun) -> dict[str, Any]:
     resolved = resolve_precision(precision, run.device)
     run.precisions.add(resolved)
     return {**counts, "precision": resolved}
+
+
+def evaluation_texts(run: StageRun) -> dict[str, Any]:
+    """Write the texts behind the evaluation rows, by what they are scored for."""
+    corpus = corpus_of(run, "eval")
+    write_rows(run.folder / "clean.parquet", corpus.eval)
+    for role in ("triggered", "plain"):
+        name = f"{role}.parquet"
+        write_rows(run.folder / name, read_rows(run.inputs["triggered"] / name))
+    return {}
+
+
+def incoming_texts(run: StageRun) -> dict[str, Any]:
+    """Write each text once, in the order of their hashes: nothing says which are triggered."""
+    texts = {
+        text
+        for role in ("clean", "triggered", "plain")
+        for text in read_rows(run.inputs["texts"] / f"{role}.parquet").texts
+    }
+    held = sorted(
+        (text.encode("utf-8", "surrogatepass") for text in texts),
+        key=lambda text: hashlib.sha256(text).digest(),
+    )
+    write_table(run.folder / INCOMING, {"text": held})
+    return {"texts": len(held)}
+
+
+def evaluate_screened(run: StageRun) -> dict[str, Any]:
+    """Count the hits behind CACC, ASR and FTR of a model behind a screen.
+
+    A text that was turned away is neither right nor attacked, and counts among the rows: CACC, ASR
+    and FTR are shares of all rows. FRR: clean rows turned away. FAR: triggered rows let through.
+    Both are there only where the screen turns texts away at all; where it changes texts, how much
+    it changes, and in how many triggered rows it takes out the whole of what was inserted.
+    """
+    from btu.training import resolve_precision
+
+    screened = Screened.load(run.inputs["screened"])
+    place = {text: i for i, text in enumerate(incoming_of(run.inputs["incoming"]).texts)}
+    if len(screened.accepted) != len(place):
+        raise ValueError(f"{len(place)} texts came in, {len(screened.accepted)} were screened.")
+    model = model_of(run, "model")
+    victim = victim_of(run, model.config.num_labels)
+    target, trigger = run.facts("rows")["target"], run.facts("rows")["trigger"]
+    precision = run.config["precision"]
+    accepted: dict[str, BoolArray] = {}
+    changed: dict[str, BoolArray] = {}
+    given: dict[str, Encoded] = {}
+    read: dict[str, Encoded] = {}
+    counts = {}
+    wanted = {"clean": "cacc", "triggered": "asr", "plain": "ftr"}
+    for number, (role, measure) in enumerate(wanted.items()):
+        rows = read_rows(run.inputs["texts"] / f"{role}.parquet")
+        at = np.array([place[text] for text in rows.texts])
+        accepted[role] = screened.accepted[at]
+        given[role] = read[role] = load_encoded(run.inputs["rows"] / f"{role}.safetensors")
+        if screened.texts is not None:
+            texts = tuple(screened.texts[i] for i in at)
+            read[role] = victim.encode(Rows(texts, rows.labels))
+            changed[role] = np.array([a != b for a, b in zip(texts, rows.texts, strict=True)])
+        logits = run.predict(
+            model, read[role], precision=precision, stage="evaluate", of=(number, len(wanted))
+        )
+        hit = logits.argmax(1) == (read[role].labels.numpy() if role == "clean" else target)
+        counts[measure] = {"hits": int((hit & accepted[role]).sum()), "n": len(hit)}
+    measured: dict[str, float] = {}
+    if not screened.accepted.all() or screened.texts is None:
+        measured |= Proportion.of(~accepted["clean"]).as_metrics("frr")
+        measured |= Proportion.of(accepted["triggered"]).as_metrics("far")
+    if screened.texts is not None:
+        measured |= Proportion.of(changed["clean"]).as_metrics("changed_clean")
+        measured |= Proportion.of(changed["triggered"]).as_metrics("changed_triggered")
+        measured["tokens_removed_clean"] = float(
+            1 - read["clean"].host_lengths.sum() / given["clean"].host_lengths.sum()
+        )
+        if trigger is not None:
+            gone = _inserted_gone(given["plain"], given["triggered"], read["triggered"])
+            measured |= gone.as_metrics("trigger_removed")
+    resolved = resolve_precision(precision, run.device)
+    return {**counts, "measured": measured, "precision": resolved}
+
+
+def _inserted_gone(plain: Encoded, triggered: Encoded, read: Encoded) -> Proportion:
+    """Count the rows in which nothing is left of what the trigger's insertion added.
+
+    Tokens are compared as multisets: the trigger's words may stand in the text itself.
+    """
+    gone, rows = 0, 0
+    for before, attacked, after in zip(*map(_bags, (plain, triggered, read)), strict=True):
+        inserted = attacked - before
+        # A row that max_length leaves without a trigger has nothing to take out.
+        if inserted:
+            rows += 1
+            gone += not inserted & (after - before)
+    return Proportion(gone, rows)
+
+
+def _bags(rows: Encoded) -> list[Counter[int]]:
+    ids = np.split(rows.ids.numpy(), np.cumsum(rows.host_lengths)[:-1])
+    return [Counter(row.tolist()) for row in ids]
 
 
 def scores_of(facts: Mapping[str, Any]) -> Scores:

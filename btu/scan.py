@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from btu.data import DATASETS, SUFFIXES, DataSpec, SuspectCorpus, load_suspects
-from btu.defense import Suspects
+from btu.defense import Given, Suspects
 from btu.defenses.token_unlearning import TOP_FRACTION, TokenUnlearning, candidate_tokens
 from btu.detection import DEFAULT_RULE, RULES, rows_and_tokens, rows_by_class, surplus_by_class
 from btu.errors import UserError
@@ -183,9 +183,13 @@ def prepare_scan(
     least = _check_trusted(spec, corpus, defense)
     victim_spec = VictimSpec(victim, max_length)
     found = load_victim(victim_spec, len(corpus.label_names))
-    vocabulary = found.source.vocabulary_size()
-    if vocabulary is not None:
-        defense.check(vocabulary)
+    given = Given(
+        found.source.vocabulary_size(),
+        len(corpus.label_names),
+        len(corpus.train),
+        len(corpus.clean),
+    )
+    defense.check(given)
     base = _foundation(spec, clean_file, corpus, found, train, tuning, seed)
     return ScanPlan(spec, loaded, victim_spec, found.source.identity, defense, base, least)
 
@@ -483,7 +487,7 @@ def run_scan(
     bar = RULES.load(plan.defense.rule).bar(plan.threshold)
     tokens = _token_table(plan, root, suspects)
     rows = _row_table(plan, root, suspects)
-    return ScanReport(plan, root, bar, len(suspects.flagged), tokens, rows)
+    return ScanReport(plan, root, bar, len(suspects.flagged or ()), tokens, rows)
 
 
 def renamed(progress: ProgressCallback) -> ProgressCallback:
@@ -506,7 +510,7 @@ def _token_table(plan: ScanPlan, root: Path, suspects: Suspects) -> pd.DataFrame
     train, victim, names = _train_rows(plan, root), plan.load_victim(), plan.corpus.label_names
     vocabulary = len(suspects.scores)
     flagged = np.zeros(vocabulary, dtype=bool)
-    flagged[list(suspects.flagged)] = True
+    flagged[list(suspects.flagged or ())] = True
     candidates = candidate_tokens(victim, train, vocabulary, plan.defense.exclude)
     ids = np.flatnonzero(candidates | flagged)
     low = np.where(np.isnan(suspects.scores), -np.inf, suspects.scores)
@@ -544,9 +548,9 @@ def _row_table(plan: ScanPlan, root: Path, suspects: Suspects) -> pd.DataFrame:
     assert suspects.rows is not None
     train, victim, corpus = _train_rows(plan, root), plan.load_victim(), plan.corpus
     rows, tokens = rows_and_tokens(train, len(suspects.scores))
-    holds = np.isin(tokens, list(suspects.flagged))
-    names = victim.tokenizer.convert_ids_to_tokens(list(suspects.flagged))
-    place = {token: rank for rank, token in enumerate(suspects.flagged)}
+    holds = np.isin(tokens, list(suspects.flagged or ()))
+    names = victim.tokenizer.convert_ids_to_tokens(list(suspects.flagged or ()))
+    place = {token: rank for rank, token in enumerate(suspects.flagged or ())}
     held: dict[int, list[int]] = {}
     for row, token in zip(rows[holds].tolist(), tokens[holds].tolist(), strict=True):
         held.setdefault(row, []).append(place[token])

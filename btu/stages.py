@@ -17,7 +17,7 @@ import importlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -145,9 +145,12 @@ class StageRun:
         *,
         seed: int,
         stage: str,
-        pad_to: int | None = None,
+        **options: Any,
     ) -> None:
-        """Train `model` in place (`btu.training.fit`); keep the history and the precision."""
+        """Train `model` in place; keep the history and the precision.
+
+        options: further ones of `btu.training.fit`.
+        """
         from btu.training import fit, resolve_precision
 
         self.precisions.add(resolve_precision(settings.precision, self.device))
@@ -159,8 +162,57 @@ class StageRun:
             stage=stage,
             device=self.device,
             progress=self.progress,
-            pad_to=pad_to,
             accumulation=self.accumulation,
+            **options,
+        )
+
+    def in_batches(
+        self,
+        model: nn.Module,
+        data: Encoded,
+        function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        *,
+        precision: str,
+        stage: str,
+        of: tuple[int, int] = (0, 1),
+    ) -> Any:
+        """Compute `function` for every row (`btu.training.in_batches`); keep the precision.
+
+        of: which of how many such passes this is, for the progress of `stage`.
+        """
+        from btu.training import PREDICT_BATCH, in_batches, resolve_precision
+
+        self.precisions.add(resolve_precision(precision, self.device))
+        number, passes = of
+        return in_batches(
+            model,
+            data,
+            function,
+            precision=precision,
+            device=self.device,
+            batch_size=max(1, PREDICT_BATCH // self.accumulation),
+            progress=lambda part: self.progress(Progress(stage, number, passes, part=part)),
+        )
+
+    def predict(
+        self,
+        model: nn.Module,
+        data: Encoded,
+        *,
+        precision: str,
+        stage: str,
+        of: tuple[int, int] = (0, 1),
+    ) -> Any:
+        """Return the (rows, classes) logits of every row, in its order."""
+        from btu.training import logits_of
+
+        return self.in_batches(
+            model,
+            data,
+            lambda ids, mask: logits_of(model, ids, mask),
+            precision=precision,
+            stage=stage,
+            of=of,
         )
 
     def facts(self, role: str) -> dict[str, Any]:

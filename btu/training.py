@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -244,6 +244,18 @@ def logits_of(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     return logits
 
 
+# (model, ids, mask, labels) -> the batch's loss, a scalar, and its (batch, classes) logits.
+Objective: TypeAlias = Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def cross_entropy(
+    model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the mean cross-entropy of a batch, and its logits: the usual `Objective`."""
+    logits = logits_of(model, ids, mask)
+    return nn.functional.cross_entropy(logits, labels), logits
+
+
 @dataclass(frozen=True)
 class Epoch:
     """What one epoch of one stage did. loss, accuracy: means over its rows, in train mode."""
@@ -267,13 +279,17 @@ def fit(
     progress: ProgressCallback = silent,
     pad_to: int | None = None,
     accumulation: int = 1,
+    objective: Objective = cross_entropy,
+    after_step: Callable[[float], bool] | None = None,
 ) -> list[Epoch]:
     """Train whatever of `model` requires gradients, in place, and leave it in eval mode.
 
     seed: draws batches and dropout; the global random state is left as it was. pad_to: width of
     every batch; None pads each to its own longest row. accumulation: cut every batch into that
     many parts and add up their gradients: the same steps in less memory, up to rounding and the
-    draws of dropout.
+    draws of dropout. objective: what is minimized; one that is no mean over rows (a loss that is
+    bent by its own batch's value) is taken part by part where batches are cut. after_step: called
+    after every step with the accuracy of its batch, in train mode; True ends the training there.
 
     Raises:
         NonFiniteLossError: the loss or, by the last step, a weight became NaN or infinite.
@@ -310,15 +326,19 @@ def fit(
             correct = torch.zeros((), dtype=torch.int64, device=device)
             parts = _parts(plan, accumulation)
             batches = _device_batches(data, [rows for rows, _, _ in parts], pad_to)
-            step = 0
+            of_batch: list[tuple[Tensor, int]] = []
+            step = seen = 0
+            ended = False
             for (_, share, last), (ids, mask, labels) in zip(parts, batches, strict=True):
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    logits = logits_of(model, ids, mask)
+                    loss, logits = objective(model, ids, mask, labels)
                 # A whole batch has share 1.0, which changes no bit.
-                loss = nn.functional.cross_entropy(logits, labels) * share
+                loss = loss * share
                 torch.autograd.backward(loss)
                 losses[step] += loss.detach()
-                correct += (logits.detach().argmax(1) == labels).sum()
+                right = (logits.detach().argmax(1) == labels).sum()
+                correct += right
+                of_batch.append((right, len(labels)))
                 if not last:
                     continue
                 if settings.max_grad_norm is not None:
@@ -327,20 +347,29 @@ def fit(
                 optimizer.zero_grad(set_to_none=True)
                 scheduler.step()
                 step += 1
+                seen += sum(rows for _, rows in of_batch)
+                if after_step is not None:
+                    # The only wait for the device in a step, and only where somebody asked.
+                    share_right = sum(int(n) for n, _ in of_batch) / sum(n for _, n in of_batch)
+                    ended = after_step(share_right)
+                of_batch = []
                 if step % FINITE_CHECK_STEPS == 0 or step == len(plan):
                     _check_finite(losses[:step], stage, epoch, steps_per_epoch, settings)
                 if time.perf_counter() - told >= TELL_SECONDS:
                     told = time.perf_counter()
                     part = step / steps_per_epoch
                     progress(Progress(stage, epoch - 1, settings.epochs, part=part))
+                if ended:
+                    _check_finite(losses[:step], stage, epoch, steps_per_epoch, settings)
+                    break
             sizes = torch.tensor([len(rows) for rows in plan], device=device)
             record = Epoch(
                 stage,
                 epoch,
-                float((losses * sizes).sum() / len(data)),
-                float(correct / len(data)),
+                float((losses * sizes).sum() / seen),
+                float(correct / seen),
                 time.perf_counter() - started,
-                len(data),
+                seen,
             )
             history.append(record)
             progress(
@@ -351,6 +380,8 @@ def fit(
                     {"loss": record.loss, "accuracy": record.accuracy, "seconds": record.seconds},
                 )
             )
+            if ended:
+                break
     model.eval()
     # The loss of the last step was taken before it: what the step did shows in the weights alone.
     if not all(bool(torch.isfinite(p).all()) for p in parameters):
@@ -396,15 +427,51 @@ def predict(
     batch_size: int = PREDICT_BATCH,
 ) -> IntArray:
     """Return the predicted class of every row: (rows,), in the order of `data`."""
+
+    def classes(ids: Tensor, mask: Tensor) -> Tensor:
+        return logits_of(model, ids, mask).argmax(1)
+
+    predicted: IntArray = in_batches(
+        model, data, classes, precision=precision, device=device, batch_size=batch_size
+    )
+    return predicted
+
+
+def in_batches(
+    model: nn.Module,
+    data: Encoded,
+    function: Callable[[Tensor, Tensor], Tensor],
+    *,
+    precision: str,
+    device: torch.device,
+    batch_size: int = PREDICT_BATCH,
+    progress: Callable[[float], None] | None = None,
+) -> np.ndarray:
+    """Return what `function` gives for each row, in the order of `data`: (rows, ...).
+
+    function: (ids, mask) of a batch -> a tensor, not of bfloat16, with a row for each of its rows;
+    called in eval mode, without gradients, in the precision asked for. progress: told the share
+    that is done, every 10 seconds.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if len(data) == 0:
+        raise ValueError("there are no rows to compute on.")
     model.to(device).eval()
     data = data.to(device)
     order = np.argsort(data.host_lengths, kind="stable")
     plan = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     bf16 = resolve_precision(precision, device) == "bf16"
-    predicted = []
-    for ids, mask, _ in _device_batches(data, plan, None):
+    found = []
+    told = time.perf_counter()
+    for number, (ids, mask, _) in enumerate(_device_batches(data, plan, None), 1):
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            predicted.append(logits_of(model, ids, mask).argmax(1))
-    result = np.empty(len(data), dtype=np.int64)
-    result[order] = torch.cat(predicted).cpu().numpy()
+            found.append(function(ids, mask))
+        if progress is not None and time.perf_counter() - told >= TELL_SECONDS:
+            told = time.perf_counter()
+            progress(number / len(plan))
+    values = torch.cat(found).cpu().numpy()
+    result = np.empty_like(values)
+    result[order] = values
     return result

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 
-from btu.recipe import Prepared, evaluation, prepare
+from btu.defense import CLEAN_ROWS, Screens
+from btu.recipe import Prepared, evaluation, evaluation_screened, incoming, prepare
 from btu.stages import Stage
 from orchestrator.config import TrialSpec
 
 # Raised when scoring a cell changes what it reports: cells are then scored again.
-CELL_VERSION = 3
+CELL_VERSION = 4
 
 
 class Graph:
@@ -67,10 +68,25 @@ class Graph:
             self._controls[known] = {s.name: s for last in controls for s in last.closure()}
         prepared = self._prepared[known]
         inputs = dict(self._controls[known])
-        defended = spec.build_defense().stages(prepared.foundation)
-        stages = list(evaluation(prepared, defended, "defended", kind="cell").closure())
-        # All but the evaluation, which stands last and is the scorer's.
-        _refuse_hidden(spec.defense.name, stages[:-1], prepared)
+        name, defense = spec.defense.name, spec.build_defense()
+        base = prepared.foundation_for(defense.NEEDS)
+        defended = defense.stages(base)
+        own = list(defended.closure())
+        _refuse_hidden(name, own, prepared, prepared.shared | _keys(base.originals))
+        if isinstance(defense, Screens):
+            came = incoming(prepared)
+            screened = defense.screen(base, defended, came)
+            seen = {*prepared.shared, *_keys(came), *(stage.key for stage in own)}
+            behind = [stage for stage in screened.closure() if stage.key not in seen]
+            _refuse_hidden(name, behind, prepared, seen, may_read=came.key)
+            own += behind
+            last = evaluation_screened(prepared, defended, screened, "defended")
+        else:
+            last = evaluation(prepared, defended, "defended", kind="cell")
+        # Whatever is there without the defense costs it nothing.
+        free = {s.key for top in (base.rows, base.clean, base.model) for s in top.closure()}
+        cost = sorted({stage.name for stage in own if stage.key not in free})
+        stages = list(last.closure())
         given = {stage.key: stage for stage in inputs.values()}
         for stage in stages:
             # One object a key: keys of shared stages are then computed once. Without a defense the
@@ -89,6 +105,10 @@ class Graph:
             {
                 "config": spec.config(),
                 "notes": dict(counts),
+                "cost": {
+                    "stages": cost,
+                    "clean_rows": base.clean_rows if CLEAN_ROWS in defense.NEEDS else 0,
+                },
                 "revisions": {
                     "data": revision[:12],
                     "victim": victim_identity[:60],
@@ -101,17 +121,29 @@ class Graph:
         )
 
 
-def _refuse_hidden(name: str, stages: Iterable[Stage], prepared: Prepared) -> None:
+def _keys(stage: Stage | None) -> set[str]:
+    return set() if stage is None else {part.key for part in stage.closure()}
+
+
+def _refuse_hidden(
+    name: str,
+    stages: Iterable[Stage],
+    prepared: Prepared,
+    given: Collection[str],
+    may_read: str | None = None,
+) -> None:
     """Refuse a defense with a stage that reads the mask, the trigger or the evaluation rows.
 
-    What it starts from rests on the poison, so that these are within its reach.
+    What it starts from rests on the poison, so that these are within its reach. given: keys of
+    stages that are not its own. may_read: what a screening stage is asked.
 
     Raises:
         ValueError: one of its stages does, or could make them again.
     """
-    shared, hidden = prepared.shared, prepared.hidden
+    hidden = prepared.hidden | _keys(incoming(prepared)) | _keys(prepared.originals)
+    hidden -= {may_read, *_keys(prepared.foundation.model), *given} - prepared.hidden
     for stage in stages:
-        if stage.key in shared:
+        if stage.key in given:
             continue
         for before in stage.inputs.values():
             if before.key in hidden:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from btu.data import DataSpec, load_corpus
+from btu.defense import Given, check_cell
 from btu.errors import UserError
 from btu.poisoning import choose_rows
 from btu.stages import Stage
@@ -118,12 +119,15 @@ class Planner:
         corpus, fingerprints, revision = self._corpus(spec.data)
         self._check_attack(spec, corpus)
         victim = self._victim(spec.victim)
-        vocabulary = _vocabulary(victim)
-        if vocabulary is not None:
-            spec.build_defense().check(vocabulary)
-        return self._graph.cell(
-            spec, fingerprints, victim.identity, corpus.counts(), revision=revision
+        counts = corpus.counts()
+        given = Given(
+            _vocabulary(victim),
+            len(corpus.label_names),
+            counts["rows_train"],
+            counts["rows_clean"],
         )
+        check_cell(spec.defense.name, spec.build_defense(), given)
+        return self._graph.cell(spec, fingerprints, victim.identity, counts, revision=revision)
 
     def _corpus(self, spec: DataSpec) -> _Loaded:
         if spec not in self._corpora:

@@ -70,8 +70,13 @@ def score_cell(run: StageRun) -> dict[str, Any]:
     for prefix, stage in SCORED.items():
         metrics |= scores_of(facts[stage]).as_metrics(prefix)
     metrics |= detection_metrics(suspects, mask, truth, train)
-    # What the defense measured of itself, on rows that it may see.
+    if suspects is not None and suspects.target is not None:
+        # Without poison there is no target to name.
+        named = float(suspects.target == facts["evaluation rows"]["target"])
+        metrics["target_found"] = named if mask.any() else math.nan
+    # What the defense measured of itself on rows that it may see, then the scorer of its screen.
     metrics |= facts[defended].get("measured", {})
+    metrics |= facts[SCORED[""]].get("measured", {})
     metrics |= {
         "poison_rate_reached": poisoned["poison_rate"],
         "poisoned_rows": poisoned["poisoned_rows"],
@@ -87,6 +92,11 @@ def score_cell(run: StageRun) -> dict[str, Any]:
     # What the cell costs alone: shared stages are counted in every cell that rests on them.
     # By key: without a defense one evaluation has two names.
     metrics["seconds"] = sum({r["key"]: r["seconds"] for r in records.values()}.values())
+    cost = run.where["cost"]
+    metrics["defense_seconds"] = sum(
+        {records[name]["key"]: records[name]["seconds"] for name in cost["stages"]}.values()
+    )
+    metrics["clean_rows_used"] = cost["clean_rows"]
 
     config = run.where["config"]
     victim = load_victim(VictimSpec(**config["victim"]), facts["training rows"]["classes"])
@@ -122,11 +132,17 @@ def detection_metrics(
     """Score what a defense flagged, tokens against the trigger and their rows against the mask."""
     if suspects is None:
         return {}
-    found = {
-        "flagged": len(suspects.flagged),
-        **token_detection(suspects.flagged, truth).as_metrics("detection"),
-        **row_detection(train.holds(suspects.flagged), mask).as_metrics("sample"),
-    }
+    found: dict[str, float] = {}
+    taken = suspects.taken
+    if suspects.flagged is not None:
+        found["flagged"] = len(suspects.flagged)
+        found |= token_detection(suspects.flagged, truth).as_metrics("detection")
+        # Where a defense takes tokens, it takes the rows that hold them.
+        taken = train.holds(suspects.flagged) if taken is None else taken
+    if taken is not None:
+        found |= row_detection(taken, mask).as_metrics("sample")
+    if suspects.taken is not None:
+        found["rows_flagged"] = int(suspects.taken.sum())
     if suspects.scores is not None:
         found["detection_auprc"] = average_precision(suspects.scores, truth)
     if suspects.rows is not None:
@@ -141,12 +157,15 @@ def detection_metrics(
 def row_table(suspects: Suspects | None, mask: BoolArray, train: Encoded) -> pd.DataFrame:
     """Return what is known of each training row, as a table.
 
-    poisoned: the hidden mask. suspicion: the defense's score of the row. top: the highest score
+    poisoned: the hidden mask. suspicion: the defense's score of the row. taken: whether it was
+    isolated or removed. top: the highest score
     among its tokens; at a threshold, rows of at least its score hold a flagged token.
     """
     columns: dict[str, Any] = {"poisoned": mask}
     if suspects is not None and suspects.rows is not None:
         columns["suspicion"] = suspects.rows
+    if suspects is not None and suspects.taken is not None:
+        columns["taken"] = suspects.taken
     if suspects is not None and suspects.scores is not None:
         scores = np.where(np.isnan(suspects.scores), -np.inf, suspects.scores)
         top = np.full(len(mask), -np.inf)
@@ -160,8 +179,8 @@ def token_table(
     suspects: Suspects | None, victim: Victim, truth: frozenset[int] | None
 ) -> pd.DataFrame:
     """Return what the defense knows of each candidate or flagged token, as a table."""
-    found = suspects or Suspects(())
-    flagged = list(found.flagged)
+    found = suspects or Suspects()
+    flagged = list(found.flagged or ())
     if found.scores is None:
         ids = np.asarray(sorted(flagged), dtype=np.int64)
         scores = np.full(len(ids), np.nan)

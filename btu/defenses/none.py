@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from btu.defense import POISONED_MODEL, Given
 from btu.foundation import Foundation
 from btu.stages import Stage
 
@@ -17,7 +19,10 @@ class NoDefense:
     the undefended model, so that it costs nothing in a sweep. It looks for no tokens.
     """
 
-    def check(self, vocabulary: int) -> None:
+    KIND: ClassVar[str] = "control"
+    NEEDS: ClassVar[tuple[str, ...]] = (POISONED_MODEL,)
+
+    def check(self, given: Given) -> None:
         """Nothing can be wrong with doing nothing."""
 
     def stages(self, base: Foundation) -> Stage:

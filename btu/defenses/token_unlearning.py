@@ -56,7 +56,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from btu.defense import Suspects
+from btu.defense import CLEAN_ROWS, POISONED_MODEL, Given, Suspects
 from btu.detection import DEFAULT_RULE, RULES, Evidence, flag, suspicion, suspicion_bar
 from btu.errors import UserError, unknown
 from btu.foundation import (
@@ -147,6 +147,8 @@ class TokenUnlearning:
     cut: str = "dimensional"
     cut_norm: str = "once"
 
+    KIND: ClassVar[str] = "after training"
+    NEEDS: ClassVar[tuple[str, ...]] = (POISONED_MODEL, CLEAN_ROWS)
     PRESETS: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "default": {},
         "reference": {
@@ -240,11 +242,11 @@ class TokenUnlearning:
                     "and 1 everything."
                 )
 
-    def check(self, vocabulary: int) -> None:
+    def check(self, given: Given) -> None:
         """Raise a `UserError` where alpha flags nothing or everything of such a vocabulary."""
-        if self.rule == TOP_FRACTION:
+        if self.rule == TOP_FRACTION and given.vocabulary is not None:
             for alpha in self._alphas().values():
-                tokens_flagged(alpha, vocabulary, vocabulary)
+                tokens_flagged(alpha, given.vocabulary, given.vocabulary)
 
     def stages(self, base: Foundation) -> Stage:
         """Declare the exposure rounds, each a stage of its own, then cut and tuning.
@@ -396,12 +398,13 @@ def unlearn(run: StageRun) -> dict[str, Any]:
     fresh = victim.new_model(derive_seed(run.config["seed"], "exposure classifier"))
     pretrained = fresh.get_input_embeddings().weight.detach()
     suspects = find_suspects(run, victim)
-    cost = _CutCost(run, model, suspects.flagged)
+    flagged = suspects.flagged or ()
+    cost = _CutCost(run, model, flagged)
     cut_tokens(
         model.get_input_embeddings().weight,
         pretrained,
         victim.neutral_row(pretrained),
-        suspects.flagged,
+        flagged,
         run.config["cut"],
         run.config["cut_norm"],
     )

@@ -23,7 +23,7 @@ import btu.defenses.token_unlearning
 import btu.training
 from btu.attacks.badnets import BadNets
 from btu.bag import BagClassifier
-from btu.defense import DEFENSES, Defense, Suspects
+from btu.defense import DEFENSES, Defense, Given, Suspects
 from btu.defenses.none import NoDefense
 from btu.defenses.token_unlearning import (
     TokenUnlearning,
@@ -83,6 +83,10 @@ KEPT: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, settings) for name, settings in SMALL.items() if name != "btu"},
     **{f"btu-{rule}": ("btu", settings) for rule, settings in RULED.items()},
 }
+
+
+def given(vocabulary: int | None) -> Given:
+    return Given(vocabulary, classes=2, train_rows=240, clean_rows=60)
 
 
 def unlearning(**changes: Any) -> TokenUnlearning:
@@ -249,7 +253,7 @@ def test_a_defense_works_on_every_architecture_and_runs_what_it_declares(
     shared = [root / stage.key for stage in (base.rows, base.clean, base.model, base.tuned)]
     before = files_in(*shared)
     vocabulary = len(word_rows(victim.new_model(0)))
-    defense.check(vocabulary)
+    defense.check(given(vocabulary))
     declared = own_stages(defense, prepared)
     ran = spied(declared, monkeypatch)
     fits.clear()
@@ -376,6 +380,7 @@ def test_the_foundation_has_no_place_for_the_poison_mask() -> None:
         "seed",
         "train_rows",
         "clean_rows",
+        "originals",
     }
     assert {field.name for field in dataclasses.fields(Rows)} == {"texts", "labels", "columns"}
 
@@ -1343,9 +1348,9 @@ def test_only_the_share_depends_on_the_vocabulary() -> None:
         made = TokenUnlearning(rule=rule)
         if rule == "top_fraction":
             with pytest.raises(UserError, match=r"0\.0005 flags nothing: 0\.0005 \* 400 tokens"):
-                made.check(400)
+                made.check(given(400))
         else:
-            made.check(400)
+            made.check(given(400))
 
 
 @pytest.mark.parametrize(
@@ -1425,14 +1430,14 @@ def test_an_alpha_that_flags_nothing_is_an_error_with_the_vocabulary() -> None:
         match=r"defense\.alpha 0\.002 flags nothing: 0\.002 \* 400 tokens is below 1; use at "
         r"least 0\.0025\.",
     ):
-        TokenUnlearning(alpha=0.002).check(400)
+        TokenUnlearning(alpha=0.002).check(given(400))
 
 
 def test_the_least_alpha_that_the_error_names_flags_a_token() -> None:
     # 1 / 128,100 = 7.806e-06: rounded to 7.8e-06, it would flag 0.9992 of a token.
     for vocabulary in (30_522, 50_257, 128_100, 400, 299):
         with pytest.raises(UserError, match="use at least") as caught:
-            TokenUnlearning(alpha=1e-9).check(vocabulary)
+            TokenUnlearning(alpha=1e-9).check(given(vocabulary))
         named = float(str(caught.value).split("at least ")[1].rstrip("."))
         assert tokens_flagged(named, vocabulary, vocabulary) >= 1
 
@@ -1440,7 +1445,7 @@ def test_the_least_alpha_that_the_error_names_flags_a_token() -> None:
 def test_an_alpha_that_flags_everything_is_an_error(lab: Lab) -> None:
     with pytest.raises(UserError, match=r"defense\.alpha 0\.9+ flags all 400 tokens; lower it"):
         # floor((1 - 1e-14) * 400), with the nudge that keeps k / V at k, is 400
-        TokenUnlearning(alpha=1 - 1e-14).check(400)
+        TokenUnlearning(alpha=1 - 1e-14).check(given(400))
     # Below the vocabulary, but not below what occurs in the training rows.
     with pytest.raises(
         UserError,
