@@ -69,7 +69,7 @@ METRICS: dict[str, Metric] = {
     "tokens_removed_clean": Metric("tokens of clean rows that a defense takes out", False),
     "trigger_removed": Metric("triggered rows in which nothing of the trigger is left", True),
     "clean_rows_used": Metric("reserved clean rows that the defense learns from", False),
-    "defense_seconds": Metric("wall time of the defense's own stages", False),
+    "seconds_defense": Metric("wall time of the defense's own stages", False),
     "seconds": Metric("wall time of the trial", False),
 }
 _PROPORTIONS = (

@@ -93,7 +93,7 @@ def score_cell(run: StageRun) -> dict[str, Any]:
     # By key: without a defense one evaluation has two names.
     metrics["seconds"] = sum({r["key"]: r["seconds"] for r in records.values()}.values())
     cost = run.where["cost"]
-    metrics["defense_seconds"] = sum(
+    metrics["seconds_defense"] = sum(
         {records[name]["key"]: records[name]["seconds"] for name in cost["stages"]}.values()
     )
     metrics["clean_rows_used"] = cost["clean_rows"]

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from btu.attacks.badnets import BadNets
 from btu.data import DataSpec, load_corpus
-from btu.defense import DEFENSES, Defense, Suspects
+from btu.defense import DEFENSES, Defense, Given, Suspects
 from btu.defenses.token_unlearning import TokenUnlearning
 from btu.detection import RULES
 from btu.errors import UserError
@@ -907,7 +907,10 @@ class ForgetRareWords:
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, object]]] = {"default": {}}
 
-    def check(self, vocabulary: int) -> None:
+    KIND: ClassVar[str] = "after training"
+    NEEDS: ClassVar[tuple[str, ...]] = ()
+
+    def check(self, given: Given) -> None:
         pass
 
     def stages(self, base: Foundation) -> Stage:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 
 import orchestrator.graph as graphs
-from btu.defense import DEFENSES
+from btu.defense import DEFENSES, Given
 from btu.foundation import Foundation
 from btu.stages import Stage
 from orchestrator.config import TrialSpec, resolve
@@ -227,7 +227,10 @@ def test_a_cell_keeps_its_whole_config() -> None:
 class Twice:
     """A defense whose two stages have one name."""
 
-    def check(self, vocabulary: int) -> None:
+    KIND: ClassVar[str] = "after training"
+    NEEDS: ClassVar[tuple[str, ...]] = ()
+
+    def check(self, given: Given) -> None:
         pass
 
     def stages(self, base: Foundation) -> Stage:
@@ -253,7 +256,10 @@ class Peeks:
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, object]]] = {"default": {}}
 
-    def check(self, vocabulary: int) -> None:
+    KIND: ClassVar[str] = "after training"
+    NEEDS: ClassVar[tuple[str, ...]] = ()
+
+    def check(self, given: Given) -> None:
         pass
 
     def stages(self, base: Foundation) -> Stage:
@@ -289,6 +295,9 @@ class Reads:
     """A defense of one stage, which reads the one that it was given."""
 
     stage: Stage
+
+    KIND: ClassVar[str] = "after training"
+    NEEDS: ClassVar[tuple[str, ...]] = ()
 
     def stages(self, base: Foundation) -> Stage:
         return base.stage("told", "toys:none", 1, {}, {"stage": self.stage})

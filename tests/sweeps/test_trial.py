@@ -19,7 +19,7 @@ import yaml
 from shelf import Tried
 
 import orchestrator.trial as trial_module
-from btu.defense import DEFENSES, Suspects
+from btu.defense import DEFENSES, Given, Suspects
 from btu.errors import UserError
 from btu.foundation import Foundation, model_of, save_model, tune
 from btu.metrics import METRICS
@@ -74,9 +74,27 @@ def records(tried: Tried) -> dict[str, dict[str, Any]]:
 # What is measured ------------------------------------------------------------------------------
 
 
+RATES = ("asr", "cacc", "ftr")
+SCORED = ("precision", "recall", "f1")
+
+
 def test_every_metric_is_there_and_no_other(trial_result: Tried) -> None:
     names = {name for name in trial_result.metrics if "/" not in name}
-    assert names == set(METRICS)
+    assert names <= set(METRICS)
+    always = {
+        *(f"{state}{name}" for state in ("", "undefended_", "tuned_") for name in RATES),
+        *("poison_rate_reached", "poisoned_rows", "relabeled_rows", "truncated_rows"),
+        *("triggers_cut_train", "triggers_cut_eval"),
+        *("seconds", "seconds_defense", "clean_rows_used"),
+    }
+    found = {
+        *(f"detection_{name}" for name in ("precision", "recall", "f1", "auprc")),
+        *(f"{of}_{name}" for of in ("sample", "suspicion") for name in SCORED),
+        *("sample_auroc", "flagged", "cut_cost", "cut_flips"),
+    }
+    spread = {f"{name}_{end}" for name in always | found for end in ("low", "high", "n")}
+    # Of the others, each belongs to a defense of another kind.
+    assert names == always | found | (spread & set(METRICS))
     assert all(isinstance(value, int | float) for value in trial_result.metrics.values())
 
 
@@ -533,8 +551,11 @@ class Spy:
 
     strength: float = 1.0
 
-    def check(self, vocabulary: int) -> None:
-        CHECKED.append(vocabulary)
+    KIND: ClassVar[str] = "after training"
+    NEEDS: ClassVar[tuple[str, ...]] = ("poisoned model", "clean rows")
+
+    def check(self, given: Given) -> None:
+        CHECKED.append(given)
 
     def stages(self, base: Foundation) -> Stage:
         config = {"strength": self.strength, **base.tuning_config()}
@@ -549,7 +570,7 @@ class Spy:
         )
 
 
-CHECKED: list[int] = []
+CHECKED: list[Given] = []
 
 
 def watch(run: StageRun) -> dict[str, Any]:
@@ -580,8 +601,11 @@ def test_a_defense_of_its_own_is_a_config_key_and_runs(
     config = spied(strength=3.0)
     assert resolve(config).build_defense() == Spy(3.0)
     tried = try_cell(config)
-    (vocabulary,) = CHECKED
+    (given,) = CHECKED
+    vocabulary = given.vocabulary
+    assert vocabulary is not None
     assert vocabulary > 100
+    assert given == Given(vocabulary, classes=2, train_rows=80, clean_rows=20)
     # It flags no tokens: detection does not apply, rather than being 0.
     metrics = tried.metrics
     found = ("detection", "sample", "suspicion", "flagged")
