@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from defending import Fitted
 from lab import Lab
+from torch import nn
 
+import btu.training
+from btu.settings import TrainSettings
+from btu.training import Encoded, fit
 from btu.types import Corpus
 
 
@@ -19,3 +25,19 @@ def lab(
 ) -> Lab:
     """Stages of the tiny corpus and the tiny victims."""
     return Lab(tmp_path_factory.mktemp("lab"), tiny_corpus, victim_folder)
+
+
+@pytest.fixture
+def fits(monkeypatch: pytest.MonkeyPatch) -> list[Fitted]:
+    """Every call of `fit`, in order."""
+    calls: list[Fitted] = []
+
+    def spy(
+        model: nn.Module, data: Encoded, settings: TrainSettings, **kwargs: Any
+    ) -> list[btu.training.Epoch]:
+        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        calls.append(Fitted(kwargs["stage"], data, settings, kwargs.get("pad_to"), trainable))
+        return fit(model, data, settings, **kwargs)
+
+    monkeypatch.setattr(btu.training, "fit", spy)
+    return calls

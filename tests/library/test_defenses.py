@@ -1,13 +1,11 @@
-"""The contract that every registered defense keeps, and Backdoor Token Unlearning in detail."""
+"""What a defense hands back, and Backdoor Token Unlearning in detail."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import math
-from collections.abc import Callable, Mapping
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,16 +13,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lab import Lab, files_in, own_stages
+from defending import (
+    BARS,
+    CPU,
+    RULED,
+    Fitted,
+    Outcome,
+    defend,
+    given,
+    same_rows,
+    same_weights,
+    unlearning,
+    word_rows,
+)
+from lab import Lab, own_stages
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 import btu.defenses.token_unlearning
 import btu.training
 from btu.attacks.badnets import BadNets
 from btu.bag import BagClassifier
-from btu.defense import DEFENSES, Defense, Given, Suspects
-from btu.defenses.none import NoDefense
+from btu.defense import Suspects
 from btu.defenses.token_unlearning import (
     TokenUnlearning,
     candidate_tokens,
@@ -35,443 +44,17 @@ from btu.defenses.token_unlearning import (
 from btu.detection import RULES, Evidence, flag, suspicion
 from btu.errors import UserError
 from btu.foundation import (
-    Foundation,
     clean_rows_of,
-    model_of,
-    read_rows,
     texts_of,
-    training_rows_of,
-    tune,
 )
 from btu.metrics import area_under_roc
-from btu.poisoning import PoisonSpec
-from btu.recipe import HIDDEN, Prepared, evaluation, mask_of
+from btu.recipe import Prepared, mask_of
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, TuningSettings
-from btu.stages import Stage, StageRun, compute, read_record
+from btu.stages import StageRun, read_record
 from btu.training import Encoded, fit
 from btu.types import Corpus, Rows
 from btu.victims import Victim
-
-CPU = torch.device("cpu")
-# Hyperparameters that suit a vocabulary of 400 to 500 tokens and 240 rows, by defense. A new
-# defense gets its line here, {} if its defaults will do.
-SMALL: dict[str, dict[str, Any]] = {
-    "btu": {
-        "alpha": 0.02,
-        "exposure_learning_rate": 1e-3,
-        "bag_batch_size": 32,
-        "exposure_batch_size": 32,
-    },
-    "none": {},
-}
-BTU = SMALL["btu"]
-# The same with every rule, with bars so low that each flags some of 240 rows' tokens.
-BARS: dict[str, dict[str, Any]] = {
-    "contrast": {"threshold": 0.8},
-    "frequency": {"threshold": 1.0},
-    "mad": {"threshold": 1.5},
-    "gap": {"threshold": 1.005},
-    "top_fraction": {"alpha": 0.02},
-}
-RULED = {
-    rule: {name: value for name, value in BTU.items() if name != "alpha"} | {"rule": rule} | bar
-    for rule, bar in BARS.items()
-}
-# What the contract runs: each defense as in `SMALL`, and btu once for each rule.
-KEPT: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, settings) for name, settings in SMALL.items() if name != "btu"},
-    **{f"btu-{rule}": ("btu", settings) for rule, settings in RULED.items()},
-}
-
-
-def given(vocabulary: int | None) -> Given:
-    return Given(vocabulary, classes=2, train_rows=240, clean_rows=60)
-
-
-def unlearning(**changes: Any) -> TokenUnlearning:
-    return TokenUnlearning(**BTU | changes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """A computed defense.
-
-    stages: its own, in the order in which they were computed; what it handed on if it has none.
-    """
-
-    root: Path
-    prepared: Prepared
-    stages: list[Stage]
-
-    @property
-    def folder(self) -> Path:
-        return self.root / self.stages[-1].key
-
-    @cached_property
-    def suspects(self) -> Suspects:
-        found = Suspects.load(self.folder, read_record(self.folder)["facts"])
-        assert found is not None
-        return found
-
-    @property
-    def flagged(self) -> tuple[int, ...]:
-        return self.suspects.flagged
-
-    @property
-    def scores(self) -> Any:
-        return self.suspects.scores
-
-    @property
-    def table(self) -> Mapping[str, Any]:
-        return self.suspects.table
-
-    @property
-    def model(self) -> PreTrainedModel:
-        return model_of(self.run(), "defended")
-
-    @property
-    def poisoned_model(self) -> PreTrainedModel:
-        return model_of(self.run(), "model")
-
-    @property
-    def train(self) -> Encoded:
-        return training_rows_of(self.run())
-
-    def run(self, config: Mapping[str, Any] | None = None) -> StageRun:
-        """What a stage that reads the foundation and the defended model would be given."""
-        base = self.prepared.foundation
-        inputs = {
-            "rows": self.root / base.rows.key,
-            "clean": self.root / base.clean.key,
-            "model": self.root / base.model.key,
-            "defended": self.folder,
-        }
-        return StageRun(config or {}, {}, inputs, self.root, CPU)
-
-
-def defend(defense: Defense, prepared: Prepared, root: Path, **options: Any) -> Outcome:
-    """Compute a defense and, unless `root` has it, what it starts from."""
-    last = defense.stages(prepared.foundation)
-    compute(last, root, **options)
-    return Outcome(root, prepared, own_stages(defense, prepared) or [last])
-
-
-@dataclasses.dataclass
-class Fitted:
-    """One call of `fit`, as the spy saw it. trainable: names of what required gradients."""
-
-    stage: str
-    data: Encoded
-    settings: TrainSettings
-    pad_to: int | None
-    trainable: set[str]
-
-
-@pytest.fixture
-def fits(monkeypatch: pytest.MonkeyPatch) -> list[Fitted]:
-    """Every call of `fit`, in order."""
-    calls: list[Fitted] = []
-
-    def spy(
-        model: nn.Module, data: Encoded, settings: TrainSettings, **kwargs: Any
-    ) -> list[btu.training.Epoch]:
-        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-        calls.append(Fitted(kwargs["stage"], data, settings, kwargs.get("pad_to"), trainable))
-        return fit(model, data, settings, **kwargs)
-
-    monkeypatch.setattr(btu.training, "fit", spy)
-    return calls
-
-
-def spied(stages: list[Stage], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list to which the functions of these stages write the key of what they compute."""
-    ran: list[str] = []
-
-    def spy_on(function: Callable[[StageRun], Any]) -> Callable[[StageRun], Any]:
-        def spy(run: StageRun) -> Any:
-            result = function(run)
-            ran.append(run.folder.name.lstrip("."))
-            return result
-
-        return spy
-
-    for target in {stage.function for stage in stages}:
-        name, attribute = target.split(":")
-        module = importlib.import_module(name)
-        monkeypatch.setattr(module, attribute, spy_on(getattr(module, attribute)))
-    return ran
-
-
-def same_rows(a: Encoded, b: Encoded) -> bool:
-    pairs = [(a.ids, b.ids), (a.lengths, b.lengths), (a.labels, b.labels)]
-    return all(torch.equal(first, second) for first, second in pairs)
-
-
-def same_weights(a: nn.Module, b: nn.Module) -> bool:
-    first, second = a.state_dict(), b.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
-def word_rows(model: nn.Module) -> Tensor:
-    return model.get_input_embeddings().weight.detach()  # type: ignore[operator]
-
-
-# The contract ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=KEPT)
-def defense(request: pytest.FixtureRequest) -> Defense:
-    """Each registered defense in turn, btu with each registered rule."""
-    name, settings = KEPT[request.param]
-    built: Defense = DEFENSES.load(name)(**settings)
-    return built
-
-
-def acts(defense: Defense) -> bool:
-    """Return whether a defense has to do anything: all but the control that does nothing."""
-    return not isinstance(defense, NoDefense)
-
-
-def test_every_defense_has_small_settings_for_this_suite() -> None:
-    assert set(SMALL) == set(DEFENSES)
-    assert set(BARS) == set(RULES)
-    assert {name for name, _ in KEPT.values()} == set(DEFENSES)
-
-
-def test_a_defense_works_on_every_architecture_and_runs_what_it_declares(
-    defense: Defense,
-    victim: Victim,
-    lab: Lab,
-    tmp_path: Path,
-    fits: list[Fitted],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    prepared = lab.prepare(Path(victim.spec.name).name)
-    root = lab.base_root(tmp_path, prepared)
-    base = prepared.foundation
-    shared = [root / stage.key for stage in (base.rows, base.clean, base.model, base.tuned)]
-    before = files_in(*shared)
-    vocabulary = len(word_rows(victim.new_model(0)))
-    defense.check(given(vocabulary))
-    declared = own_stages(defense, prepared)
-    ran = spied(declared, monkeypatch)
-    fits.clear()
-    outcome = defend(defense, prepared, root)
-    # Every stage that was declared ran, once, and nothing else did.
-    assert ran == [stage.key for stage in declared]
-    assert bool(declared) == acts(defense)
-    # Whatever trained is in the history of its stage, in order.
-    records = [read_record(root / stage.key) for stage in declared]
-    history = [epoch for record in records for epoch in record["history"]]
-    assert [epoch["stage"] for epoch in history if epoch["epoch"] == 1] == [
-        call.stage for call in fits
-    ]
-    assert bool(fits) == acts(defense)
-    assert [record["stage"] for record in records] == [stage.name for stage in declared]
-    assert all(record["seconds"] > 0 for record in records)
-    # Rows and models serve other defenses too.
-    assert files_in(*shared) == before
-    assert same_weights(outcome.model, outcome.poisoned_model) == (not acts(defense))
-    check_tokens(outcome, victim, vocabulary)
-    check_declaration(defense, prepared)
-
-
-def check_declaration(defense: Defense, prepared: Prepared) -> None:
-    base = prepared.foundation
-    last = evaluation(prepared, defense.stages(base), "defended")
-    cell = [
-        evaluation(prepared, base.model, "undefended"),
-        evaluation(prepared, base.tuned, "tuned"),
-    ]
-    stages = {stage.key: stage for top in (*cell, last) for stage in top.closure()}
-    names = [stage.name for stage in stages.values()]
-    assert len(set(names)) == len(names), "stage names are unique within a cell"
-    hidden = prepared.hidden
-    assert hidden >= {s.key for s in (prepared.poisoned, prepared.triggered)}
-    assert prepared.evaluation_rows.key in hidden
-    for stage in own_stages(defense, prepared):
-        assert not hidden & {before.key for before in stage.inputs.values()}, stage.name
-        assert "attack" not in stage.where
-        assert "data" not in stage.where  # from the path, the unpoisoned rows could be read
-        assert stage.kind != "host"
-        assert json.loads(json.dumps(stage.node())) == stage.node()
-    assert defense.stages(base).model
-    assert defense.stages(base).key == last.inputs["model"].key
-
-
-def check_tokens(outcome: Outcome, victim: Victim, vocabulary: int) -> None:
-    if read_record(outcome.folder)["facts"].get("flagged") is None:
-        return
-    found = outcome.suspects
-    assert found.flagged
-    assert len(set(found.flagged)) == len(found.flagged)
-    assert all(0 <= token < vocabulary for token in found.flagged)
-    assert not set(found.flagged) & set(victim.tokenizer.all_special_ids)
-    if found.scores is not None:
-        assert found.scores.shape == (vocabulary,)
-        # What was flagged was a candidate with a score, and no special token was one.
-        assert not np.isnan(found.scores[list(found.flagged)]).any()
-        assert np.isnan(found.scores[victim.tokenizer.all_special_ids]).all()
-    for values in found.table.values():
-        assert np.shape(values) == (vocabulary,)
-    if found.rows is not None:
-        assert found.rows.shape == (len(outcome.train),)
-        assert np.isfinite(found.rows).all()
-
-
-def test_same_seed_same_defense(defense: Defense, lab: Lab, tmp_path: Path) -> None:
-    prepared = lab.prepare()
-    outcomes = [
-        defend(defense, prepared, lab.base_root(tmp_path / name, prepared)) for name in "ab"
-    ]
-    first, second = (
-        {path.removeprefix(str(o.root)): content for path, content in files_in(o.folder).items()}
-        for o in outcomes
-    )
-    # Byte for byte, but for the record, which tells the time.
-    assert first.keys() == second.keys()
-    record = f"/{outcomes[0].stages[-1].key}/record.json"
-    differing = [path for path in first if first[path] != second[path]]
-    assert differing == ([record] if acts(defense) else [])
-    facts = [read_record(outcome.folder)["facts"] for outcome in outcomes]
-    assert facts[0] == facts[1]
-
-
-def test_another_seed_is_another_defense(defense: Defense, lab: Lab) -> None:
-    outcomes = [defend(defense, lab.prepare(seed=seed), lab.root) for seed in (0, 1)]
-    assert not same_weights(outcomes[0].model, outcomes[1].model)
-
-
-def test_a_defense_works_without_poison(defense: Defense, bert: Victim, lab: Lab) -> None:
-    outcome = defend(defense, lab.prepare(rate=0.0), lab.root)
-    history = [e for stage in outcome.stages for e in read_record(lab.root / stage.key)["history"]]
-    assert history
-    assert all(math.isfinite(epoch["loss"]) for epoch in history)
-    check_tokens(outcome, bert, len(word_rows(outcome.model)))
-
-
-def test_a_defense_reads_nothing_that_is_hidden(defense: Defense, lab: Lab, tmp_path: Path) -> None:
-    prepared = lab.prepare()
-    base = prepared.foundation
-    root = lab.base_root(tmp_path / "blind", prepared)
-    # Of the poison, not even a file is left.
-    (root / prepared.poisoned.key).unlink()
-    (root / prepared.poisoned.key).mkdir()
-    assert not (root / prepared.poisoned.key / HIDDEN).exists()
-    blind = defend(defense, prepared, root)
-    seeing = defend(defense, prepared, lab.base_root(tmp_path / "seeing", prepared))
-    assert same_weights(blind.model, seeing.model)
-    assert prepared.evaluation_rows.key not in {s.key for s in defense.stages(base).closure()}
-    assert not (root / prepared.evaluation_rows.key).exists()
-
-
-def test_the_foundation_has_no_place_for_the_poison_mask() -> None:
-    fields = {field.name for field in dataclasses.fields(Foundation)}
-    assert fields == {
-        "rows",
-        "clean",
-        "model",
-        "tuned",
-        "victim",
-        "where",
-        "train",
-        "tuning",
-        "seed",
-        "train_rows",
-        "clean_rows",
-        "originals",
-    }
-    assert {field.name for field in dataclasses.fields(Rows)} == {"texts", "labels", "columns"}
-
-
-def test_the_foundation_does_not_say_where_the_data_are(lab: Lab) -> None:
-    # There, a defense would find the rows as they were before the poison.
-    base = lab.prepare().foundation
-    assert set(base.where) == {"victim"}
-    for start in (base.rows, base.model, base.tuned):
-        assert set(start.where) == {"victim"}
-
-
-def test_paraphrase_columns_do_not_reach_a_defense(lab: Lab, tiny_corpus: Corpus) -> None:
-    # A column equal to the text would give the poisoned rows of style and syntactic away.
-    assert tiny_corpus.train.columns.keys() == {"syntactic", "style"}
-    prepared = lab.prepare(
-        poison=PoisonSpec("style", poison_rate=0.2), attack_params={"column": None}
-    )
-    lab.compute(prepared.foundation.rows)
-    rows = texts_of(Outcome(lab.root, prepared, [prepared.foundation.rows]).run())
-    # 0.2 * 240 = 48 texts are their own paraphrase now.
-    style = tiny_corpus.train.columns["style"]
-    assert sum(a == b for a, b in zip(rows.texts, style, strict=True)) >= 48
-    assert rows.columns == {}
-    read = files_in(lab.root / prepared.foundation.rows.key)
-    assert {Path(path).name for path in read} == {
-        "train.parquet",
-        "train.safetensors",
-        "record.json",
-    }
-    folder = lab.root / prepared.foundation.rows.key
-    assert read_rows(folder / "train.parquet") == rows
-
-
-def test_a_defense_leaves_the_global_random_state_alone(
-    defense: Defense, lab: Lab, tmp_path: Path, global_random_state: None
-) -> None:
-    prepared = lab.prepare()
-    outcome = defend(defense, prepared, lab.base_root(tmp_path, prepared))
-    assert (outcome.folder / "model").is_dir()
-
-
-def test_progress_reaches_the_callback(
-    defense: Defense, lab: Lab, tmp_path: Path, fits: list[Fitted]
-) -> None:
-    prepared = lab.prepare()
-    root = lab.base_root(tmp_path, prepared)
-    fits.clear()
-    seen = []
-    outcome = defend(defense, prepared, root, progress=seen.append)
-    declared = own_stages(defense, outcome.prepared)
-    assert [p.stage for p in seen if p.step == 0] == [stage.name for stage in declared]
-    trained = list(dict.fromkeys(p.stage for p in seen if p.step > 0))
-    assert trained == [call.stage for call in fits]
-
-
-def test_no_defense_is_the_poisoned_model_scored_by_the_stage_that_scores_it_anyway(
-    lab: Lab,
-) -> None:
-    prepared = lab.prepare()
-    base = prepared.foundation
-    assert NoDefense().stages(base) is base.model
-    undefended = evaluation(prepared, base.model, "undefended")
-    defended = evaluation(prepared, NoDefense().stages(base), "defended", kind="cell")
-    assert defended.key == undefended.key
-    # It looks for no tokens, which is not the same as having found none.
-    folder = defend(NoDefense(), prepared, lab.root).folder
-    assert Suspects.load(folder, read_record(folder)["facts"]) is None
-
-
-def test_clean_tuning_is_the_same_for_whoever_calls(
-    lab: Lab, tmp_path: Path, fits: list[Fitted]
-) -> None:
-    prepared = lab.prepare()
-    base = prepared.foundation
-    lab.compute(base.tuned)
-    outcome = Outcome(lab.root, prepared, [base.tuned])
-    models = []
-    for number in range(2):
-        run = outcome.run({**base.tuning_config(), "seed": base.seed})
-        models.append(model_of(run, "model"))
-        torch.manual_seed(number)
-        tune(run, models[-1], f"clean tuning ({number})")
-        assert [epoch.stage for epoch in run.history] == [f"clean tuning ({number})"]
-        assert {epoch.rows for epoch in run.history} == {60}
-    assert same_weights(*models)
-    assert not same_weights(models[0], outcome.poisoned_model)
-    # The control is tuned by the same call.
-    assert same_weights(models[0], outcome.model)
-    assert fits[-1].settings == TuningSettings().applied_to(base.train)
-    assert same_rows(fits[-1].data, clean_rows_of(outcome.run()))
 
 
 def test_what_is_found_survives_the_disk(tmp_path: Path) -> None:

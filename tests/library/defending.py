@@ -1,0 +1,217 @@
+"""Defenses on tiny cells: their settings, what they declare, what they leave behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from btu.defense import Defense, Given, Screened, Screens, Suspects
+from btu.defenses.token_unlearning import TokenUnlearning
+from btu.foundation import model_of, training_rows_of
+from btu.recipe import Prepared, evaluation, evaluation_screened, incoming
+from btu.settings import TrainSettings
+from btu.stages import Stage, StageRun, compute, read_record
+from btu.training import Encoded
+
+CPU = torch.device("cpu")
+# Hyperparameters that suit a vocabulary of 400 to 500 tokens and 240 rows, by defense. A new
+# defense gets its line here, {} if its defaults will do.
+SMALL: dict[str, dict[str, Any]] = {
+    "btu": {
+        "alpha": 0.02,
+        "exposure_learning_rate": 1e-3,
+        "bag_batch_size": 32,
+        "exposure_batch_size": 32,
+    },
+    "none": {},
+}
+BTU = SMALL["btu"]
+# The same with every rule, with bars so low that each flags some of 240 rows' tokens.
+BARS: dict[str, dict[str, Any]] = {
+    "contrast": {"threshold": 0.8},
+    "frequency": {"threshold": 1.0},
+    "mad": {"threshold": 1.5},
+    "gap": {"threshold": 1.005},
+    "top_fraction": {"alpha": 0.02},
+}
+RULED = {
+    rule: {name: value for name, value in BTU.items() if name != "alpha"} | {"rule": rule} | bar
+    for rule, bar in BARS.items()
+}
+# What the contract runs: each defense as in `SMALL`, and btu once for each rule.
+KEPT: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, settings) for name, settings in SMALL.items() if name != "btu"},
+    **{f"btu-{rule}": ("btu", settings) for rule, settings in RULED.items()},
+}
+
+
+def given(vocabulary: int | None) -> Given:
+    return Given(vocabulary, classes=2, train_rows=240, clean_rows=60)
+
+
+def unlearning(**changes: Any) -> TokenUnlearning:
+    return TokenUnlearning(**BTU | changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Declared:
+    """What a defense declares in a cell.
+
+    model: the stage with the defended model. screen: what stands before it, if anything does.
+    last: the scoring. own: its own stages, in the order in which they are computed.
+    """
+
+    model: Stage
+    screen: Stage | None
+    last: Stage
+    own: list[Stage]
+
+    @classmethod
+    def of(cls, defense: Defense, prepared: Prepared) -> Declared:
+        base = prepared.foundation_for(defense.NEEDS)
+        model = defense.stages(base)
+        starts = [base.rows, base.clean, base.model, base.tuned]
+        if isinstance(defense, Screens):
+            came = incoming(prepared)
+            screen = defense.screen(base, model, came)
+            last = evaluation_screened(prepared, model, screen, "defended")
+            tops, starts = [model, screen], [*starts, came]
+        else:
+            screen, last = None, evaluation(prepared, model, "defended", kind="cell")
+            tops = [model]
+        given = {stage.key for start in starts for stage in start.closure()}
+        own = {stage.key: stage for top in tops for stage in top.closure()}
+        return cls(model, screen, last, [s for key, s in own.items() if key not in given])
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A computed defense.
+
+    stages: its own, in the order in which they were computed; what it handed on if it has none.
+    declared: what it is made of; None where `stages` end with the defended model.
+    """
+
+    root: Path
+    prepared: Prepared
+    stages: list[Stage]
+    declared: Declared | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the defended model is, and what the defense found."""
+        return self.root / (self.declared.model if self.declared else self.stages[-1]).key
+
+    @property
+    def screened(self) -> Screened | None:
+        screen = self.declared.screen if self.declared else None
+        return None if screen is None else Screened.load(self.root / screen.key)
+
+    def score(self) -> dict[str, Any]:
+        """Compute the scoring of the defended model; return its facts."""
+        assert self.declared is not None
+        facts: dict[str, Any] = read_record(compute(self.declared.last, self.root))["facts"]
+        return facts
+
+    @cached_property
+    def suspects(self) -> Suspects:
+        found = Suspects.load(self.folder, read_record(self.folder)["facts"])
+        assert found is not None
+        return found
+
+    @property
+    def flagged(self) -> tuple[int, ...]:
+        return self.suspects.flagged
+
+    @property
+    def scores(self) -> Any:
+        return self.suspects.scores
+
+    @property
+    def table(self) -> Mapping[str, Any]:
+        return self.suspects.table
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return model_of(self.run(), "defended")
+
+    @property
+    def poisoned_model(self) -> PreTrainedModel:
+        return model_of(self.run(), "model")
+
+    @property
+    def train(self) -> Encoded:
+        return training_rows_of(self.run())
+
+    def run(self, config: Mapping[str, Any] | None = None) -> StageRun:
+        """What a stage that reads the foundation and the defended model would be given."""
+        base = self.prepared.foundation
+        inputs = {
+            "rows": self.root / base.rows.key,
+            "clean": self.root / base.clean.key,
+            "model": self.root / base.model.key,
+            "defended": self.folder,
+        }
+        return StageRun(config or {}, {}, inputs, self.root, CPU)
+
+
+def defend(defense: Defense, prepared: Prepared, root: Path, **options: Any) -> Outcome:
+    """Compute a defense and, unless `root` has it, what it starts from."""
+    declared = Declared.of(defense, prepared)
+    compute(declared.model, root, **options)
+    if declared.screen is not None:
+        compute(declared.screen, root, **options)
+    return Outcome(root, prepared, declared.own or [declared.model], declared)
+
+
+@dataclasses.dataclass
+class Fitted:
+    """One call of `fit`, as the spy saw it. trainable: names of what required gradients."""
+
+    stage: str
+    data: Encoded
+    settings: TrainSettings
+    pad_to: int | None
+    trainable: set[str]
+
+
+def spied(stages: list[Stage], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list to which the functions of these stages write the key of what they compute."""
+    ran: list[str] = []
+
+    def spy_on(function: Callable[[StageRun], Any]) -> Callable[[StageRun], Any]:
+        def spy(run: StageRun) -> Any:
+            result = function(run)
+            ran.append(run.folder.name.lstrip("."))
+            return result
+
+        return spy
+
+    for target in {stage.function for stage in stages}:
+        name, attribute = target.split(":")
+        module = importlib.import_module(name)
+        monkeypatch.setattr(module, attribute, spy_on(getattr(module, attribute)))
+    return ran
+
+
+def same_rows(a: Encoded, b: Encoded) -> bool:
+    pairs = [(a.ids, b.ids), (a.lengths, b.lengths), (a.labels, b.labels)]
+    return all(torch.equal(first, second) for first, second in pairs)
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def word_rows(model: nn.Module) -> Tensor:
+    return model.get_input_embeddings().weight.detach()  # type: ignore[operator]
