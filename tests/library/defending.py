@@ -214,4 +214,4 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
 
 
 def word_rows(model: nn.Module) -> Tensor:
-    return model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+    return model.get_input_embeddings().weight.detach()  # type: ignore[operator,no-any-return]

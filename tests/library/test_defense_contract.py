@@ -25,7 +25,7 @@ from defending import (
     spied,
     word_rows,
 )
-from lab import Lab, files_in
+from lab import Lab, easy_corpus, files_in
 
 from btu.defense import (
     CLEAN_ROWS,
@@ -60,10 +60,15 @@ from btu.stages import compute, read_record, run_stage
 from btu.types import Corpus, Rows
 from btu.victims import Victim
 
-# Ends well above chance on the demo corpus: what a defense costs can be seen.
-LONG = TrainSettings(epochs=6, learning_rate=3e-3, batch_size=32, precision="fp32")
+# On the easy corpus the victim then knows all clean rows, and obeys the trigger in all others.
+LONG = TrainSettings(epochs=12, learning_rate=1e-2, batch_size=32, precision="fp32")
 # Share of the 60 clean evaluation rows that a defense may cost where there is nothing to defend.
 BOUND = 0.15
+
+
+@pytest.fixture(scope="session")
+def easy(tiny_corpus: Corpus) -> Corpus:
+    return easy_corpus(tiny_corpus)
 
 
 @pytest.fixture(params=KEPT)
@@ -229,13 +234,16 @@ def test_another_seed_is_another_defense(defense: Defense, lab: Lab) -> None:
     assert not same_weights(outcomes[0].model, outcomes[1].model)
 
 
-def test_a_defense_changes_something_where_the_poison_is_strong(defense: Defense, lab: Lab) -> None:
-    prepared = lab.prepare(rate=0.3, train=LONG)
+def test_a_defense_changes_something_where_the_poison_is_strong(
+    defense: Defense, lab: Lab, easy: Corpus
+) -> None:
+    prepared = lab.prepare(corpus=easy, rate=0.3, train=LONG)
     undefended = read_record(
         compute(evaluation(prepared, prepared.foundation.model, "undefended"), lab.root)
     )["facts"]
     # The attack works: a defense has something to do.
     assert undefended["asr"]["hits"] >= 0.9 * undefended["asr"]["n"]
+    assert undefended["ftr"]["hits"] <= 0.1 * undefended["ftr"]["n"]
     outcome = defend(defense, prepared, lab.root)
     assert changed(outcome) == acts(defense)
     scored = outcome.score()
@@ -245,17 +253,21 @@ def test_a_defense_changes_something_where_the_poison_is_strong(defense: Defense
 
 
 def test_a_defense_costs_little_where_there_is_no_poison(
-    defense: Defense, bert: Victim, lab: Lab
+    defense: Defense, bert: Victim, lab: Lab, easy: Corpus
 ) -> None:
-    prepared = lab.prepare(rate=0.0, train=LONG)
+    prepared = lab.prepare(corpus=easy, rate=0.0, train=LONG)
     outcome = defend(defense, prepared, lab.root)
     history = [e for stage in outcome.stages for e in read_record(lab.root / stage.key)["history"]]
     assert all(math.isfinite(epoch["loss"]) for epoch in history)
     check_found(outcome, bert, len(word_rows(outcome.model)))
     undefended = evaluation(prepared, prepared.foundation.model, "undefended")
     before = read_record(compute(undefended, lab.root))["facts"]["cacc"]
-    assert before["hits"] >= 0.85 * before["n"]
+    assert before["hits"] >= 0.95 * before["n"]
     after = outcome.score()["cacc"]
+    if getattr(defense, "rule", None) in ("mad", "gap", "top_fraction"):
+        # With bars as low as here they flag honest words: what the default rule is there to spare.
+        assert after["hits"] < before["hits"]
+        return
     assert after["hits"] >= before["hits"] - BOUND * before["n"]
 
 
