@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from btu.errors import unknown
-from orchestrator.config import CONTROL, flatten
+from orchestrator.config import CONTROL, NAMED_SECTIONS, flatten
 from orchestrator.guards import GUARDS, joined, marks
 
 FORMATS = ("table", "csv", "json", "markdown", "latex")
@@ -34,10 +34,21 @@ METRIC_COLUMNS = (
     "tuned_cacc",
     "seconds",
 )
+# Shown where a table compares defenses, if any of its cells has them.
+DEFENSE_COLUMNS = (
+    "sample_precision",
+    "sample_recall",
+    "target_found",
+    "frr",
+    "far",
+    "trigger_removed",
+    "seconds_defense",
+)
+ALL_METRICS = (*METRIC_COLUMNS, *DEFENSE_COLUMNS)
 MARKS = "marks"
 RECIPE = "revision.recipe"
 # Shown as they are; every other metric is a fraction and is shown in percent.
-PLAIN = ("flagged", "seconds")
+PLAIN = ("flagged", "seconds", "seconds_defense")
 
 
 def results_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -55,11 +66,15 @@ def results_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         row = {name: _plain(_lookup(record, key)) for name, key in CONFIG_COLUMNS.items()}
         row |= {key: _plain(_lookup(record, key)) for key in extra}
         metrics = record.get("metrics") or {}
-        row |= {name: metrics.get(name, float("nan")) for name in METRIC_COLUMNS}
+        row |= {name: metrics.get(name, float("nan")) for name in ALL_METRICS}
         row[MARKS] = joined(marks(record))
         rows.append(row)
     order = [*list(CONFIG_COLUMNS)[:-1], *extra, "seed"]
-    table = pd.DataFrame(rows, columns=[*order, *METRIC_COLUMNS, MARKS])
+    table = pd.DataFrame(rows, columns=[*order, *ALL_METRICS, MARKS])
+    several = table.loc[table["defense"] != "none", "defense"].nunique() > 1
+    table = table.drop(
+        columns=[c for c in DEFENSE_COLUMNS if not several or table[c].isna().all()]
+    )
     return table.sort_values(order, key=_sortable, kind="stable").reset_index(drop=True)
 
 
@@ -88,15 +103,24 @@ def _further_keys(records: Collection[Mapping[str, Any]]) -> list[str]:
 
 
 def _differing(configs: list[Mapping[str, Any]]) -> list[str]:
-    """Return the dotted keys whose values differ, and act, among the configs that have them."""
+    """Return the dotted keys whose values differ, and act, among the configs that have them.
+
+    Keys of an attack or a defense are its own: two defenses may each have a learning rate.
+    """
     flat = [flatten(config) for config in configs]
-    keys = dict.fromkeys(key for config in flat for key in config)
+    values: dict[str, dict[Any, set[str]]] = {}
+    for config in flat:
+        for key, value in config.items():
+            section = key.partition(".")[0]
+            own = section in NAMED_SECTIONS and key != f"{section}.name"
+            of = config.get(f"{section}.name") if own else None
+            values.setdefault(key, {}).setdefault(of, set()).add(str(value))
     return [
         key
-        for key in keys
+        for key, found in values.items()
         if key != "data.path"
         and not key.startswith("resources.")
-        and len({str(config[key]) for config in flat if key in config}) > 1
+        and any(len(several) > 1 for several in found.values())
     ]
 
 
@@ -130,8 +154,8 @@ def mean_over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     The interval is Student's t over seeds, as a half width in ``<metric>_ci``; NaN for one seed.
     Seeds at which a metric is undefined are left out of its mean. A mark says of how many seeds.
     """
-    groups = [c for c in table.columns if c not in (*METRIC_COLUMNS, "seed", MARKS)]
-    result = means(table, groups, METRIC_COLUMNS)
+    groups = [c for c in table.columns if c not in (*ALL_METRICS, "seed", MARKS)]
+    result = means(table, groups, [c for c in ALL_METRICS if c in table.columns])
     grouped = table.groupby(groups, sort=False, dropna=False)
     result[MARKS] = [_shares(group) for _, group in grouped]
     return result
@@ -166,7 +190,7 @@ def means(table: pd.DataFrame, groups: list[str], metrics: Iterable[str]) -> pd.
     return result
 
 
-def render(table: pd.DataFrame, style: str, metrics: Collection[str] = METRIC_COLUMNS) -> str:
+def render(table: pd.DataFrame, style: str, metrics: Collection[str] = ALL_METRICS) -> str:
     """Return the table as text.
 
     metrics: the columns that hold fractions, or `PLAIN` numbers; others are shown as they are.
@@ -194,7 +218,7 @@ def render(table: pd.DataFrame, style: str, metrics: Collection[str] = METRIC_CO
     return _rich(shown)
 
 
-def readable(table: pd.DataFrame, metrics: Collection[str] = METRIC_COLUMNS) -> pd.DataFrame:
+def readable(table: pd.DataFrame, metrics: Collection[str] = ALL_METRICS) -> pd.DataFrame:
     """Return the table as text cells, fractions in percent."""
     shown = pd.DataFrame(index=table.index)
     for name in table.columns:

@@ -71,6 +71,33 @@ def test_a_varied_key_gets_a_column() -> None:
     assert table["train.epochs"].tolist() == [1, 3]
 
 
+def of_defense(name: str, rate: float, **metrics: float) -> dict[str, Any]:
+    made = record(**metrics)
+    made["config"]["defense"] = {"name": name, "learning_rate": rate}
+    return made
+
+
+def test_a_table_of_several_defenses_shows_what_each_kind_measures() -> None:
+    rows = [
+        of_defense("abl", 1e-3, sample_precision=0.9, seconds_defense=70.0),
+        of_defense("strip", 1e-5, frr=0.05, far=0.5, seconds_defense=7.0),
+    ]
+    table = results_table(rows)
+    # Each has a learning rate of its own, so that the name tells all.
+    own = ["sample_precision", "frr", "far", "seconds_defense"]
+    assert list(table.columns) == [*COLUMNS[:-1], *own, "marks"]
+    assert table["frr"].isna().tolist() == [True, False]
+    assert "70.0" in render(table, "markdown")
+    assert "5.0" in render(table, "markdown")
+    # The control without a defense is no second one.
+    assert list(results_table([rows[0], of_defense("none", 0.0)]).columns) == COLUMNS
+
+
+def test_one_defense_with_two_settings_shows_them() -> None:
+    table = results_table([of_defense("abl", rate) for rate in (1e-3, 1e-5)])
+    assert table["defense.learning_rate"].tolist() == [1e-5, 1e-3]
+
+
 def test_fixed_columns_are_not_doubled_when_they_vary() -> None:
     varied = ("attack.name", "attack.poison_rate", "defense.name", "defense.alpha", "seed")
     assert list(results_table([record(varied=varied)]).columns) == COLUMNS
