@@ -37,6 +37,7 @@ os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1000000000")
 # A trial with gpu: 0 must not see the node's GPUs.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 
+import psutil
 import ray
 from ray import tune
 from ray.exceptions import GetTimeoutError, RayError
@@ -933,6 +934,7 @@ def _connect(address: str | None, environment: dict[str, str]) -> None:
         UserError: it does not answer or does not start.
     """
     for tries_left in reversed(range(START_TRIES)):
+        before = set(psutil.Process().children())
         try:
             ray.init(
                 # Without "local", ray would join whatever cluster runs on this machine.
@@ -952,6 +954,10 @@ def _connect(address: str | None, environment: dict[str, str]) -> None:
             # A bare Exception is how ray says that its processes did not start in time.
             if type(error) is not Exception:
                 raise
+            # Ray leaves those that did start until this process ends.
+            for process in set(psutil.Process().children()) - before:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
             if not tries_left:
                 raise UserError(
                     f"Ray did not start, {START_TRIES} times: {error} If this machine is busy, "

@@ -10,6 +10,8 @@ import itertools
 import json
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -500,10 +502,12 @@ def test_a_ray_that_does_not_start_in_time_is_started_again(
     from orchestrator import launch as launching
 
     asked: list[str] = []
+    started: list[subprocess.Popen[bytes]] = []
 
     def init(*, address: str, **_: Any) -> None:
         asked.append(address)
         if len(asked) <= failures:
+            started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]))
             raise Exception("timed out.")
 
     monkeypatch.setattr(launching.ray, "init", init)
@@ -511,6 +515,8 @@ def test_a_ray_that_does_not_start_in_time_is_started_again(
     with expected:
         launching._connect(None, {})
     assert asked == ["local"] * tries
+    # What came up of Ray in vain does not burden the next try.
+    assert [process.wait(60) for process in started] == [-signal.SIGKILL] * min(failures, tries)
 
 
 def test_a_cluster_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
