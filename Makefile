@@ -3,10 +3,12 @@
 # Options:
 #   PYTHON=python3.12       the interpreter that .venv is made with (3.11 or newer)
 #   PYTEST_ARGS='-k data'   passed on to pytest by `make test` and `make slow`
+#   JOBS=4                  how many tests run at once (2 unless told; 0: in one process, for --pdb)
 #   TORCH_INDEX=...         the index that the first set-up takes torch from (see constraints.txt)
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+JOBS ?= 2
 TORCH_INDEX ?=
 
 BIN := .venv/bin
@@ -14,6 +16,8 @@ INSTALLED := .venv/.installed
 # -qq: quiet, but errors still show.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 COVERAGE := --cov=btu --cov=orchestrator --cov-report=term
+# Neighbours stay together, since they share fixtures; who is done first takes from the other.
+PARALLEL = -n $(JOBS) --dist worksteal
 
 # They would let code from outside into .venv.
 unexport PYTHONHOME PYTHONPATH
@@ -34,7 +38,7 @@ quickstart: $(INSTALLED) ## Run the demo sweep, print its table, say how to see 
 	@echo "The runs, with their curves and flagged tokens, in the MLflow UI:  $(BIN)/btu ui"
 
 test: $(INSTALLED) ## Run the fast tests, with coverage
-	$(BIN)/pytest $(COVERAGE) $(PYTEST_ARGS)
+	$(BIN)/pytest $(PARALLEL) $(COVERAGE) $(PYTEST_ARGS)
 
 check: $(INSTALLED) ## Check format, lint, types and the import rules
 	$(BIN)/ruff format --check .
@@ -43,7 +47,7 @@ check: $(INSTALLED) ## Check format, lint, types and the import rules
 	$(BIN)/lint-imports
 
 slow: $(INSTALLED) ## Run the slow tests: real Ray, real MLflow, real training
-	$(BIN)/pytest -m 'slow and not gpu' $(PYTEST_ARGS)
+	$(BIN)/pytest $(PARALLEL) -m 'slow and not gpu' --durations=15 $(PYTEST_ARGS)
 
 clean: ## Remove .venv, caches and build output; results in runs/ stay
 	rm -rf .venv build dist *.egg-info .coverage

@@ -37,6 +37,7 @@ os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1000000000")
 # A trial with gpu: 0 must not see the node's GPUs.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 
+import psutil
 import ray
 from ray import tune
 from ray.exceptions import GetTimeoutError, RayError
@@ -73,6 +74,8 @@ logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 PASSED_PREFIXES = ("MLFLOW_", "HF_", "BTU_", "AWS_", "TRANSFORMERS_", "RAY_ACCEL_")
 # A worker that dies (killed, node lost) is tried again; an error inside a stage is a result.
 WORKER_RETRIES = 2
+# Ray gives its own processes half a minute to start, which a busy machine may exceed.
+START_TRIES = 3
 # With so many stages given up in a row it is the machines, not the stages.
 GIVEN_UP_IN_A_ROW = 3
 # How long a node that only waits for another launch does so, and how often leases are listed.
@@ -925,20 +928,41 @@ def _probe(location: str, probe: str, node: str, token: str) -> str:
 
 
 def _connect(address: str | None, environment: dict[str, str]) -> None:
-    try:
-        ray.init(
-            # Without "local", ray would join whatever cluster runs on this machine.
-            address=address or "local",
-            include_dashboard=None if address else False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            runtime_env={"env_vars": environment},
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"Ray cluster {address or '(local)'} cannot be reached: {error} Check --address, "
-            "or leave it out for a local run."
-        ) from error
+    """Start a local Ray, or join a cluster.
+
+    Raises:
+        UserError: it does not answer or does not start.
+    """
+    for tries_left in reversed(range(START_TRIES)):
+        before = set(psutil.Process().children())
+        try:
+            ray.init(
+                # Without "local", ray would join whatever cluster runs on this machine.
+                address=address or "local",
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                runtime_env={"env_vars": environment},
+            )
+            return
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"Ray cluster {address or '(local)'} cannot be reached: {error} Check --address, "
+                "or leave it out for a local run."
+            ) from error
+        except Exception as error:
+            # A bare Exception is how ray says that its processes did not start in time.
+            if type(error) is not Exception:
+                raise
+            # Ray leaves those that did start until this process ends.
+            for process in set(psutil.Process().children()) - before:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            if not tries_left:
+                raise UserError(
+                    f"Ray did not start, {START_TRIES} times: {error} If this machine is busy, "
+                    "give the same command again when it is less so."
+                ) from error
 
 
 def _check_answers(address: str | None) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 
 # Before anything imports the hub client: no test may reach the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -96,13 +98,31 @@ def _texts() -> list[str]:
     return list(demo_rows(300).texts) + triggers
 
 
-def _word_pieces() -> dict[str, int]:
-    from tokenizers import BertWordPieceTokenizer
+def _pieces(count: int) -> tuple[list[str], list[str]]:
+    """Return the letters and signs of the corpus, and its `count` commonest longer words.
 
-    trainer = BertWordPieceTokenizer(lowercase=True)
-    trainer.train_from_iterator(_texts(), vocab_size=400, min_frequency=1, show_progress=False)
-    vocabulary: dict[str, int] = trainer.get_vocab()
-    return vocabulary
+    Not from a trainer of word pieces or unigrams: they order equals otherwise in every process, and
+    the vocabulary acts on whatever is measured, and on the keys of cells.
+    """
+    words = Counter(word for text in _texts() for word in re.findall(r"\w+|[^\w\s]", text))
+    signs = sorted({sign for word in words for sign in word})
+    common = sorted(words, key=lambda word: (-words[word], word))
+    return signs, [word for word in common if len(word) > 1][:count]
+
+
+def _word_pieces() -> dict[str, int]:
+    signs, words = _pieces(316)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    inside = [f"##{sign}" for sign in signs if sign.isalnum()]
+    return {piece: number for number, piece in enumerate([*special, *signs, *inside, *words])}
+
+
+def _unigrams(special: list[str]) -> list[tuple[str, float]]:
+    """Return pieces with log probabilities: whole words where they are known, else letters."""
+    signs, words = _pieces(308)
+    starts = [f"▁{piece}" for piece in (*words, *signs)]
+    likely = [(piece, -5.0 - number / 1000) for number, piece in enumerate([*starts, "▁"])]
+    return [(piece, 0.0) for piece in special] + likely + [(sign, -10.0) for sign in signs]
 
 
 def _byte_pairs(special: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -173,17 +193,10 @@ def _roberta(_: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
 
 
 def _deberta(_: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    import json
-
-    from tokenizers import SentencePieceUnigramTokenizer
     from transformers import DebertaV2Config, DebertaV2Model, DebertaV2Tokenizer
 
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
-    trainer = SentencePieceUnigramTokenizer()
-    trainer.train_from_iterator(
-        _texts(), vocab_size=400, show_progress=False, special_tokens=special, unk_token="[UNK]"
-    )
-    pieces = [tuple(entry) for entry in json.loads(trainer.to_str())["model"]["vocab"]]
+    pieces = _unigrams(special)
     tokenizer = DebertaV2Tokenizer(vocab=pieces, unk_id=special.index("[UNK]"))
     return tokenizer, DebertaV2Model(
         DebertaV2Config(

@@ -81,7 +81,12 @@ class Workplace:
 
     def __init__(self, folder: Path, database: Path | None = None, *, faulty: bool = False) -> None:
         self.folder, self.output = folder, folder / "runs"
-        self.environment = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        self.environment = {
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "200",
+            # One worker: each imports for ten seconds of a CPU, far longer than it computes here.
+            "RAY_OVERRIDE_RESOURCES": '{"CPU": 1}',
+        }
         self._faults: dict[str, dict[str, Any]] = {}
         self._running: list[Command] = []
         if faulty:

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,8 +32,8 @@ from launching import (
 
 pytestmark = pytest.mark.slow
 
-# Seconds in which a stopped launch is gone.
-SOON = 20
+# Seconds in which a stopped launch is gone, on a busy machine.
+SOON = 60
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +68,7 @@ def sweep(make_sweep: Callable[..., Path]) -> Path:
 
 
 class Reference(NamedTuple):
-    """A sweep to which nothing happened. metrics: by cell."""
+    """A sweep to which nothing happened. metrics: by cell, in the order of the grid."""
 
     output: Path
     metrics: dict[str, dict[str, str]]
@@ -88,9 +87,12 @@ def reference(
     done = place.run("launch", file)
     assert done.code == 0, done
     assert sum(computed(place.output).values()) == SHARED + 2 * OWN
-    metrics = all_measured(place.results())
+    results = place.results()
+    metrics = all_measured(results)
     check(place.output, metrics)
-    yield Reference(place.output, metrics)
+    # Not in that of the keys, which change with every version of a stage.
+    alpha = {key: cell.varied["defense.alpha"] for key, cell in results.cells().items()}
+    yield Reference(place.output, {key: metrics[key] for key in sorted(metrics, key=alpha.get)})
     place.close()
 
 
@@ -150,11 +152,9 @@ def test_a_driver_that_is_killed_or_stopped_is_started_again(
         place.fault(stage, held=True)
         launch = place.start("launch", sweep)
         worker = wait_for(lambda stage=stage: holder(place, stage), launch)
-        began = time.monotonic()
         launch.process.send_signal(blow)
-        done = launch.end(60)
+        done = launch.end(SOON)
         if blow is not signal.SIGKILL:
-            assert time.monotonic() - began < SOON
             assert done.code == 1, done
             assert "Stopped: interrupted." in done.out, done
             assert "the same command goes on where this one stopped" in done.out, done
@@ -186,6 +186,7 @@ def test_a_node_that_is_lost_leaves_its_work_to_the_others(
 
     for name, value in place.environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_OVERRIDE_RESOURCES")  # of the nodes: they say it themselves
     place.fault("poisoned fine-tune", held=True)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
@@ -211,19 +212,7 @@ def raylet_of(node: Any) -> int:
     return int(node.all_processes["raylet"][0].process.pid)
 
 
-def test_two_launches_of_one_sweep_share_the_work(
-    sweep: Path, place: Workplace, reference: Reference
-) -> None:
-    launches = [place.start("launch", sweep) for _ in range(2)]
-    for launch in launches:
-        done = launch.end()
-        assert done.code == 0, done
-        assert "2 of 2 cells done, 0 failed, 0 not run" in done.out, done
-    check(place.output, reference.metrics)
-    assert len({event["launch"] for event in journal(place.output)}) == 2
-
-
-def test_two_first_launches_at_once_share_the_store_that_one_makes(
+def test_two_launches_at_once_share_the_work_and_the_store_that_one_makes(
     sweep: Path, bare: Workplace, reference: Reference
 ) -> None:
     launches = [bare.start("launch", sweep) for _ in range(2)]
@@ -233,6 +222,7 @@ def test_two_first_launches_at_once_share_the_store_that_one_makes(
         assert "2 of 2 cells done, 0 failed, 0 not run" in done.out, done
         assert "not in MLflow" not in done.out, done
     check(bare.output, reference.metrics)
+    assert len({event["launch"] for event in journal(bare.output)}) == 2
     assert not list(bare.output.glob(".mlflow.db.*"))
 
 
