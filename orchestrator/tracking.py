@@ -14,49 +14,62 @@ import re
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # The defaults retry a dead server for minutes per call; results wait on disk, so give up soon.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# A bar for each of a thousand small files would be all that one sees.
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import mlflow
 import pandas as pd
 import yaml
 from alembic.util.exc import CommandError
-from mlflow.entities import Experiment, Metric, Param
+from mlflow.entities import Experiment, Metric, Param, Run
 from mlflow.exceptions import MlflowException
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from btu.errors import UserError
-from orchestrator.config import CONTROL, Sweep, flatten, pins, shown_coordinates
+from btu.errors import UserError, unknown
+from orchestrator.config import CONTROL, Sweep, flatten, pins, settings, shown_coordinates
 from orchestrator.guards import joined, marks
 from orchestrator.lease import LEFTOVER_S
 from orchestrator.results import (
     CONFIG,
     FLAGGED,
+    MEANS_TABLE,
     PLOT,
     RESULT,
     ROWS,
     TOKENS,
     TRACKED,
     Results,
+    record_id,
 )
+from orchestrator.source import StoreSource, read_table
+
+if TYPE_CHECKING:
+    from orchestrator.report.summary import Summary
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 
 # How long a server that did not answer is left alone, and how many records in a row may fail.
 DOWN_SECONDS, GIVE_UP = 60.0, 3
-RECORD_TAG = "btu.record"
+# Of a run. MLflow's UI lists no tag that begins with "mlflow.", and these are not for people: which
+# record of the cell it is, and its settings, in as many numbered tags as they need.
+RECORD_TAG, CELL_TAG = "mlflow.btu.record", "mlflow.btu.cell."
+KIND_TAG, TRIAL, SUMMARY = "kind", "trial", "summary"
 # Of an experiment: ids of SQLite begin at 1 again in a new file, and a URI changes with a move.
 ID_TAG = "btu.id"
 SQLITE = "sqlite:///"
@@ -64,16 +77,30 @@ SQLITE = "sqlite:///"
 _REFUSALS = (MlflowException, SQLAlchemyError, CommandError, sqlite3.Error, OSError, ValueError)
 # MLflow refuses longer values of params and tags.
 PARAM_CHARACTERS, TAG_CHARACTERS = 6000, 5000
-# Params that get a column of their own under a short name; everything else keeps its dotted key.
-SHORT = {
+# The params of a run, short names for columns; beside them there are those that the sweep varies.
+# All other settings are in its config.yaml: forty columns that never change hide those that do.
+PARAMS = {
+    "data.name": "data",
+    "victim.name": "victim",
     "attack.name": "attack",
     "attack.poison_rate": "poison_rate",
+    "attack.label_mode": "label_mode",
     "defense.name": "defense",
+    "defense.preset": "preset",
     "defense.rule": "rule",
     "defense.threshold": "threshold",
     "defense.alpha": "alpha",
+    "train.epochs": "epochs",
+    "train.learning_rate": "learning_rate",
+    "train.batch_size": "batch_size",
+    "seed": "seed",
 }
-UNTRACKED_KEYS = ("resources",)
+# First parts of the names of metrics that are notes on the data, and curves over epochs.
+NOTES, CURVES = "data", ("loss", "accuracy")
+# Tags that are made here; all others of a run are the record's own.
+OWN_TAGS = ("cell", KIND_TAG, CONTROL, "marks", "reason")
+# How many runs are asked for at once: an answer has to come within the timeout above.
+PAGE = 250
 
 
 def tracking_uri(sweep: Sweep) -> str:
@@ -171,7 +198,7 @@ def _open(uri: str, name: str, note: str | None, hint: str) -> tuple[str | None,
             "it (for PostgreSQL: pip install psycopg2-binary), or name an MLflow server (HTTP)."
         ) from error
     except _REFUSALS as error:
-        reason = shown((str(error).splitlines() or [type(error).__name__])[0])
+        reason = _reason(error)
         if uri.startswith(("http://", "https://")):
             return None, reason
         raise UserError(_no_answer(uri, reason, hint)) from error
@@ -308,10 +335,17 @@ def _remove_leftovers(path: Path) -> None:
 
 def _experiment_note(sweep: Sweep) -> str:
     axes = ", ".join(f"`{key}` {values}" for key, values in sweep.grid.items())
-    return (
+    note = (
         f"Sweep **{sweep.name}** over {axes or 'a single cell'}.\n\n"
-        f"One run per cell; table: `btu report {sweep.name}`.\n\n```yaml\n{sweep.text}```\n"
+        f"One run per cell, and the run `{SUMMARY}` with means over seeds, tables and a page. In "
+        f"the runs table the button *Columns* adds `asr`, `cacc`, `detection_precision`; search "
+        f"for `tags.kind = 'trial'` to leave the summary out.\n\n"
+        f"Table: `btu report {sweep.name} --mean`. Run it again, or go on with it: "
+        "`btu launch sweep.yaml`, with "
     )
+    whole = f"{note}this file:\n\n```yaml\n{sweep.text}```\n"
+    # Longer than a description may be: the summary has it.
+    return whole if len(whole) <= TAG_CHARACTERS else f"{note[:4000]}that artifact of the summary."
 
 
 class Tracker:
@@ -344,7 +378,7 @@ class Tracker:
                 return False
             found = self._whole_run(record)
             run_id = found or self._write(record, folder)
-            self._note(record["key"], {"record": _record_id(record), "run_id": run_id})
+            self._note(record["key"], {"record": record_id(record), "run_id": run_id})
         return found is None
 
     def is_logged(self, record: Mapping[str, Any]) -> bool:
@@ -355,7 +389,7 @@ class Tracker:
         if (self.uri, self._id) not in _identities:
             return False
         known = self._noted(record["key"])
-        return known.get("record") == _record_id(record) and "run_id" in known
+        return known.get("record") == record_id(record) and "run_id" in known
 
     def identify(self) -> None:
         """Learn which experiment it is, whatever its store is called now; asks once a process.
@@ -400,7 +434,7 @@ class Tracker:
             self._tell_result(run_id, record, folder)
         else:
             self._tell_failure(run_id, record)
-        self._client.set_tag(run_id, RECORD_TAG, _record_id(record))
+        self._client.set_tag(run_id, RECORD_TAG, record_id(record))
         status = "FINISHED" if record["status"] == "finished" else "FAILED"
         self._client.set_terminated(run_id, status, _milliseconds(record["ended"]))
         return run_id
@@ -435,12 +469,68 @@ class Tracker:
         """Return the id of the run that has all of a record; remove the cell's other runs."""
         whole = None
         for run in self._client.search_runs([self._id], f"tags.cell = '{record['key']}'"):
-            same = run.data.tags.get(RECORD_TAG) == _record_id(record)
+            same = run.data.tags.get(RECORD_TAG) == record_id(record)
             if whole is None and same and run.info.status in ("FINISHED", "FAILED"):
                 whole = str(run.info.run_id)
             else:
                 self._client.delete_run(run.info.run_id)
         return whole
+
+    def summary_noted(self, told: str) -> bool:
+        """Return whether the summary run says this, from the sweep's folder alone."""
+        known = self._noted(SUMMARY)
+        return known.get("record") == told and "run_id" in known
+
+    def write_summary(self, made: Summary, told: str) -> None:
+        """Bring the summary run up to date, or make it. told: the fingerprint of what it says.
+
+        Raises:
+            Exception: the server cannot be reached, or refuses.
+        """
+        run = self._summary_run(made.metrics)
+        now, run_id = int(time.time() * 1000), run.info.run_id
+        logged = run.data.metrics
+        # Only what changed: a long sweep is summarized a thousand times.
+        metrics = [
+            Metric(name, value, now, made.finished)
+            for name, value in made.metrics.items()
+            if logged.get(name) != value
+        ]
+        with tempfile.TemporaryDirectory(prefix="btu-summary-") as folder:
+            for name, content in made.files.items():
+                path = Path(folder) / name
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(content)
+            self._client.log_artifacts(run_id, folder)
+        self._client.log_batch(run_id, metrics=metrics)
+        self._client.set_tag(run_id, "mlflow.note.content", made.note)
+        if MEANS_TABLE in made.files:
+            tables = [{"path": MEANS_TABLE, "type": "table"}]
+            self._client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps(tables))
+        self._client.set_terminated(run_id, "FINISHED", now)
+        self._note(SUMMARY, {"record": told, "run_id": run_id})
+
+    def _summary_run(self, metrics: Collection[str]) -> Run:
+        """Return the summary run, of several launches that made one the oldest.
+
+        One with metrics that are no longer said, since the sweep varies more now, is replaced:
+        MLflow takes back no metric.
+        """
+        found = self._summary_runs()
+        if not found or not set(found[0].data.metrics) <= set(metrics):
+            for run in found:
+                self._client.delete_run(run.info.run_id)
+            tags = {"mlflow.source.name": "btu", KIND_TAG: SUMMARY}
+            made = self._client.create_run(self._id, tags=tags, run_name=SUMMARY)
+            self._client.set_terminated(made.info.run_id, "FINISHED")
+            found = self._summary_runs()
+        for run in found[1:]:
+            self._client.delete_run(run.info.run_id)
+        return found[0]
+
+    def _summary_runs(self) -> list[Run]:
+        runs = self._client.search_runs([self._id], f"tags.{KIND_TAG} = '{SUMMARY}'")
+        return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
 
     def _path(self, key: str) -> str:
         # A note is about one experiment: the same sweep in another store is told everything.
@@ -513,7 +603,7 @@ def sync(
         tracker.identify()
         closed = tracker.close_orphans(live, owner)
     except Exception as error:
-        missed.append(_brief(error))
+        missed.append(brief(error))
     for record in (*results.records(), *results.failures()):
         if live(record["key"]) or tracker.is_logged(record):
             continue
@@ -534,11 +624,62 @@ def sync(
                         folder = results.store.fetch(now["key"])
                     written += tracker.log(now, folder)
         except Exception as error:
-            missed.append(_brief(error))
+            missed.append(brief(error))
     return Synced(written, closed, len(missed), missed[0] if missed else "")
 
 
-def _brief(error: Exception) -> str:
+def summarize(uri: str, experiment_id: str, results: Results) -> bool:
+    """Write the sweep's summary run, unless it says all that is known; return whether it did.
+
+    There is one such run. It is never RUNNING: whoever updates it may die.
+
+    Raises:
+        Exception: the server cannot be reached, or refuses.
+    """
+    tracker = Tracker(uri, experiment_id, results)
+    source = StoreSource(results)
+    with _breaker(uri):
+        tracker.identify()
+    told = _fingerprint(source.records(), source.failures())
+    if tracker.summary_noted(told):
+        return False
+    from orchestrator.report import summary  # draws: neither workers nor a resumed sweep need it
+
+    made = summary.summarize(source, len(results.cells()), results.sweep_text(), TAG_CHARACTERS)
+    with _breaker(uri):
+        tracker.write_summary(made, told)
+    return True
+
+
+def _fingerprint(records: list[dict[str, Any]], failures: list[dict[str, Any]]) -> str:
+    """Return what changes whenever a summary of these records would."""
+    ids = [f"{record_id(record)} {record['run_id']}" for record in records]
+    ids += [f"{record_id(failure)} {failure['reason']}" for failure in failures]
+    return hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()[:24]
+
+
+@dataclass
+class Pace:
+    """When a running sweep's summary is due again.
+
+    interval: seconds between two. share: of the time that summaries may take, so that those of a
+    large sweep, which draw for long, do not slow its trials.
+    """
+
+    interval: float = 30.0
+    share: float = 0.05
+    _next: float = 0.0
+
+    def due(self, now: float) -> bool:
+        return now >= self._next
+
+    def took(self, began: float, ended: float) -> None:
+        """Note that a summary was written between two moments."""
+        self._next = max(began + self.interval, ended + (ended - began) / self.share)
+
+
+def brief(error: Exception) -> str:
+    """Return an error as a line for people, without passwords."""
     return f"{type(error).__name__}: {shown(str(error))[:200]}"
 
 
@@ -557,6 +698,168 @@ def _reread(results: Results, record: Mapping[str, Any]) -> dict[str, Any] | Non
     return next((found for found in results.failures() if found["key"] == key), None)
 
 
+class MlflowSource:
+    """A sweep's results from its MLflow experiment alone: a `Source`.
+
+    Numbers are the runs' metrics. Of several runs of a cell the newest finished one counts.
+    """
+
+    def __init__(self, uri: str, name: str, warn: Callable[[str], None] | None = None) -> None:
+        """Find the experiment. warn: told of runs that are left out.
+
+        Raises:
+            UserError: MLflow does not answer, or has no such experiment ("did you mean").
+        """
+        self.uri, self._name, self._warn = absolute(uri), name, warn
+        database = self.uri.removeprefix(SQLITE) if self.uri.startswith(SQLITE) else None
+        if database is not None and not Path(database).is_file():
+            # MLflow would make one.
+            raise UserError(f"{shown(self.uri)} does not exist; correct --tracking-uri.")
+        with self._answering():
+            self._client = mlflow.MlflowClient(tracking_uri=self.uri)
+            found = self._client.get_experiment_by_name(name)
+            if found is None:
+                known = [e.name for e in self._client.search_experiments() if e.name != "Default"]
+                where = f"sweep in {shown(self.uri)}"
+                raise UserError(f"{unknown(where, name, known)}; launch or sync it first.")
+        if found.lifecycle_stage != "active":
+            raise UserError(
+                f"experiment '{name}' was deleted in the MLflow store {shown(self.uri)}; restore "
+                "it there."
+            )
+        self._id = str(found.experiment_id)
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def records(self) -> list[dict[str, Any]]:
+        return [self._record(run) for run in self._cells.values() if run.info.status == "FINISHED"]
+
+    def failures(self) -> list[dict[str, Any]]:
+        return [self._record(run) for run in self._cells.values() if run.info.status == "FAILED"]
+
+    def tokens(self, key: str) -> pd.DataFrame | None:
+        return self._table(key, TOKENS)
+
+    def rows(self, key: str) -> pd.DataFrame | None:
+        return self._table(key, ROWS)
+
+    @cached_property
+    def _cells(self) -> dict[str, Run]:
+        """The run that counts of each cell, by key."""
+        found: dict[str, Run] = {}
+        older = 0
+        with self._answering():
+            runs = sorted(self._search(), key=lambda run: run.info.start_time)
+        for run in runs:
+            tags = run.data.tags
+            if "cell" not in tags or run.info.status not in ("FINISHED", "FAILED"):
+                continue  # a summary, what someone else logged here, or not written to its end
+            if f"{CELL_TAG}0" not in tags or RECORD_TAG not in tags:
+                older += 1
+                continue
+            before = found.get(tags["cell"])
+            if before is None or run.info.status == "FINISHED" or before.info.status == "FAILED":
+                found[tags["cell"]] = run
+        if older and self._warn is not None:
+            self._warn(
+                f"{older} runs of sweep '{self._name}' were logged by an earlier version and are "
+                f"left out; btu sync {self._name} writes them anew, where their results are."
+            )
+        return dict(sorted(found.items()))
+
+    def _search(self) -> Iterator[Run]:
+        token = None
+        while True:
+            page = self._client.search_runs([self._id], max_results=PAGE, page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    def _record(self, run: Run) -> dict[str, Any]:
+        tags = run.data.tags
+        cell = json.loads("".join(_numbered(tags, CELL_TAG)))
+        finished = run.info.status == "FINISHED"
+        record = {
+            "key": tags["cell"],
+            "sweep": self._name,
+            "status": "finished" if finished else "failed",
+            "run_id": run.info.run_id,
+            "config": cell["config"],
+            "varied": cell["varied"],
+        }
+        if finished:
+            record |= {
+                "metrics": {
+                    cell["names"].get(name, name): value
+                    for name, value in run.data.metrics.items()
+                    if name.partition("/")[0] not in (NOTES, *CURVES)
+                },
+                "notes": {
+                    name.removeprefix(f"{NOTES}/"): value
+                    for name, value in run.data.metrics.items()
+                    if name.startswith(f"{NOTES}/")
+                },
+                "tags": {
+                    name: value
+                    for name, value in tags.items()
+                    if not name.startswith("mlflow.") and name not in OWN_TAGS
+                },
+            }
+        else:
+            record |= {"stage": cell["stage"], "reason": tags["reason"]}
+        record["started"], record["ended"] = (
+            moment / 1000 for moment in (run.info.start_time, run.info.end_time)
+        )
+        return record
+
+    def _table(self, key: str, name: str) -> pd.DataFrame | None:
+        run = self._cells.get(key)
+        if run is None:
+            return None
+        run_id = run.info.run_id
+        with self._answering(), tempfile.TemporaryDirectory(prefix="btu-mlflow-") as folder:
+            if name not in {entry.path for entry in self._client.list_artifacts(run_id)}:
+                return None
+            path = Path(self._client.download_artifacts(run_id, name, folder))
+            try:
+                return read_table(path)
+            except (ValueError, OSError) as error:
+                raise UserError(
+                    f"artifact {name} of run {run_id} cannot be read ({_reason(error)}); write it "
+                    "again, or delete the run."
+                ) from error
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except ImportError as error:
+            raise UserError(
+                f"tracking URI {shown(self.uri)} needs a package that is not installed: {error}."
+            ) from error
+        except _REFUSALS as error:
+            raise UserError(
+                f"MLflow at {shown(self.uri)} does not answer: {_reason(error)} Start the server, "
+                "or correct --tracking-uri."
+            ) from error
+
+
+def _numbered(tags: Mapping[str, str], prefix: str) -> Iterator[str]:
+    number = 0
+    while (name := f"{prefix}{number}") in tags:
+        yield tags[name]
+        number += 1
+
+
+def _reason(error: Exception) -> str:
+    return shown((str(error).splitlines() or [type(error).__name__])[0])
+
+
 def ui_command(uri: str, port: int) -> list[str]:
     """Return the command that serves the MLflow UI of a store, on this machine only."""
     return [
@@ -571,10 +874,6 @@ def serve_ui(uri: str, port: int) -> int:
         return subprocess.run(ui_command(uri, port), check=False).returncode
     except KeyboardInterrupt:
         return 0
-
-
-def _record_id(record: Mapping[str, Any]) -> str:
-    return f"{record['key']}-{_milliseconds(record['started'])}"
 
 
 def run_name(record: Mapping[str, Any]) -> str:
@@ -592,6 +891,8 @@ def run_tags(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "mlflow.source.name": "btu",
         "mlflow.note.content": _run_note(record),
+        **_cell_tags(record),
+        KIND_TAG: TRIAL,
         "cell": record["key"],
         **({CONTROL: varied[CONTROL]} if CONTROL in varied else {}),
         **({"marks": joined(found)} if found else {}),
@@ -599,23 +900,55 @@ def run_tags(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _cell_tags(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return what `MlflowSource` needs of a cell and neither params nor metrics hold exactly."""
+    names = {_metric_name(name): name for name in record.get("metrics", {})}
+    cell = {
+        "config": record["config"],
+        "varied": record["varied"],
+        "names": {logged: name for logged, name in names.items() if logged != name},
+        **({"stage": record["stage"]} if "stage" in record else {}),
+    }
+    text = json.dumps(cell, separators=(",", ":"))
+    parts = range(0, len(text), TAG_CHARACTERS)
+    return {f"{CELL_TAG}{i}": text[at : at + TAG_CHARACTERS] for i, at in enumerate(parts)}
+
+
 def _run_note(record: Mapping[str, Any]) -> str:
     return (
-        f"Cell `{record['key']}` of sweep `{record['sweep']}`. Again, in one process: "
-        f"`btu trial SWEEP.yaml {pins(record['varied'])}`, or with the artifact: "
-        "`btu trial config.yaml`."
+        f"{_in_words(record['config'])}. Cell `{record['key']}` of sweep `{record['sweep']}`.\n\n"
+        "Again, in one process: `btu trial config.yaml`, with the artifact; or "
+        f"`btu trial sweep.yaml {pins(record['varied'])}`, with that of the run `{SUMMARY}`."
         + "".join(f"\n\n**{mark.name}**: {mark.detail}." for mark in marks(record))
     )
 
 
+def _in_words(config: Mapping[str, Any]) -> str:
+    """Return what a cell is: ``Attack **badnets** at rate 0.1, defense **btu** (...), seed 0``."""
+    attack, defense = config["attack"], config.get("defense", {})
+    knobs = [
+        f"{name} {defense[name]}"
+        for name in ("preset", "rule", "threshold", "alpha")
+        if defense.get(name) not in (None, "")
+    ]
+    where = [f"{role} {config[role]['name']}" for role in ("data", "victim") if role in config]
+    parts = [
+        f"Attack **{attack['name']}** at rate {attack['poison_rate']}",
+        f"defense **{defense.get('name', 'none')}**" + (f" ({', '.join(knobs)})" if knobs else ""),
+        *where,
+        f"seed {config.get('seed', 0)}",
+    ]
+    return ", ".join(parts)
+
+
 def _params(record: Mapping[str, Any]) -> list[Param]:
-    config = {k: v for k, v in record["config"].items() if k not in UNTRACKED_KEYS}
-    flat = {SHORT.get(key, key): value for key, value in flatten(config).items()}
+    flat = flatten(record["config"])
+    names = {**PARAMS, **{key: PARAMS.get(key, key) for key in settings(record["varied"])}}
     # A key that is not set would only be an empty column in the runs table.
     return [
-        Param(key, str(value)[:PARAM_CHARACTERS])
-        for key, value in flat.items()
-        if value is not None and value != ""
+        Param(name, str(flat[key])[:PARAM_CHARACTERS])
+        for key, name in names.items()
+        if flat.get(key) not in (None, "")
     ]
 
 
@@ -626,13 +959,13 @@ def _metrics(record: Mapping[str, Any]) -> list[Metric]:
         for name, value in record["metrics"].items()
     ]
     metrics += [
-        Metric(f"data/{name}", float(value), ended, 0) for name, value in record["notes"].items()
+        Metric(f"{NOTES}/{name}", float(value), ended, 0) for name, value in record["notes"].items()
     ]
     clock = record["started"]
     for epoch in record["history"]:
         clock += epoch["seconds"]
         stage = _metric_name(epoch["stage"])
-        for name in ("loss", "accuracy"):
+        for name in CURVES:
             metrics.append(
                 Metric(f"{name}/{stage}", epoch[name], _milliseconds(clock), epoch["epoch"])
             )

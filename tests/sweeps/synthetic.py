@@ -13,7 +13,7 @@ import pandas as pd
 from btu.detection import RULES
 from btu.metrics import average_precision, row_detection, token_detection
 from btu.seeding import derive_seed
-from orchestrator.results import PLANS, RESULT, ROWS, TOKENS, Results
+from orchestrator.results import PLANS, RESULT, ROWS, SWEEP, TOKENS, Results
 from orchestrator.store import dumps
 
 
@@ -114,10 +114,19 @@ def shelve(
         made = results.store.begin(key)
         scored.to_parquet(made / TOKENS, index=False)
         rows.to_parquet(made / ROWS, index=False)
-        result = {"config": settings, "metrics": {**measured, **metrics}, "tags": {}}
+        result = {
+            "config": settings,
+            "metrics": {**measured, **metrics},
+            "tags": {},
+            "notes": {},
+            "history": [],
+            "started": 1000.0 + number,
+            "ended": 1010.0 + number,
+        }
         (made / RESULT).write_text(dumps(result))
         results.store.publish(key, made, "cell", {})
         planned.append({"key": key, "varied": {}, "stages": {}})
     plan = {"sweep": name, "keep": "results", "base": {}, "cells": planned}
     results.storage.write(f"{name}/{PLANS}/plan.json", json.dumps(plan).encode())
+    results.storage.write(f"{name}/{SWEEP}", f"name: {name}\n".encode())
     return results

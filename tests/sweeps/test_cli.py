@@ -845,6 +845,7 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]
 
         monkeypatch.setattr(tracking, "experiment", lambda uri, name: f"id of {name}")
         monkeypatch.setattr(tracking, "sync", sync)
+        monkeypatch.setattr(tracking, "summarize", lambda *_: False)
         return calls
 
     return ends
@@ -861,6 +862,34 @@ def test_sync_writes_to_the_sweeps_own_store(
     (call,) = calls
     assert (call["uri"], call["experiment"]) == (uri, "id of tiny")
     assert list(call["results"].cells()) == list(stored.results.cells())
+
+
+def test_sync_writes_the_summary_too(
+    run_cli: Callable[..., Any],
+    stored: Stored,
+    synced: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from orchestrator import tracking
+
+    synced()
+    asked: list[tuple[Any, ...]] = []
+
+    def summarize(*arguments: Any) -> bool:
+        asked.append(arguments)
+        if len(asked) > 1:
+            raise ConnectionError("http://me:secret@host is away")
+        return True
+
+    monkeypatch.setattr(tracking, "summarize", summarize)
+    done = run_cli("sync", "tiny", "-o", tmp_path / "runs")
+    assert done.code == 0
+    assert done.out.endswith("The summary run was brought up to date.")
+    assert asked[0][:2] == (f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}", "id of tiny")
+    done = run_cli("sync", "tiny", "-o", tmp_path / "runs")
+    assert done.code == 2
+    assert "the summary run was not written: ConnectionError: http://host is away" in done.err
 
 
 def test_sync_leaves_cells_alone_that_somebody_is_at(
