@@ -449,13 +449,16 @@ def sync(
     def live(key: str) -> bool:
         return results.store.held_by_other(key, "btu sync")
 
-    synced = tracking.sync(where, tracking.experiment(where, name), results, live)
+    experiment = tracking.experiment(where, name)
+    synced = tracking.sync(where, experiment, results, live)
     _say(
         f"{synced.written} runs written, {synced.closed} unfinished ones closed, "
         f"{synced.missing} still missing in {tracking.shown(where)}."
     )
     if synced.missing:
         raise UserError(f"MLflow does not have all runs: {synced.reason}")
+    if tracking.summarize(where, experiment, results):
+        _say("The sweep's summary run is up to date.")
 
 
 @app.command()
