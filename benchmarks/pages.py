@@ -99,7 +99,7 @@ def _picture(path: Path) -> None:
 
     # A repository is cloned more often than its picture is looked at closely.
     with Image.open(path) as image:
-        small = image.convert("RGB").quantize(64)
+        small = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
     small.save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
 
