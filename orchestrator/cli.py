@@ -472,17 +472,32 @@ def report(
     mean: Annotated[
         bool, typer.Option("--mean", help="Mean and 95 % t interval over seeds.")
     ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a page too: charts, marks and table in one file."),
+    ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the page's charts too, as PNG, SVG and PDF."),
+    ] = None,
     output: Output = "runs",
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Print a sweep's results, a row per cell, and what speaks against reading some of them.
 
+    The page opens from disk, in any browser, and needs no network.
+
     Example: `btu report quickstart --mean --format markdown > table.md`
+
+    Example: `btu report quickstart --html quickstart.html --figures figures`
     """
     from orchestrator.guards import summary
+    from orchestrator.report.html import check_page, write_page
     from orchestrator.report.table import mean_over_seeds, render, results_table
     from orchestrator.source import open_source
 
+    if html is not None:
+        check_page(html)
     source = open_source(name, output, tracking_uri, _warn)
     records = source.records()
     table = results_table(records)
@@ -490,6 +505,14 @@ def report(
         raise UserError(f"sweep '{name}' has no finished cell yet; launch it first.")
     text = render(mean_over_seeds(table) if mean else table, style.value)
     sys.stdout.write(text)
+    if html is not None:
+        write_page(source, html)
+        _note([f"Page: {html}"])
+    if figures is not None:
+        from orchestrator.report.figures import FORMATS, write_figures
+
+        written = write_figures(source, figures, FORMATS)
+        _note([f"Figures: {len(written)} files in {figures}"])
     reasons = Counter(record["reason"].splitlines()[0] for record in source.failures())
     for reason, count in reasons.items():
         _warn(f"{count} failed cells are not in the table: {reason}")

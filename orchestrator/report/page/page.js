@@ -9,17 +9,20 @@
   const heads = all("th", byId("table"));
   const names = heads.map((head) => head.dataset.name);
   const scales = heads.map((head) => Number(head.dataset.scale));
-  heads.forEach((head, i) => {
-    if (head.classList.contains("n")) for (const row of body.rows) row.cells[i].className = "n";
-  });
   const exact = (cell) => (cell.dataset.v === undefined ? cell.textContent : cell.dataset.v);
-  const rows = [...body.rows].map((row) => {
-    const values = [...row.cells].map(exact);
-    return { row, values, texts: [...row.cells].map((cell) => cell.textContent),
-      all: row.textContent.toLowerCase() + " " + values.join(" ").toLowerCase() };
+  let read = null;
+  // Read when first asked for: a thousand rows take a moment.
+  const entries = () => {
+    read ??= [...body.rows].map((row) => {
+      const values = [...row.cells].map(exact);
+      const texts = [...row.cells].map((cell) => cell.textContent);
+      return { row, values, texts, all: [...texts, ...values].join(" ").toLowerCase() };
+    });
+    return read;
+  };
+  body.addEventListener("pointerover", ({ target }) => {
+    if (target.dataset.v && !target.title) target.title = target.dataset.v;
   });
-  for (const { row } of rows)
-    for (const cell of row.cells) if (cell.dataset.v) cell.title = cell.dataset.v;
 
   const isNumber = (text) => text !== "" && text !== "-" && Number.isFinite(Number(text));
   const compare = (a, b) => {
@@ -34,6 +37,7 @@
     for (const other of heads) other.setAttribute("aria-sort", "none");
     head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
     const absent = (text) => text === "" || text === "-";
+    const rows = entries();
     rows.sort((a, b) => {
       const [x, y] = [a.values[column], b.values[column]];
       // What is undefined stands last either way.
@@ -68,6 +72,7 @@
       }
     }
     if (byId("only-marked").checked) terms.push((entry) => entry.values[marks] !== "");
+    const rows = entries();
     let shown = 0;
     for (const entry of rows) {
       entry.row.hidden = !terms.every((term) => term(entry));
@@ -78,6 +83,8 @@
   form.addEventListener("input", filter);
   form.addEventListener("reset", () => setTimeout(filter));
   form.addEventListener("submit", (event) => event.preventDefault());
+
+  root.dataset.table = String(Math.round(performance.now()));
 
   // The theme -----------------------------------------------------------------------------------
   const prefersDark = matchMedia("(prefers-color-scheme: dark)");
@@ -125,7 +132,7 @@
     const layout = nested(colors());
     const font = { size: 12, family: getComputedStyle(document.body).fontFamily };
     Object.assign(layout, own, { showlegend: false, dragmode: "zoom",
-      margin: { l: 48, r: 14, t: 12, b: 44 }, font: { ...layout.font, ...font } });
+      margin: { l: own.yaxis.title.text ? 68 : 48, r: 14, t: 12, b: 44 }, font: { ...layout.font, ...font } });
     const look = nested(colors());
     for (const axis of ["xaxis", "yaxis"])
       layout[axis] = { ...look[axis], ...own[axis], title: { standoff: 6, ...own[axis].title } };
@@ -144,8 +151,8 @@
       if (hidden.has(seriesKey(chart, labelOf(trace)))) trace.visible = false;
     drawn.add(plot);
     return window.Plotly.newPlot(plot, data, layoutOf(layout), {
-      displaylogo: false, responsive: true,
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] });
+      // Its buttons would be seven stops of the tab key in every chart.
+      displayModeBar: false, responsive: true });
   };
   for (const button of all(".legend button")) {
     button.addEventListener("click", () => {
@@ -184,13 +191,22 @@
         return;
       }
       await unpack();
-      const watch = new IntersectionObserver((entries) => {
-        for (const { isIntersecting, target } of entries) {
+      // One at a time, so that the page answers in between.
+      const queue = [];
+      const next = () => {
+        const plot = queue.shift();
+        if (plot && !drawn.has(plot)) draw(plot);
+        if (queue.length) setTimeout(next);
+      };
+      const watch = new IntersectionObserver((seen) => {
+        const idle = queue.length === 0;
+        for (const { isIntersecting, target } of seen) {
           if (!isIntersecting) continue;
           watch.unobserve(target);
-          draw(target);
+          queue.push(target);
         }
-      }, { rootMargin: "300px" });
+        if (idle && queue.length) setTimeout(next);
+      }, { rootMargin: "200px" });
       for (const plot of plots) watch.observe(plot);
       window.addEventListener("beforeprint", () => {
         for (const plot of plots) if (!drawn.has(plot)) draw(plot);
