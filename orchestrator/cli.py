@@ -16,7 +16,7 @@ from rich.table import Table
 
 from btu import __version__
 from btu.errors import UserError
-from orchestrator import scan_cli, store_cli
+from orchestrator import pages_cli, scan_cli, store_cli
 
 if TYPE_CHECKING:
     from orchestrator.config import Sweep
@@ -35,6 +35,7 @@ app = typer.Typer(
     "A sweep is one YAML file (see sweeps/). A first one, on an embedded corpus:\n\n"
     "    btu plan sweeps/quickstart.yaml      # what would run, and what cannot\n\n"
     "    btu launch sweeps/quickstart.yaml    # run it on local Ray; run it again to resume\n\n"
+    "    btu status quickstart                # how it stands, while it runs or after\n\n"
     "    btu report quickstart                # the table\n\n"
     "    btu curves quickstart                # detection at every threshold\n\n"
     "    btu scan DATA                        # a data set of your own, for triggers\n\n"
@@ -43,6 +44,7 @@ app = typer.Typer(
 )
 app.add_typer(store_cli.app, name="store")
 app.command()(scan_cli.scan)
+app.command()(pages_cli.status)
 console = Console()
 errors = Console(stderr=True)
 

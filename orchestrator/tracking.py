@@ -557,6 +557,58 @@ def _reread(results: Results, record: Mapping[str, Any]) -> dict[str, Any] | Non
     return next((found for found in results.failures() if found["key"] == key), None)
 
 
+@dataclass(frozen=True)
+class RunState:
+    """A run as its server has it. cell: its key, empty of a run of no cell."""
+
+    run_id: str
+    name: str
+    cell: str
+    status: str
+    reason: str
+
+
+def run_states(uri: str, name: str) -> list[RunState] | None:
+    """Return where every run of a sweep stands; None where the store has no such sweep. Looks only.
+
+    Raises:
+        UserError: the store does not answer, or the URI cannot work.
+    """
+    try:
+        database = _database_of(uri)
+        if database is not None and not database.is_file():
+            return None
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        found = client.get_experiment_by_name(name)
+        runs = [] if found is None else _all_runs(client, found.experiment_id)
+    except _REFUSALS as error:
+        reason = shown((str(error).splitlines() or [type(error).__name__])[0])
+        raise UserError(_no_answer(uri, reason, "or correct --tracking-uri.")) from error
+    if found is None:
+        return None
+    return [
+        RunState(
+            run.info.run_id,
+            run.info.run_name or "",
+            run.data.tags.get("cell", ""),
+            run.info.status,
+            run.data.tags.get("reason", ""),
+        )
+        for run in runs
+    ]
+
+
+def _all_runs(client: mlflow.MlflowClient, experiment_id: str) -> list[Any]:
+    runs: list[Any] = []
+    token = None
+    while True:
+        page = client.search_runs([experiment_id], max_results=1000, page_token=token)
+        runs += page
+        token = page.token
+        if not token:
+            return runs
+
+
 def ui_command(uri: str, port: int) -> list[str]:
     """Return the command that serves the MLflow UI of a store, on this machine only."""
     return [
