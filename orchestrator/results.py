@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from orchestrator.plan import PlannedCell, RefusedCell
 
 PLANS, TRACKED, JOURNAL = "plans", "tracked", "journal.jsonl"
+# Of what a run of MLflow holds: raised with it, so that runs of before are written again.
+RUN_VERSION = 2
 # The files of a cell's result.
 RESULT = "result.json"
 CONFIG = "config.yaml"
@@ -188,6 +190,21 @@ class Results:
             "tags": {"code": code_version()},
         }
 
+    def runs(self) -> dict[str, str]:
+        """Return the ids of the MLflow runs that were written from here, by `record_id`.
+
+        Of a cell that several MLflow stores have, that in the store that has most of the cells.
+        """
+        known: list[dict[str, str]] = []
+        for store in self.storage.names(f"{self.name}/{TRACKED}"):
+            noted = {}
+            for name in self.storage.names(f"{self.name}/{TRACKED}/{store}"):
+                with suppress(ValueError, KeyError, FileNotFoundError):  # damaged, or replaced now
+                    note = json.loads(self.storage.read(f"{self.name}/{TRACKED}/{store}/{name}"))
+                    noted[note["record"]] = note["run_id"]
+            known.append(noted)
+        return {record: run for noted in sorted(known, key=len) for record, run in noted.items()}
+
     def note(self, event: str, **facts: Any) -> None:
         """Add a line to the sweep's journal."""
         line = json.dumps({"time": time.time(), "event": event, **facts})
@@ -200,6 +217,21 @@ class Results:
             with suppress(ValueError):  # cut short by a full disk or a kill
                 events.append(json.loads(line))
         return events
+
+
+def record_id(record: Mapping[str, Any]) -> str:
+    """Return what a run of MLflow must say to be of this record, and not of another of its cell.
+
+    A cell that was launched as a control, and then by itself, is told as what it is now.
+    """
+    control = record["varied"].get(CONTROL)
+    parts = (
+        record["key"],
+        int(record["started"] * 1000),
+        RUN_VERSION,
+        *([control] if control else []),
+    )
+    return "-".join(map(str, parts))
 
 
 def store_location(output: str) -> str:

@@ -50,6 +50,7 @@ from orchestrator.results import (
     TOKENS,
     TRACKED,
     Results,
+    record_id,
 )
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -344,7 +345,7 @@ class Tracker:
                 return False
             found = self._whole_run(record)
             run_id = found or self._write(record, folder)
-            self._note(record["key"], {"record": _record_id(record), "run_id": run_id})
+            self._note(record["key"], {"record": record_id(record), "run_id": run_id})
         return found is None
 
     def is_logged(self, record: Mapping[str, Any]) -> bool:
@@ -355,7 +356,7 @@ class Tracker:
         if (self.uri, self._id) not in _identities:
             return False
         known = self._noted(record["key"])
-        return known.get("record") == _record_id(record) and "run_id" in known
+        return known.get("record") == record_id(record) and "run_id" in known
 
     def identify(self) -> None:
         """Learn which experiment it is, whatever its store is called now; asks once a process.
@@ -400,7 +401,7 @@ class Tracker:
             self._tell_result(run_id, record, folder)
         else:
             self._tell_failure(run_id, record)
-        self._client.set_tag(run_id, RECORD_TAG, _record_id(record))
+        self._client.set_tag(run_id, RECORD_TAG, record_id(record))
         status = "FINISHED" if record["status"] == "finished" else "FAILED"
         self._client.set_terminated(run_id, status, _milliseconds(record["ended"]))
         return run_id
@@ -435,7 +436,7 @@ class Tracker:
         """Return the id of the run that has all of a record; remove the cell's other runs."""
         whole = None
         for run in self._client.search_runs([self._id], f"tags.cell = '{record['key']}'"):
-            same = run.data.tags.get(RECORD_TAG) == _record_id(record)
+            same = run.data.tags.get(RECORD_TAG) == record_id(record)
             if whole is None and same and run.info.status in ("FINISHED", "FAILED"):
                 whole = str(run.info.run_id)
             else:
@@ -623,10 +624,6 @@ def serve_ui(uri: str, port: int) -> int:
         return subprocess.run(ui_command(uri, port), check=False).returncode
     except KeyboardInterrupt:
         return 0
-
-
-def _record_id(record: Mapping[str, Any]) -> str:
-    return f"{record['key']}-{_milliseconds(record['started'])}"
 
 
 def run_name(record: Mapping[str, Any]) -> str:

@@ -114,7 +114,15 @@ def shelve(
         made = results.store.begin(key)
         scored.to_parquet(made / TOKENS, index=False)
         rows.to_parquet(made / ROWS, index=False)
-        result = {"config": settings, "metrics": {**measured, **metrics}, "tags": {}}
+        result = {
+            "config": settings,
+            "metrics": {**measured, **metrics},
+            "tags": {},
+            "notes": {},
+            "history": [],
+            "started": 1000.0 + number,
+            "ended": 1010.0 + number,
+        }
         (made / RESULT).write_text(dumps(result))
         results.store.publish(key, made, "cell", {})
         planned.append({"key": key, "varied": {}, "stages": {}})
