@@ -90,7 +90,8 @@ def status(
                 stand = _with_runs(sweep_status(output, name), output, tracking_uri)
                 live.update(_page(stand), refresh=True)
     else:
-        console.print(_page(stand))
+        for part in _page(stand).renderables:
+            console.print(part, soft_wrap=isinstance(part, Text))
     if stand.state is SweepState.running:
         raise typer.Exit(EXIT_RUNNING)
     if stand.state is not SweepState.done:
@@ -144,9 +145,9 @@ def _overview(found: list[Status]) -> Table:
     return table
 
 
-def _page(stand: Status) -> RenderableType:
+def _page(stand: Status) -> Group:
     from orchestrator.progress import label
-    from orchestrator.report.status import CellState
+    from orchestrator.report.status import CellState, SweepState
 
     counts = ", ".join(f"{count} {state}" for state, count in stand.counts.items())
     done, all_ = stand.stages
@@ -154,7 +155,8 @@ def _page(stand: Status) -> RenderableType:
     suggested = " suggested by Optuna so far" if stand.optuna else ""
     lines = [
         f"{stand.name}: {stand.state}",
-        *(_launch_line(launch) for launch in stand.launches),
+        # What a killed launch left is of interest as long as it left cells too.
+        *(_launch_line(launch) for launch in stand.launches if stand.state is not SweepState.done),
         f"{cells}{suggested}: {counts}; {len(stand.refused)} refused. "
         f"Stages: {done} of {all_} done.",
     ]
