@@ -17,6 +17,7 @@ from rich.table import Table
 from btu import __version__
 from btu.errors import UserError
 from orchestrator import pages_cli, scan_cli, store_cli
+from orchestrator.pages_cli import Format
 
 if TYPE_CHECKING:
     from orchestrator.config import Sweep
@@ -45,6 +46,7 @@ app = typer.Typer(
 app.add_typer(store_cli.app, name="store")
 app.command()(scan_cli.scan)
 app.command()(pages_cli.status)
+app.command()(pages_cli.compare)
 console = Console()
 errors = Console(stderr=True)
 
@@ -70,16 +72,6 @@ class Kind(StrEnum):
     datasets = "datasets"
     metrics = "metrics"
     rules = "rules"
-
-
-class Format(StrEnum):
-    """How a table is printed."""
-
-    table = "table"
-    csv = "csv"
-    json = "json"
-    markdown = "markdown"
-    latex = "latex"
 
 
 class Curve(StrEnum):

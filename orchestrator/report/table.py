@@ -11,6 +11,7 @@ import pandas as pd
 from btu.errors import unknown
 from orchestrator.config import CONTROL, flatten
 from orchestrator.guards import GUARDS, joined, marks
+from orchestrator.report.statistics import half_width
 
 FORMATS = ("table", "csv", "json", "markdown", "latex")
 # Table column -> dotted config key.
@@ -147,22 +148,13 @@ def _shares(group: pd.DataFrame) -> str:
     return "; ".join(f"{name} {len(found)}/{total}" for name, found in seeds.items() if found)
 
 
-def _half_width(values: pd.Series[float]) -> float:
-    from scipy.stats import t
-
-    known = values.dropna()
-    if len(known) < 2:
-        return float("nan")
-    return float(t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / len(known) ** 0.5)
-
-
 def means(table: pd.DataFrame, groups: list[str], metrics: Iterable[str]) -> pd.DataFrame:
     """Return a row per group: its seeds, and mean and interval as in `mean_over_seeds`."""
     grouped = table.groupby(groups, sort=False, dropna=False)
     result = grouped["seed"].nunique().rename("seeds").reset_index()
     for name in metrics:
         result[name] = grouped[name].mean().to_numpy()
-        result[f"{name}_ci"] = grouped[name].apply(_half_width).to_numpy()
+        result[f"{name}_ci"] = grouped[name].apply(half_width).to_numpy()
     return result
 
 
