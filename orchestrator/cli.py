@@ -61,6 +61,12 @@ Overrides = Annotated[
 Output = Annotated[
     str, typer.Option("--output", "-o", help="Output folder that holds the sweep (key `output`).")
 ]
+TrackingUri = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking-uri", help="Read an MLflow store instead of the output folder, and it alone."
+    ),
+]
 
 
 class Kind(StrEnum):
@@ -454,6 +460,7 @@ def report(
         bool, typer.Option("--mean", help="Mean and 95 % t interval over seeds.")
     ] = False,
     output: Output = "runs",
+    tracking_uri: TrackingUri = None,
 ) -> None:
     """Print a sweep's results, a row per cell, and what speaks against reading some of them.
 
@@ -461,16 +468,16 @@ def report(
     """
     from orchestrator.guards import summary
     from orchestrator.report.table import mean_over_seeds, render, results_table
-    from orchestrator.results import find_sweep
+    from orchestrator.source import open_source
 
-    results = find_sweep(output, name, _warn)
-    records = list(results.records())
+    source = open_source(name, output, tracking_uri, _warn)
+    records = source.records()
     table = results_table(records)
     if table.empty:
         raise UserError(f"sweep '{name}' has no finished cell yet; launch it first.")
     text = render(mean_over_seeds(table) if mean else table, style.value)
     sys.stdout.write(text)
-    reasons = Counter(record["reason"].splitlines()[0] for record in results.failures())
+    reasons = Counter(record["reason"].splitlines()[0] for record in source.failures())
     for reason, count in reasons.items():
         _warn(f"{count} failed cells are not in the table: {reason}")
     for line in summary(records):
@@ -491,6 +498,7 @@ def curves(
         Path | None, typer.Option(help="Write a figure too: FILE.png, .svg or .pdf.")
     ] = None,
     output: Output = "runs",
+    tracking_uri: TrackingUri = None,
 ) -> None:
     """Print detection at every threshold, from the scores that a sweep has saved.
 
@@ -503,15 +511,15 @@ def curves(
     from orchestrator.report.curve_plot import check_path, curve_plot
     from orchestrator.report.curves import MEASURES, curve_means, read_saved, sweep_curves
     from orchestrator.report.table import render
-    from orchestrator.results import find_sweep
+    from orchestrator.source import open_source
 
     if plot is not None:
         check_path(plot)
-    results = find_sweep(output, name, _warn)
-    records = list(results.records())
+    source = open_source(name, output, tracking_uri, _warn)
+    records = source.records()
     if not records:
         raise UserError(f"sweep '{name}' has no finished cell yet; launch it first.")
-    table, notes = sweep_curves(threshold_cells(records), read_saved(results.store), thresholds)
+    table, notes = sweep_curves(threshold_cells(records), read_saved(source), thresholds)
     if plot is not None:
         curve_plot(table, plot)
         notes.append(f"Plot: {plot}")
@@ -530,6 +538,7 @@ def choose(
     ] = False,
     style: StyleOption = Format.table,
     output: Output = "runs",
+    tracking_uri: TrackingUri = None,
 ) -> None:
     """Print which trained threshold one would choose, for cells that are equal but for it.
 
@@ -544,11 +553,11 @@ def choose(
     from orchestrator.report.cells import threshold_cells
     from orchestrator.report.choice import FRACTIONS, choices, recommended
     from orchestrator.report.table import render
-    from orchestrator.results import find_sweep
+    from orchestrator.source import open_source
 
     check_fraction("--cacc-loss", cacc_loss)
-    results = find_sweep(output, name, _warn)
-    records = list(results.records())
+    source = open_source(name, output, tracking_uri, _warn)
+    records = source.records()
     if not records:
         raise UserError(f"sweep '{name}' has no finished cell yet; launch it first.")
     cells = threshold_cells(records)

@@ -110,24 +110,20 @@ def status(
 
 
 def _with_runs(stand: Status, output: str, uri: str | None) -> Status:
-    """Return the status with what MLflow says; without, where the default store is not there."""
+    """Return the status with what MLflow says, or why it says nothing."""
     from dataclasses import replace
 
     from orchestrator import tracking
     from orchestrator.report.status import tracked
-    from orchestrator.storage import is_url
 
-    if uri is None and is_url(output):
-        return stand
-    where = tracking.absolute(uri) if uri else tracking.default_uri(output)
-    states = tracking.run_states(where, stand.name)
-    if states is None:
+    try:
+        where = tracking.absolute(uri) if uri else tracking.default_uri(output)
+        states = tracking.MlflowSource(where, stand.name).states()
+    except UserError as error:
         if uri is not None:
-            raise UserError(
-                f"{tracking.shown(where)} has no sweep '{stand.name}'; correct --tracking-uri, or "
-                f"write its runs: btu sync {stand.name} --uri {tracking.shown(where)}"
-            )
-        return stand
+            raise
+        # The sweep's own URI is nowhere on disk, since it may hold a password.
+        return replace(stand, untracked=f"{error} --tracking-uri names another store.")
     return replace(stand, runs=tracked(stand, tracking.shown(where), states))
 
 
@@ -230,7 +226,7 @@ def _time_left(stand: Status) -> str:
 def _mlflow_line(stand: Status) -> str:
     runs = stand.runs
     if runs is None:
-        return "MLflow: no runs of this sweep in the output folder; --tracking-uri names a server."
+        return f"MLflow: {stand.untracked}"
     line = f"MLflow {runs.uri}: {runs.finished} finished, {runs.failed} failed"
     line += f", {runs.running} running" if runs.running else ""
     if runs.orphaned:

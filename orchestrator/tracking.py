@@ -14,13 +14,15 @@ import re
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # The defaults retry a dead server for minutes per call; results wait on disk, so give up soon.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -32,13 +34,13 @@ import mlflow
 import pandas as pd
 import yaml
 from alembic.util.exc import CommandError
-from mlflow.entities import Experiment, Metric, Param
+from mlflow.entities import Experiment, Metric, Param, Run
 from mlflow.exceptions import MlflowException
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from btu.errors import UserError
-from orchestrator.config import CONTROL, Sweep, flatten, pins, shown_coordinates
+from btu.errors import UserError, unknown
+from orchestrator.config import CONTROL, Sweep, flatten, pins, settings, shown_coordinates
 from orchestrator.guards import joined, marks
 from orchestrator.lease import LEFTOVER_S
 from orchestrator.results import (
@@ -52,12 +54,16 @@ from orchestrator.results import (
     Results,
     record_id,
 )
+from orchestrator.source import read_table
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 
 # How long a server that did not answer is left alone, and how many records in a row may fail.
 DOWN_SECONDS, GIVE_UP = 60.0, 3
-RECORD_TAG = "btu.record"
+# Of a run. MLflow's UI lists no tag that begins with "mlflow.", and these are not for people: which
+# record of the cell it is, and its settings, in as many numbered tags as they need.
+RECORD_TAG, CELL_TAG = "mlflow.btu.record", "mlflow.btu.cell."
+KIND_TAG, TRIAL, SUMMARY = "kind", "trial", "summary"
 # Of an experiment: ids of SQLite begin at 1 again in a new file, and a URI changes with a move.
 ID_TAG = "btu.id"
 SQLITE = "sqlite:///"
@@ -65,16 +71,30 @@ SQLITE = "sqlite:///"
 _REFUSALS = (MlflowException, SQLAlchemyError, CommandError, sqlite3.Error, OSError, ValueError)
 # MLflow refuses longer values of params and tags.
 PARAM_CHARACTERS, TAG_CHARACTERS = 6000, 5000
-# Params that get a column of their own under a short name; everything else keeps its dotted key.
-SHORT = {
+# The params of a run, short names for columns; beside them there are those that the sweep varies.
+# All other settings are in its config.yaml: forty columns that never change hide those that do.
+PARAMS = {
+    "data.name": "data",
+    "victim.name": "victim",
     "attack.name": "attack",
     "attack.poison_rate": "poison_rate",
+    "attack.label_mode": "label_mode",
     "defense.name": "defense",
+    "defense.preset": "preset",
     "defense.rule": "rule",
     "defense.threshold": "threshold",
     "defense.alpha": "alpha",
+    "train.epochs": "epochs",
+    "train.learning_rate": "learning_rate",
+    "train.batch_size": "batch_size",
+    "seed": "seed",
 }
-UNTRACKED_KEYS = ("resources",)
+# First parts of the names of metrics that are notes on the data, and curves over epochs.
+NOTES, CURVES = "data", ("loss", "accuracy")
+# Tags that are made here; all others of a run are the record's own.
+OWN_TAGS = ("cell", KIND_TAG, CONTROL, "marks", "reason")
+# How many runs are asked for at once: an answer has to come within the timeout above.
+PAGE = 250
 
 
 def tracking_uri(sweep: Sweep) -> str:
@@ -172,7 +192,7 @@ def _open(uri: str, name: str, note: str | None, hint: str) -> tuple[str | None,
             "it (for PostgreSQL: pip install psycopg2-binary), or name an MLflow server (HTTP)."
         ) from error
     except _REFUSALS as error:
-        reason = shown((str(error).splitlines() or [type(error).__name__])[0])
+        reason = _reason(error)
         if uri.startswith(("http://", "https://")):
             return None, reason
         raise UserError(_no_answer(uri, reason, hint)) from error
@@ -558,56 +578,182 @@ def _reread(results: Results, record: Mapping[str, Any]) -> dict[str, Any] | Non
     return next((found for found in results.failures() if found["key"] == key), None)
 
 
-@dataclass(frozen=True)
-class RunState:
-    """A run as its server has it. cell: its key, empty of a run of no cell."""
+class RunState(NamedTuple):
+    """Where a run stands. cell: its key, empty of a run of no cell. status: MLflow's word."""
 
     run_id: str
-    name: str
     cell: str
     status: str
-    reason: str
 
 
-def run_states(uri: str, name: str) -> list[RunState] | None:
-    """Return where every run of a sweep stands; None where the store has no such sweep. Looks only.
+class MlflowSource:
+    """A sweep's results from its MLflow experiment alone: a `Source`.
 
-    Raises:
-        UserError: the store does not answer, or the URI cannot work.
+    Numbers are the runs' metrics. Of several runs of a cell the newest finished one counts.
     """
-    try:
-        database = _database_of(uri)
-        if database is not None and not database.is_file():
-            return None
-        client = mlflow.MlflowClient(tracking_uri=uri)
-        found = client.get_experiment_by_name(name)
-        runs = [] if found is None else _all_runs(client, found.experiment_id)
-    except _REFUSALS as error:
-        reason = shown((str(error).splitlines() or [type(error).__name__])[0])
-        raise UserError(_no_answer(uri, reason, "or correct --tracking-uri.")) from error
-    if found is None:
-        return None
-    return [
-        RunState(
-            run.info.run_id,
-            run.info.run_name or "",
-            run.data.tags.get("cell", ""),
-            run.info.status,
-            run.data.tags.get("reason", ""),
+
+    def __init__(self, uri: str, name: str, warn: Callable[[str], None] | None = None) -> None:
+        """Find the experiment. warn: told of runs that are left out.
+
+        Raises:
+            UserError: MLflow does not answer, or has no such experiment ("did you mean").
+        """
+        self.uri, self._name, self._warn = absolute(uri), name, warn
+        database = self.uri.removeprefix(SQLITE) if self.uri.startswith(SQLITE) else None
+        if database is not None and not Path(database).is_file():
+            # MLflow would make one.
+            raise UserError(f"{shown(self.uri)} does not exist; correct --tracking-uri.")
+        with self._answering():
+            self._client = mlflow.MlflowClient(tracking_uri=self.uri)
+            found = self._client.get_experiment_by_name(name)
+            if found is None:
+                known = [e.name for e in self._client.search_experiments() if e.name != "Default"]
+                where = f"sweep in {shown(self.uri)}"
+                raise UserError(f"{unknown(where, name, known)}; launch or sync it first.")
+        if found.lifecycle_stage != "active":
+            raise UserError(
+                f"experiment '{name}' was deleted in the MLflow store {shown(self.uri)}; restore "
+                "it there."
+            )
+        self._id = str(found.experiment_id)
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def records(self) -> list[dict[str, Any]]:
+        return [self._record(run) for run in self._cells.values() if run.info.status == "FINISHED"]
+
+    def failures(self) -> list[dict[str, Any]]:
+        return [self._record(run) for run in self._cells.values() if run.info.status == "FAILED"]
+
+    def states(self) -> list[RunState]:
+        """Return where every run of the sweep stands, unfinished ones too."""
+        with self._answering():
+            return [
+                RunState(run.info.run_id, run.data.tags.get("cell", ""), run.info.status)
+                for run in self._search()
+            ]
+
+    def tokens(self, key: str) -> pd.DataFrame | None:
+        return self._table(key, TOKENS)
+
+    def rows(self, key: str) -> pd.DataFrame | None:
+        return self._table(key, ROWS)
+
+    @cached_property
+    def _cells(self) -> dict[str, Run]:
+        """The run that counts of each cell, by key."""
+        found: dict[str, Run] = {}
+        older = 0
+        with self._answering():
+            runs = sorted(self._search(), key=lambda run: run.info.start_time)
+        for run in runs:
+            tags = run.data.tags
+            if "cell" not in tags or run.info.status not in ("FINISHED", "FAILED"):
+                continue  # a summary, what someone else logged here, or not written to its end
+            if f"{CELL_TAG}0" not in tags or RECORD_TAG not in tags:
+                older += 1
+                continue
+            before = found.get(tags["cell"])
+            if before is None or run.info.status == "FINISHED" or before.info.status == "FAILED":
+                found[tags["cell"]] = run
+        if older and self._warn is not None:
+            self._warn(
+                f"{older} runs of sweep '{self._name}' were logged by an earlier version and are "
+                f"left out; btu sync {self._name} writes them anew, where their results are."
+            )
+        return dict(sorted(found.items()))
+
+    def _search(self) -> Iterator[Run]:
+        token = None
+        while True:
+            page = self._client.search_runs([self._id], max_results=PAGE, page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    def _record(self, run: Run) -> dict[str, Any]:
+        tags = run.data.tags
+        cell = json.loads("".join(_numbered(tags, CELL_TAG)))
+        finished = run.info.status == "FINISHED"
+        record = {
+            "key": tags["cell"],
+            "sweep": self._name,
+            "status": "finished" if finished else "failed",
+            "run_id": run.info.run_id,
+            "config": cell["config"],
+            "varied": cell["varied"],
+        }
+        if finished:
+            record |= {
+                "metrics": {
+                    cell["names"].get(name, name): value
+                    for name, value in run.data.metrics.items()
+                    if name.partition("/")[0] not in (NOTES, *CURVES)
+                },
+                "notes": {
+                    name.removeprefix(f"{NOTES}/"): value
+                    for name, value in run.data.metrics.items()
+                    if name.startswith(f"{NOTES}/")
+                },
+                "tags": {
+                    name: value
+                    for name, value in tags.items()
+                    if not name.startswith("mlflow.") and name not in OWN_TAGS
+                },
+            }
+        else:
+            record |= {"stage": cell["stage"], "reason": tags["reason"]}
+        record["started"], record["ended"] = (
+            moment / 1000 for moment in (run.info.start_time, run.info.end_time)
         )
-        for run in runs
-    ]
+        return record
+
+    def _table(self, key: str, name: str) -> pd.DataFrame | None:
+        run = self._cells.get(key)
+        if run is None:
+            return None
+        run_id = run.info.run_id
+        with self._answering(), tempfile.TemporaryDirectory(prefix="btu-mlflow-") as folder:
+            if name not in {entry.path for entry in self._client.list_artifacts(run_id)}:
+                return None
+            path = Path(self._client.download_artifacts(run_id, name, folder))
+            try:
+                return read_table(path)
+            except (ValueError, OSError) as error:
+                raise UserError(
+                    f"artifact {name} of run {run_id} cannot be read ({_reason(error)}); write it "
+                    "again, or delete the run."
+                ) from error
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except ImportError as error:
+            raise UserError(
+                f"tracking URI {shown(self.uri)} needs a package that is not installed: {error}."
+            ) from error
+        except _REFUSALS as error:
+            raise UserError(
+                f"MLflow at {shown(self.uri)} does not answer: {_reason(error)} Start the server, "
+                "or correct --tracking-uri."
+            ) from error
 
 
-def _all_runs(client: mlflow.MlflowClient, experiment_id: str) -> list[Any]:
-    runs: list[Any] = []
-    token = None
-    while True:
-        page = client.search_runs([experiment_id], max_results=1000, page_token=token)
-        runs += page
-        token = page.token
-        if not token:
-            return runs
+def _numbered(tags: Mapping[str, str], prefix: str) -> Iterator[str]:
+    number = 0
+    while (name := f"{prefix}{number}") in tags:
+        yield tags[name]
+        number += 1
+
+
+def _reason(error: Exception) -> str:
+    return shown((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def ui_command(uri: str, port: int) -> list[str]:
@@ -641,11 +787,27 @@ def run_tags(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "mlflow.source.name": "btu",
         "mlflow.note.content": _run_note(record),
+        **_cell_tags(record),
+        KIND_TAG: TRIAL,
         "cell": record["key"],
         **({CONTROL: varied[CONTROL]} if CONTROL in varied else {}),
         **({"marks": joined(found)} if found else {}),
         **record["tags"],
     }
+
+
+def _cell_tags(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return what `MlflowSource` needs of a cell and neither params nor metrics hold exactly."""
+    names = {_metric_name(name): name for name in record.get("metrics", {})}
+    cell = {
+        "config": record["config"],
+        "varied": record["varied"],
+        "names": {logged: name for logged, name in names.items() if logged != name},
+        **({"stage": record["stage"]} if "stage" in record else {}),
+    }
+    text = json.dumps(cell, separators=(",", ":"))
+    parts = range(0, len(text), TAG_CHARACTERS)
+    return {f"{CELL_TAG}{i}": text[at : at + TAG_CHARACTERS] for i, at in enumerate(parts)}
 
 
 def _run_note(record: Mapping[str, Any]) -> str:
@@ -658,13 +820,13 @@ def _run_note(record: Mapping[str, Any]) -> str:
 
 
 def _params(record: Mapping[str, Any]) -> list[Param]:
-    config = {k: v for k, v in record["config"].items() if k not in UNTRACKED_KEYS}
-    flat = {SHORT.get(key, key): value for key, value in flatten(config).items()}
+    flat = flatten(record["config"])
+    names = {**PARAMS, **{key: PARAMS.get(key, key) for key in settings(record["varied"])}}
     # A key that is not set would only be an empty column in the runs table.
     return [
-        Param(key, str(value)[:PARAM_CHARACTERS])
-        for key, value in flat.items()
-        if value is not None and value != ""
+        Param(name, str(flat[key])[:PARAM_CHARACTERS])
+        for key, name in names.items()
+        if flat.get(key) not in (None, "")
     ]
 
 
@@ -675,13 +837,13 @@ def _metrics(record: Mapping[str, Any]) -> list[Metric]:
         for name, value in record["metrics"].items()
     ]
     metrics += [
-        Metric(f"data/{name}", float(value), ended, 0) for name, value in record["notes"].items()
+        Metric(f"{NOTES}/{name}", float(value), ended, 0) for name, value in record["notes"].items()
     ]
     clock = record["started"]
     for epoch in record["history"]:
         clock += epoch["seconds"]
         stage = _metric_name(epoch["stage"])
-        for name in ("loss", "accuracy"):
+        for name in CURVES:
             metrics.append(
                 Metric(f"{name}/{stage}", epoch[name], _milliseconds(clock), epoch["epoch"])
             )

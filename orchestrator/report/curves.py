@@ -18,8 +18,7 @@ from btu.metrics import average_precision
 from btu.types import FloatArray, IntArray
 from orchestrator.report.cells import LOGGED, Cells, falls
 from orchestrator.report.table import means
-from orchestrator.results import ROWS, TOKENS
-from orchestrator.store import Damaged, Missing, Store
+from orchestrator.source import Source
 
 # The share of the candidates that a default curve flags at its deepest threshold.
 DEEPEST = 0.01
@@ -107,18 +106,14 @@ def spanning(
     return spanned
 
 
-def read_saved(store: Store) -> Callable[[str], Saved | None]:
+def read_saved(source: Source) -> Callable[[str], Saved | None]:
     """Return a function from a cell's key to its scores; None where it has none or is damaged."""
 
     def read(key: str) -> Saved | None:
-        try:
-            folder = store.fetch(key)
-            tokens = pd.read_parquet(folder / TOKENS, columns=["score", "trigger"])
-            if not tokens["score"].notna().any():
-                return None  # the defense does not rank tokens
-            return Saved(tokens, pd.read_parquet(folder / ROWS, columns=["top", "poisoned"]))
-        except (Damaged, Missing, FileNotFoundError):
-            return None
+        tokens, rows = source.tokens(key), source.rows(key)
+        if tokens is None or rows is None or not tokens["score"].notna().any():
+            return None  # not kept, or the defense does not rank tokens
+        return Saved(tokens[["score", "trigger"]], rows[["top", "poisoned"]])
 
     return read
 

@@ -96,6 +96,7 @@ class Status:
     stages: distinct ones, as (done, all). seconds_left: of computing, over all workers; None where
     a kind of stage that is left was never timed (`untimed`). at_once: how many stages the last
     launch ran at a time. optuna: its cells are chosen as it goes. held: keys with a live lease.
+    untracked: why there are no `runs`.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Status:
     optuna: bool
     held: frozenset[str] = frozenset()
     runs: Runs | None = None
+    untracked: str = ""
 
     @property
     def counts(self) -> dict[CellState, int]:
@@ -421,7 +423,7 @@ def _left(
 def tracked(status: Status, uri: str, states: Iterable[RunState]) -> Runs:
     """Return what MLflow says of a sweep's cells beside what is on disk.
 
-    states: of its runs, see `orchestrator.tracking.run_states`.
+    states: of its runs, from `orchestrator.tracking.MlflowSource`.
     """
     states = [run for run in states if run.cell]
     by_status = Counter(run.status for run in states)

@@ -29,6 +29,7 @@ from orchestrator.report.curves import (
     sweep_curves,
 )
 from orchestrator.report.table import render
+from orchestrator.source import StoreSource
 
 NAN = float("nan")
 CONTRAST, SHARE = RULES.load("contrast"), RULES.load("top_fraction")
@@ -161,7 +162,7 @@ def test_a_sweep_is_read_off_as_a_naive_implementation_does(tmp_path: Path) -> N
         tokens=6000,
     )  # fmt: skip
     cells = threshold_cells(results.records())
-    table, notes = sweep_curves(cells, read_saved(results.store), 50)
+    table, notes = sweep_curves(cells, read_saved(StoreSource(results)), 50)
     assert notes == [
         "60 cells, 12 curves: cells that differ only in the threshold have the same scores."
     ]
@@ -184,12 +185,12 @@ def test_a_sweep_is_read_off_as_a_naive_implementation_does(tmp_path: Path) -> N
 
 def sweep_of(runs: Path, *settings: dict[str, Any], **metrics: float) -> pd.DataFrame:
     results = shelve(runs, [(cell, metrics) for cell in settings])
-    return sweep_curves(threshold_cells(results.records()), read_saved(results.store), 5)[0]
+    return sweep_curves(threshold_cells(results.records()), read_saved(StoreSource(results)), 5)[0]
 
 
 def test_scores_of_cells_that_differ_in_the_threshold_are_read_once(tmp_path: Path) -> None:
     results = shelve(tmp_path, [(config(threshold=t), {}) for t in (3.0, 4.0, 5.0)])
-    read, asked = read_saved(results.store), []
+    read, asked = read_saved(StoreSource(results)), []
 
     def counting(key: str) -> Saved | None:
         asked.append(key)
@@ -203,7 +204,7 @@ def test_a_cell_whose_scores_are_damaged_leaves_its_curve_to_another(tmp_path: P
     results = shelve(tmp_path, [(config(threshold=t), {}) for t in (3.0, 4.0)])
     records = list(results.records())
     (results.store.fetch(records[0]["key"]) / "tokens.parquet").write_bytes(b"")
-    table, _ = sweep_curves(threshold_cells(records), read_saved(results.store), 5)
+    table, _ = sweep_curves(threshold_cells(records), read_saved(StoreSource(results)), 5)
     assert results.store.committed() == {records[1]["key"]}  # it was set aside
     assert table["trained"].sum() == 2
 
@@ -236,7 +237,7 @@ def test_a_cell_that_logged_other_flags_than_its_scores_give_is_told(tmp_path: P
     results = shelve(
         tmp_path, [(config(threshold=3.0), {}), (config(threshold=4.0), {"flagged": 599})]
     )
-    _, notes = sweep_curves(threshold_cells(results.records()), read_saved(results.store), 5)
+    _, notes = sweep_curves(threshold_cells(results.records()), read_saved(StoreSource(results)), 5)
     assert notes[-1].startswith("1 cells logged other detection metrics than the scores")
 
 
@@ -251,7 +252,7 @@ def test_no_token_scores_is_an_error_that_says_what_gives_them(tmp_path: Path) -
 def test_means_are_over_seeds_and_asr_over_those_that_trained(tmp_path: Path) -> None:
     settings = [config(seed=0), config(seed=1), config(seed=0, threshold=6.0)]
     results = shelve(tmp_path, [(s, {"asr": n / 10}) for n, s in enumerate(settings)])
-    table, _ = sweep_curves(threshold_cells(results.records()), read_saved(results.store), 5)
+    table, _ = sweep_curves(threshold_cells(results.records()), read_saved(StoreSource(results)), 5)
     rows = curve_means(table)
     # 5 thresholds, of which the lowest is the trained 4.5, and 6.0
     assert (len(rows), len(table)) == (6, 12)
@@ -358,7 +359,7 @@ def test_the_command_prints_in_every_format(
 def test_a_trained_cell_lies_on_its_own_curve(stored: Stored) -> None:
     # From a trial, not from a generator: alpha 0.01 with round 2.
     cells = threshold_cells(stored.results.records())
-    table, notes = sweep_curves(cells, read_saved(stored.store), 5)
+    table, notes = sweep_curves(cells, read_saved(StoreSource(stored.results)), 5)
     (row,) = table[table.trained].to_dict("records")
     metrics = stored.record["metrics"]
     assert (row["threshold"], row["exact"]) == (0.01, False)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pandas as pd
 import pytest
 from synthetic import config, shelve
 
 from btu.errors import UserError
-from orchestrator.results import TRACKED, Results, record_id
-from orchestrator.source import open_source
+from orchestrator.report.table import mean_over_seeds, render, results_table
+from orchestrator.results import PLANS, TRACKED, Results, record_id
+from orchestrator.source import Source, open_source
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 
 def made(runs: Path, count: int = 3) -> Results:
@@ -72,3 +78,188 @@ def test_an_unknown_sweep_gets_a_suggestion(tmp_path: Path) -> None:
     made(tmp_path)
     with pytest.raises(UserError, match=r"unknown sweep .*'mode'.*did you mean 'made'"):
         open_source("mode", str(tmp_path))
+
+
+# From MLflow alone -----------------------------------------------------------------------------
+
+ODD = {
+    # Floats without a short decimal form, a whole number, an undefined one, odd names.
+    "asr": 0.1 + 0.2, "cacc": 2 / 3, "detection_f1": float("nan"), "poisoned_rows": 7,
+    "seconds/clean tuning (control)": 1 / 3, "seconds/poisoned fine-tune": 2.0, "seconds": 1e9 / 7,
+}  # fmt: skip
+# What no shell takes as it is, longer than a tag.
+WORDS = [f'word {number}\'s "quote" é' for number in range(400)]
+FAILED = "f" * 24
+
+
+class Written(NamedTuple):
+    """A sweep of three finished cells and one that failed, in a store and in MLflow."""
+
+    results: Results
+    uri: str
+    experiment: str
+    client: MlflowClient
+
+    def here(self) -> Source:
+        return open_source(self.results.name, self.results.output)
+
+    def there(self, warn: Callable[[str], None] | None = None) -> Source:
+        return open_source(self.results.name, "nowhere", self.uri, warn)
+
+    def sync(self) -> None:
+        from orchestrator.tracking import sync
+
+        assert sync(self.uri, self.experiment, self.results, lambda key: False).missing == 0
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from orchestrator import tracking
+
+    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+    tracking.experiment(uri, "other")
+    return uri
+
+
+@pytest.fixture
+def written(
+    tmp_path: Path, database: str, cell: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> Written:
+    from mlflow import MlflowClient
+
+    from orchestrator import tracking
+
+    monkeypatch.setattr(tracking, "_down", {})
+    monkeypatch.setattr(tracking, "_identities", {})
+    cells: list[Any] = []
+    for seed in range(3):
+        settings = config(seed=seed, threshold=4.5 if seed else 3)
+        settings["attack"]["trigger"] = WORDS
+        settings["data"] = {"name": "demo", "path": None, "revision": "12e5"}
+        cells.append((settings, ODD if seed else {"asr": 1.0}))
+    results = shelve(tmp_path, cells, name=f"made-{tmp_path.name}", tokens=40)
+    plan = tmp_path / results.name / PLANS / "plan.json"
+    launched = json.loads(plan.read_text())
+    for number, one in enumerate(launched["cells"]):
+        one["varied"] = {"defense.threshold": 4.5 if number else 3, "seed": number}
+    launched["cells"][2]["varied"]["control"] = "no_poison"
+    base = {key: value for key, value in cell.items() if key != "seed"}
+    launched["base"] = base
+    launched["cells"].append({"key": FAILED, "varied": {"seed": 9}, "stages": {}})
+    plan.write_text(json.dumps(launched))
+    failure = {
+        "key": FAILED, "stage": "unlearn", "reason": "loss became nan\nin epoch 2",
+        "traceback": "Traceback: x", "started": 1000.1234, "ended": 1001.5678,
+    }  # fmt: skip
+    results.store.fail(FAILED, failure)
+    experiment = tracking.experiment(database, results.name)
+    made = Written(results, database, experiment, MlflowClient(tracking_uri=database))
+    made.sync()
+    return made
+
+
+@pytest.mark.slow
+def test_mlflow_alone_gives_the_same_records_to_the_last_digit(written: Written) -> None:
+    here, there = written.here().records(), written.there().records()
+    assert len(there) == 3
+    assert all(record["run_id"] for record in there)
+    assert there[1]["metrics"]["asr"] == 0.1 + 0.2 != 0.3
+    assert there[1]["metrics"]["seconds/clean tuning (control)"] == 1 / 3
+    assert there[1]["config"]["attack"]["trigger"] == WORDS
+    # As text: NaN is not equal to itself, and every digit counts.
+    assert json.dumps(there, sort_keys=True) == json.dumps(here, sort_keys=True)
+    table, again = results_table(here), results_table(there)
+    assert render(again, "csv") == render(table, "csv")
+    assert render(mean_over_seeds(again), "csv") == render(mean_over_seeds(table), "csv")
+
+
+@pytest.mark.slow
+def test_mlflow_alone_gives_the_same_failures(written: Written) -> None:
+    (failure,) = written.there().failures()
+    assert failure["reason"] == "loss became nan\nin epoch 2"
+    assert failure["stage"] == "unlearn"
+    assert [failure] == written.here().failures()
+
+
+@pytest.mark.slow
+def test_mlflow_alone_gives_the_tables_of_a_cell(written: Written) -> None:
+    key = written.here().records()[0]["key"]
+    pd.testing.assert_frame_equal(written.there().tokens(key), written.here().tokens(key))
+    pd.testing.assert_frame_equal(written.there().rows(key), written.here().rows(key))
+    assert written.there().tokens(FAILED) is None
+    assert written.there().tokens("0" * 20) is None
+
+
+@pytest.mark.slow
+def test_of_several_runs_of_a_cell_the_newest_finished_one_counts(written: Written) -> None:
+    first = written.there().records()[0]
+    tags = dict(written.client.get_run(first["run_id"]).data.tags)
+
+    def again(started: int, status: str, asr: float) -> str:
+        run = written.client.create_run(written.experiment, start_time=started, tags=tags)
+        written.client.log_metric(run.info.run_id, "asr", asr)
+        if status != "RUNNING":
+            written.client.set_terminated(run.info.run_id, status, started + 1)
+        return str(run.info.run_id)
+
+    began = int(first["started"] * 1000)
+    again(began - 1000, "FINISHED", 0.25)  # older
+    newest = again(began + 1000, "FINISHED", 0.5)
+    again(began + 2000, "FAILED", 0.75)
+    again(began + 3000, "RUNNING", 0.875)  # half-written
+    found = written.there().records()[0]
+    assert (found["run_id"], found["metrics"]) == (newest, {"asr": 0.5})
+    assert len(written.there().records()) == 3
+    assert len(written.there().failures()) == 1
+
+
+@pytest.mark.slow
+def test_runs_that_are_no_cells_are_none(written: Written) -> None:
+    from orchestrator.tracking import CELL_TAG
+
+    run = written.client.create_run(written.experiment, tags={"kind": "summary"})
+    written.client.set_terminated(run.info.run_id)
+    told: list[str] = []
+    assert len(written.there(told.append).records()) == 3
+    assert told == []
+    # Of an earlier version: without what no param or metric holds.
+    first = written.there().records()[0]
+    written.client.delete_tag(first["run_id"], f"{CELL_TAG}0")
+    assert len(written.there(told.append).records()) == 2
+    (text,) = told
+    assert text.startswith("1 runs of sweep 'made-")
+    assert f"btu sync {written.results.name} writes them anew" in text
+
+
+@pytest.mark.slow
+def test_a_damaged_artifact_is_told_as_such(written: Written) -> None:
+    first = written.there().records()[0]
+    written.client.log_text(first["run_id"], "no parquet", "tokens.parquet")
+    with pytest.raises(UserError, match=rf"tokens.parquet of run {first['run_id']} cannot be read"):
+        written.there().tokens(first["key"])
+
+
+@pytest.mark.slow
+def test_what_mlflow_does_not_have_is_named(written: Written, tmp_path: Path) -> None:
+    name = written.results.name
+    with pytest.raises(UserError, match=rf"did you mean '{name}'"):
+        open_source(f"{name}x", "", written.uri)
+    absent = tmp_path / "absent.db"
+    with pytest.raises(UserError, match=r"sqlite:///.*absent.db does not exist; .*--tracking-uri"):
+        open_source(name, "", f"sqlite:///{absent}")
+    assert not absent.exists()
+    garbage = tmp_path / "garbage.db"
+    garbage.write_text("no database at all" * 100)
+    with pytest.raises(UserError, match=r"^MLflow at sqlite:///.*garbage.db does not answer"):
+        open_source(name, "", f"sqlite:///{garbage}")
+    written.client.delete_experiment(written.experiment)
+    with pytest.raises(UserError, match=r"was deleted in the MLflow store"):
+        open_source(name, "", written.uri)
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_answer_is_named_without_its_password(free_port: int) -> None:
+    uri = f"http://me:secret@127.0.0.1:{free_port}"
+    with pytest.raises(UserError, match=rf"^MLflow at http://127.0.0.1:{free_port} does") as caught:
+        open_source("made", "", uri)
+    assert "secret" not in str(caught.value)
