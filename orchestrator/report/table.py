@@ -195,21 +195,25 @@ def readable(table: pd.DataFrame, metrics: Collection[str] = METRIC_COLUMNS) -> 
         if name not in metrics:
             shown[name] = table[name].map(_text)
             continue
-        digits, scale = (1, 1) if name in PLAIN else (1, 100)
         header = name if name in PLAIN else f"{name} %"
         spread = table.get(f"{name}_ci", pd.Series(float("nan"), index=table.index))
         shown[header] = [
-            _number(value * scale, digits, name == "flagged")
-            + ("" if pd.isna(half) else f" ± {half * scale:.{digits}f}")
+            reading(name, value) + ("" if pd.isna(half) else f" ± {reading(name, half, half=True)}")
             for value, half in zip(table[name], spread, strict=True)
         ]
     return shown
 
 
-def _number(value: float, digits: int, whole: bool) -> str:
+def reading(metric: str, value: float, *, half: bool = False) -> str:
+    """Return a metric's value as people read it, rounded once: ``12.3`` for 0.12345, ``-`` for NaN.
+
+    half: it is the half width of an interval.
+    """
     if pd.isna(value):
         return "-"
-    return f"{value:.0f}" if whole and float(value).is_integer() else f"{value:.{digits}f}"
+    shown = value if metric in PLAIN else value * 100
+    whole = metric == "flagged" and not half and float(shown).is_integer()
+    return f"{shown:.0f}" if whole else f"{shown:.1f}"
 
 
 def _text(value: Any) -> str:
