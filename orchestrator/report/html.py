@@ -1,0 +1,360 @@
+"""A sweep as one page that opens from disk: charts, marks and a table, without any network.
+
+plotly.js is inside, compressed: the browser unpacks it, and a policy in the page forbids it to
+fetch anything. Numbers that are shown rounded stand in full beside: ``data-v`` of a table's cells,
+the JSON of the charts.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import html
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from btu import __version__
+from btu.errors import UserError
+from orchestrator.guards import GUARDS, marks, summary
+from orchestrator.report.charts import MARKED, Chart, Panel, Series, cell_table, charts
+from orchestrator.report.table import METRIC_COLUMNS, PLAIN, coordinates, readable
+from orchestrator.source import Source
+
+# Values of a column that are offered as a choice; more are for the text filter.
+MOST_CHOICES = 20
+# Of a record's tags: what a result was computed with.
+VERSIONS = ("code", "python", "torch", "transformers", "device", "precision", "data", "victim")
+LINE_HEIGHT, HEAT_ROW, BAR_ROW = 280, 38, 30
+
+
+def page(source: Source) -> str:
+    """Return the page of a sweep's finished cells.
+
+    Raises:
+        UserError: no cell is finished.
+    """
+    records = source.records()
+    if not records:
+        raise UserError(f"sweep '{source.name}' has no finished cell yet; launch it first.")
+    drawn = charts(records, source.tokens)
+    failed = Counter(record["reason"].splitlines()[0] for record in source.failures())
+    table = cell_table(records)
+    found = {str(record.get("key", "")): marks(record) for record in records}
+    payload = {chart.name: [figure(panel) for panel in chart.panels] for chart in drawn}
+    return str(
+        _template().render(
+            name=source.name,
+            cells=len(records),
+            seeds=table["seed"].nunique(),
+            failed=failed.most_common(),
+            finished=_when(records),
+            versions=_versions(records),
+            btu=__version__,
+            charts=drawn,
+            css=_asset("page.css"),
+            script=_asset("page.js"),
+            payload=_json(payload),
+            plotly=_plotly(),
+            swatch=_swatch,
+            guards=summary(records),
+            marked=[(key, several) for key, several in found.items() if several],
+            guard_names=list(GUARDS),
+            dagger=MARKED,
+            **_table(table, list(coordinates(records).columns)),
+        )
+    )
+
+
+# Figures of plotly ------------------------------------------------------------------------------
+
+
+def figure(panel: Panel) -> dict[str, Any]:
+    """Return a panel as plotly's data and layout; colors of paper and grid come from the page."""
+    x: dict[str, Any] = {"title": {"text": html.escape(panel.x.label, quote=False)}}
+    y: dict[str, Any] = {"title": {"text": html.escape(panel.y.label, quote=False)}}
+    for axis, made in ((panel.x, x), (panel.y, y)):
+        made["type"] = axis.kind
+        made["automargin"] = True
+        if axis.percent:
+            made["tickformat"] = ".1~%"
+        if axis.span:
+            log = axis.kind == "log"
+            made["range"] = [math.log10(end) if log else end for end in axis.span]
+        if axis.ticks:
+            made |= {"tickvals": list(axis.ticks), "ticktext": [f"{v:,.6g}" for v in axis.ticks]}
+    layout: dict[str, Any] = {"xaxis": x, "yaxis": y, "height": LINE_HEIGHT}
+    if panel.heat is not None:
+        y["autorange"] = "reversed"
+        layout["height"] = 80 + HEAT_ROW * len(panel.heat.rows)
+        return {"data": [_heat(panel)], "layout": layout}
+    if panel.kind == "bars":
+        y["autorange"] = "reversed"
+        layout |= {"barmode": "stack", "height": 90 + BAR_ROW * len(panel.series[0].y)}
+        return {"data": [_bar(series) for series in panel.series], "layout": layout}
+    data = []
+    for series in panel.series:
+        data += [*_band(series), _scatter(panel, series)]
+    return {"data": data, "layout": layout}
+
+
+def _scatter(panel: Panel, series: Series) -> dict[str, Any]:
+    modes = [
+        name
+        for name, there in (
+            ("lines", series.dash),
+            ("markers", series.marker),
+            ("text", series.text),
+        )
+        if there
+    ]
+    label = html.escape(series.label, quote=False)
+    values = [_told(axis, letter) for axis, letter in ((panel.y, "y"), (panel.x, "x"))]
+    trace: dict[str, Any] = {
+        "type": "scatter",
+        "name": label,
+        "legendgroup": label,
+        "mode": "+".join(modes),
+        "x": _array(series.x),
+        "y": _array(series.y),
+        "opacity": series.opacity,
+        "hovertemplate": f"{label}<br>{'<br>'.join(values)}<extra></extra>",
+    }
+    if series.dash:
+        width = 2 if series.marker or series.label.endswith("front") else 1.2
+        trace["line"] = {"color": series.color, "dash": series.dash, "width": width}
+    if series.marker:
+        trace["marker"] = {"color": series.color, "symbol": series.marker, "size": series.size}
+    if any(series.tip):
+        trace["customdata"] = [html.escape(tip, quote=False) for tip in series.tip]
+        trace["hovertemplate"] = f"%{{customdata}}<br>{trace['hovertemplate']}"
+    if series.text:
+        trace["text"] = [html.escape(text, quote=False) for text in series.text]
+        trace["textposition"] = "top right"
+    return trace
+
+
+def _told(axis: Any, letter: str) -> str:
+    name = html.escape(axis.label, quote=False)
+    return f"{name} %{{{letter}{':.2%' if axis.percent else ''}}}".strip()
+
+
+def _band(series: Series) -> list[dict[str, Any]]:
+    """Return the band from the lowest seed to the highest, where they differ."""
+    ends = [
+        (x, low, high)
+        for x, low, high in zip(series.x, series.low, series.high, strict=False)
+        if low is not None and high is not None
+    ]
+    if all(low == high for _, low, high in ends):
+        return []
+    return [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": html.escape(series.label, quote=False),
+            "legendgroup": html.escape(series.label, quote=False),
+            "x": [x for x, _, _ in ends] + [x for x, _, _ in reversed(ends)],
+            "y": [high for _, _, high in ends] + [low for _, low, _ in reversed(ends)],
+            "fill": "toself",
+            "fillcolor": series.color,
+            "opacity": 0.18,
+            "line": {"width": 0},
+            "hoverinfo": "skip",
+        }
+    ]
+
+
+def _heat(panel: Panel) -> dict[str, Any]:
+    heat = panel.heat
+    assert heat is not None
+    text = [
+        ["" if v is None else f"{v * 100:.1f}{' ' + MARKED if m else ''}"
+         for v, m in zip(values, marked, strict=True)]
+        for values, marked in zip(heat.values, heat.marked, strict=True)
+    ]  # fmt: skip
+    return {
+        "type": "heatmap",
+        "x": heat.columns,
+        "y": [html.escape(row, quote=False) for row in heat.rows],
+        "z": heat.values,
+        "zmin": heat.span[0],
+        "zmax": heat.span[1],
+        "text": text,
+        "texttemplate": "%{text}",
+        "colorscale": "Viridis",
+        "showscale": False,
+        "xgap": 2,
+        "ygap": 2,
+        "hovertemplate": "%{y}, rate %{x}: %{z:.2%}<extra></extra>",
+    }
+
+
+def _bar(series: Series) -> dict[str, Any]:
+    label = html.escape(series.label, quote=False)
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "name": label,
+        "legendgroup": label,
+        "x": series.x,
+        "y": [html.escape(name, quote=False) for name in series.y],
+        "marker": {
+            "color": series.color,
+            "pattern": {
+                "shape": series.hatch,
+                "fillmode": "overlay",
+                "fgcolor": "#ffffff",
+                "size": 6,
+            },
+        },
+        "hovertemplate": f"%{{y}}<br>{label}: %{{x:.4g}} s<extra></extra>",
+    }
+
+
+def _array(values: list[Any]) -> Any:
+    """Return long arrays of floats in plotly's binary form: every bit, in a third of the space."""
+    if len(values) < 50 or None in values:
+        return values
+    packed = np.asarray(values, dtype="<f8")
+    return {"dtype": "f8", "bdata": base64.b64encode(packed.tobytes()).decode()}
+
+
+def _json(value: Any) -> str:
+    """Return JSON that can stand inside a script element."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+# The page ---------------------------------------------------------------------------------------
+
+
+def _table(table: pd.DataFrame, names: list[str]) -> dict[str, Any]:
+    """Return columns, rows and choices of the table: every cell, its names and its numbers."""
+    table = table.assign(**{m: float("nan") for m in METRIC_COLUMNS if m not in table})
+    shown = readable(table[[*names, *METRIC_COLUMNS, "marks"]])
+    # No cell has it: `alpha` belongs to one rule alone.
+    names = [name for name in names if (shown[name] != "-").any()]
+    shown = shown.drop(columns=[c for c in shown if c in table and c not in
+                                (*names, *METRIC_COLUMNS, "marks")])  # fmt: skip
+    runs = bool((table["run_id"] != "").any())
+    columns = [{"name": name, "header": header, "numeric": name in METRIC_COLUMNS,
+                "scale": 100 if name in METRIC_COLUMNS and name not in PLAIN else 1}
+               for name, header in zip([*names, *METRIC_COLUMNS, "marks"], shown.columns,
+                                       strict=True)]  # fmt: skip
+    columns += [{"name": n, "header": n, "numeric": False, "scale": 1}
+                for n in ("key", *(["run_id"] if runs else []))]  # fmt: skip
+    shown["key"], shown["run_id"] = table["key"], table["run_id"]
+    order = [column["name"] for column in columns]
+    headers = [column["header"] for column in columns]
+    rows = [
+        {"key": key, "cells": list(zip(map(_exact, raw), text, strict=True))}
+        for key, raw, text in zip(
+            table["key"],
+            table[order].itertuples(index=False),
+            shown[headers].itertuples(index=False),
+            strict=True,
+        )
+    ]
+    choices = []
+    for name in names:
+        texts = list(dict.fromkeys(shown[name]))
+        if 1 < len(texts) <= MOST_CHOICES:
+            choices.append({"name": name, "column": order.index(name), "values": texts})
+    return {"columns": columns, "rows": rows, "choices": choices}
+
+
+def _exact(value: Any) -> str:
+    """Return a value with all its digits; empty where there is none."""
+    if value is None or value != value:
+        return ""
+    return repr(float(value)) if isinstance(value, float | np.floating) else str(value)
+
+
+def _when(records: list[dict[str, Any]]) -> str:
+    from datetime import UTC, datetime
+
+    ends = [float(record["ended"]) for record in records if record.get("ended")]
+    return datetime.fromtimestamp(max(ends), UTC).strftime("%Y-%m-%d %H:%M UTC") if ends else ""
+
+
+def _versions(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return what the results were computed with: every value that occurs."""
+    found = []
+    for name in VERSIONS:
+        tags: list[Mapping[str, Any]] = [record.get("tags") or {} for record in records]
+        values = {part for tag in tags for part in str(tag.get(name, "")).split(", ") if part}
+        if values:
+            found.append((name, ", ".join(sorted(values))))
+    return found
+
+
+def _swatch(series: Series) -> str:
+    """Return a legend's sample of a series as SVG."""
+    color = series.color
+    dashes = {"solid": "", "dash": "6 3", "dot": "2 3", "dashdot": "7 3 2 3"}
+    parts = []
+    if series.dash:
+        parts.append(
+            f'<line x1="1" y1="7" x2="29" y2="7" stroke="{color}" stroke-width="2" '
+            f'stroke-dasharray="{dashes[series.dash]}"/>'
+        )
+    if series.marker:
+        parts.append(_symbol(series.marker, color))
+    if not parts:
+        parts.append(f'<rect x="6" y="1" width="18" height="12" fill="{color}"/>')
+        strokes = {
+            "/": '<path d="M8 13L16 1M15 13L23 1"/>',
+            "\\": '<path d="M16 13L8 1M23 13L15 1"/>',
+            "x": '<path d="M8 13L16 1M16 13L8 1M15 13L23 1M23 13L15 1"/>',
+            "-": '<path d="M6 5H24M6 10H24"/>',
+            ".": '<path d="M9 5h2M15 5h2M20 5h2M12 10h2M17 10h2"/>',
+        }
+        parts.append(f'<g stroke="#fff" stroke-width="1.5">{strokes.get(series.hatch, "")}</g>')
+    inner = "".join(parts)
+    return f'<svg width="30" height="14" viewBox="0 0 30 14" aria-hidden="true">{inner}</svg>'
+
+
+def _symbol(marker: str, color: str) -> str:
+    shapes = {
+        "circle": '<circle cx="15" cy="7" r="4.5"/>',
+        "square": '<rect x="11" y="3" width="8" height="8"/>',
+        "diamond": '<path d="M15 1.5L20.5 7L15 12.5L9.5 7Z"/>',
+        "triangle-up": '<path d="M15 2L20 12H10Z"/>',
+        "triangle-down": '<path d="M15 12L20 2H10Z"/>',
+        "cross": '<path d="M13 2h4v3h3v4h-3v3h-4v-3h-3v-4h3z"/>',
+        "x": '<path d="M10.5 2.5L19.5 11.5M19.5 2.5L10.5 11.5" stroke-width="3"/>',
+        "star": '<path d="M15 0.5l1.9 4.2 4.6.5-3.5 3 1 4.6-4-2.4-4 2.4 1-4.6-3.5-3 4.6-.5z"/>',
+    }
+    name = marker.removesuffix("-open")
+    fill = "none" if name != marker else color
+    return f'<g fill="{fill}" stroke="{color}" stroke-width="1.2">{shapes[name]}</g>'
+
+
+def _asset(name: str) -> str:
+    return (files("orchestrator.report") / "page" / name).read_text(encoding="utf-8")
+
+
+@cache
+def _plotly() -> str:
+    """Return plotly.js compressed, as text: a third of its size."""
+    from plotly.offline import get_plotlyjs
+
+    packed = gzip.compress(get_plotlyjs().encode(), 9, mtime=0)
+    return base64.b64encode(packed).decode()
+
+
+@cache
+def _template() -> Any:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    return environment.from_string(_asset("page.html"))

@@ -1,0 +1,202 @@
+"use strict";
+(() => {
+  const root = document.documentElement;
+  const byId = (id) => document.getElementById(id);
+  const all = (selector, from = document) => [...from.querySelectorAll(selector)];
+
+  // The table: sorting and filtering ----------------------------------------------------------
+  const body = byId("table").tBodies[0];
+  const heads = all("th", byId("table"));
+  const names = heads.map((head) => head.dataset.name);
+  const scales = heads.map((head) => Number(head.dataset.scale));
+  heads.forEach((head, i) => {
+    if (head.classList.contains("n")) for (const row of body.rows) row.cells[i].className = "n";
+  });
+  const exact = (cell) => (cell.dataset.v === undefined ? cell.textContent : cell.dataset.v);
+  const rows = [...body.rows].map((row) => {
+    const values = [...row.cells].map(exact);
+    return { row, values, texts: [...row.cells].map((cell) => cell.textContent),
+      all: row.textContent.toLowerCase() + " " + values.join(" ").toLowerCase() };
+  });
+  for (const { row } of rows)
+    for (const cell of row.cells) if (cell.dataset.v) cell.title = cell.dataset.v;
+
+  const isNumber = (text) => text !== "" && text !== "-" && Number.isFinite(Number(text));
+  const compare = (a, b) => {
+    const [x, y] = [isNumber(a), isNumber(b)];
+    if (x && y) return Number(a) - Number(b);
+    if (x !== y) return x ? -1 : 1;
+    return a.localeCompare(b, "en", { numeric: true });
+  };
+  const sortBy = (column) => {
+    const head = heads[column];
+    const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+    for (const other of heads) other.setAttribute("aria-sort", "none");
+    head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
+    const absent = (text) => text === "" || text === "-";
+    rows.sort((a, b) => {
+      const [x, y] = [a.values[column], b.values[column]];
+      // What is undefined stands last either way.
+      if (absent(x) || absent(y)) return absent(x) - absent(y);
+      return sign * compare(x, y);
+    });
+    body.append(...rows.map(({ row }) => row));
+  };
+  heads.forEach((head, column) =>
+    head.querySelector("button").addEventListener("click", () => sortBy(column)));
+
+  const checks = { "<": (a, b) => a < b, "<=": (a, b) => a <= b, ">": (a, b) => a > b,
+    ">=": (a, b) => a >= b, "=": (a, b) => a === b };
+  const termOf = (word) => {
+    const parts = /^([^<>=]+)(<=|>=|<|>|=)(.+)$/.exec(word);
+    const column = parts
+      ? names.findIndex((name) => name === parts[1] || name.endsWith("." + parts[1])) : -1;
+    if (column < 0) return (entry) => entry.all.includes(word);
+    if (!isNumber(parts[3]))
+      return (entry) => parts[2] === "=" && entry.texts[column].toLowerCase() === parts[3];
+    return (entry) => isNumber(entry.values[column])
+      && checks[parts[2]](Number(entry.values[column]) * scales[column], Number(parts[3]));
+  };
+  const form = byId("filters");
+  const marks = names.indexOf("marks");
+  const filter = () => {
+    const terms = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean).map(termOf);
+    for (const select of all("select", form)) {
+      if (select.value !== "") {
+        const column = Number(select.dataset.column);
+        terms.push((entry) => entry.texts[column] === select.value);
+      }
+    }
+    if (byId("only-marked").checked) terms.push((entry) => entry.values[marks] !== "");
+    let shown = 0;
+    for (const entry of rows) {
+      entry.row.hidden = !terms.every((term) => term(entry));
+      shown += entry.row.hidden ? 0 : 1;
+    }
+    byId("count").textContent = `${shown} of ${rows.length} cells`;
+  };
+  form.addEventListener("input", filter);
+  form.addEventListener("reset", () => setTimeout(filter));
+  form.addEventListener("submit", (event) => event.preventDefault());
+
+  // The theme -----------------------------------------------------------------------------------
+  const prefersDark = matchMedia("(prefers-color-scheme: dark)");
+  const isDark = () => (root.dataset.theme || (prefersDark.matches ? "dark" : "light")) === "dark";
+  const drawn = new Set();
+  const colors = () => {
+    const style = getComputedStyle(root);
+    const [fg, line, card] = ["--fg", "--line", "--card"].map((n) => style.getPropertyValue(n).trim());
+    const look = { paper_bgcolor: card, plot_bgcolor: card, "font.color": fg,
+      "hoverlabel.bgcolor": card, "hoverlabel.bordercolor": line, "hoverlabel.font.color": fg };
+    for (const axis of ["xaxis", "yaxis"]) {
+      look[`${axis}.gridcolor`] = line;
+      look[`${axis}.linecolor`] = line;
+      look[`${axis}.zerolinecolor`] = line;
+    }
+    return look;
+  };
+  const themed = () => {
+    byId("theme").textContent = isDark() ? "Light" : "Dark";
+    byId("theme").setAttribute("aria-pressed", String(isDark()));
+    byId("theme").setAttribute("aria-label", isDark() ? "Use light colors" : "Use dark colors");
+    for (const plot of drawn) window.Plotly.relayout(plot, colors());
+  };
+  byId("theme").addEventListener("click", () => {
+    root.dataset.theme = isDark() ? "light" : "dark";
+    themed();
+  });
+  prefersDark.addEventListener("change", themed);
+  themed();
+
+  // The charts: drawn when they come into view --------------------------------------------------
+  const figures = JSON.parse(byId("figures").textContent);
+  const hidden = new Set();
+  const nested = (flat) => {
+    const deep = {};
+    for (const [path, value] of Object.entries(flat)) {
+      const keys = path.split(".");
+      let at = deep;
+      for (const key of keys.slice(0, -1)) at = at[key] ??= {};
+      at[keys.at(-1)] = value;
+    }
+    return deep;
+  };
+  const layoutOf = (own) => {
+    const layout = nested(colors());
+    const font = { size: 12, family: getComputedStyle(document.body).fontFamily };
+    Object.assign(layout, own, { showlegend: false, dragmode: "zoom",
+      margin: { l: 48, r: 14, t: 12, b: 44 }, font: { ...layout.font, ...font } });
+    const look = nested(colors());
+    for (const axis of ["xaxis", "yaxis"])
+      layout[axis] = { ...look[axis], ...own[axis], title: { standoff: 6, ...own[axis].title } };
+    return layout;
+  };
+  const seriesKey = (chart, label) => `${chart} ${label}`;
+  const labelOf = (trace) => {
+    const text = document.createElement("textarea");
+    text.innerHTML = trace.legendgroup || "";
+    return text.value;
+  };
+  const draw = (plot) => {
+    const { chart, panel } = plot.dataset;
+    const { data, layout } = figures[chart][Number(panel)];
+    for (const trace of data)
+      if (hidden.has(seriesKey(chart, labelOf(trace)))) trace.visible = false;
+    drawn.add(plot);
+    return window.Plotly.newPlot(plot, data, layoutOf(layout), {
+      displaylogo: false, responsive: true,
+      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] });
+  };
+  for (const button of all(".legend button")) {
+    button.addEventListener("click", () => {
+      const { chart, series } = button.dataset;
+      const shown = button.getAttribute("aria-pressed") !== "true";
+      button.setAttribute("aria-pressed", String(shown));
+      hidden[shown ? "delete" : "add"](seriesKey(chart, series));
+      for (const plot of drawn) {
+        if (plot.dataset.chart !== chart) continue;
+        const { data } = figures[chart][Number(plot.dataset.panel)];
+        const which = data.map((trace, i) => (labelOf(trace) === series ? i : -1));
+        const indices = which.filter((i) => i >= 0);
+        if (indices.length) window.Plotly.restyle(plot, { visible: shown }, indices);
+      }
+    });
+  }
+
+  const trouble = (text) => {
+    byId("trouble").textContent = text;
+    byId("trouble").hidden = false;
+  };
+  const unpack = async () => {
+    const packed = atob(byId("plotly").textContent);
+    const bytes = new Uint8Array(packed.length);
+    for (let i = 0; i < packed.length; i += 1) bytes[i] = packed.charCodeAt(i);
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const script = document.createElement("script");
+    script.textContent = await new Response(stream).text();
+    document.head.append(script);
+  };
+  const start = async () => {
+    const plots = all(".plot");
+    if (plots.length) {
+      if (!("DecompressionStream" in window)) {
+        trouble("This browser is too old to draw the charts; the table works.");
+        return;
+      }
+      await unpack();
+      const watch = new IntersectionObserver((entries) => {
+        for (const { isIntersecting, target } of entries) {
+          if (!isIntersecting) continue;
+          watch.unobserve(target);
+          draw(target);
+        }
+      }, { rootMargin: "300px" });
+      for (const plot of plots) watch.observe(plot);
+      window.addEventListener("beforeprint", () => {
+        for (const plot of plots) if (!drawn.has(plot)) draw(plot);
+      });
+    }
+    root.dataset.ready = String(Math.round(performance.now()));
+  };
+  start().catch((error) => trouble(`The charts cannot be drawn: ${error.message}`));
+})();
