@@ -459,18 +459,35 @@ def report(
     mean: Annotated[
         bool, typer.Option("--mean", help="Mean and 95 % t interval over seeds.")
     ] = False,
+    paper: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write LaTeX tables, figures, CSV and a methods paragraph into this folder.",
+            metavar="DIR",
+        ),
+    ] = None,
     output: Output = "runs",
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Print a sweep's results, a row per cell, and what speaks against reading some of them.
 
+    With `--paper` it writes files instead.
+
     Example: `btu report quickstart --mean --format markdown > table.md`
+
+    Example: `btu report main-table --paper paper/results`
     """
     from orchestrator.guards import summary
     from orchestrator.report.table import mean_over_seeds, render, results_table
     from orchestrator.source import open_source
 
     source = open_source(name, output, tracking_uri, _warn)
+    if paper is not None:
+        from orchestrator.report.paper import write_pack
+
+        files = write_pack(source, paper)
+        _say(f"{len(files)} files in {paper}: README.txt says what they are; pdflatex main.tex.")
+        return
     records = source.records()
     table = results_table(records)
     if table.empty:

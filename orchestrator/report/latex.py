@@ -23,11 +23,10 @@ _SPECIAL = {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
     "±": r"$\pm$",
-    # Ligatures would swallow these.
-    "-": r"{-}",
-    "'": r"{'}",
-    "`": r"{`}",
+    # Ligatures: two of these would become a dash, a quotation mark or an upside-down one.
+    "`": "{`}",
 }
+_PAIRS = ("--", "''", ",,")
 # pdflatex knows Latin letters by itself, and stops at what it does not know.
 _LAST_KNOWN = 0x17F
 
@@ -38,7 +37,7 @@ def escaped(text: object) -> str:
     A character that pdflatex cannot print becomes its code point: ``[U+4E2D]``.
     """
     found = []
-    for character in str(text):
+    for position, character in enumerate(str(text)):
         if character in _SPECIAL:
             found.append(_SPECIAL[character])
         elif character.isspace():
@@ -47,6 +46,8 @@ def escaped(text: object) -> str:
             found.append(f"[U+{ord(character):04X}]")
         else:
             found.append(character)
+        if str(text)[position : position + 2] in _PAIRS:
+            found.append("{}")
     return "".join(found)
 
 

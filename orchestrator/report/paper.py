@@ -79,6 +79,7 @@ def write_pack(source: Source, folder: Path) -> list[Path]:
     Raises:
         UserError: no cell is finished; the folder cannot be written.
     """
+    from orchestrator.report.charts import charts
     from orchestrator.report.figures import write_figures
 
     records = source.records()
@@ -95,11 +96,18 @@ def write_pack(source: Source, folder: Path) -> list[Path]:
         "methods.tex": methods(source.name, records),
         "README.txt": _readme(source.name),
     }
+    # Without tokens: only what the charts are called.
+    told = {
+        chart.name: f"{chart.title}. {chart.about}" for chart in charts(records, lambda _: None)
+    }
     try:
         for name in ("tables", "figures"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         figures = write_figures(source, folder / "figures", formats=("pdf",))
-        texts["main.tex"] = _main(source.name, [figure.relative_to(folder) for figure in figures])
+        texts["main.tex"] = _main(
+            source.name,
+            {figure.relative_to(folder): told.get(figure.stem, "") for figure in figures},
+        )
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
@@ -206,8 +214,9 @@ def detection_table(means: pd.DataFrame) -> str:
 
 def _results(name: str, what: str, groups: Mapping[str, Sequence[str]], means: pd.DataFrame) -> str:
     metrics = [metric for part in groups.values() for metric in part]
-    where = list(means.columns[: list(means.columns).index("seeds")])
     seeds = sorted(set(means["seeds"]))
+    # A control is told by its rate or its defense.
+    where = [c for c in means.columns[: list(means.columns).index("seeds")] if c != CONTROL]
     shown = [c for c in where if c in ("attack", "poison_rate") or _differs(means[c])]
     shown += ["seeds"] * (len(seeds) > 1)
     marked = bool((means[MARKS] != "").any())
@@ -290,8 +299,8 @@ def _notes(means: pd.DataFrame, metrics: Sequence[str]) -> list[str]:
         return []
     names = latex.listed(list(dict.fromkeys(HEADS[name] for name in undefined)))
     return [
-        f"{FOOTNOTE}: {names} undefined: the attack has no fixed trigger tokens, nothing was "
-        "flagged, or there is nothing to find."
+        f"{FOOTNOTE}: {names} undefined: the attack has no fixed trigger tokens, there is nothing "
+        "to find, nothing was flagged, or no defense flags."
     ]
 
 
@@ -453,7 +462,8 @@ def _training(values: Mapping[str, Sequence[Any]]) -> list[str]:
     said = []
     if "train.epochs" in values:
         details = [
-            ("batches of", "batch_size"), ("precision", "precision"), ("schedule", "schedule"),
+            ("peak learning rate", "learning_rate"), ("batches of", "batch_size"),
+            ("precision", "precision"), ("schedule", "schedule"),
             ("warm-up fraction", "warmup_fraction"), ("weight decay", "weight_decay"),
             ("gradient norm at most", "max_grad_norm"),
         ]  # fmt: skip
@@ -462,10 +472,10 @@ def _training(values: Mapping[str, Sequence[Any]]) -> list[str]:
             for lead, key in details
             if f"train.{key}" in values
         ]
-        rate = _all(values, "train.learning_rate")
+        how = f" ({', '.join(more)})" if more else ""
         said.append(
             f"The victim is fine-tuned on the poisoned set for {_all(values, 'train.epochs')} "
-            f"epochs with AdamW at a peak learning rate of {rate} ({', '.join(more)})."
+            f"epochs with AdamW{how}."
         )
     if "tuning.epochs" in values:
         said.append(
@@ -524,7 +534,8 @@ def _provenance(records: Sequence[Mapping[str, Any]]) -> list[str]:
     )
     if devices:
         named = latex.listed([latex.escaped("CPU" if d == "cpu" else d) for d in devices])
-        of = f", {latex.listed(threads)} threads a stage" if threads else ""
+        many = "" if threads == ["1"] else "s"
+        of = f", {latex.listed(threads)} thread{many} a stage" if threads else ""
         precision = _tagged(records, "precision")
         said.append(f"Hardware: {named}{of}{f', computed in {precision}' if precision else ''}.")
     else:
@@ -535,14 +546,15 @@ def _provenance(records: Sequence[Mapping[str, Any]]) -> list[str]:
 # The document ------------------------------------------------------------------------------------
 
 
-def _main(name: str, figures: Sequence[Path]) -> str:
+def _main(name: str, figures: Mapping[Path, str]) -> str:
+    """Return the document. figures: paths from it, with what they show; empty where one goes on."""
     drawn = "\n".join(
         "\\begin{figure}[htbp]\n\\centering\n"
         "\\includegraphics[width=\\linewidth,height=0.85\\textheight,keepaspectratio]"
         f"{{{figure.as_posix()}}}\n"
-        f"\\caption{{{latex.escaped(figure.stem.replace('_', ' ').replace('-', ' ').capitalize())}."
-        f"}}\\label{{fig:{figure.stem}}}\n\\end{{figure}}"
-        for figure in figures
+        f"\\caption{{{latex.escaped(about or 'Continued.')}}}\\label{{fig:{figure.stem}}}\n"
+        "\\end{figure}"
+        for figure, about in figures.items()
     )
     return f"""\\documentclass{{article}}
 \\usepackage[utf8]{{inputenc}}
