@@ -443,13 +443,16 @@ def sync(
     def live(key: str) -> bool:
         return results.store.held_by_other(key, "btu sync")
 
-    synced = tracking.sync(where, tracking.experiment(where, name), results, live)
+    experiment = tracking.experiment(where, name)
+    synced = tracking.sync(where, experiment, results, live)
     _say(
         f"{synced.written} runs written, {synced.closed} unfinished ones closed, "
         f"{synced.missing} still missing in {tracking.shown(where)}."
     )
     if synced.missing:
         raise UserError(f"MLflow does not have all runs: {synced.reason}")
+    if tracking.summarize(where, experiment, results):
+        _say("The sweep's summary run is up to date.")
 
 
 @app.command()
@@ -459,11 +462,18 @@ def report(
     mean: Annotated[
         bool, typer.Option("--mean", help="Mean and 95 % t interval over seeds.")
     ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a page too: charts, marks and table in one file."),
+    ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the page's charts too, as PNG, SVG and PDF."),
+    ] = None,
     paper: Annotated[
         Path | None,
         typer.Option(
-            help="Write LaTeX tables, figures, CSV and a methods paragraph into this folder.",
-            metavar="DIR",
+            metavar="DIR", help="Write LaTeX tables, figures, CSV and a methods paragraph too."
         ),
     ] = None,
     output: Output = "runs",
@@ -471,29 +481,41 @@ def report(
 ) -> None:
     """Print a sweep's results, a row per cell, and what speaks against reading some of them.
 
-    With `--paper` it writes files instead.
+    The page opens from disk, in any browser, and needs no network.
 
     Example: `btu report quickstart --mean --format markdown > table.md`
 
-    Example: `btu report main-table --paper paper/results`
+    Example: `btu report quickstart --html quickstart.html --figures figures`
+
+    Example: `btu report main-table --paper paper/results > table.txt`
     """
     from orchestrator.guards import summary
+    from orchestrator.report.html import check_page, write_page
     from orchestrator.report.table import mean_over_seeds, render, results_table
     from orchestrator.source import open_source
 
+    if html is not None:
+        check_page(html)
     source = open_source(name, output, tracking_uri, _warn)
-    if paper is not None:
-        from orchestrator.report.paper import write_pack
-
-        files = write_pack(source, paper)
-        _say(f"{len(files)} files in {paper}: README.txt says what they are; pdflatex main.tex.")
-        return
     records = source.records()
     table = results_table(records)
     if table.empty:
         raise UserError(f"sweep '{name}' has no finished cell yet; launch it first.")
     text = render(mean_over_seeds(table) if mean else table, style.value)
     sys.stdout.write(text)
+    if html is not None:
+        write_page(source, html)
+        _note([f"Page: {html}"])
+    if figures is not None:
+        from orchestrator.report.figures import FORMATS, write_figures
+
+        written = write_figures(source, figures, FORMATS)
+        _note([f"Figures: {len(written)} files in {figures}"])
+    if paper is not None:
+        from orchestrator.report.paper import write_pack
+
+        packed = write_pack(source, paper)
+        _note([f"Paper: {len(packed)} files in {paper}; its README.txt says what they are."])
     reasons = Counter(record["reason"].splitlines()[0] for record in source.failures())
     for reason, count in reasons.items():
         _warn(f"{count} failed cells are not in the table: {reason}")

@@ -79,6 +79,8 @@ GIVEN_UP_IN_A_ROW = 3
 WAIT_SECONDS, LEASES_SECONDS = 3.0, 1.0
 # How long a node may take to answer whether it sees the store: a fresh worker has to start.
 NODE_SECONDS = 120
+# How often, in seconds, it is looked whether a summary is due.
+SUMMARY_LOOK = 1.0
 # CPUs that a waiting node holds: next to nothing, but Ray places nothing without a demand.
 WAIT_CPUS = 0.001
 
@@ -180,6 +182,8 @@ class _Driver:
         self._leased: set[str] = set()
         self._leases_read = 0.0
         self._busy_until: dict[str, float] = {}
+        self._unsummarized = threading.Event()
+        self._summary_failed = False
 
     def run(self, address: str | None, retry_failed: bool) -> LaunchResult:
         from orchestrator import tracking
@@ -204,7 +208,8 @@ class _Driver:
                 self._prepare_schedule(retry_failed)
                 try:
                     if self.schedule.unfinished or self._searching():
-                        self._compute(address)
+                        with self._summaries():
+                            self._compute(address)
                     self._drop_models()
                     self._synchronize()
                 finally:
@@ -366,6 +371,57 @@ class _Driver:
         finally:
             done.set()
             thread.join()
+
+    @contextmanager
+    def _summaries(self) -> Iterator[None]:
+        """Keep the sweep's summary in MLflow up to date while cells end, now and then.
+
+        In a thread: neither drawing nor a slow server may keep Tune waiting. Of the end of the
+        sweep `_synchronize` tells.
+        """
+        if self.tracking is None:
+            yield
+            return
+        from orchestrator.tracking import Pace
+
+        # Its own view of the store: the driver's is for one thread.
+        store = Store(self.sweep.store_location, warn=self.progress.note)
+        results = Results(self.sweep.output, self.sweep.name, store)
+        done, pace = threading.Event(), Pace()
+        pace.took(time.monotonic(), time.monotonic())
+
+        def update() -> None:
+            while not done.wait(SUMMARY_LOOK):
+                began = time.monotonic()
+                if self._unsummarized.is_set() and pace.due(began):
+                    self._unsummarized.clear()
+                    self._summarize(results)
+                    pace.took(began, time.monotonic())
+
+        thread = threading.Thread(target=update, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _summarize(self, results: Results) -> None:
+        """Bring the summary run up to date; one that fails ends no sweep, and is told once."""
+        from orchestrator import tracking
+
+        if self.tracking is None:
+            return
+        try:
+            tracking.summarize(self.tracking["uri"], self.tracking["id"], results)
+        except Exception as error:  # of a server, of a disk or of a plot
+            if not self._summary_failed:
+                reason = tracking.shown(f"{type(error).__name__}: {error}")[:200]
+                self.progress.note(
+                    f"the sweep's summary in MLflow is not up to date ({reason}); "
+                    f"{self._sync_command()} writes it."
+                )
+            self._summary_failed = True
 
     def _check_fits(self, nodes: list[Any]) -> None:
         """Refuse resources that no node has; count how many stages run at once."""
@@ -618,6 +674,7 @@ class _Driver:
         self.progress.finished(cell.varied, facts, self.schedule)
         if report.untracked:
             self.progress.untracked(cell.varied, report.untracked)
+        self._unsummarized.set()
         self._tell_study(key)
 
     def stop(self, reason: str) -> None:
@@ -782,6 +839,9 @@ class _Driver:
                 f"{synced.missing} results are on disk but not in MLflow ({synced.reason}); "
                 f"{self._sync_command()} writes them once {tracking.shown(uri)} answers."
             )
+        self.tracking = {"uri": uri, "id": experiment_id}
+        if self.stopped != "interrupted":  # who waits for a stop does not wait for drawings
+            self._summarize(self.results)
 
     def _result(self, seconds: float) -> LaunchResult:
         committed = self.store.committed()

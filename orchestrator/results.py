@@ -36,6 +36,8 @@ TOKENS = "tokens.parquet"
 ROWS = "rows.parquet"
 FLAGGED = "flagged_tokens.json"
 PLOT = "drift.png"
+# A sweep's own file, as it was launched last; a table of its summary in MLflow.
+SWEEP, MEANS_TABLE = "sweep.yaml", "means.json"
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,11 @@ class Results:
         path = f"{self.name}/{PLANS}/{name}.json"
         if not self.storage.exists(path):
             self.storage.write(path, text.encode())
-        self.storage.write(f"{self.name}/sweep.yaml", sweep.text.encode())
+        self.storage.write(f"{self.name}/{SWEEP}", sweep.text.encode())
+
+    def sweep_text(self) -> str:
+        """Return the sweep's file, as it was launched last."""
+        return self.storage.read(f"{self.name}/{SWEEP}").decode()
 
     def cells(self) -> dict[str, Launched]:
         """Return every cell that was ever launched under this name, by key."""

@@ -17,12 +17,12 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 # The defaults retry a dead server for minutes per call; results wait on disk, so give up soon.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -46,6 +46,7 @@ from orchestrator.lease import LEFTOVER_S
 from orchestrator.results import (
     CONFIG,
     FLAGGED,
+    MEANS_TABLE,
     PLOT,
     RESULT,
     ROWS,
@@ -54,7 +55,10 @@ from orchestrator.results import (
     Results,
     record_id,
 )
-from orchestrator.source import read_table
+from orchestrator.source import StoreSource, read_table
+
+if TYPE_CHECKING:
+    from orchestrator.report.summary import Summary
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 
@@ -329,10 +333,17 @@ def _remove_leftovers(path: Path) -> None:
 
 def _experiment_note(sweep: Sweep) -> str:
     axes = ", ".join(f"`{key}` {values}" for key, values in sweep.grid.items())
-    return (
+    note = (
         f"Sweep **{sweep.name}** over {axes or 'a single cell'}.\n\n"
-        f"One run per cell; table: `btu report {sweep.name}`.\n\n```yaml\n{sweep.text}```\n"
+        f"One run per cell, and the run `{SUMMARY}` with means over seeds, tables and a page. In "
+        f"the runs table the button *Columns* adds `asr`, `cacc`, `detection_precision`; search "
+        f"for `tags.kind = 'trial'` to leave the summary out.\n\n"
+        f"Table: `btu report {sweep.name} --mean`. Run it again, or go on with it: "
+        "`btu launch sweep.yaml`, with "
     )
+    whole = f"{note}this file:\n\n```yaml\n{sweep.text}```\n"
+    # Longer than a description may be: the summary has it.
+    return whole if len(whole) <= TAG_CHARACTERS else f"{note[:4000]}that artifact of the summary."
 
 
 class Tracker:
@@ -463,6 +474,62 @@ class Tracker:
                 self._client.delete_run(run.info.run_id)
         return whole
 
+    def summary_noted(self, told: str) -> bool:
+        """Return whether the summary run says this, from the sweep's folder alone."""
+        known = self._noted(SUMMARY)
+        return known.get("record") == told and "run_id" in known
+
+    def write_summary(self, made: Summary, told: str) -> None:
+        """Bring the summary run up to date, or make it. told: the fingerprint of what it says.
+
+        Raises:
+            Exception: the server cannot be reached, or refuses.
+        """
+        run = self._summary_run(made.metrics)
+        now, run_id = int(time.time() * 1000), run.info.run_id
+        logged = run.data.metrics
+        # Only what changed: a long sweep is summarized a thousand times.
+        metrics = [
+            Metric(name, value, now, made.finished)
+            for name, value in made.metrics.items()
+            if logged.get(name) != value
+        ]
+        with tempfile.TemporaryDirectory(prefix="btu-summary-") as folder:
+            for name, content in made.files.items():
+                path = Path(folder) / name
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(content)
+            self._client.log_artifacts(run_id, folder)
+        self._client.log_batch(run_id, metrics=metrics)
+        self._client.set_tag(run_id, "mlflow.note.content", made.note)
+        if MEANS_TABLE in made.files:
+            tables = [{"path": MEANS_TABLE, "type": "table"}]
+            self._client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps(tables))
+        self._client.set_terminated(run_id, "FINISHED", now)
+        self._note(SUMMARY, {"record": told, "run_id": run_id})
+
+    def _summary_run(self, metrics: Collection[str]) -> Run:
+        """Return the summary run, of several launches that made one the oldest.
+
+        One with metrics that are no longer said, since the sweep varies more now, is replaced:
+        MLflow takes back no metric.
+        """
+        found = self._summary_runs()
+        if not found or not set(found[0].data.metrics) <= set(metrics):
+            for run in found:
+                self._client.delete_run(run.info.run_id)
+            tags = {"mlflow.source.name": "btu", KIND_TAG: SUMMARY}
+            made = self._client.create_run(self._id, tags=tags, run_name=SUMMARY)
+            self._client.set_terminated(made.info.run_id, "FINISHED")
+            found = self._summary_runs()
+        for run in found[1:]:
+            self._client.delete_run(run.info.run_id)
+        return found[0]
+
+    def _summary_runs(self) -> list[Run]:
+        runs = self._client.search_runs([self._id], f"tags.{KIND_TAG} = '{SUMMARY}'")
+        return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+
     def _path(self, key: str) -> str:
         # A note is about one experiment: the same sweep in another store is told everything.
         # As a hash, since a server may say anything.
@@ -557,6 +624,56 @@ def sync(
         except Exception as error:
             missed.append(_brief(error))
     return Synced(written, closed, len(missed), missed[0] if missed else "")
+
+
+def summarize(uri: str, experiment_id: str, results: Results) -> bool:
+    """Write the sweep's summary run, unless it says all that is known; return whether it did.
+
+    There is one such run. It is never RUNNING: whoever updates it may die.
+
+    Raises:
+        Exception: the server cannot be reached, or refuses.
+    """
+    tracker = Tracker(uri, experiment_id, results)
+    source = StoreSource(results)
+    with _breaker(uri):
+        tracker.identify()
+    told = _fingerprint(source.records(), source.failures())
+    if tracker.summary_noted(told):
+        return False
+    from orchestrator.report import summary  # draws: neither workers nor a resumed sweep need it
+
+    made = summary.summarize(source, len(results.cells()), results.sweep_text(), TAG_CHARACTERS)
+    with _breaker(uri):
+        tracker.write_summary(made, told)
+    return True
+
+
+def _fingerprint(records: list[dict[str, Any]], failures: list[dict[str, Any]]) -> str:
+    """Return what changes whenever a summary of these records would."""
+    ids = [f"{record_id(record)} {record['run_id']}" for record in records]
+    ids += [f"{record_id(failure)} {failure['reason']}" for failure in failures]
+    return hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()[:24]
+
+
+@dataclass
+class Pace:
+    """When a running sweep's summary is due again.
+
+    interval: seconds between two. share: of the time that summaries may take, so that those of a
+    large sweep, which draw for long, do not slow its trials.
+    """
+
+    interval: float = 30.0
+    share: float = 0.05
+    _next: float = 0.0
+
+    def due(self, now: float) -> bool:
+        return now >= self._next
+
+    def took(self, began: float, ended: float) -> None:
+        """Note that a summary was written between two moments."""
+        self._next = max(began + self.interval, ended + (ended - began) / self.share)
 
 
 def _brief(error: Exception) -> str:
@@ -812,11 +929,29 @@ def _cell_tags(record: Mapping[str, Any]) -> dict[str, str]:
 
 def _run_note(record: Mapping[str, Any]) -> str:
     return (
-        f"Cell `{record['key']}` of sweep `{record['sweep']}`. Again, in one process: "
-        f"`btu trial SWEEP.yaml {pins(record['varied'])}`, or with the artifact: "
-        "`btu trial config.yaml`."
+        f"{_in_words(record['config'])}. Cell `{record['key']}` of sweep `{record['sweep']}`.\n\n"
+        "Again, in one process: `btu trial config.yaml`, with the artifact; or "
+        f"`btu trial sweep.yaml {pins(record['varied'])}`, with that of the run `{SUMMARY}`."
         + "".join(f"\n\n**{mark.name}**: {mark.detail}." for mark in marks(record))
     )
+
+
+def _in_words(config: Mapping[str, Any]) -> str:
+    """Return what a cell is: ``Attack **badnets** at rate 0.1, defense **btu** (...), seed 0``."""
+    attack, defense = config["attack"], config.get("defense", {})
+    knobs = [
+        f"{name} {defense[name]}"
+        for name in ("preset", "rule", "threshold", "alpha")
+        if defense.get(name) not in (None, "")
+    ]
+    where = [f"{role} {config[role]['name']}" for role in ("data", "victim") if role in config]
+    parts = [
+        f"Attack **{attack['name']}** at rate {attack['poison_rate']}",
+        f"defense **{defense.get('name', 'none')}**" + (f" ({', '.join(knobs)})" if knobs else ""),
+        *where,
+        f"seed {config.get('seed', 0)}",
+    ]
+    return ", ".join(parts)
 
 
 def _params(record: Mapping[str, Any]) -> list[Param]:

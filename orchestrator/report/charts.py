@@ -6,7 +6,7 @@ Values are fractions, seconds and drifts as the records have them; a mean over s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,11 +72,11 @@ class Axis:
 
 @dataclass(frozen=True)
 class Heat:
-    """Values by row and column, None where no cell is. marked: which have a mark."""
+    """Shares by row and column, None where no cell is. marked: which have a mark."""
 
     rows: list[str]
     columns: list[str]
-    values: list[list[float | None]]
+    shares: list[list[float | None]]
     marked: list[list[bool]]
     span: tuple[float, float]
 
@@ -130,7 +130,7 @@ def charts(
     ]
 
 
-def cell_table(records: list[Mapping[str, Any]]) -> pd.DataFrame:
+def cell_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Return a row per record in the order of `results_table`: coordinates, metrics and names.
 
     setting: where a defense acts, in words (attack, rate, and what else differs). family: the
@@ -164,7 +164,7 @@ def _words(table: pd.DataFrame, lead: str, names: list[str]) -> pd.Series[str]:
     for _, part in table.groupby(lead, sort=False, dropna=False):
         for name in names:
             texts = part[name].map(_short)
-            if texts.nunique() > 1:
+            if len(set(texts)) > 1:
                 word = "" if name == "defense.rule" else f"{name.removeprefix('defense.')} "
                 known = texts[texts != "-"]
                 told[known.index] += " " + word + known
@@ -234,8 +234,8 @@ def _thresholds(records: list[Mapping[str, Any]], table: pd.DataFrame) -> Chart:
     return Chart(
         "curves",
         "Threshold curves",
-        "Trained cells, mean over seeds; bands reach from the lowest seed to the highest. Precision "
-        "and recall count flagged tokens, or their training rows where the trigger has no fixed "
+        "Trained cells, mean over seeds; bands reach from the lowest seed to the highest. "
+        "Precision and recall count flagged tokens, or their rows where the trigger has no fixed "
         "tokens. Thin lines are controls: nothing done, and clean tuning without a cut.",
         panels,
         notes,
@@ -286,7 +286,7 @@ def _heatmaps(table: pd.DataFrame) -> Chart:
         "Means over seeds, in percent: the poisoned model as it is, then every defense. "
         f"{MARKED} marks means with a cell that has a guard's mark."
     )
-    title = "Attack × rate"
+    title = "Attack by rate"
     places, rates = table["place"].nunique(), table["poison_rate"].nunique()
     if places * rates < 2:
         note = "One attack at one rate is no map; vary attack.name or attack.poison_rate."
@@ -367,7 +367,7 @@ def _front(part: pd.DataFrame, families: list[str]) -> Iterator[Series]:
         if points.empty:
             continue
         tips = [f"{v}; {m}" if m else str(v) for v, m in points["marks"].items()]
-        number = families.index(family)
+        number = families.index(str(family))
         color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
         asr, cacc = points["asr"].tolist(), points["cacc"].tolist()
         yield Series(str(family), asr, cacc, color, marker=marker, size=9, tip=tips)
@@ -420,7 +420,7 @@ def _drifts(table: pd.DataFrame, tokens: Callable[[str], pd.DataFrame | None]) -
             continue
         for name in rounds:
             title = f"{setting}, {middle['variant']}" if families > 1 else str(setting)
-            if families == 1 and part["variant"].nunique() > 1:
+            if families == 1 and len(set(part["variant"])) > 1:
                 title = f"{setting}, {str(middle['variant']).removeprefix(str(family)).strip()}"
             if len(rounds) > 1:
                 title += f", round {name.removeprefix('drift_')}"

@@ -154,7 +154,7 @@ def _draw_heat(axes: Any, panel: Panel) -> None:
     heat = panel.heat
     assert heat is not None
     values = np.array(
-        [[np.nan if v is None else v for v in line] for line in heat.values], dtype=np.float64
+        [[np.nan if v is None else v for v in line] for line in heat.shares], dtype=np.float64
     )
     low, high = heat.span
     axes.imshow(values, vmin=low, vmax=high, cmap="viridis", aspect="auto")

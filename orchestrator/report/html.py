@@ -12,10 +12,12 @@ import gzip
 import html
 import json
 import math
+import uuid
 from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,10 +26,11 @@ import pandas as pd
 from btu import __version__
 from btu.errors import UserError
 from orchestrator.guards import GUARDS, marks, summary
-from orchestrator.report.charts import MARKED, Chart, Panel, Series, cell_table, charts
+from orchestrator.report.charts import MARKED, Panel, Series, cell_table, charts
 from orchestrator.report.table import METRIC_COLUMNS, PLAIN, coordinates, readable
 from orchestrator.source import Source
 
+SUFFIXES = (".html", ".htm")
 # Values of a column that are offered as a choice; more are for the text filter.
 MOST_CHOICES = 20
 # Of a record's tags: what a result was computed with.
@@ -71,6 +74,27 @@ def page(source: Source) -> str:
             **_table(table, list(coordinates(records).columns)),
         )
     )
+
+
+def check_page(path: Path) -> None:
+    """Raise a `UserError` unless a page can be written there."""
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"--html {path} must end in {' or '.join(SUFFIXES)}.")
+    if path.is_dir():
+        raise UserError(f"--html {path} is a folder; name a file in it.")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--html {path}: the folder {path.parent} does not exist; make it first.")
+
+
+def write_page(source: Source, path: Path) -> None:
+    """Write `page` to a path that `check_page` takes, whole or not at all."""
+    text = page(source)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 # Figures of plotly ------------------------------------------------------------------------------
@@ -178,13 +202,13 @@ def _heat(panel: Panel) -> dict[str, Any]:
     text = [
         ["" if v is None else f"{v * 100:.1f}{' ' + MARKED if m else ''}"
          for v, m in zip(values, marked, strict=True)]
-        for values, marked in zip(heat.values, heat.marked, strict=True)
+        for values, marked in zip(heat.shares, heat.marked, strict=True)
     ]  # fmt: skip
     return {
         "type": "heatmap",
         "x": heat.columns,
         "y": [html.escape(row, quote=False) for row in heat.rows],
-        "z": heat.values,
+        "z": heat.shares,
         "zmin": heat.span[0],
         "zmax": heat.span[1],
         "text": text,

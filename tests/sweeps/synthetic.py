@@ -13,7 +13,7 @@ import pandas as pd
 from btu.detection import RULES
 from btu.metrics import average_precision, row_detection, token_detection
 from btu.seeding import derive_seed
-from orchestrator.results import PLANS, RESULT, ROWS, TOKENS, Results
+from orchestrator.results import PLANS, RESULT, ROWS, SWEEP, TOKENS, Results
 from orchestrator.store import dumps
 
 
@@ -128,4 +128,5 @@ def shelve(
         planned.append({"key": key, "varied": {}, "stages": {}})
     plan = {"sweep": name, "keep": "results", "base": {}, "cells": planned}
     results.storage.write(f"{name}/{PLANS}/plan.json", json.dumps(plan).encode())
+    results.storage.write(f"{name}/{SWEEP}", f"name: {name}\n".encode())
     return results

@@ -9,17 +9,20 @@
   const heads = all("th", byId("table"));
   const names = heads.map((head) => head.dataset.name);
   const scales = heads.map((head) => Number(head.dataset.scale));
-  heads.forEach((head, i) => {
-    if (head.classList.contains("n")) for (const row of body.rows) row.cells[i].className = "n";
-  });
   const exact = (cell) => (cell.dataset.v === undefined ? cell.textContent : cell.dataset.v);
-  const rows = [...body.rows].map((row) => {
-    const values = [...row.cells].map(exact);
-    return { row, values, texts: [...row.cells].map((cell) => cell.textContent),
-      all: row.textContent.toLowerCase() + " " + values.join(" ").toLowerCase() };
+  let read = null;
+  // Read when first asked for: a thousand rows take a moment.
+  const entries = () => {
+    read ??= [...body.rows].map((row) => {
+      const values = [...row.cells].map(exact);
+      const texts = [...row.cells].map((cell) => cell.textContent);
+      return { row, values, texts, all: [...texts, ...values].join(" ").toLowerCase() };
+    });
+    return read;
+  };
+  body.addEventListener("pointerover", ({ target }) => {
+    if (target.dataset.v && !target.title) target.title = target.dataset.v;
   });
-  for (const { row } of rows)
-    for (const cell of row.cells) if (cell.dataset.v) cell.title = cell.dataset.v;
 
   const isNumber = (text) => text !== "" && text !== "-" && Number.isFinite(Number(text));
   const compare = (a, b) => {
@@ -34,6 +37,7 @@
     for (const other of heads) other.setAttribute("aria-sort", "none");
     head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
     const absent = (text) => text === "" || text === "-";
+    const rows = entries();
     rows.sort((a, b) => {
       const [x, y] = [a.values[column], b.values[column]];
       // What is undefined stands last either way.
@@ -68,6 +72,7 @@
       }
     }
     if (byId("only-marked").checked) terms.push((entry) => entry.values[marks] !== "");
+    const rows = entries();
     let shown = 0;
     for (const entry of rows) {
       entry.row.hidden = !terms.every((term) => term(entry));
@@ -78,6 +83,8 @@
   form.addEventListener("input", filter);
   form.addEventListener("reset", () => setTimeout(filter));
   form.addEventListener("submit", (event) => event.preventDefault());
+
+  root.dataset.table = String(Math.round(performance.now()));
 
   // The theme -----------------------------------------------------------------------------------
   const prefersDark = matchMedia("(prefers-color-scheme: dark)");

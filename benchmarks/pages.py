@@ -1,0 +1,84 @@
+"""How long the page of 1,000 finished runs takes: to make, to carry, to open.
+
+    python benchmarks/pages.py
+
+The runs are made by formula in a temporary folder. Prints seconds of `btu report NAME --html FILE`
+as a process of its own (bar: 20 s), the page's size (bar: 5 MB), and how long headless Chromium
+takes from opening it until the table sorts and the first charts are drawn (bar: 3 s; needs
+Playwright for Python and a Chromium of the system, and is left out with a word without them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TESTS = HERE.parent / "tests" / "sweeps"
+ATTACKS = ("badnets", "addsent", "syntactic", "style")
+RATES = (0.01, 0.02, 0.03, 0.05, 0.1)
+THRESHOLDS = (1.0, 1.5, 2.0, 3.0, 4.0, 4.5, 5.0, 6.0, 8.0)
+SEEDS = range(5)  # with the cells without a defense: 4 x 5 x 10 x 5 = 1,000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--keep", type=Path, help="write the page there and keep it")
+    options = parser.parse_args()
+    sys.path.insert(0, str(TESTS))
+    from likely import shelve_sweep
+
+    with tempfile.TemporaryDirectory(prefix="btu-pages-") as folder:
+        runs, page = Path(folder) / "runs", options.keep or Path(folder) / "page.html"
+        started = time.monotonic()
+        shelve_sweep(runs, "pages", ATTACKS, RATES, THRESHOLDS, SEEDS, tokens=5000)
+        print(f"1,000 runs made in {time.monotonic() - started:.1f} s")
+        command = [sys.executable, "-m", "orchestrator.cli", "report", "pages", "--output"]
+        started = time.monotonic()
+        subprocess.run(
+            [*command, str(runs), "--format", "csv", "--html", str(page)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True, cwd=HERE.parent,
+        )  # fmt: skip
+        took, size = time.monotonic() - started, page.stat().st_size
+        met = [
+            _judge("btu report --html under 20 s", f"{took:.1f} s", took < 20),
+            _judge("the page under 5 MB", f"{size / 1e6:.2f} MB", size < 5e6),
+        ]
+        try:
+            from browsing import browser
+
+            with browser() as chromium:
+                opened = [_open(chromium, page) for _ in range(3)]
+        except ImportError as error:
+            print(f"not opened in a browser: {error}")
+        else:
+            table, charts = (sorted(times)[1] for times in zip(*opened, strict=True))
+            print(f"the table sorts after {table:.1f} s, medians of three")
+            met.append(_judge("interactive in under 3 s", f"{charts:.1f} s", charts < 3))
+    raise SystemExit(not all(met))
+
+
+def _open(chromium: object, page: Path) -> tuple[float, float]:
+    """Return the seconds until the table is sorted by a click, and until a chart is drawn."""
+    tab = chromium.new_page(viewport={"width": 1280, "height": 900})  # type: ignore[attr-defined]
+    started = time.monotonic()
+    tab.goto(page.resolve().as_uri(), wait_until="commit")
+    tab.wait_for_selector("html[data-table]", state="attached")
+    table = time.monotonic() - started
+    tab.wait_for_selector(".plot .main-svg", state="attached")
+    charts = time.monotonic() - started
+    tab.close()
+    return table, charts
+
+
+def _judge(bar: str, found: str, met: bool) -> bool:
+    print(f"bar: {bar}: {found}, {'met' if met else 'MISSED'}")
+    return met
+
+
+if __name__ == "__main__":
+    main()
