@@ -25,7 +25,7 @@ from orchestrator.report.paper import (
     write_pack,
 )
 from orchestrator.report.table import mean_over_seeds, readable, results_table
-from orchestrator.source import StoreSource
+from orchestrator.source import StoreSource, open_source
 
 if TYPE_CHECKING:
     from conftest import Ran
@@ -356,6 +356,39 @@ def test_without_a_finished_cell_there_is_no_pack(source: StoreSource, tmp_path:
 
     with pytest.raises(UserError, match="no finished cell yet"):
         write_pack(Empty(source._results), tmp_path / "none")
+
+
+@pytest.mark.slow
+def test_numbers_are_those_of_mlflow_to_the_last_digit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    from orchestrator import tracking
+
+    monkeypatch.setattr(tracking, "_down", {})
+    monkeypatch.setattr(tracking, "_identities", {})
+    results = shelve_sweep(tmp_path / "runs", rates=(0.1,), thresholds=(4.5,), tokens=80)
+    uri = tracking.default_uri(results.output)
+    experiment = tracking.experiment(uri, results.name)
+    assert tracking.sync(uri, experiment, results, lambda key: False).missing == 0
+    client = MlflowClient(tracking_uri=uri)
+    here, there = open_source("likely", results.output), open_source("likely", "nowhere", uri)
+    cells = cell_table(there.records())
+    assert cells.to_csv() == cell_table(here.records()).to_csv()
+    for row in cells.to_dict("records"):
+        logged = client.get_run(row["run_id"]).data.metrics
+        for name in ("asr", "cacc", "ftr", "flagged", "undefended_asr", "tuned_cacc"):
+            assert row[name] == logged[name] or (row[name] != row[name] and name not in logged)
+    means = mean_table(cells)
+    assert effect_table(means) == effect_table(mean_table(cell_table(here.records())))
+    # The mean of two seeds in the LaTeX, from what MLflow has.
+    defended = means[means["defense"] == "btu"].index[0]
+    one, other = (
+        client.get_run(run).data.metrics["asr"] for run in means["run_ids"][defended].split()
+    )
+    row = [line for line in effect_table(means).splitlines() if "% cells" in line][defended]
+    assert f"{(one + other) / 2 * 100:.1f}" in row
 
 
 @pytest.mark.slow
