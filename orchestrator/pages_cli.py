@@ -217,7 +217,7 @@ def _time_left(stand: Status) -> str:
 
     if stand.eta is None or stand.seconds_left is None:
         some = ", ".join(stand.untimed[:4]) + (" ..." if len(stand.untimed) > 4 else "")
-        return f"ETA: unknown until each kind of stage has run once ({some})."
+        return f"Time left: unknown until each kind of stage has run once ({some})."
     how = f"{duration(stand.seconds_left)} of computing"
     if stand.state is SweepState.running:
         return f"ETA: {duration(stand.eta)} ({how}, {stand.at_once} at once)."
