@@ -1,6 +1,7 @@
 """How long the page of 1,000 finished runs takes: to make, to carry, to open.
 
     python benchmarks/pages.py
+    python benchmarks/pages.py --picture docs/page.png    # the README's picture, nothing else
 
 The runs are made by formula in a temporary folder. Prints seconds of `btu report NAME --html FILE`
 as a process of its own (bar: 20 s), the page's size (bar: 5 MB), and how long headless Chromium
@@ -28,10 +29,14 @@ SEEDS = range(5)  # with the cells without a defense: 4 x 5 x 10 x 5 = 1,000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--keep", type=Path, help="write the page there and keep it")
+    parser.add_argument("--picture", type=Path, help="write the README's picture, and stop")
     options = parser.parse_args()
     sys.path.insert(0, str(TESTS))
     from likely import shelve_sweep
 
+    if options.picture:
+        _picture(options.picture)
+        return
     with tempfile.TemporaryDirectory(prefix="btu-pages-") as folder:
         runs, page = Path(folder) / "runs", options.keep or Path(folder) / "page.html"
         started = time.monotonic()
@@ -60,6 +65,43 @@ def main() -> None:
             print(f"the table sorts after {table:.1f} s, medians of three")
             met.append(_judge("interactive in under 3 s", f"{charts:.1f} s", charts < 3))
     raise SystemExit(not all(met))
+
+
+def _picture(path: Path) -> None:
+    """Write what the upper part of a small sweep's page looks like."""
+    from browsing import browser
+    from likely import shelve_sweep
+
+    from orchestrator.report.html import write_page
+    from orchestrator.source import open_source
+
+    with tempfile.TemporaryDirectory(prefix="btu-pages-") as folder, browser() as chromium:
+        runs, page = Path(folder) / "runs", Path(folder) / "page.html"
+        rates, thresholds = (0.02, 0.05, 0.1), (2.0, 4.5, 6.0, 9.0)
+        shelve_sweep(runs, "likely", ("addsent", "badnets"), rates, thresholds, range(3))
+        write_page(open_source("likely", str(runs)), page)
+        size = {"width": 1120, "height": 900}
+        tab = chromium.new_context(viewport=size, device_scale_factor=0.8).new_page()
+        tab.goto(page.as_uri())
+        # One attack of each chart is enough for a small picture.
+        tab.add_style_tag(content="#curves figure:nth-child(n+4), #pareto figure:nth-child(n+4), "
+                          "#drift figure:nth-child(n+4), #heatmaps figure:nth-child(n+4), "
+                          "nav, details { display: none }")  # fmt: skip
+        for plot in tab.query_selector_all(".plot"):
+            if plot.is_visible():
+                plot.scroll_into_view_if_needed()
+                plot.wait_for_selector(".main-svg", state="attached", timeout=120_000)
+        tab.evaluate("scrollTo(0, 0)")
+        end = tab.query_selector("#cost").bounding_box()["y"]
+        clip = {"x": 0, "y": 0, "width": size["width"], "height": end}
+        tab.screenshot(path=path, full_page=True, clip=clip)
+    from PIL import Image
+
+    # A repository is cloned more often than its picture is looked at closely.
+    with Image.open(path) as image:
+        small = image.convert("RGB").quantize(64)
+    small.save(path, optimize=True)
+    print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
 
 
 def _open(chromium: object, page: Path) -> tuple[float, float]:

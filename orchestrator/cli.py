@@ -451,8 +451,12 @@ def sync(
     )
     if synced.missing:
         raise UserError(f"MLflow does not have all runs: {synced.reason}")
-    if tracking.summarize(where, experiment, results):
-        _say("The sweep's summary run is up to date.")
+    try:
+        summarized = tracking.summarize(where, experiment, results)
+    except Exception as error:  # of a server, of a disk or of a plot
+        raise UserError(f"the summary run was not written: {tracking.brief(error)}") from error
+    if summarized:
+        _say("The summary run was brought up to date.")
 
 
 @app.command()

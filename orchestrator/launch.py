@@ -416,9 +416,8 @@ class _Driver:
             tracking.summarize(self.tracking["uri"], self.tracking["id"], results)
         except Exception as error:  # of a server, of a disk or of a plot
             if not self._summary_failed:
-                reason = tracking.shown(f"{type(error).__name__}: {error}")[:200]
                 self.progress.note(
-                    f"the sweep's summary in MLflow is not up to date ({reason}); "
+                    f"the sweep's summary in MLflow is not up to date ({tracking.brief(error)}); "
                     f"{self._sync_command()} writes it."
                 )
             self._summary_failed = True

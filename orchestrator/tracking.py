@@ -601,7 +601,7 @@ def sync(
         tracker.identify()
         closed = tracker.close_orphans(live, owner)
     except Exception as error:
-        missed.append(_brief(error))
+        missed.append(brief(error))
     for record in (*results.records(), *results.failures()):
         if live(record["key"]) or tracker.is_logged(record):
             continue
@@ -622,7 +622,7 @@ def sync(
                         folder = results.store.fetch(now["key"])
                     written += tracker.log(now, folder)
         except Exception as error:
-            missed.append(_brief(error))
+            missed.append(brief(error))
     return Synced(written, closed, len(missed), missed[0] if missed else "")
 
 
@@ -676,7 +676,8 @@ class Pace:
         self._next = max(began + self.interval, ended + (ended - began) / self.share)
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
+    """Return an error as a line for people, without passwords."""
     return f"{type(error).__name__}: {shown(str(error))[:200]}"
 
 

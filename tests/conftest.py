@@ -40,6 +40,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="folder whose data/ holds sst2, agnews and olid; tests on real data need it",
     )
+    parser.addoption(
+        "--screenshots",
+        metavar="DIR",
+        default=None,
+        help="where the browser tests keep what they saw; default: with pytest's temporary files",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

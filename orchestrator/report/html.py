@@ -106,7 +106,7 @@ def figure(panel: Panel) -> dict[str, Any]:
     y: dict[str, Any] = {"title": {"text": html.escape(panel.y.label, quote=False)}}
     for axis, made in ((panel.x, x), (panel.y, y)):
         made["type"] = axis.kind
-        made["automargin"] = True
+        made["automargin"] = axis.kind == "category"  # it lays out twice
         if axis.percent:
             made["tickformat"] = ".1~%"
         if axis.span:

@@ -255,13 +255,14 @@ def all_measured(results: Results) -> dict[str, dict[str, str]]:
 
 
 def runs_at(uri: str, name: str = "tiny") -> list[Any]:
-    """Return the runs of a sweep that are not deleted."""
+    """Return the runs of a sweep that are not deleted, but for its summary."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name(name)
     assert experiment is not None
-    return list(client.search_runs([experiment.experiment_id]))
+    runs = client.search_runs([experiment.experiment_id])
+    return [run for run in runs if run.data.tags.get("kind") != "summary"]
 
 
 def check(

@@ -83,6 +83,16 @@ def uri_of(output: Path) -> str:
 # What is computed ------------------------------------------------------------------------------
 
 
+def summary_at(uri: str) -> Any:
+    """Return the summary run of a sweep; there is one."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    (run,) = client.search_runs([experiment], "tags.kind = 'summary'")
+    return run
+
+
 @pytest.mark.slow
 def test_a_sweep_shares_its_stages_grows_and_resumes(
     make_sweep: Callable[..., Path],
@@ -126,6 +136,8 @@ def test_a_sweep_shares_its_stages_grows_and_resumes(
     for run in runs_at(uri_of(place.output)):
         asr = metrics[run.data.tags["cell"]]["asr"]
         assert run.data.metrics["asr"] == pytest.approx(float(asr))
+    summary = summary_at(uri_of(place.output))
+    assert summary.data.metrics["cells/finished"] == 3
 
     # A launched cell measures what the same cell does in this process, with as many threads.
     (planned,) = plan_sweep(load_sweep(sweep, ["defense.alpha=0.02"])).cells.values()
@@ -169,6 +181,9 @@ def test_a_sweep_shares_its_stages_grows_and_resumes(
     assert store.dropped() >= set(models)
     assert store.verify() == []
     assert len(runs_at(uri_of(place.output))) == 4
+    # The same summary, of the grown grid; that launch had nothing new to say.
+    assert summary_at(uri_of(place.output)).info.run_id == summary.info.run_id
+    assert summary_at(uri_of(place.output)).data.metrics["cells/finished"] == 4
     # Tune's own state is gone.
     left = {path.name for path in (place.output / "tiny").iterdir()}
     assert left == {"journal.jsonl", "plans", "sweep.yaml", "tracked"}
@@ -556,6 +571,36 @@ def test_a_failure_that_cannot_be_recorded_is_told_and_does_not_end_the_sweep(
     told = " ".join(driver.told.getvalue().split())
     assert "was not recorded: [Errno 28] No space left" in told
     assert driver.error is None
+
+
+@pytest.mark.slow
+def test_a_summary_is_written_while_cells_end_and_its_failure_is_told_once(
+    driver: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator import launch, tracking
+
+    monkeypatch.setattr(launch, "SUMMARY_LOOK", 0.001)
+    monkeypatch.setattr(tracking.Pace, "due", lambda self, now: True)
+    asked: list[tuple[str, str]] = []
+
+    def refuse(uri: str, experiment: str, results: Any) -> bool:
+        asked.append((uri, experiment))
+        raise ConnectionError("http://me:secret@host is away")
+
+    monkeypatch.setattr(tracking, "summarize", refuse)
+    driver.tracking = {"uri": "sqlite:///x.db", "id": "7"}
+    with driver._summaries():
+        time.sleep(0.05)
+        assert asked == []  # no cell has ended
+        for count in (1, 2):
+            driver._unsummarized.set()
+            wait_for(lambda count=count: len(asked) == count, limit=10)
+    assert asked == [("sqlite:///x.db", "7")] * 2
+    told = " ".join(driver.told.getvalue().split())
+    assert told.count("summary in MLflow is not up to date (ConnectionError: http://host is") == 1
+    assert "btu sync tiny" in told
+    assert driver.error is None
+    assert not driver.stopped
 
 
 @pytest.mark.slow

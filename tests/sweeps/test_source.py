@@ -258,6 +258,26 @@ def test_what_mlflow_does_not_have_is_named(written: Written, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_tables_are_printed_from_mlflow_alone(
+    written: Written, run_cli: Callable[..., Any]
+) -> None:
+    name, there = written.results.name, ("--tracking-uri", written.uri, "--output", "nowhere")
+    here = ("--output", written.results.output)
+    for command in (
+        ("report", name, "--format", "csv"),
+        ("report", name, "--mean", "--format", "csv"),
+        ("curves", name, "--format", "csv"),
+    ):
+        near, far = run_cli(*command, *here), run_cli(*command, *there)
+        assert far.code == 0, far
+        assert far.out == near.out
+        assert far.err == near.err
+    # Either place has the same thing against choosing.
+    near, far = run_cli("choose", name, *here), run_cli("choose", name, *there)
+    assert (far.code, far.out, far.err) == (near.code, near.out, near.err)
+
+
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_is_named_without_its_password(free_port: int) -> None:
     uri = f"http://me:secret@127.0.0.1:{free_port}"
     with pytest.raises(UserError, match=rf"^MLflow at http://127.0.0.1:{free_port} does") as caught:

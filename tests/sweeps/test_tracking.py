@@ -781,6 +781,34 @@ def test_a_cell_that_was_computed_again_replaces_its_run(bench: Bench) -> None:
 
 
 @pytest.mark.slow
+def test_runs_of_an_earlier_version_are_written_anew(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator import results
+
+    record = bench.finish(FIRST)
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "RUN_VERSION", 1)
+        assert bench.log(record)
+        assert not bench.log(record)
+    (before,) = bench.runs()
+    assert bench.sync().written == 1
+    (run,) = bench.runs()
+    assert run.info.run_id != before.info.run_id
+
+
+@pytest.mark.slow
+def test_a_control_that_is_asked_for_by_itself_is_no_control_in_mlflow_either(
+    bench: Bench,
+) -> None:
+    record = bench.finish(FIRST)
+    bench.log({**record, "varied": {**record["varied"], "control": "no_poison"}})
+    assert [run.data.tags.get("control") for run in bench.runs()] == ["no_poison"]
+    assert bench.sync().written == 1
+    assert [run.data.tags.get("control") for run in bench.runs()] == [None]
+
+
+@pytest.mark.slow
 def test_a_failed_cell_is_a_failed_run_with_its_reason(bench: Bench) -> None:
     bench.fail(FIRST)
     assert bench.log(bench.failure())

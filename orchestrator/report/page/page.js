@@ -132,7 +132,7 @@
     const layout = nested(colors());
     const font = { size: 12, family: getComputedStyle(document.body).fontFamily };
     Object.assign(layout, own, { showlegend: false, dragmode: "zoom",
-      margin: { l: 48, r: 14, t: 12, b: 44 }, font: { ...layout.font, ...font } });
+      margin: { l: own.yaxis.title.text ? 68 : 48, r: 14, t: 12, b: 44 }, font: { ...layout.font, ...font } });
     const look = nested(colors());
     for (const axis of ["xaxis", "yaxis"])
       layout[axis] = { ...look[axis], ...own[axis], title: { standoff: 6, ...own[axis].title } };
@@ -151,8 +151,8 @@
       if (hidden.has(seriesKey(chart, labelOf(trace)))) trace.visible = false;
     drawn.add(plot);
     return window.Plotly.newPlot(plot, data, layoutOf(layout), {
-      displaylogo: false, responsive: true,
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] });
+      // Its buttons would be seven stops of the tab key in every chart.
+      displayModeBar: false, responsive: true });
   };
   for (const button of all(".legend button")) {
     button.addEventListener("click", () => {
@@ -191,13 +191,22 @@
         return;
       }
       await unpack();
-      const watch = new IntersectionObserver((entries) => {
-        for (const { isIntersecting, target } of entries) {
+      // One at a time, so that the page answers in between.
+      const queue = [];
+      const next = () => {
+        const plot = queue.shift();
+        if (plot && !drawn.has(plot)) draw(plot);
+        if (queue.length) setTimeout(next);
+      };
+      const watch = new IntersectionObserver((seen) => {
+        const idle = queue.length === 0;
+        for (const { isIntersecting, target } of seen) {
           if (!isIntersecting) continue;
           watch.unobserve(target);
-          draw(target);
+          queue.push(target);
         }
-      }, { rootMargin: "300px" });
+        if (idle && queue.length) setTimeout(next);
+      }, { rootMargin: "200px" });
       for (const plot of plots) watch.observe(plot);
       window.addEventListener("beforeprint", () => {
         for (const plot of plots) if (!drawn.has(plot)) draw(plot);

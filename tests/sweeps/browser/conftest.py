@@ -1,0 +1,66 @@
+"""A browser whose tabs tell what went wrong in them, and where its screenshots go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browsing import browser
+
+VIEW = {"width": 1280, "height": 900}
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """Skips without Playwright or a Chromium of the system."""
+    try:
+        running = browser()
+        started = running.__enter__()
+    except ImportError as error:
+        pytest.skip(str(error))
+    yield started
+    running.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="session")
+def screenshots(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DIR of ``--screenshots=DIR``."""
+    given = request.config.getoption("--screenshots")
+    folder = Path(given) if given else tmp_path_factory.mktemp("screenshots")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+class Tab:
+    """A browser's tab. page: Playwright's. requests: what it fetched. errors: of its console."""
+
+    def __init__(self, page: Any) -> None:
+        self.page = page
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on(
+            "console",
+            lambda said: self.errors.append(said.text) if said.type == "error" else None,
+        )
+
+
+@pytest.fixture
+def open_tab(chromium: Any) -> Iterator[Callable[..., Tab]]:
+    """A function from a URL to a tab that shows it; scheme: light or dark."""
+    opened = []
+
+    def build(url: str, scheme: str = "light") -> Tab:
+        tab = Tab(chromium.new_page(viewport=VIEW, color_scheme=scheme))
+        opened.append(tab.page)
+        # Other work on the machine may take most of its CPUs.
+        tab.page.set_default_timeout(120_000)
+        tab.page.goto(url)
+        return tab
+
+    yield build
+    for page in opened:
+        page.close()

@@ -1,0 +1,112 @@
+"""What a reviewer looks for in the MLflow UI, on a store that the tracking code wrote."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from likely import shelve_sweep
+
+pytestmark = pytest.mark.slow
+START_S = 240.0
+
+
+class Served(NamedTuple):
+    """An MLflow UI. url: of it. experiment: the sweep's id. runs: their names by id."""
+
+    url: str
+    experiment: str
+    runs: dict[str, str]
+
+    def at(self, path: str) -> str:
+        # Without the parameter MLflow opens on its pages for language-model traces.
+        return f"{self.url}/#/experiments/{self.experiment}{path}?workflowType=machine_learning"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, chromium: Any) -> Iterator[Served]:
+    """Eight cells of the sweep ``likely``, served from a SQLite store."""
+    from mlflow import MlflowClient
+
+    from orchestrator import tracking
+
+    folder = tmp_path_factory.mktemp("ui")
+    results = shelve_sweep(folder / "runs", rates=(0.1,), thresholds=(4.5,))
+    uri = tracking.default_uri(results.output)
+    experiment = tracking.experiment(uri, results.name)
+    synced = tracking.sync(uri, experiment, results, lambda key: False)
+    assert (synced.written, synced.missing) == (8, 0)
+    found = MlflowClient(tracking_uri=uri).search_runs([experiment], "tags.kind = 'trial'")
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    with (folder / "log.txt").open("w") as log:
+        server = subprocess.Popen(tracking.ui_command(uri, port), stdout=log, stderr=log)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait(f"{url}/health", server, folder / "log.txt")
+            yield Served(url, experiment, {run.info.run_id: run.info.run_name for run in found})
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    until = time.monotonic() + START_S
+    while time.monotonic() < until:
+        assert server.poll() is None, log.read_text()
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    pytest.fail(f"MLflow did not answer in {START_S:.0f} s: {log.read_text()}")
+
+
+def test_the_runs_are_listed_with_what_they_found(
+    served: Served, open_tab: Callable[..., Any], screenshots: Path
+) -> None:
+    tab = open_tab(served.at("/runs"))
+    for name in served.runs.values():
+        tab.page.get_by_text(name, exact=True).first.wait_for()
+    # A reviewer puts the three columns there with the button "Columns".
+    tab.page.get_by_role("button", name=re.compile("Columns")).first.click()
+    for metric in ("asr", "cacc", "detection_precision"):
+        tab.page.get_by_placeholder(re.compile("Search columns", re.I)).fill(metric)
+        tab.page.get_by_text(metric, exact=True).last.click()
+    tab.page.keyboard.press("Escape")
+    for metric in ("asr", "cacc", "detection_precision"):
+        tab.page.locator(f'[role="columnheader"]:has-text("{metric}")').first.wait_for()
+    tab.page.screenshot(path=screenshots / "mlflow-runs.png")
+
+
+def test_a_runs_artifacts_open(
+    served: Served, open_tab: Callable[..., Any], screenshots: Path
+) -> None:
+    run_id = next(iter(served.runs))
+    tab = open_tab(served.at(f"/runs/{run_id}/artifacts"))
+    tab.page.get_by_text("config.yaml").first.click()
+    tab.page.get_by_text("poison_rate").first.wait_for()
+    tab.page.screenshot(path=screenshots / "mlflow-artifacts.png")
+
+
+def test_runs_are_compared(served: Served, open_tab: Callable[..., Any], screenshots: Path) -> None:
+    ids = list(served.runs)[:3]
+    quoted = "[" + ",".join(f"%22{run_id}%22" for run_id in ids) + "]"
+    url = (
+        f"{served.url}/#/compare-runs?runs={quoted}"
+        f"&experiments=[%22{served.experiment}%22]&workflowType=machine_learning"
+    )
+    tab = open_tab(url)
+    tab.page.get_by_text(re.compile("Comparing 3 Runs")).first.wait_for()
+    tab.page.get_by_text("detection_precision", exact=True).first.wait_for()
+    tab.page.screenshot(path=screenshots / "mlflow-compare.png", full_page=True)

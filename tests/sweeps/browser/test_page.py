@@ -1,0 +1,179 @@
+"""The page of a sweep in a real browser."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from likely import shelve_sweep
+
+from orchestrator.report.html import write_page
+from orchestrator.source import Source, open_source
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """Two attacks, two rates, three thresholds and no defense, two seeds: 32 cells."""
+    runs = tmp_path_factory.mktemp("page") / "runs"
+    shelve_sweep(runs)
+    return open_source("likely", str(runs))
+
+
+@pytest.fixture(scope="module")
+def file(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("html") / "likely.html"
+    write_page(source, path)
+    return path
+
+
+def shown(page: Any, column: str) -> list[str]:
+    """Return a column of the rows that are shown, with all digits."""
+    found: list[str] = page.evaluate(
+        """name => {
+            const heads = [...document.querySelectorAll("th")];
+            const at = heads.findIndex((head) => head.dataset.name === name);
+            const rows = [...document.querySelectorAll("tbody tr")].filter((row) => !row.hidden);
+            return rows.map((row) => row.cells[at].dataset.v ?? row.cells[at].textContent);
+        }""",
+        column,
+    )
+    return found
+
+
+def draw_all(page: Any) -> None:
+    """Scroll through the page, so that every chart comes into view, and wait until it is drawn."""
+    page.wait_for_selector("html[data-ready]", state="attached")
+    for plot in page.query_selector_all(".plot"):
+        plot.scroll_into_view_if_needed()
+        plot.wait_for_selector(".main-svg", state="attached")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_opens_from_disk_and_draws_every_chart(
+    scheme: str, file: Path, open_tab: Callable[..., Any], screenshots: Path
+) -> None:
+    tab = open_tab(file.as_uri(), scheme)
+    draw_all(tab.page)
+    assert tab.page.locator(".plot .main-svg").count() > 0
+    # Marks of every kind: lines with points, maps, bars.
+    for part in ("curves .scatterlayer .js-line", "curves .points path", "heatmaps .hm image, "
+                 "#heatmaps .heatmaplayer", "pareto .points path", "drift .points path",
+                 "drift .textpoint", "cost .barlayer .point"):  # fmt: skip
+        assert tab.page.locator(f"#{part}").count() > 0, part
+    assert "cf" in tab.page.locator("#drift .textpoint").all_text_contents()
+    background = tab.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}[scheme]
+    tab.page.evaluate("scrollTo(0, 0)")
+    tab.page.screenshot(path=screenshots / f"page-{scheme}.png", full_page=True)
+    assert tab.page.locator("#trouble").is_hidden()
+    assert tab.errors == []
+    fetched = [url for url in tab.requests if not url.startswith(("data:", "blob:"))]
+    assert fetched == [file.as_uri()]
+
+
+def test_sorting_sorts_by_value_both_ways(
+    file: Path, source: Source, open_tab: Callable[..., Any]
+) -> None:
+    page = open_tab(file.as_uri()).page
+    expected = sorted(record["metrics"]["asr"] for record in source.records())
+    head = page.locator('th[data-name="asr"]')
+    head.locator("button").click()
+    assert [float(text) for text in shown(page, "asr")] == expected
+    assert head.get_attribute("aria-sort") == "ascending"
+    head.locator("button").click()
+    assert [float(text) for text in shown(page, "asr")] == expected[::-1]
+    assert head.get_attribute("aria-sort") == "descending"
+    # What is undefined stands last either way: no defense flags nothing and nothing wrong.
+    for _ in range(2):
+        page.locator('th[data-name="flagged"] button').click()
+        assert shown(page, "flagged")[-8:] == [""] * 8
+    assert head.get_attribute("aria-sort") == "none"
+
+
+def test_filters_leave_the_rows_that_they_name(
+    file: Path, source: Source, open_tab: Callable[..., Any]
+) -> None:
+    page = open_tab(file.as_uri()).page
+    page.fill("#search", "badnets asr<20")
+    low = [r for r in source.records()
+           if r["config"]["attack"]["name"] == "badnets" and r["metrics"]["asr"] < 0.2]  # fmt: skip
+    assert 0 < len(low) < 16
+    assert sorted(shown(page, "key")) == sorted(record["key"] for record in low)
+    assert page.locator("#count").inner_text() == f"{len(low)} of 32 cells"
+    page.get_by_label("seed").select_option("1")
+    assert set(shown(page, "seed")) == {"1"}
+    assert len(shown(page, "key")) == len([r for r in low if r["config"]["seed"] == 1])
+    page.get_by_role("button", name="Clear").click()
+    page.wait_for_selector("#count:text('32 of 32 cells')")
+    page.get_by_label("only marked").check()
+    assert all(shown(page, "marks"))
+    assert page.locator("#count").inner_text() != "32 of 32 cells"
+
+
+def test_the_theme_can_be_chosen(file: Path, open_tab: Callable[..., Any]) -> None:
+    tab = open_tab(file.as_uri(), "dark")
+    tab.page.wait_for_selector(".plot .main-svg", state="attached")
+    paper = "document.querySelector('.plot .main-svg').style.background"
+    assert tab.page.evaluate(paper) == "rgb(28, 33, 39)"
+    tab.page.get_by_role("button", name="Use light colors").click()
+    assert tab.page.evaluate("getComputedStyle(document.body).backgroundColor") == (
+        "rgb(255, 255, 255)"
+    )
+    assert tab.page.evaluate(paper) == "rgb(246, 248, 250)"
+    assert tab.errors == []
+
+
+def test_a_series_can_be_hidden(file: Path, open_tab: Callable[..., Any]) -> None:
+    tab = open_tab(file.as_uri())
+    draw_all(tab.page)
+    lines = tab.page.locator("#curves .scatterlayer .trace")
+    before = lines.count()
+    button = tab.page.locator('#curves .legend button[data-series="token recall"]')
+    button.click()
+    assert button.get_attribute("aria-pressed") == "false"
+    # One in each of four panels, and bands where the seeds differ.
+    assert lines.count() <= before - 4
+    button.click()
+    assert lines.count() == before
+    assert tab.errors == []
+
+
+def test_the_page_is_used_by_keyboard(file: Path, open_tab: Callable[..., Any]) -> None:
+    tab = open_tab(file.as_uri())
+    page = tab.page
+    focused = "document.activeElement"
+    page.keyboard.press("Tab")
+    assert page.evaluate(f"{focused}.textContent") == "Skip to the table"
+    assert page.evaluate(f"{focused}.getBoundingClientRect().left") >= 0
+    page.keyboard.press("Enter")
+    assert page.evaluate(f"{focused}.id") == "cells"
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.evaluate(f"{focused}.closest('th')?.dataset.name") == "cacc":
+            break
+    assert page.evaluate(f"getComputedStyle({focused}).outlineStyle") == "solid"
+    page.keyboard.press("Enter")
+    values = [float(text) for text in shown(page, "cacc")]
+    assert values == sorted(values)
+    # Everything that is focused has a name.
+    unnamed = page.evaluate(
+        """() => [...document.querySelectorAll("main button, main input, main select")]
+            .filter((one) => !one.textContent.trim() && !one.labels?.length).length"""
+    )
+    assert unnamed == 0
+    assert tab.errors == []
+
+
+def test_a_mark_leads_to_its_cell(file: Path, open_tab: Callable[..., Any]) -> None:
+    page = open_tab(file.as_uri()).page
+    page.get_by_text("Each marked cell").click()
+    link = page.locator(".marked a").first
+    key = link.inner_text()
+    link.click()
+    assert page.evaluate("document.querySelector('tr:target').id") == f"cell-{key}"
+    assert re.fullmatch(r"[0-9a-f]{24}", key)
