@@ -108,7 +108,9 @@ def table(
     named = f"\\caption{{{caption}}}\\label{{{label}}}"
     if len(rows) > PAGE_ROWS:
         return (
-            f"\\begingroup\\small\\setlength{{\\tabcolsep}}{{4pt}}\n"
+            # It cannot be scaled to the line.
+            "\\begingroup\\scriptsize\\setlength{\\tabcolsep}{3pt}"
+            "\\setlength{\\LTcapwidth}{\\linewidth}\n"
             f"\\begin{{longtable}}{{{columns}}}\n{named}\\\\\n{top}\n\\endfirsthead\n"
             f"{top}\n\\endhead\n\\bottomrule\n\\endfoot\n{body}\n\\end{{longtable}}{below}\n"
             "\\endgroup\n"
