@@ -16,7 +16,8 @@ from rich.table import Table
 
 from btu import __version__
 from btu.errors import UserError
-from orchestrator import scan_cli, store_cli
+from orchestrator import pages_cli, scan_cli, store_cli
+from orchestrator.pages_cli import Format
 
 if TYPE_CHECKING:
     from orchestrator.config import Sweep
@@ -35,6 +36,7 @@ app = typer.Typer(
     "A sweep is one YAML file (see sweeps/). A first one, on an embedded corpus:\n\n"
     "    btu plan sweeps/quickstart.yaml      # what would run, and what cannot\n\n"
     "    btu launch sweeps/quickstart.yaml    # run it on local Ray; run it again to resume\n\n"
+    "    btu status quickstart                # how it stands, while it runs or after\n\n"
     "    btu report quickstart                # the table\n\n"
     "    btu curves quickstart                # detection at every threshold\n\n"
     "    btu scan DATA                        # a data set of your own, for triggers\n\n"
@@ -43,6 +45,8 @@ app = typer.Typer(
 )
 app.add_typer(store_cli.app, name="store")
 app.command()(scan_cli.scan)
+app.command()(pages_cli.status)
+app.command()(pages_cli.compare)
 console = Console()
 errors = Console(stderr=True)
 
@@ -74,16 +78,6 @@ class Kind(StrEnum):
     datasets = "datasets"
     metrics = "metrics"
     rules = "rules"
-
-
-class Format(StrEnum):
-    """How a table is printed."""
-
-    table = "table"
-    csv = "csv"
-    json = "json"
-    markdown = "markdown"
-    latex = "latex"
 
 
 class Curve(StrEnum):
@@ -480,6 +474,12 @@ def report(
         Path | None,
         typer.Option(metavar="DIR", help="Write the page's charts too, as PNG, SVG and PDF."),
     ] = None,
+    paper: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Write LaTeX tables, figures, CSV and a methods paragraph too."
+        ),
+    ] = None,
     output: Output = "runs",
     tracking_uri: TrackingUri = None,
 ) -> None:
@@ -490,6 +490,8 @@ def report(
     Example: `btu report quickstart --mean --format markdown > table.md`
 
     Example: `btu report quickstart --html quickstart.html --figures figures`
+
+    Example: `btu report main-table --paper paper/results > table.txt`
     """
     from orchestrator.guards import summary
     from orchestrator.report.html import check_page, write_page
@@ -513,6 +515,11 @@ def report(
 
         written = write_figures(source, figures, FORMATS)
         _note([f"Figures: {len(written)} files in {figures}"])
+    if paper is not None:
+        from orchestrator.report.paper import write_pack
+
+        packed = write_pack(source, paper)
+        _note([f"Paper: {len(packed)} files in {paper}; its README.txt says what they are."])
     reasons = Counter(record["reason"].splitlines()[0] for record in source.failures())
     for reason, count in reasons.items():
         _warn(f"{count} failed cells are not in the table: {reason}")

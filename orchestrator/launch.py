@@ -203,7 +203,7 @@ class _Driver:
             )
         else:
             self.tracking = {"uri": uri, "id": experiment_id}
-        self.results.write_plan(self.sweep, self.plan.cells.values())
+        self.results.write_plan(self.sweep, self.plan.cells.values(), self.plan.refused)
         # Before looking at what is there: from now on nobody removes what this launch needs.
         self._register()
         try:

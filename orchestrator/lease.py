@@ -21,7 +21,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from orchestrator.storage import Storage
 
@@ -30,6 +30,27 @@ HEARTBEAT_S = 5.0
 TTL_S = 30.0
 # Unfinished files of this age are nobody's any more. Clocks of machines differ by less.
 LEFTOVER_S = 3600.0
+
+
+class Holder(NamedTuple):
+    """Who says to make a key, or to run a launch.
+
+    name: the key or the launch's id. alive: whether its process lives, None if that cannot be seen
+    from here. silent: seconds since its last heartbeat by the times of its files, None where they
+    are not known.
+    """
+
+    name: str
+    facts: Mapping[str, Any]
+    alive: bool | None
+    silent: float | None
+
+    @property
+    def lost(self) -> bool:
+        """Whether its process is gone, or has been silent for too long where none can look."""
+        if self.alive is None:
+            return self.silent is not None and self.silent >= TTL_S
+        return not self.alive
 
 
 class Leases:
@@ -110,6 +131,22 @@ class Leases:
             if alive or (alive is None and not stale and age <= LEFTOVER_S):
                 live[path] = _facts_of(data)
         return live
+
+    def holders(self, folder: str, now: float | None = None) -> list[Holder]:
+        """Return who is in ``leases`` or ``launches``, dead ones too, by name. now: Unix s."""
+        now = time.time() if now is None else now
+        modified = {found.path: found.modified for found in self.storage.walk(folder)}
+        found = []
+        for path in sorted(path for path in modified if path.endswith(".json")):
+            data = self._peek(path)
+            if data is None:  # released meanwhile
+                continue
+            times = [modified[path], modified.get(path.removesuffix(".json") + ".beat")]
+            last = max((t for t in times if t is not None), default=None)
+            silent = None if last is None else max(0.0, now - last)
+            facts = _facts_of(data)
+            found.append(Holder(Path(path).stem, facts, _is_alive(facts), silent))
+        return found
 
     def _is_stale(
         self, path: str, content: bytes, owner: str | None, facts: bytes | None = None

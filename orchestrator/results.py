@@ -24,7 +24,7 @@ from orchestrator.storage import Storage, open_storage
 from orchestrator.store import Damaged, Missing, Store, loads, with_nan
 
 if TYPE_CHECKING:
-    from orchestrator.plan import PlannedCell
+    from orchestrator.plan import PlannedCell, RefusedCell
 
 PLANS, TRACKED, JOURNAL = "plans", "tracked", "journal.jsonl"
 # Of what a run of MLflow holds: raised with it, so that runs of before are written again.
@@ -65,8 +65,13 @@ class Results:
         self.storage: Storage = open_storage(output)
         self.store = store or Store(store_location(output))
 
-    def write_plan(self, sweep: Sweep, cells: Iterable[PlannedCell]) -> None:
-        """Note which cells a launch has. The same cells again are the same file."""
+    def write_plan(
+        self, sweep: Sweep, cells: Iterable[PlannedCell], refused: Iterable[RefusedCell] = ()
+    ) -> None:
+        """Note which cells a launch has, and which it refused.
+
+        The same cells again are the same file.
+        """
         plan = {
             "sweep": self.name,
             "keep": sweep.store.keep,
@@ -79,6 +84,7 @@ class Results:
                 }
                 for cell in cells
             ],
+            "refused": [{"varied": dict(r.varied), "reason": r.reason} for r in refused],
         }
         text = json.dumps(plan)
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -104,6 +110,19 @@ class Results:
                     cell["key"], cell["varied"], cell["stages"], plan["base"]
                 )
         return dict(sorted(found.items()))
+
+    def refused(self) -> list[RefusedCell]:
+        """Return the cells that launches refused, but for those that a launch took since."""
+        from orchestrator.plan import RefusedCell
+
+        launched = {json.dumps(cell.varied) for cell in self.cells().values()}
+        found: dict[str, RefusedCell] = {}
+        for name in self.storage.names(f"{self.name}/{PLANS}"):
+            plan = json.loads(self.storage.read(f"{self.name}/{PLANS}/{name}"))
+            for cell in plan.get("refused", ()):  # plans of before lack it
+                if json.dumps(cell["varied"]) not in launched:
+                    found[json.dumps(cell)] = RefusedCell(cell["varied"], cell["reason"])
+        return list(found.values())
 
     def wanted_elsewhere(self, committed: Collection[str]) -> set[str]:
         """Return the keys that other sweeps of this output want kept.

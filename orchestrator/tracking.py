@@ -22,7 +22,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 # The defaults retry a dead server for minutes per call; results wait on disk, so give up soon.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -698,6 +698,14 @@ def _reread(results: Results, record: Mapping[str, Any]) -> dict[str, Any] | Non
     return next((found for found in results.failures() if found["key"] == key), None)
 
 
+class RunState(NamedTuple):
+    """Where a run stands. cell: its key, empty of a run of no cell. status: MLflow's word."""
+
+    run_id: str
+    cell: str
+    status: str
+
+
 class MlflowSource:
     """A sweep's results from its MLflow experiment alone: a `Source`.
 
@@ -738,6 +746,14 @@ class MlflowSource:
 
     def failures(self) -> list[dict[str, Any]]:
         return [self._record(run) for run in self._cells.values() if run.info.status == "FAILED"]
+
+    def states(self) -> list[RunState]:
+        """Return where every run of the sweep stands, unfinished ones too."""
+        with self._answering():
+            return [
+                RunState(run.info.run_id, run.data.tags.get("cell", ""), run.info.status)
+                for run in self._search()
+            ]
 
     def tokens(self, key: str) -> pd.DataFrame | None:
         return self._table(key, TOKENS)

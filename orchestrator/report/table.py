@@ -11,6 +11,7 @@ import pandas as pd
 from btu.errors import unknown
 from orchestrator.config import CONTROL, NAMED_SECTIONS, flatten
 from orchestrator.guards import GUARDS, joined, marks
+from orchestrator.report.statistics import half_width
 
 FORMATS = ("table", "csv", "json", "markdown", "latex")
 # Table column -> dotted config key.
@@ -171,22 +172,13 @@ def _shares(group: pd.DataFrame) -> str:
     return "; ".join(f"{name} {len(found)}/{total}" for name, found in seeds.items() if found)
 
 
-def _half_width(values: pd.Series[float]) -> float:
-    from scipy.stats import t
-
-    known = values.dropna()
-    if len(known) < 2:
-        return float("nan")
-    return float(t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / len(known) ** 0.5)
-
-
 def means(table: pd.DataFrame, groups: list[str], metrics: Iterable[str]) -> pd.DataFrame:
     """Return a row per group: its seeds, and mean and interval as in `mean_over_seeds`."""
     grouped = table.groupby(groups, sort=False, dropna=False)
     result = grouped["seed"].nunique().rename("seeds").reset_index()
     for name in metrics:
         result[name] = grouped[name].mean().to_numpy()
-        result[f"{name}_ci"] = grouped[name].apply(_half_width).to_numpy()
+        result[f"{name}_ci"] = grouped[name].apply(half_width).to_numpy()
     return result
 
 
@@ -227,21 +219,25 @@ def readable(table: pd.DataFrame, metrics: Collection[str] = ALL_METRICS) -> pd.
         if name not in metrics:
             shown[name] = table[name].map(_text)
             continue
-        digits, scale = (1, 1) if name in PLAIN else (1, 100)
         header = name if name in PLAIN else f"{name} %"
         spread = table.get(f"{name}_ci", pd.Series(float("nan"), index=table.index))
         shown[header] = [
-            _number(value * scale, digits, name == "flagged")
-            + ("" if pd.isna(half) else f" ± {half * scale:.{digits}f}")
+            reading(name, value) + ("" if pd.isna(half) else f" ± {reading(name, half, half=True)}")
             for value, half in zip(table[name], spread, strict=True)
         ]
     return shown
 
 
-def _number(value: float, digits: int, whole: bool) -> str:
+def reading(metric: str, value: float, *, half: bool = False) -> str:
+    """Return a metric's value as people read it, rounded once: ``12.3`` for 0.12345, ``-`` for NaN.
+
+    half: it is the half width of an interval.
+    """
     if pd.isna(value):
         return "-"
-    return f"{value:.0f}" if whole and float(value).is_integer() else f"{value:.{digits}f}"
+    shown = value if metric in PLAIN else value * 100
+    whole = metric == "flagged" and not half and float(shown).is_integer()
+    return f"{shown:.0f}" if whole else f"{shown:.1f}"
 
 
 def _text(value: Any) -> str:

@@ -1,0 +1,390 @@
+"""What differs between two sweeps, or two versions of the code, over the same cells: A minus B."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from btu.errors import UserError, did_you_mean
+from btu.metrics import METRICS, metric
+from orchestrator.config import flatten
+from orchestrator.guards import marks
+from orchestrator.report.statistics import ROUNDING, paired
+from orchestrator.report.table import CONFIG_COLUMNS, PLAIN, in_order
+
+COMPARED = ("asr", "cacc", "ftr", "detection_precision", "seconds")
+# What a cell is of. Cells that differ here are never the same cell; elsewhere a setting that each
+# side has one value of is what the comparison is about.
+OF_THE_CELL = ("seed", "attack.", "data.", "victim.")
+# The columns that name a setting by a short name of its own.
+_NAMES = {key: name for name, key in CONFIG_COLUMNS.items()}
+# Tags that say which version of code, rows and weights a cell is of.
+REVISIONS = ("recipe", "code", "data", "victim")
+HARDWARE = ("device", "threads", "host")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Cells of two sides in pairs.
+
+    pairs: a row each: the coordinates, ``seed``, ``key_a``, ``key_b``, ``run_a``, ``run_b``,
+    ``marks_a``, ``marks_b`` (lists of names), and ``<metric>_a`` and ``<metric>_b``.
+    coordinates: the columns that tell groups apart. notes: what differs between the sides as a
+    whole, what has no counterpart and why, what to mind when reading.
+    """
+
+    pairs: pd.DataFrame
+    coordinates: list[str]
+    notes: list[str]
+
+
+def of_revision(records: Iterable[Mapping[str, Any]], revision: str, where: str) -> list[Any]:
+    """Return the cells of one version: of which a tag of `REVISIONS` begins with `revision`.
+
+    Of the code also the commit alone: ``0.1.0+abc`` is found by ``abc``. A cell whose stages were
+    computed by several versions of the code is of each.
+
+    Raises:
+        UserError: no cell is; the message names those there are.
+    """
+    records = list(records)
+    found = [r for r in records if any(v.startswith(revision) for v in _revisions(r))]
+    if not found:
+        known = sorted({v for r in records for v in _revisions(r)})
+        raise UserError(
+            f"no cell of {where} is of revision '{revision}'{did_you_mean(revision, known)} "
+            f"(known: {', '.join(known) or 'none'})"
+        )
+    return found
+
+
+def _revisions(record: Mapping[str, Any]) -> list[str]:
+    tags = record.get("tags") or {}
+    found = [str(tags[name]) for name in REVISIONS if name != "code" and tags.get(name)]
+    for version in filter(None, str(tags.get("code", "")).split(", ")):
+        found += [version, version.partition("+")[2]]
+    return list(filter(None, found))
+
+
+def compare(
+    a: Iterable[Mapping[str, Any]],
+    b: Iterable[Mapping[str, Any]],
+    metrics: Sequence[str] = COMPARED,
+    across: Collection[str] = (),
+) -> Comparison:
+    """Pair the cells of A and B that have equal settings.
+
+    Settings that only one side knows (a version that has a key the other lacks) are not looked at,
+    nor those of `across`, nor paths, resources and revisions. Of `defense`, `train` and `tuning` a
+    setting of which each side has one value, and not the same, is what is compared. A cell may have
+    several counterparts, as one without a defense has for several thresholds.
+
+    Raises:
+        UserError: no cell has a counterpart; there is no such metric, or key of `across`.
+    """
+    for name in metrics:
+        metric(name)
+    sides = [[(record, _acts(record)) for record in records] for records in (a, b)]
+    keys = [_ordered_keys(side) for side in sides]
+    for key in across:
+        if key not in (*keys[0], *keys[1]):
+            known = list(dict.fromkeys((*keys[0], *keys[1])))
+            raise UserError(
+                f"--across {key} is no setting of these cells{did_you_mean(key, known)}"
+            )
+    common = [key for key in keys[0] if key in set(keys[1]) and key not in across]
+    treated = {key: values for key in common if (values := _treatment(key, sides)) is not None}
+    matched = [key for key in common if key not in treated]
+    pairs, notes = _pairs(sides, matched)
+    lead = [
+        f"A and B differ in {key}: {json.loads(values[0])} and {json.loads(values[1])}."
+        for key, values in treated.items()
+    ]
+    if not pairs:
+        why = " ".join((*lead, *notes))
+        raise UserError(f"no cell of A has a counterpart in B: nothing to compare. {why}")
+    own = [_own_keys(side, matched, treated) for side in sides]
+    table, coordinates = _table(pairs, matched, own, metrics)
+    return Comparison(table, coordinates, [*lead, *notes, *_cautions(pairs, table, coordinates)])
+
+
+def group_table(comparison: Comparison, metrics: Sequence[str] = COMPARED) -> pd.DataFrame:
+    """Return a row per group of seeds and metric.
+
+    Columns: the coordinates; metric; n (pairs in which it is defined); a and b, the means over
+    them; difference, the mean of A minus B, and difference_ci, half of its 95 % t interval; p of
+    the paired t test; better (A, B, ``=`` where they are equal, empty where p is not below 0.05 or
+    there is no test); marks.
+    """
+    rows = []
+    for at, group in _groups(comparison):
+        shares = "; ".join(filter(None, (_shares(group, side) for side in "ab")))
+        for name in metrics:
+            known = group[group[f"{name}_a"].notna() & group[f"{name}_b"].notna()]
+            found = paired(known[f"{name}_a"] - known[f"{name}_b"])
+            rows.append(
+                {
+                    **at,
+                    "metric": name,
+                    "n": found.n,
+                    "a": known[f"{name}_a"].mean(),
+                    "b": known[f"{name}_b"].mean(),
+                    "difference": found.mean,
+                    "difference_ci": found.half_width,
+                    "p": found.p,
+                    "better": _better(name, known, found.p, found.mean),
+                    "marks": shares,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def pair_table(comparison: Comparison, metrics: Sequence[str] = COMPARED) -> pd.DataFrame:
+    """Return a row per pair and metric: the coordinates, seed, metric, a, b, difference, marks.
+
+    Also the keys of both cells and the ids of their runs.
+    """
+    rows = []
+    for row in comparison.pairs.to_dict("records"):
+        said = "; ".join(f"{side.upper()} {name}" for side in "ab" for name in row[f"marks_{side}"])
+        for name in metrics:
+            a, b = row[f"{name}_a"], row[f"{name}_b"]
+            at = {c: row[c] for c in (*comparison.coordinates, "seed")}
+            values = {"metric": name, "a": a, "b": b, "difference": a - b, "marks": said}
+            ids = {c: row[c] for c in ("key_a", "key_b", "run_a", "run_b")}
+            rows.append({**at, **values, **ids})
+    return pd.DataFrame(rows)
+
+
+def readable_differences(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table of differences as text: fractions in percent, their differences in points.
+
+    Without keys and ids of runs, which are in csv and json.
+    """
+    shown = pd.DataFrame(index=table.index)
+    hidden = ("difference_ci", "key_a", "key_b", "run_a", "run_b")
+    for name in (c for c in table.columns if c not in hidden):
+        shown[{"a": "A", "b": "B", "difference": "A - B"}.get(str(name), name)] = [
+            _cell(str(name), row) for row in table.to_dict("records")
+        ]
+    return shown
+
+
+def _cell(column: str, row: Mapping[Any, Any]) -> Any:
+    value, plain = row[column], row["metric"] in PLAIN
+    if column == "metric":
+        return value if plain else f"{value} %"
+    if column not in ("a", "b", "difference", "p"):
+        return value
+    if pd.isna(value):
+        return "-"
+    if column == "p":
+        return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    scale = 1 if plain else 100
+    if column != "difference":
+        return f"{value * scale:.1f}"
+    half = row.get("difference_ci", float("nan"))
+    return f"{value * scale:+.1f}" + ("" if pd.isna(half) else f" ± {half * scale:.1f}")
+
+
+# Matching ---------------------------------------------------------------------------------------
+
+_Side = list[tuple[Mapping[str, Any], dict[str, str]]]
+
+
+def _acts(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the settings that act, as text by dotted key."""
+    flat = flatten(record["config"])
+    return {
+        key: json.dumps(value, sort_keys=True)
+        for key, value in flat.items()
+        if key != "data.path" and not key.startswith("resources.")
+    }
+
+
+def _ordered_keys(side: _Side) -> list[str]:
+    return list(dict.fromkeys(key for _, acts in side for key in acts))
+
+
+def _treatment(key: str, sides: Sequence[_Side]) -> tuple[str, str] | None:
+    """Return the two values of a setting that each side has one of; None if it is to match."""
+    if key.startswith(OF_THE_CELL):
+        return None
+    one, other = ({acts.get(key, "null") for _, acts in side} for side in sides)
+    if len(one) != 1 or len(other) != 1 or one == other:
+        return None
+    return one.pop(), other.pop()
+
+
+def _own_keys(side: _Side, matched: Collection[str], treated: Collection[str]) -> list[str]:
+    """Return the settings that do not match but tell the cells of one side apart."""
+    return [
+        key
+        for key in _ordered_keys(side)
+        if key not in matched
+        and key not in treated
+        and len({acts[key] for _, acts in side if key in acts}) > 1
+    ]
+
+
+_Pair = tuple[tuple[Mapping[str, Any], dict[str, str]], tuple[Mapping[str, Any], dict[str, str]]]
+
+
+def _pairs(sides: Sequence[_Side], matched: Sequence[str]) -> tuple[list[_Pair], list[str]]:
+    """Return the pairs, and why the other cells have none."""
+    groups: list[dict[tuple[str | None, ...], _Side]] = [{}, {}]
+    for side, found in zip(sides, groups, strict=True):
+        for cell in side:
+            found.setdefault(tuple(cell[1].get(key) for key in matched), []).append(cell)
+    pairs: list[_Pair] = []
+    reasons: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+    for at, ours in groups[0].items():
+        theirs = groups[1].get(at, [])
+        if len(ours) > 1 and len(theirs) > 1:
+            key = _telling(ours) or _telling(theirs)
+            apart = f"they differ in {key}" if key else "they differ in revisions"
+            for which, cells in enumerate((ours, theirs)):
+                reasons[which][f"several of each side are equal in what both have: {apart}"] += len(
+                    cells
+                )
+            continue
+        pairs += [(one, other) for one in ours for other in theirs]
+    for which, (mine, others) in enumerate(((groups[0], groups[1]), (groups[1], groups[0]))):
+        values = [{at[i] for at in others} for i in range(len(matched))]
+        for at, cells in mine.items():
+            if at not in others:
+                reasons[which][_why(at, matched, values, "BA"[which])] += len(cells)
+    notes = []
+    for which, found_reasons in enumerate(reasons):
+        for reason, count in found_reasons.items():
+            notes.append(
+                f"{count} of {len(sides[which])} cells of {'AB'[which]} have no counterpart: "
+                f"{reason}."
+            )
+    return pairs, notes
+
+
+def _telling(cells: _Side) -> str:
+    """Return a setting in which cells differ, empty if there is none."""
+    keys = _ordered_keys(cells)
+    return next((k for k in keys if len({acts.get(k) for _, acts in cells}) > 1), "")
+
+
+def _why(
+    at: Sequence[str | None], matched: Sequence[str], values: Sequence[set[str | None]], other: str
+) -> str:
+    lacking = [
+        f"{key}={json.loads(value)}"
+        for key, value, known in zip(matched, at, values, strict=True)
+        if value not in known and value is not None
+    ]
+    if lacking:
+        return f"no cell of {other} has {', '.join(lacking[:3])}"
+    return f"{other} has each of its settings, but not together"
+
+
+def _table(
+    pairs: Sequence[_Pair],
+    matched: Sequence[str],
+    own: Sequence[Sequence[str]],
+    metrics: Sequence[str],
+) -> tuple[pd.DataFrame, list[str]]:
+    shown = [key for key in CONFIG_COLUMNS.values() if key in matched and key != "seed"]
+    varying = [k for k in matched if len({one[1].get(k) for one, _ in pairs}) > 1]
+    # A column of one value, but for what every table begins with, tells nothing.
+    shown = [k for k in shown if k in varying or k != "defense.alpha"]
+    shown += [k for k in varying if k not in shown and k != "seed"]
+    columns = [_NAMES.get(key, key) for key in shown]
+    further = [
+        (which, key)
+        for which, keys in enumerate(own)
+        for key in keys
+        if len({pair[which][1].get(key) for pair in pairs}) > 1
+    ]
+    rows = []
+    for pair in pairs:
+        row: dict[str, Any] = {
+            name: _plain(pair[0][1].get(key)) for name, key in zip(columns, shown, strict=True)
+        }
+        for which, key in further:
+            row[f"{_NAMES.get(key, key)} ({'AB'[which]})"] = _plain(pair[which][1].get(key))
+        row["seed"] = _plain(pair[0][1].get("seed"))
+        for side, (record, _) in zip("ab", pair, strict=True):
+            row[f"key_{side}"], row[f"run_{side}"] = record["key"], record.get("run_id", "")
+            row[f"marks_{side}"] = [mark.name for mark in marks(record)]
+            for name in metrics:
+                row[f"{name}_{side}"] = (record.get("metrics") or {}).get(name, float("nan"))
+        rows.append(row)
+    coordinates = columns + [f"{_NAMES.get(key, key)} ({'AB'[which]})" for which, key in further]
+    return in_order(pd.DataFrame(rows), [*coordinates, "seed"]), coordinates
+
+
+def _plain(text: str | None) -> Any:
+    value = None if text is None else json.loads(text)
+    return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _cautions(pairs: Sequence[_Pair], table: pd.DataFrame, coordinates: list[str]) -> list[str]:
+    """Return what to mind when reading the differences."""
+    notes = []
+    same = sum(one[0]["key"] == other[0]["key"] for one, other in pairs)
+    if same:
+        notes.append(
+            f"{same} of {len(pairs)} pairs are one and the same result: both sides have that cell."
+        )
+    for name in REVISIONS:
+        one, other = (sorted({str(p[i][0].get("tags", {}).get(name, "unknown")) for p in pairs})
+                      for i in (0, 1))  # fmt: skip
+        if one != other:
+            notes.append(f"revision of {name}: A {', '.join(one[:3])}; B {', '.join(other[:3])}.")
+    apart = [
+        name
+        for name in HARDWARE
+        if any(
+            one[0].get("tags", {}).get(name) != other[0].get("tags", {}).get(name)
+            for one, other in pairs
+        )
+    ]
+    if apart:
+        notes.append(f"seconds are not of the same hardware: {', '.join(apart)} differ.")
+    sizes = table.groupby(coordinates or ["seed"], dropna=False, sort=False)["seed"].nunique()
+    single = int((sizes < 2).sum())
+    if single:
+        notes.append(
+            f"{single} of {len(sizes)} groups have a single seed: a difference, but no interval "
+            "and no test."
+        )
+    if (sizes >= 2).any():
+        notes.append(
+            "p: two-sided paired t test over seeds, each test by itself; with many rows some are "
+            "below 0.05 by chance."
+        )
+    return notes
+
+
+def _groups(comparison: Comparison) -> Iterable[tuple[dict[str, Any], pd.DataFrame]]:
+    if not comparison.coordinates:
+        yield {}, comparison.pairs
+        return
+    grouped = comparison.pairs.groupby(comparison.coordinates, sort=False, dropna=False)
+    for _, group in grouped:
+        yield {name: group.iloc[0][name] for name in comparison.coordinates}, group
+
+
+def _shares(group: pd.DataFrame, side: str) -> str:
+    counts = Counter(name for names in group[f"marks_{side}"] for name in names)
+    return "; ".join(f"{side.upper()} {name} {n}/{len(group)}" for name, n in counts.items())
+
+
+def _better(name: str, known: pd.DataFrame, p: float, mean: float) -> str:
+    if len(known) and (known[f"{name}_a"] - known[f"{name}_b"]).abs().max() <= ROUNDING:
+        return "="
+    higher = METRICS[name].higher_is_better
+    if pd.isna(p) or p >= 0.05 or higher is None:
+        return ""
+    return "A" if (mean > 0) == higher else "B"

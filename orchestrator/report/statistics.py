@@ -1,0 +1,101 @@
+"""Intervals and tests over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from btu.types import FloatArray
+
+LEVEL = 0.05
+# Differences of fractions that are equal on paper: 0.9 - 0.8 is not 0.8 - 0.7 by rounding.
+ROUNDING = 1e-9
+
+
+class Paired(NamedTuple):
+    """Differences over seeds. n: pairs in which both are defined. half_width: of the 95 % interval.
+
+    mean: NaN of no pair. half_width: NaN of fewer than two. p: of the two-sided paired t test; NaN
+    of fewer than two pairs, and where all differences are equal: without spread there is no test.
+    """
+
+    n: int
+    mean: float
+    half_width: float
+    p: float
+
+    @property
+    def tie(self) -> bool:
+        """Whether the two cannot be told apart: equal, or p at least 0.05.
+
+        Without a test only what is equal is a tie.
+        """
+        if np.isnan(self.p):
+            return abs(self.mean) <= ROUNDING
+        return self.p >= LEVEL
+
+
+def half_width(values: Iterable[float]) -> float:
+    """Return half of Student's 95 % interval of the mean; NaN of fewer than two values.
+
+    Undefined values (NaN) are left out.
+    """
+    from scipy.stats import t
+
+    known = _known(values)
+    if len(known) < 2:
+        return float("nan")
+    return float(t.ppf(1 - LEVEL / 2, len(known) - 1) * known.std(ddof=1) / len(known) ** 0.5)
+
+
+def paired(differences: Iterable[float]) -> Paired:
+    """Return the mean of differences within pairs, its 95 % t interval and the t test against 0.
+
+    Pairs in which one side is undefined have the difference NaN and are left out.
+    """
+    from scipy.stats import t
+
+    known = _known(differences)
+    n = len(known)
+    nan = float("nan")
+    if n == 0:
+        return Paired(0, nan, nan, nan)
+    mean = float(known.mean())
+    if n == 1:
+        return Paired(1, mean, nan, nan)
+    width = half_width(known)
+    if np.ptp(known) <= ROUNDING:
+        return Paired(n, mean, width, nan)
+    error = known.std(ddof=1) / n**0.5
+    return Paired(n, mean, width, float(2 * t.sf(abs(mean) / error, n - 1)))
+
+
+def ties_with_best(
+    values: Mapping[int, Mapping[int, float]], higher_is_better: bool
+) -> tuple[int | None, set[int]]:
+    """Return which row has the best mean, and all that cannot be told from it.
+
+    values: by row, the value of each seed. A row ties if a paired test over the seeds that both
+    have does not tell it from the best (`Paired.tie`). Rows without a defined value neither win nor
+    tie; None and nothing where all are.
+    """
+    means = {row: float(_known(found.values()).mean()) for row, found in values.items()
+             if len(_known(found.values()))}  # fmt: skip
+    if not means:
+        return None, set()
+    sign = 1 if higher_is_better else -1
+    best = max(means, key=lambda row: (sign * means[row], -row))
+    tied = {best}
+    for row in means:
+        shared = values[best].keys() & values[row].keys()
+        differences = [values[row][seed] - values[best][seed] for seed in sorted(shared)]
+        if row != best and paired(differences).tie:
+            tied.add(row)
+    return best, tied
+
+
+def _known(values: Iterable[float]) -> FloatArray:
+    found = np.asarray(list(values), dtype=np.float64)
+    return found[~np.isnan(found)]

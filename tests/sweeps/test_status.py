@@ -1,0 +1,305 @@
+"""How a sweep stands: plans, leases, failures and a journal as launches leave them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from btu.errors import UserError
+from orchestrator.config import load_sweep
+from orchestrator.plan import Plan, RefusedCell, plan_sweep
+from orchestrator.report.status import (
+    CellState,
+    Status,
+    SweepState,
+    all_statuses,
+    sweep_status,
+    tracked,
+)
+from orchestrator.results import Results
+from orchestrator.tracking import RunState
+
+if TYPE_CHECKING:
+    from conftest import Ran
+
+    from orchestrator.plan import PlannedCell, Planner
+
+NOW = 10_000.0
+
+
+class Made:
+    """A sweep of three seeds that nobody has run, and what may be done to it."""
+
+    def __init__(self, results: Results, plan: Plan) -> None:
+        self.results, self.plan, self.store = results, plan, results.store
+        self.cells: list[PlannedCell] = list(plan.cells.values())
+
+    def finish(self, key: str, name: str = "cell") -> None:
+        folder = self.store.begin(key)
+        (folder / "record.json").write_text("{}")
+        self.store.publish(key, folder, name, {})
+
+    def status(self) -> Status:
+        return sweep_status(self.results.output, self.results.name, NOW)
+
+    def state_of(self, cell: PlannedCell) -> CellState:
+        (state,) = [found.state for found in self.status().cells if found.key == cell.key]
+        return state
+
+    def leave(self, path: str, owner: str, **facts: Any) -> None:
+        """Leave a lease or a launch as a process that has ended does."""
+        gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
+                              capture_output=True, text=True, check=True)  # fmt: skip
+        lease = self.store.lease("mine", owner)
+        facts = json.loads(lease._content()) | facts
+        self.store.storage.write(path, json.dumps({**facts, "pid": int(gone.stdout)}).encode())
+
+    def note(self, time: float, event: str, key: str, launch: str = "l", **facts: str) -> None:
+        line = json.dumps({"time": time, "event": event, "key": key, "launch": launch, **facts})
+        self.results.storage.append(f"{self.results.name}/journal.jsonl", line)
+
+
+def stage_of(cell: PlannedCell, name: str) -> str:
+    """Return the key of a cell's stage."""
+    return next(stage.key for stage in cell.stage.inputs.values() if stage.name == name)
+
+
+@pytest.fixture
+def made(make_sweep: Callable[..., Path], planner: Planner) -> Made:
+    sweep = load_sweep(make_sweep(grid={"seed": [0, 1, 2]}))
+    plan = plan_sweep(sweep, planner)
+    results = Results(sweep.output, sweep.name)
+    results.store.prepare()
+    results.write_plan(sweep, plan.cells.values())
+    return Made(results, plan)
+
+
+def test_what_nobody_ran_is_not_started(made: Made) -> None:
+    status = made.status()
+    assert status.state is SweepState.stopped
+    assert status.counts[CellState.open] == 3
+    assert status.stages[0] == 0
+
+
+def test_a_finished_sweep_is_done(made: Made) -> None:
+    for cell in made.cells:
+        made.finish(cell.key)
+    assert made.status().state is SweepState.done
+    assert made.status().eta == 0.0
+
+
+def test_a_failed_stage_fails_its_cell_with_its_reason(made: Made) -> None:
+    first, *others = made.cells
+    stage = stage_of(first, "poisoned fine-tune")
+    made.store.fail(stage, {"key": stage, "stage": "poisoned fine-tune", "reason": "loss is NaN"})
+    assert made.state_of(first) is CellState.failed
+    (reason,) = [cell.reason for cell in made.status().cells if cell.reason]
+    assert reason == "stage 'poisoned fine-tune' failed: loss is NaN"
+    # Cells are left: the sweep did not come to its end.
+    assert made.status().state is SweepState.stopped
+    for cell in others:
+        made.finish(cell.key)
+    assert made.status().state is SweepState.failed
+
+
+def test_what_a_live_process_computes_is_running(made: Made) -> None:
+    cell = made.cells[0]
+    stage = stage_of(cell, "poisoned fine-tune")
+    made.note(9_900.0, "compute", stage)
+    with made.store.lease(stage, "tiny-1") as lease:
+        assert lease.acquire()
+        assert made.state_of(cell) is CellState.running
+        (work,) = made.status().work
+    assert (work.stage, work.pid, work.since) == ("poisoned fine-tune", os.getpid(), 9_900.0)
+    assert not work.lost
+
+
+def test_a_lease_of_a_dead_process_orphans_its_cell(made: Made) -> None:
+    cell = made.cells[0]
+    made.leave(f"leases/{cell.key}.json", "tiny-1")
+    assert made.state_of(cell) is CellState.orphaned
+    assert made.status().work[0].lost
+
+
+def test_elsewhere_a_lease_is_lost_once_it_is_silent(made: Made) -> None:
+    # Another machine's processes cannot be seen; its file was written at most 30 s ago, or not.
+    cell = made.cells[0]
+    path = f"leases/{cell.key}.json"
+    made.leave(path, "tiny-1", host="another")
+    file = Path(made.store.location) / path
+    for silent, state in ((29.0, CellState.running), (31.0, CellState.orphaned)):
+        os.utime(file, (NOW - silent, NOW - silent))
+        assert made.state_of(cell) is state
+
+
+def test_a_registered_launch_makes_it_running_until_its_process_is_gone(made: Made) -> None:
+    made.store.register_launch("tiny-1", "tiny", [])
+    assert made.status().state is SweepState.running
+    made.leave("launches/tiny-1.json", "tiny-1", sweep="tiny", keys=[])
+    assert made.status().state is SweepState.stopped
+    assert made.status().launches[0].lost
+
+
+def test_launches_of_other_sweeps_are_none_of_its(made: Made) -> None:
+    made.store.register_launch("other-1", "other", [])
+    assert made.status().launches == []
+    assert made.status().state is SweepState.stopped
+
+
+def test_refused_cells_are_told_until_a_launch_takes_them(
+    made: Made, make_sweep: Callable[..., Path]
+) -> None:
+    sweep = load_sweep(make_sweep(grid={"seed": [0, 1, 2]}))
+    taken = made.cells[0].varied
+    refused = [RefusedCell({"seed": 9}, "no such rows"), RefusedCell(taken, "was too long")]
+    made.results.write_plan(sweep, made.cells, refused)
+    assert made.status().refused == [RefusedCell({"seed": 9}, "no such rows")]
+
+
+# Time -------------------------------------------------------------------------------------------
+
+
+def time_all(made: Made, seconds: float, launch: str = "l") -> None:
+    """Let each kind of stage have taken so long, in the first cell, one after the other."""
+    cell = made.cells[0]
+    clock = 0.0
+    for stage in (*cell.stage.inputs.values(), cell.stage):
+        made.note(clock, "compute", stage.key, launch)
+        clock += seconds
+        made.note(clock, "end", stage.key, launch, outcome="done")
+
+
+def test_time_left_is_that_of_the_stages_left(made: Made) -> None:
+    time_all(made, 10.0)
+    first = made.cells[0]
+    for stage in (*first.stage.inputs.values(), first.stage):
+        made.finish(stage.key, stage.name)
+    status = made.status()
+    done, all_ = status.stages
+    # Every stage takes 10 s, and one ran at a time.
+    assert status.seconds_left == pytest.approx(10.0 * (all_ - done))
+    assert status.eta == status.seconds_left
+
+
+def test_what_runs_has_come_so_far(made: Made) -> None:
+    time_all(made, 10.0)
+    before = made.status().seconds_left
+    stage = stage_of(made.cells[1], "poisoned fine-tune")
+    made.note(NOW - 4.0, "compute", stage)
+    with made.store.lease(stage, "l") as lease:
+        assert lease.acquire()
+        after = made.status().seconds_left
+    assert before is not None
+    assert after == pytest.approx(before - 4.0)
+
+
+def test_two_at_once_take_half_the_time(made: Made) -> None:
+    time_all(made, 10.0, launch="before")
+    for cell in made.cells[:2]:
+        made.note(9_000.0, "compute", stage_of(cell, "poison"), launch="last")
+    status = made.status()
+    assert status.seconds_left is not None
+    assert status.at_once == 2
+    assert status.eta == pytest.approx(status.seconds_left / 2)
+
+
+def test_without_timings_there_is_no_eta(made: Made) -> None:
+    status = made.status()
+    assert status.seconds_left is None
+    assert status.eta is None
+    assert "poisoned fine-tune" in status.untimed
+
+
+def test_timings_of_the_store_serve_until_there_are_own(made: Made) -> None:
+    stages = {stage.name for stage in made.cells[0].stage.closure()}
+    # 20 s for 2 stages: 10 s each.
+    rows = [
+        {"stage": s, "victim": "x", "device": "cpu", "units": 5, "seconds": 20.0, "count": 2}
+        for s in stages
+    ]
+    made.store.add_timings("old", rows)
+    status = made.status()
+    assert status.seconds_left == pytest.approx(10.0 * status.stages[1])
+
+
+# MLflow -----------------------------------------------------------------------------------------
+
+
+def test_mlflow_is_held_against_the_disk(made: Made) -> None:
+    one, two, three = made.cells
+    made.finish(one.key)
+    made.finish(two.key)
+    runs = [
+        RunState("a", one.key, "FINISHED"),
+        RunState("b", three.key, "RUNNING"),
+        RunState("c", "", "RUNNING"),
+    ]
+    found = tracked(made.status(), "here", runs)
+    # `two` has a result and no run; nobody is at `three`; a run of no cell counts nowhere.
+    assert (found.finished, found.running, found.orphaned, found.missing) == (1, 1, ["b"], 1)
+    with made.store.lease(three.key, "tiny-1") as lease:
+        assert lease.acquire()
+        assert tracked(made.status(), "here", runs).orphaned == []
+
+
+# Command ----------------------------------------------------------------------------------------
+
+
+def test_the_command_tells_and_exits_by_the_state(
+    made: Made, run_cli: Callable[..., Ran], tmp_path: Path
+) -> None:
+    done = run_cli("status", "tiny", "--output", tmp_path / "runs")
+    assert done.code == 1
+    assert "tiny: stopped" in done.out
+    assert "3 cells: 0 done, 0 running, 0 failed, 0 orphaned, 3 not started; 0 refused" in done.out
+    made.store.register_launch("tiny-1", "tiny", [])
+    assert run_cli("status", "tiny", "--output", tmp_path / "runs").code == 3
+    made.store.release_launch("tiny-1")
+    for cell in made.cells:
+        made.finish(cell.key)
+    assert run_cli("status", "tiny", "--output", tmp_path / "runs", "--watch").code == 0
+
+
+def test_json_has_every_cell(made: Made, run_cli: Callable[..., Ran], tmp_path: Path) -> None:
+    made.finish(made.cells[0].key)
+    found = json.loads(run_cli("status", "tiny", "--output", tmp_path / "runs", "--json").out)
+    states = {cell["key"]: cell["state"] for cell in found["cells"]}
+    assert states == {cell.key: "not started" for cell in made.cells} | {made.cells[0].key: "done"}
+    assert found["mlflow"] is None
+
+
+def test_without_a_name_every_sweep_has_a_line(
+    made: Made, run_cli: Callable[..., Ran], tmp_path: Path
+) -> None:
+    done = run_cli("status", "--output", tmp_path / "runs")
+    assert done.code == 0
+    assert "tiny" in done.out
+    assert "3 not started" in done.out
+    assert [status.name for status in all_statuses(str(tmp_path / "runs"))] == ["tiny"]
+
+
+def test_looking_changes_nothing(made: Made, run_cli: Callable[..., Ran], tmp_path: Path) -> None:
+    made.leave(f"leases/{made.cells[0].key}.json", "tiny-1")
+    made.finish(made.cells[1].key)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
+    run_cli("status", "tiny", "--output", tmp_path / "runs")
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*")} == before
+
+
+def test_mistakes_are_told(made: Made, run_cli: Callable[..., Ran], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"unknown sweep in .* 'tini'; did you mean 'tiny'\?"):
+        sweep_status(str(tmp_path / "runs"), "tini")
+    assert "no sweep was launched" in run_cli("status", "--output", tmp_path / "none").err
+    output = ("--output", tmp_path / "runs")
+    assert "needs the name of a sweep" in run_cli("status", *output, "--watch").err
+    assert "exclude each other" in run_cli("status", "tiny", *output, "--watch", "--json").err
+    uri = f"sqlite:///{tmp_path}/none.db"
+    assert "does not exist" in run_cli("status", "tiny", *output, "--tracking-uri", uri).err
+    assert not (tmp_path / "none.db").exists()
