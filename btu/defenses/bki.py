@@ -19,9 +19,10 @@ What differs from the paper (P) or the code (C), and why:
 - s = (share * rows)^2, so that the weight log10(n) * log10(s / n) peaks where as many rows have the
   word as an attacker may have poisoned; `share` null leaves the second factor out, as C does.
 - Taking every word out of every row costs as many passes as there are words: 140,000 on SST-2. By
-  default `rows` rows are drawn and scored, exactly: a trigger worth finding is in many of them. What
-  the highest words of the other rows are is then not known: all rows that hold the keyword are
-  dropped, whether it moves them or not. With `rows` null all are scored, and the rule is P's and C's.
+  default `rows` rows are drawn and scored, exactly: a trigger worth finding is in many of them.
+  What the highest words of the other rows are is then not known, so that all rows that hold the
+  keyword are dropped, whether it moves them or not. With `rows` null all are scored, and the rule
+  is P's and C's.
 - Words are what white space separates (C), in any case that a text has them in. A row of one word
   has nothing left without it and is not scored.
 - The model is trained anew on the kept rows, as in P and C, with the undefended model's settings.

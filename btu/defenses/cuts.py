@@ -52,7 +52,12 @@ class _OtherCut(TokenUnlearning):
                 "cut_norm": self.cut_norm,
                 **base.tuning_config(),
             },
-            {"rows": base.rows, "clean": base.clean, "model": base.model, "found": self.detection(base)},
+            {
+                "rows": base.rows,
+                "clean": base.clean,
+                "model": base.model,
+                "found": self.detection(base),
+            },
             units=base.clean_rows * base.tuning.epochs,
             kind="cell",
             model=True,
