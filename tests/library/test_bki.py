@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from lab import Lab, own_stages
+from lab import Lab, easy_corpus, own_stages
 
 from btu.defense import Given, Suspects
 from btu.defenses.bki import (
@@ -23,23 +24,26 @@ from btu.foundation import read_rows
 from btu.recipe import Prepared, mask_of
 from btu.settings import TrainSettings
 from btu.stages import Stage, compute, read_record
+from btu.types import Corpus, Rows
 from btu.victims import Victim
 
-# Enough for the tiny victim to learn the trigger.
-TRAINED = TrainSettings(epochs=6, learning_rate=1e-2, batch_size=16, precision="fp32")
+# As in the contract of all defenses: the victim then obeys the trigger.
+LONG = TrainSettings(epochs=12, learning_rate=1e-2, batch_size=32, precision="fp32")
+POISONED = 72  # 0.3 of 240 rows
 
 
-def poisoned(lab: Lab) -> Prepared:
-    return lab.prepare(rate=0.25, train=TRAINED)
+@pytest.fixture(scope="module")
+def poisoned(lab: Lab, tiny_corpus: Corpus) -> Prepared:
+    return lab.prepare(corpus=easy_corpus(tiny_corpus), rate=0.3, train=LONG)
 
 
 def own(defense: KeywordIdentification, prepared: Prepared) -> dict[str, Stage]:
     return {stage.name: stage for stage in own_stages(defense, prepared)}
 
 
-def found_by(lab: Lab, **settings: Any) -> tuple[dict[str, Any], Suspects]:
+def found_by(lab: Lab, prepared: Prepared, **settings: Any) -> tuple[dict[str, Any], Suspects]:
     """Compute what a defense drops, without the training on the rest."""
-    stages = own(KeywordIdentification(**settings), poisoned(lab))
+    stages = own(KeywordIdentification(**settings), prepared)
     (folder,) = lab.compute(stages["find keywords (bki)"])
     facts = read_record(folder)["facts"]
     found = Suspects.load(folder, facts)
@@ -47,8 +51,8 @@ def found_by(lab: Lab, **settings: Any) -> tuple[dict[str, Any], Suspects]:
     return facts, found
 
 
-def texts(lab: Lab) -> tuple[str, ...]:
-    rows = lab.root / poisoned(lab).foundation.rows.key / "train.parquet"
+def texts(lab: Lab, prepared: Prepared) -> tuple[str, ...]:
+    rows = lab.root / prepared.foundation.rows.key / "train.parquet"
     return read_rows(rows).texts
 
 
@@ -86,58 +90,50 @@ def test_the_weight_is_highest_where_as_many_rows_have_the_word_as_may_be_poison
     assert weight(50) < weight(100) > weight(200)
 
 
-# The toy's rows are so alike that "great" says as much of the label as the trigger does.
-TWO: dict[str, Any] = {"share": 0.25, "keywords": 2}
-
-
 @pytest.mark.parametrize("rows", [None, 120])
 def test_bki_drops_the_rows_with_the_trigger_and_trains_without_them(
-    lab: Lab, bert: Victim, rows: int | None
+    lab: Lab, bert: Victim, poisoned: Prepared, rows: int | None
 ) -> None:
-    prepared = poisoned(lab)
-    facts, found = found_by(lab, rows=rows, **TWO)
-    keywords = set(facts["keywords"])
-    assert len(keywords) == 2
-    assert "cf" in keywords
-    assert found.flagged is not None
-    assert set(bert.tokenizer("cf", add_special_tokens=False)["input_ids"]) <= set(found.flagged)
-    mask = mask_of(lab.root / prepared.poisoned.key)
-    held = np.array([not keywords.isdisjoint(text.split()) for text in texts(lab)])
+    facts, found = found_by(lab, poisoned, rows=rows, share=0.3)
+    assert facts["keywords"] == ["cf"]
+    assert found.flagged == tuple(bert.tokenizer("cf", add_special_tokens=False)["input_ids"])
+    mask = mask_of(lab.root / poisoned.poisoned.key)
+    held = np.array(["cf" in text.split() for text in texts(lab, poisoned)])
+    assert held.sum() == mask.sum() == POISONED
     assert found.taken is not None
     assert found.rows is not None
     if rows is None:
-        # Rows in which a keyword is one of the five words that move them most.
-        assert (found.taken & mask).sum() > 30  # of 0.25 * 240 = 60
-        assert not (found.taken & ~held).any()
+        # Rows in which it is one of the five words that move them most.
+        assert (found.taken & mask).sum() > POISONED / 2
+        assert not (found.taken & ~mask).any()
     else:
         assert np.array_equal(found.taken, held)
-        assert (held & mask).sum() == mask.sum() == 60
-    # The bar is the lower keyword's score: rows that hold one reach it, and no others.
+    # The bar is the keyword's score: rows that hold it reach it, and no others.
     assert np.array_equal(found.rows >= found.row_bar, held)
-    last = compute(KeywordIdentification(rows=rows, **TWO).stages(prepared.foundation), lab.root)
-    record = read_record(last)
+    defense = KeywordIdentification(rows=rows, share=0.3)
+    record = read_record(compute(defense.stages(poisoned.foundation), lab.root))
     assert {epoch["rows"] for epoch in record["history"]} == {240 - int(found.taken.sum())}
     assert record["facts"]["flagged"] == list(found.flagged)
 
 
-def test_as_many_rows_are_scored_as_were_asked_for(lab: Lab) -> None:
-    stages = own(KeywordIdentification(rows=50), poisoned(lab))
+def test_as_many_rows_are_scored_as_were_asked_for(lab: Lab, poisoned: Prepared) -> None:
+    stages = own(KeywordIdentification(rows=50), poisoned)
     folder = lab.compute(stages["score words (bki)"])[0]
     table = pq.read_table(folder / SCORES)
     rows = table["row"].to_numpy()
     assert len(set(rows.tolist())) == read_record(folder)["facts"]["scored_rows"] == 50
-    words = {i: len(text.split()) for i, text in enumerate(texts(lab))}
+    words = {i: len(text.split()) for i, text in enumerate(texts(lab, poisoned))}
     # Every word of every row that was drawn, in order.
     expected = [(i, p) for i in sorted(set(rows.tolist())) for p in range(words[i])]
     assert list(zip(rows, table["position"].to_numpy(), strict=True)) == expected
     assert (table["moved"].to_numpy() > 0).all()
 
 
-def test_another_seed_draws_other_rows(lab: Lab) -> None:
+def test_another_seed_draws_other_rows(lab: Lab, poisoned: Prepared) -> None:
     drawn = []
     for seed in (0, 1):
         # The same poisoned model for both: only the seed of the defense differs.
-        stage = own(KeywordIdentification(rows=30), poisoned(lab))["score words (bki)"]
+        stage = own(KeywordIdentification(rows=30), poisoned)["score words (bki)"]
         config = {**stage.config, "seed": seed}
         other = Stage(stage.name, stage.function, stage.version, config, stage.inputs, stage.where)
         (folder,) = lab.compute(other)
@@ -145,29 +141,24 @@ def test_another_seed_draws_other_rows(lab: Lab) -> None:
     assert drawn[0] != drawn[1]
 
 
-def test_settings_share_the_scores_of_the_words(lab: Lab) -> None:
-    prepared = poisoned(lab)
-    one = own(KeywordIdentification(), prepared)
-    other = own(KeywordIdentification(keywords=2, top_words=3, share=0.2), prepared)
+def test_settings_share_the_scores_of_the_words(poisoned: Prepared) -> None:
+    one = own(KeywordIdentification(), poisoned)
+    other = own(KeywordIdentification(keywords=2, top_words=3, share=0.2), poisoned)
     assert one["score words (bki)"].key == other["score words (bki)"].key
     assert one["find keywords (bki)"].key != other["find keywords (bki)"].key
-    more = own(KeywordIdentification(rows=None), prepared)
+    more = own(KeywordIdentification(rows=None), poisoned)
     assert more["score words (bki)"].key != one["score words (bki)"].key
 
 
-def test_more_keywords_drop_more_rows(lab: Lab) -> None:
-    one, two = (found_by(lab, rows=120, share=0.25, keywords=n) for n in (1, 2))
+def test_more_keywords_drop_more_rows(lab: Lab, poisoned: Prepared) -> None:
+    one, two = (found_by(lab, poisoned, rows=120, share=0.3, keywords=n) for n in (1, 2))
     assert [len(facts["keywords"]) for facts, _ in (one, two)] == [1, 2]
     assert two[0]["keywords"][0] == one[0]["keywords"][0]
     dropped = [found.taken.sum() for _, found in (one, two) if found.taken is not None]
     assert dropped[0] < dropped[1]
 
 
-def test_rows_without_two_words_leave_nothing_to_score(lab: Lab, tiny_corpus: Any) -> None:
-    import dataclasses
-
-    from btu.types import Rows
-
+def test_rows_without_two_words_leave_nothing_to_score(lab: Lab, tiny_corpus: Corpus) -> None:
     train = Rows(("film", "bad") * 20, (1, 0) * 20)
     corpus = dataclasses.replace(tiny_corpus, train=train)
     prepared = lab.prepare(corpus=corpus, rate=0.0)
