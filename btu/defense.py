@@ -22,7 +22,33 @@ DEFENSES: Registry[type[Defense]] = Registry(
     "defense",
     [
         ("btu", "btu.defenses.token_unlearning:TokenUnlearning", "Backdoor Token Unlearning"),
+        (
+            "bki",
+            "btu.defenses.bki:KeywordIdentification",
+            "drops rows with the word that moves the model most (BKI)",
+        ),
+        (
+            "cube",
+            "btu.defenses.cube:ClusterFilter",
+            "keeps the largest cluster of each class (CUBE)",
+        ),
         ("none", "btu.defenses.none:NoDefense", "nothing is done: the control"),
+        (
+            "clean_tuning",
+            "btu.defenses.clean_tuning:CleanTuning",
+            "the poisoned model, clean-tuned and no more",
+        ),
+        ("random_cut", "btu.defenses.cuts:RandomCut", "as many tokens as btu, drawn at random"),
+        (
+            "frequency_cut",
+            "btu.defenses.cuts:FrequencyCut",
+            "as many tokens as btu, equally frequent",
+        ),
+        (
+            "finetune_clean",
+            "btu.defenses.clean_fine_tune:CleanFineTune",
+            "trained on the rows before the poison",
+        ),
     ],
 )
 

@@ -648,16 +648,37 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
             rule = RULES.load(name)
             rounds = ", ".join(map(str, rule.rounds))
             table.add_row(name, RULES[name].summary, f"{rule.threshold:g}", rule.unit, rounds)
+    elif kind is Kind.defenses:
+        _list_defenses(table)
+        return
     else:
         registry = _registries()[kind]
-        knobs = kind in (Kind.attacks, Kind.defenses)
         table.add_column("what it is")
-        if knobs:
+        if kind is Kind.attacks:
             table.add_column("its own keys (default)")
         for name, entry in registry.items():
-            row = [name, entry.summary]
-            table.add_row(*row, *([_knobs(registry.load(name))] if knobs else []))
+            keys = [_knobs(registry.load(name))] if kind is Kind.attacks else []
+            table.add_row(name, entry.summary, *keys)
     console.print(table)
+
+
+def _list_defenses(table: Table) -> None:
+    """Print two tables: the keys of some defenses would leave no room for the rest."""
+    from btu.defense import DEFENSES, KINDS
+
+    for column in ("when", "needs", "what it is"):
+        table.add_column(column)
+    keys = Table(header_style="bold")
+    keys.add_column(Kind.defenses.value, no_wrap=True)
+    keys.add_column("its own keys (default)")
+    loaded = {name: DEFENSES.load(name) for name in DEFENSES}
+    # In the order of when they act; within that, as registered.
+    for name in sorted(loaded, key=lambda name: list(KINDS).index(loaded[name].KIND)):
+        defense = loaded[name]
+        table.add_row(name, defense.KIND, ", ".join(defense.NEEDS), DEFENSES[name].summary)
+        keys.add_row(name, _knobs(defense) or "-")
+    console.print(table)
+    console.print(keys)
 
 
 def _registries() -> dict[Kind, Any]:

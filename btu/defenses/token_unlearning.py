@@ -394,11 +394,19 @@ def unlearn(run: StageRun) -> dict[str, Any]:
         UserError: alpha flags nothing, or every token of the training set.
     """
     victim = victim_of(run)
+    suspects = find_suspects(run, victim)
+    measured = cut_and_tune(run, victim, suspects.flagged or ())
+    return {**suspects.save(run.folder), "measured": measured}
+
+
+def cut_and_tune(run: StageRun, victim: Victim, flagged: Sequence[int]) -> dict[str, float]:
+    """Cut tokens from the poisoned model, tune it on the clean rows, and write it.
+
+    Returns what the cut did on rows that the defender has: ``cut_cost`` and ``cut_flips``.
+    """
     model = model_of(run, "model")
     fresh = victim.new_model(derive_seed(run.config["seed"], "exposure classifier"))
     pretrained = fresh.get_input_embeddings().weight.detach()
-    suspects = find_suspects(run, victim)
-    flagged = suspects.flagged or ()
     cost = _CutCost(run, model, flagged)
     cut_tokens(
         model.get_input_embeddings().weight,
@@ -412,7 +420,7 @@ def unlearn(run: StageRun) -> dict[str, Any]:
     measured = cost.after()
     tune(run, model, "clean tuning (defended)")
     save_model(model, run.folder)
-    return {**suspects.save(run.folder), "measured": measured}
+    return measured
 
 
 def find_suspects(run: StageRun, victim: Victim) -> Suspects:

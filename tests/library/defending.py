@@ -32,7 +32,13 @@ SMALL: dict[str, dict[str, Any]] = {
         "bag_batch_size": 32,
         "exposure_batch_size": 32,
     },
+    "bki": {"rows": 60},
+    "cube": {"min_samples": 5},
     "none": {},
+    "clean_tuning": {},
+    "random_cut": {"rule": "contrast", "threshold": 0.8, "exposure_learning_rate": 1e-3},
+    "frequency_cut": {"rule": "contrast", "threshold": 0.8, "exposure_learning_rate": 1e-3},
+    "finetune_clean": {},
 }
 BTU = SMALL["btu"]
 # The same with every rule, with bars so low that each flags some of 240 rows' tokens.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from shelf import Stored
 import btu
 from btu.attacks.addsent import AddSent
 from btu.data import DATASETS
-from btu.defense import DEFENSES
+from btu.defense import DEFENSES, KINDS
 from btu.detection import RULES
 from btu.metrics import METRICS
 from btu.poisoning import ATTACKS
@@ -125,6 +126,37 @@ def test_attacks_and_defenses_are_listed_with_their_own_keys() -> None:
     assert "preset (default|reference)" in defenses
     # As resolved: what a sweep file without these keys runs.
     assert "rule (contrast), threshold (4.5), alpha (None), rounds ([3])" in defenses
+
+
+def test_defenses_are_listed_with_kind_and_needs() -> None:
+    lines = shell("list", "defenses", COLUMNS="100").stdout.splitlines()
+    assert max(map(len, lines)) <= 100
+    told: dict[str, list[list[str]]] = {}
+    name = ""
+    for line in lines:
+        cells = [cell.strip() for cell in line.strip("│┃").split("│")]
+        if not line.startswith("│"):
+            continue
+        # A row goes over several lines where its words do not fit.
+        if cells[0]:
+            name = cells[0]
+            told.setdefault(name, []).append(cells[1:])
+        else:
+            row = told[name][-1]
+            told[name][-1] = [f"{a} {b}".strip() for a, b in zip(row, cells[1:], strict=True)]
+    assert set(told) == set(DEFENSES)
+    for name in DEFENSES:
+        defense = DEFENSES.load(name)
+        (kind, needs, _), (keys,) = told[name]
+        assert kind == defense.KIND
+        assert needs == ", ".join(defense.NEEDS)
+        assert (keys == "-") == (not dataclasses.fields(defense))
+    assert told["bki"][1] == [
+        "preset (default|reference), rows (1000), top_words (5), keywords (1), share (0.1)"
+    ]
+    # When they act: before, during, after training, at inference, control.
+    kinds = [list(KINDS).index(DEFENSES.load(name).KIND) for name in told]
+    assert kinds == sorted(kinds)
 
 
 def test_rules_are_listed_with_threshold_unit_and_rounds() -> None:

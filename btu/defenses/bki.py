@@ -1,0 +1,289 @@
+"""BKI, Backdoor Keyword Identification: drop the rows with the word that moves the model most.
+
+Chen, Dai: Mitigating backdoor attacks in LSTM-based text classification systems by Backdoor
+Keyword Identification (Neurocomputing 2021, arXiv 2007.12070). For transformers:
+thunlp/OpenBackdoor, ``openbackdoor/defenders/bki_defender.py`` at 032daef.
+
+A word is scored by how far the hidden state of the poisoned model moves when it is taken out of a
+row. Each row's highest words are its keywords. Over all rows, a word that is a keyword of n rows,
+moving each by a mean of f, has the score f * log10(n) * log10(s / n). The highest is the backdoor's
+keyword; the rows that have it among theirs are dropped, and a model is trained on what is left.
+
+No threshold says that there is no backdoor: some word always scores highest, and of a clean set its
+rows are dropped too.
+
+What differs from the paper (P) or the code (C), and why:
+
+- The hidden state is the transformer's pooled one (C; P: that of an LSTM after every word, in a
+  second score too). The distance is the largest over units (P and C).
+- s = (share * rows)^2, so that the weight log10(n) * log10(s / n) peaks where as many rows have the
+  word as an attacker may have poisoned; `share` null leaves the second factor out, as C does.
+- Taking every word out of every row costs as many passes as there are words: 140,000 on SST-2. By
+  default `rows` rows are drawn and scored, exactly: a trigger worth finding is in many of them.
+  What the highest words of the other rows are is then not known, so that all rows that hold the
+  keyword are dropped, whether it moves them or not. With `rows` null all are scored, and the rule
+  is P's and C's.
+- Words are what white space separates (C), in any case that a text has them in. A row of one word
+  has nothing left without it and is not scored.
+- The model is trained anew on the kept rows, as in P and C, with the undefended model's settings.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from btu.defense import POISONED_MODEL, Given, Suspects
+from btu.errors import UserError, check_fraction
+from btu.foundation import (
+    Foundation,
+    keep_rows,
+    model_of,
+    texts_of,
+    training_rows_of,
+    victim_of,
+    write_table,
+)
+from btu.seeding import derive_seed
+from btu.stages import Stage, StageRun
+from btu.types import BoolArray, FloatArray, IntArray, Rows
+from btu.victims import Victim
+
+# Raised when what a stage computes changes: results of an earlier version are then not reused.
+SCORE_VERSION = 1
+FIND_VERSION = 1
+
+SCORES = "words.parquet"
+# Texts that are tokenized and predicted at once.
+BLOCK = 8192
+# For estimates of time: words of a row.
+WORDS = 20
+# Words that the record names, the highest first.
+NAMED = 10
+
+
+@dataclass(frozen=True)
+class KeywordIdentification:
+    """Backdoor Keyword Identification.
+
+    rows: training rows whose words are scored, drawn at random, from 2 up; null scores all.
+    top_words: highest words of a row that count as its keywords, from 1 up.
+    keywords: words that are taken for the backdoor's, from 1 up; the paper's 1.
+    share: of rows that may be poisoned, in (0, 1]: a word is the more suspicious, the closer the
+        share of rows with it comes to this. Null weighs by log10(n) alone: the oftener, the more.
+    """
+
+    rows: int | None = 1000
+    top_words: int = 5
+    keywords: int = 1
+    share: float | None = 0.1
+
+    KIND: ClassVar[str] = "before training"
+    NEEDS: ClassVar[tuple[str, ...]] = (POISONED_MODEL,)
+    PRESETS: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "default": {},
+        "reference": {"rows": None, "share": None},
+    }
+
+    def __post_init__(self) -> None:
+        for name in ("top_words", "keywords"):
+            if getattr(self, name) < 1:
+                raise UserError(f"defense.{name} must be at least 1, got {getattr(self, name)}.")
+        if self.rows is not None and self.rows < 2:
+            raise UserError(
+                f"defense.rows must be at least 2, or null for all, got {self.rows}: a word counts "
+                "by the rows that it stands in."
+            )
+        if self.share is not None:
+            check_fraction("defense.share", self.share, open_low=True)
+
+    def check(self, given: Given) -> None:
+        """Raise a `UserError` where the share is less than two of the rows that are scored."""
+        scored = min(self.rows or given.train_rows, given.train_rows)
+        if self.share is not None and self.share * scored < 2:
+            raise UserError(
+                f"defense.share {self.share} of {scored} scored rows is below 2 rows: no word that "
+                "stands in several would have a score above 0; raise defense.rows or the share."
+            )
+
+    def stages(self, base: Foundation) -> Stage:
+        """Declare the scoring of words, shared by all settings but `rows`, and what follows."""
+        units = base.train_rows if self.rows is None else min(self.rows, base.train_rows)
+        words = base.stage(
+            "score words (bki)",
+            "btu.defenses.bki:score_words",
+            SCORE_VERSION,
+            {"rows": self.rows, "precision": base.train.precision},
+            {"rows": base.rows, "model": base.model},
+            units=units * WORDS,
+        )
+        found = base.stage(
+            "find keywords (bki)",
+            "btu.defenses.bki:find_keywords",
+            FIND_VERSION,
+            {"top_words": self.top_words, "keywords": self.keywords, "share": self.share},
+            {"rows": base.rows, "words": words},
+            kind="cell",
+        )
+        return base.fine_tune("fine-tune (bki)", found)
+
+
+# What the stages do ------------------------------------------------------------------------------
+
+
+def score_words(run: StageRun) -> dict[str, Any]:
+    """Measure how far the hidden state moves without each word of the rows that are drawn.
+
+    Writes ``words.parquet``: ``row``, ``position`` (of the word in its row) and ``moved``, the
+    largest change of a unit, in the order of rows and words.
+    """
+    from btu.representation import representations
+
+    victim, model = victim_of(run), model_of(run, "model")
+    texts = texts_of(run).texts
+    limit = run.config["rows"]
+    drawn = np.arange(len(texts))
+    if limit is not None and limit < len(texts):
+        rng = np.random.default_rng(derive_seed(run.config["seed"], "scored rows"))
+        drawn = np.sort(rng.choice(len(texts), limit, replace=False))
+    row: list[int] = []
+    position: list[int] = []
+    without: list[str] = []
+    for i in map(int, drawn):
+        shortened = one_word_less(texts[i])
+        row += [i] * len(shortened)
+        position += range(len(shortened))
+        without += shortened
+    # The rows themselves, where there is anything to compare with, then what is left of them.
+    whole, place = np.unique(np.array(row, dtype=np.int64), return_inverse=True)
+    moved = np.zeros(len(row))
+    if row:
+        with representations(model) as represent:
+
+            def hidden(rows: list[str], of: tuple[int, int]) -> Any:
+                data = victim.encode(Rows(tuple(rows), (0,) * len(rows)))
+                return run.in_batches(
+                    model,
+                    data,
+                    represent,
+                    precision=run.config["precision"],
+                    stage="score words",
+                    of=of,
+                )
+
+            starts = range(0, len(without), BLOCK)
+            before = hidden([texts[i] for i in whole], (0, len(starts) + 1))
+            for number, start in enumerate(starts, 1):
+                part = slice(start, start + BLOCK)
+                after = hidden(without[part], (number, len(starts) + 1))
+                moved[part] = np.abs(after - before[place[part]]).max(axis=1)
+    write_table(run.folder / SCORES, {"row": row, "position": position, "moved": moved})
+    return {"scored_rows": len(drawn), "scored_words": len(row)}
+
+
+def one_word_less(text: str) -> list[str]:
+    """Return a text without each of its words in turn; nothing where it has fewer than two."""
+    spans = [match.span() for match in re.finditer(r"\S+\s*", text)]
+    if len(spans) < 2:
+        return []
+    return [(text[:start] + text[end:]).rstrip() for start, end in spans]
+
+
+def find_keywords(run: StageRun) -> dict[str, Any]:
+    """Score words over all rows, take the highest, and drop the rows that have them.
+
+    Raises:
+        UserError: nothing was scored, or every row is dropped.
+    """
+    import pyarrow.parquet as pq
+
+    config = run.config
+    words = [text.split() for text in texts_of(run).texts]
+    scored = run.facts("words")["scored_rows"]
+    table = pq.read_table(run.inputs["words"] / SCORES)
+    row, position, moved = (table[name].to_numpy() for name in ("row", "position", "moved"))
+    top = highest(row, moved, config["top_words"])
+    keyed = [(int(i), words[i][p]) for i, p in zip(row[top], position[top], strict=True)]
+    scores = score_of_words(keyed, moved[top], scored, config["share"])
+    if not scores:
+        raise UserError(
+            "no training row has two words: bki has nothing to take out; take another defense."
+        )
+    ranked = sorted(scores, key=lambda word: (-scores[word][0], word))
+    found = ranked[: config["keywords"]]
+    if scored == len(words):
+        taken = np.zeros(len(words), dtype=bool)
+        taken[[i for i, word in keyed if word in found]] = True
+    else:
+        taken = np.array([not set(found).isdisjoint(held) for held in words])
+    lowest = min(0.0, *(score for score, _ in scores.values()))
+    rows = np.array(
+        [
+            max((scores[word][0] for word in held if word in scores), default=lowest)
+            for held in words
+        ]
+    )
+    suspects = Suspects(
+        flagged=_tokens_of(run, victim_of(run), found),
+        rows=rows,
+        # A row is as suspicious as its highest word: from here up it holds a keyword.
+        row_bar=scores[found[-1]][0],
+        taken=taken,
+    )
+    keep_rows(run, ~taken)
+    named = [[word, *scores[word]] for word in ranked[:NAMED]]
+    return {**suspects.save(run.folder), "keywords": found, "words": named}
+
+
+def highest(row: IntArray, values: FloatArray, count: int) -> IntArray:
+    """Return the places of each row's `count` highest values, in the order of the rows.
+
+    row, values: (words,), those of a row side by side. Of equal values the first.
+    """
+    order = np.lexsort((np.arange(len(row)), -values, row))
+    _, starts, sizes = np.unique(row[order], return_index=True, return_counts=True)
+    rank = np.arange(len(row)) - np.repeat(starts, sizes)
+    kept: IntArray = order[rank < count]
+    return kept
+
+
+def score_of_words(
+    keyed: list[tuple[int, str]], moved: FloatArray, rows: int, share: float | None
+) -> dict[str, tuple[float, int]]:
+    """Return each word's score over all rows, and the rows n of which it is a keyword.
+
+    keyed: row and word of each keyword. moved: (keywords,) how far it moved its row. rows: that
+    were scored. The score is mean(moved) * log10(n) * log10(s / n) with s = (share * rows)^2;
+    without the last factor where `share` is None.
+    """
+    total: dict[str, float] = {}
+    times: dict[str, int] = {}
+    holding: dict[str, set[int]] = {}
+    for (row, word), value in zip(keyed, moved, strict=True):
+        total[word] = total.get(word, 0.0) + float(value)
+        times[word] = times.get(word, 0) + 1
+        holding.setdefault(word, set()).add(row)
+    found = {}
+    for word, held in holding.items():
+        n = len(held)
+        weight = np.log10(n)
+        if share is not None:
+            weight *= np.log10((share * rows) ** 2 / n)
+        found[word] = (float(total[word] / times[word] * weight), n)
+    return found
+
+
+def _tokens_of(run: StageRun, victim: Victim, words: list[str]) -> tuple[int, ...]:
+    """Return the ids that the words have in the training rows, at a text's start or inside."""
+    ids: dict[int, None] = {}
+    for word in words:
+        for text in (word, f" {word}"):
+            ids |= dict.fromkeys(victim.tokenizer(text, add_special_tokens=False)["input_ids"])
+    data = training_rows_of(run)
+    occurs: BoolArray = data.counts(max([*ids, int(data.ids.max())]) + 1) > 0
+    special = set(victim.tokenizer.all_special_ids)
+    return tuple(i for i in ids if occurs[i] and i not in special)

@@ -1,0 +1,132 @@
+"""The controls of Backdoor Token Unlearning's cut: as many tokens, but not the ones that it found.
+
+A cut takes something from the model whatever it cuts, and the clean tuning that follows mends some
+of what was poisoned. These two say how much of BTU's effect that is: they flag as BTU does with the
+same settings, count, and cut other tokens with the same cut and the same clean tuning. Where BTU
+flags nothing they cut nothing, and are the clean-tuned control.
+
+No paper defines them. `random_cut` draws from all tokens that could be flagged and were not, most
+of them rare. `frequency_cut` takes for each flagged token one that occurs about as often in the
+training rows, since cutting a common word costs more than cutting a rare one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from btu.defense import Suspects
+from btu.defenses.token_unlearning import TokenUnlearning, candidate_tokens, cut_and_tune
+from btu.errors import UserError
+from btu.foundation import Foundation, training_rows_of, victim_of
+from btu.seeding import derive_seed
+from btu.stages import Stage, StageRun
+from btu.types import IntArray
+
+# Raised when what a stage computes changes: results of an earlier version are then not reused.
+CUT_OTHERS_VERSION = 1
+
+RANDOM, FREQUENCY = "random", "frequency"
+
+
+@dataclass(frozen=True)
+class _OtherCut(TokenUnlearning):
+    """What both controls share; every field acts as it does in `TokenUnlearning`."""
+
+    KIND: ClassVar[str] = "control"
+    DRAW: ClassVar[str]
+
+    def stages(self, base: Foundation) -> Stage:
+        """Declare BTU's exposure and flagging, then the cut of other tokens and the tuning."""
+        return base.stage(
+            f"cut other tokens ({self.DRAW})",
+            "btu.defenses.cuts:cut_others",
+            CUT_OTHERS_VERSION,
+            {
+                "draw": self.DRAW,
+                "exclude": self.exclude,
+                "cut": self.cut,
+                "cut_norm": self.cut_norm,
+                **base.tuning_config(),
+            },
+            {
+                "rows": base.rows,
+                "clean": base.clean,
+                "model": base.model,
+                "found": self.detection(base),
+            },
+            units=base.clean_rows * base.tuning.epochs,
+            kind="cell",
+            model=True,
+        )
+
+
+@dataclass(frozen=True)
+class RandomCut(_OtherCut):
+    """The control: as many tokens as BTU flags, drawn at random from those that it does not."""
+
+    DRAW: ClassVar[str] = RANDOM
+
+
+@dataclass(frozen=True)
+class FrequencyCut(_OtherCut):
+    """The control: for each token that BTU flags another that occurs about as often."""
+
+    DRAW: ClassVar[str] = FREQUENCY
+
+
+# What the stages do ------------------------------------------------------------------------------
+
+
+def cut_others(run: StageRun) -> dict[str, Any]:
+    """Draw as many tokens as were flagged from the others, cut and tune.
+
+    Raises:
+        UserError: there are fewer others than flagged tokens.
+    """
+    victim, data = victim_of(run), training_rows_of(run)
+    found = Suspects.load(run.inputs["found"], run.facts("found"))
+    assert found is not None
+    assert found.flagged is not None
+    assert found.scores is not None
+    vocabulary = len(found.scores)
+    allowed = candidate_tokens(victim, data, vocabulary, run.config["exclude"])
+    allowed[list(found.flagged)] = False
+    others = np.flatnonzero(allowed)
+    if len(found.flagged) > len(others):
+        raise UserError(
+            f"{len(found.flagged)} tokens are flagged and only {len(others)} are left to be cut in "
+            "their place; raise the threshold."
+        )
+    rng = np.random.default_rng(derive_seed(run.config["seed"], "other tokens"))
+    if run.config["draw"] == RANDOM:
+        drawn = [int(i) for i in rng.choice(others, len(found.flagged), replace=False)]
+    else:
+        drawn = as_frequent(found.flagged, others, data.counts(vocabulary), rng)
+    measured = cut_and_tune(run, victim, drawn)
+    return {**Suspects(flagged=tuple(drawn)).save(run.folder), "measured": measured}
+
+
+def as_frequent(
+    flagged: Sequence[int], others: IntArray, counts: IntArray, rng: np.random.Generator
+) -> list[int]:
+    """Return for each flagged token one of `others` that occurs about as often, none of them twice.
+
+    others: (tokens,) ids to choose from. counts: (vocabulary,) occurrences, at least 1 for each of
+    these. Near is measured between logarithms; among equally near ones the draw decides. Tokens
+    that come first in `flagged` choose first.
+    """
+    # Sorting is stable: which of several equal ones comes first is drawn.
+    others = rng.permutation(others)
+    logs = np.log(counts[others])
+    free = np.ones(len(others), dtype=bool)
+    chosen = []
+    for token in flagged:
+        distance = np.where(free, np.abs(logs - np.log(counts[token])), np.inf)
+        nearest = int(distance.argmin())
+        free[nearest] = False
+        chosen.append(int(others[nearest]))
+    return chosen
