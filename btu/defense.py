@@ -23,6 +23,13 @@ DEFENSES: Registry[type[Defense]] = Registry(
     [
         ("btu", "btu.defenses.token_unlearning:TokenUnlearning", "Backdoor Token Unlearning"),
         ("none", "btu.defenses.none:NoDefense", "nothing is done: the control"),
+        ("strip", "btu.defenses.strip:Strip", "STRIP: turns away what mixing does not unsettle"),
+        ("rap", "btu.defenses.rap:Rap", "RAP: turns away what a planted word does not unsettle"),
+        (
+            "onion",
+            "btu.defenses.onion:Onion",
+            "ONION: removes words that a language model finds odd",
+        ),
     ],
 )
 

@@ -64,6 +64,9 @@ SMALL: dict[str, dict[str, Any]] = {
         "exposure_batch_size": 32,
     },
     "none": {},
+    "strip": {"copies": 4},
+    "rap": {"epochs": 2},
+    "onion": {"rows": 30, "epochs": 1},
 }
 BTU = SMALL["btu"]
 # The same with every rule, with bars so low that each flags some of 240 rows' tokens.
