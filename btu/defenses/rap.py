@@ -56,7 +56,6 @@ from btu.victims import Victim
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel
 
     from btu.training import Encoded
 
@@ -164,6 +163,24 @@ class Rap:
         )
 
 
+@dataclass(frozen=True)
+class Planting:
+    """Where the word is planted.
+
+    word: its token id. place: its place in a row, behind what the tokenizer puts before a text.
+    longest: tokens of the longest row.
+    """
+
+    word: int
+    place: int
+    longest: int
+
+    @classmethod
+    def of(cls, victim: Victim, word: int) -> Planting:
+        """Return how a victim reads the word before a text."""
+        return cls(word, first_place(victim), victim.spec.max_length)
+
+
 # What the stages do ------------------------------------------------------------------------------
 
 
@@ -186,14 +203,11 @@ def plant(run: StageRun) -> dict[str, Any]:
     learned, kept_back = split_by_class(
         clean.labels.numpy(), classes, config["held_out"], config["seed"]
     )
-    worded = with_word(clean, word, first_place(victim), victim.spec.max_length)
+    planting = Planting.of(victim, word)
     rows = np.stack(
-        [
-            learn_row(run, model, victim, worded.take(learned[c]), word, c).numpy()
-            for c in range(classes)
-        ]
+        [learn_row(run, model, clean.take(learned[c]), planting, c).numpy() for c in range(classes)]
     )
-    drop, predicted = _drops(run, model, victim, clean.take(kept_back), word, rows)
+    drop, predicted = drops(run, model, clean.take(kept_back), planting, rows)
     save_values(run.folder, rows=rows, drop=drop, predicted=predicted)
     return {
         "word": word,
@@ -211,7 +225,8 @@ def incoming_drops(run: StageRun) -> dict[str, Any]:
     texts = victim.encode(incoming_of(run.inputs["incoming"]))
     planted = load_values(run.inputs["planted"])
     word = run.facts("planted")["word"]
-    drop, predicted = _drops(run, model_of(run, "model"), victim, texts, word, planted["rows"])
+    planting = Planting.of(victim, word)
+    drop, predicted = drops(run, model_of(run, "model"), texts, planting, planted["rows"])
     save_values(run.folder, drop=drop, predicted=predicted)
     return {"texts": len(texts)}
 
@@ -293,36 +308,37 @@ def split_by_class(
     return learned, np.sort(np.concatenate(held))
 
 
-def with_word(data: Encoded, word: int, place: int, longest: int) -> Encoded:
-    """Return the rows with the token `word` put in at `place`.
+def with_word(data: Encoded, planting: Planting) -> Encoded:
+    """Return the rows with the word planted.
 
-    A row that would be longer than `longest` loses the last token of its text: what the tokenizer
-    puts behind a text stays.
+    A row that would be too long loses the last token of its text: what the tokenizer puts behind a
+    text stays.
     """
     from btu.training import Encoded
 
     rows = []
     for ids in ids_by_row(data):
-        # As many tokens behind the text as before it, in every tokenizer known here.
-        new = np.concatenate([ids[:place], [word], ids[place:]])
-        if len(new) > longest:
+        place = planting.place
+        new = np.concatenate([ids[:place], [planting.word], ids[place:]])
+        if len(new) > planting.longest:
+            # As many tokens behind the text as before it, in every tokenizer known here.
             new = np.delete(new, len(new) - 1 - place)
         rows.append(new.tolist())
     return Encoded.from_lists(rows, data.labels.tolist(), data.pad_id)
 
 
 def learn_row(
-    run: StageRun, model: PreTrainedModel, victim: Victim, worded: Encoded, word: int, label: int
+    run: StageRun, model: nn.Module, rows: Encoded, planting: Planting, label: int
 ) -> torch.Tensor:
-    """Return the (hidden,) row of `word` by which clean rows of class `label` lose probability.
+    """Return the word's (hidden,) row by which clean rows of class `label` lose probability.
 
-    worded: the rows with the word at its place. The model is left as it was given.
+    The model is left as it was given.
     """
     import torch
 
     low, high = run.config["low"], run.config["high"]
-    place = first_place(victim)
-    weight: torch.Tensor = model.get_input_embeddings().weight
+    word, place = planting.word, planting.place
+    weight = word_rows(model)
     before = weight.detach()[word].clone()
     norm = before.norm()
     model.requires_grad_(False)
@@ -354,7 +370,7 @@ def learn_row(
 
     run.fit(
         model,
-        worded,
+        with_word(rows, planting),
         TrainSettings(**run.config["train"]),
         seed=derive_seed(run.config["seed"], "rap", label),
         stage=f"plant word for class {label}",
@@ -368,15 +384,20 @@ def learn_row(
     return row
 
 
-def _drops(
-    run: StageRun,
-    model: PreTrainedModel,
-    victim: Victim,
-    rows: Encoded,
-    word: int,
-    planted: FloatArray,
+def word_rows(model: nn.Module) -> torch.Tensor:
+    """Return the (vocabulary, hidden) word embeddings of a model, to be written to."""
+    found: Any = model.get_input_embeddings()  # type: ignore[operator]
+    weight: torch.Tensor = found.weight
+    return weight
+
+
+def drops(
+    run: StageRun, model: nn.Module, rows: Encoded, planting: Planting, planted: FloatArray
 ) -> tuple[FloatArray, IntArray]:
-    """Return what each row's predicted class loses by the word, and that class: (rows,) twice."""
+    """Return what each row's predicted class loses by the word, and that class: (rows,) twice.
+
+    planted: (classes, hidden), the word's row for each class; the model keeps the last one asked.
+    """
     import torch
 
     from btu.training import logits_of
@@ -396,14 +417,13 @@ def _drops(
     given = asked(rows, 0)
     predicted: IntArray = given.argmax(axis=1).astype(np.int64)
     drop = np.zeros(len(rows))
-    worded = with_word(rows, word, first_place(victim), victim.spec.max_length)
-    weight: torch.Tensor = model.get_input_embeddings().weight
+    worded, weight = with_word(rows, planting), word_rows(model)
     for label, row in enumerate(planted):
         of_class = np.flatnonzero(predicted == label)
         if not len(of_class):
             continue
         with torch.no_grad():
-            weight[word] = torch.from_numpy(row).to(weight.device)
+            weight[planting.word] = torch.from_numpy(row).to(weight.device)
         after = asked(worded.take(of_class), label + 1)
         drop[of_class] = given[of_class, label].astype(np.float64) - after[:, label]
     return drop, predicted

@@ -22,8 +22,8 @@ from btu.training import Encoded
 from btu.victims import Victim
 
 SMALL = Strip(copies=4, frr=0.1)
-# Long enough that the toy model obeys the trigger.
-OBEYS = TrainSettings(epochs=6, learning_rate=3e-3, batch_size=32, precision="fp32")
+# Long enough that the toy model obeys the trigger, and predicts both classes without it.
+OBEYS = TrainSettings(epochs=6, learning_rate=1e-2, batch_size=16, precision="fp32")
 
 
 @pytest.fixture
@@ -98,6 +98,15 @@ def test_a_higher_frr_turns_away_more_and_computes_no_entropy_again(
     keys = [{stage.key for stage in own_screens(d, obeys)} for d in (few, many)]
     names = {stage.name for stage in own_screens(many, obeys) if stage.key in keys[1] - keys[0]}
     assert names == {"screen (strip)"}
+
+
+def test_it_screens_before_any_victim(victim: Victim, lab: Lab) -> None:
+    prepared = lab.prepare(Path(victim.spec.name).name)
+    texts, found = decisions(Strip(copies=2, frr=0.2), prepared, lab)
+    assert len(found.accepted) == len(texts)
+    assert found.texts is None
+    # Its bar is a quantile of clean rows: some texts go, most stay.
+    assert 0.4 < found.accepted.mean() < 1
 
 
 def test_a_text_is_screened_for_itself(lab: Lab, obeys: Prepared, tmp_path: Path) -> None:
