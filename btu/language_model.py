@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # Longest input of a named model, in its tokens; words beyond are not scored.
 LONGEST = 512
-# Rows whose scores over the vocabulary are held at once.
-HEAD_ROWS = 32
+# Tokens, padding included, whose scores over the vocabulary are held at once.
+HEAD_TOKENS = 2048
 # Beyond all token ids: a masked token is told by it, and keeps its id for the scorer.
 MASKED = 1 << 24
 # Words start anew after whitespace, as `str.split` has it.
@@ -136,8 +136,7 @@ class Scorer:
         real = ids % MASKED
         shown = torch.where(masked, self._tokenizer.mask_token_id, real)
         found = torch.zeros(len(ids), width, device=ids.device)
-        for start in range(0, len(ids), HEAD_ROWS):
-            part = slice(start, start + HEAD_ROWS)
+        for part in _parts(ids):
             logits = self._model(shown[part], mask[part], masked[part])
             loss = nn.functional.cross_entropy(logits, real[part][masked[part]], reduction="none")
             found[part, : ids.shape[1]][masked[part]] = loss
@@ -175,8 +174,7 @@ class Scorer:
     def _loss(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Return the mean -log p of each row's tokens after the first: (batch,)."""
         found = []
-        for start in range(0, len(ids), HEAD_ROWS):
-            part = slice(start, start + HEAD_ROWS)
+        for part in _parts(ids):
             loss, where = next_token_losses(self._model, ids[part], mask[part])
             row = where.nonzero()[:, 0]
             total = torch.zeros(len(where), device=ids.device).index_add(0, row, loss)
@@ -214,6 +212,12 @@ def words_of_tokens(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray
         if word < len(spans):
             found[token] = word
     return found
+
+
+def _parts(ids: Tensor) -> Iterator[slice]:
+    """Cut a (batch, width) batch into what the head takes at once."""
+    rows = max(1, HEAD_TOKENS // ids.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(ids), rows))
 
 
 def _start_token(tokenizer: PreTrainedTokenizerBase) -> int:

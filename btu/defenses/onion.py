@@ -20,12 +20,13 @@ Any causal or masked language model serves (``lm``):
   a mask token learns to go on instead, and scores as a causal one. The training rows are not used:
   in them a trigger is a frequent word, and would be expected.
 
-Deviations: the code sweeps the bar on the test set from -100 to 0; the paper picks one by accuracy
-on clean rows. Here it is the one that takes at most ``max_removed`` of the words of held-out clean
-rows, which asks no victim, so that all victims share it; or a number, to be swept. Clean rows are
-read back from the victim's tokens: a word and its apostrophe may be two words there. The paper also
-filters training texts; here it acts at inference alone. The last word of a text stays: an empty
-text is nothing that a model could be asked.
+Deviations: the code sweeps the bar on the test set from -100 to 0 (there a removal that lowers the
+perplexity counts as negative), and thunlp/OpenBackdoor's ``onion_defender.py`` at 0c5a560 sets it
+to 0 without looking at data. Here it is the one that takes at most ``max_removed`` of the words of
+held-out clean rows, which asks no victim; or a number, to be swept. Clean rows are read back from
+the victim's tokens: a word and its apostrophe may be two words there. Training texts could be
+filtered the same way; this acts at inference alone. The last word of a text stays: an empty text is
+nothing that a model could be asked.
 """
 
 from __future__ import annotations

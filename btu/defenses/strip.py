@@ -17,7 +17,7 @@ hyperparameter      strip_vita.py   default         why the default differs
 copies              20              10              half the cost; OpenBackdoor takes 5
 share               0.7             0.5             as OpenBackdoor: with 0.7 a trigger of one token
                                                     is itself gone from most copies
-frr                 0.005 to 0.05   0.05            the largest of those that RAP's paper reports
+frr                 0.005 to 0.05   0.05            the largest of those that the code reports
 ==================  ==============  ==============  ===============================================
 
 Deviations: tokens of the victim are replaced where the code replaces words, which are the same for
