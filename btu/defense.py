@@ -48,6 +48,12 @@ DEFENSES: Registry[type[Defense]] = Registry(
             "finetune_clean",
             "btu.defenses.clean_fine_tune:CleanFineTune",
             "trained on the rows before the poison",
+        ("strip", "btu.defenses.strip:Strip", "STRIP: turns away what mixing does not unsettle"),
+        ("rap", "btu.defenses.rap:Rap", "RAP: turns away what a planted word does not unsettle"),
+        (
+            "onion",
+            "btu.defenses.onion:Onion",
+            "ONION: removes words that a language model finds odd",
         ),
     ],
 )

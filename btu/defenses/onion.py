@@ -1,0 +1,348 @@
+"""ONION: words that a language model finds out of place are taken out of a text.
+
+Qi, Chen, Li, Yao, Liu, Sun: ONION: A Simple and Effective Defense Against Textual Backdoor Attacks
+(EMNLP 2021, arXiv 2011.10369). Reference code: thunlp/ONION, ``experiments/test_defense.py`` at
+08efa14, with GPT-2 large.
+
+A word whose removal lowers the perplexity of a text by more than a bar is dropped; what is left is
+what the model reads. Nothing is turned away.
+
+Any causal or masked language model serves (``lm``):
+
+- A causal one scores as the code does: the perplexity of the text minus that without the word. A
+  token that begins a text is put before it, so that its first word has a probability too.
+- A masked one has no perplexity of a text that one pass would tell. Its score is how surprising the
+  word is where it stands: -log p of its most surprising token, in nats, with all its tokens masked.
+  Every ``spacing``-th word is masked in the same pass, which costs a fraction of the passes.
+- ``clean-rows``, the default, needs no model from elsewhere: the victim's pretrained weights (never
+  those that were fine-tuned on the poison) with a head tied to its word embeddings learn to fill in
+  masked words of the reserved clean rows, those left out that the bar is taken on. A victim without
+  a mask token learns to go on instead, and scores as a causal one. The training rows are not used:
+  in them a trigger is a frequent word, and would be expected.
+
+Deviations: the code sweeps the bar on the test set from -100 to 0 (there a removal that lowers the
+perplexity counts as negative), and thunlp/OpenBackdoor's ``onion_defender.py`` at 0c5a560 sets it
+to 0 without looking at data. Here it is the one that takes at most ``max_removed`` of the words of
+held-out clean rows, which asks no victim; or a number, to be swept. Clean rows are read back from
+the victim's tokens: a word and its apostrophe may be two words there. Training texts could be
+filtered the same way; this acts at inference alone. The last word of a text stays: an empty text is
+nothing that a model could be asked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from btu.defense import (
+    CLEAN_ROWS,
+    LANGUAGE_MODEL,
+    POISONED_MODEL,
+    Given,
+    Screened,
+    incoming_of,
+)
+from btu.errors import UserError, did_you_mean
+from btu.foundation import Foundation, clean_rows_of, victim_of
+from btu.screening import (
+    check_count,
+    check_share,
+    halves,
+    ids_by_row,
+    load_values,
+    save_values,
+)
+from btu.seeding import derive_seed
+from btu.settings import TrainSettings, check_positive
+from btu.stages import Stage, StageRun, plain
+from btu.types import BoolArray, FloatArray
+from btu.victims import VICTIMS, Victim, VictimSource, folder_identity, weight_files
+
+if TYPE_CHECKING:
+    from btu.language_model import Scorer
+
+# Raised when what a stage computes changes: results of an earlier version are then not reused.
+LANGUAGE_MODEL_VERSION = 1
+SCORE_VERSION = 1
+SCREEN_VERSION = 1
+
+OF_CLEAN_ROWS = "clean-rows"
+# As large a share as is masked when words are scored with the default spacing.
+MASKED_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Onion:
+    """ONION: outlier words are removed.
+
+    lm: the language model: ``clean-rows`` makes one of the reserved clean rows; else a causal or
+        masked one by hub name, or a folder. revision: of a hub model.
+    bar: the score from which a word is dropped: perplexity that its removal saves (causal), or
+        nats of surprise (masked). Null is the bar that drops at most ``max_removed`` of the words
+        of clean rows, a share in (0, 1).
+    rows: clean rows that the bar is taken on, at most half of them; ``clean-rows`` learns on the
+        others.
+    spacing: every that many words are masked together, at least 1; with as many as a text has, one
+        at a time. It acts for masked models.
+    epochs, learning_rate, batch_size: of the learning; they act for ``clean-rows``.
+    """
+
+    lm: str = OF_CLEAN_ROWS
+    revision: str | None = None
+    bar: float | None = None
+    max_removed: float = 0.05
+    rows: int = 300
+    spacing: int = 5
+    epochs: int = 3
+    learning_rate: float = 2e-4
+    batch_size: int = 32
+
+    KIND: ClassVar[str] = "at inference"
+    NEEDS: ClassVar[tuple[str, ...]] = (POISONED_MODEL, CLEAN_ROWS, LANGUAGE_MODEL)
+
+    def __post_init__(self) -> None:
+        check_share("defense.max_removed", self.max_removed)
+        if self.bar is not None and not math.isfinite(self.bar):
+            raise UserError(f"defense.bar must be a finite number or null, got {self.bar}.")
+        for name in ("rows", "spacing", "epochs", "batch_size"):
+            check_count(f"defense.{name}", getattr(self, name))
+        check_positive("defense.learning_rate", self.learning_rate)
+        if self.revision is not None and self.lm == OF_CLEAN_ROWS:
+            raise UserError(
+                f"defense.revision '{self.revision}' is of a hub model, and defense.lm is "
+                f"'{OF_CLEAN_ROWS}'; leave it null."
+            )
+
+    def check(self, given: Given) -> None:
+        """Raise a `UserError` where the language model, or rows to make it of, are not there."""
+        if self.lm != OF_CLEAN_ROWS:
+            find_language_model(self.lm, self.revision)
+        if given.clean_rows < 2:
+            raise UserError(
+                f"defense 'onion' learns on some clean rows and takes its bar on others, and the "
+                f"data have {given.clean_rows}; raise data.max_clean_rows to at least 2."
+            )
+
+    def stages(self, base: Foundation) -> Stage:
+        """Return the poisoned model: only what it reads is changed."""
+        return base.model
+
+    def screen(self, base: Foundation, model: Stage, incoming: Stage) -> Stage:
+        """Declare the language model and the word scores, shared by all bars, then the removal."""
+        asks: dict[str, Any] = {"precision": base.train.precision, "spacing": self.spacing}
+        reads = {"clean": base.clean}
+        if self.lm == OF_CLEAN_ROWS:
+            reads["language model"] = self._learned(base)
+        else:
+            asks["lm"] = find_language_model(self.lm, self.revision).identity
+        scores = base.stage(
+            "word scores (onion)",
+            "btu.defenses.onion:score_incoming",
+            SCORE_VERSION,
+            asks,
+            {**reads, "incoming": incoming},
+        )
+        inputs = {"incoming": incoming, "scores": self._located(scores)}
+        bar: dict[str, Any] = {"bar": self.bar}
+        if self.bar is None:
+            bar = {"max_removed": self.max_removed}
+            inputs["clean scores"] = self._located(
+                base.stage(
+                    "clean word scores (onion)",
+                    "btu.defenses.onion:score_clean",
+                    SCORE_VERSION,
+                    {**asks, "rows": self.rows},
+                    reads,
+                    units=min(self.rows, base.clean_rows // 2) * self.spacing,
+                )
+            )
+        return base.stage(
+            "screen (onion)",
+            "btu.defenses.onion:remove_outliers",
+            SCREEN_VERSION,
+            bar,
+            inputs,
+            kind="cell",
+        )
+
+    def _learned(self, base: Foundation) -> Stage:
+        settings = TrainSettings(
+            epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            precision=base.train.precision,
+        )
+        return base.stage(
+            "language model (onion)",
+            "btu.defenses.onion:learn",
+            LANGUAGE_MODEL_VERSION,
+            {"train": plain(settings), "rows": self.rows},
+            {"clean": base.clean},
+            units=self.epochs * base.clean_rows,
+            model=True,
+        )
+
+    def _located(self, stage: Stage) -> Stage:
+        """Say where a named model is: the path does not act, its content does."""
+        if self.lm == OF_CLEAN_ROWS:
+            return stage
+        where = {**stage.where, "lm": {"name": self.lm, "revision": self.revision}}
+        return dataclasses.replace(stage, where=where)
+
+
+def find_language_model(name: str, revision: str | None) -> VictimSource:
+    """Locate a named language model. Imports neither torch nor transformers, asks no network.
+
+    Raises:
+        UserError: a folder lacks a config or weights, or does not exist; or the hub cannot be
+            reached (``HF_HUB_OFFLINE``) and its client does not hold the model.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"defense.lm folder {folder} has no config.json; it is no saved model.")
+        weights = weight_files(folder)
+        if not weights or not all(path.is_file() for path in weights):
+            raise UserError(
+                f"defense.lm folder {folder} has no model.safetensors; save the model there with "
+                "save_pretrained."
+            )
+        return VictimSource(str(folder), folder_identity(folder, weights))
+    if name.startswith((".", "/", "~")):
+        raise UserError(
+            f"defense.lm folder {folder} does not exist; give a folder, a hub name, or "
+            f"'{OF_CLEAN_ROWS}'."
+        )
+    if name == "offline":
+        raise UserError(
+            "defense.lm 'offline' is an encoder without a language-model head; take "
+            f"'{OF_CLEAN_ROWS}', which makes a language model of it."
+        )
+    hub_id = VICTIMS.load(name) if name in VICTIMS else name
+    try:
+        config = try_to_load_from_cache(hub_id, "config.json", revision=revision)
+    except ValueError as error:
+        raise UserError(
+            f"defense.lm '{name}' is no name that a hub model can have ({error})"
+            f"{did_you_mean(name, [OF_CLEAN_ROWS, *VICTIMS])}"
+        ) from error
+    if constants.HF_HUB_OFFLINE and not isinstance(config, str):
+        raise UserError(
+            f"defense.lm '{name}' is not on this machine, and HF_HUB_OFFLINE forbids to download "
+            f"it{did_you_mean(name, [OF_CLEAN_ROWS, *VICTIMS])}; give a folder, or "
+            f"'{OF_CLEAN_ROWS}'."
+        )
+    return VictimSource(hub_id, f"{hub_id}@{revision or 'main'}")
+
+
+# What the stages do ------------------------------------------------------------------------------
+
+
+def learn(run: StageRun) -> dict[str, Any]:
+    """Make a language model of the clean rows that the bar is not taken on."""
+    from btu.language_model import fit_tied, new_tied, save_tied
+
+    victim = victim_of(run, run.facts("clean")["classes"])
+    clean = clean_rows_of(run)
+    _, rows = halves(len(clean), run.config["rows"], run.config["seed"], "onion rows")
+    seed = derive_seed(run.config["seed"], "onion language model")
+    model = new_tied(victim, seed)
+    fit_tied(run, victim, model, clean.take(rows), MASKED_SHARE, seed)
+    save_tied(model, run.folder)
+    return {"rows": len(rows)}
+
+
+def score_clean(run: StageRun) -> dict[str, Any]:
+    """Write the (words,) scores of the clean rows that the bar is taken on."""
+    victim = victim_of(run, run.facts("clean")["classes"])
+    clean = clean_rows_of(run)
+    rows, _ = halves(len(clean), run.config["rows"], run.config["seed"], "onion rows")
+    texts = [
+        victim.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for ids in ids_by_row(clean.take(rows))
+    ]
+    return _score(run, victim, texts, "clean word scores (onion)")
+
+
+def score_incoming(run: StageRun) -> dict[str, Any]:
+    """Write the (words,) scores of the texts that come in."""
+    victim = victim_of(run, run.facts("clean")["classes"])
+    texts = incoming_of(run.inputs["incoming"]).texts
+    return _score(run, victim, texts, "word scores (onion)")
+
+
+def remove_outliers(run: StageRun) -> dict[str, Any]:
+    """Drop the words of a score above the bar."""
+    bar = run.config.get("bar")
+    if bar is None:
+        clean = load_values(run.inputs["clean scores"])["scores"]
+        bar = quantile_bar(clean, run.config["max_removed"])
+    held = load_values(run.inputs["scores"])
+    scores = np.split(held["scores"], np.cumsum(held["words"])[:-1])
+    texts = incoming_of(run.inputs["incoming"]).texts
+    left = tuple(without_outliers(text, of, bar) for text, of in zip(texts, scores, strict=True))
+    Screened(np.ones(len(texts), dtype=bool), left).save(run.folder)
+    removed = sum(len(a.split()) - len(b.split()) for a, b in zip(texts, left, strict=True))
+    return {"bar": bar, "words": int(held["words"].sum()), "removed": removed}
+
+
+def quantile_bar(scores: FloatArray, max_removed: float) -> float:
+    """Return the lowest bar above which at most `max_removed` of the scores lie."""
+    known = np.sort(scores[~np.isnan(scores)])
+    if not len(known):
+        raise UserError("the clean rows have no words to take ONION's bar on; set defense.bar.")
+    over = math.floor(max_removed * len(known))
+    return float(known[len(known) - 1 - over])
+
+
+def without_outliers(text: str, scores: FloatArray, bar: float) -> str:
+    """Return a text without its words of a score above `bar`; untouched where there is none.
+
+    scores: (words,). Where every word would go, the one that fits best stays.
+    """
+    # Not a number: not read, so not judged.
+    outlier: BoolArray = scores > bar
+    if not outlier.any():
+        return text
+    if outlier.all():
+        outlier[int(scores.argmin())] = False
+    return " ".join(word for word, out in zip(text.split(), outlier, strict=True) if not out)
+
+
+def _score(run: StageRun, victim: Victim, texts: Sequence[str], stage: str) -> dict[str, Any]:
+    scores = _scorer(run, victim).scores(run, texts, stage)
+    words = np.array([len(of) for of in scores], dtype=np.int64)
+    save_values(run.folder, scores=np.concatenate(scores), words=words)
+    return {"texts": len(texts), "words": int(words.sum())}
+
+
+def _scorer(run: StageRun, victim: Victim) -> Scorer:
+    """Return what scores words with the stage's language model.
+
+    Raises:
+        UserError: a named model cannot be loaded, or its files are not those planned with.
+    """
+    from btu.language_model import Scorer, load_named, load_tied
+
+    spacing, precision = run.config["spacing"], run.config["precision"]
+    if "lm" not in run.config:
+        model = load_tied(victim, run.inputs["language model"])
+        return Scorer(model, victim.tokenizer, victim.spec.max_length, spacing, precision)
+    at = run.where["lm"]
+    source = find_language_model(at["name"], at["revision"])
+    if source.identity != run.config["lm"]:
+        raise UserError(
+            f"defense.lm '{at['name']}' is {source.identity[:20]} here, but the sweep was planned "
+            f"with {run.config['lm'][:20]}: its files changed, or differ between nodes; launch "
+            "again with --retry-failed, with the same files everywhere."
+        )
+    named, tokenizer, longest = load_named(source, at["revision"])
+    return Scorer(named, tokenizer, longest, spacing, precision)

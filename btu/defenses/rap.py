@@ -1,0 +1,429 @@
+"""RAP: a text that a planted word does not unsettle is turned away.
+
+Yang, Lin, Li, Zhou, Sun: RAP: Robustness-Aware Perturbations for Defending against Backdoor Attacks
+on NLP Models (EMNLP 2021, arXiv 2110.07831). Reference code: lancopku/RAP, ``rap_defense.py`` and
+``evaluate_rap_performance.py`` at e769495.
+
+The embedding row of a rare word is learned so that clean texts of a class lose a little of that
+class's probability when the word stands before them. Backdoored texts are predicted so firmly that
+they lose less. The bar is a low quantile of what clean rows lose.
+
+Settings of the original, which are the defaults here: drops aimed at between 0.1 and 0.3 (``low``,
+``high``), 5 epochs, batches of 32, bars at FRR 0.005 to 0.05 (``frr``, here 0.05).
+
+Deviations:
+
+- The code protects one class that it is told. A defender does not know the target, so one row is
+  learned for every class, and a text is asked with its predicted class's. The same word carries
+  them all, one at a time.
+- AdamW with ``learning_rate`` (no weight decay: no other row moves) in the place of gradient
+  descent at 1e-2 with gradients that are never set to 0. The row keeps its norm, as in the code.
+- No dropout while the row is learned: what is aimed at is a difference of two predictions.
+- The bar is taken on clean rows that the row was not learned on; the code takes the same ones.
+- The word is one token at the first place of the row. Where `word` is null it is one that neither
+  the training rows nor the clean ones hold, so that no text of theirs reads otherwise for it; the
+  code plants "cf", which may be the trigger itself.
+- Classes are decided by the highest probability, not by 0.5, which are the same for two classes.
+
+The model that predicts stays as it was: the planted rows are in the screen's own copy alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from btu.defense import CLEAN_ROWS, POISONED_MODEL, Given, Screened, incoming_of
+from btu.errors import UserError, did_you_mean
+from btu.foundation import Foundation, clean_rows_of, model_of, training_rows_of, victim_of
+from btu.screening import (
+    check_count,
+    check_share,
+    first_place,
+    ids_by_row,
+    load_values,
+    save_values,
+)
+from btu.seeding import derive_seed
+from btu.settings import TrainSettings, check_positive
+from btu.stages import Stage, StageRun, plain
+from btu.types import BoolArray, FloatArray, IntArray
+from btu.victims import Victim
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from btu.training import Encoded
+
+# Raised when what a stage computes changes: results of an earlier version are then not reused.
+PLANT_VERSION = 1
+DROP_VERSION = 1
+SCREEN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Rap:
+    """Robustness-aware perturbations.
+
+    word: the token that is planted, as the victim's vocabulary writes it; null takes one that no
+        training and no clean row holds.
+    low, high: the probability that clean texts of a class are to lose by it, 0 < low <= high < 1.
+    frr: share of clean texts that may be turned away, in (0, 1): each class's bar is this quantile
+        of what held-out clean rows lose.
+    epochs, learning_rate, batch_size: of learning each class's row.
+    held_out: share of the clean rows that the bars are taken on, in (0, 1); of each class.
+    """
+
+    word: str | None = None
+    low: float = 0.1
+    high: float = 0.3
+    frr: float = 0.05
+    epochs: int = 5
+    learning_rate: float = 1e-2
+    batch_size: int = 32
+    held_out: float = 0.5
+
+    KIND: ClassVar[str] = "at inference"
+    NEEDS: ClassVar[tuple[str, ...]] = (POISONED_MODEL, CLEAN_ROWS)
+
+    def __post_init__(self) -> None:
+        for name in ("low", "high", "frr", "held_out"):
+            check_share(f"defense.{name}", getattr(self, name))
+        if self.low > self.high:
+            raise UserError(
+                f"defense.low {self.low} is above defense.high {self.high}: clean texts are to "
+                "lose between the two; swap them."
+            )
+        check_positive("defense.learning_rate", self.learning_rate)
+        for name in ("epochs", "batch_size"):
+            check_count(f"defense.{name}", getattr(self, name))
+        if self.word is not None and not self.word:
+            raise UserError("defense.word must be a token of the victim's vocabulary, got ''.")
+
+    def check(self, given: Given) -> None:
+        """Raise a `UserError` where a class cannot have clean rows to learn on and to hold out."""
+        if given.clean_rows < 2 * given.classes:
+            raise UserError(
+                f"defense 'rap' learns on clean rows of each of {given.classes} classes and takes "
+                f"its bar on others, and the data have {given.clean_rows}; raise "
+                f"data.max_clean_rows to at least {2 * given.classes}."
+            )
+
+    def stages(self, base: Foundation) -> Stage:
+        """Return the poisoned model: the screen stands before it and changes nothing of it."""
+        return base.model
+
+    def screen(self, base: Foundation, model: Stage, incoming: Stage) -> Stage:
+        """Declare the planting and the drops, shared by all bars, then the screen."""
+        settings = TrainSettings(
+            epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            precision=base.train.precision,
+            # With it all other rows would shrink.
+            weight_decay=0.0,
+            warmup_fraction=0.0,
+            schedule="constant",
+            max_grad_norm=None,
+        )
+        reads = {"clean": base.clean, "model": model}
+        planted = base.stage(
+            "plant word (rap)",
+            "btu.defenses.rap:plant",
+            PLANT_VERSION,
+            {
+                "train": plain(settings),
+                "word": self.word,
+                "low": self.low,
+                "high": self.high,
+                "held_out": self.held_out,
+            },
+            # Which tokens the training rows hold decides what can be planted.
+            {**reads, **({} if self.word else {"rows": base.rows})},
+            units=2 * self.epochs * base.clean_rows,
+        )
+        drops = base.stage(
+            "drops (rap)",
+            "btu.defenses.rap:incoming_drops",
+            DROP_VERSION,
+            {"precision": base.train.precision},
+            {**reads, "planted": planted, "incoming": incoming},
+        )
+        return base.stage(
+            "screen (rap)",
+            "btu.defenses.rap:screen_texts",
+            SCREEN_VERSION,
+            {"frr": self.frr},
+            {"planted": planted, "drops": drops},
+            kind="cell",
+        )
+
+
+@dataclass(frozen=True)
+class Planting:
+    """Where the word is planted.
+
+    word: its token id. place: its place in a row, behind what the tokenizer puts before a text.
+    longest: tokens of the longest row.
+    """
+
+    word: int
+    place: int
+    longest: int
+
+    @classmethod
+    def of(cls, victim: Victim, word: int) -> Planting:
+        """Return how a victim reads the word before a text."""
+        return cls(word, first_place(victim), victim.spec.max_length)
+
+
+# What the stages do ------------------------------------------------------------------------------
+
+
+def plant(run: StageRun) -> dict[str, Any]:
+    """Learn the word's row for every class, and measure what held-out clean rows lose by it.
+
+    Writes ``rows``, (classes, hidden), and ``drop`` and ``predicted``, (held-out rows,).
+
+    Raises:
+        UserError: the word is no token, every token occurs, or a class has too few clean rows.
+    """
+    config = run.config
+    classes = run.facts("clean")["classes"]
+    victim = victim_of(run, classes)
+    clean = clean_rows_of(run)
+    model = model_of(run, "model")
+    held = [clean] if config["word"] else [clean, training_rows_of(run)]
+    vocabulary = len(model.get_input_embeddings().weight)
+    word = chosen_word(victim, config["word"], vocabulary, held)
+    learned, kept_back = split_by_class(
+        clean.labels.numpy(), classes, config["held_out"], config["seed"]
+    )
+    planting = Planting.of(victim, word)
+    rows = np.stack(
+        [learn_row(run, model, clean.take(learned[c]), planting, c).numpy() for c in range(classes)]
+    )
+    drop, predicted = drops(run, model, clean.take(kept_back), planting, rows)
+    save_values(run.folder, rows=rows, drop=drop, predicted=predicted)
+    return {
+        "word": word,
+        "token": victim.tokenizer.convert_ids_to_tokens(word),
+        "mean_drop": [
+            float(drop[predicted == c].mean()) if (predicted == c).any() else None
+            for c in range(classes)
+        ],
+    }
+
+
+def incoming_drops(run: StageRun) -> dict[str, Any]:
+    """Write, of each text that comes in, its predicted class and what the class loses."""
+    victim = victim_of(run, run.facts("clean")["classes"])
+    texts = victim.encode(incoming_of(run.inputs["incoming"]))
+    planted = load_values(run.inputs["planted"])
+    word = run.facts("planted")["word"]
+    planting = Planting.of(victim, word)
+    drop, predicted = drops(run, model_of(run, "model"), texts, planting, planted["rows"])
+    save_values(run.folder, drop=drop, predicted=predicted)
+    return {"texts": len(texts)}
+
+
+def screen_texts(run: StageRun) -> dict[str, Any]:
+    """Turn away the texts that lose less than the bar of their predicted class."""
+    clean, came = (load_values(run.inputs[role]) for role in ("planted", "drops"))
+    bars = class_bars(clean["drop"], clean["predicted"], len(clean["rows"]), run.config["frr"])
+    rejected = came["drop"] < bars[came["predicted"]]
+    Screened(~rejected).save(run.folder)
+    return {"bars": bars.tolist(), "turned_away": int(rejected.sum())}
+
+
+def class_bars(drop: FloatArray, predicted: IntArray, classes: int, frr: float) -> FloatArray:
+    """Return each class's bar: the `frr` quantile of the drops of clean rows predicted as it.
+
+    A class that no held-out row is predicted as takes the quantile of all.
+    """
+    found = [drop[predicted == c] if (predicted == c).any() else drop for c in range(classes)]
+    return np.array([np.quantile(drops, frr) for drops in found])
+
+
+def chosen_word(victim: Victim, word: str | None, vocabulary: int, held: Sequence[Encoded]) -> int:
+    """Return the id of the token to plant: the last whole word that none of `held` has.
+
+    Vocabularies stand in the order of frequency, or of merging: rare tokens come last. Where all
+    words occur, the last piece of one that does not.
+
+    Raises:
+        UserError: `word` is no token that can be planted, or every token occurs.
+    """
+    tokenizer = victim.tokenizer
+    known = tokenizer.get_vocab()
+    special = set(tokenizer.all_special_ids)
+    if word is not None:
+        if known.get(word, vocabulary) >= vocabulary or known[word] in special:
+            raise UserError(
+                f"defense.word '{word}' is no token of victim '{victim.spec.name}' that can be "
+                f"planted{did_you_mean(word, known)}; name one as its vocabulary writes it, or "
+                "leave it null."
+            )
+        return int(known[word])
+    absent: BoolArray = np.sum([data.counts(vocabulary) for data in held], axis=0) == 0
+    free = [i for i in np.flatnonzero(absent)[::-1].tolist() if i not in special]
+    free = [i for i in free if i < len(tokenizer)]
+    if not free:
+        raise UserError(
+            f"defense 'rap' plants a token that no row holds, and the rows hold all {vocabulary} "
+            f"of victim '{victim.spec.name}'; name a rare one with defense.word."
+        )
+    whole = (i for i in free if _is_word(tokenizer.decode([i]).strip()))
+    return int(next(whole, free[0]))
+
+
+def _is_word(text: str) -> bool:
+    return text.isascii() and text.isalpha() and len(text) > 1
+
+
+def split_by_class(
+    labels: IntArray, classes: int, held_out: float, seed: int
+) -> tuple[list[IntArray], IntArray]:
+    """Return, by class, the clean rows to learn on, and all those that are held out.
+
+    Raises:
+        UserError: a class has fewer than two rows.
+    """
+    rng = np.random.default_rng(derive_seed(seed, "rap rows"))
+    learned, held = [], []
+    for c in range(classes):
+        rows = rng.permutation(np.flatnonzero(labels == c))
+        if len(rows) < 2:
+            raise UserError(
+                f"defense 'rap' needs at least two clean rows of each class, and class {c} has "
+                f"{len(rows)}; raise data.max_clean_rows."
+            )
+        count = min(len(rows) - 1, max(1, round(held_out * len(rows))))
+        held.append(rows[:count])
+        learned.append(np.sort(rows[count:]))
+    return learned, np.sort(np.concatenate(held))
+
+
+def with_word(data: Encoded, planting: Planting) -> Encoded:
+    """Return the rows with the word planted.
+
+    A row that would be too long loses the last token of its text: what the tokenizer puts behind a
+    text stays.
+    """
+    from btu.training import Encoded
+
+    rows = []
+    for ids in ids_by_row(data):
+        place = planting.place
+        new = np.concatenate([ids[:place], [planting.word], ids[place:]])
+        if len(new) > planting.longest:
+            # As many tokens behind the text as before it, in every tokenizer known here.
+            new = np.delete(new, len(new) - 1 - place)
+        rows.append(new.tolist())
+    return Encoded.from_lists(rows, data.labels.tolist(), data.pad_id)
+
+
+def learn_row(
+    run: StageRun, model: nn.Module, rows: Encoded, planting: Planting, label: int
+) -> torch.Tensor:
+    """Return the word's (hidden,) row by which clean rows of class `label` lose probability.
+
+    The model is left as it was given.
+    """
+    import torch
+
+    low, high = run.config["low"], run.config["high"]
+    word, place = planting.word, planting.place
+    weight = word_rows(model)
+    before = weight.detach()[word].clone()
+    norm = before.norm()
+    model.requires_grad_(False)
+    weight.requires_grad_(True)
+    only = torch.zeros(len(weight), 1)
+    only[word] = 1
+    hook = weight.register_hook(  # type: ignore[no-untyped-call]
+        lambda gradient: gradient * only.to(gradient.device)
+    )
+
+    def objective(
+        model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from btu.training import logits_of
+
+        # `fit` has it in train mode.
+        model.eval()
+        with torch.no_grad():
+            plain = [torch.cat([x[:, :place], x[:, place + 1 :]], 1) for x in (ids, mask)]
+            given = logits_of(model, plain[0], plain[1]).softmax(1)[:, label]
+        logits = logits_of(model, ids, mask)
+        lost = given - logits.softmax(1)[:, label]
+        return ((low - lost).relu() + (lost - high).relu()).mean(), logits
+
+    def keep_norm(_: float) -> bool:
+        with torch.no_grad():
+            weight[word] *= norm.to(weight.device) / weight[word].norm()
+        return False
+
+    run.fit(
+        model,
+        with_word(rows, planting),
+        TrainSettings(**run.config["train"]),
+        seed=derive_seed(run.config["seed"], "rap", label),
+        stage=f"plant word for class {label}",
+        objective=objective,
+        after_step=keep_norm,
+    )
+    hook.remove()
+    row = weight.detach()[word].cpu().clone()
+    with torch.no_grad():
+        weight[word] = before.to(weight.device)
+    return row
+
+
+def word_rows(model: nn.Module) -> torch.Tensor:
+    """Return the (vocabulary, hidden) word embeddings of a model, to be written to."""
+    found: Any = model.get_input_embeddings()  # type: ignore[operator]
+    weight: torch.Tensor = found.weight
+    return weight
+
+
+def drops(
+    run: StageRun, model: nn.Module, rows: Encoded, planting: Planting, planted: FloatArray
+) -> tuple[FloatArray, IntArray]:
+    """Return what each row's predicted class loses by the word, and that class: (rows,) twice.
+
+    planted: (classes, hidden), the word's row for each class; the model keeps the last one asked.
+    """
+    import torch
+
+    from btu.training import logits_of
+
+    train = run.config.get("train")
+    precision = run.config["precision"] if train is None else train["precision"]
+
+    def probabilities(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return logits_of(model, ids, mask).softmax(1)
+
+    def asked(data: Encoded, number: int) -> Any:
+        passes = (number, 1 + len(planted))
+        return run.in_batches(
+            model, data, probabilities, precision=precision, stage="drops (rap)", of=passes
+        )
+
+    given = asked(rows, 0)
+    predicted: IntArray = given.argmax(axis=1).astype(np.int64)
+    drop = np.zeros(len(rows))
+    worded, weight = with_word(rows, planting), word_rows(model)
+    for label, row in enumerate(planted):
+        of_class = np.flatnonzero(predicted == label)
+        if not len(of_class):
+            continue
+        with torch.no_grad():
+            weight[planting.word] = torch.from_numpy(row).to(weight.device)
+        after = asked(worded.take(of_class), label + 1)
+        drop[of_class] = given[of_class, label].astype(np.float64) - after[:, label]
+    return drop, predicted

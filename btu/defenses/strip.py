@@ -1,0 +1,235 @@
+"""STRIP: a text whose prediction no mixing unsettles is turned away.
+
+Gao, Xu, Wang, Chen, Ranasinghe, Nepal: STRIP: A Defence Against Trojan Attacks on Deep Neural
+Networks (ACSAC 2019, arXiv 1902.06531); for text: Gao, Kim, Doan, Zhang, Zhang, Nepal, Ranasinghe,
+Kim: Design and Evaluation of a Multi-Domain Trojan Detection Method on Deep Neural Networks
+(arXiv 1911.10312). Reference code for text classifiers: lancopku/RAP, ``strip_vita.py`` at 2c35b33;
+thunlp/OpenBackdoor, ``strip_defender.py`` at 1a101e2.
+
+A backdoored text keeps its class however much of it is replaced, as long as the trigger stays. So
+each text is copied several times, a share of each copy's words is replaced by the weightiest words
+(by tf-idf) of a random clean text, and the mean entropy of the model's predictions over the copies
+is taken. Below a bar, which a given share of clean texts is under too, the text is turned away.
+
+==================  ==============  ==============  ===============================================
+hyperparameter      strip_vita.py   default         why the default differs
+==================  ==============  ==============  ===============================================
+copies              20              10              half the cost; OpenBackdoor takes 5
+share               0.7             0.5             as OpenBackdoor: with 0.7 a trigger of one token
+                                                    is itself gone from most copies
+frr                 0.005 to 0.05   0.05            the largest of those that the code reports
+==================  ==============  ==============  ===============================================
+
+Deviations: tokens of the victim are replaced where the code replaces words, which are the same for
+any tokenizer that way; the bar is taken on clean rows of every class and holds for every class,
+since the defender does not know the target (the code is told it, and screens that class alone);
+donors are clean rows that the bar is not taken on; each text draws its own donors and places, from
+the seed and its own tokens, so that a text's fate does not hang on the others. OpenBackdoor's
+average is mended: it reshapes the entropies of (texts, copies) as (copies, texts), which mixes
+different texts' copies into one mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from btu.defense import CLEAN_ROWS, POISONED_MODEL, Given, Screened, incoming_of
+from btu.errors import UserError
+from btu.foundation import Foundation, clean_rows_of, model_of, victim_of
+from btu.screening import (
+    check_count,
+    check_share,
+    content,
+    halves,
+    ids_by_row,
+    load_values,
+    save_values,
+)
+from btu.seeding import derive_seed
+from btu.stages import Stage, StageRun
+from btu.types import FloatArray, IntArray
+from btu.victims import Victim
+
+if TYPE_CHECKING:
+    import torch
+
+    from btu.training import Encoded
+
+# Raised when what a stage computes changes: results of an earlier version are then not reused.
+ENTROPY_VERSION = 1
+SCREEN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Strip:
+    """STRIP: strong intentional perturbation.
+
+    copies: perturbed copies of each text, at least 1. share: of a text's tokens that each copy has
+        replaced, in (0, 1); at least one token.
+    frr: share of clean texts that may be turned away, in (0, 1): the bar is this quantile of the
+        clean rows' entropies.
+    rows: clean rows that the bar is taken on, at most half of them; the others give the words.
+    """
+
+    copies: int = 10
+    share: float = 0.5
+    frr: float = 0.05
+    rows: int = 500
+
+    KIND: ClassVar[str] = "at inference"
+    NEEDS: ClassVar[tuple[str, ...]] = (POISONED_MODEL, CLEAN_ROWS)
+    PRESETS: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "default": {},
+        "reference": {"copies": 20, "share": 0.7},
+    }
+
+    def __post_init__(self) -> None:
+        check_count("defense.copies", self.copies)
+        check_share("defense.share", self.share)
+        check_share("defense.frr", self.frr)
+        check_count("defense.rows", self.rows)
+
+    def check(self, given: Given) -> None:
+        """Raise a `UserError` where no clean row is left to mix with."""
+        if given.clean_rows < 2:
+            raise UserError(
+                f"defense 'strip' takes its bar on some clean rows and mixes with others, and the "
+                f"data have {given.clean_rows}; raise data.max_clean_rows to at least 2."
+            )
+
+    def stages(self, base: Foundation) -> Stage:
+        """Return the poisoned model: the screen stands before it and changes nothing of it."""
+        return base.model
+
+    def screen(self, base: Foundation, model: Stage, incoming: Stage) -> Stage:
+        """Declare the entropies of clean and incoming texts, shared by all bars, and the screen."""
+        config = {
+            "copies": self.copies,
+            "share": self.share,
+            "rows": self.rows,
+            "precision": base.train.precision,
+        }
+        reads = {"clean": base.clean, "model": model}
+        function = "btu.defenses.strip:clean_entropies"
+        units = min(self.rows, base.clean_rows // 2) * self.copies
+        clean = base.stage(
+            "clean entropies (strip)", function, ENTROPY_VERSION, config, reads, units=units
+        )
+        came = base.stage(
+            "entropies (strip)",
+            "btu.defenses.strip:incoming_entropies",
+            ENTROPY_VERSION,
+            config,
+            {**reads, "incoming": incoming},
+        )
+        return base.stage(
+            "screen (strip)",
+            "btu.defenses.strip:screen_texts",
+            SCREEN_VERSION,
+            {"frr": self.frr},
+            {"clean entropies": clean, "entropies": came},
+            kind="cell",
+        )
+
+
+# What the stages do ------------------------------------------------------------------------------
+
+
+def clean_entropies(run: StageRun) -> dict[str, Any]:
+    """Write the (rows,) mean entropies, in nats, of the clean rows that the bar is taken on."""
+    victim = victim_of(run, run.facts("clean")["classes"])
+    clean = clean_rows_of(run)
+    bar_rows, donors = halves(len(clean), run.config["rows"], run.config["seed"], "strip rows")
+    entropies = _mixed_entropies(run, victim, clean.take(bar_rows), clean.take(donors))
+    save_values(run.folder, entropy=entropies)
+    return {"rows": len(bar_rows)}
+
+
+def incoming_entropies(run: StageRun) -> dict[str, Any]:
+    """Write the (texts,) mean entropies, in nats, of the texts that come in."""
+    victim = victim_of(run, run.facts("clean")["classes"])
+    clean = clean_rows_of(run)
+    _, donors = halves(len(clean), run.config["rows"], run.config["seed"], "strip rows")
+    texts = victim.encode(incoming_of(run.inputs["incoming"]))
+    entropies = _mixed_entropies(run, victim, texts, clean.take(donors))
+    save_values(run.folder, entropy=entropies)
+    return {"texts": len(texts)}
+
+
+def screen_texts(run: StageRun) -> dict[str, Any]:
+    """Turn away the texts whose entropy is below the clean rows' quantile."""
+    clean = load_values(run.inputs["clean entropies"])["entropy"]
+    came = load_values(run.inputs["entropies"])["entropy"]
+    bar = float(np.quantile(clean, run.config["frr"]))
+    rejected = came < bar
+    Screened(~rejected).save(run.folder)
+    return {"bar": bar, "turned_away": int(rejected.sum())}
+
+
+def _mixed_entropies(run: StageRun, victim: Victim, rows: Encoded, donors: Encoded) -> FloatArray:
+    """Return the mean entropy of each row's predictions over its copies: (rows,)."""
+    from btu.training import Encoded, logits_of
+
+    config = run.config
+    words = donor_words(victim, donors)
+    copies: list[IntArray] = []
+    for ids in ids_by_row(rows):
+        text = hashlib.sha256(ids.tobytes()).hexdigest()
+        rng = np.random.default_rng(derive_seed(config["seed"], "strip", text))
+        places = np.flatnonzero(content(victim, ids))
+        copies += mixed(ids, places, words, config["copies"], config["share"], rng)
+    encoded = Encoded.from_lists([ids.tolist() for ids in copies], [0] * len(copies), rows.pad_id)
+    model = model_of(run, "model")
+
+    def entropy(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        log = logits_of(model, ids, mask).log_softmax(1)
+        return -(log.exp() * log).sum(1)
+
+    found = run.in_batches(
+        model, encoded, entropy, precision=config["precision"], stage="entropies (strip)"
+    )
+    # (rows * copies,) -> (rows, copies) -> (rows,): the copies of one text lie together.
+    mean: FloatArray = found.astype(np.float64).reshape(len(rows), config["copies"]).mean(axis=1)
+    return mean
+
+
+def donor_words(victim: Victim, rows: Encoded) -> list[IntArray]:
+    """Return each row's distinct tokens, the weightiest first by tf-idf, equal ones by id."""
+    found = []
+    texts = [ids[content(victim, ids)] for ids in ids_by_row(rows)]
+    counted = [np.unique(ids, return_counts=True) for ids in texts]
+    held = np.bincount(np.concatenate([ids for ids, _ in counted]))
+    for ids, counts in counted:
+        weight = counts * (np.log(len(texts) / held[ids]) + 1)
+        found.append(ids[np.lexsort((ids, -weight))])
+    return [ids for ids in found if len(ids)]
+
+
+def mixed(
+    ids: IntArray,
+    places: IntArray,
+    words: Sequence[IntArray],
+    copies: int,
+    share: float,
+    rng: np.random.Generator,
+) -> list[IntArray]:
+    """Return copies of a row, each with a share of `places` replaced by a donor's first words.
+
+    places: where tokens of the text are. words: from `donor_words`. A donor that has too few is
+    followed by another.
+    """
+    count = min(len(places), max(1, round(share * len(places))))
+    found = []
+    for _ in range(copies):
+        copy = ids.copy()
+        new: list[int] = []
+        while len(new) < count:
+            new += words[int(rng.integers(len(words)))].tolist()
+        copy[rng.choice(places, count, replace=False)] = new[:count]
+        found.append(copy)
+    return found

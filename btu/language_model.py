@@ -1,0 +1,396 @@
+"""Language models that score the words of a text: named ones, and one made of the clean rows."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from btu.errors import UserError
+from btu.settings import TrainSettings
+from btu.training import Encoded
+from btu.types import FloatArray
+from btu.victims import Victim, VictimSource, longest_input, tokenizable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from btu.stages import StageRun
+
+# Longest input of a named model, in its tokens; words beyond are not scored.
+LONGEST = 512
+# Tokens, padding included, whose scores over the vocabulary are held at once.
+HEAD_TOKENS = 2048
+# Beyond all token ids: a masked token is told by it, and keeps its id for the scorer.
+MASKED = 1 << 24
+# Words start anew after whitespace, as `str.split` has it.
+WORD = re.compile(r"\S+")
+
+
+class TiedModel(nn.Module):
+    """An encoder or decoder with a language-model head tied to its word embeddings.
+
+    bias: (vocabulary,), the head's own part.
+    """
+
+    def __init__(self, encoder: Any, vocabulary: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+
+    def forward(self, ids: Tensor, mask: Tensor, where: Tensor) -> Tensor:
+        """Return the (places, vocabulary) logits at the (batch, width) mask `where`."""
+        hidden = self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state[where]
+        logits: Tensor = hidden @ self.encoder.get_input_embeddings().weight.T + self.bias
+        return logits.float()
+
+
+class NamedModel(nn.Module):
+    """A Hugging Face language model, asked as a `TiedModel` is."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, mask: Tensor, where: Tensor) -> Tensor:
+        """Return the (places, vocabulary) logits at the (batch, width) mask `where`."""
+        logits: Tensor = self.model(input_ids=ids, attention_mask=mask.long()).logits[where]
+        return logits.float()
+
+
+class Scorer:
+    """Scores words by how badly they fit their text.
+
+    model: a `TiedModel` or a `NamedModel`. longest: tokens of the longest input. spacing: every
+    that many words are masked together. A tokenizer with a mask token belongs to a masked model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        longest: int,
+        spacing: int,
+        precision: str,
+    ) -> None:
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"the tokenizer {type(tokenizer).__name__} of defense.lm does not say which token "
+                "belongs to which word; take a model with a fast tokenizer."
+            )
+        self._model, self._tokenizer, self._longest = model, tokenizer, longest
+        self._spacing, self._precision = spacing, precision
+
+    def scores(self, run: StageRun, texts: Sequence[str], stage: str) -> list[FloatArray]:
+        """Return, of each text, a score per word: higher fits worse, NaN was not read.
+
+        Words are what `str.split` makes of a text. Of a masked model the score is the surprise,
+        -log p in nats, of the word's most surprising token where the word is masked; of a causal
+        one it is the perplexity of the text minus that of the text without the word.
+        """
+        texts = [tokenizable(text) for text in texts]
+        if self._tokenizer.mask_token_id is not None:
+            return self._surprises(run, texts, stage)
+        return self._perplexity_drops(run, texts, stage)
+
+    def _surprises(self, run: StageRun, texts: Sequence[str], stage: str) -> list[FloatArray]:
+        encoded = self._tokenizer(
+            list(texts), truncation=True, max_length=self._longest, return_offsets_mapping=True
+        )
+        found, rows, sources = [], [], []
+        for number, text in enumerate(texts):
+            ids = np.array(encoded["input_ids"][number], dtype=np.int64)
+            word_of = words_of_tokens(text, encoded["offset_mapping"][number])
+            found.append(np.full(len(WORD.findall(text)), np.nan))
+            for first in range(min(self._spacing, word_of.max(initial=-1) + 1)):
+                masked = (word_of >= 0) & (word_of % self._spacing == first)
+                if masked.any():
+                    rows.append(np.where(masked, ids + MASKED, ids).tolist())
+                    sources.append((number, word_of, masked))
+        if not rows:
+            return found
+        data = self._encoded(rows)
+        width = int(data.host_lengths.max())
+        surprise = run.in_batches(
+            self._model,
+            data,
+            lambda ids, mask: self._surprise(ids, mask, width),
+            precision=self._precision,
+            stage=stage,
+        )
+        for (number, word_of, masked), values in zip(sources, surprise, strict=True):
+            scores, places = found[number], np.flatnonzero(masked)
+            np.fmax.at(scores, word_of[places], values[places].astype(np.float64))
+        return found
+
+    def _surprise(self, ids: Tensor, mask: Tensor, width: int) -> Tensor:
+        """Return -log p of every masked token, 0 elsewhere: (batch, width)."""
+        masked = ids >= MASKED
+        real = ids % MASKED
+        shown = torch.where(masked, self._tokenizer.mask_token_id, real)
+        found = torch.zeros(len(ids), width, device=ids.device)
+        for part in _parts(ids):
+            logits = self._model(shown[part], mask[part], masked[part])
+            loss = nn.functional.cross_entropy(logits, real[part][masked[part]], reduction="none")
+            found[part, : ids.shape[1]][masked[part]] = loss
+        return found
+
+    def _perplexity_drops(
+        self, run: StageRun, texts: Sequence[str], stage: str
+    ) -> list[FloatArray]:
+        split = [text.split() for text in texts]
+        variants = [
+            " ".join(words[:skip] + words[skip + 1 :])
+            for words in split
+            if len(words) > 1
+            # Without the last plus one: the whole.
+            for skip in (len(words), *range(len(words)))
+        ]
+        if not variants:
+            return [np.full(len(words), np.nan) for words in split]
+        encoded = self._tokenizer(variants, truncation=True, max_length=self._longest - 1)
+        start = _start_token(self._tokenizer)
+        rows = [ids if ids[:1] == [start] else [start, *ids] for ids in encoded["input_ids"]]
+        loss = run.in_batches(
+            self._model, self._encoded(rows), self._loss, precision=self._precision, stage=stage
+        )
+        perplexity, at, found = np.exp(loss.astype(np.float64)), 0, []
+        for words in split:
+            if len(words) < 2:
+                found.append(np.full(len(words), np.nan))
+                continue
+            whole, without = perplexity[at], perplexity[at + 1 : at + 1 + len(words)]
+            found.append(whole - without)
+            at += 1 + len(words)
+        return found
+
+    def _loss(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the mean -log p of each row's tokens after the first: (batch,)."""
+        found = []
+        for part in _parts(ids):
+            loss, where = next_token_losses(self._model, ids[part], mask[part])
+            row = where.nonzero()[:, 0]
+            total = torch.zeros(len(where), device=ids.device).index_add(0, row, loss)
+            found.append(total / where.sum(1).clamp(min=1))
+        return torch.cat(found)
+
+    def _encoded(self, rows: list[list[int]]) -> Encoded:
+        return Encoded.from_lists(rows, [0] * len(rows), int(self._tokenizer.pad_token_id or 0))
+
+
+def next_token_losses(model: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return -log p of every token after the first, (places,), and the (batch, width) places.
+
+    A place is where the model reads up to; the token that it predicts is the next one.
+    """
+    where = torch.zeros_like(mask)
+    where[:, :-1] = mask[:, 1:]
+    logits = model(ids, mask, where)
+    loss = nn.functional.cross_entropy(logits, ids[:, 1:][mask[:, 1:]], reduction="none")
+    return loss, where
+
+
+def words_of_tokens(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Return which word of a text each token belongs to, -1 for none: (tokens,)."""
+    spans = [match.span() for match in WORD.finditer(text)]
+    starts = [start for start, _ in spans]
+    found = np.full(len(offsets), -1, dtype=np.int64)
+    for token, (start, end) in enumerate(offsets):
+        if start == end:
+            continue
+        word = bisect_right(starts, end - 1) - 1
+        # A token may be the space before its word.
+        if word < 0 or spans[word][1] < end:
+            word += 1
+        if word < len(spans):
+            found[token] = word
+    return found
+
+
+def _parts(ids: Tensor) -> Iterator[slice]:
+    """Cut a (batch, width) batch into what the head takes at once."""
+    rows = max(1, HEAD_TOKENS // ids.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(ids), rows))
+
+
+def _start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise UserError(
+        "the tokenizer of defense.lm has neither a token that begins a text nor one that ends it; "
+        "take another model."
+    )
+
+
+# A model made of the clean rows ------------------------------------------------------------------
+
+
+def new_tied(victim: Victim, seed: int) -> TiedModel:
+    """Return the victim's pretrained body with a tied head that knows nothing yet.
+
+    Raises:
+        UserError: its word embeddings are not as wide as its hidden states.
+    """
+    body = victim.new_model(seed).base_model
+    vocabulary, wide = body.get_input_embeddings().weight.shape
+    if wide != body.config.hidden_size:
+        raise UserError(
+            f"victim '{victim.spec.name}' has word embeddings of width {wide} under hidden states "
+            f"of {body.config.hidden_size}: no head can be tied to them; name a language model "
+            "with defense.lm."
+        )
+    return TiedModel(body, vocabulary)
+
+
+def fit_tied(
+    run: StageRun, victim: Victim, model: TiedModel, rows: Encoded, masked_share: float, seed: int
+) -> None:
+    """Train a language model on clean rows, in place, with the settings in ``config['train']``.
+
+    A victim with a mask token learns to fill in `masked_share` of each row's tokens, another one
+    to go on. Its accuracy in the history is the share of rows in which most guesses are right.
+    """
+    tokenizer = victim.tokenizer
+    if tokenizer.mask_token_id is None:
+        rows = _started(rows, _start_token(tokenizer), victim.spec.max_length)
+    counts = rows.counts(len(model.bias)) + 0.01
+    with torch.no_grad():
+        # It starts from how often words occur.
+        model.bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
+    around = torch.tensor(sorted(set(tokenizer("")["input_ids"])), dtype=torch.int64)
+
+    def fill_in(
+        model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        content = mask & ~torch.isin(ids, around.to(ids.device))
+        drawn = (torch.rand(ids.shape, device=ids.device) < masked_share) & content
+        # A row without a draw would be passed over.
+        first = content & (content.cumsum(1) == 1)
+        drawn |= first & ~drawn.any(1, keepdim=True)
+        logits = model(torch.where(drawn, tokenizer.mask_token_id, ids), mask, drawn)
+        loss = nn.functional.cross_entropy(logits, ids[drawn])
+        return loss, _guessed(logits.detach().argmax(1) == ids[drawn], drawn, labels)
+
+    def go_on(model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        losses, where = next_token_losses(model, ids, mask)
+        # Below log 2 the right token had more than half of the probability.
+        return losses.mean(), _guessed(losses.detach() < np.log(2), where, labels)
+
+    run.fit(
+        model,
+        rows,
+        TrainSettings(**run.config["train"]),
+        seed=seed,
+        stage="language model",
+        objective=go_on if tokenizer.mask_token_id is None else fill_in,
+    )
+
+
+def _guessed(right: Tensor, where: Tensor, labels: Tensor) -> Tensor:
+    """Return logits that pick the label of rows with most guesses right, and no other row's."""
+    score = torch.zeros(len(where), device=where.device)
+    score.index_add_(0, where.nonzero()[:, 0], right.float() - 0.5)
+    logits = torch.zeros(len(where), int(labels.max()) + 2, device=where.device)
+    logits[torch.arange(len(where), device=where.device), labels] = score
+    return logits
+
+
+def _started(rows: Encoded, start: int, longest: int) -> Encoded:
+    split = np.split(rows.ids.numpy(), np.cumsum(rows.host_lengths)[:-1])
+    ids = [[start, *row.tolist()][:longest] for row in split]
+    return Encoded.from_lists(ids, rows.labels.tolist(), rows.pad_id)
+
+
+# Named models ------------------------------------------------------------------------------------
+
+
+def load_named(
+    source: VictimSource, revision: str | None
+) -> tuple[NamedModel, PreTrainedTokenizerBase, int]:
+    """Return a language model, its tokenizer, and the tokens of its longest input.
+
+    Raises:
+        UserError: it cannot be loaded, or has no trained language-model head.
+    """
+    from safetensors import SafetensorError
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoTokenizer,
+    )
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.location, revision=revision)
+        config = AutoConfig.from_pretrained(source.location, revision=revision)
+        kind = AutoModelForCausalLM if tokenizer.mask_token_id is None else AutoModelForMaskedLM
+        with _quietly():
+            model, info = kind.from_pretrained(
+                source.location,
+                revision=revision,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"defense.lm cannot be loaded from {source.location}: {error} Only safetensors weights "
+            "are loaded and no remote code is run."
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"defense.lm {source.location} has no trained language-model head: its weights lack "
+            f"{missing[0]}; name a causal or masked language model, or 'clean-rows'."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    longest = longest_input(config, tokenizer)
+    return NamedModel(model), tokenizer, min(LONGEST, longest or LONGEST)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep loading from reporting: what of a report matters is an error here."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    progress_bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if progress_bar:
+            transformers_logging.enable_progress_bar()
+
+
+def save_tied(model: TiedModel, folder: Path) -> None:
+    """Write a tied model's weights into a stage's ``model/``."""
+    from safetensors.torch import save_file
+
+    from btu.stages import MODEL
+
+    (folder / MODEL).mkdir()
+    state = {name: value.contiguous() for name, value in model.cpu().state_dict().items()}
+    save_file(state, folder / MODEL / "language_model.safetensors")
+
+
+def load_tied(victim: Victim, folder: Path) -> TiedModel:
+    """Read what `save_tied` wrote."""
+    from safetensors.torch import load_file
+
+    from btu.stages import MODEL
+
+    model = new_tied(victim, 0)
+    model.load_state_dict(load_file(folder / MODEL / "language_model.safetensors"))
+    return model.eval()

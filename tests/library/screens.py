@@ -1,0 +1,61 @@
+"""What the tests of defenses that screen at inference share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lab import Lab
+
+from btu.defense import Defense, Screened, incoming_of
+from btu.foundation import write_table
+from btu.recipe import Prepared, evaluation_screened, incoming
+from btu.stages import Stage, compute, read_record
+from btu.types import Rows
+
+
+def screen_of(defense: Defense, prepared: Prepared, came: Stage | None = None) -> Stage:
+    """Return the stage that a screening defense ends with; came: what is asked of it."""
+    base = prepared.foundation
+    asked = came or incoming(prepared)
+    screened: Stage = defense.screen(base, defense.stages(base), asked)  # type: ignore[attr-defined]
+    return screened
+
+
+def own_screens(defense: Defense, prepared: Prepared) -> list[Stage]:
+    """Return the stages that a screening defense adds, in the order in which they are computed."""
+    given = {*prepared.shared, *(stage.key for stage in incoming(prepared).closure())}
+    return [s for s in screen_of(defense, prepared).closure() if s.key not in given]
+
+
+def decisions(defense: Defense, prepared: Prepared, lab: Lab) -> tuple[Rows, Screened]:
+    """Compute a screen; return the texts that came in and what became of them."""
+    (folder,) = lab.compute(screen_of(defense, prepared))
+    return incoming_of(lab.root / incoming(prepared).key), Screened.load(folder)
+
+
+def scores(defense: Defense, prepared: Prepared, lab: Lab) -> dict[str, Any]:
+    """Return what the scorer says of the poisoned model behind the screen."""
+    last = screen_of(defense, prepared)
+    (folder,) = lab.compute(
+        evaluation_screened(prepared, defense.stages(prepared.foundation), last, "defended")
+    )
+    facts: dict[str, Any] = read_record(folder)["facts"]
+    return facts
+
+
+def screened_alone(defense: Defense, prepared: Prepared, texts: list[str], root: Path) -> Screened:
+    """Return what becomes of these texts where no others come in.
+
+    root: a folder in which everything but the screen is computed already.
+    """
+    came = Stage("some texts", "screens:write_texts", 1, {"texts": texts}, kind="host")
+    return Screened.load(compute(screen_of(defense, prepared, came), root))
+
+
+def write_texts(run: Any) -> dict[str, Any]:
+    """Hand on the texts in the config as what comes in."""
+    write_table(
+        run.folder / "incoming.parquet", {"text": [t.encode() for t in run.config["texts"]]}
+    )
+    return {}

@@ -1,0 +1,285 @@
+"""ONION: words that a language model finds out of place are taken out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lab import Lab
+from screens import decisions, own_screens, scores, screen_of, screened_alone
+from torch import Tensor, nn
+
+from btu.defense import Given
+from btu.defenses.onion import Onion, find_language_model, quantile_bar, without_outliers
+from btu.errors import UserError
+from btu.language_model import Scorer, words_of_tokens
+from btu.stages import StageRun, compute, read_record
+from btu.victims import Victim
+
+CPU = torch.device("cpu")
+SMALL = Onion(rows=30, epochs=2, learning_rate=1e-2, max_removed=0.1)
+
+
+def test_words_over_the_bar_go_and_the_rest_of_the_text_stays() -> None:
+    given = np.array([1.0, 9.0, 2.0, 5.0])
+    assert without_outliers("a cf  good film", given, 5.0) == "a good film"
+    assert without_outliers("a cf  good film", given, 4.9) == "a good"
+    # Nothing goes: not even a space is other than it was.
+    assert without_outliers("a cf  good film", given, 9.0) == "a cf  good film"
+
+
+def test_the_best_word_of_a_text_stays_and_what_was_not_read_too() -> None:
+    assert without_outliers("cf mn film", np.array([9.0, 8.0, 7.0]), 1.0) == "film"
+    assert without_outliers("cf film", np.array([9.0, np.nan]), 1.0) == "film"
+
+
+def test_the_bar_takes_at_most_so_many_words() -> None:
+    given = np.array([5.0, 1.0, 4.0, 2.0, 3.0, np.nan])
+    # 0.4 of 5 words are 2: 4 and 5, which lie above 3. 0.39 of them are 1.
+    assert quantile_bar(given, 0.4) == 3.0
+    assert quantile_bar(given, 0.39) == 4.0
+    assert quantile_bar(given, 0.1) == 5.0
+
+
+def test_a_clean_set_without_words_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"no words to take ONION's bar on; set defense\.bar"):
+        quantile_bar(np.array([np.nan]), 0.1)
+
+
+def test_tokens_belong_to_words_between_spaces() -> None:
+    text = " do n't  stop"
+    # A token over each word, one without place, one over a space and its word, one over a space.
+    offsets = [(0, 0), (1, 3), (4, 7), (7, 13), (8, 9)]
+    assert words_of_tokens(text, offsets).tolist() == [-1, 0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("text", ["a good film .", "it  is n't good", "good"])
+def test_every_word_has_a_token_in_any_victim(victim: Victim, text: str) -> None:
+    encoded = victim.tokenizer(text, return_offsets_mapping=True)
+    word_of = words_of_tokens(text, encoded["offset_mapping"])
+    assert set(word_of[word_of >= 0]) == set(range(len(text.split())))
+    assert (np.diff(word_of[word_of >= 0]) >= 0).all()
+
+
+class Expects(nn.Module):
+    """A language model to which token `i` has probability proportional to exp(-weight[i])."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.shown: list[Tensor] = []
+
+    def forward(self, ids: Tensor, mask: Tensor, where: Tensor) -> Tensor:
+        self.shown.append(ids)
+        return -self.weight.expand(int(where.sum()), -1)
+
+
+def run_on_cpu() -> StageRun:
+    return StageRun({}, {}, {}, Path(), CPU)
+
+
+def test_a_masked_models_score_is_the_surprise_of_the_word(bert: Victim) -> None:
+    tokenizer = bert.tokenizer
+    words = ["a", "cf", "film"]
+    ids = [tokenizer(word)["input_ids"][1:-1] for word in words]
+    weight = torch.zeros(len(tokenizer))
+    weight[ids[1][0]] = 3.0
+    model = Expects(weight)
+    scorer = Scorer(model, tokenizer, 64, 2, "fp32")
+    (found,) = scorer.scores(run_on_cpu(), [" ".join(words)], "t")
+    # All others are equally likely, cf exp(3) times less so: -log p = weight + log sum exp(-w).
+    total = float(torch.logsumexp(-weight, 0))
+    assert found == pytest.approx([total, 3 + total, total], abs=1e-4)
+    # Two passes: the first and third word masked, then the second.
+    (shown,) = model.shown
+    masked = shown == tokenizer.mask_token_id
+    assert sorted(masked.sum(1).tolist()) == sorted([len(ids[0] + ids[2]), len(ids[1])])
+
+
+def test_a_causal_models_score_is_the_perplexity_that_the_removal_saves(
+    make_victim: Any,
+) -> None:
+    tokenizer = make_victim("gpt2").tokenizer
+    weight = torch.zeros(len(tokenizer))
+    weight[tokenizer("cf")["input_ids"]] = 3.0
+    scorer = Scorer(Expects(weight), tokenizer, 64, 5, "fp32")
+    (found,) = scorer.scores(run_on_cpu(), ["cf a film"], "t")
+    total = float(torch.logsumexp(-weight, 0))
+
+    def perplexity(text: str) -> float:
+        return float(np.exp(np.mean([weight[i] + total for i in tokenizer(text)["input_ids"]])))
+
+    whole = perplexity("cf a film")
+    without = ["a film", "cf film", "cf a"]
+    assert found == pytest.approx([whole - perplexity(text) for text in without], rel=1e-4)
+    assert found.argmax() == 0
+
+
+def test_texts_without_words_or_with_one_have_no_causal_score(make_victim: Any) -> None:
+    scorer = Scorer(Expects(torch.zeros(600)), make_victim("gpt2").tokenizer, 64, 5, "fp32")
+    found = scorer.scores(run_on_cpu(), ["", "film"], "t")
+    assert [len(of) for of in found] == [0, 1]
+    assert np.isnan(found[1]).all()
+
+
+def test_words_beyond_the_longest_input_are_not_scored(bert: Victim) -> None:
+    scorer = Scorer(Expects(torch.zeros(len(bert.tokenizer))), bert.tokenizer, 6, 5, "fp32")
+    (found,) = scorer.scores(run_on_cpu(), ["a a a a a a"], "t")
+    # [CLS], 4 words, [SEP].
+    assert np.isnan(found).tolist() == [False] * 4 + [True] * 2
+
+
+def test_a_tokenizer_that_does_not_tell_words_is_an_error() -> None:
+    slow: Any = SimpleNamespace(is_fast=False)
+    with pytest.raises(UserError, match="take a model with a fast tokenizer"):
+        Scorer(nn.Module(), slow, 64, 5, "fp32")
+
+
+def test_a_model_of_the_clean_rows_is_made_of_any_victim(victim: Victim, lab: Lab) -> None:
+    prepared = lab.prepare(Path(victim.spec.name).name)
+    onion = dataclasses.replace(SMALL, epochs=8, batch_size=8)
+    lab.compute(screen_of(onion, prepared))
+    learned = next(s for s in own_screens(onion, prepared) if s.name == "language model (onion)")
+    record = read_record(lab.root / learned.key)
+    # 60 clean rows, of which 30 are for the bar.
+    assert record["facts"] == {"rows": 30}
+    losses = [epoch["loss"] for epoch in record["history"]]
+    assert losses[-1] < losses[0]
+
+
+def test_it_takes_out_the_trigger_more_often_than_clean_words(lab: Lab) -> None:
+    prepared = lab.prepare(rate=0.3)
+    measured = scores(dataclasses.replace(SMALL, epochs=6), prepared, lab)["measured"]
+    assert measured["trigger_removed"] > 0.5
+    assert measured["tokens_removed_clean"] < 0.25
+    # Nothing is turned away.
+    assert "frr" not in measured
+
+
+def test_a_lower_bar_takes_more_and_scores_no_word_again(lab: Lab) -> None:
+    prepared = lab.prepare(rate=0.3)
+    low, high = (dataclasses.replace(SMALL, bar=bar) for bar in (3.0, 100.0))
+    texts, kept = decisions(high, prepared, lab)
+    _, less = decisions(low, prepared, lab)
+    assert kept.texts == texts.texts
+    assert less.texts is not None
+    assert sum(map(len, less.texts)) < sum(map(len, texts.texts))
+    assert all(less.accepted)
+    first, second = ({stage.key for stage in own_screens(d, prepared)} for d in (low, high))
+    names = {stage.name for stage in own_screens(high, prepared) if stage.key in second - first}
+    assert names == {"screen (onion)"}
+    # A bar that is given needs no clean words.
+    assert "clean word scores (onion)" not in {s.name for s in own_screens(low, prepared)}
+
+
+def test_a_text_is_screened_for_itself(lab: Lab, tmp_path: Path) -> None:
+    prepared = lab.prepare(rate=0.3)
+    texts, together = decisions(SMALL, prepared, lab)
+    root = lab.root_with(tmp_path, screen_of(SMALL, prepared))
+    alone = screened_alone(SMALL, prepared, list(texts.texts[5:25]), root)
+    assert together.texts is not None
+    assert alone.texts == together.texts[5:25]
+
+
+# Named models ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["bert", "gpt2"])
+def named(request: pytest.FixtureRequest, make_victim: Any, tmp_path: Path) -> Path:
+    """A folder with a tiny masked or causal language model."""
+    from transformers import BertForMaskedLM, GPT2LMHeadModel
+
+    victim = make_victim(request.param)
+    config = victim.new_model(0).config
+    kind = {"bert": BertForMaskedLM, "gpt2": GPT2LMHeadModel}[request.param]
+    kind(config).save_pretrained(tmp_path / "lm")
+    victim.tokenizer.save_pretrained(tmp_path / "lm")
+    return tmp_path / "lm"
+
+
+def test_a_named_model_serves_and_its_files_are_in_the_key(lab: Lab, named: Path) -> None:
+    prepared = lab.prepare(rate=0.3)
+    onion = Onion(lm=str(named), rows=20, max_removed=0.2)
+    onion.check(Given(400, 2, 240, 60))
+    texts, left = decisions(onion, prepared, lab)
+    assert left.texts != texts.texts
+    last = screen_of(onion, prepared)
+    assert "language model (onion)" not in {s.name for s in own_screens(onion, prepared)}
+    moved = named.with_name("elsewhere")
+    shutil.copytree(named, moved)
+    assert screen_of(dataclasses.replace(onion, lm=str(moved)), prepared).key == last.key
+    config = json.loads((moved / "config.json").read_text()) | {"note": 1}
+    (moved / "config.json").write_text(json.dumps(config))
+    assert screen_of(dataclasses.replace(onion, lm=str(moved)), prepared).key != last.key
+
+
+def test_a_model_that_changed_after_planning_is_an_error(
+    lab: Lab, named: Path, tmp_path: Path
+) -> None:
+    prepared = lab.prepare(rate=0.3)
+    onion = Onion(lm=str(named), bar=1.0)
+    last = screen_of(onion, prepared)
+    (named / "config.json").write_text((named / "config.json").read_text() + " ")
+    root = lab.root_with(tmp_path / "root", prepared.foundation.model, last.inputs["incoming"])
+    lab.root_with(root, prepared.foundation.clean)
+    with pytest.raises(UserError, match=r"but the sweep was planned with .*its files changed"):
+        compute(last, root)
+
+
+def test_an_encoder_without_a_trained_head_is_an_error(
+    lab: Lab, bert: Victim, tmp_path: Path
+) -> None:
+    prepared = lab.prepare(rate=0.3)
+    with pytest.raises(UserError, match="has no trained language-model head: its weights lack"):
+        lab.compute(screen_of(Onion(lm=bert.spec.name, bar=1.0), prepared))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/nowhere/lm", "folder /nowhere/lm does not exist; give a folder"),
+        ("offline", "an encoder without a language-model head; take 'clean-rows'"),
+        ("clean_rows", "not on this machine, .*did you mean 'clean-rows'"),
+        ("gpt2", "defense.lm 'gpt2' is not on this machine, and HF_HUB_OFFLINE forbids"),
+        ("a b//c", "is no name that a hub model can have"),
+    ],
+)
+def test_a_model_that_is_not_there_is_refused_while_planning(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Onion(lm=name).check(Given(400, 2, 240, 60))
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        find_language_model(str(tmp_path), None)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"has no model\.safetensors"):
+        find_language_model(str(tmp_path), None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_removed": 0}, "defense.max_removed must be above 0 and below 1, got 0"),
+        ({"bar": float("nan")}, "defense.bar must be a finite number or null, got nan"),
+        ({"rows": 0}, "defense.rows must be a whole number of at least 1, got 0"),
+        ({"spacing": 0}, "defense.spacing must be a whole number of at least 1, got 0"),
+        ({"learning_rate": -1.0}, "defense.learning_rate must be above 0, got -1.0"),
+        ({"revision": "x"}, "is of a hub model, and defense.lm is 'clean-rows'"),
+    ],
+)
+def test_bad_settings_are_errors(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Onion(**changes)
+
+
+def test_too_few_clean_rows_are_an_error() -> None:
+    with pytest.raises(UserError, match="takes its bar on others, and the data have 1"):
+        Onion().check(Given(400, 2, 240, 1))
