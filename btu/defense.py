@@ -22,6 +22,16 @@ DEFENSES: Registry[type[Defense]] = Registry(
     "defense",
     [
         ("btu", "btu.defenses.token_unlearning:TokenUnlearning", "Backdoor Token Unlearning"),
+        (
+            "nad",
+            "btu.defenses.attention_distillation:AttentionDistillation",
+            "Neural Attention Distillation",
+        ),
+        (
+            "rnp",
+            "btu.defenses.neuron_pruning:NeuronPruning",
+            "Reconstructive Neuron Pruning",
+        ),
         ("none", "btu.defenses.none:NoDefense", "nothing is done: the control"),
     ],
 )

@@ -63,6 +63,13 @@ SMALL: dict[str, dict[str, Any]] = {
         "bag_batch_size": 32,
         "exposure_batch_size": 32,
     },
+    "nad": {"epochs": 1, "learning_rate": 1e-3},
+    "rnp": {
+        "clean_rows": 30,
+        "unlearn_learning_rate": 1e-2,
+        "recover_learning_rate": 0.05,
+        "threshold": 0.8,
+    },
     "none": {},
 }
 BTU = SMALL["btu"]
