@@ -67,6 +67,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "rnp": {
         "clean_rows": 30,
         "unlearn_learning_rate": 1e-2,
+        "batch_size": 8,
         "recover_learning_rate": 0.05,
         "threshold": 0.8,
     },
