@@ -277,7 +277,8 @@ def attention_map(hidden: Tensor, mask: Tensor, power: float) -> Tensor:
     hidden: (rows, tokens, hidden); mask: (rows, tokens) bool -> (rows, tokens).
     """
     strength = hidden.float().abs().pow(power).sum(dim=-1) * mask
-    return strength / (strength.norm(dim=-1, keepdim=True) + EPSILON)
+    normalised: Tensor = strength / (strength.norm(dim=-1, keepdim=True) + EPSILON)
+    return normalised
 
 
 def map_distance(own: Tensor, aim: Tensor, mask: Tensor) -> Tensor:

@@ -35,7 +35,30 @@ By-products, both from the paper: the class whose clean rows the unlearned model
 is taken for the attack's target (`Suspects.target`), and training rows whose label it still finds
 likely are suspicious (`Suspects.rows`).
 
-@CHOSEN@
+Measured on SST-2 with MiniLM, BadNets 10 % dirty label, seed 0, by a script of the same steps as
+the stages below. One setting was run, fixed before a triggered row was looked at; ASR is over every
+fourth of these (107), AUROC over every fourteenth training row, accuracy over every third of the
+held-out clean rows (441).
+
+- Ascent at 5e-6 on 500 rows ends after 37 steps. The unlearned model is right on 0.59 of the
+  held-out rows: on all of class 1, the target, and on 0.20 of class 0. Its view of the training
+  rows has an AUROC of 0.95 against the hidden mask.
+- Recovery at 0.02 takes the loss on the 500 rows from 0.66 to 0.20 in 6 epochs. Masks then lie at
+  0.44 (1st percentile), 0.76 (25th) and 0.90 (median): no gap tells filters of the backdoor apart.
+- Pruning, of 9,288 filters in all:
+
+  =========  ======  =================  =====
+  threshold  pruned  held-out accuracy  ASR
+  =========  ======  =================  =====
+  0.2        2       0.893              -
+  0.5        194     0.905              1.00
+  0.55       360     0.859              -
+  0.7        1,570   0.522              -
+  =========  ======  =================  =====
+
+So RNP names the target and finds the poisoned rows here, but does not mend the model: with 0.02 of
+accuracy to spend it stops at 0.5, where ASR is 1.00 at an FTR of 0.14. Not measured: other rates of
+ascent and recovery, another `unlearn_stop`, more pruning with `tuning`, other seeds and attacks.
 """
 
 from __future__ import annotations
@@ -104,7 +127,7 @@ class NeuronPruning:
     unlearn_stop: float = 1.1
     unlearn_epochs: int = 20
     unlearn_learning_rate: float = 5e-6
-    recover_epochs: int = 10
+    recover_epochs: int = 6
     recover_learning_rate: float = 0.02
     batch_size: int = 32
     threshold: float | None = None

@@ -101,7 +101,7 @@ def test_the_objective_adds_each_layers_distance_by_its_beta(victim: Victim) -> 
 def test_the_teacher_gets_no_gradients_and_the_student_does(bert: Victim) -> None:
     student, teacher = bert.new_model(0), bert.new_model(1)
     loss, _ = distillation(teacher, [1], [1e6], 2.0)(student, *batch(bert))
-    loss.backward()
+    torch.autograd.backward(loss)
     assert all(weight.grad is None for weight in teacher.parameters())
     assert student.get_input_embeddings().weight.grad.abs().sum() > 0
 
@@ -132,11 +132,10 @@ def test_distillation_draws_the_student_to_the_teacher(lab: Lab) -> None:
 def test_the_clean_tuned_control_is_the_teacher_unless_settings_say_otherwise(lab: Lab) -> None:
     base = lab.prepare().foundation
     assert AttentionDistillation().teacher_stage(base) is base.tuned
-    same = {
-        "teacher_epochs": base.tuning.epochs,
-        "teacher_learning_rate": base.tuning.learning_rate,
-    }
-    assert AttentionDistillation(**same).teacher_stage(base) is base.tuned
+    same = AttentionDistillation(
+        teacher_epochs=base.tuning.epochs, teacher_learning_rate=base.tuning.learning_rate
+    )
+    assert same.teacher_stage(base) is base.tuned
     longer = AttentionDistillation(teacher_epochs=base.tuning.epochs + 1).teacher_stage(base)
     assert longer.key != base.tuned.key
     assert longer.inputs.keys() == {"clean", "model"}

@@ -175,8 +175,8 @@ def easy_rows(count: int, seed: int) -> Rows:
 @pytest.fixture(scope="module")
 def learned(lab: Lab) -> Prepared:
     """A cell whose poisoned model knows task and trigger."""
-    parts = [easy_rows(count, seed) for seed, count in enumerate((240, 60, 60))]
-    corpus = Corpus("easy", *parts, ("negative", "positive"))
+    train, clean, held_out = (easy_rows(count, count + 1) for count in (240, 60, 61))
+    corpus = Corpus("easy", train, clean, held_out, ("negative", "positive"))
     return lab.prepare(corpus=corpus, rate=0.3, train=LEARNED)
 
 
@@ -210,6 +210,7 @@ def test_the_unlearned_model_names_the_target_and_scores_the_rows(
     ids, mask, labels = rows.batch(torch.arange(len(rows)), int(rows.host_lengths.max()))
     with torch.no_grad():
         likely = -nn.functional.cross_entropy(logits_of(model, ids, mask), labels, reduction="none")
+    assert found.rows is not None
     np.testing.assert_allclose(found.rows, likely.numpy(), rtol=1e-3, atol=1e-5)
 
 
