@@ -68,6 +68,7 @@ class AttentionDistillation:
         each of `layers`. 0 is plain fine-tuning (an ablation).
     layers: where maps are compared: fractions of the encoder's depth in (0, 1], written with a
         point, or numbers of layers from 1, written without. Two that name one layer count twice.
+        Null is one third, two thirds and the last.
     power: p of the maps, above 0.
     epochs: passes of the student over the clean rows. learning_rate: the student's, AdamW's peak.
     teacher: what is fine-tuned on the clean rows to become the teacher: the ``poisoned`` model, or
@@ -77,7 +78,7 @@ class AttentionDistillation:
     """
 
     beta: Any = 1000.0
-    layers: Any = (1 / 3, 2 / 3, 1.0)
+    layers: Any = None
     power: float = 2.0
     epochs: int = 5
     learning_rate: float = 2e-4
@@ -93,6 +94,9 @@ class AttentionDistillation:
     }
 
     def __post_init__(self) -> None:
+        if self.layers is None:
+            # Frozen for everyone else; a config then names them.
+            object.__setattr__(self, "layers", [1 / 3, 2 / 3, 1.0])
         if not isinstance(self.layers, list | tuple) or not self.layers:
             raise UserError(
                 f"defense.layers must be a list of at least one layer, got {self.layers!r}; write "
