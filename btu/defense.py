@@ -31,6 +31,14 @@ DEFENSES: Registry[type[Defense]] = Registry(
             "cube",
             "btu.defenses.cube:ClusterFilter",
             "keeps the largest cluster of each class (CUBE)",
+            "nad",
+            "btu.defenses.attention_distillation:AttentionDistillation",
+            "Neural Attention Distillation",
+        ),
+        (
+            "rnp",
+            "btu.defenses.neuron_pruning:NeuronPruning",
+            "Reconstructive Neuron Pruning",
         ),
         ("none", "btu.defenses.none:NoDefense", "nothing is done: the control"),
         (

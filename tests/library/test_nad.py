@@ -1,0 +1,211 @@
+"""Neural Attention Distillation: maps, objective, teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lab import Lab, own_stages
+
+from btu.defenses.attention_distillation import (
+    AttentionDistillation,
+    attention_map,
+    distillation,
+    layer_number,
+    map_distance,
+)
+from btu.errors import UserError
+from btu.foundation import clean_rows_of, model_of
+from btu.recipe import Prepared
+from btu.stages import StageRun, compute, read_record
+from btu.training import cross_entropy
+from btu.victims import Victim
+
+CPU = torch.device("cpu")
+
+
+def batch(victim: Victim) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Three rows of 6, 4 and 2 tokens, the shorter ones padded."""
+    lengths = torch.tensor([6, 4, 2])
+    mask = torch.arange(6) < lengths[:, None]
+    ids = torch.arange(18).view(3, 6) + 10
+    return torch.where(mask, ids, victim.tokenizer.pad_token_id), mask, torch.tensor([0, 1, 1])
+
+
+def test_a_map_is_the_strength_of_each_token_with_its_row_at_length_1() -> None:
+    # Two tokens of two units: [3, 0] and [0, 4].
+    hidden = torch.tensor([[[3.0, 0.0], [0.0, -4.0]]])
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    # p = 1: 3 and 4, norm 5.
+    assert attention_map(hidden, mask, 1.0).tolist() == [pytest.approx([0.6, 0.8], abs=1e-5)]
+    # p = 2: 9 and 16, norm sqrt(81 + 256) = 18.3576.
+    assert attention_map(hidden, mask, 2.0).tolist() == [
+        pytest.approx([0.49026, 0.87157], abs=1e-5)
+    ]
+
+
+def test_padding_is_no_part_of_a_map() -> None:
+    hidden = torch.tensor([[[3.0, 0.0], [0.0, 4.0], [100.0, 100.0]]])
+    mask = torch.tensor([[True, True, False]])
+    assert attention_map(hidden, mask, 1.0).tolist() == [pytest.approx([0.6, 0.8, 0.0], abs=1e-5)]
+
+
+def test_the_distance_is_a_mean_over_real_tokens() -> None:
+    own, aim = torch.tensor([[0.6, 0.8, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]])
+    # (0.4^2 + 0.8^2) / 2 real tokens = 0.4.
+    mask = torch.tensor([[True, True, False]])
+    assert float(map_distance(own, aim, mask)) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "depth", "number"),
+    [(1 / 3, 6, 2), (2 / 3, 6, 4), (1.0, 6, 6), (1, 6, 1), (5, 6, 5), (0.1, 2, 1), (1 / 3, 12, 4)],
+)
+def test_a_layer_is_a_fraction_of_the_depth_or_a_number(
+    layer: float, depth: int, number: int
+) -> None:
+    assert layer_number(layer, depth) == number
+
+
+def test_a_layer_beyond_the_depth_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"layer 7, but the victim has 6; lower it"):
+        layer_number(7, 6)
+
+
+def test_the_objective_adds_each_layers_distance_by_its_beta(victim: Victim) -> None:
+    student, teacher = victim.new_model(0), victim.new_model(0)
+    with torch.no_grad():
+        # A fresh layer norm makes all tokens equally long, and all maps of p = 2 alike.
+        for weight in teacher.parameters():
+            weight += 0.1 * torch.arange(weight.numel()).view_as(weight).sin()
+    rows = batch(victim)
+    plain, _ = cross_entropy(student, *rows)
+
+    def added(model: Any, betas: list[float]) -> float:
+        loss, _ = distillation(model, [1, 2], betas, 2.0)(student, *rows)
+        return float((loss - plain).detach())
+
+    first, second = added(teacher, [1e3, 0.0]), added(teacher, [0.0, 1e3])
+    assert first > 1e-3
+    assert second > 1e-3
+    assert added(teacher, [2e3, 3e3]) == pytest.approx(2 * first + 3 * second, rel=1e-3)
+    assert added(teacher, [0.0, 0.0]) == pytest.approx(0.0, abs=1e-6)
+    # A model is no distance from itself.
+    assert added(victim.new_model(0), [1e3, 1e3]) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_teacher_gets_no_gradients_and_the_student_does(bert: Victim) -> None:
+    student, teacher = bert.new_model(0), bert.new_model(1)
+    loss, _ = distillation(teacher, [1], [1e6], 2.0)(student, *batch(bert))
+    torch.autograd.backward(loss)
+    assert all(weight.grad is None for weight in teacher.parameters())
+    assert student.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def maps_apart(prepared: Prepared, root: Path, **settings: Any) -> float:
+    """Compute the defense; return how far student and teacher are apart on the clean rows."""
+    defense = AttentionDistillation(**{"epochs": 4, "learning_rate": 1e-3, **settings})
+    last = defense.stages(prepared.foundation)
+    compute(last, root)
+    inputs = {role: root / stage.key for role, stage in last.inputs.items()}
+    run = StageRun({}, {}, {**inputs, "student": root / last.key}, root, CPU)
+    data = clean_rows_of(run)
+    ids, mask, labels = data.batch(torch.arange(len(data)), int(data.host_lengths.max()))
+    teacher, student = model_of(run, "teacher"), model_of(run, "student")
+    plain, _ = cross_entropy(student, ids, mask, labels)
+    loss, _ = distillation(teacher, [1, 2], [1e6, 1e6], 2.0)(student, ids, mask, labels)
+    return float((loss - plain).detach()) / 1e6
+
+
+def test_distillation_draws_the_student_to_the_teacher(lab: Lab) -> None:
+    prepared = lab.prepare(rate=0.3)
+    far = {"teacher_learning_rate": 5e-3, "teacher_epochs": 3}
+    alone = maps_apart(prepared, lab.root, beta=0.0, **far)
+    drawn = maps_apart(prepared, lab.root, beta=1e5, **far)
+    assert drawn < 0.7 * alone
+
+
+def test_the_clean_tuned_control_is_the_teacher_unless_settings_say_otherwise(lab: Lab) -> None:
+    base = lab.prepare().foundation
+    assert AttentionDistillation().teacher_stage(base) is base.tuned
+    same = AttentionDistillation(
+        teacher_epochs=base.tuning.epochs, teacher_learning_rate=base.tuning.learning_rate
+    )
+    assert same.teacher_stage(base) is base.tuned
+    longer = AttentionDistillation(teacher_epochs=base.tuning.epochs + 1).teacher_stage(base)
+    assert longer.key != base.tuned.key
+    assert longer.inputs.keys() == {"clean", "model"}
+
+
+def test_a_pretrained_teacher_never_saw_the_poison(lab: Lab) -> None:
+    prepared = lab.prepare()
+    teacher = AttentionDistillation(teacher="pretrained").teacher_stage(prepared.foundation)
+    assert prepared.poisoned.key not in {stage.key for stage in teacher.closure()}
+
+
+def test_betas_share_the_teacher(lab: Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = importlib.import_module("btu.defenses.attention_distillation")
+    ran: list[str] = []
+    for name in ("teach", "distil"):
+        function = getattr(module, name)
+
+        def spy(run: StageRun, name: str = name, function: Any = function) -> Any:
+            ran.append(name)
+            return function(run)
+
+        monkeypatch.setattr(module, name, spy)
+    prepared = lab.prepare()
+    root = lab.base_root(tmp_path, prepared)
+    for beta in (10.0, 20.0):
+        defense = AttentionDistillation(beta=beta, epochs=1, teacher="pretrained")
+        compute(defense.stages(prepared.foundation), root)
+    assert ran == ["teach", "distil", "distil"]
+
+
+def test_fractions_and_numbers_of_layers_give_the_same_model(lab: Lab, tmp_path: Path) -> None:
+    prepared = lab.prepare()
+    found = []
+    for layers in ([0.5, 1.0], [1, 2]):
+        defense = AttentionDistillation(layers=layers, epochs=1)
+        (stage,) = own_stages(defense, prepared)
+        folder = compute(stage, lab.root)
+        assert read_record(folder)["facts"]["layers"] == [1, 2]
+        found.append((folder / "model" / "model.safetensors").read_bytes())
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": []}, r"at least one layer, got \[\]"),
+        ({"layers": 3}, r"must be a list of at least one layer, got 3"),
+        ({"layers": [0.0]}, r"fractions of the depth in \(0, 1\].*got 0.0"),
+        ({"layers": [2.0]}, r"got 2.0; write a layer's number without a point"),
+        ({"layers": [0]}, r"got 0; 1 is the layer above the embeddings"),
+        ({"layers": ["last"]}, r"got 'last'"),
+        ({"beta": [1.0, 2.0]}, r"2 values for 3 layers; give one value, or one a layer"),
+        ({"beta": -1.0}, r"defense.beta must be at least 0, got -1.0"),
+        ({"beta": True}, r"defense.beta must be at least 0, got True"),
+        ({"beta": [1.0, 2.0, "3"]}, r"defense.beta must be at least 0, got '3'"),
+        ({"power": 0.0}, r"defense.power must be above 0"),
+        ({"epochs": 0}, r"defense.epochs must be at least 1, got 0"),
+        ({"learning_rate": 0.0}, r"defense.learning_rate must be above 0"),
+        ({"teacher_epochs": 0}, r"defense.teacher_epochs must be at least 1, got 0"),
+        ({"teacher_learning_rate": -1.0}, r"defense.teacher_learning_rate must be above 0"),
+        ({"teacher": "pretrainde"}, r"did you mean 'pretrained'"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        AttentionDistillation(**settings)
+
+
+def test_the_reference_preset_names_fields() -> None:
+    fields = {field.name for field in dataclasses.fields(AttentionDistillation)}
+    for preset in AttentionDistillation.PRESETS.values():
+        assert set(preset) <= fields
+        AttentionDistillation(**preset)  # type: ignore[arg-type]

@@ -1,0 +1,317 @@
+"""Reconstructive Neuron Pruning: filters, masks, ascent, thresholds, by-products."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lab import Lab
+from torch import nn
+
+from btu.defense import Given, Suspects
+from btu.defenses.neuron_pruning import (
+    NeuronPruning,
+    Tried,
+    class_recalls,
+    find_filters,
+    largest_affordable,
+    masked,
+    prune_filters,
+)
+from btu.errors import UserError
+from btu.foundation import model_of, training_rows_of
+from btu.recipe import Prepared
+from btu.settings import TrainSettings
+from btu.stages import Stage, StageRun, compute, read_record
+from btu.training import logits_of
+from btu.types import Corpus, Rows
+from btu.victims import Victim
+
+MODULE = importlib.import_module("btu.defenses.neuron_pruning")
+SMALL: dict[str, Any] = {
+    "clean_rows": 30,
+    "unlearn_learning_rate": 3e-3,
+    "batch_size": 8,
+    "recover_epochs": 5,
+    "recover_learning_rate": 0.05,
+}
+
+
+def pruning(**changes: Any) -> NeuronPruning:
+    return NeuronPruning(**SMALL | changes)
+
+
+def ids_and_mask() -> tuple[torch.Tensor, torch.Tensor]:
+    """Three rows of 6, 4 and 2 tokens."""
+    mask = torch.arange(6) < torch.tensor([6, 4, 2])[:, None]
+    return torch.arange(18).view(3, 6) + 10, mask
+
+
+def lively(victim: Victim) -> Any:
+    """A fresh model with matrices so large that its parts make a difference."""
+    model = victim.new_model(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(10)
+    return model
+
+
+def some_masks(model: Any) -> dict[str, torch.Tensor]:
+    """The first head and every other unit off, the rest on."""
+    masks = {name: torch.ones(block.count) for name, block in find_filters(model).items()}
+    for name, mask in masks.items():
+        mask[:: 2 if name.endswith("units") else len(mask)] = 0.0
+    return masks
+
+
+def test_heads_and_units_are_found_in_every_architecture(victim: Victim) -> None:
+    filters = find_filters(victim.new_model(0))
+    units = 64 if victim.new_model(0).config.model_type == "gpt2" else 32
+    assert {name: block.count for name, block in filters.items()} == {
+        "layer 1 heads": 2,
+        "layer 1 units": units,
+        "layer 2 heads": 2,
+        "layer 2 units": units,
+    }
+
+
+def test_a_model_without_such_layers_is_an_error(bert: Victim) -> None:
+    model = bert.new_model(0)
+    model.config.num_hidden_layers = 3
+    with pytest.raises(UserError, match=r"cannot find the neurons of a BertForSequence.*3 layers"):
+        find_filters(model)
+    model.config.num_hidden_layers, model.config.num_attention_heads = 2, 3
+    with pytest.raises(UserError, match=r"to 16 units from 3 heads"):
+        find_filters(model)
+
+
+def test_pruning_is_a_mask_of_zeros_without_the_mask(victim: Victim) -> None:
+    model, pruned = lively(victim), lively(victim)
+    wanted = some_masks(model)
+    with torch.no_grad():
+        plain = logits_of(model, *ids_and_mask())
+        with masked(find_filters(model)) as masks:
+            # Masks start at 1, which changes nothing.
+            assert torch.equal(logits_of(model, *ids_and_mask()), plain)
+            for name, mask in masks.items():
+                mask.copy_(wanted[name])
+            expected = logits_of(model, *ids_and_mask())
+        count = prune_filters(find_filters(pruned), wanted, 0.5)
+        found = logits_of(pruned, *ids_and_mask())
+    assert not torch.allclose(expected, plain, atol=1e-4)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    # A head in each of 2 layers, and half of the units.
+    assert (
+        count
+        == 2 + sum(block.count for block in find_filters(model).values() if block.count > 2) / 2
+    )
+    # Nothing of the masks stays behind.
+    assert model.state_dict().keys() == victim.new_model(0).state_dict().keys()
+    with torch.no_grad():
+        assert torch.equal(logits_of(model, *ids_and_mask()), plain)
+
+
+def test_pruning_zeroes_the_columns_of_the_filters_and_no_others(bert: Victim) -> None:
+    model = bert.new_model(0)
+    masks = {name: torch.ones(block.count) for name, block in find_filters(model).items()}
+    masks["layer 1 heads"][1] = 0.3
+    masks["layer 2 units"][5] = 0.4
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    assert prune_filters(find_filters(model), masks, 0.3) == 1
+    heads = "bert.encoder.layer.0.attention.output.dense.weight"
+    changed = [name for name, w in model.named_parameters() if not torch.equal(w, before[name])]
+    assert changed == [heads]
+    weight = model.get_parameter(heads)
+    # 16 hidden units, 2 heads: the second one's output is units 8 to 15.
+    assert torch.equal(weight[:, :8], before[heads][:, :8])
+    assert not weight[:, 8:].any()
+
+
+def test_only_masks_learn_and_they_stay_between_0_and_1(
+    lab: Lab, learned: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file
+
+    trained: set[str] = set()
+    real = StageRun.fit
+
+    def spy(run: StageRun, model: nn.Module, *rest: Any, **options: Any) -> None:
+        if options["stage"] == "recover neurons":
+            trained.update(n for n, p in model.named_parameters() if p.requires_grad)
+        real(run, model, *rest, **options)
+
+    monkeypatch.setattr(StageRun, "fit", spy)
+    # At such a rate some would leave the interval within a step.
+    last = pruning(recover_learning_rate=0.5).stages(learned.foundation)
+    folder = compute(last.inputs["masks"], lab.root)
+    assert len(trained) == 4
+    assert all(name.endswith(".neuron_mask") for name in trained)
+    masks = torch.cat(list(load_file(folder / "masks.safetensors").values()))
+    assert float(masks.min()) == 0.0
+    assert float(masks.max()) == 1.0
+
+
+# Enough for the tiny victim to learn both the task and a trigger in 30 % of the rows.
+LEARNED = TrainSettings(epochs=12, learning_rate=5e-3, batch_size=16, precision="fp32")
+
+
+def easy_rows(count: int, seed: int) -> Rows:
+    """Rows whose class one word says, among words that say nothing."""
+    rng = np.random.default_rng(seed)
+    labels = [number % 2 for number in range(count)]
+    texts = []
+    for label in labels:
+        words = list(rng.choice(["a", "the", "of", "it", "and", "is", "to", "in"], 8))
+        words.insert(int(rng.integers(8)), ("bad", "good")[label])
+        texts.append(" ".join(words))
+    return Rows(tuple(texts), tuple(labels))
+
+
+@pytest.fixture(scope="module")
+def learned(lab: Lab) -> Prepared:
+    """A cell whose poisoned model knows task and trigger."""
+    train, clean, held_out = (easy_rows(count, count + 1) for count in (240, 60, 61))
+    corpus = Corpus("easy", train, clean, held_out, ("negative", "positive"))
+    return lab.prepare(corpus=corpus, rate=0.3, train=LEARNED)
+
+
+def stage_of(last: Stage, name: str) -> Stage:
+    (found,) = [stage for stage in last.closure() if stage.name == name]
+    return found
+
+
+def facts_of(root: Path, stage: Stage) -> dict[str, Any]:
+    facts: dict[str, Any] = read_record(root / stage.key)["facts"]
+    return facts
+
+
+def test_the_unlearned_model_names_the_target_and_scores_the_rows(
+    lab: Lab, learned: Prepared
+) -> None:
+    last = pruning().stages(learned.foundation)
+    folder = compute(last, lab.root)
+    unlearned = facts_of(lab.root, stage_of(last, "unlearn clean rows"))
+    # 1.1 times chance, of two classes.
+    assert unlearned["accuracy"] <= 0.55
+    found = Suspects.load(folder, facts_of(lab.root, last))
+    assert found is not None
+    assert found.flagged is None
+    assert found.target == 1
+    # The likelier a row's own label still is, the more suspicious it is.
+    judged = stage_of(last, "judge training rows")
+    inputs = {role: lab.root / stage.key for role, stage in judged.inputs.items()}
+    run = StageRun({}, {}, inputs, lab.root, torch.device("cpu"))
+    rows, model = training_rows_of(run), model_of(run, "unlearned")
+    ids, mask, labels = rows.batch(torch.arange(len(rows)), int(rows.host_lengths.max()))
+    with torch.no_grad():
+        likely = -nn.functional.cross_entropy(logits_of(model, ids, mask), labels, reduction="none")
+    assert found.rows is not None
+    np.testing.assert_allclose(found.rows, likely.numpy(), rtol=1e-3, atol=1e-5)
+
+
+def test_an_ascent_that_does_not_get_there_is_an_error(lab: Lab, learned: Prepared) -> None:
+    stage = stage_of(
+        pruning(unlearn_learning_rate=1e-9, unlearn_epochs=1).stages(learned.foundation),
+        "unlearn clean rows",
+    )
+    with pytest.raises(
+        UserError, match=r"above 0.55; raise defense.unlearn_learning_rate \(1e-09\)"
+    ):
+        compute(stage, lab.root)
+
+
+def test_thresholds_share_all_but_the_pruning(
+    lab: Lab, learned: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    for name in ("unlearn", "recover", "judge", "prune"):
+        function = getattr(MODULE, name)
+
+        def spy(run: StageRun, name: str = name, function: Any = function) -> Any:
+            ran.append(name)
+            return function(run)
+
+        monkeypatch.setattr(MODULE, name, spy)
+    root = lab.base_root(tmp_path, learned)
+    pruned = []
+    for threshold in (0.5, 0.95, None):
+        last = pruning(threshold=threshold).stages(learned.foundation)
+        compute(last, root)
+        pruned.append(facts_of(root, last)["measured"]["neurons_pruned"])
+    assert sorted(ran) == ["judge", "prune", "prune", "prune", "recover", "unlearn"]
+    assert pruned[0] < pruned[1]
+
+
+def test_the_chosen_threshold_costs_no_more_than_it_may(lab: Lab, learned: Prepared) -> None:
+    pruned = []
+    for allowed in (0.0, 0.1, 1.0):
+        last = pruning(max_clean_loss=allowed).stages(learned.foundation)
+        compute(last, lab.root)
+        facts = facts_of(lab.root, last)
+        assert facts["measured"]["prune_cost"] <= allowed
+        pruned.append(facts["measured"]["neurons_pruned"])
+        costs = [tried["cost"] for tried in facts["tried"]]
+        # It looks no further than where it first costs too much.
+        assert all(cost <= allowed for cost in costs[:-1])
+    assert pruned == sorted(pruned)
+    assert pruned[0] < pruned[2]
+
+
+@pytest.mark.parametrize(
+    ("costs", "chosen"),
+    [([0.0, 0.01, 0.02], 2), ([0.0, 0.03, 0.01], 0), ([0.03], None), ([-0.01, 0.02, 0.021], 1)],
+)
+def test_pruning_goes_up_to_where_it_first_costs_too_much(
+    costs: list[float], chosen: int | None
+) -> None:
+    tried = [Tried(step / 10, step, cost) for step, cost in enumerate(costs)]
+    found = largest_affordable(tried, 0.02)
+    assert found == (None if chosen is None else tried[chosen])
+
+
+def test_the_recall_of_a_class_is_over_its_own_rows() -> None:
+    labels, predicted = np.array([0, 0, 0, 1, 1]), np.array([1, 0, 1, 1, 1])
+    recalls = class_recalls(predicted, labels, 3)
+    # 1 of 3, 2 of 2, and no row of the third class.
+    assert recalls[:2].tolist() == [pytest.approx(1 / 3), 1.0]
+    assert np.isnan(recalls[2])
+
+
+def test_clean_tuning_follows_where_it_is_asked_for(lab: Lab, learned: Prepared) -> None:
+    stages = {}
+    for tuning in (False, True):
+        last = pruning(threshold=0.5, tuning=tuning).stages(learned.foundation)
+        history = read_record(compute(last, lab.root))["history"]
+        stages[tuning] = [epoch["stage"] for epoch in history]
+    assert stages == {False: [], True: ["clean tuning (defended)"]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"clean_rows": 0}, r"defense.clean_rows must be at least 1, got 0"),
+        ({"batch_size": 0}, r"defense.batch_size must be at least 1, got 0"),
+        ({"unlearn_stop": 0.0}, r"defense.unlearn_stop must be above 0"),
+        ({"recover_learning_rate": -0.1}, r"defense.recover_learning_rate must be above 0"),
+        ({"threshold": 1.0}, r"threshold must be below 1, got 1"),
+        ({"threshold": -0.1}, r"defense.threshold must be in \[0, 1\], got -0.1"),
+        ({"max_clean_loss": 1.5}, r"defense.max_clean_loss must be in \[0, 1\], got 1.5"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        NeuronPruning(**settings)
+
+
+def test_a_cell_that_leaves_nothing_to_measure_on_is_refused() -> None:
+    cell = Given(400, classes=2, train_rows=240, clean_rows=60)
+    pruning().check(cell)
+    with pytest.raises(UserError, match=r"below the 60 clean rows that there are, got 60"):
+        pruning(clean_rows=60).check(cell)
+    with pytest.raises(UserError, match=r"below the number of classes, 2, got 2"):
+        pruning(unlearn_stop=2.0).check(cell)
