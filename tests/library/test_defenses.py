@@ -57,6 +57,14 @@ CPU = torch.device("cpu")
 # Hyperparameters that suit a vocabulary of 400 to 500 tokens and 240 rows, by defense. A new
 # defense gets its line here, {} if its defaults will do.
 SMALL: dict[str, dict[str, Any]] = {
+    "abl": {
+        "isolation_epochs": 0.5,
+        "isolation_learning_rate": 1e-3,
+        "isolation_ratio": 0.05,
+        "rest_epochs": 1,
+        "rest_learning_rate": 1e-3,
+        "unlearning_learning_rate": 1e-3,
+    },
     "btu": {
         "alpha": 0.02,
         "exposure_learning_rate": 1e-3,
