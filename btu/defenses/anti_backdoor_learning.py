@@ -96,6 +96,8 @@ class AntiBackdoorLearning:
     unlearning_epochs: the most passes of gradient ascent over the isolated rows; 0 leaves it out
         (an ablation).
     unlearning_learning_rate: of the ascent; AdamW's, constant, without warm-up.
+    unlearning_descent: weight, at least 0, of descending on as many other rows in each step of the
+        ascent, drawn anew: 1 as in the paper's equation, 0 as in its code.
     unlearning_stop: share of the isolated rows, in [0, 1), still predicted as they are labelled, at
         or under which the ascent ends, looked at after every step, in eval mode.
     """
@@ -110,6 +112,7 @@ class AntiBackdoorLearning:
     rest_learning_rate: float = 5e-5
     unlearning_epochs: int = 10
     unlearning_learning_rate: float = 1e-5
+    unlearning_descent: float = 1.0
     unlearning_stop: float = 0.05
 
     KIND: ClassVar[str] = "during training"
@@ -122,6 +125,7 @@ class AntiBackdoorLearning:
             "isolation_epochs": 10.0,
             "pool": "all",
             "unlearning_epochs": 4,
+            "unlearning_descent": 0.0,
             "unlearning_stop": 0.0,
         },
     }
@@ -147,6 +151,11 @@ class AntiBackdoorLearning:
                 raise UserError(
                     f"defense.{name} must be at least {least}, got {getattr(self, name)}."
                 )
+
+        if not math.isfinite(self.unlearning_descent) or self.unlearning_descent < 0:
+            raise UserError(
+                f"defense.unlearning_descent must be at least 0, got {self.unlearning_descent}."
+            )
 
     def check(self, given: Given) -> None:
         """Raise a `UserError` where gamma is no floor or the ratio isolates nothing."""
@@ -210,7 +219,12 @@ class AntiBackdoorLearning:
             "unlearn (abl)",
             "btu.defenses.anti_backdoor_learning:unlearn",
             UNLEARN_VERSION,
-            {"ascent": self.unlearning_epochs > 0, "stop": self.unlearning_stop, "train": ascent},
+            {
+                "ascent": self.unlearning_epochs > 0,
+                "descent": self.unlearning_descent,
+                "stop": self.unlearning_stop,
+                "train": ascent,
+            },
             {"rows": base.rows, "rest": rest},
             units=isolated * self.unlearning_epochs,
             kind="cell",
@@ -279,7 +293,10 @@ def train_rest(run: StageRun) -> dict[str, Any]:
 
 
 def unlearn(run: StageRun) -> dict[str, Any]:
-    """Climb the loss of the isolated rows until they are not predicted as labelled any more."""
+    """Climb the loss of the isolated rows until they are not predicted as labelled any more.
+
+    Meanwhile the loss of the others is held down.
+    """
     config = run.config
     settings = TrainSettings(**config["train"])
     facts = run.facts("rest")
@@ -288,9 +305,10 @@ def unlearn(run: StageRun) -> dict[str, Any]:
     assert suspects.taken is not None
     data, model = training_rows_of(run), model_of(run, "rest")
     isolated = data.take(np.flatnonzero(suspects.taken))
+    rest = data.take(np.flatnonzero(~suspects.taken))
     seed = derive_seed(config["seed"], "unlearning")
     watched = sample(isolated, ISOLATED_ROWS, seed)
-    others = sample(data.take(np.flatnonzero(~suspects.taken)), REST_ROWS, seed)
+    others = sample(rest, REST_ROWS, seed)
     before = accuracy(run, model, watched), accuracy(run, model, others)
     steps = 0
 
@@ -308,7 +326,7 @@ def unlearn(run: StageRun) -> dict[str, Any]:
             settings,
             seed=seed,
             stage="unlearn (abl)",
-            objective=ascent,
+            objective=climb(rest.to(run.device), config["descent"], np.random.default_rng(seed)),
             after_step=after_step,
         )
     save_model(model, run.folder)
@@ -402,14 +420,27 @@ def bend(loss: torch.Tensor, method: str, gamma: float) -> torch.Tensor:
     return (loss - gamma).abs() + gamma
 
 
-def ascent(
-    model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the negated mean cross-entropy of a batch, and its logits."""
+def climb(rest: Encoded, weight: float, rng: np.random.Generator) -> Objective:
+    """Return the unlearning's objective: weight * CE(other rows) - CE(isolated rows), both means.
+
+    Each call draws as many rows of `rest`, which must be where the model is, as it is given.
+    """
     from btu.training import cross_entropy
 
-    loss, logits = cross_entropy(model, ids, mask, labels)
-    return -loss, logits
+    def objective(
+        model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        import torch
+
+        loss, logits = cross_entropy(model, ids, mask, labels)
+        if weight == 0:
+            return -loss, logits
+        drawn = rng.choice(len(rest), min(len(labels), len(rest)), replace=False)
+        width = max(1, int(rest.host_lengths[drawn].max()))
+        others = rest.batch(torch.from_numpy(drawn).to(rest.ids.device), width)
+        return weight * cross_entropy(model, *others)[0] - loss, logits
+
+    return objective
 
 
 def row_losses(logits: FloatArray, labels: IntArray) -> FloatArray:

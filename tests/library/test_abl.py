@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from btu.defenses import anti_backdoor_learning as abl
 from btu.defenses.anti_backdoor_learning import (
     AntiBackdoorLearning,
     bend,
+    climb,
     lowest,
     row_losses,
     rows_isolated,
@@ -28,16 +31,19 @@ from btu.foundation import load_encoded, model_of
 from btu.recipe import Prepared, mask_of
 from btu.stages import StageRun, compute, read_record
 from btu.training import Encoded, fit, predict
+from btu.types import Corpus, Rows
 
 CPU = torch.device("cpu")
-# For 240 rows and random weights.
+# For 240 rows and random weights, which learn nothing within a quarter of an epoch.
 TOY: dict[str, Any] = {
-    "isolation_epochs": 2,
+    "gamma": 0.3,
+    "isolation_epochs": 8,
     "isolation_learning_rate": 1e-3,
     "isolation_ratio": 0.1,
     "rest_epochs": 1,
     "rest_learning_rate": 1e-3,
-    "unlearning_learning_rate": 3e-4,
+    "unlearning_epochs": 60,
+    "unlearning_learning_rate": 1e-3,
 }
 
 
@@ -46,9 +52,24 @@ def toy(**changes: Any) -> AntiBackdoorLearning:
 
 
 @pytest.fixture(scope="module")
-def prepared(lab: Lab) -> Prepared:
-    """72 of 240 rows have the trigger."""
-    return lab.prepare(rate=0.3)
+def prepared(lab: Lab, tiny_corpus: Corpus) -> Prepared:
+    """47 of 238 short rows have the trigger, and nothing else tells the label.
+
+    Two of 240 are gone: their first words are others' too.
+    """
+
+    def short(rows: Rows) -> Rows:
+        return Rows(tuple(" ".join(text.split()[:4]) for text in rows.texts), rows.labels)
+
+    train = short(tiny_corpus.train)
+    drawn = np.random.default_rng(0).permutation(np.array(train.labels)).tolist()
+    corpus = dataclasses.replace(
+        tiny_corpus,
+        train=Rows(train.texts, tuple(drawn)),
+        clean=short(tiny_corpus.clean),
+        eval=short(tiny_corpus.eval),
+    )
+    return lab.prepare(rate=0.2, corpus=corpus, attack_params={"trigger": ["cf"] * 5})
 
 
 def folders(defense: AntiBackdoorLearning, prepared: Prepared, lab: Lab) -> list[Path]:
@@ -117,6 +138,41 @@ def test_a_part_of_an_epoch_is_that_part_of_its_steps() -> None:
     assert steps_of(0.001, 6917, 64) == 1
 
 
+class Fixed(torch.nn.Module):
+    """Logits [0, w] whatever the text is, for tokens 1; [w, 0] for others."""
+
+    def __init__(self, w: float) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor(w))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        first = torch.stack([0 * self.w, self.w])
+        logits = torch.where(input_ids[:, :1] == 1, first, first.flip(0))
+        return SimpleNamespace(logits=logits)
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [
+        # w = ln 3. Isolated: 3/4 for its label, -ln(4/3) when climbed. Others: 1/4, ln 4.
+        (0.0, -math.log(4 / 3)),
+        (1.0, math.log(4) - math.log(4 / 3)),
+        (0.5, math.log(4) / 2 - math.log(4 / 3)),
+    ],
+)
+def test_unlearning_climbs_on_the_isolated_and_descends_on_others(
+    weight: float, expected: float
+) -> None:
+    rest = Encoded.from_lists([[2], [2, 2]], [1, 1], pad_id=0)
+    objective = climb(rest, weight, np.random.default_rng(0))
+    ids = torch.tensor([[1], [1]])
+    labels = torch.tensor([1, 1])
+    loss, logits = objective(Fixed(math.log(3)), ids, ids > 0, labels)
+    assert loss.item() == pytest.approx(expected)
+    # Of the isolated alone, so that accuracies are theirs.
+    assert logits.shape == (2, 2)
+
+
 # Isolation -------------------------------------------------------------------------------------
 
 LOSSES = np.array([0.5, 0.1, 0.9, 0.2, 0.3, 0.4, 0.8, 0.7])
@@ -171,8 +227,8 @@ def test_a_planted_trigger_is_isolated_and_unlearned(lab: Lab, prepared: Prepare
     mask = mask_of(lab.root / prepared.poisoned.key)
     found = found_in(unlearned)
     assert found.taken is not None
-    # 0.1 * 240 rows; by chance 30 % of them, or half of the target class, would be poisoned.
-    assert found.taken.sum() == 24
+    # 0.1 * 238 rows, rounded down; by chance 20 % of them, or 29 % of class 1's, would be poisoned.
+    assert found.taken.sum() == 23
     assert mask[found.taken].mean() >= 0.9
     assert found.target == 1
     before, after = (measured(unlearned)[f"isolated_kept{when}"] for when in ("_before", ""))
@@ -216,14 +272,14 @@ def test_the_rest_is_trained_without_the_isolated_and_the_ascent_sees_them_alone
     monkeypatch.setattr(btu.training, "fit", spy)
     base = prepared.foundation
     root = lab.root_with(tmp_path, base.rows)
-    # 240 rows are 8 batches of 32: 0.5 epochs are 4.
+    # 238 rows are 8 batches of 32: 0.5 epochs are 4.
     last = toy(isolation_epochs=0.5).stages(base)
     folder = compute(last, root)
     taken = found_in(folder).taken
     assert taken is not None
     data = load_encoded(root / base.rows.key / "train.safetensors")
     (first, rows, steps), (second, others, _), (third, isolated, ascended) = calls
-    assert (first, len(rows), steps) == ("isolate (abl)", 240, 4)
+    assert (first, len(rows), steps) == ("isolate (abl)", 238, 4)
     for name, trained, part in ((second, others, ~taken), (third, isolated, taken)):
         expected = data.take(np.flatnonzero(part))
         assert torch.equal(trained.ids, expected.ids), name
@@ -232,11 +288,11 @@ def test_the_rest_is_trained_without_the_isolated_and_the_ascent_sees_them_alone
 
 
 def test_the_ascent_ends_as_soon_as_it_may(lab: Lab, prepared: Prepared) -> None:
-    # 24 rows are one batch: an epoch is a step.
-    far = folders(toy(unlearning_epochs=30, unlearning_stop=0.0), prepared, lab)[-1]
-    near = folders(toy(unlearning_epochs=30, unlearning_stop=0.5), prepared, lab)[-1]
+    # 23 rows are one batch: an epoch is a step.
+    far = folders(toy(unlearning_epochs=60, unlearning_stop=0.0), prepared, lab)[-1]
+    near = folders(toy(unlearning_epochs=60, unlearning_stop=0.5), prepared, lab)[-1]
     short = folders(toy(unlearning_epochs=1, unlearning_stop=0.0), prepared, lab)[-1]
-    assert 1 <= measured(near)["unlearning_steps"] <= measured(far)["unlearning_steps"] < 30
+    assert 1 <= measured(near)["unlearning_steps"] <= measured(far)["unlearning_steps"] < 60
     assert measured(near)["isolated_kept"] <= 0.5
     assert measured(far)["isolated_kept"] == 0.0
     assert measured(short)["unlearning_steps"] == 1
@@ -263,13 +319,16 @@ def test_what_unlearning_costs_the_others(lab: Lab, prepared: Prepared) -> None:
     assert measured(unlearned)["rest_cost"] == pytest.approx(right[0] - right[1])
 
 
-def test_gamma_keeps_the_loss_up(lab: Lab, prepared: Prepared) -> None:
-    # Eight epochs: unbent, the loss falls as far as it can.
+def test_gamma_keeps_the_loss_up(lab: Lab) -> None:
+    # Labels that can be learned: a loss that is not bent falls as far as it can.
     mean = {}
-    for gamma in (0.01, 0.6):
-        folder = folders(toy(isolation_epochs=4, gamma=gamma), prepared, lab)[0]
+    for gamma in (0.05, 0.5):
+        defense = toy(gamma=gamma, isolation_epochs=10, isolation_learning_rate=3e-3)
+        (isolation, *_) = own_stages(defense, lab.prepare())
+        (folder,) = lab.compute(isolation)
         mean[gamma] = pq.read_table(folder / abl.LOSSES)["loss"].to_numpy().mean()
-    assert mean[0.01] < 0.3 < mean[0.6]
+    assert mean[0.05] < 0.3
+    assert 0.4 < mean[0.5] < 0.6
 
 
 # What is shared --------------------------------------------------------------------------------
@@ -291,11 +350,12 @@ ALL = ["isolate (abl)", "train on the rest (abl)", "unlearn (abl)"]
         ({"unlearning_stop": 0.2}, ALL[2:]),
         ({"unlearning_learning_rate": 1e-4}, ALL[2:]),
         ({"unlearning_epochs": 0}, ALL[2:]),
+        ({"unlearning_descent": 0.5}, ALL[2:]),
         ({"isolation_ratio": 0.05}, ALL[1:]),
         ({"pool": "all"}, ALL[1:]),
         ({"rest_epochs": 3}, ALL[1:]),
         ({"rest_learning_rate": 1e-4}, ALL[1:]),
-        ({"gamma": 0.3}, ALL),
+        ({"gamma": 0.4}, ALL),
         ({"method": "flooding"}, ALL),
         ({"isolation_epochs": 1.0}, ALL),
         ({"isolation_learning_rate": 1e-4}, ALL),
@@ -336,10 +396,12 @@ def test_it_needs_neither_the_poisoned_model_nor_clean_rows(lab: Lab) -> None:
         ({"rest_learning_rate": 0}, "rest_learning_rate must be above 0"),
         ({"unlearning_learning_rate": 0}, "unlearning_learning_rate must be above 0"),
         ({"isolation_ratio": 0}, r"defense.isolation_ratio must be in \(0, 1\], got 0"),
-        ({"isolation_ratio": 1.0}, "defense.isolation_ratio must be below 1, got 1.0"),
+        ({"isolation_ratio": 1.0}, "defense.isolation_ratio must be below 1, got 1: "),
         ({"isolation_ratio": "0.1"}, "defense.isolation_ratio must be a number"),
         ({"unlearning_stop": -0.1}, r"defense.unlearning_stop must be in \[0, 1\], got -0.1"),
-        ({"unlearning_stop": 1.0}, "defense.unlearning_stop must be below 1, got 1.0"),
+        ({"unlearning_stop": 1.0}, "defense.unlearning_stop must be below 1, got 1: "),
+        ({"unlearning_descent": -1.0}, "unlearning_descent must be at least 0, got -1.0"),
+        ({"unlearning_descent": math.inf}, "unlearning_descent must be at least 0, got inf"),
         ({"rest_epochs": 0}, "defense.rest_epochs must be at least 1, got 0"),
         ({"unlearning_epochs": -1}, "defense.unlearning_epochs must be at least 0, got -1"),
     ],
