@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 DEFENSES: Registry[type[Defense]] = Registry(
     "defense",
     [
+        (
+            "abl",
+            "btu.defenses.anti_backdoor_learning:AntiBackdoorLearning",
+            "Anti-Backdoor Learning: isolate what is learned first, unlearn it",
+        ),
         ("btu", "btu.defenses.token_unlearning:TokenUnlearning", "Backdoor Token Unlearning"),
         (
             "bki",
