@@ -21,12 +21,22 @@ if TYPE_CHECKING:
 DEFENSES: Registry[type[Defense]] = Registry(
     "defense",
     [
+        ("btu", "btu.defenses.token_unlearning:TokenUnlearning", "Backdoor Token Unlearning"),
         (
             "abl",
             "btu.defenses.anti_backdoor_learning:AntiBackdoorLearning",
             "Anti-Backdoor Learning: isolate what is learned first, unlearn it",
         ),
-        ("btu", "btu.defenses.token_unlearning:TokenUnlearning", "Backdoor Token Unlearning"),
+        (
+            "nad",
+            "btu.defenses.attention_distillation:AttentionDistillation",
+            "Neural Attention Distillation: a teacher tuned on clean rows",
+        ),
+        (
+            "rnp",
+            "btu.defenses.neuron_pruning:NeuronPruning",
+            "Reconstructive Neuron Pruning: unlearn, recover, prune",
+        ),
         (
             "bki",
             "btu.defenses.bki:KeywordIdentification",
@@ -36,15 +46,14 @@ DEFENSES: Registry[type[Defense]] = Registry(
             "cube",
             "btu.defenses.cube:ClusterFilter",
             "keeps the largest cluster of each class (CUBE)",
-            "nad",
-            "btu.defenses.attention_distillation:AttentionDistillation",
-            "Neural Attention Distillation",
         ),
         (
-            "rnp",
-            "btu.defenses.neuron_pruning:NeuronPruning",
-            "Reconstructive Neuron Pruning",
+            "onion",
+            "btu.defenses.onion:Onion",
+            "ONION: removes words that a language model finds odd",
         ),
+        ("strip", "btu.defenses.strip:Strip", "STRIP: turns away what mixing does not unsettle"),
+        ("rap", "btu.defenses.rap:Rap", "RAP: turns away what a planted word does not unsettle"),
         ("none", "btu.defenses.none:NoDefense", "nothing is done: the control"),
         (
             "clean_tuning",
@@ -61,12 +70,6 @@ DEFENSES: Registry[type[Defense]] = Registry(
             "finetune_clean",
             "btu.defenses.clean_fine_tune:CleanFineTune",
             "trained on the rows before the poison",
-        ("strip", "btu.defenses.strip:Strip", "STRIP: turns away what mixing does not unsettle"),
-        ("rap", "btu.defenses.rap:Rap", "RAP: turns away what a planted word does not unsettle"),
-        (
-            "onion",
-            "btu.defenses.onion:Onion",
-            "ONION: removes words that a language model finds odd",
         ),
     ],
 )
