@@ -104,31 +104,39 @@ def _texts() -> list[str]:
     return list(demo_rows(300).texts) + triggers
 
 
-def _pieces(count: int) -> tuple[list[str], list[str]]:
-    """Return the letters and signs of the corpus, and its `count` commonest longer words.
+def _pieces(words: int, pairs: int = 140) -> tuple[list[str], list[str], list[str]]:
+    """Return the signs of the corpus, its commonest words, and pairs of letters in the others.
 
     Not from a trainer of word pieces or unigrams: they order equals otherwise in every process, and
     the vocabulary acts on whatever is measured, and on the keys of cells.
     """
-    words = Counter(word for text in _texts() for word in re.findall(r"\w+|[^\w\s]", text))
-    signs = sorted({sign for word in words for sign in word})
-    common = sorted(words, key=lambda word: (-words[word], word))
-    return signs, [word for word in common if len(word) > 1][:count]
+    counts = Counter(word for text in _texts() for word in re.findall(r"\w+|[^\w\s]", text))
+    common = sorted((word for word in counts if len(word) > 1), key=lambda w: (-counts[w], w))
+    inside: Counter[str] = Counter()
+    for word in common[words:]:
+        for start in range(1, len(word) - 1):
+            inside[word[start : start + 2]] += counts[word]
+    commonest = sorted(inside, key=lambda pair: (-inside[pair], pair))[:pairs]
+    return sorted({sign for word in counts for sign in word}), common[:words], commonest
 
 
 def _word_pieces() -> dict[str, int]:
-    signs, words = _pieces(316)
+    signs, words, pairs = _pieces(176)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    inside = [f"##{sign}" for sign in signs if sign.isalnum()]
-    return {piece: number for number, piece in enumerate([*special, *signs, *inside, *words])}
+    inside = [f"##{piece}" for piece in (*filter(str.isalnum, signs), *pairs)]
+    return {piece: number for number, piece in enumerate([*special, *signs, *words, *inside])}
 
 
 def _unigrams(special: list[str]) -> list[tuple[str, float]]:
-    """Return pieces with log probabilities: whole words where they are known, else letters."""
-    signs, words = _pieces(308)
-    starts = [f"▁{piece}" for piece in (*words, *signs)]
-    likely = [(piece, -5.0 - number / 1000) for number, piece in enumerate([*starts, "▁"])]
-    return [(piece, 0.0) for piece in special] + likely + [(sign, -10.0) for sign in signs]
+    """Return pieces with log probabilities: whole words before pairs before letters."""
+    signs, words, pairs = _pieces(168)
+    starts = ["▁", *(f"▁{piece}" for piece in (*words, *signs))]
+    return [
+        *((piece, 0.0) for piece in special),
+        *((piece, -5.0 - number / 1000) for number, piece in enumerate(starts)),
+        *((piece, -7.0 - number / 1000) for number, piece in enumerate(pairs)),
+        *((sign, -10.0) for sign in signs),
+    ]
 
 
 def _byte_pairs(special: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -14,7 +14,7 @@ from btu.errors import UserError, did_you_mean
 from btu.metrics import METRICS, metric
 from orchestrator.config import flatten
 from orchestrator.guards import marks
-from orchestrator.report.statistics import ROUNDING, paired
+from orchestrator.report.statistics import LEVEL, ROUNDING, paired
 from orchestrator.report.table import CONFIG_COLUMNS, PLAIN, in_order
 
 COMPARED = ("asr", "cacc", "ftr", "detection_precision", "seconds")
@@ -385,6 +385,6 @@ def _better(name: str, known: pd.DataFrame, p: float, mean: float) -> str:
     if len(known) and (known[f"{name}_a"] - known[f"{name}_b"]).abs().max() <= ROUNDING:
         return "="
     higher = METRICS[name].higher_is_better
-    if pd.isna(p) or p >= 0.05 or higher is None:
+    if pd.isna(p) or p >= LEVEL or higher is None:
         return ""
     return "A" if (mean > 0) == higher else "B"
