@@ -9,30 +9,46 @@ trained for a short while with a loss that cannot fall far below gamma; the rows
 lowest loss then are isolated; the model goes on learning the rest; at last, gradient ascent on the
 isolated rows takes out of it what they taught. No clean rows are needed.
 
-What differs from the reference code, and why (SST-2 with MiniLM, 10 % BadNets; see
-`docs/abl.md` for the numbers):
+What differs from the reference code, and why:
 
-====================  =====================  ====================  =================================
-choice                reference (CIFAR-10)   here                  why
-====================  =====================  ====================  =================================
-isolation             10 epochs from random  0.25 epochs of the    a pretrained model learns a
-                      weights, SGD 0.1       pretrained victim,    trigger within some 30 steps
-                                             AdamW 5e-5, constant
-gamma                 0.5; chance: ln 10     0.5; chance: ln 2     a knob: 0.5 lies just under the
-                      = 2.303                = 0.693               0.693 of two classes
-isolated              the lowest losses      the same, of the      a backdoor has one target class;
-                                             class that most of    rows of another are mistakes
-                                             them have
-training on the rest  60 epochs, SGD         2 epochs, as the      as long as text classifiers are
-                                             fine-tune             fine-tuned
-ascent                SGD 5e-4, batches of   AdamW, until the      ascent has no end of its own, and
-                      64, 5 epochs (the      isolated rows leave   AdamW's steps do not shrink with
-                      first only tests)      their class           the gradient as SGD's do
-====================  =====================  ====================  =================================
+====================  ======================  =====================  ===============================
+choice                reference (CIFAR-10)    default                why the default differs
+====================  ======================  =====================  ===============================
+weights at the start  random                  the pretrained ones    as text classifiers are trained
+isolation             10 epochs, SGD 0.1      0.25 epochs, AdamW     a pretrained model learns a
+                                              5e-5, constant         trigger in some 30 steps, and
+                                                                     the task soon after
+method, gamma         flooding, 0.5           lga, 0.5               lga is the paper's. 0.5 is far
+                                                                     below chance with ten classes
+                                                                     (ln 10 = 2.303), not with two
+                                                                     (ln 2 = 0.693): a knob
+isolated              the 1 % lowest losses   the same, of the       a backdoor has one target class
+                                              class most of them
+                                              have
+training on the rest  60 epochs, SGD          2 epochs, AdamW        as long as text classifiers are
+                                                                     fine-tuned
+unlearning            ascent, SGD 5e-4        ascent on the          see below
+                                              isolated and descent
+                                              on others, AdamW
+its end               5 epochs, the first     the isolated rows      ascent has no end of its own
+                      of which only tests     leave their class
+====================  ======================  =====================  ===============================
 
-Further: the reference scores rows in eval mode one by one, and so do we (in batches, which changes
-nothing but rounding). It trains with crops, flips and cut-outs, which text does not have. The
-paper's last phase climbs and descends at once; its code does so one after the other, as here.
+The reference scores rows in eval mode one by one, and so do we, in batches. It crops, flips and
+cuts images while it trains on the rest, which text does not have. Its optimizer and its epochs on
+the rest are not part of preset ``reference``.
+
+Measured on SST-2 with MiniLM, BadNets at 10 %, seed 0. The losses' area under ROC against the
+hidden mask was 0.924, 1.000 and 0.911 after 0.1, 0.25 and 0.5 epochs (a sample of 2,000 rows, with
+warm-up); the default's, without, is 0.998 on all rows, and of the 1, 5 and 10 % lowest losses 100,
+100 and 93 % were poisoned. The window is narrow, and 0.25 was picked with these numbers in sight:
+what a defender sees does not tell it from its neighbours, as all isolated rows were of one class
+each time. Other seeds and attacks were not measured.
+
+Ascent alone, as in the reference code, unlearns the class before the trigger. Three steps at 2e-5
+on the poisoned fine-tune left all isolated rows in their class, while of 200 other rows those of
+that class fell from 94 to 85 % right. So we descend on other rows meanwhile, as in the paper's
+equation: most of the poison is among them, but it is a tenth of them, and all of the isolated.
 """
 
 from __future__ import annotations
@@ -110,8 +126,8 @@ class AntiBackdoorLearning:
     pool: str = "class"
     rest_epochs: int = 2
     rest_learning_rate: float = 5e-5
-    unlearning_epochs: int = 10
-    unlearning_learning_rate: float = 1e-5
+    unlearning_epochs: int = 40
+    unlearning_learning_rate: float = 5e-5
     unlearning_descent: float = 1.0
     unlearning_stop: float = 0.05
 
@@ -226,7 +242,8 @@ class AntiBackdoorLearning:
                 "train": ascent,
             },
             {"rows": base.rows, "rest": rest},
-            units=isolated * self.unlearning_epochs,
+            # As many others are descended on.
+            units=2 * isolated * self.unlearning_epochs,
             kind="cell",
             model=True,
         )
