@@ -72,7 +72,7 @@ def results_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         rows.append(row)
     order = [*list(CONFIG_COLUMNS)[:-1], *extra, "seed"]
     table = pd.DataFrame(rows, columns=[*order, *ALL_METRICS, MARKS])
-    several = table.loc[table["defense"] != "none", "defense"].nunique() > 1
+    several = len(set(table["defense"]) - {"none"}) > 1
     table = table.drop(columns=[c for c in DEFENSE_COLUMNS if not several or table[c].isna().all()])
     return table.sort_values(order, key=_sortable, kind="stable").reset_index(drop=True)
 
