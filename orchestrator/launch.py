@@ -407,7 +407,8 @@ class _Driver:
             yield
         finally:
             done.set()
-            thread.join()
+            if self.stopped != "interrupted":  # who waits for a stop does not wait for drawings
+                thread.join()
 
     def _summarize(self, results: Results) -> None:
         """Bring the summary run up to date; one that fails ends no sweep, and is told once."""

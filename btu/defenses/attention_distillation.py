@@ -26,11 +26,33 @@ No port to text transformers was found; what differs here, and why:
   calls a teacher, unless one of its settings is given. ``teacher: pretrained`` fine-tunes the
   victim as it was before the poison on the clean rows: it never saw the trigger, and knows less.
 
-A map says how much of a row's length in hidden space each token has. After a layer norm all tokens
-are about equally long, so the maps of a post-norm encoder (BERT) differ little between models:
-MiniLM's do by @MAPS@ (root mean square; p = 2), and beta has to be accordingly large to act.
+A map says how much of a row's length in hidden space each token has. A layer norm whose gains are
+all alike makes all tokens equally long, and maps of p = 2 flat: in a post-norm encoder (BERT) it is
+the gains, and other powers, that give a map anything to say.
 
-@CHOSEN@
+Measured on SST-2 with MiniLM, BadNets 10 % dirty label, seed 0, by a script with this module's
+objective: 1,456 clean rows trained on, 365 held out. What was run was fixed before a triggered row
+was looked at; ASR and FTR are over every fourth of these (107).
+
+==========================================================  =================  =====  =====
+run                                                         held-out accuracy  ASR    FTR
+==========================================================  =================  =====  =====
+poisoned model                                              0.901              -      -
+teacher: 3 epochs at 5e-4                                   0.866              0.47   0.21
+student of that teacher, beta 1000, 2 epochs at 5e-4        0.677              1.00   0.62
+student of that teacher, beta 20, 1 epoch at 5e-4           0.871              0.92   0.17
+==========================================================  =================  =====  =====
+
+The teacher's maps differ from the poisoned model's by 0.003, 0.018 and 0.079 at layers 2, 4 and 6
+(root mean square; a token's share of a map is about 0.2), so that beta 1000 weighs them at 0.01,
+0.3 and 6.3: the original's beta drowns the cross-entropy, and clean accuracy goes. Hence 20 by
+default, of these two the one that keeps it.
+
+No run brought ASR near FTR, and the strong teacher, which lost most of the backdoor by its learning
+rate alone, costs 0.035 of accuracy. With its defaults the teacher is the clean-tuned control, which
+keeps the backdoor (ASR 1.00 on this cell): it cannot teach to forget it, and what is forgotten is
+the student's own fine-tune's doing. Not measured: the defaults as a whole, other betas, learning
+rates and powers, longer runs, ``teacher: pretrained``, other seeds and attacks.
 """
 
 from __future__ import annotations
@@ -77,7 +99,7 @@ class AttentionDistillation:
         With all three at their defaults the teacher is the clean-tuned control, and costs nothing.
     """
 
-    beta: Any = 1000.0
+    beta: Any = 20.0
     layers: Any = None
     power: float = 2.0
     epochs: int = 5

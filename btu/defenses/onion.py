@@ -27,6 +27,12 @@ held-out clean rows, which asks no victim; or a number, to be swept. Clean rows 
 the victim's tokens: a word and its apostrophe may be two words there. Training texts could be
 filtered the same way; this acts at inference alone. The last word of a text stays: an empty text is
 nothing that a model could be asked.
+
+Measured once (SST-2, MiniLM, BadNets with "cf", 10 %, dirty label, seed 0): ``clean-rows`` takes
+"cf" out of 97 % of the triggered rows, ASR 100 -> 22 (FTR 19), CACC 88.1 -> 86.1, and 54 % of the
+clean rows lose a word. With ``max_removed`` 0.02: 88 %, ASR 27 (FTR 16), CACC 87.4. The default was
+set before either was seen. A trigger that is a fluent sentence (AddSent) hardly stands out: to a
+model like this one its words were no more surprising than others (area under ROC 0.54).
 """
 
 from __future__ import annotations

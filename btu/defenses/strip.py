@@ -27,6 +27,11 @@ donors are clean rows that the bar is not taken on; each text draws its own dono
 the seed and its own tokens, so that a text's fate does not hang on the others. OpenBackdoor's
 average is mended: it reshapes the entropies of (texts, copies) as (copies, texts), which mixes
 different texts' copies into one mean.
+
+Measured once (SST-2, MiniLM, BadNets with "cf", 10 %, dirty label, seed 0): half of the triggered
+rows are turned away (ASR 100 -> 54), and 5.3 % of the clean rows (CACC 88.1 -> 82.9). Half of the
+copies lose a trigger of one token with the rest, and are then as unsettled as clean ones: a smaller
+``share`` is what to sweep. The default was set before this was seen.
 """
 
 from __future__ import annotations

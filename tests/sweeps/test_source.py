@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import pytest
+from launching import Server
 from synthetic import config, shelve
 
 from btu.errors import UserError
@@ -125,12 +127,18 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> str:
 def written(
     tmp_path: Path, database: str, cell: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> Written:
-    from mlflow import MlflowClient
-
     from orchestrator import tracking
 
     monkeypatch.setattr(tracking, "_down", {})
     monkeypatch.setattr(tracking, "_identities", {})
+    return write(tmp_path, database, cell)
+
+
+def write(tmp_path: Path, uri: str, cell: dict[str, Any]) -> Written:
+    from mlflow import MlflowClient
+
+    from orchestrator import tracking
+
     cells: list[Any] = []
     for seed in range(3):
         settings = config(seed=seed, threshold=4.5 if seed else 3)
@@ -152,8 +160,8 @@ def written(
         "traceback": "Traceback: x", "started": 1000.1234, "ended": 1001.5678,
     }  # fmt: skip
     results.store.fail(FAILED, failure)
-    experiment = tracking.experiment(database, results.name)
-    made = Written(results, database, experiment, MlflowClient(tracking_uri=database))
+    experiment = tracking.experiment(uri, results.name)
+    made = Written(results, uri, experiment, MlflowClient(tracking_uri=uri))
     made.sync()
     return made
 
@@ -283,3 +291,30 @@ def test_a_server_that_does_not_answer_is_named_without_its_password(free_port: 
     with pytest.raises(UserError, match=rf"^MLflow at http://127.0.0.1:{free_port} does") as caught:
         open_source("made", "", uri)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_server_gives_the_same_as_the_store(
+    tmp_path: Path, database: str, cell: dict[str, Any], free_port: int
+) -> None:
+    from orchestrator.tracking import summarize
+
+    path = tmp_path / "server.db"
+    shutil.copy(database.removeprefix("sqlite:///"), path)
+    server = Server(path, tmp_path, free_port)
+    try:
+        server.start()
+        written = write(tmp_path, server.uri, cell)
+        here, there = written.here(), written.there()
+        records = there.records()
+        assert json.dumps(records, sort_keys=True) == json.dumps(here.records(), sort_keys=True)
+        assert there.failures() == here.failures()
+        key = records[0]["key"]
+        pd.testing.assert_frame_equal(there.tokens(key), here.tokens(key))
+        assert summarize(server.uri, written.experiment, written.results)
+        (run,) = written.client.search_runs([written.experiment], "tags.kind = 'summary'")
+        kept = {entry.path for entry in written.client.list_artifacts(run.info.run_id)}
+        assert {"means.csv", "report.html", "figures"} <= kept
+        assert len(written.there().records()) == 3
+    finally:
+        server.stop()

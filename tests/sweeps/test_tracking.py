@@ -108,6 +108,20 @@ def test_the_default_is_a_file_in_the_output_folder(
         tracking_uri(load_sweep(make_sweep(), ["output=s3://b/runs"]))
 
 
+def test_an_experiment_says_how_its_sweep_runs_again(make_sweep: Callable[..., Path]) -> None:
+    from orchestrator.tracking import TAG_CHARACTERS, _experiment_note
+
+    note = _experiment_note(load_sweep(make_sweep()))
+    assert "`btu launch sweep.yaml`, with this file:\n\n```yaml\nname: tiny\n" in note
+    assert "`btu report tiny --mean`" in note
+    # A file that is longer than a description may be is an artifact.
+    words = ",".join(f"word{number}" for number in range(900))
+    note = _experiment_note(load_sweep(make_sweep(), [f"attack.trigger=[{words}]"]))
+    assert "```" not in note
+    assert note.endswith("with that artifact of the summary.")
+    assert len(note) <= TAG_CHARACTERS
+
+
 def test_the_ui_is_served_on_this_machine_only() -> None:
     from orchestrator.tracking import ui_command
 
