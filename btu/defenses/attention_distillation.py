@@ -31,8 +31,9 @@ all alike makes all tokens equally long, and maps of p = 2 flat: in a post-norm 
 the gains, and other powers, that give a map anything to say.
 
 Measured on SST-2 with MiniLM, BadNets 10 % dirty label, seed 0, by a script with this module's
-objective: 1,456 clean rows trained on, 365 held out. What was run was fixed before a triggered row
-was looked at; ASR and FTR are over every fourth of these (107).
+objective: 1,456 clean rows trained on, 365 held out. ASR and FTR are over every fourth of the
+triggered rows (107). They were seen after each run, so that the later runs, and the use of this
+teacher in them, were not picked blind; beta was lowered for the held-out accuracy.
 
 ==========================================================  =================  =====  =====
 run                                                         held-out accuracy  ASR    FTR
