@@ -64,7 +64,10 @@ METRICS: dict[str, Metric] = {
     "isolated_purity": Metric("lowest losses that belong to the class of most of them", None),
     "isolated_kept_before": Metric("isolated rows predicted as labelled before unlearning", None),
     "isolated_kept": Metric("isolated rows predicted as labelled after unlearning", None),
-    "rest_cost": Metric("accuracy on up to 512 other training rows lost by unlearning", False),
+    "rest_cost": Metric(
+        "accuracy lost by unlearning on up to 512 other training rows, poison left there included",
+        None,
+    ),
     "unlearning_steps": Metric("steps of gradient ascent on the isolated rows", None),
     "target_found": Metric("1 where the defense names the attack's target class, else 0", True),
     "frr": Metric("clean evaluation rows that an inference-time defense turns away", False),

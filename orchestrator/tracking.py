@@ -931,10 +931,11 @@ def _cell_tags(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _run_note(record: Mapping[str, Any]) -> str:
+    command = f"btu trial sweep.yaml {pins(record['varied'])}".rstrip()
     return (
         f"{_in_words(record['config'])}. Cell `{record['key']}` of sweep `{record['sweep']}`.\n\n"
         "Again, in one process: `btu trial config.yaml`, with the artifact; or "
-        f"`btu trial sweep.yaml {pins(record['varied'])}`, with that of the run `{SUMMARY}`."
+        f"`{command}`, with that of the run `{SUMMARY}`."
         + "".join(f"\n\n**{mark.name}**: {mark.detail}." for mark in marks(record))
     )
 

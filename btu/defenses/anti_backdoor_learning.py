@@ -49,6 +49,12 @@ Ascent alone, as in the reference code, unlearns the class before the trigger. T
 on the poisoned fine-tune left all isolated rows in their class, while of 200 other rows those of
 that class fell from 94 to 85 % right. So we descend on other rows meanwhile, as in the paper's
 equation: most of the poison is among them, but it is a tenth of them, and all of the isolated.
+With it, at 5e-5 and batches of 32, all isolated rows were in their class after 30 steps and none
+after 36. There ASR was 0.000 (undefended 1.000), FTR 0.138 and CACC 0.859 (0.881 clean-tuned).
+
+These numbers are of the unlearning alone, on the poisoned fine-tune, with the isolated rows of the
+default: one run, stopped at the first look (every 6 steps) that met ``unlearning_stop``. The whole
+defense, with its training on the rest, was not measured.
 """
 
 from __future__ import annotations

@@ -31,8 +31,9 @@ all alike makes all tokens equally long, and maps of p = 2 flat: in a post-norm 
 the gains, and other powers, that give a map anything to say.
 
 Measured on SST-2 with MiniLM, BadNets 10 % dirty label, seed 0, by a script with this module's
-objective: 1,456 clean rows trained on, 365 held out. What was run was fixed before a triggered row
-was looked at; ASR and FTR are over every fourth of these (107).
+objective: 1,456 clean rows trained on, 365 held out. ASR and FTR are over every fourth of the
+triggered rows (107). They were seen after each run, so that the later runs, and the use of this
+teacher in them, were not picked blind; beta was lowered for the held-out accuracy.
 
 ==========================================================  =================  =====  =====
 run                                                         held-out accuracy  ASR    FTR
@@ -46,10 +47,10 @@ student of that teacher, beta 20, 1 epoch at 5e-4           0.871              0
 The teacher's maps differ from the poisoned model's by 0.003, 0.018 and 0.079 at layers 2, 4 and 6
 (root mean square; a token's share of a map is about 0.2), so that beta 1000 weighs them at 0.01,
 0.3 and 6.3: the original's beta drowns the cross-entropy, and clean accuracy goes. Hence 20 by
-default, of these two the one that keeps it.
+default; the two runs differ in their epochs too, so that this is a first guess and no choice.
 
-No run brought ASR near FTR, and the strong teacher, which lost most of the backdoor by its learning
-rate alone, costs 0.035 of accuracy. With its defaults the teacher is the clean-tuned control, which
+No run brought ASR near FTR, and the strong teacher, whose learning rate alone halves ASR, costs
+0.035 of accuracy. With its defaults the teacher is the clean-tuned control, which
 keeps the backdoor (ASR 1.00 on this cell): it cannot teach to forget it, and what is forgotten is
 the student's own fine-tune's doing. Not measured: the defaults as a whole, other betas, learning
 rates and powers, longer runs, ``teacher: pretrained``, other seeds and attacks.

@@ -31,8 +31,8 @@ nothing that a model could be asked.
 Measured once (SST-2, MiniLM, BadNets with "cf", 10 %, dirty label, seed 0): ``clean-rows`` takes
 "cf" out of 97 % of the triggered rows, ASR 100 -> 22 (FTR 19), CACC 88.1 -> 86.1, and 54 % of the
 clean rows lose a word. With ``max_removed`` 0.02: 88 %, ASR 27 (FTR 16), CACC 87.4. The default was
-set before either was seen. A trigger that is a fluent sentence (AddSent) hardly stands out: to a
-model like this one its words were no more surprising than others (area under ROC 0.54).
+set before either was seen. AddSent's sentence is fluent: it is taken out whole of no row, and ASR
+stays at 100 (seed 0).
 """
 
 from __future__ import annotations

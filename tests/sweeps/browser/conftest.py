@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from browsing import browser
 
-VIEW = {"width": 1280, "height": 900}
+HEIGHT = 900
 
 
 @pytest.fixture(scope="session")
@@ -50,11 +50,12 @@ class Tab:
 
 @pytest.fixture
 def open_tab(chromium: Any) -> Iterator[Callable[..., Tab]]:
-    """A function from a URL to a tab that shows it; scheme: light or dark."""
+    """A function from a URL to a tab that shows it; scheme: light or dark; width: in pixels."""
     opened = []
 
-    def build(url: str, scheme: str = "light") -> Tab:
-        tab = Tab(chromium.new_page(viewport=VIEW, color_scheme=scheme))
+    def build(url: str, scheme: str = "light", width: int = 1280) -> Tab:
+        size = {"width": width, "height": HEIGHT}
+        tab = Tab(chromium.new_page(viewport=size, color_scheme=scheme))
         opened.append(tab.page)
         # Other work on the machine may take most of its CPUs.
         tab.page.set_default_timeout(120_000)
