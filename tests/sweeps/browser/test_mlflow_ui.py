@@ -110,5 +110,5 @@ def test_runs_are_compared(served: Served, open_tab: Callable[..., Any], screens
     )
     tab = open_tab(url)
     tab.page.get_by_text(re.compile("Comparing 3 Runs")).first.wait_for()
-    tab.page.get_by_text("detection_precision", exact=True).first.wait_for()
+    tab.page.get_by_text("detection_precision", exact=True).first.wait_for(state="attached")
     tab.page.screenshot(path=screenshots / "mlflow-compare.png", full_page=True)
