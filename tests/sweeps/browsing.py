@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -37,3 +43,40 @@ def browser() -> Iterator[Any]:
             yield started
         finally:
             started.close()
+
+
+@contextmanager
+def mlflow_ui(uri: str, log: Path, limit: float = 240.0) -> Iterator[str]:
+    """Serve an MLflow store as `btu ui` does; give the address once it answers.
+
+    log: gets what the server prints. limit: seconds until it has to answer.
+
+    Raises:
+        RuntimeError: it ended, or did not answer in time; the text is what it printed.
+    """
+    from orchestrator import tracking
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    with log.open("w") as output:
+        server = subprocess.Popen(tracking.ui_command(uri, port), stdout=output, stderr=output)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            until = time.monotonic() + limit
+            while not _answers(f"{url}/health"):
+                if server.poll() is not None or time.monotonic() > until:
+                    raise RuntimeError(f"no MLflow UI after {limit:.0f} s: {log.read_text()}")
+                time.sleep(0.5)
+            yield url
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from browsing import mlflow_ui
 from likely import shelve_sweep
 
 pytestmark = pytest.mark.slow
-START_S = 240.0
 
 
 class Served(NamedTuple):
-    """An MLflow UI. url: of it. experiment: the sweep's id. runs: their names by id."""
+    """An MLflow UI. url: of it. experiment: the sweep's id. runs: their names by id. summary: an id."""
 
     url: str
     experiment: str
     runs: dict[str, str]
+    summary: str
 
     def at(self, path: str) -> str:
         # Without the parameter MLflow opens on its pages for language-model traces.
@@ -44,32 +41,11 @@ def served(tmp_path_factory: pytest.TempPathFactory, chromium: Any) -> Iterator[
     synced = tracking.sync(uri, experiment, results, lambda key: False)
     assert (synced.written, synced.missing) == (8, 0)
     found = MlflowClient(tracking_uri=uri).search_runs([experiment], "tags.kind = 'trial'")
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    with (folder / "log.txt").open("w") as log:
-        server = subprocess.Popen(tracking.ui_command(uri, port), stdout=log, stderr=log)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            _wait(f"{url}/health", server, folder / "log.txt")
-            yield Served(url, experiment, {run.info.run_id: run.info.run_name for run in found})
-        finally:
-            server.terminate()
-            server.wait(60)
-
-
-def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    until = time.monotonic() + START_S
-    while time.monotonic() < until:
-        assert server.poll() is None, log.read_text()
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    pytest.fail(f"MLflow did not answer in {START_S:.0f} s: {log.read_text()}")
+    assert tracking.summarize(uri, experiment, results)
+    (summary,) = MlflowClient(tracking_uri=uri).search_runs([experiment], "tags.kind = 'summary'")
+    names = {run.info.run_id: run.info.run_name for run in found}
+    with mlflow_ui(uri, folder / "log.txt") as url:
+        yield Served(url, experiment, names, summary.info.run_id)
 
 
 def test_the_runs_are_listed_with_what_they_found(
@@ -99,6 +75,22 @@ def test_a_runs_artifacts_open(
     tab.page.get_by_text("config.yaml").first.click()
     tab.page.get_by_text("poison_rate").first.wait_for()
     tab.page.screenshot(path=screenshots / "mlflow-artifacts.png")
+
+
+def test_the_summary_run_says_what_the_sweep_came_to(
+    served: Served, open_tab: Callable[..., Any], screenshots: Path
+) -> None:
+    tab = open_tab(served.at(f"/runs/{served.summary}"), width=1600)
+    # Its description, and the mean of a group among its metrics.
+    tab.page.get_by_text("mean", exact=False).first.wait_for()
+    tab.page.get_by_text(re.compile("^asr/badnets")).first.wait_for()
+    tab.page.screenshot(path=screenshots / "mlflow-summary.png")
+    tab = open_tab(served.at(f"/runs/{served.summary}/artifacts"), width=1600)
+    for name in ("means.csv", "cells.csv", "report.html", "sweep.yaml"):
+        tab.page.get_by_text(name).first.wait_for()
+    tab.page.get_by_text("means.json").first.click()
+    tab.page.get_by_text("undefended_asr").first.wait_for()
+    tab.page.screenshot(path=screenshots / "mlflow-summary-table.png")
 
 
 def test_runs_are_compared(served: Served, open_tab: Callable[..., Any], screenshots: Path) -> None:
