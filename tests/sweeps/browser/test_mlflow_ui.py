@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 class Served(NamedTuple):
-    """An MLflow UI. url: of it. experiment: the sweep's id. runs: their names by id. summary: an id."""
+    """An MLflow UI. url: of it. experiment: the sweep's id. runs: names by id. summary: its id."""
 
     url: str
     experiment: str
