@@ -19,7 +19,17 @@ import pandas as pd
 import yaml
 
 from btu.seeding import derive_seed
-from orchestrator.results import CONFIG, FLAGGED, PLANS, PLOT, RESULT, ROWS, TOKENS, Results
+from orchestrator.results import (
+    CONFIG,
+    FLAGGED,
+    PLANS,
+    PLOT,
+    RESULT,
+    ROWS,
+    SWEEP,
+    TOKENS,
+    Results,
+)
 from orchestrator.store import dumps
 
 # Attack -> its trigger's tokens, and the threshold above which they are missed.
@@ -169,6 +179,7 @@ def shelve_sweep(
     base = settings("badnets", 0.1, 0, "contrast", 4.5)
     plan = {"sweep": name, "keep": "results", "base": base, "cells": planned}
     results.storage.write(f"{name}/{PLANS}/plan.json", json.dumps(plan).encode())
+    results.storage.write(f"{name}/{SWEEP}", f"name: {name}\n".encode())
     return results
 
 
