@@ -153,7 +153,8 @@ class Suspects:
         """Read what `save` wrote; None of a defense that looks for nothing."""
         import pyarrow.parquet as pq
 
-        if "row_bar" not in facts:
+        # Tokens alone: facts of before there was a bar of rows.
+        if "row_bar" not in facts and facts.get("flagged") is None:
             return None
         columns: dict[str, Any] = {}
         if (folder / SUSPECTS).is_file():
@@ -163,7 +164,7 @@ class Suspects:
         if (folder / ROWS).is_file():
             table = pq.read_table(folder / ROWS)
             rows = {name: table[name].to_numpy() for name in table.column_names}
-        flagged, bar = facts["flagged"], facts["row_bar"]
+        flagged, bar = facts["flagged"], facts.get("row_bar")
         return cls(
             None if flagged is None else tuple(flagged),
             columns.pop("score", None),

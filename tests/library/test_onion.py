@@ -157,8 +157,9 @@ def test_a_model_of_the_clean_rows_is_made_of_any_victim(victim: Victim, lab: La
 def test_it_takes_out_the_trigger_more_often_than_clean_words(lab: Lab) -> None:
     prepared = lab.prepare(rate=0.3)
     measured = scores(dataclasses.replace(SMALL, epochs=6), prepared, lab)["measured"]
-    assert measured["trigger_removed"] > 0.5
-    assert measured["tokens_removed_clean"] < 0.25
+    # A text of some 20 words loses about one of them; by chance that is the trigger in 5 %.
+    assert measured["trigger_removed"] > 2 * measured["tokens_removed_clean"]
+    assert 0 < measured["tokens_removed_clean"] < 0.25
     # Nothing is turned away.
     assert "frr" not in measured
 

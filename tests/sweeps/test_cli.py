@@ -611,7 +611,12 @@ def test_a_report_as_json_is_json_alone(
     _unmarked(stored)
     (other,) = [cell for cell in stored.plan.cells.values() if cell.key != stored.key]
     shared = other.stage.inputs["unlearn"]
-    failure = {"key": shared.key, "stage": "unlearn", "reason": "bad [1] luck\nmore"}
+    failure = {
+        "key": shared.key,
+        "stage": "unlearn",
+        "reason": "bad [1] luck\nmore",
+        "started": 0.0,
+    }
     stored.store.fail(shared.key, failure)
     done = run_cli("report", "tiny", "-f", "json", "-o", tmp_path / "runs", "--mean")
     (row,) = json.loads(done.out)

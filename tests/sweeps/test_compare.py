@@ -294,7 +294,7 @@ def test_mistakes_are_told(shelves: tuple[Path, Path], run_cli: Callable[..., Ra
     assert "compared with itself" in run_cli("compare", "a", "a", *where).err
     assert "unknown sweep" in run_cli("compare", "a", "c", *where).err
     both = (*where, "--output-b", shelves[1])
-    done = run_cli("compare", "a", "b", *both, "--metric", "ars")
+    done = run_cli("compare", "a", "b", *both, "--metric", "asrr")
     assert (done.code, "did you mean 'asr'?" in done.err) == (2, True)
     done = run_cli("compare", "a", "b", *both, "--across", "defense.treshold")
     assert "did you mean 'defense.threshold'?" in done.err
