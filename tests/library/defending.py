@@ -36,8 +36,8 @@ SMALL: dict[str, dict[str, Any]] = {
         "isolation_epochs": 0.5,
         "isolation_learning_rate": 1e-3,
         "isolation_ratio": 0.05,
-        "rest_epochs": 12,
-        "rest_learning_rate": 1e-2,
+        "rest_epochs": 1,
+        "rest_learning_rate": 1e-3,
         "unlearning_learning_rate": 1e-3,
     },
     "nad": {"epochs": 1, "learning_rate": 1e-3},
@@ -59,6 +59,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "frequency_cut": {"rule": "contrast", "threshold": 0.8, "exposure_learning_rate": 1e-3},
     "finetune_clean": {},
 }
+# What a defense takes beside these where its own model has to learn the easy corpus.
+LEARNING: dict[str, dict[str, Any]] = {"abl": {"rest_epochs": 12, "rest_learning_rate": 1e-2}}
 BTU = SMALL["btu"]
 # The same with every rule, with bars so low that each flags some of 240 rows' tokens.
 BARS: dict[str, dict[str, Any]] = {

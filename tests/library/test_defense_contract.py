@@ -14,6 +14,7 @@ import torch
 from defending import (
     BARS,
     KEPT,
+    LEARNING,
     SMALL,
     Declared,
     Fitted,
@@ -76,6 +77,14 @@ def defense(request: pytest.FixtureRequest) -> Defense:
     """Each registered defense in turn, btu with each registered rule."""
     name, settings = KEPT[request.param]
     built: Defense = DEFENSES.load(name)(**settings)
+    return built
+
+
+@pytest.fixture(params=KEPT)
+def learning(request: pytest.FixtureRequest) -> Defense:
+    """The same, with settings that let a model of a defense's own learn the easy corpus."""
+    name, settings = KEPT[request.param]
+    built: Defense = DEFENSES.load(name)(**settings | LEARNING.get(name, {}))
     return built
 
 
@@ -235,8 +244,9 @@ def test_another_seed_is_another_defense(defense: Defense, lab: Lab) -> None:
 
 
 def test_a_defense_changes_something_where_the_poison_is_strong(
-    defense: Defense, lab: Lab, easy: Corpus
+    learning: Defense, lab: Lab, easy: Corpus
 ) -> None:
+    defense = learning
     prepared = lab.prepare(corpus=easy, rate=0.3, train=LONG)
     undefended = read_record(
         compute(evaluation(prepared, prepared.foundation.model, "undefended"), lab.root)
@@ -253,8 +263,9 @@ def test_a_defense_changes_something_where_the_poison_is_strong(
 
 
 def test_a_defense_costs_little_where_there_is_no_poison(
-    defense: Defense, bert: Victim, lab: Lab, easy: Corpus
+    learning: Defense, bert: Victim, lab: Lab, easy: Corpus
 ) -> None:
+    defense = learning
     prepared = lab.prepare(corpus=easy, rate=0.0, train=LONG)
     outcome = defend(defense, prepared, lab.root)
     history = [e for stage in outcome.stages for e in read_record(lab.root / stage.key)["history"]]
