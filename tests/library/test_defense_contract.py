@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,17 @@ from btu.victims import Victim
 
 # On the easy corpus the victim then knows all clean rows, and obeys the trigger in all others.
 LONG = TrainSettings(epochs=12, learning_rate=1e-2, batch_size=32, precision="fp32")
+# Every default in seconds; the other rules of btu and the other architectures with the slow tests.
+PARAMS = [
+    pytest.param(name, marks=pytest.mark.slow)
+    if name in ("btu-frequency", "btu-mad", "btu-gap")
+    else name
+    for name in KEPT
+]
+VICTIMS = [
+    name if name in ("bert", "gpt2") else pytest.param(name, marks=pytest.mark.slow)
+    for name in ("bert", "gpt2", "roberta", "distilbert", "deberta-v2")
+]
 # Share of the 60 clean evaluation rows that a defense may cost where there is nothing to defend.
 BOUND = 0.15
 
@@ -72,7 +84,7 @@ def easy(tiny_corpus: Corpus) -> Corpus:
     return easy_corpus(tiny_corpus)
 
 
-@pytest.fixture(params=KEPT)
+@pytest.fixture(params=PARAMS)
 def defense(request: pytest.FixtureRequest) -> Defense:
     """Each registered defense in turn, btu with each registered rule."""
     name, settings = KEPT[request.param]
@@ -80,7 +92,7 @@ def defense(request: pytest.FixtureRequest) -> Defense:
     return built
 
 
-@pytest.fixture(params=KEPT)
+@pytest.fixture(params=PARAMS)
 def learning(request: pytest.FixtureRequest) -> Defense:
     """The same, with settings that let a model of a defense's own learn the easy corpus."""
     name, settings = KEPT[request.param]
@@ -124,15 +136,18 @@ def test_a_defense_without_what_it_needs_is_refused(defense: Defense) -> None:
     assert "btu list defenses" in str(caught.value)
 
 
+@pytest.mark.parametrize("architecture", VICTIMS)
 def test_a_defense_works_on_every_architecture_and_runs_what_it_declares(
     defense: Defense,
-    victim: Victim,
+    architecture: str,
+    make_victim: Callable[[str], Victim],
     lab: Lab,
     tmp_path: Path,
     fits: list[Fitted],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    prepared = lab.prepare(Path(victim.spec.name).name)
+    victim = make_victim(architecture)
+    prepared = lab.prepare(architecture)
     root = lab.base_root(tmp_path, prepared)
     base = prepared.foundation
     shared = [root / stage.key for stage in (base.rows, base.clean, base.model, base.tuned)]
