@@ -27,7 +27,7 @@ from btu import __version__
 from btu.errors import UserError
 from orchestrator.guards import GUARDS, marks, summary
 from orchestrator.report.charts import MARKED, Panel, Series, cell_table, charts
-from orchestrator.report.table import METRIC_COLUMNS, PLAIN, coordinates, readable
+from orchestrator.report.table import METRIC_COLUMNS, PLAIN, coordinates, metric_columns, readable
 from orchestrator.source import Source
 
 SUFFIXES = (".html", ".htm")
@@ -262,15 +262,16 @@ def _json(value: Any) -> str:
 def _table(table: pd.DataFrame, names: list[str]) -> dict[str, Any]:
     """Return columns, rows and choices of the table: every cell, its names and its numbers."""
     table = table.assign(**{m: float("nan") for m in METRIC_COLUMNS if m not in table})
-    shown = readable(table[[*names, *METRIC_COLUMNS, "marks"]])
+    metrics = metric_columns(table)
+    shown = readable(table[[*names, *metrics, "marks"]])
     # No cell has it: `alpha` belongs to one rule alone.
     names = [name for name in names if (shown[name] != "-").any()]
     shown = shown.drop(columns=[c for c in shown if c in table and c not in
-                                (*names, *METRIC_COLUMNS, "marks")])  # fmt: skip
+                                (*names, *metrics, "marks")])  # fmt: skip
     runs = bool((table["run_id"] != "").any())
-    columns = [{"name": name, "header": header, "numeric": name in METRIC_COLUMNS,
-                "scale": 100 if name in METRIC_COLUMNS and name not in PLAIN else 1}
-               for name, header in zip([*names, *METRIC_COLUMNS, "marks"], shown.columns,
+    columns = [{"name": name, "header": header, "numeric": name in metrics,
+                "scale": 100 if name in metrics and name not in PLAIN else 1}
+               for name, header in zip([*names, *metrics, "marks"], shown.columns,
                                        strict=True)]  # fmt: skip
     columns += [{"name": n, "header": n, "numeric": False, "scale": 1}
                 for n in ("key", *(["run_id"] if runs else []))]  # fmt: skip

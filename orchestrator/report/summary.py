@@ -20,11 +20,12 @@ from orchestrator.report.charts import cell_table
 from orchestrator.report.figures import write_figures
 from orchestrator.report.html import page
 from orchestrator.report.table import (
+    ALL_METRICS,
     CONFIG_COLUMNS,
     MARKS,
-    METRIC_COLUMNS,
     coordinates,
     mean_over_seeds,
+    metric_columns,
     readable,
     results_table,
 )
@@ -126,14 +127,14 @@ def _label(row: Mapping[str, Any], used: Collection[str]) -> str:
 
 def coordinate_columns(columns: Collection[str]) -> list[str]:
     """Return the columns of `mean_over_seeds` that say which cells a row is the mean of."""
-    measured = {part for name in METRIC_COLUMNS for part in (name, f"{name}_ci")}
+    measured = {part for name in ALL_METRICS for part in (name, f"{name}_ci")}
     return [name for name in columns if name not in (*measured, "seeds", "seed", MARKS)]
 
 
 def cells_csv(records: Sequence[Mapping[str, Any]]) -> bytes:
     """Return a row per cell: coordinates, metrics, marks, the cell's key and its run."""
     table = cell_table(list(records))
-    names = [*coordinates(records).columns, *METRIC_COLUMNS, MARKS, "key", "run_id"]
+    names = [*coordinates(records).columns, *metric_columns(table), MARKS, "key", "run_id"]
     return table.reindex(columns=names).to_csv(index=False).encode()
 
 

@@ -72,9 +72,19 @@ def results_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         rows.append(row)
     order = [*list(CONFIG_COLUMNS)[:-1], *extra, "seed"]
     table = pd.DataFrame(rows, columns=[*order, *ALL_METRICS, MARKS])
-    several = len(set(table["defense"]) - {"none"}) > 1
-    table = table.drop(columns=[c for c in DEFENSE_COLUMNS if not several or table[c].isna().all()])
+    table = table[[*order, *metric_columns(table), MARKS]]
     return table.sort_values(order, key=_sortable, kind="stable").reset_index(drop=True)
+
+
+def metric_columns(table: pd.DataFrame) -> list[str]:
+    """Return the metrics that a table of cells shows, in their order.
+
+    table: a row per cell, with the column ``defense``. Those of other kinds of defenses are shown
+    where there is one beside btu, and a cell that has them.
+    """
+    several = len(set(table["defense"]) - {"none"}) > 1
+    further = (name for name in DEFENSE_COLUMNS if several and name in table)
+    return [*METRIC_COLUMNS, *(name for name in further if table[name].notna().any())]
 
 
 def coordinates(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:

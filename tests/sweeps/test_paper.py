@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from likely import shelve_sweep
+from reading import Read
 
 from btu.errors import UserError
 from orchestrator.report import latex
+from orchestrator.report.html import page
 from orchestrator.report.paper import (
     cell_table,
     detection_table,
@@ -381,6 +383,13 @@ def test_numbers_are_those_of_mlflow_to_the_last_digit(
         for name in ("asr", "cacc", "ftr", "flagged", "undefended_asr", "tuned_cacc"):
             # MLflow lacks what a cell without a defense does not have.
             assert row[name] == logged[name] if name in logged else row[name] != row[name]
+    # The page, made of what MLflow has.
+    shown = Read(page(there))
+    for row in cells.to_dict("records"):
+        for name in ("asr", "cacc", "ftr", "undefended_asr"):
+            assert float(shown.value(row["key"], name)) == row[name]
+    table = results_table(there.records())
+    assert sorted(table["asr"]) == sorted(cells["asr"])
     means = mean_table(cells)
     assert effect_table(means) == effect_table(mean_table(cell_table(here.records())))
     # The mean of two seeds in the LaTeX, from what MLflow has.
