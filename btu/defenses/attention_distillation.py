@@ -64,6 +64,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from btu.defense import CLEAN_ROWS, POISONED_MODEL, Given
+from btu.defenses.neuron_pruning import find_filters
 from btu.errors import UserError, unknown
 from btu.foundation import Foundation, clean_rows_of, model_of, save_model, victim_of
 from btu.seeding import derive_seed
@@ -76,9 +77,10 @@ if TYPE_CHECKING:
 
 # Raised when what a stage computes changes: results of an earlier version are then not reused.
 TEACH_VERSION = 1
-DISTIL_VERSION = 1
+DISTIL_VERSION = 2
 
 TEACHERS = ("poisoned", "pretrained")
+MAPS = ("ffn", "hidden")
 # Keeps the map of a row without any activation finite; the reference code's.
 EPSILON = 1e-6
 
@@ -92,6 +94,8 @@ class AttentionDistillation:
     layers: where maps are compared: fractions of the encoder's depth in (0, 1], written with a
         point, or numbers of layers from 1, written without. Two that name one layer count twice.
         Null is one third, two thirds and the last.
+    maps: what a map is made of: ``ffn``, the units inside a layer's feed-forward block behind
+        their nonlinearity, or ``hidden``, what the layer gives.
     power: p of the maps, above 0.
     epochs: passes of the student over the clean rows. learning_rate: the student's, AdamW's peak.
     teacher: what is fine-tuned on the clean rows to become the teacher: the ``poisoned`` model, or
@@ -102,6 +106,7 @@ class AttentionDistillation:
 
     beta: Any = 20.0
     layers: Any = None
+    maps: str = "ffn"
     power: float = 2.0
     epochs: int = 5
     learning_rate: float = 2e-4
@@ -146,6 +151,8 @@ class AttentionDistillation:
                 raise UserError(f"defense.{name} must be at least 1, got {value}.")
         if self.teacher not in TEACHERS:
             raise unknown("defense.teacher", self.teacher, TEACHERS)
+        if self.maps not in MAPS:
+            raise unknown("defense.maps", self.maps, MAPS)
 
     def check(self, given: Given) -> None:
         """Pass: how deep the victim is shows when it is loaded."""
@@ -160,6 +167,7 @@ class AttentionDistillation:
             {
                 "beta": self._betas(),
                 "layers": list(self.layers),
+                "maps": self.maps,
                 "power": self.power,
                 "train": plain(settings),
             },
@@ -251,7 +259,9 @@ def distil(run: StageRun) -> dict[str, Any]:
         TrainSettings(**run.config["train"]),
         seed=derive_seed(run.config["seed"], "distillation"),
         stage="attention distillation",
-        objective=distillation(teacher, layers, run.config["beta"], run.config["power"]),
+        objective=distillation(
+            teacher, layers, run.config["beta"], run.config["power"], run.config["maps"]
+        ),
     )
     save_model(student, run.folder)
     return {"layers": layers}
@@ -274,7 +284,11 @@ def layer_number(layer: float, depth: int) -> int:
 
 
 def distillation(
-    teacher: PreTrainedModel, layers: Sequence[int], betas: Sequence[float], power: float
+    teacher: PreTrainedModel,
+    layers: Sequence[int],
+    betas: Sequence[float],
+    power: float,
+    maps: str,
 ) -> Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return the objective: cross-entropy plus the maps' distances, each by its beta."""
     import torch
@@ -282,28 +296,57 @@ def distillation(
     def objective(
         model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        given = {"input_ids": ids, "attention_mask": mask.long(), "output_hidden_states": True}
-        output = model(**given)
-        logits: Tensor = output.logits.float()
+        logits, learned = activations(model, ids, mask, layers, maps)
         loss = torch.nn.functional.cross_entropy(logits, labels)
         with torch.no_grad():
-            taught = teacher(**given).hidden_states
-        for layer, beta in zip(layers, betas, strict=True):
-            # hidden_states[0] is what the embeddings give.
-            own = attention_map(output.hidden_states[layer], mask, power)
-            aim = attention_map(taught[layer], mask, power)
+            _, taught = activations(teacher, ids, mask, layers, maps)
+        for beta, one, other in zip(betas, learned, taught, strict=True):
+            own, aim = attention_map(one, mask, power), attention_map(other, mask, power)
             loss = loss + beta * map_distance(own, aim, mask)
         return loss, logits
 
     return objective
 
 
-def attention_map(hidden: Tensor, mask: Tensor, power: float) -> Tensor:
+def activations(
+    model: nn.Module, ids: Tensor, mask: Tensor, layers: Sequence[int], maps: str
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the (rows, classes) logits and what maps are made of, by layer.
+
+    The latter is (rows, tokens, channels): hidden units for ``hidden``, feed-forward units behind
+    their nonlinearity, as the block's last matrix reads them, for ``ffn``.
+
+    Raises:
+        UserError: the model's layers are built in a way that is not understood.
+    """
+    given = {"input_ids": ids, "attention_mask": mask.long()}
+    if maps == "hidden":
+        output = model(**given, output_hidden_states=True)
+        # hidden_states[0] is what the embeddings give.
+        return output.logits.float(), [output.hidden_states[layer] for layer in layers]
+    filters = find_filters(model)
+    blocks = [filters[f"layer {layer} units"].output for layer in layers]
+    held: dict[nn.Module, Tensor] = {}
+
+    def keep(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        held[block] = inputs[0]
+
+    # Two layers may be one.
+    hooks = [block.register_forward_pre_hook(keep) for block in dict.fromkeys(blocks)]
+    try:
+        output = model(**given)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return output.logits.float(), [held[block] for block in blocks]
+
+
+def attention_map(active: Tensor, mask: Tensor, power: float) -> Tensor:
     """Return how strongly each real token is active, L2-normalised by row; 0 at padding.
 
-    hidden: (rows, tokens, hidden); mask: (rows, tokens) bool -> (rows, tokens).
+    active: (rows, tokens, channels); mask: (rows, tokens) bool -> (rows, tokens).
     """
-    strength = hidden.float().abs().pow(power).sum(dim=-1) * mask
+    strength = active.float().abs().pow(power).sum(dim=-1) * mask
     normalised: Tensor = strength / (strength.norm(dim=-1, keepdim=True) + EPSILON)
     return normalised
 

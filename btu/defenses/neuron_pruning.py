@@ -90,7 +90,6 @@ from btu.types import FloatArray, IntArray
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import PreTrainedModel
 
     from btu.training import Encoded
 
@@ -485,7 +484,7 @@ class Filters:
         return values.repeat_interleave(self.weight.shape[1] // self.count)
 
 
-def find_filters(model: PreTrainedModel) -> dict[str, Filters]:
+def find_filters(model: nn.Module) -> dict[str, Filters]:
     """Return the attention heads and feed-forward units of every layer, by name.
 
     Layers are told by their number, their matrices by shape and order: the last of a layer ends the
@@ -498,7 +497,7 @@ def find_filters(model: PreTrainedModel) -> dict[str, Filters]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    config = model.config
+    config: Any = model.config
     depth, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
     hidden = int(config.hidden_size)
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
@@ -525,7 +524,7 @@ def find_filters(model: PreTrainedModel) -> dict[str, Filters]:
         found[f"layer {number} units"] = Filters(matrices[last], units)
     if len(found) != 2 * depth:
         raise UserError(
-            f"RNP cannot find the neurons of a {type(model).__name__}: it looks for a stack of "
+            f"cannot find the neurons of a {type(model).__name__}: NAD and RNP look for a stack of "
             f"{depth} layers, in each of them an attention block that ends with a matrix to "
             f"{hidden} units from {heads} heads, and behind it a feed-forward block of another "
             "width; take another victim or another defense."

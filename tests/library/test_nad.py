@@ -13,16 +13,18 @@ from lab import Lab, own_stages
 
 from btu.defenses.attention_distillation import (
     AttentionDistillation,
+    activations,
     attention_map,
     distillation,
     layer_number,
     map_distance,
 )
+from btu.defenses.neuron_pruning import find_filters
 from btu.errors import UserError
 from btu.foundation import clean_rows_of, model_of
 from btu.recipe import Prepared
 from btu.stages import StageRun, compute, read_record
-from btu.training import cross_entropy
+from btu.training import cross_entropy, logits_of
 from btu.victims import Victim
 
 CPU = torch.device("cpu")
@@ -76,6 +78,32 @@ def test_a_layer_beyond_the_depth_is_an_error() -> None:
         layer_number(7, 6)
 
 
+def test_maps_are_made_of_what_the_feed_forward_blocks_hold(victim: Victim) -> None:
+    model = victim.new_model(0)
+    filters = find_filters(model)
+    ids, mask, _ = batch(victim)
+    logits, found = activations(model, ids, mask, [2, 1, 2], "ffn")
+    torch.testing.assert_close(logits, logits_of(model, ids, mask))
+    units = filters["layer 1 units"].count
+    assert [tuple(held.shape) for held in found] == [(3, 6, units)] * 3
+    assert torch.equal(found[0], found[2])
+    # Without the first block's units the second block holds something else, the first the same.
+    with torch.no_grad():
+        filters["layer 1 units"].weight.zero_()
+    _, without = activations(model, ids, mask, [1, 2], "ffn")
+    assert torch.equal(without[0], found[1])
+    assert not torch.equal(without[1], found[0])
+
+
+def test_maps_of_hidden_states_are_made_of_what_layers_give(victim: Victim) -> None:
+    model = victim.new_model(0)
+    ids, mask, _ = batch(victim)
+    logits, (last,) = activations(model, ids, mask, [2], "hidden")
+    torch.testing.assert_close(logits, logits_of(model, ids, mask))
+    states = model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
+    torch.testing.assert_close(last, states.hidden_states[2])
+
+
 def test_the_objective_adds_each_layers_distance_by_its_beta(victim: Victim) -> None:
     student, teacher = victim.new_model(0), victim.new_model(0)
     with torch.no_grad():
@@ -86,7 +114,7 @@ def test_the_objective_adds_each_layers_distance_by_its_beta(victim: Victim) -> 
     plain, _ = cross_entropy(student, *rows)
 
     def added(model: Any, betas: list[float]) -> float:
-        loss, _ = distillation(model, [1, 2], betas, 2.0)(student, *rows)
+        loss, _ = distillation(model, [1, 2], betas, 2.0, "ffn")(student, *rows)
         return float((loss - plain).detach())
 
     first, second = added(teacher, [1e3, 0.0]), added(teacher, [0.0, 1e3])
@@ -100,7 +128,7 @@ def test_the_objective_adds_each_layers_distance_by_its_beta(victim: Victim) -> 
 
 def test_the_teacher_gets_no_gradients_and_the_student_does(bert: Victim) -> None:
     student, teacher = bert.new_model(0), bert.new_model(1)
-    loss, _ = distillation(teacher, [1], [1e6], 2.0)(student, *batch(bert))
+    loss, _ = distillation(teacher, [1], [1e6], 2.0, "ffn")(student, *batch(bert))
     torch.autograd.backward(loss)
     assert all(weight.grad is None for weight in teacher.parameters())
     assert student.get_input_embeddings().weight.grad.abs().sum() > 0
@@ -117,7 +145,7 @@ def maps_apart(prepared: Prepared, root: Path, **settings: Any) -> float:
     ids, mask, labels = data.batch(torch.arange(len(data)), int(data.host_lengths.max()))
     teacher, student = model_of(run, "teacher"), model_of(run, "student")
     plain, _ = cross_entropy(student, ids, mask, labels)
-    loss, _ = distillation(teacher, [1, 2], [1e6, 1e6], 2.0)(student, ids, mask, labels)
+    loss, _ = distillation(teacher, [1, 2], [1e6, 1e6], 2.0, "ffn")(student, ids, mask, labels)
     return float((loss - plain).detach()) / 1e6
 
 
@@ -196,6 +224,7 @@ def test_fractions_and_numbers_of_layers_give_the_same_model(lab: Lab, tmp_path:
         ({"learning_rate": 0.0}, r"defense.learning_rate must be above 0"),
         ({"teacher_epochs": 0}, r"defense.teacher_epochs must be at least 1, got 0"),
         ({"teacher_learning_rate": -1.0}, r"defense.teacher_learning_rate must be above 0"),
+        ({"maps": "fnn"}, r"did you mean 'ffn'"),
         ({"teacher": "pretrainde"}, r"did you mean 'pretrained'"),
     ],
 )
