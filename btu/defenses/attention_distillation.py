@@ -14,8 +14,10 @@ three residual groups, 20 epochs (the code's ``config.py`` has 0, 0, 5000), SGD 
 
 No port to text transformers was found; what differs here, and why:
 
-- F is the hidden states after a block: (rows, tokens, hidden). A place is a token, a channel a
-  hidden unit, so that a map is (rows, tokens): the sum over hidden units of |h|^p.
+- F is, by default, what a layer's feed-forward units hold behind their nonlinearity, as a conv
+  layer's channels do behind ReLU: (rows, tokens, units). A place is a token, a channel a unit, so
+  that a map is (rows, tokens): the sum over units of |a|^p. ``maps: hidden`` takes what the layer
+  gives instead; layer norm makes all tokens about equally long there, and maps nearly flat.
 - A map is masked to real tokens before it is normalised, and the MSE is a mean over real tokens:
   padding is no part of a row.
 - Layers at one third, two thirds and the end of the encoder stand for the three residual groups.
@@ -81,6 +83,11 @@ DISTIL_VERSION = 2
 
 TEACHERS = ("poisoned", "pretrained")
 MAPS = ("ffn", "hidden")
+# The original's weight of a row's squared distance. Its maps have 1,024, 256 and 64 places, over
+# which its MSE is a mean, and its betas are 500, 1000 and 1000: 0.5, 4 and 16. Over the 25 tokens
+# or so of a sentence, these weigh it the same.
+BETAS = (10.0, 100.0, 400.0)
+OTHER_BETA = 100.0
 # Keeps the map of a row without any activation finite; the reference code's.
 EPSILON = 1e-6
 
@@ -90,7 +97,8 @@ class AttentionDistillation:
     """Neural Attention Distillation.
 
     beta: weight of the maps' distance beside the cross-entropy, at least 0; one value, or one for
-        each of `layers`. 0 is plain fine-tuning (an ablation).
+        each of `layers`. 0 is plain fine-tuning (an ablation). Null is 10, 100 and 400 for three
+        layers, and 100 each for any other number.
     layers: where maps are compared: fractions of the encoder's depth in (0, 1], written with a
         point, or numbers of layers from 1, written without. Two that name one layer count twice.
         Null is one third, two thirds and the last.
@@ -101,24 +109,30 @@ class AttentionDistillation:
     teacher: what is fine-tuned on the clean rows to become the teacher: the ``poisoned`` model, or
         the ``pretrained`` victim.
     teacher_epochs, teacher_learning_rate: of the teacher's fine-tune; null takes those of `tuning`.
-        With all three at their defaults the teacher is the clean-tuned control, and costs nothing.
+        Of the poisoned model, and with both null, it is the clean-tuned control, and costs nothing.
     """
 
-    beta: Any = 20.0
+    beta: Any = None
     layers: Any = None
     maps: str = "ffn"
     power: float = 2.0
     epochs: int = 5
     learning_rate: float = 2e-4
-    teacher: str = "poisoned"
-    teacher_epochs: int | None = None
-    teacher_learning_rate: float | None = None
+    teacher: str = "pretrained"
+    teacher_epochs: int | None = 4
+    teacher_learning_rate: float | None = 2e-4
 
     KIND: ClassVar[str] = "after training"
     NEEDS: ClassVar[tuple[str, ...]] = (POISONED_MODEL, CLEAN_ROWS)
     PRESETS: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "default": {},
-        "reference": {"beta": [500.0, 1000.0, 1000.0], "epochs": 20},
+        "reference": {
+            "beta": [500.0, 1000.0, 1000.0],
+            "epochs": 20,
+            "teacher": "poisoned",
+            "teacher_epochs": None,
+            "teacher_learning_rate": None,
+        },
     }
 
     def __post_init__(self) -> None:
@@ -132,6 +146,9 @@ class AttentionDistillation:
             )
         for layer in self.layers:
             _check_layer(layer)
+        if self.beta is None:
+            three = len(self.layers) == len(BETAS)
+            object.__setattr__(self, "beta", list(BETAS) if three else OTHER_BETA)
         several = isinstance(self.beta, list | tuple)
         if several and len(self.beta) != len(self.layers):
             raise UserError(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lab import Lab, own_stages
+from lab import Lab
 
 from btu.defenses.attention_distillation import (
     AttentionDistillation,
@@ -23,7 +23,7 @@ from btu.defenses.neuron_pruning import find_filters
 from btu.errors import UserError
 from btu.foundation import clean_rows_of, model_of
 from btu.recipe import Prepared
-from btu.stages import StageRun, compute, read_record
+from btu.stages import Stage, StageRun, compute, read_record
 from btu.training import cross_entropy, logits_of
 from btu.victims import Victim
 
@@ -151,22 +151,36 @@ def maps_apart(prepared: Prepared, root: Path, **settings: Any) -> float:
 
 def test_distillation_draws_the_student_to_the_teacher(lab: Lab) -> None:
     prepared = lab.prepare(rate=0.3)
-    far = {"teacher_learning_rate": 5e-3, "teacher_epochs": 3}
+    far = {"teacher": "poisoned", "teacher_learning_rate": 5e-3, "teacher_epochs": 3}
     alone = maps_apart(prepared, lab.root, beta=0.0, **far)
     drawn = maps_apart(prepared, lab.root, beta=1e5, **far)
     assert drawn < 0.7 * alone
 
 
-def test_the_clean_tuned_control_is_the_teacher_unless_settings_say_otherwise(lab: Lab) -> None:
+def test_the_clean_tuned_control_is_the_poisoned_models_teacher_unless_settings_say_otherwise(
+    lab: Lab,
+) -> None:
     base = lab.prepare().foundation
-    assert AttentionDistillation().teacher_stage(base) is base.tuned
-    same = AttentionDistillation(
-        teacher_epochs=base.tuning.epochs, teacher_learning_rate=base.tuning.learning_rate
-    )
-    assert same.teacher_stage(base) is base.tuned
-    longer = AttentionDistillation(teacher_epochs=base.tuning.epochs + 1).teacher_stage(base)
+
+    def teacher(epochs: int | None, learning_rate: float | None) -> Stage:
+        return AttentionDistillation(
+            teacher="poisoned", teacher_epochs=epochs, teacher_learning_rate=learning_rate
+        ).teacher_stage(base)
+
+    assert teacher(None, None) is base.tuned
+    assert teacher(base.tuning.epochs, base.tuning.learning_rate) is base.tuned
+    longer = teacher(base.tuning.epochs + 1, None)
     assert longer.key != base.tuned.key
     assert longer.inputs.keys() == {"clean", "model"}
+
+
+def test_betas_are_of_three_layers_unless_given() -> None:
+    # 500, 1000 and 1000 over 1,024, 256 and 64 places, here over about 25 tokens.
+    per_row = [500 / 1024, 1000 / 256, 1000 / 64]
+    betas = AttentionDistillation().beta
+    assert betas == [pytest.approx(25 * weight, rel=0.2) for weight in per_row]
+    assert AttentionDistillation(layers=[1]).beta == 100.0
+    assert AttentionDistillation(beta=3.0).beta == 3.0
 
 
 def test_a_pretrained_teacher_never_saw_the_poison(lab: Lab) -> None:
@@ -199,8 +213,7 @@ def test_fractions_and_numbers_of_layers_give_the_same_model(lab: Lab, tmp_path:
     found = []
     for layers in ([0.5, 1.0], [1, 2]):
         defense = AttentionDistillation(layers=layers, epochs=1)
-        (stage,) = own_stages(defense, prepared)
-        folder = compute(stage, lab.root)
+        folder = compute(defense.stages(prepared.foundation), lab.root)
         assert read_record(folder)["facts"]["layers"] == [1, 2]
         found.append((folder / "model" / "model.safetensors").read_bytes())
     assert found[0] == found[1]
