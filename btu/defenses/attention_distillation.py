@@ -24,38 +24,13 @@ No port to text transformers was found; what differs here, and why:
 - AdamW with warm-up and linear decay (`train`'s) in the place of SGD, which hardly trains a
   transformer; hence a learning rate of its own.
 - Random crops, flips and cutout have no like in text: none.
-- The teacher is the sweep's clean-tuned control (`Foundation.tuned`), which is what the original
-  calls a teacher, unless one of its settings is given. ``teacher: pretrained`` fine-tunes the
-  victim as it was before the poison on the clean rows: it never saw the trigger, and knows less.
+- The betas weigh a row's squared distance as the original's do (`BETAS`).
+- The teacher is, by default, the victim as it was before the poison, fine-tuned on the clean rows:
+  it never saw the trigger. The original fine-tunes the poisoned model, ``teacher: poisoned``; with
+  its epochs and learning rate null that is the sweep's clean-tuned control (`Foundation.tuned`),
+  which keeps the backdoor of a word-like trigger whole (ASR 1.00) and cannot teach to forget it.
 
-A map says how much of a row's length in hidden space each token has. A layer norm whose gains are
-all alike makes all tokens equally long, and maps of p = 2 flat: in a post-norm encoder (BERT) it is
-the gains, and other powers, that give a map anything to say.
-
-Measured on SST-2 with MiniLM, BadNets 10 % dirty label, seed 0, by a script with this module's
-objective: 1,456 clean rows trained on, 365 held out. ASR and FTR are over every fourth of the
-triggered rows (107). They were seen after each run, so that the later runs, and the use of this
-teacher in them, were not picked blind; beta was lowered for the held-out accuracy.
-
-==========================================================  =================  =====  =====
-run                                                         held-out accuracy  ASR    FTR
-==========================================================  =================  =====  =====
-poisoned model                                              0.901              -      -
-teacher: 3 epochs at 5e-4                                   0.866              0.47   0.21
-student of that teacher, beta 1000, 2 epochs at 5e-4        0.677              1.00   0.62
-student of that teacher, beta 20, 1 epoch at 5e-4           0.871              0.92   0.17
-==========================================================  =================  =====  =====
-
-The teacher's maps differ from the poisoned model's by 0.003, 0.018 and 0.079 at layers 2, 4 and 6
-(root mean square; a token's share of a map is about 0.2), so that beta 1000 weighs them at 0.01,
-0.3 and 6.3: the original's beta drowns the cross-entropy, and clean accuracy goes. Hence 20 by
-default; the two runs differ in their epochs too, so that this is a first guess and no choice.
-
-No run brought ASR near FTR, and the strong teacher, whose learning rate alone halves ASR, costs
-0.035 of accuracy. With its defaults the teacher is the clean-tuned control, which
-keeps the backdoor (ASR 1.00 on this cell): it cannot teach to forget it, and what is forgotten is
-the student's own fine-tune's doing. Not measured: the defaults as a whole, other betas, learning
-rates and powers, longer runs, ``teacher: pretrained``, other seeds and attacks.
+What was swept on SST-2 and what was found is in ``docs/defenses.md``.
 """
 
 from __future__ import annotations

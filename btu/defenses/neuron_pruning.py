@@ -25,40 +25,23 @@ No port to text transformers was found; what differs here, and why:
   loaded. The layer's bias stays, as that of batch norm does in the original.
 - The ascent ends relative to chance (`unlearn_stop`): 0.2 is below chance with two classes. It is
   watched over the last `STOP_BATCHES` batches, as an ascent can go from 0.9 to 0 within one epoch.
-- AdamW in the place of SGD, at learning rates of its own, without weight decay and clipping of the
-  masks. The loss's factor 0.2 falls away: Adam does not see it.
+- The ascent is AdamW's. The masks are learned by SGD as in the original, here with momentum 0.9:
+  Adam moves all masks by about the same, so that they do not tell filters apart. The rate is 1.0,
+  and the loss's factor 0.2 falls away; the masks' gradients are not clipped.
+- ``tuning``: a short fine-tune on clean rows follows the pruning, which the original does without:
+  filters of a transformer that fell to the backdoor serve clean rows too, and accuracy comes back.
+  Nothing holds the pruned filters at zero in it.
 - Without a threshold, it is chosen on clean rows alone, those that the steps above have not seen:
-  the largest on a grid up to which accuracy falls by at most `max_clean_loss`.
-- ``tuning``: the sweep's clean tuning follows. The original does without.
+  the largest on a grid up to which accuracy, after tuning, falls by at most `max_clean_loss`. The
+  model is the one that was measured.
 
 By-products, both from the paper: the class whose clean rows the unlearned model still gets right
 is taken for the attack's target (`Suspects.target`), and training rows whose label it still finds
 likely are suspicious (`Suspects.rows`).
 
-Measured on SST-2 with MiniLM, BadNets 10 % dirty label, seed 0, by a script of the same steps as
-the stages below. One setting was run, fixed before a triggered row was looked at; ASR is over every
-fourth of these (107), AUROC over every fourteenth training row, accuracy over every third of the
-held-out clean rows (441).
-
-- Ascent at 5e-6 on 500 rows ends after 37 steps. The unlearned model is right on 0.59 of the
-  held-out rows: on all of class 1, the target, and on 0.20 of class 0. Its view of the training
-  rows has an AUROC of 0.95 against the hidden mask.
-- Recovery at 0.02 takes the loss on the 500 rows from 0.66 to 0.20 in 6 epochs. Masks then lie at
-  0.44 (1st percentile), 0.76 (25th) and 0.90 (median): no gap tells filters of the backdoor apart.
-- Pruning, of 9,288 filters in all:
-
-  =========  ======  =================  =====
-  threshold  pruned  held-out accuracy  ASR
-  =========  ======  =================  =====
-  0.2        2       0.893              -
-  0.5        194     0.905              1.00
-  0.55       360     0.859              -
-  0.7        1,570   0.522              -
-  =========  ======  =================  =====
-
-So RNP names the target and finds the poisoned rows here, but does not mend the model: with 0.02 of
-accuracy to spend it stops at 0.5, where ASR is 1.00 at an FTR of 0.14. Not measured: other rates of
-ascent and recovery, another `unlearn_stop`, more pruning with `tuning`, other seeds and attacks.
+With two classes, which of them the ascent leaves whole is not sure to be the target: of two draws
+of the 500 rows on one poisoned model it was the target once. What was swept on SST-2 and what was
+found is in ``docs/defenses.md``.
 """
 
 from __future__ import annotations
@@ -207,7 +190,10 @@ class NeuronPruning:
             {
                 **rows,
                 "train": plain(
-                    self._train(base, self.recover_epochs, self.recover_learning_rate),
+                    dataclasses.replace(
+                        self._train(base, self.recover_epochs, self.recover_learning_rate),
+                        max_grad_norm=None,
+                    )
                 ),
             },
             {"clean": base.clean, "unlearned": unlearned},
