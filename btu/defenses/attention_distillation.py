@@ -30,7 +30,8 @@ No port to text transformers was found; what differs here, and why:
   its epochs and learning rate null that is the sweep's clean-tuned control (`Foundation.tuned`),
   which keeps the backdoor of a word-like trigger whole (ASR 1.00) and cannot teach to forget it.
 
-What was swept on SST-2 and what was found is in ``docs/defenses.md``.
+On SST-2 with MiniLM the defaults do not remove BadNets; a learning rate that does costs accuracy.
+What was swept, and how the defaults were chosen, is in ``docs/defenses.md``.
 """
 
 from __future__ import annotations
@@ -91,8 +92,8 @@ class AttentionDistillation:
     layers: Any = None
     maps: str = "ffn"
     power: float = 2.0
-    epochs: int = 5
-    learning_rate: float = 2e-4
+    epochs: int = 3
+    learning_rate: float = 5e-4
     teacher: str = "pretrained"
     teacher_epochs: int | None = 4
     teacher_learning_rate: float | None = 2e-4
