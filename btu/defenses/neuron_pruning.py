@@ -40,8 +40,8 @@ is taken for the attack's target (`Suspects.target`), and training rows whose la
 likely are suspicious (`Suspects.rows`).
 
 With two classes, which of them the ascent leaves whole is not sure to be the target: of two draws
-of the 500 rows on one poisoned model it was the target once. What was swept on SST-2 and what was
-found is in ``docs/defenses.md``.
+of the 500 rows on one poisoned model it was the target once. On SST-2 with MiniLM the defaults do
+not remove BadNets; what was tried is in ``docs/defenses.md``.
 """
 
 from __future__ import annotations
