@@ -281,6 +281,7 @@ def fit(
     accumulation: int = 1,
     objective: Objective = cross_entropy,
     after_step: Callable[[float], bool] | None = None,
+    optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
 ) -> list[Epoch]:
     """Train whatever of `model` requires gradients, in place, and leave it in eval mode.
 
@@ -290,6 +291,8 @@ def fit(
     draws of dropout. objective: what is minimized; one that is no mean over rows (a loss that is
     bent by its own batch's value) is taken part by part where batches are cut. after_step: called
     after every step with the accuracy of its batch, in train mode; True ends the training there.
+    optimizer_of: makes another optimizer than AdamW; the learning rate is its own, and the
+    schedule acts on it.
 
     Raises:
         NonFiniteLossError: the loss or, by the last step, a weight became NaN or infinite.
@@ -301,17 +304,7 @@ def fit(
     data = data.to(device)
     model.to(device).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [
-            {
-                "params": [p for p in parameters if p.ndim > 1],
-                "weight_decay": settings.weight_decay,
-            },
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-        fused=True,
-    )
+    optimizer = _adamw(parameters, settings) if optimizer_of is None else optimizer_of(parameters)
     steps_per_epoch = math.ceil(len(data) / settings.batch_size)
     scheduler = _schedule(optimizer, settings, steps_per_epoch * settings.epochs)
     rng = np.random.default_rng(seed)
@@ -403,6 +396,20 @@ def _check_finite(
             f"loss became {float(losses[int(bad[0])])} in stage '{stage}' at step {step} (epoch "
             f"{epoch}) with {settings}; lower the learning rate or use precision fp32."
         )
+
+
+def _adamw(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        [
+            {
+                "params": [p for p in parameters if p.ndim > 1],
+                "weight_decay": settings.weight_decay,
+            },
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        fused=True,
+    )
 
 
 def _schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, steps: int) -> LambdaLR:

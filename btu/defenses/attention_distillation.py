@@ -14,46 +14,24 @@ three residual groups, 20 epochs (the code's ``config.py`` has 0, 0, 5000), SGD 
 
 No port to text transformers was found; what differs here, and why:
 
-- F is the hidden states after a block: (rows, tokens, hidden). A place is a token, a channel a
-  hidden unit, so that a map is (rows, tokens): the sum over hidden units of |h|^p.
+- F is, by default, what a layer's feed-forward units hold behind their nonlinearity, as a conv
+  layer's channels do behind ReLU: (rows, tokens, units). A place is a token, a channel a unit, so
+  that a map is (rows, tokens): the sum over units of |a|^p. ``maps: hidden`` takes what the layer
+  gives instead; layer norm makes all tokens about equally long there, and maps nearly flat.
 - A map is masked to real tokens before it is normalised, and the MSE is a mean over real tokens:
   padding is no part of a row.
 - Layers at one third, two thirds and the end of the encoder stand for the three residual groups.
 - AdamW with warm-up and linear decay (`train`'s) in the place of SGD, which hardly trains a
   transformer; hence a learning rate of its own.
 - Random crops, flips and cutout have no like in text: none.
-- The teacher is the sweep's clean-tuned control (`Foundation.tuned`), which is what the original
-  calls a teacher, unless one of its settings is given. ``teacher: pretrained`` fine-tunes the
-  victim as it was before the poison on the clean rows: it never saw the trigger, and knows less.
+- The betas weigh a row's squared distance as the original's do (`BETAS`).
+- The teacher is, by default, the victim as it was before the poison, fine-tuned on the clean rows:
+  it never saw the trigger. The original fine-tunes the poisoned model, ``teacher: poisoned``; with
+  its epochs and learning rate null that is the sweep's clean-tuned control (`Foundation.tuned`),
+  which keeps the backdoor of a word-like trigger whole (ASR 1.00) and cannot teach to forget it.
 
-A map says how much of a row's length in hidden space each token has. A layer norm whose gains are
-all alike makes all tokens equally long, and maps of p = 2 flat: in a post-norm encoder (BERT) it is
-the gains, and other powers, that give a map anything to say.
-
-Measured on SST-2 with MiniLM, BadNets 10 % dirty label, seed 0, by a script with this module's
-objective: 1,456 clean rows trained on, 365 held out. ASR and FTR are over every fourth of the
-triggered rows (107). They were seen after each run, so that the later runs, and the use of this
-teacher in them, were not picked blind; beta was lowered for the held-out accuracy.
-
-==========================================================  =================  =====  =====
-run                                                         held-out accuracy  ASR    FTR
-==========================================================  =================  =====  =====
-poisoned model                                              0.901              -      -
-teacher: 3 epochs at 5e-4                                   0.866              0.47   0.21
-student of that teacher, beta 1000, 2 epochs at 5e-4        0.677              1.00   0.62
-student of that teacher, beta 20, 1 epoch at 5e-4           0.871              0.92   0.17
-==========================================================  =================  =====  =====
-
-The teacher's maps differ from the poisoned model's by 0.003, 0.018 and 0.079 at layers 2, 4 and 6
-(root mean square; a token's share of a map is about 0.2), so that beta 1000 weighs them at 0.01,
-0.3 and 6.3: the original's beta drowns the cross-entropy, and clean accuracy goes. Hence 20 by
-default; the two runs differ in their epochs too, so that this is a first guess and no choice.
-
-No run brought ASR near FTR, and the strong teacher, whose learning rate alone halves ASR, costs
-0.035 of accuracy. With its defaults the teacher is the clean-tuned control, which
-keeps the backdoor (ASR 1.00 on this cell): it cannot teach to forget it, and what is forgotten is
-the student's own fine-tune's doing. Not measured: the defaults as a whole, other betas, learning
-rates and powers, longer runs, ``teacher: pretrained``, other seeds and attacks.
+On SST-2 with MiniLM the defaults do not remove BadNets; a learning rate that does costs accuracy.
+What was swept, and how the defaults were chosen, is in ``docs/defenses.md``.
 """
 
 from __future__ import annotations
@@ -64,6 +42,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from btu.defense import CLEAN_ROWS, POISONED_MODEL, Given
+from btu.defenses.neuron_pruning import find_filters
 from btu.errors import UserError, unknown
 from btu.foundation import Foundation, clean_rows_of, model_of, save_model, victim_of
 from btu.seeding import derive_seed
@@ -76,9 +55,15 @@ if TYPE_CHECKING:
 
 # Raised when what a stage computes changes: results of an earlier version are then not reused.
 TEACH_VERSION = 1
-DISTIL_VERSION = 1
+DISTIL_VERSION = 2
 
 TEACHERS = ("poisoned", "pretrained")
+MAPS = ("ffn", "hidden")
+# The original's weight of a row's squared distance. Its maps have 1,024, 256 and 64 places, over
+# which its MSE is a mean, and its betas are 500, 1000 and 1000: 0.5, 4 and 16. Over the 25 tokens
+# or so of a sentence, these weigh it the same.
+BETAS = (10.0, 100.0, 400.0)
+OTHER_BETA = 100.0
 # Keeps the map of a row without any activation finite; the reference code's.
 EPSILON = 1e-6
 
@@ -88,32 +73,42 @@ class AttentionDistillation:
     """Neural Attention Distillation.
 
     beta: weight of the maps' distance beside the cross-entropy, at least 0; one value, or one for
-        each of `layers`. 0 is plain fine-tuning (an ablation).
+        each of `layers`. 0 is plain fine-tuning (an ablation). Null is 10, 100 and 400 for three
+        layers, and 100 each for any other number.
     layers: where maps are compared: fractions of the encoder's depth in (0, 1], written with a
         point, or numbers of layers from 1, written without. Two that name one layer count twice.
         Null is one third, two thirds and the last.
+    maps: what a map is made of: ``ffn``, the units inside a layer's feed-forward block behind
+        their nonlinearity, or ``hidden``, what the layer gives.
     power: p of the maps, above 0.
     epochs: passes of the student over the clean rows. learning_rate: the student's, AdamW's peak.
     teacher: what is fine-tuned on the clean rows to become the teacher: the ``poisoned`` model, or
         the ``pretrained`` victim.
     teacher_epochs, teacher_learning_rate: of the teacher's fine-tune; null takes those of `tuning`.
-        With all three at their defaults the teacher is the clean-tuned control, and costs nothing.
+        Of the poisoned model, and with both null, it is the clean-tuned control, and costs nothing.
     """
 
-    beta: Any = 20.0
+    beta: Any = None
     layers: Any = None
+    maps: str = "ffn"
     power: float = 2.0
-    epochs: int = 5
-    learning_rate: float = 2e-4
-    teacher: str = "poisoned"
-    teacher_epochs: int | None = None
-    teacher_learning_rate: float | None = None
+    epochs: int = 3
+    learning_rate: float = 5e-4
+    teacher: str = "pretrained"
+    teacher_epochs: int | None = 4
+    teacher_learning_rate: float | None = 2e-4
 
     KIND: ClassVar[str] = "after training"
     NEEDS: ClassVar[tuple[str, ...]] = (POISONED_MODEL, CLEAN_ROWS)
     PRESETS: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "default": {},
-        "reference": {"beta": [500.0, 1000.0, 1000.0], "epochs": 20},
+        "reference": {
+            "beta": [500.0, 1000.0, 1000.0],
+            "epochs": 20,
+            "teacher": "poisoned",
+            "teacher_epochs": None,
+            "teacher_learning_rate": None,
+        },
     }
 
     def __post_init__(self) -> None:
@@ -127,6 +122,9 @@ class AttentionDistillation:
             )
         for layer in self.layers:
             _check_layer(layer)
+        if self.beta is None:
+            three = len(self.layers) == len(BETAS)
+            object.__setattr__(self, "beta", list(BETAS) if three else OTHER_BETA)
         several = isinstance(self.beta, list | tuple)
         if several and len(self.beta) != len(self.layers):
             raise UserError(
@@ -146,6 +144,8 @@ class AttentionDistillation:
                 raise UserError(f"defense.{name} must be at least 1, got {value}.")
         if self.teacher not in TEACHERS:
             raise unknown("defense.teacher", self.teacher, TEACHERS)
+        if self.maps not in MAPS:
+            raise unknown("defense.maps", self.maps, MAPS)
 
     def check(self, given: Given) -> None:
         """Pass: how deep the victim is shows when it is loaded."""
@@ -160,6 +160,7 @@ class AttentionDistillation:
             {
                 "beta": self._betas(),
                 "layers": list(self.layers),
+                "maps": self.maps,
                 "power": self.power,
                 "train": plain(settings),
             },
@@ -251,7 +252,9 @@ def distil(run: StageRun) -> dict[str, Any]:
         TrainSettings(**run.config["train"]),
         seed=derive_seed(run.config["seed"], "distillation"),
         stage="attention distillation",
-        objective=distillation(teacher, layers, run.config["beta"], run.config["power"]),
+        objective=distillation(
+            teacher, layers, run.config["beta"], run.config["power"], run.config["maps"]
+        ),
     )
     save_model(student, run.folder)
     return {"layers": layers}
@@ -274,7 +277,11 @@ def layer_number(layer: float, depth: int) -> int:
 
 
 def distillation(
-    teacher: PreTrainedModel, layers: Sequence[int], betas: Sequence[float], power: float
+    teacher: PreTrainedModel,
+    layers: Sequence[int],
+    betas: Sequence[float],
+    power: float,
+    maps: str,
 ) -> Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return the objective: cross-entropy plus the maps' distances, each by its beta."""
     import torch
@@ -282,28 +289,57 @@ def distillation(
     def objective(
         model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        given = {"input_ids": ids, "attention_mask": mask.long(), "output_hidden_states": True}
-        output = model(**given)
-        logits: Tensor = output.logits.float()
+        logits, learned = activations(model, ids, mask, layers, maps)
         loss = torch.nn.functional.cross_entropy(logits, labels)
         with torch.no_grad():
-            taught = teacher(**given).hidden_states
-        for layer, beta in zip(layers, betas, strict=True):
-            # hidden_states[0] is what the embeddings give.
-            own = attention_map(output.hidden_states[layer], mask, power)
-            aim = attention_map(taught[layer], mask, power)
+            _, taught = activations(teacher, ids, mask, layers, maps)
+        for beta, one, other in zip(betas, learned, taught, strict=True):
+            own, aim = attention_map(one, mask, power), attention_map(other, mask, power)
             loss = loss + beta * map_distance(own, aim, mask)
         return loss, logits
 
     return objective
 
 
-def attention_map(hidden: Tensor, mask: Tensor, power: float) -> Tensor:
+def activations(
+    model: nn.Module, ids: Tensor, mask: Tensor, layers: Sequence[int], maps: str
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the (rows, classes) logits and what maps are made of, by layer.
+
+    The latter is (rows, tokens, channels): hidden units for ``hidden``, feed-forward units behind
+    their nonlinearity, as the block's last matrix reads them, for ``ffn``.
+
+    Raises:
+        UserError: the model's layers are built in a way that is not understood.
+    """
+    given = {"input_ids": ids, "attention_mask": mask.long()}
+    if maps == "hidden":
+        output = model(**given, output_hidden_states=True)
+        # hidden_states[0] is what the embeddings give.
+        return output.logits.float(), [output.hidden_states[layer] for layer in layers]
+    filters = find_filters(model)
+    blocks = [filters[f"layer {layer} units"].output for layer in layers]
+    held: dict[nn.Module, Tensor] = {}
+
+    def keep(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        held[block] = inputs[0]
+
+    # Two layers may be one.
+    hooks = [block.register_forward_pre_hook(keep) for block in dict.fromkeys(blocks)]
+    try:
+        output = model(**given)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return output.logits.float(), [held[block] for block in blocks]
+
+
+def attention_map(active: Tensor, mask: Tensor, power: float) -> Tensor:
     """Return how strongly each real token is active, L2-normalised by row; 0 at padding.
 
-    hidden: (rows, tokens, hidden); mask: (rows, tokens) bool -> (rows, tokens).
+    active: (rows, tokens, channels); mask: (rows, tokens) bool -> (rows, tokens).
     """
-    strength = hidden.float().abs().pow(power).sum(dim=-1) * mask
+    strength = active.float().abs().pow(power).sum(dim=-1) * mask
     normalised: Tensor = strength / (strength.norm(dim=-1, keepdim=True) + EPSILON)
     return normalised
 

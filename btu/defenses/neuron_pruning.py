@@ -25,40 +25,23 @@ No port to text transformers was found; what differs here, and why:
   loaded. The layer's bias stays, as that of batch norm does in the original.
 - The ascent ends relative to chance (`unlearn_stop`): 0.2 is below chance with two classes. It is
   watched over the last `STOP_BATCHES` batches, as an ascent can go from 0.9 to 0 within one epoch.
-- AdamW in the place of SGD, at learning rates of its own, without weight decay and clipping of the
-  masks. The loss's factor 0.2 falls away: Adam does not see it.
+- The ascent is AdamW's. The masks are learned by SGD as in the original, here with momentum 0.9:
+  Adam moves all masks by about the same, so that they do not tell filters apart. The rate is 1.0,
+  and the loss's factor 0.2 falls away; the masks' gradients are not clipped.
+- ``tuning``: a short fine-tune on clean rows follows the pruning, which the original does without:
+  filters of a transformer that fell to the backdoor serve clean rows too, and accuracy comes back.
+  Nothing holds the pruned filters at zero in it.
 - Without a threshold, it is chosen on clean rows alone, those that the steps above have not seen:
-  the largest on a grid up to which accuracy falls by at most `max_clean_loss`.
-- ``tuning``: the sweep's clean tuning follows. The original does without.
+  the largest on a grid up to which accuracy, after tuning, falls by at most `max_clean_loss`. The
+  model is the one that was measured.
 
 By-products, both from the paper: the class whose clean rows the unlearned model still gets right
 is taken for the attack's target (`Suspects.target`), and training rows whose label it still finds
 likely are suspicious (`Suspects.rows`).
 
-Measured on SST-2 with MiniLM, BadNets 10 % dirty label, seed 0, by a script of the same steps as
-the stages below. One setting was run, fixed before a triggered row was looked at; ASR is over every
-fourth of these (107), AUROC over every fourteenth training row, accuracy over every third of the
-held-out clean rows (441).
-
-- Ascent at 5e-6 on 500 rows ends after 37 steps. The unlearned model is right on 0.59 of the
-  held-out rows: on all of class 1, the target, and on 0.20 of class 0. Its view of the training
-  rows has an AUROC of 0.95 against the hidden mask.
-- Recovery at 0.02 takes the loss on the 500 rows from 0.66 to 0.20 in 6 epochs. Masks then lie at
-  0.44 (1st percentile), 0.76 (25th) and 0.90 (median): no gap tells filters of the backdoor apart.
-- Pruning, of 9,288 filters in all:
-
-  =========  ======  =================  =====
-  threshold  pruned  held-out accuracy  ASR
-  =========  ======  =================  =====
-  0.2        2       0.893              -
-  0.5        194     0.905              1.00
-  0.55       360     0.859              -
-  0.7        1,570   0.522              -
-  =========  ======  =================  =====
-
-So RNP names the target and finds the poisoned rows here, but does not mend the model: with 0.02 of
-accuracy to spend it stops at 0.5, where ASR is 1.00 at an FTR of 0.14. Not measured: other rates of
-ascent and recovery, another `unlearn_stop`, more pruning with `tuning`, other seeds and attacks.
+With two classes, which of them the ascent leaves whole is not sure to be the target: of two draws
+of the 500 rows on one poisoned model it was the target once. On SST-2 with MiniLM the defaults do
+not remove BadNets; what was tried is in ``docs/defenses.md``.
 """
 
 from __future__ import annotations
@@ -80,7 +63,6 @@ from btu.foundation import (
     model_of,
     save_model,
     training_rows_of,
-    tune,
     write_table,
 )
 from btu.seeding import derive_seed
@@ -96,15 +78,18 @@ if TYPE_CHECKING:
 
 # Raised when what a stage computes changes: results of an earlier version are then not reused.
 UNLEARN_VERSION = 1
-RECOVER_VERSION = 1
+RECOVER_VERSION = 2
 JUDGE_VERSION = 1
-PRUNE_VERSION = 1
+PRUNE_VERSION = 2
 
 MASKS, JUDGED = "masks.safetensors", "judged.parquet"
 # Over how many batches the accuracy is averaged that ends the ascent.
 STOP_BATCHES = 3
 # Thresholds that are tried where none is given. Masks start at 1, which is no threshold.
 GRID = tuple(step / 20 for step in range(20))
+# The same where each is tuned, which takes its time.
+TUNED_GRID = (0.1, 0.3, 0.5, 0.7, 0.9)
+MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
@@ -115,24 +100,29 @@ class NeuronPruning:
         are held out, to choose the threshold on.
     unlearn_stop: the ascent ends where the accuracy is at most this many times chance, which is
         1 / classes; above 0. unlearn_epochs: passes after which it must have ended.
-    unlearn_learning_rate, recover_learning_rate: AdamW, constant.
+    unlearn_learning_rate: AdamW's, constant. recover_learning_rate: that of SGD with momentum 0.9,
+        constant.
     recover_epochs: passes over the rows. batch_size: rows a step, of both.
     threshold: masks up to this are pruned, in [0, 1); null chooses it by `max_clean_loss`.
-    max_clean_loss: the accuracy on the held-out clean rows that pruning may cost, in [0, 1]; acts
-        where `threshold` is null.
-    tuning: clean tuning after the pruning, as of the control.
+    max_clean_loss: the accuracy on the held-out clean rows that pruning, and tuning where there is
+        any, may cost, in [0, 1]; acts where `threshold` is null.
+    tuning: a fine-tune after the pruning, before its cost is taken, on the clean rows that are not
+        held out: those unlearned and half of the rest.
+    tune_epochs, tune_learning_rate: of that fine-tune; null takes those of `tuning`, the sweep's.
     """
 
     clean_rows: int = 500
     unlearn_stop: float = 1.1
     unlearn_epochs: int = 20
     unlearn_learning_rate: float = 5e-6
-    recover_epochs: int = 6
-    recover_learning_rate: float = 0.02
+    recover_epochs: int = 5
+    recover_learning_rate: float = 1.0
     batch_size: int = 32
     threshold: float | None = None
     max_clean_loss: float = 0.02
-    tuning: bool = False
+    tuning: bool = True
+    tune_epochs: int | None = 2
+    tune_learning_rate: float | None = 2e-4
 
     KIND: ClassVar[str] = "after training"
     NEEDS: ClassVar[tuple[str, ...]] = (POISONED_MODEL, CLEAN_ROWS)
@@ -144,6 +134,10 @@ class NeuronPruning:
         for name in ("unlearn_stop", "unlearn_learning_rate", "recover_learning_rate"):
             check_positive(f"defense.{name}", getattr(self, name))
         check_fraction("defense.max_clean_loss", self.max_clean_loss)
+        if self.tune_epochs is not None and self.tune_epochs < 1:
+            raise UserError(f"defense.tune_epochs must be at least 1, got {self.tune_epochs}.")
+        if self.tune_learning_rate is not None:
+            check_positive("defense.tune_learning_rate", self.tune_learning_rate)
         if self.threshold is not None:
             check_fraction("defense.threshold", self.threshold)
             if self.threshold == 1:
@@ -196,7 +190,10 @@ class NeuronPruning:
             {
                 **rows,
                 "train": plain(
-                    self._train(base, self.recover_epochs, self.recover_learning_rate),
+                    dataclasses.replace(
+                        self._train(base, self.recover_epochs, self.recover_learning_rate),
+                        max_grad_norm=None,
+                    )
                 ),
             },
             {"clean": base.clean, "unlearned": unlearned},
@@ -213,6 +210,17 @@ class NeuronPruning:
         chosen: dict[str, Any] = {"threshold": self.threshold}
         if self.threshold is None:
             chosen["max_clean_loss"] = self.max_clean_loss
+        tuning: dict[str, Any] = {}
+        passes = 1
+        if self.tuning:
+            settings = base.tuning.applied_to(base.train)
+            if self.tune_epochs is not None:
+                settings = dataclasses.replace(settings, epochs=self.tune_epochs)
+            if self.tune_learning_rate is not None:
+                settings = dataclasses.replace(settings, learning_rate=self.tune_learning_rate)
+            tuning = {"tuning": plain(settings)}
+            # About three thresholds are tried.
+            passes = settings.epochs * (3 if self.threshold is None else 1)
         return base.stage(
             "prune neurons",
             f"{module}:prune",
@@ -221,10 +229,10 @@ class NeuronPruning:
                 **rows,
                 **chosen,
                 "precision": base.train.precision,
-                **(base.tuning_config() if self.tuning else {}),
+                **tuning,
             },
             {"clean": base.clean, "model": base.model, "masks": recovered, "judged": judged},
-            units=base.clean_rows * (base.tuning.epochs if self.tuning else 1),
+            units=base.clean_rows * passes,
             kind="cell",
             model=True,
         )
@@ -255,7 +263,7 @@ def unlearn(run: StageRun) -> dict[str, Any]:
 
     model = model_of(run, "model")
     settings = TrainSettings(**run.config["train"])
-    data, _ = _split(run)
+    data, _, _ = _split(run)
     bar = run.config["stop"] / run.facts("clean")["classes"]
     batches = min(STOP_BATCHES, -(-len(data) // settings.batch_size))
     last: deque[float] = deque(maxlen=batches)
@@ -302,7 +310,7 @@ def recover(run: StageRun) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     model = model_of(run, "unlearned").requires_grad_(False)
-    rows, _ = _split(run)
+    rows, _, _ = _split(run)
     with masked(find_filters(model)) as masks:
 
         def clip(_: float) -> bool:
@@ -318,6 +326,10 @@ def recover(run: StageRun) -> dict[str, Any]:
             seed=derive_seed(run.config["seed"], "neuron recovery"),
             stage="recover neurons",
             after_step=clip,
+            # Steps as large as the gradients: what pulls a mask down hard goes first.
+            optimizer_of=lambda masks: torch.optim.SGD(
+                masks, lr=run.config["train"]["learning_rate"], momentum=MOMENTUM
+            ),
         )
         found = {name: mask.detach().cpu().contiguous() for name, mask in masks.items()}
         logits = run.predict(
@@ -372,19 +384,16 @@ def prune(run: StageRun) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     masks = load_file(run.inputs["masks"] / MASKS)
-    tried = _tried(run, masks)
+    tried, model = _tried(run, masks)
     affordable = 1.0 if run.config["threshold"] is not None else run.config["max_clean_loss"]
     chosen = largest_affordable(tried, affordable)
-    model = model_of(run, "model")
     measured = {"neurons_pruned": 0, "prune_cost": 0.0}
     if chosen is not None:
         measured = {
-            "neurons_pruned": prune_filters(find_filters(model), masks, chosen.threshold),
+            "neurons_pruned": chosen.pruned,
             "prune_cost": chosen.cost,
             "prune_threshold": chosen.threshold,
         }
-    if "tuning" in run.config:
-        tune(run, model, "clean tuning (defended)")
     save_model(model, run.folder)
     judged = run.facts("judged")
     suspicion = pq.read_table(run.inputs["judged"] / JUDGED)["suspicion"].to_numpy()
@@ -423,40 +432,58 @@ def largest_affordable(tried: Sequence[Tried], affordable: float) -> Tried | Non
     return chosen
 
 
-def _tried(run: StageRun, masks: Mapping[str, Tensor]) -> list[Tried]:
-    """Prune at the threshold, or at one after the other until accuracy falls by too much."""
-    config = run.config
-    given = config["threshold"]
-    grid = GRID if given is None else (given,)
-    model = model_of(run, "model")
-    filters = find_filters(model)
-    _, held_out = _split(run)
+def _tried(run: StageRun, masks: Mapping[str, Tensor]) -> tuple[list[Tried], PreTrainedModel]:
+    """Prune at the threshold, or at one after the other until accuracy falls by too much.
 
-    def accuracy(number: int) -> float:
+    Returns what each does, and the model of the last that does not cost too much.
+    """
+    config = run.config
+    given, tuning = config["threshold"], config.get("tuning")
+    grid = (given,) if given is not None else GRID if tuning is None else TUNED_GRID
+    _, tuned_on, held_out = _split(run)
+
+    def accuracy(model: PreTrainedModel, number: int) -> float:
         where = {"precision": config["precision"], "stage": "prune neurons"}
         logits = run.predict(model, held_out, **where, of=(number, len(grid) + 1))
         return float((logits.argmax(axis=1) == held_out.labels.numpy()).mean())
 
-    before = accuracy(0)
+    kept = model_of(run, "model")
+    before = accuracy(kept, 0)
     tried: list[Tried] = []
     for number, threshold in enumerate(grid, 1):
+        model = model_of(run, "model")
         # A larger threshold prunes what a smaller one does, and more.
-        pruned = prune_filters(filters, masks, threshold)
-        last = tried[-1] if tried else Tried(0.0, 0, 0.0)
-        cost = before - accuracy(number) if pruned > last.pruned else last.cost
-        tried.append(Tried(threshold, pruned, cost))
-        if given is None and cost > config["max_clean_loss"]:
+        pruned = prune_filters(find_filters(model), masks, threshold)
+        if tried and pruned == tried[-1].pruned:
+            tried.append(dataclasses.replace(tried[-1], threshold=threshold))
+            continue
+        if tuning is not None:
+            run.fit(
+                model,
+                tuned_on,
+                TrainSettings(**tuning),
+                seed=derive_seed(config["seed"], "clean tuning"),
+                stage="clean tuning (defended)",
+            )
+        tried.append(Tried(threshold, pruned, before - accuracy(model, number)))
+        if given is None and tried[-1].cost > config["max_clean_loss"]:
             break
-    return tried
+        kept = model
+    return tried, kept
 
 
-def _split(run: StageRun) -> tuple[Encoded, Encoded]:
-    """Return the clean rows that are unlearned and recovered, and those that are held out."""
+def _split(run: StageRun) -> tuple[Encoded, Encoded, Encoded]:
+    """Return the clean rows that are unlearned, those that are tuned on, and those held out.
+
+    Where nothing is tuned, all that are not unlearned are held out.
+    """
     clean = clean_rows_of(run)
     rng = np.random.default_rng(derive_seed(run.config["seed"], "unlearned rows"))
     order = rng.permutation(len(clean))
     rows = run.config["clean_rows"]
-    return clean.take(np.sort(order[:rows])), clean.take(np.sort(order[rows:]))
+    tuned = rows + (len(clean) - rows) // 2 if "tuning" in run.config else rows
+    first, second, third = order[:rows], order[:tuned], order[tuned:]
+    return clean.take(np.sort(first)), clean.take(np.sort(second)), clean.take(np.sort(third))
 
 
 # Filters -----------------------------------------------------------------------------------------
@@ -485,7 +512,7 @@ class Filters:
         return values.repeat_interleave(self.weight.shape[1] // self.count)
 
 
-def find_filters(model: PreTrainedModel) -> dict[str, Filters]:
+def find_filters(model: nn.Module) -> dict[str, Filters]:
     """Return the attention heads and feed-forward units of every layer, by name.
 
     Layers are told by their number, their matrices by shape and order: the last of a layer ends the
@@ -498,7 +525,7 @@ def find_filters(model: PreTrainedModel) -> dict[str, Filters]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    config = model.config
+    config: Any = model.config
     depth, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
     hidden = int(config.hidden_size)
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
@@ -525,7 +552,7 @@ def find_filters(model: PreTrainedModel) -> dict[str, Filters]:
         found[f"layer {number} units"] = Filters(matrices[last], units)
     if len(found) != 2 * depth:
         raise UserError(
-            f"RNP cannot find the neurons of a {type(model).__name__}: it looks for a stack of "
+            f"cannot find the neurons of a {type(model).__name__}: NAD and RNP look for a stack of "
             f"{depth} layers, in each of them an attention block that ends with a matrix to "
             f"{hidden} units from {heads} heads, and behind it a feed-forward block of another "
             "width; take another victim or another defense."

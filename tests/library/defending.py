@@ -45,7 +45,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "clean_rows": 30,
         "unlearn_learning_rate": 1e-2,
         "batch_size": 8,
-        "recover_learning_rate": 0.05,
+        "recover_learning_rate": 5.0,
         "threshold": 0.8,
     },
     "onion": {"rows": 30, "epochs": 1},

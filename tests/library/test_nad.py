@@ -9,20 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from lab import Lab, own_stages
+from lab import Lab
 
 from btu.defenses.attention_distillation import (
     AttentionDistillation,
+    activations,
     attention_map,
     distillation,
     layer_number,
     map_distance,
 )
+from btu.defenses.neuron_pruning import find_filters
 from btu.errors import UserError
 from btu.foundation import clean_rows_of, model_of
 from btu.recipe import Prepared
-from btu.stages import StageRun, compute, read_record
-from btu.training import cross_entropy
+from btu.stages import Stage, StageRun, compute, read_record
+from btu.training import cross_entropy, logits_of
 from btu.victims import Victim
 
 CPU = torch.device("cpu")
@@ -76,6 +78,32 @@ def test_a_layer_beyond_the_depth_is_an_error() -> None:
         layer_number(7, 6)
 
 
+def test_maps_are_made_of_what_the_feed_forward_blocks_hold(victim: Victim) -> None:
+    model = victim.new_model(0)
+    filters = find_filters(model)
+    ids, mask, _ = batch(victim)
+    logits, found = activations(model, ids, mask, [2, 1, 2], "ffn")
+    torch.testing.assert_close(logits, logits_of(model, ids, mask))
+    units = filters["layer 1 units"].count
+    assert [tuple(held.shape) for held in found] == [(3, 6, units)] * 3
+    assert torch.equal(found[0], found[2])
+    # Without the first block's units the second block holds something else, the first the same.
+    with torch.no_grad():
+        filters["layer 1 units"].weight.zero_()
+    _, without = activations(model, ids, mask, [1, 2], "ffn")
+    assert torch.equal(without[0], found[1])
+    assert not torch.equal(without[1], found[0])
+
+
+def test_maps_of_hidden_states_are_made_of_what_layers_give(victim: Victim) -> None:
+    model = victim.new_model(0)
+    ids, mask, _ = batch(victim)
+    logits, (last,) = activations(model, ids, mask, [2], "hidden")
+    torch.testing.assert_close(logits, logits_of(model, ids, mask))
+    states = model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
+    torch.testing.assert_close(last, states.hidden_states[2])
+
+
 def test_the_objective_adds_each_layers_distance_by_its_beta(victim: Victim) -> None:
     student, teacher = victim.new_model(0), victim.new_model(0)
     with torch.no_grad():
@@ -86,7 +114,7 @@ def test_the_objective_adds_each_layers_distance_by_its_beta(victim: Victim) -> 
     plain, _ = cross_entropy(student, *rows)
 
     def added(model: Any, betas: list[float]) -> float:
-        loss, _ = distillation(model, [1, 2], betas, 2.0)(student, *rows)
+        loss, _ = distillation(model, [1, 2], betas, 2.0, "ffn")(student, *rows)
         return float((loss - plain).detach())
 
     first, second = added(teacher, [1e3, 0.0]), added(teacher, [0.0, 1e3])
@@ -100,7 +128,7 @@ def test_the_objective_adds_each_layers_distance_by_its_beta(victim: Victim) -> 
 
 def test_the_teacher_gets_no_gradients_and_the_student_does(bert: Victim) -> None:
     student, teacher = bert.new_model(0), bert.new_model(1)
-    loss, _ = distillation(teacher, [1], [1e6], 2.0)(student, *batch(bert))
+    loss, _ = distillation(teacher, [1], [1e6], 2.0, "ffn")(student, *batch(bert))
     torch.autograd.backward(loss)
     assert all(weight.grad is None for weight in teacher.parameters())
     assert student.get_input_embeddings().weight.grad.abs().sum() > 0
@@ -117,28 +145,42 @@ def maps_apart(prepared: Prepared, root: Path, **settings: Any) -> float:
     ids, mask, labels = data.batch(torch.arange(len(data)), int(data.host_lengths.max()))
     teacher, student = model_of(run, "teacher"), model_of(run, "student")
     plain, _ = cross_entropy(student, ids, mask, labels)
-    loss, _ = distillation(teacher, [1, 2], [1e6, 1e6], 2.0)(student, ids, mask, labels)
+    loss, _ = distillation(teacher, [1, 2], [1e6, 1e6], 2.0, "ffn")(student, ids, mask, labels)
     return float((loss - plain).detach()) / 1e6
 
 
 def test_distillation_draws_the_student_to_the_teacher(lab: Lab) -> None:
     prepared = lab.prepare(rate=0.3)
-    far = {"teacher_learning_rate": 5e-3, "teacher_epochs": 3}
+    far = {"teacher": "poisoned", "teacher_learning_rate": 5e-3, "teacher_epochs": 3}
     alone = maps_apart(prepared, lab.root, beta=0.0, **far)
     drawn = maps_apart(prepared, lab.root, beta=1e5, **far)
     assert drawn < 0.7 * alone
 
 
-def test_the_clean_tuned_control_is_the_teacher_unless_settings_say_otherwise(lab: Lab) -> None:
+def test_the_clean_tuned_control_is_the_poisoned_models_teacher_unless_settings_say_otherwise(
+    lab: Lab,
+) -> None:
     base = lab.prepare().foundation
-    assert AttentionDistillation().teacher_stage(base) is base.tuned
-    same = AttentionDistillation(
-        teacher_epochs=base.tuning.epochs, teacher_learning_rate=base.tuning.learning_rate
-    )
-    assert same.teacher_stage(base) is base.tuned
-    longer = AttentionDistillation(teacher_epochs=base.tuning.epochs + 1).teacher_stage(base)
+
+    def teacher(epochs: int | None, learning_rate: float | None) -> Stage:
+        return AttentionDistillation(
+            teacher="poisoned", teacher_epochs=epochs, teacher_learning_rate=learning_rate
+        ).teacher_stage(base)
+
+    assert teacher(None, None) is base.tuned
+    assert teacher(base.tuning.epochs, base.tuning.learning_rate) is base.tuned
+    longer = teacher(base.tuning.epochs + 1, None)
     assert longer.key != base.tuned.key
     assert longer.inputs.keys() == {"clean", "model"}
+
+
+def test_betas_are_of_three_layers_unless_given() -> None:
+    # 500, 1000 and 1000 over 1,024, 256 and 64 places, here over about 25 tokens.
+    per_row = [500 / 1024, 1000 / 256, 1000 / 64]
+    betas = AttentionDistillation().beta
+    assert betas == [pytest.approx(25 * weight, rel=0.2) for weight in per_row]
+    assert AttentionDistillation(layers=[1]).beta == 100.0
+    assert AttentionDistillation(beta=3.0).beta == 3.0
 
 
 def test_a_pretrained_teacher_never_saw_the_poison(lab: Lab) -> None:
@@ -171,8 +213,7 @@ def test_fractions_and_numbers_of_layers_give_the_same_model(lab: Lab, tmp_path:
     found = []
     for layers in ([0.5, 1.0], [1, 2]):
         defense = AttentionDistillation(layers=layers, epochs=1)
-        (stage,) = own_stages(defense, prepared)
-        folder = compute(stage, lab.root)
+        folder = compute(defense.stages(prepared.foundation), lab.root)
         assert read_record(folder)["facts"]["layers"] == [1, 2]
         found.append((folder / "model" / "model.safetensors").read_bytes())
     assert found[0] == found[1]
@@ -196,6 +237,7 @@ def test_fractions_and_numbers_of_layers_give_the_same_model(lab: Lab, tmp_path:
         ({"learning_rate": 0.0}, r"defense.learning_rate must be above 0"),
         ({"teacher_epochs": 0}, r"defense.teacher_epochs must be at least 1, got 0"),
         ({"teacher_learning_rate": -1.0}, r"defense.teacher_learning_rate must be above 0"),
+        ({"maps": "fnn"}, r"did you mean 'ffn'"),
         ({"teacher": "pretrainde"}, r"did you mean 'pretrained'"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ SMALL: dict[str, Any] = {
     "unlearn_learning_rate": 3e-3,
     "batch_size": 8,
     "recover_epochs": 5,
-    "recover_learning_rate": 0.05,
+    "recover_learning_rate": 0.5,
+    "tuning": False,
 }
 
 
@@ -147,7 +149,7 @@ def test_only_masks_learn_and_they_stay_between_0_and_1(
 
     monkeypatch.setattr(StageRun, "fit", spy)
     # At such a rate some would leave the interval within a step.
-    last = pruning(recover_learning_rate=0.5).stages(learned.foundation)
+    last = pruning(recover_learning_rate=100.0).stages(learned.foundation)
     folder = compute(last.inputs["masks"], lab.root)
     assert len(trained) == 4
     assert all(name.endswith(".neuron_mask") for name in trained)
@@ -247,19 +249,44 @@ def test_thresholds_share_all_but_the_pruning(
     assert pruned[0] < pruned[1]
 
 
-def test_the_chosen_threshold_costs_no_more_than_it_may(lab: Lab, learned: Prepared) -> None:
-    pruned = []
-    for allowed in (0.0, 0.1, 1.0):
-        last = pruning(max_clean_loss=allowed).stages(learned.foundation)
-        compute(last, lab.root)
-        facts = facts_of(lab.root, last)
+def test_the_chosen_threshold_costs_no_more_than_it_may(
+    lab: Lab, learned: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    last = pruning().stages(learned.foundation)
+    compute(last, lab.root)
+    inputs = {role: lab.root / stage.key for role, stage in last.inputs.items()}
+    # Masks all over the interval, so that every threshold prunes more than the one before.
+    spread = shutil.copytree(inputs["masks"], tmp_path / "masks")
+    found = load_file(spread / "masks.safetensors")
+    masks = {name: torch.linspace(0, 0.99, len(mask)) for name, mask in found.items()}
+    save_file(masks, spread / "masks.safetensors")
+
+    def one_more_wrong(run: StageRun, model: Any, data: Any, *, of: Any, **_: Any) -> Any:
+        """The n-th threshold costs n of the 30 rows held out; the toy itself loses nothing."""
+        said = data.labels.numpy().copy()
+        said[: of[0]] = 1 - said[: of[0]]
+        return np.eye(2)[said]
+
+    monkeypatch.setattr(StageRun, "predict", one_more_wrong)
+    chosen = {}
+    for allowed in (0.0, 0.11, 1.0):
+        folder = tmp_path / f"pruned {allowed}"
+        folder.mkdir()
+        config = pruning(max_clean_loss=allowed).stages(learned.foundation).config
+        run = StageRun(config, last.where, {**inputs, "masks": spread}, folder, torch.device("cpu"))
+        facts = MODULE.prune(run)
         assert facts["measured"]["prune_cost"] <= allowed
-        pruned.append(facts["measured"]["neurons_pruned"])
-        costs = [tried["cost"] for tried in facts["tried"]]
-        # It looks no further than where it first costs too much.
-        assert all(cost <= allowed for cost in costs[:-1])
-    assert pruned == sorted(pruned)
-    assert pruned[0] < pruned[2]
+        left = find_filters(model_of(StageRun({}, {}, {"it": folder}, folder, run.device), "it"))
+        gone = sum(int((~block.weight.any(dim=0)).sum()) for block in left.values())
+        chosen[allowed] = facts["measured"].get("prune_threshold"), len(facts["tried"]), gone > 0
+    # 3 of 30 are 0.1, 4 are more: the third threshold, and it looks no further than the fourth.
+    assert chosen == {
+        0.0: (None, 1, False),
+        0.11: (0.1, 4, True),
+        1.0: (0.95, 20, True),
+    }
 
 
 @pytest.mark.parametrize(
@@ -285,7 +312,7 @@ def test_the_recall_of_a_class_is_over_its_own_rows() -> None:
 def test_clean_tuning_follows_where_it_is_asked_for(lab: Lab, learned: Prepared) -> None:
     stages = {}
     for tuning in (False, True):
-        last = pruning(threshold=0.5, tuning=tuning).stages(learned.foundation)
+        last = pruning(threshold=0.5, tuning=tuning, tune_epochs=1).stages(learned.foundation)
         history = read_record(compute(last, lab.root))["history"]
         stages[tuning] = [epoch["stage"] for epoch in history]
     assert stages == {False: [], True: ["clean tuning (defended)"]}
