@@ -48,8 +48,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -65,6 +64,7 @@ from btu.foundation import (
     training_rows_of,
     write_table,
 )
+from btu.neurons import find_filters, masked, prune_filters
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, check_positive
 from btu.stages import Stage, StageRun, plain
@@ -484,134 +484,3 @@ def _split(run: StageRun) -> tuple[Encoded, Encoded, Encoded]:
     tuned = rows + (len(clean) - rows) // 2 if "tuning" in run.config else rows
     first, second, third = order[:rows], order[:tuned], order[tuned:]
     return clean.take(np.sort(first)), clean.take(np.sort(second)), clean.take(np.sort(third))
-
-
-# Filters -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Filters:
-    """The filters of one block: what its output layer reads, cut into `count` equal parts.
-
-    output: the layer that reads them, an `nn.Linear`, or a `Conv1D` as GPT-2 has.
-    """
-
-    output: nn.Module
-    count: int
-
-    @property
-    def weight(self) -> Tensor:
-        """The output layer's weight, (outputs, inputs); a view where it is stored transposed."""
-        from torch import nn
-
-        weight: Tensor = self.output.weight  # type: ignore[assignment]
-        return weight if isinstance(self.output, nn.Linear) else weight.T
-
-    def spread(self, values: Tensor) -> Tensor:
-        """Return (count,) values by filter as (inputs,) values by what the layer reads."""
-        return values.repeat_interleave(self.weight.shape[1] // self.count)
-
-
-def find_filters(model: nn.Module) -> dict[str, Filters]:
-    """Return the attention heads and feed-forward units of every layer, by name.
-
-    Layers are told by their number, their matrices by shape and order: the last of a layer ends the
-    feed-forward block, those of its width directly before it open it, and before those stands the
-    one that ends the attention block.
-
-    Raises:
-        UserError: the model's layers are built otherwise.
-    """
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    config: Any = model.config
-    depth, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
-    hidden = int(config.hidden_size)
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    found: dict[str, Filters] = {}
-    for number, layer in enumerate(stacks[0] if len(stacks) == 1 else (), 1):
-        matrices = [m for m in layer.modules() if isinstance(m, nn.Linear | Conv1D)]
-        # (inputs, outputs), whichever way round the weight is stored.
-        shapes = [_inputs_outputs(m) for m in matrices]
-        last = len(matrices) - 1
-        units = shapes[last][0] if matrices else 0
-        opening = last
-        while opening > 0 and shapes[opening - 1] == (hidden, units) and units != hidden:
-            opening -= 1
-        attention = opening - 1
-        if (
-            opening == last
-            or attention < 0
-            or shapes[last][1] != hidden
-            or shapes[attention][1] != hidden
-            or shapes[attention][0] % heads
-        ):
-            break
-        found[f"layer {number} heads"] = Filters(matrices[attention], heads)
-        found[f"layer {number} units"] = Filters(matrices[last], units)
-    if len(found) != 2 * depth:
-        raise UserError(
-            f"cannot find the neurons of a {type(model).__name__}: NAD and RNP look for a stack of "
-            f"{depth} layers, in each of them an attention block that ends with a matrix to "
-            f"{hidden} units from {heads} heads, and behind it a feed-forward block of another "
-            "width; take another victim or another defense."
-        )
-    return found
-
-
-def _inputs_outputs(matrix: nn.Module) -> tuple[int, int]:
-    from torch import nn
-
-    first, second = matrix.weight.shape  # type: ignore[misc]
-    return (second, first) if isinstance(matrix, nn.Linear) else (first, second)
-
-
-@contextmanager
-def masked(filters: Mapping[str, Filters]) -> Iterator[dict[str, nn.Parameter]]:
-    """Let each filter be multiplied by a mask, a parameter of its output layer that starts at 1.
-
-    Gives the (filters,) masks by name; takes them out again at the end.
-    """
-    import torch
-
-    masks: dict[str, nn.Parameter] = {}
-    hooks = []
-    for name, block in filters.items():
-        masks[name] = torch.nn.Parameter(torch.ones(block.count, device=block.weight.device))
-        block.output.register_parameter("neuron_mask", masks[name])
-        hooks.append(block.output.register_forward_pre_hook(_times_mask(block)))
-    try:
-        yield masks
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for block in filters.values():
-            del block.output.neuron_mask
-
-
-def _times_mask(block: Filters) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    def hook(output: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        read, *others = inputs
-        mask = block.spread(output.neuron_mask)  # type: ignore[arg-type]
-        return (read * mask.to(read.dtype), *others)
-
-    return hook
-
-
-def prune_filters(
-    filters: Mapping[str, Filters], masks: Mapping[str, Tensor], threshold: float
-) -> int:
-    """Zero what the output layers read of filters with a mask up to `threshold`, in place.
-
-    masks: (filters,) by name. Returns how many filters that are.
-    """
-    import torch
-
-    pruned = 0
-    for name, block in filters.items():
-        gone = masks[name] <= threshold
-        pruned += int(gone.sum())
-        with torch.no_grad():
-            block.weight[:, block.spread(gone).to(block.weight.device)] = 0
-    return pruned

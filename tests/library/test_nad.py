@@ -19,9 +19,9 @@ from btu.defenses.attention_distillation import (
     layer_number,
     map_distance,
 )
-from btu.defenses.neuron_pruning import find_filters
 from btu.errors import UserError
 from btu.foundation import clean_rows_of, model_of
+from btu.neurons import find_filters
 from btu.recipe import Prepared
 from btu.stages import Stage, StageRun, compute, read_record
 from btu.training import cross_entropy, logits_of

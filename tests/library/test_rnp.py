@@ -18,13 +18,11 @@ from btu.defenses.neuron_pruning import (
     NeuronPruning,
     Tried,
     class_recalls,
-    find_filters,
     largest_affordable,
-    masked,
-    prune_filters,
 )
 from btu.errors import UserError
 from btu.foundation import model_of, training_rows_of
+from btu.neurons import find_filters, masked, prune_filters
 from btu.recipe import Prepared
 from btu.settings import TrainSettings
 from btu.stages import Stage, StageRun, compute, read_record
