@@ -529,6 +529,9 @@ def resolve(config: Mapping[str, Any]) -> TrialSpec:
     if model is not None and Path(model).expanduser().is_dir():
         attack_params["model"] = str(Path(model).expanduser().resolve())
     defense, defense_params, preset = _named("defense", config.get("defense") or {})
+    lm = defense_params.get("lm")
+    if isinstance(lm, str) and Path(lm).expanduser().is_dir():
+        defense_params["lm"] = str(Path(lm).expanduser().resolve())
     seed = config.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise UserError(f"seed must be an integer, got {seed!r}.")

@@ -141,7 +141,10 @@ def _refuse_hidden(
         ValueError: one of its stages does, or could make them again.
     """
     hidden = prepared.hidden | _keys(incoming(prepared)) | _keys(prepared.originals)
-    hidden -= {may_read, *_keys(prepared.foundation.model), *given} - prepared.hidden
+    base = prepared.foundation
+    open_to_all = _keys(base.rows) | _keys(base.clean) | _keys(base.tuned)
+    # Without poison the originals are the training rows.
+    hidden -= {may_read, *(open_to_all - prepared.hidden)}
     for stage in stages:
         if stage.key in given:
             continue

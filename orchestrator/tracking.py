@@ -69,6 +69,10 @@ DOWN_SECONDS, GIVE_UP = 60.0, 3
 # Of a run. MLflow's UI lists no tag that begins with "mlflow.", and these are not for people: which
 # record of the cell it is, and its settings, in as many numbered tags as they need.
 RECORD_TAG, CELL_TAG = "mlflow.btu.record", "mlflow.btu.cell."
+# On our summary run alone: the highest step that it has metrics at.
+STEP_TAG = "mlflow.btu.step"
+# Raised when a summary says more, or otherwise, than before: those there are then written anew.
+SUMMARY_VERSION = 1
 KIND_TAG, TRIAL, SUMMARY = "kind", "trial", "summary"
 # Of an experiment: ids of SQLite begin at 1 again in a new file, and a URI changes with a move.
 ID_TAG = "btu.id"
@@ -490,9 +494,12 @@ class Tracker:
         run = self._summary_run(made.metrics)
         now, run_id = int(time.time() * 1000), run.info.run_id
         logged = run.data.metrics
+        # MLflow takes the value of the highest step for the latest, and cells may become fewer: a
+        # damaged one is set aside.
+        step = max(made.finished, int(run.data.tags[STEP_TAG]))
         # Only what changed: a long sweep is summarized a thousand times.
         metrics = [
-            Metric(name, value, now, made.finished)
+            Metric(name, value, now, step)
             for name, value in made.metrics.items()
             if logged.get(name) != value
         ]
@@ -504,6 +511,7 @@ class Tracker:
             self._client.log_artifacts(run_id, folder)
         self._client.log_batch(run_id, metrics=metrics)
         self._client.set_tag(run_id, "mlflow.note.content", made.note)
+        self._client.set_tag(run_id, STEP_TAG, str(step))
         if MEANS_TABLE in made.files:
             tables = [{"path": MEANS_TABLE, "type": "table"}]
             self._client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps(tables))
@@ -520,7 +528,7 @@ class Tracker:
         if not found or not set(found[0].data.metrics) <= set(metrics):
             for run in found:
                 self._client.delete_run(run.info.run_id)
-            tags = {"mlflow.source.name": "btu", KIND_TAG: SUMMARY}
+            tags = {"mlflow.source.name": "btu", KIND_TAG: SUMMARY, STEP_TAG: "0"}
             made = self._client.create_run(self._id, tags=tags, run_name=SUMMARY)
             self._client.set_terminated(made.info.run_id, "FINISHED")
             found = self._summary_runs()
@@ -529,7 +537,9 @@ class Tracker:
         return found[0]
 
     def _summary_runs(self) -> list[Run]:
-        runs = self._client.search_runs([self._id], f"tags.{KIND_TAG} = '{SUMMARY}'")
+        tagged = self._client.search_runs([self._id], f"tags.{KIND_TAG} = '{SUMMARY}'")
+        # A run that somebody else calls a summary is not ours to change or delete.
+        runs = [run for run in tagged if STEP_TAG in run.data.tags]
         return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
 
     def _path(self, key: str) -> str:
@@ -640,22 +650,29 @@ def summarize(uri: str, experiment_id: str, results: Results) -> bool:
     source = StoreSource(results)
     with _breaker(uri):
         tracker.identify()
-    told = _fingerprint(source.records(), source.failures())
+    cells, sweep = len(results.cells()), results.sweep_text()
+    told = _fingerprint(source.records(), source.failures(), cells, sweep)
     if tracker.summary_noted(told):
         return False
     from orchestrator.report import summary  # draws: neither workers nor a resumed sweep need it
 
-    made = summary.summarize(source, len(results.cells()), results.sweep_text(), TAG_CHARACTERS)
+    made = summary.summarize(source, cells, sweep, TAG_CHARACTERS)
     with _breaker(uri):
         tracker.write_summary(made, told)
     return True
 
 
-def _fingerprint(records: list[dict[str, Any]], failures: list[dict[str, Any]]) -> str:
-    """Return what changes whenever a summary of these records would."""
+def _fingerprint(
+    records: list[dict[str, Any]], failures: list[dict[str, Any]], cells: int, sweep: str
+) -> str:
+    """Return what changes whenever a summary of these records would.
+
+    cells: launched so far. sweep: the file's text.
+    """
     ids = [f"{record_id(record)} {record['run_id']}" for record in records]
     ids += [f"{record_id(failure)} {failure['reason']}" for failure in failures]
-    return hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()[:24]
+    known = [SUMMARY_VERSION, cells, sweep, *sorted(ids)]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:24]
 
 
 @dataclass

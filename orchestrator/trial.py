@@ -75,7 +75,10 @@ def score_cell(run: StageRun) -> dict[str, Any]:
         named = float(suspects.target == facts["evaluation rows"]["target"])
         metrics["target_found"] = named if mask.any() else math.nan
     # What the defense measured of itself on rows that it may see, then the scorer of its screen.
-    metrics |= facts[defended].get("measured", {})
+    measured = facts[defended].get("measured", {})
+    if known := sorted(measured.keys() & metrics.keys()):
+        raise ValueError(f"stage '{defended}' measures {known}, which are the scorer's to say.")
+    metrics |= measured
     metrics |= facts[SCORED[""]].get("measured", {})
     metrics |= {
         "poison_rate_reached": poisoned["poison_rate"],
@@ -96,7 +99,8 @@ def score_cell(run: StageRun) -> dict[str, Any]:
     metrics["seconds_defense"] = sum(
         {records[name]["key"]: records[name]["seconds"] for name in cost["stages"]}.values()
     )
-    metrics["clean_rows_used"] = cost["clean_rows"]
+    # A defense may take fewer than there are.
+    metrics.setdefault("clean_rows_used", cost["clean_rows"])
 
     config = run.where["config"]
     victim = load_victim(VictimSpec(**config["victim"]), facts["training rows"]["classes"])

@@ -179,11 +179,12 @@ def test_a_defense_works_on_every_architecture_and_runs_what_it_declares(
 def changed(outcome: Outcome) -> bool:
     """Return whether a defense changed the model, or anything on its way to the model."""
     screened = outcome.screened
-    return (
-        not same_weights(outcome.model, outcome.poisoned_model)
-        or (screened is not None and not screened.accepted.all())
-        or (screened is not None and screened.texts is not None)
-    )
+    if not same_weights(outcome.model, outcome.poisoned_model):
+        return True
+    if screened is None:
+        return False
+    came = incoming_of(outcome.root / incoming(outcome.prepared).key).texts
+    return not screened.accepted.all() or screened.texts not in (None, came)
 
 
 def check_declaration(defense: Defense, prepared: Prepared) -> None:
@@ -313,6 +314,10 @@ def test_a_defense_reads_nothing_that_is_hidden(defense: Defense, lab: Lab, tmp_
     blind = defend(defense, prepared, root)
     seeing = defend(defense, prepared, lab.base_root(tmp_path / "seeing", prepared))
     assert same_weights(blind.model, seeing.model)
+    if blind.screened is not None:
+        assert seeing.screened is not None
+        assert blind.screened.accepted.tolist() == seeing.screened.accepted.tolist()
+        assert blind.screened.texts == seeing.screened.texts
     read = {stage.key for stage in Declared.of(defense, prepared).model.closure()}
     assert prepared.evaluation_rows.key not in read
     assert not (root / prepared.evaluation_rows.key).exists()

@@ -140,6 +140,8 @@ def test_relative_paths_are_made_absolute_since_workers_start_elsewhere(
     spec = only(load("seed: 0", "data.path=rows.csv", "victim.name=weights"))
     assert spec.data.path == str(tmp_path / "rows.csv")
     assert spec.victim.name == str(tmp_path / "weights")
+    spec = only(load("seed: 0", "defense.name=onion", "defense.lm=weights"))
+    assert spec.defense_params["lm"] == str(tmp_path / "weights")
 
 
 @pytest.mark.parametrize("file", sorted(Path("sweeps").glob("*.yaml")), ids=lambda p: p.stem)

@@ -313,6 +313,35 @@ def test_whatever_way_a_hidden_stage_is_got_at_it_is_refused(
         cell()
 
 
+@dataclass(frozen=True)
+class Listens(Reads):
+    """A defense that screens, and reads one more stage than it is asked about.
+
+    what: role of an input of the incoming texts; empty reads those alone.
+    """
+
+    what: str = "texts"
+
+    def stages(self, base: Foundation) -> Stage:
+        return base.model
+
+    def screen(self, base: Foundation, model: Stage, incoming: Stage) -> Stage:
+        more = {"more": incoming.inputs[self.what]} if self.what else {}
+        return base.stage("told", "toys:none", 1, {}, {"incoming": incoming, **more})
+
+
+def test_a_screen_reads_what_comes_in_and_not_where_it_comes_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    some = cell().inputs["training rows"]
+    monkeypatch.setattr(TrialSpec, "build_defense", lambda _: Listens(some, ""))
+    assert "told" in cell().inputs["evaluate defended"].inputs["screened"].name
+    # There the triggered texts stand apart from the others, with labels.
+    monkeypatch.setattr(TrialSpec, "build_defense", lambda _: Listens(some))
+    with pytest.raises(ValueError, match="stage 'told' reads 'evaluation texts', which is hidden"):
+        cell()
+
+
 def test_a_defense_that_would_poison_again_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     # Of another version, the stage is another one, but it writes the same mask.
     defense = Reads(replace(cell().inputs["poison"], version=99, name="again"))

@@ -13,7 +13,7 @@ import pytest
 from synthetic import config, shelve
 
 from orchestrator.report.summary import Summary, group_metrics, summarize
-from orchestrator.results import Results
+from orchestrator.results import SWEEP, Results
 from orchestrator.source import open_source
 
 if TYPE_CHECKING:
@@ -197,10 +197,28 @@ def test_of_two_summaries_that_were_made_at_once_one_is_left(summed: Summed) -> 
     summed.finish(SEEDS[:2])
     assert summed.summarize()
     (first,) = summed.summaries()
-    summed.client.create_run(summed.experiment, tags={"kind": "summary"}, run_name="summary")
+    from orchestrator.tracking import STEP_TAG
+
+    tags = {"kind": "summary", STEP_TAG: "0"}
+    summed.client.create_run(summed.experiment, tags=tags, run_name="summary")
+    # A colleague's own is no business of ours.
+    other = summed.client.create_run(summed.experiment, tags={"kind": "summary"})
     summed.finish(SEEDS)
     assert summed.summarize()
-    assert [run.info.run_id for run in summed.summaries()] == [first.info.run_id]
+    left = {run.info.run_id for run in summed.summaries()}
+    assert left == {first.info.run_id, other.info.run_id}
+
+
+@pytest.mark.slow
+def test_what_was_launched_since_is_said_before_it_is_finished(summed: Summed) -> None:
+    summed.finish(SEEDS)
+    assert summed.summarize()
+    name = summed.results.name
+    summed.results.storage.write(f"{name}/{SWEEP}", f"name: {name}\nseed: 7\n".encode())
+    assert summed.summarize()
+    (run,) = summed.summaries()
+    file = Path(summed.client.download_artifacts(run.info.run_id, SWEEP))
+    assert "seed: 7" in file.read_text()
 
 
 @pytest.mark.slow

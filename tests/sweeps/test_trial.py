@@ -574,12 +574,12 @@ CHECKED: list[Given] = []
 
 
 def watch(run: StageRun) -> dict[str, Any]:
-    """Hand the poisoned model on, tuned if the strength is 2."""
+    """Hand the poisoned model on, tuned if the strength is 2; boast if it is 4."""
     model = model_of(run, "model")
     if run.config["strength"] == 2:
         tune(run, model, "clean tuning (spy)")
     save_model(model, run.folder)
-    return {}
+    return {"measured": {"asr": 0.0}} if run.config["strength"] == 4 else {}
 
 
 @pytest.fixture
@@ -643,6 +643,13 @@ def test_no_defense_is_a_cell_that_adds_nothing(
     took = sum(read_record(tried.root / key)["seconds"] for key in stages)
     assert metrics["seconds"] == pytest.approx(took)
     assert metrics["seconds/evaluate defended"] == metrics["seconds/evaluate undefended"] > 0
+
+
+def test_a_defense_does_not_say_what_the_scorer_says(
+    spied: Callable[..., Any], try_cell: Callable[..., Tried]
+) -> None:
+    with pytest.raises(ValueError, match=r"stage 'spy' measures \['asr'\], which are the scorer's"):
+        try_cell(spied(strength=4.0))
 
 
 def test_clean_tuning_of_defense_and_control_is_the_same(
