@@ -262,6 +262,13 @@ def test_people_read_percent_points() -> None:
     assert (third["n"], third["A"], third["A - B"]) == (0, "-", "-")
 
 
+def test_people_read_counts_as_they_are() -> None:
+    a, b = seeds("a", (120.0, 122.0), "rows_flagged"), seeds("b", (100.0, 102.0), "rows_flagged")
+    metrics = ["rows_flagged"]
+    (row,) = readable_differences(group_table(compare(a, b, metrics), metrics)).to_dict("records")
+    assert (row["metric"], row["A"], row["A - B"]) == ("rows_flagged", "121.0", "+20.0 ± 0.0")
+
+
 @pytest.fixture
 def shelves(tmp_path: Path) -> tuple[Path, Path]:
     """Two output folders: sweep ``a`` of seeds 0 to 2, and ``b`` with 0.1 more asr, without 2."""
