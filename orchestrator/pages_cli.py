@@ -68,8 +68,8 @@ def status(
     From what is on disk, and beside it what MLflow has; changes nothing, and may look while the
     sweep runs elsewhere. *Orphaned*: whoever was at it is gone; the next launch takes it over.
 
-    Exit code 0: every cell is done; 3: a launch is at it; 1: cells failed or are left, and no
-    launch is at it; 2: an error. Without NAME 0.
+    Exit code 0: every cell is done; 3: a launch is at it; 1: cells failed or are left, or all were
+    refused, and no launch is at it; 2: an error. Without NAME 0.
 
     Example: `btu status main-table --watch`
     """

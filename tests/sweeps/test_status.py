@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,6 +164,20 @@ def test_refused_cells_are_told_until_a_launch_takes_them(
     assert made.status().refused == [RefusedCell({"seed": 9}, "no such rows")]
 
 
+def test_a_sweep_of_refused_cells_alone_failed(
+    made: Made, make_sweep: Callable[..., Path], run_cli: Callable[..., Ran], tmp_path: Path
+) -> None:
+    sweep = load_sweep(make_sweep(grid={"seed": [0, 1, 2]}))
+    bare = Results(sweep.output, "bare", made.store)
+    bare.write_plan(sweep, [], [RefusedCell({"seed": 9}, "no such rows")])
+    status = sweep_status(sweep.output, "bare", NOW)
+    assert (status.cells, status.state) == ([], SweepState.failed)
+    # Killed before its first cell: nothing was refused, and nothing is done.
+    assert replace(status, refused=[]).state is SweepState.stopped
+    done = run_cli("status", "bare", "--output", tmp_path / "runs")
+    assert (done.code, "bare: failed" in done.out) == (1, True)
+
+
 # Time -------------------------------------------------------------------------------------------
 
 
@@ -273,6 +288,8 @@ def test_json_has_every_cell(made: Made, run_cli: Callable[..., Ran], tmp_path: 
     states = {cell["key"]: cell["state"] for cell in found["cells"]}
     assert states == {cell.key: "not started" for cell in made.cells} | {made.cells[0].key: "done"}
     assert found["mlflow"] is None
+    assert "--tracking-uri names another store" in found["untracked"]
+    assert "poisoned fine-tune" in found["untimed"]
 
 
 def test_without_a_name_every_sweep_has_a_line(
