@@ -100,7 +100,7 @@ class Status:
     stages: distinct ones, as (done, all). seconds_left: of computing, over all workers; None where
     a kind of stage that is left was never timed (`untimed`). at_once: how many stages the last
     launch ran at a time. optuna: its cells are chosen as it goes. held: keys with a live lease.
-    untracked: why there are no `runs`.
+    untracked: why there are no `runs`, or why they are those of an earlier look.
     """
 
     name: str

@@ -282,6 +282,36 @@ def test_the_command_tells_and_exits_by_the_state(
     assert run_cli("status", "tiny", "--output", tmp_path / "runs", "--watch").code == 0
 
 
+def test_watching_outlasts_a_server_that_does_not_answer(
+    made: Made, run_cli: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.store.register_launch("tiny-1", "tiny", [])
+    answers = iter([[RunState("a", made.cells[0].key, "FINISHED")]])
+
+    class Server:
+        def __init__(self, *_: object) -> None:
+            self.found = next(answers, None)
+            if self.found is None:
+                raise UserError("the server does not answer.")
+
+        def states(self) -> list[RunState] | None:
+            return self.found
+
+    def end(_: float) -> None:
+        made.store.release_launch("tiny-1")
+
+    monkeypatch.setattr("orchestrator.tracking.MlflowSource", Server)
+    monkeypatch.setattr("orchestrator.pages_cli.time.sleep", end)
+    where = ("--output", tmp_path / "runs", "--tracking-uri", "http://127.0.0.1:9")
+    done = run_cli("status", "tiny", *where, "--watch")
+    assert done.code == 1, done.err
+    shown = " ".join(done.out.split())
+    assert "1 finished, 0 failed. Of an earlier look: the server does not answer." in shown
+    # The first look has nothing to fall back on.
+    done = run_cli("status", "tiny", *where)
+    assert (done.code, "does not answer" in done.err) == (2, True)
+
+
 def test_json_has_every_cell(made: Made, run_cli: Callable[..., Ran], tmp_path: Path) -> None:
     made.finish(made.cells[0].key)
     found = json.loads(run_cli("status", "tiny", "--output", tmp_path / "runs", "--json").out)
