@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from conftest import Ran
 
 NAN = float("nan")
+LATIN = "".join(map(chr, range(0xA0, 0x180)))
 
 
 def record(key: str, threshold: float = 4.5, seed: int = 0, **more: Any) -> dict[str, Any]:
@@ -85,6 +86,8 @@ def test_any_text_is_escaped() -> None:
     )
     assert latex.escaped("a\n<b>|--''") == "a \\textless{}b\\textgreater{}\\textbar{}-{}-'{}'"
     assert latex.escaped("café 中") == "café [U+4E2D]"
+    # Latin too, but not in the fonts that every document has.
+    assert latex.escaped("łąč «ð»") == "ł[U+0105]č [U+00AB][U+00F0][U+00BB]"
 
 
 def test_settings_are_readable() -> None:
@@ -406,7 +409,7 @@ def test_numbers_are_those_of_mlflow_to_the_last_digit(
 def test_the_pack_compiles(pack: Path, tmp_path: Path) -> None:
     shutil.copytree(pack, tmp_path / "pack")
     # Whatever a value holds, it is text.
-    odd = record("a_%", 2.0, attack="x_y & 50% #1 {~^\\} <中>")
+    odd = record("a_%", 2.0, attack="x_y & 50% #1 {~^\\} <中>" + LATIN)
     cells = [odd, *(record(f"k{n}", float(n)) for n in range(latex.PAGE_ROWS + 1))]
     tables = tmp_path / "pack" / "tables"
     (tables / "effect.tex").write_text(effect_table(mean_table(cell_table(cells))))
