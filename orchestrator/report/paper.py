@@ -69,6 +69,8 @@ DETECTION = {
     "flagged tokens": ("detection_precision", "detection_recall", "flagged"),
     "cost": ("seconds",),
 }
+# Defenses that end with the clean tuning of the control; others tune in their own way, or not.
+TUNED_ALIKE = ("btu", "random_cut", "frequency_cut")
 FOOTNOTE = "n/a"
 _NAMES = {"poison_rate": r"rate (\%)", "seeds": "seeds", MARKS: "marks"}
 
@@ -478,9 +480,17 @@ def _training(values: Mapping[str, Sequence[Any]]) -> list[str]:
             f"epochs with AdamW{how}."
         )
     if "tuning.epochs" in values:
+        defenses = [d for d in values.get("defense.name", ()) if d not in ("none", "clean_tuning")]
+        alike = [name for name in defenses if name in TUNED_ALIKE]
+        if not alike:
+            who = "The clean-tuned control gets clean tuning"
+        elif alike == defenses:
+            who = "The defended model and the clean-tuned control get the same clean tuning"
+        else:
+            named = latex.listed([latex.escaped(name) for name in alike])
+            who = f"The models of {named} and the clean-tuned control get the same clean tuning"
         said.append(
-            "The defended model and the clean-tuned control get the same clean tuning on the "
-            f"reserved rows: {_all(values, 'tuning.epochs')} epochs at "
+            f"{who} on the reserved rows: {_all(values, 'tuning.epochs')} epochs at "
             f"{_all(values, 'tuning.learning_rate')}."
         )
     return said

@@ -322,6 +322,21 @@ def test_methods_say_what_was_not_recorded() -> None:
     assert "fine-tuned" not in text
 
 
+def test_methods_say_who_gets_the_clean_tuning() -> None:
+    def said(*defenses: str) -> str:
+        records = [record(name, defense=name) for name in defenses]
+        for one in records:
+            one["config"]["tuning"] = {"epochs": 1, "learning_rate": 0.5}
+        return methods("x", records)
+
+    same = "get the same clean tuning on the reserved rows: 1 epochs at 0.5."
+    assert f"The defended model and the clean-tuned control {same}" in said("btu", "none")
+    # ONION trains nothing; ABL and RNP tune by settings of their own.
+    mixed = said("btu", "random_cut", "onion", "rnp")
+    assert rf"The models of btu and random\_cut and the clean-tuned control {same}" in mixed
+    assert "The clean-tuned control gets clean tuning on the reserved rows: 1" in said("onion")
+
+
 def test_methods_name_all_versions_of_cells_that_mix_them() -> None:
     records = [record("a", tags={"code": "1+b, 1+a"}), record("b", 3.0, tags={"code": "1+c"})]
     assert r"btu \texttt{1+a}, \texttt{1+b} and \texttt{1+c}" in methods("x", records)
