@@ -180,6 +180,31 @@ def test_undefined_is_told_in_a_footnote() -> None:
     assert "n/a" not in effect_table(mean_table(cell_table(records)))
 
 
+def test_other_kinds_of_defenses_have_their_own_columns() -> None:
+    nothing = {"detection_precision": NAN, "detection_recall": NAN, "flagged": NAN}
+    screens = {"frr": 0.05, "far": 0.25, "seconds_defense": 3.0}
+    records = [
+        record("a"),
+        record("b", defense="cube", sample_precision=0.75, sample_recall=0.5, **nothing),
+        record("c", defense="strip", **screens, **nothing),
+    ]
+    means = mean_table(cell_table(records))
+    assert list(means["frr_n"]) == [0, 0, 1]
+    text = detection_table(means)
+    # Badnets, rate and defense lead; precision, recall and number of tokens, precision and recall
+    # of rows, FRR, FAR, seconds of the defense and of the cell follow.
+    assert [row[3:] for row in rows_of(text)] == [
+        ["100.0", "50.0", "3", "n/a", "n/a", "n/a", "n/a", "n/a", "12.0"],
+        ["n/a", "n/a", "n/a", "75.0", "50.0", "n/a", "n/a", "n/a", "12.0"],
+        ["n/a", "n/a", "n/a", "n/a", "n/a", "5.0", "25.0", "3.0", "12.0"],
+    ]
+    assert r"\multicolumn{2}{c}{screening}" in text
+    assert "turned away (FRR)" in text
+    assert "target class" not in text
+    # btu alone has none of them.
+    assert "screening" not in detection_table(mean_table(cell_table(records[:1])))
+
+
 def test_marks_come_along_with_their_meaning() -> None:
     records = over_seeds("a", (0.1, 0.2), undefended_asr=0.2)
     records[1]["metrics"]["undefended_asr"] = 0.9
