@@ -251,11 +251,11 @@ def _pairs(sides: Sequence[_Side], matched: Sequence[str]) -> tuple[list[_Pair],
         # Results of one cell by several versions are no further samples of it.
         single = [_unrepeated(cells) for cells in (ours, theirs)]
         for which, cells in enumerate((ours, theirs)):
-            side, other = "AB"[which], "BA"[which]
+            name, other = "AB"[which], "BA"[which]
             if repeated := len(cells) - len(single[which]):
-                choose = f"choose one with --revision-{side.lower()}"
+                choose = f"choose one with --revision-{name.lower()}"
                 reasons[which][
-                    f"several of {side} are equal in all settings and differ in revisions; {choose}"
+                    f"several of {name} are equal in all settings and differ in revisions; {choose}"
                 ] += repeated
             if not single[1 - which] and single[which]:
                 reasons[which][f"those of {other} differ in revisions alone"] += len(single[which])
