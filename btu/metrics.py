@@ -17,10 +17,14 @@ from btu.types import BoolArray, FloatArray
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric's meaning. higher_is_better: None where neither direction is good in itself."""
+    """A metric's meaning. higher_is_better: None where neither direction is good in itself.
+
+    fraction: of 1, which reports show in percent; False of counts and seconds.
+    """
 
     summary: str
     higher_is_better: bool | None
+    fraction: bool = True
 
 
 METRICS: dict[str, Metric] = {
@@ -46,7 +50,7 @@ METRICS: dict[str, Metric] = {
     "cut_flips": Metric(
         "up to 512 training rows with a flagged token: leave their label by the cut", None
     ),
-    "flagged": Metric("tokens flagged", None),
+    "flagged": Metric("tokens flagged", None, fraction=False),
     "undefended_asr": Metric("asr of the poisoned model, nothing done", None),
     "undefended_cacc": Metric("cacc of the poisoned model, nothing done", None),
     "undefended_ftr": Metric("ftr of the poisoned model, nothing done", None),
@@ -54,13 +58,21 @@ METRICS: dict[str, Metric] = {
     "tuned_cacc": Metric("cacc of the poisoned model after the same clean tuning", None),
     "tuned_ftr": Metric("ftr of the poisoned model after the same clean tuning", None),
     "poison_rate_reached": Metric("poisoned rows over training rows", None),
-    "poisoned_rows": Metric("training rows that carry the trigger", None),
-    "relabeled_rows": Metric("poisoned rows whose label the attack changed", None),
-    "triggers_cut_train": Metric("poisoned rows that max_length left without a trigger", None),
-    "triggers_cut_eval": Metric("triggered test rows that max_length left without a trigger", None),
-    "truncated_rows": Metric("training rows as long as max_length or cut to it", None),
-    "rows_flagged": Metric("training rows that the defense isolates or removes", None),
-    "rows_kept": Metric("training rows that the defense leaves in", None),
+    "poisoned_rows": Metric("training rows that carry the trigger", None, fraction=False),
+    "relabeled_rows": Metric("poisoned rows whose label the attack changed", None, fraction=False),
+    "triggers_cut_train": Metric(
+        "poisoned rows that max_length left without a trigger", None, fraction=False
+    ),
+    "triggers_cut_eval": Metric(
+        "triggered test rows that max_length left without a trigger", None, fraction=False
+    ),
+    "truncated_rows": Metric(
+        "training rows as long as max_length or cut to it", None, fraction=False
+    ),
+    "rows_flagged": Metric(
+        "training rows that the defense isolates or removes", None, fraction=False
+    ),
+    "rows_kept": Metric("training rows that the defense leaves in", None, fraction=False),
     "isolated_purity": Metric("lowest losses that belong to the class of most of them", None),
     "isolated_kept_before": Metric("isolated rows predicted as labelled before unlearning", None),
     "isolated_kept": Metric("isolated rows predicted as labelled after unlearning", None),
@@ -68,7 +80,9 @@ METRICS: dict[str, Metric] = {
         "accuracy lost by unlearning on up to 512 other training rows, poison left there included",
         None,
     ),
-    "unlearning_steps": Metric("steps of gradient ascent on the isolated rows", None),
+    "unlearning_steps": Metric(
+        "steps of gradient ascent on the isolated rows", None, fraction=False
+    ),
     "target_found": Metric("1 where the defense names the attack's target class, else 0", True),
     "frr": Metric("clean evaluation rows that an inference-time defense turns away", False),
     "far": Metric("triggered rows that an inference-time defense lets through", False),
@@ -78,12 +92,16 @@ METRICS: dict[str, Metric] = {
     "trigger_removed": Metric("triggered rows in which nothing of the trigger is left", True),
     "unlearned_accuracy": Metric("rnp: accuracy on the clean rows after unlearning them", None),
     "recovered_accuracy": Metric("rnp: accuracy on the unlearned rows, masks learned", None),
-    "neurons_pruned": Metric("rnp: feed-forward units and attention heads pruned", None),
+    "neurons_pruned": Metric(
+        "rnp: feed-forward units and attention heads pruned", None, fraction=False
+    ),
     "prune_threshold": Metric("rnp: masks up to this were pruned; none where none was", None),
     "prune_cost": Metric("rnp: accuracy on held-out clean rows that pruning costs", False),
-    "clean_rows_used": Metric("reserved clean rows that the defense learns from", False),
-    "seconds_defense": Metric("wall time of the defense's own stages", False),
-    "seconds": Metric("wall time of the trial", False),
+    "clean_rows_used": Metric(
+        "reserved clean rows that the defense learns from", False, fraction=False
+    ),
+    "seconds_defense": Metric("wall time of the defense's own stages", False, fraction=False),
+    "seconds": Metric("wall time of the trial", False, fraction=False),
 }
 _PROPORTIONS = (
     [f"{state}{name}" for state in ("", "undefended_", "tuned_") for name in ("asr", "cacc", "ftr")]
@@ -97,7 +115,7 @@ _PROPORTIONS = (
 for _name in _PROPORTIONS:
     METRICS[f"{_name}_low"] = Metric(f"lower end of the 95 % Wilson interval of {_name}", None)
     METRICS[f"{_name}_high"] = Metric(f"upper end of the 95 % Wilson interval of {_name}", None)
-    METRICS[f"{_name}_n"] = Metric(f"rows or tokens behind {_name}", None)
+    METRICS[f"{_name}_n"] = Metric(f"rows or tokens behind {_name}", None, fraction=False)
 
 
 def metric(name: str) -> Metric:

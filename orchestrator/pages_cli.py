@@ -68,8 +68,8 @@ def status(
     From what is on disk, and beside it what MLflow has; changes nothing, and may look while the
     sweep runs elsewhere. *Orphaned*: whoever was at it is gone; the next launch takes it over.
 
-    Exit code 0: every cell is done; 3: a launch is at it; 1: cells failed or are left, and no
-    launch is at it; 2: an error. Without NAME 0.
+    Exit code 0: every cell is done; 3: a launch is at it; 1: cells failed or are left, or all were
+    refused, and no launch is at it; 2: an error. Without NAME 0.
 
     Example: `btu status main-table --watch`
     """
@@ -98,7 +98,7 @@ def status(
         with Live(_page(stand), console=console, auto_refresh=False) as live:
             while stand.state is SweepState.running:
                 time.sleep(WATCH_SECONDS)
-                stand = _with_runs(sweep_status(output, name), output, tracking_uri)
+                stand = _with_runs(sweep_status(output, name), output, tracking_uri, stand)
                 live.update(_page(stand), refresh=True)
     else:
         for part in _page(stand).renderables:
@@ -109,8 +109,11 @@ def status(
         raise typer.Exit(EXIT_INCOMPLETE)
 
 
-def _with_runs(stand: Status, output: str, uri: str | None) -> Status:
-    """Return the status with what MLflow says, or why it says nothing."""
+def _with_runs(stand: Status, output: str, uri: str | None, before: Status | None = None) -> Status:
+    """Return the status with what MLflow says, or why it says nothing.
+
+    before: the last look. What MLflow said then stands as long as it does not answer again.
+    """
     from dataclasses import replace
 
     from orchestrator import tracking
@@ -120,6 +123,8 @@ def _with_runs(stand: Status, output: str, uri: str | None) -> Status:
         where = tracking.absolute(uri) if uri else tracking.default_uri(output)
         states = tracking.MlflowSource(where, stand.name).states()
     except UserError as error:
+        if before is not None and before.runs is not None:
+            return replace(stand, runs=before.runs, untracked=str(error))
         if uri is not None:
             raise
         # The sweep's own URI is nowhere on disk, since it may hold a password.
@@ -234,7 +239,7 @@ def _mlflow_line(stand: Status) -> str:
         line += f" ({len(runs.orphaned)} of them orphaned: {', '.join(runs.orphaned[:3])})"
     if runs.missing or runs.orphaned:
         line += f"; {runs.missing} missing. btu sync {stand.name} writes and closes them"
-    return line + "."
+    return f"{line}." + (f" Of an earlier look: {stand.untracked}" if stand.untracked else "")
 
 
 def compare(

@@ -82,7 +82,8 @@ def compare(
     Settings that only one side knows (a version that has a key the other lacks) are not looked at,
     nor those of `across`, nor paths, resources and revisions. Of `defense`, `train` and `tuning` a
     setting of which each side has one value, and not the same, is what is compared. A cell may have
-    several counterparts, as one without a defense has for several thresholds.
+    several counterparts, as one without a defense has for several thresholds. Cells of one side
+    that are equal in all settings, of several versions, have none: `of_revision` chooses.
 
     Raises:
         UserError: no cell has a counterpart; there is no such metric, or key of `across`.
@@ -245,15 +246,27 @@ def _pairs(sides: Sequence[_Side], matched: Sequence[str]) -> tuple[list[_Pair],
     reasons: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
     for at, ours in groups[0].items():
         theirs = groups[1].get(at, [])
-        if len(ours) > 1 and len(theirs) > 1:
-            key = _telling(ours) or _telling(theirs)
-            apart = f"they differ in {key}" if key else "they differ in revisions"
-            for which, cells in enumerate((ours, theirs)):
+        if not theirs:
+            continue
+        # Results of one cell by several versions are no further samples of it.
+        single = [_unrepeated(cells) for cells in (ours, theirs)]
+        for which, cells in enumerate((ours, theirs)):
+            name, other = "AB"[which], "BA"[which]
+            if repeated := len(cells) - len(single[which]):
+                choose = f"choose one with --revision-{name.lower()}"
+                reasons[which][
+                    f"several of {name} are equal in all settings and differ in revisions; {choose}"
+                ] += repeated
+            if not single[1 - which] and single[which]:
+                reasons[which][f"those of {other} differ in revisions alone"] += len(single[which])
+        if len(single[0]) > 1 and len(single[1]) > 1:
+            apart = f"they differ in {_telling(single[0])}"
+            for which, cells in enumerate(single):
                 reasons[which][f"several of each side are equal in what both have: {apart}"] += len(
                     cells
                 )
             continue
-        pairs += [(one, other) for one in ours for other in theirs]
+        pairs += [(one, other) for one in single[0] for other in single[1]]
     for which, (mine, others) in enumerate(((groups[0], groups[1]), (groups[1], groups[0]))):
         values = [{at[i] for at in others} for i in range(len(matched))]
         for at, cells in mine.items():
@@ -269,10 +282,17 @@ def _pairs(sides: Sequence[_Side], matched: Sequence[str]) -> tuple[list[_Pair],
     return pairs, notes
 
 
+def _unrepeated(cells: _Side) -> _Side:
+    """Return the cells that no other has all settings of."""
+    settings = [frozenset(acts.items()) for _, acts in cells]
+    times = Counter(settings)
+    return [cell for cell, own in zip(cells, settings, strict=True) if times[own] == 1]
+
+
 def _telling(cells: _Side) -> str:
-    """Return a setting in which cells differ, empty if there is none."""
+    """Return a setting in which cells of unlike settings differ."""
     keys = _ordered_keys(cells)
-    return next((k for k in keys if len({acts.get(k) for _, acts in cells}) > 1), "")
+    return next(k for k in keys if len({acts.get(k) for _, acts in cells}) > 1)
 
 
 def _why(

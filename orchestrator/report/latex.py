@@ -27,8 +27,10 @@ _SPECIAL = {
     "`": "{`}",
 }
 _PAIRS = ("--", "''", ",,")
-# pdflatex knows Latin letters by itself, and stops at what it does not know.
+# pdflatex knows Latin letters by itself, and stops at what it does not know. These need T1 fonts,
+# which a document that reads the tables may lack, or other packages.
 _LAST_KNOWN = 0x17F
+_UNKNOWN = frozenset("«»ÐÞðþĄąĐđĘęĦħĮįĸĿŀŉŊŋŦŧŲųſ")
 
 
 def escaped(text: object) -> str:
@@ -42,13 +44,18 @@ def escaped(text: object) -> str:
             found.append(_SPECIAL[character])
         elif character.isspace():
             found.append(" ")
-        elif not character.isprintable() or ord(character) > _LAST_KNOWN:
+        elif not _printed(character):
             found.append(f"[U+{ord(character):04X}]")
         else:
             found.append(character)
         if str(text)[position : position + 2] in _PAIRS:
             found.append("{}")
     return "".join(found)
+
+
+def _printed(character: str) -> bool:
+    known = ord(character) <= _LAST_KNOWN and character not in _UNKNOWN
+    return known and character.isprintable()
 
 
 def value(given: Any) -> str:

@@ -33,9 +33,11 @@ from orchestrator.report.statistics import ties_with_best
 from orchestrator.report.table import (
     MARKS,
     METRIC_COLUMNS,
+    PLAIN,
     coordinates,
     in_order,
     mean_over_seeds,
+    metric_columns,
     reading,
 )
 
@@ -58,6 +60,13 @@ HEADS = {
     "detection_precision": "precision",
     "detection_recall": "recall",
     "flagged": "flagged",
+    "sample_precision": "precision",
+    "sample_recall": "recall",
+    "target_found": "found",
+    "frr": "FRR",
+    "far": "FAR",
+    "trigger_removed": "removed",
+    "seconds_defense": "defense",
     "seconds": "seconds",
 }
 EFFECT = {
@@ -65,10 +74,22 @@ EFFECT = {
     "clean-tuned": ("tuned_asr", "tuned_cacc"),
     "defended": ("asr", "ftr", "cacc"),
 }
+# Those of other defenses than btu are shown where `metric_columns` has them.
 DETECTION = {
     "flagged tokens": ("detection_precision", "detection_recall", "flagged"),
-    "cost": ("seconds",),
+    "flagged rows": ("sample_precision", "sample_recall"),
+    "target": ("target_found",),
+    "screening": ("frr", "far", "trigger_removed"),
+    "cost": ("seconds_defense", "seconds"),
 }
+_TOLD = {
+    "flagged rows": "Flagged rows: against the poisoned training rows.",
+    "target": "Target: cells in which the defense names the target class.",
+    "screening": "Screening: clean rows turned away (FRR), triggered rows let through (FAR), and "
+    "triggered rows that are left without the trigger (removed).",
+}
+# Defenses that end with the clean tuning of the control; others tune in their own way, or not.
+TUNED_ALIKE = ("btu", "random_cut", "frequency_cut")
 FOOTNOTE = "n/a"
 _NAMES = {"poison_rate": r"rate (\%)", "seeds": "seeds", MARKS: "marks"}
 
@@ -145,10 +166,11 @@ def mean_table(cells: pd.DataFrame) -> pd.DataFrame:
     run_ids, separated by spaces.
     """
     where = _coordinates(cells)
-    table = mean_over_seeds(cells[[*where, "seed", *METRIC_COLUMNS, MARKS]])
+    metrics = metric_columns(cells)
+    table = mean_over_seeds(cells[[*where, "seed", *metrics, MARKS]])
     groups = [group for _, group in cells.groupby(where, sort=False, dropna=False)]
     further: dict[str, list[Any]] = {
-        f"{name}_n": [int(group[name].notna().sum()) for group in groups] for name in METRIC_COLUMNS
+        f"{name}_n": [int(group[name].notna().sum()) for group in groups] for name in metrics
     }
     further |= {f"{name}_bold": _bold(table, groups, name) for name in COMPETED}
     for name, column in (("keys", "key"), ("run_ids", "run_id")):
@@ -208,8 +230,15 @@ def effect_table(means: pd.DataFrame) -> str:
 def detection_table(means: pd.DataFrame) -> str:
     """Return the table of what the defense flags and what a cell costs, in LaTeX."""
     what = "Flagged tokens against the tokens of the trigger, and wall time of a cell in seconds, "
-    what += "with the stages that it shares with others."
-    return _results("detection", what, DETECTION, means)
+    what += "with the stages that it shares with others"
+    what += " (defense: its own stages)." if "seconds_defense" in means else "."
+    groups = {
+        title: shown
+        for title, part in DETECTION.items()
+        if (shown := [metric for metric in part if metric in means])
+    }
+    what = " ".join((what, *(told for title, told in _TOLD.items() if title in groups)))
+    return _results("detection", what, groups, means)
 
 
 def _results(name: str, what: str, groups: Mapping[str, Sequence[str]], means: pd.DataFrame) -> str:
@@ -300,12 +329,12 @@ def _notes(means: pd.DataFrame, metrics: Sequence[str]) -> list[str]:
     names = latex.listed(list(dict.fromkeys(HEADS[name] for name in undefined)))
     return [
         f"{FOOTNOTE}: {names} undefined: the attack has no fixed trigger tokens, there is nothing "
-        "to find, nothing was flagged, or no defense flags."
+        "to find, nothing was flagged, or no defense of the kind that has it."
     ]
 
 
 def _units(metrics: Iterable[str]) -> str:
-    rates = any(name not in ("flagged", "seconds") for name in metrics)
+    rates = any(name not in PLAIN for name in metrics)
     return r"Rates and accuracies in \%." if rates else ""
 
 
@@ -478,9 +507,17 @@ def _training(values: Mapping[str, Sequence[Any]]) -> list[str]:
             f"epochs with AdamW{how}."
         )
     if "tuning.epochs" in values:
+        defenses = [d for d in values.get("defense.name", ()) if d not in ("none", "clean_tuning")]
+        alike = [name for name in defenses if name in TUNED_ALIKE]
+        if not alike:
+            who = "The clean-tuned control gets clean tuning"
+        elif alike == defenses:
+            who = "The defended model and the clean-tuned control get the same clean tuning"
+        else:
+            named = latex.listed([latex.escaped(name) for name in alike])
+            who = f"The models of {named} and the clean-tuned control get the same clean tuning"
         said.append(
-            "The defended model and the clean-tuned control get the same clean tuning on the "
-            f"reserved rows: {_all(values, 'tuning.epochs')} epochs at "
+            f"{who} on the reserved rows: {_all(values, 'tuning.epochs')} epochs at "
             f"{_all(values, 'tuning.learning_rate')}."
         )
     return said

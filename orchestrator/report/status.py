@@ -44,7 +44,11 @@ class CellState(StrEnum):
 
 
 class SweepState(StrEnum):
-    """Where a sweep stands. stopped: cells are left, and no launch is at it."""
+    """Where a sweep stands.
+
+    failed: cells failed and none are left, or all were refused. stopped: cells are left, or none
+    was launched yet, and no launch is at it.
+    """
 
     done = "done"
     running = "running"
@@ -96,7 +100,7 @@ class Status:
     stages: distinct ones, as (done, all). seconds_left: of computing, over all workers; None where
     a kind of stage that is left was never timed (`untimed`). at_once: how many stages the last
     launch ran at a time. optuna: its cells are chosen as it goes. held: keys with a live lease.
-    untracked: why there are no `runs`.
+    untracked: why there are no `runs`, or why they are those of an earlier look.
     """
 
     name: str
@@ -124,6 +128,8 @@ class Status:
         """Where the sweep as a whole stands."""
         if any(not launch.lost for launch in self.launches):
             return SweepState.running
+        if not self.cells:
+            return SweepState.failed if self.refused else SweepState.stopped
         counts = self.counts
         if counts[CellState.done] == len(self.cells):
             return SweepState.done
@@ -150,6 +156,7 @@ class Status:
             "stages": {"done": self.stages[0], "all": self.stages[1]},
             "seconds_left": self.seconds_left,
             "eta": self.eta,
+            "untimed": list(self.untimed),
             "cells": [cell._asdict() for cell in self.cells],
             "refused": [
                 {"varied": dict(cell.varied), "reason": cell.reason} for cell in self.refused
@@ -157,6 +164,7 @@ class Status:
             "work": [work._asdict() for work in self.work],
             "launches": [launch._asdict() for launch in self.launches],
             "mlflow": None if self.runs is None else asdict(self.runs),
+            "untracked": self.untracked,
         }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from btu.errors import unknown
+from btu.metrics import METRICS
 from orchestrator.config import CONTROL, NAMED_SECTIONS, flatten
 from orchestrator.guards import GUARDS, joined, marks
 from orchestrator.report.statistics import half_width
@@ -49,7 +50,7 @@ ALL_METRICS = (*METRIC_COLUMNS, *DEFENSE_COLUMNS)
 MARKS = "marks"
 RECIPE = "revision.recipe"
 # Shown as they are; every other metric is a fraction and is shown in percent.
-PLAIN = ("flagged", "seconds", "seconds_defense")
+PLAIN = frozenset(name for name, entry in METRICS.items() if not entry.fraction)
 
 
 def results_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -165,3 +166,17 @@ def test_every_metric_says_what_it_is_and_which_way_is_better() -> None:
 def test_whatever_a_proportion_logs_is_a_known_metric(state: str, name: str) -> None:
     logged = Proportion(1, 2).as_metrics(f"{state}{name}")
     assert set(logged) <= set(METRICS)
+
+
+def test_counts_and_seconds_are_no_fractions() -> None:
+    counted = {name for name, entry in METRICS.items() if not entry.fraction}
+    named = {n for n in METRICS if re.match(r"rows_|seconds|.*_(n|rows)$", n)}
+    assert named <= counted
+    assert counted - named == {
+        "flagged",
+        "unlearning_steps",
+        "neurons_pruned",
+        "clean_rows_used",
+        "triggers_cut_train",
+        "triggers_cut_eval",
+    }

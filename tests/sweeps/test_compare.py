@@ -211,6 +211,27 @@ def test_several_on_both_sides_are_no_pairs_unless_told_apart() -> None:
     assert len(compare(a[:1], b, ["asr"], across=["defense.threshold"]).pairs) == 2
 
 
+def test_results_of_several_versions_of_a_cell_are_no_further_pairs() -> None:
+    # Seed 0 of B was computed again: it would count twice.
+    a, b = seeds("a", (0.1, 0.2)), seeds("b", (0.2, 0.4))
+    again = [record("b0-new", {"asr": 0.9}, {"recipe": "2"}, seed=0)]
+    found = compare(a, [*b, *again], ["asr"])
+    assert list(found.pairs["key_b"]) == ["b1"]
+    assert (
+        "2 of 3 cells of B have no counterpart: several of B are equal in all settings and differ "
+        "in revisions; choose one with --revision-b."
+    ) in found.notes
+    assert (
+        "1 of 2 cells of A have no counterpart: those of B differ in revisions alone."
+    ) in found.notes
+    with pytest.raises(UserError, match="choose one with --revision-b"):
+        compare(a[:1], [*b[:1], *again], ["asr"])
+    # Those of other thresholds are told apart, and stay.
+    other = record("b0-3", {"asr": 0.5}, seed=0, threshold=3.0)
+    found = compare(a, [*b, *again, other], ["asr"], across=["defense.threshold"])
+    assert set(found.pairs["key_b"]) == {"b0-3", "b1"}
+
+
 def test_groups_tell_how_many_seeds_bear_a_mark() -> None:
     a, b = seeds("a", (0.1, 0.2)), seeds("b", (0.2, 0.3))
     # An undefended ASR below 0.5 is no attack.
@@ -260,6 +281,13 @@ def test_people_read_percent_points() -> None:
     # 10, 11, 12 against 13, 14, 15: always 3 s less, without spread.
     assert (second["metric"], second["A - B"], second["p"]) == ("seconds", "-3.0 ± 0.0", "-")
     assert (third["n"], third["A"], third["A - B"]) == (0, "-", "-")
+
+
+def test_people_read_counts_as_they_are() -> None:
+    a, b = seeds("a", (120.0, 122.0), "rows_flagged"), seeds("b", (100.0, 102.0), "rows_flagged")
+    metrics = ["rows_flagged"]
+    (row,) = readable_differences(group_table(compare(a, b, metrics), metrics)).to_dict("records")
+    assert (row["metric"], row["A"], row["A - B"]) == ("rows_flagged", "121.0", "+20.0 ± 0.0")
 
 
 @pytest.fixture

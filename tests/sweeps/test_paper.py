@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from conftest import Ran
 
 NAN = float("nan")
+LATIN = "".join(map(chr, range(0xA0, 0x180)))
 
 
 def record(key: str, threshold: float = 4.5, seed: int = 0, **more: Any) -> dict[str, Any]:
@@ -85,6 +86,8 @@ def test_any_text_is_escaped() -> None:
     )
     assert latex.escaped("a\n<b>|--''") == "a \\textless{}b\\textgreater{}\\textbar{}-{}-'{}'"
     assert latex.escaped("café 中") == "café [U+4E2D]"
+    # Latin too, but not in the fonts that every document has.
+    assert latex.escaped("łąč «ð»") == "ł[U+0105]č [U+00AB][U+00F0][U+00BB]"
 
 
 def test_settings_are_readable() -> None:
@@ -175,6 +178,31 @@ def test_undefined_is_told_in_a_footnote() -> None:
     assert "n/a" in rows_of(text)[0]
     assert "n/a: precision undefined: the attack has no fixed trigger tokens" in text
     assert "n/a" not in effect_table(mean_table(cell_table(records)))
+
+
+def test_other_kinds_of_defenses_have_their_own_columns() -> None:
+    nothing = {"detection_precision": NAN, "detection_recall": NAN, "flagged": NAN}
+    screens = {"frr": 0.05, "far": 0.25, "seconds_defense": 3.0}
+    records = [
+        record("a"),
+        record("b", defense="cube", sample_precision=0.75, sample_recall=0.5, **nothing),
+        record("c", defense="strip", **screens, **nothing),
+    ]
+    means = mean_table(cell_table(records))
+    assert list(means["frr_n"]) == [0, 0, 1]
+    text = detection_table(means)
+    # Badnets, rate and defense lead; precision, recall and number of tokens, precision and recall
+    # of rows, FRR, FAR, seconds of the defense and of the cell follow.
+    assert [row[3:] for row in rows_of(text)] == [
+        ["100.0", "50.0", "3", "n/a", "n/a", "n/a", "n/a", "n/a", "12.0"],
+        ["n/a", "n/a", "n/a", "75.0", "50.0", "n/a", "n/a", "n/a", "12.0"],
+        ["n/a", "n/a", "n/a", "n/a", "n/a", "5.0", "25.0", "3.0", "12.0"],
+    ]
+    assert r"\multicolumn{2}{c}{screening}" in text
+    assert "turned away (FRR)" in text
+    assert "target class" not in text
+    # btu alone has none of them.
+    assert "screening" not in detection_table(mean_table(cell_table(records[:1])))
 
 
 def test_marks_come_along_with_their_meaning() -> None:
@@ -319,6 +347,21 @@ def test_methods_say_what_was_not_recorded() -> None:
     assert "fine-tuned" not in text
 
 
+def test_methods_say_who_gets_the_clean_tuning() -> None:
+    def said(*defenses: str) -> str:
+        records = [record(name, defense=name) for name in defenses]
+        for one in records:
+            one["config"]["tuning"] = {"epochs": 1, "learning_rate": 0.5}
+        return methods("x", records)
+
+    same = "get the same clean tuning on the reserved rows: 1 epochs at 0.5."
+    assert f"The defended model and the clean-tuned control {same}" in said("btu", "none")
+    # ONION trains nothing; ABL and RNP tune by settings of their own.
+    mixed = said("btu", "random_cut", "onion", "rnp")
+    assert rf"The models of btu and random\_cut and the clean-tuned control {same}" in mixed
+    assert "The clean-tuned control gets clean tuning on the reserved rows: 1" in said("onion")
+
+
 def test_methods_name_all_versions_of_cells_that_mix_them() -> None:
     records = [record("a", tags={"code": "1+b, 1+a"}), record("b", 3.0, tags={"code": "1+c"})]
     assert r"btu \texttt{1+a}, \texttt{1+b} and \texttt{1+c}" in methods("x", records)
@@ -406,7 +449,7 @@ def test_numbers_are_those_of_mlflow_to_the_last_digit(
 def test_the_pack_compiles(pack: Path, tmp_path: Path) -> None:
     shutil.copytree(pack, tmp_path / "pack")
     # Whatever a value holds, it is text.
-    odd = record("a_%", 2.0, attack="x_y & 50% #1 {~^\\} <中>")
+    odd = record("a_%", 2.0, attack="x_y & 50% #1 {~^\\} <中>" + LATIN)
     cells = [odd, *(record(f"k{n}", float(n)) for n in range(latex.PAGE_ROWS + 1))]
     tables = tmp_path / "pack" / "tables"
     (tables / "effect.tex").write_text(effect_table(mean_table(cell_table(cells))))

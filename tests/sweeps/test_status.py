@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,6 +164,20 @@ def test_refused_cells_are_told_until_a_launch_takes_them(
     assert made.status().refused == [RefusedCell({"seed": 9}, "no such rows")]
 
 
+def test_a_sweep_of_refused_cells_alone_failed(
+    made: Made, make_sweep: Callable[..., Path], run_cli: Callable[..., Ran], tmp_path: Path
+) -> None:
+    sweep = load_sweep(make_sweep(grid={"seed": [0, 1, 2]}))
+    bare = Results(sweep.output, "bare", made.store)
+    bare.write_plan(sweep, [], [RefusedCell({"seed": 9}, "no such rows")])
+    status = sweep_status(sweep.output, "bare", NOW)
+    assert (status.cells, status.state) == ([], SweepState.failed)
+    # Killed before its first cell: nothing was refused, and nothing is done.
+    assert replace(status, refused=[]).state is SweepState.stopped
+    done = run_cli("status", "bare", "--output", tmp_path / "runs")
+    assert (done.code, "bare: failed" in done.out) == (1, True)
+
+
 # Time -------------------------------------------------------------------------------------------
 
 
@@ -267,12 +282,44 @@ def test_the_command_tells_and_exits_by_the_state(
     assert run_cli("status", "tiny", "--output", tmp_path / "runs", "--watch").code == 0
 
 
+def test_watching_outlasts_a_server_that_does_not_answer(
+    made: Made, run_cli: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.store.register_launch("tiny-1", "tiny", [])
+    answers = iter([[RunState("a", made.cells[0].key, "FINISHED")]])
+
+    class Server:
+        def __init__(self, *_: object) -> None:
+            self.found = next(answers, None)
+            if self.found is None:
+                raise UserError("the server does not answer.")
+
+        def states(self) -> list[RunState] | None:
+            return self.found
+
+    def end(_: float) -> None:
+        made.store.release_launch("tiny-1")
+
+    monkeypatch.setattr("orchestrator.tracking.MlflowSource", Server)
+    monkeypatch.setattr("orchestrator.pages_cli.time.sleep", end)
+    where = ("--output", tmp_path / "runs", "--tracking-uri", "http://127.0.0.1:9")
+    done = run_cli("status", "tiny", *where, "--watch")
+    assert done.code == 1, done.err
+    shown = " ".join(done.out.split())
+    assert "1 finished, 0 failed. Of an earlier look: the server does not answer." in shown
+    # The first look has nothing to fall back on.
+    done = run_cli("status", "tiny", *where)
+    assert (done.code, "does not answer" in done.err) == (2, True)
+
+
 def test_json_has_every_cell(made: Made, run_cli: Callable[..., Ran], tmp_path: Path) -> None:
     made.finish(made.cells[0].key)
     found = json.loads(run_cli("status", "tiny", "--output", tmp_path / "runs", "--json").out)
     states = {cell["key"]: cell["state"] for cell in found["cells"]}
     assert states == {cell.key: "not started" for cell in made.cells} | {made.cells[0].key: "done"}
     assert found["mlflow"] is None
+    assert "--tracking-uri names another store" in found["untracked"]
+    assert "poisoned fine-tune" in found["untimed"]
 
 
 def test_without_a_name_every_sweep_has_a_line(
