@@ -325,7 +325,9 @@ def _grid(
     part: pd.DataFrame, value: pd.Series[float], rows: list[str], columns: list[str]
 ) -> tuple[list[list[float | None]], list[list[bool]]]:
     keys = [part["place"], part["poison_rate"].map(_short)]
-    mean, marked = value.groupby(keys).mean(), (part["marks"] != "").groupby(keys).any()
+    # A seed may have several cells, as many as defenses: it counts once.
+    mean = value.groupby([*keys, part["seed"]]).mean().groupby(level=[0, 1]).mean()
+    marked = (part["marks"] != "").groupby(keys).any()
     found = {key: None if v != v else float(v) for key, v in mean.items()}
     flags = dict(marked.items())
     return (
@@ -356,7 +358,11 @@ def _front(part: pd.DataFrame, families: list[str]) -> Iterator[Series]:
         ("undefended", "undefended", "x"),
         ("tuned", "clean-tuned alone", "circle-open"),
     ):
-        x, y = _column(part, f"{name}_asr").mean(), _column(part, f"{name}_cacc").mean()
+        # Every cell of a seed has them: a seed counts once, however many cells it has.
+        x, y = (
+            _column(part, f"{name}_{metric}").groupby(part["seed"]).mean().mean()
+            for metric in ("asr", "cacc")
+        )
         if x == x and y == y:
             yield Series(label, [float(x)], [float(y)], GRAY, marker=marker, size=10, tip=[label])
     for family, mine in part[part["defense"] != "none"].groupby("family", sort=False):

@@ -269,6 +269,25 @@ def test_a_map_has_the_mean_of_its_seeds_and_marks_it() -> None:
     assert trace["text"] == [["", "70.0"], ["30.0 \N{DAGGER}", ""]]
 
 
+def test_a_seed_with_more_cells_weighs_no_more_in_what_all_cells_have() -> None:
+    # Undefended 0.9 at seed 0, in three cells, and 0.5 at seed 1, in one: 0.7 over seeds, not the
+    # 0.8 over cells. Tuned likewise 0.8 and 0.4: 0.6, not 0.7.
+    first = {"undefended_asr": 0.9, "undefended_cacc": 0.9, "tuned_asr": 0.8, "tuned_cacc": 0.8}
+    second = {"undefended_asr": 0.5, "undefended_cacc": 0.5, "tuned_asr": 0.4, "tuned_cacc": 0.4}
+    records = records_of(
+        *(("badnets", 0.1, 0, "contrast", bar, first) for bar in (2.0, 4.5, 9.0)),
+        ("badnets", 0.1, 1, "contrast", 2.0, second),
+        ("badnets", 0.2, 0, "contrast", 2.0, first),
+    )
+    heat = chart("heatmaps", records).panels[0].heat
+    assert heat is not None
+    assert heat.shares == [[pytest.approx(0.7), pytest.approx(0.9)]]
+    panel = chart("pareto", records).panels[0]
+    for label, mean in (("undefended", 0.7), ("clean-tuned alone", 0.6)):
+        drawn = series(panel, label)
+        assert (drawn.x, drawn.y) == ([pytest.approx(mean)], [pytest.approx(mean)])
+
+
 def test_a_front_holds_what_nothing_else_beats() -> None:
     # (0.1, 0.8), (0.2, 0.9), (0.5, 0.95) improve in turn; (0.3, 0.85) and the second (0.2, 0.9)
     # do not, and (0.1, 0.7) has the ASR of the first with less accuracy.
