@@ -529,13 +529,15 @@ def _costs(records: list[Mapping[str, Any]], table: pd.DataFrame) -> Chart:
 def stage_seconds(record: Mapping[str, Any]) -> dict[str, float]:
     """Return what each stage of a cell took, by name; together they make its ``seconds``.
 
-    Without a defense one evaluation has two names, defended and undefended; it is counted once.
+    Where the defended model is one of the others, as without a defense or with clean tuning alone,
+    one evaluation has two names; it is counted once.
     """
     metrics = record.get("metrics") or {}
     lead = "seconds/"
     found = {n.removeprefix(lead): float(v) for n, v in metrics.items() if n.startswith(lead)}
     twice = found.get("evaluate defended")
-    if twice is not None and twice == found.get("evaluate undefended"):
+    others = [found.get(f"evaluate {name}") for name in ("undefended", "tuned")]
+    if twice is not None and twice in others:
         total = float(metrics.get("seconds", float("nan")))
         if abs(sum(found.values()) - twice - total) < abs(sum(found.values()) - total):
             del found["evaluate defended"]

@@ -359,6 +359,18 @@ def test_the_stages_of_a_cell_make_its_seconds(rule: str | None) -> None:
     assert sum(stage_seconds(record).values()) == pytest.approx(record["metrics"]["seconds"])
 
 
+@pytest.mark.parametrize(("total", "counted"), [(11.0, False), (13.5, True)])
+def test_clean_tuning_is_evaluated_once_under_two_names(total: float, counted: bool) -> None:
+    # 2.6 + 2.5 + 5.9 = 11: there the defended model is the tuned one. At 13.5 another model took
+    # 2.5 seconds too.
+    took = {"evaluate undefended": 2.6, "evaluate tuned": 2.5, "evaluate defended": 2.5,
+            "poisoned fine-tune": 5.9}  # fmt: skip
+    metrics = {f"seconds/{name}": seconds for name, seconds in took.items()}
+    found = stage_seconds({"metrics": metrics | {"seconds": total}})
+    assert ("evaluate defended" in found) is counted
+    assert sum(found.values()) == pytest.approx(total)
+
+
 def test_bars_are_means_over_cells() -> None:
     records = records_of(("badnets", 0.1, 0, "contrast", 4.5), ("badnets", 0.1, 1, "contrast", 4.5))
     for record, seconds in zip(records, (1.0, 4.0), strict=True):
