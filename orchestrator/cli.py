@@ -500,6 +500,11 @@ def report(
 
     if html is not None:
         check_page(html)
+    for option, folder in (("--figures", figures), ("--paper", paper)):
+        if folder is not None:
+            from orchestrator.report.figures import check_folder
+
+            check_folder(option, folder)
     source = open_source(name, output, tracking_uri, _warn)
     records = source.records()
     table = results_table(records)

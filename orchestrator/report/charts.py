@@ -178,8 +178,8 @@ def _short(value: Any) -> str:
 
 
 def _numbers(values: Iterable[float]) -> list[float | None]:
-    """Return floats, None for NaN: JSON has none."""
-    return [None if value != value else float(value) for value in values]
+    """Return floats, None for what is not finite: JSON has none."""
+    return [float(value) if np.isfinite(value) else None for value in values]
 
 
 def _column(table: pd.DataFrame, name: str) -> pd.Series[float]:
@@ -431,6 +431,9 @@ def _drifts(table: pd.DataFrame, tokens: Callable[[str], pd.DataFrame | None]) -
             if len(rounds) > 1:
                 title += f", round {name.removeprefix('drift_')}"
             drawn, dropped = _cloud(found, name)
+            infinite = int(np.isinf(found.loc[found["count"] > 0, name]).sum())
+            if infinite:
+                notes.append(f"{title}: {infinite} tokens of infinite drift are not drawn.")
             if dropped:
                 notes.append(f"{title}: {dropped} flagged clean tokens that moved least are not "
                              "drawn.")  # fmt: skip
@@ -446,7 +449,7 @@ def _drifts(table: pd.DataFrame, tokens: Callable[[str], pd.DataFrame | None]) -
 
 def _cloud(tokens: pd.DataFrame, column: str) -> tuple[list[Series], int]:
     """Return the tokens of one exposure round, thinned, and how many flagged ones are left out."""
-    seen = tokens[(tokens["count"] > 0) & tokens[column].notna()]
+    seen = tokens[(tokens["count"] > 0) & np.isfinite(tokens[column])]
     flagged, trigger = seen["flagged"].astype(bool), seen["trigger"].astype(bool)
     clean = seen[flagged & ~trigger]
     kept = clean.nlargest(MOST_FLAGGED, column)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import copy
+import errno
+import json
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +23,8 @@ from btu.errors import UserError
 from orchestrator.report import charts as charts_module
 from orchestrator.report import figures as figures_module
 from orchestrator.report.charts import BULK, Chart, Series, charts, front, stage_seconds
-from orchestrator.report.figures import write_figures
-from orchestrator.report.html import figure, page
+from orchestrator.report.figures import check_folder, write_figures
+from orchestrator.report.html import check_page, figure, page, write_page
 from orchestrator.report.table import METRIC_COLUMNS
 from orchestrator.source import Source, open_source
 
@@ -349,6 +352,17 @@ def test_markup_in_a_token_is_shown_as_it_is() -> None:
     figures_module.chart_figure([panel])  # matplotlib would raise at mathematics that is none
 
 
+def test_tokens_of_infinite_drift_are_counted_and_not_drawn() -> None:
+    tokens = drifts("badnets", 0.1, 0, 600).assign(flagged=lambda t: t["token_id"] < 50)
+    tokens.loc[tokens.index[:2], ["drift_3", "count"]] = [math.inf, 7]
+    made = drift_chart(tokens)
+    assert "2 tokens of infinite drift are not drawn" in " ".join(made.notes)
+    drawn = [y for one in made.panels[0].series for y in one.y]
+    assert drawn
+    assert all(math.isfinite(y) for y in drawn)
+    json.dumps(figure(made.panels[0]), allow_nan=False)  # raises at what a page cannot hold
+
+
 # Cost ------------------------------------------------------------------------------------------
 
 
@@ -415,8 +429,24 @@ def test_figures_refuse_what_they_cannot_do(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(UserError, match="is a file; name a folder for the figures"):
         write_figures(held, file)
+    with pytest.raises(UserError, match=r"file/in cannot be written \(Not a directory\)"):
+        write_figures(held, file / "in")
     with pytest.raises(UserError, match="no finished cell yet"):
         write_figures(Held([]), tmp_path)
+
+
+def test_a_page_that_the_disk_does_not_take_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "replace", full)
+    held = Held(records_of(("badnets", 0.1, 0, "contrast", 4.5)))
+    told = r"--html \S+page\.html cannot be written \(No space left on device\)"
+    with pytest.raises(UserError, match=told):
+        write_page(held, tmp_path / "page.html")
+    assert list(tmp_path.iterdir()) == []
 
 
 # The command -----------------------------------------------------------------------------------
@@ -452,3 +482,27 @@ def test_a_page_that_cannot_be_written_is_refused_first(
     ran = run_cli("report", "no-such-sweep", "--output", tmp_path, "--html", tmp_path / path)
     assert ran.code == 2
     assert re.search(told, ran.err)
+
+
+@pytest.mark.parametrize("option", ["--figures", "--paper"])
+def test_a_folder_that_cannot_be_written_is_refused_first(
+    option: str, tmp_path: Path, run_cli: Callable[..., Any]
+) -> None:
+    (tmp_path / "file").touch()
+    ran = run_cli("report", "no-such-sweep", "--output", tmp_path, option, tmp_path / "file" / "x")
+    assert ran.code == 2
+    told = rf"{option} \S+file/x cannot be written: \S+file is no folder"
+    assert re.search(told, ran.err)
+
+
+def test_folders_without_permission_are_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Root may write anywhere, so the answer is given here.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(UserError, match=r"page\.html: the folder \S+ must be writable"):
+        check_page(tmp_path / "page.html")
+    with pytest.raises(UserError, match=r"--figures \S+new/in cannot be written: \S+ must be"):
+        check_folder("--figures", tmp_path / "new" / "in")
+    (tmp_path / "own").mkdir()
+    check_folder("--figures", tmp_path / "own" / "in")
