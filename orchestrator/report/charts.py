@@ -374,14 +374,17 @@ def _front(part: pd.DataFrame, families: list[str]) -> Iterator[Series]:
             continue
         tips = [f"{v}; {m}" if m else str(v) for v, m in points["marks"].items()]
         number = families.index(str(family))
-        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+        color = COLORS[number % len(COLORS)]
+        # Each time the colors begin anew, with other markers and dashes.
+        other = number + number // len(COLORS)
+        marker, dash = MARKERS[other % len(MARKERS)], DASHES[other % len(DASHES)]
         asr, cacc = points["asr"].tolist(), points["cacc"].tolist()
         yield Series(str(family), asr, cacc, color, marker=marker, size=9, tip=tips)
         best = front(asr, cacc)
         if len(best) > 1:
             yield Series(
                 f"{family}: front", [asr[i] for i in best], [cacc[i] for i in best],
-                color, DASHES[number % len(DASHES)],
+                color, dash,
             )  # fmt: skip
 
 

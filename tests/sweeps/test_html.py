@@ -298,6 +298,17 @@ def test_a_front_holds_what_nothing_else_beats() -> None:
     assert front(asr, cacc) == [1, 3, 0]
 
 
+def test_no_two_of_many_defenses_look_the_same() -> None:
+    # Seven: one more than there are colors.
+    records = records_of(*[("badnets", 0.1, 0, None, None)] * 7)
+    for number, record in enumerate(records):
+        record["config"]["defense"] = {"name": f"defense {number}"}
+    (panel,) = chart("pareto", records).panels
+    looks = [(made.color, made.marker) for made in panel.series if made.label.startswith("def")]
+    assert len(looks) == 7
+    assert len(set(looks)) == 7
+
+
 def test_unpoisoned_sets_have_no_front() -> None:
     made = chart("pareto", records_of(("badnets", 0.0, 0, "contrast", 4.5)))
     assert made.panels == []
