@@ -36,6 +36,11 @@ SUFFIXES = (".html", ".htm")
 MOST_CHOICES = 20
 # Of a record's tags: what a result was computed with.
 VERSIONS = ("code", "python", "torch", "transformers", "device", "precision", "data", "victim")
+# Where the numbers of a chart are, if not in the page's table.
+NUMBERS = {
+    "drift": "the token table among the cell's results has its numbers",
+    "cost": "the metrics of the cells have its numbers, as seconds/STAGE",
+}
 LINE_HEIGHT, HEAT_ROW, BAR_ROW = 280, 38, 30
 
 
@@ -72,6 +77,7 @@ def page(source: Source) -> str:
             marked=[(key, several) for key, several in found.items() if several],
             guard_names=list(GUARDS),
             dagger=MARKED,
+            numbers=NUMBERS,
             **_table(table, list(coordinates(records).columns)),
         )
     )

@@ -116,6 +116,13 @@ def test_every_chart_is_there_and_every_panel_has_its_figure(read: Read) -> None
     assert [len(figures[name]) for name in CHARTS] == [4, 8, 4, 4, 1]
 
 
+def test_a_chart_says_where_its_numbers_are(read: Read) -> None:
+    here = [name for name, told in read.told.items() if told.endswith("the table has its numbers")]
+    assert here == ["curves", "heatmaps", "pareto"]
+    assert read.told["drift"].endswith("the token table among the cell's results has its numbers")
+    assert read.told["cost"].endswith("as seconds/STAGE")
+
+
 def test_plotly_knows_every_property_of_the_figures(read: Read) -> None:
     import plotly.graph_objects as go
 

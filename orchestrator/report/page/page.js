@@ -104,7 +104,6 @@
   };
   const themed = () => {
     byId("theme").textContent = isDark() ? "Light" : "Dark";
-    byId("theme").setAttribute("aria-pressed", String(isDark()));
     byId("theme").setAttribute("aria-label", isDark() ? "Use light colors" : "Use dark colors");
     for (const plot of drawn) window.Plotly.relayout(plot, colors());
   };
