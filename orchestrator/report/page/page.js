@@ -50,7 +50,7 @@
     head.querySelector("button").addEventListener("click", () => sortBy(column)));
 
   const checks = { "<": (a, b) => a < b, "<=": (a, b) => a <= b, ">": (a, b) => a > b,
-    ">=": (a, b) => a >= b, "=": (a, b) => a === b };
+    ">=": (a, b) => a >= b };
   const termOf = (word) => {
     const parts = /^([^<>=]+)(<=|>=|<|>|=)(.+)$/.exec(word);
     const column = parts
@@ -58,6 +58,10 @@
     if (column < 0) return (entry) => entry.all.includes(word);
     if (!isNumber(parts[3]))
       return (entry) => parts[2] === "=" && entry.texts[column].toLowerCase() === parts[3];
+    // Nobody types all the digits: equal is what is shown as that number.
+    if (parts[2] === "=")
+      return (entry) => isNumber(entry.texts[column])
+        && Number(entry.texts[column]) === Number(parts[3]);
     return (entry) => isNumber(entry.values[column])
       && checks[parts[2]](Number(entry.values[column]) * scales[column], Number(parts[3]));
   };

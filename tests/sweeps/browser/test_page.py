@@ -105,6 +105,12 @@ def test_filters_leave_the_rows_that_they_name(
     assert 0 < len(low) < 16
     assert sorted(shown(page, "key")) == sorted(record["key"] for record in low)
     assert page.locator("#count").inner_text() == f"{len(low)} of 32 cells"
+    # Shown with one digit after the point, of many.
+    text = f"{low[0]['metrics']['asr'] * 100:.1f}"
+    page.fill("#search", f"asr={text}")
+    same = [r for r in source.records() if f"{r['metrics']['asr'] * 100:.1f}" == text]
+    assert sorted(shown(page, "key")) == sorted(record["key"] for record in same)
+    page.fill("#search", "badnets asr<20")
     page.get_by_label("seed").select_option("1")
     assert set(shown(page, "seed")) == {"1"}
     assert len(shown(page, "key")) == len([r for r in low if r["config"]["seed"] == 1])
