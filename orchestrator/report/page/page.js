@@ -157,6 +157,15 @@
       // Its buttons would be seven stops of the tab key in every chart.
       displayModeBar: false, responsive: true });
   };
+  // One that fails says so, and leaves the others to be drawn.
+  const attempt = async (plot) => {
+    try {
+      await draw(plot);
+    } catch (error) {
+      drawn.delete(plot);
+      trouble(`A chart cannot be drawn: ${error.message}`);
+    }
+  };
   for (const button of all(".legend button")) {
     button.addEventListener("click", () => {
       const { chart, series } = button.dataset;
@@ -196,23 +205,27 @@
       await unpack();
       // One at a time, so that the page answers in between.
       const queue = [];
-      const next = () => {
+      let busy = false;
+      const next = async () => {
         const plot = queue.shift();
-        if (plot && !drawn.has(plot)) draw(plot);
-        if (queue.length) setTimeout(next);
+        if (!drawn.has(plot)) await attempt(plot);
+        busy = queue.length > 0;
+        if (busy) setTimeout(next);
       };
       const watch = new IntersectionObserver((seen) => {
-        const idle = queue.length === 0;
         for (const { isIntersecting, target } of seen) {
           if (!isIntersecting) continue;
           watch.unobserve(target);
           queue.push(target);
         }
-        if (idle && queue.length) setTimeout(next);
+        if (!busy && queue.length) {
+          busy = true;
+          setTimeout(next);
+        }
       }, { rootMargin: "200px" });
       for (const plot of plots) watch.observe(plot);
       window.addEventListener("beforeprint", () => {
-        for (const plot of plots) if (!drawn.has(plot)) draw(plot);
+        for (const plot of plots) if (!drawn.has(plot)) attempt(plot);
       });
     }
     root.dataset.ready = String(Math.round(performance.now()));

@@ -76,6 +76,25 @@ def test_the_page_opens_from_disk_and_draws_every_chart(
     assert fetched == [file.as_uri()]
 
 
+def test_a_chart_that_fails_leaves_the_others(
+    file: Path, open_tab: Callable[..., Any], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.html"
+    start = 'id="figures">{"curves":[{"data":'
+    text = file.read_text()
+    assert f"{start}[" in text
+    broken.write_text(text.replace(f"{start}[", f'{start}null,"was":['))
+    tab = open_tab(broken.as_uri())
+    plots = tab.page.locator(".plot")
+    for i in range(1, plots.count()):
+        plots.nth(i).scroll_into_view_if_needed()
+        plots.nth(i).locator(".main-svg").first.wait_for(state="attached")
+    assert plots.nth(0).locator(".main-svg").count() == 0
+    assert tab.page.locator("#trouble").inner_text().startswith("A chart cannot be drawn: ")
+    tab.page.get_by_role("button", name="Use dark colors").click()
+    assert tab.errors == []
+
+
 def test_sorting_sorts_by_value_both_ways(
     file: Path, source: Source, open_tab: Callable[..., Any]
 ) -> None:
