@@ -496,11 +496,16 @@ def report(
     from orchestrator.guards import summary
     from orchestrator.report.html import check_page, write_page
     from orchestrator.report.table import mean_over_seeds, render, results_table
-    from orchestrator.source import open_source
+    from orchestrator.source import Snapshot, open_source
 
     if html is not None:
         check_page(html)
-    source = open_source(name, output, tracking_uri, _warn)
+    for option, folder in (("--figures", figures), ("--paper", paper)):
+        if folder is not None:
+            from orchestrator.report.figures import check_folder
+
+            check_folder(option, folder)
+    source = Snapshot(open_source(name, output, tracking_uri, _warn))
     records = source.records()
     table = results_table(records)
     if table.empty:

@@ -85,6 +85,31 @@ class StoreSource:
             return None
 
 
+class Snapshot:
+    """A sweep's results at one moment, however long it is read: what is made of it agrees.
+
+    Records and failures are read here, tables when they are asked for. Records are not to be
+    written to.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.name = source.name
+        self._source = source
+        self._records, self._failures = source.records(), source.failures()
+
+    def records(self) -> list[dict[str, Any]]:
+        return list(self._records)
+
+    def failures(self) -> list[dict[str, Any]]:
+        return list(self._failures)
+
+    def tokens(self, key: str) -> pd.DataFrame | None:
+        return self._source.tokens(key)
+
+    def rows(self, key: str) -> pd.DataFrame | None:
+        return self._source.rows(key)
+
+
 def read_table(path: Path) -> pd.DataFrame | None:
     """Return a Parquet file's table, None where there is no such file."""
     return pd.read_parquet(path) if path.is_file() else None

@@ -178,8 +178,8 @@ def _short(value: Any) -> str:
 
 
 def _numbers(values: Iterable[float]) -> list[float | None]:
-    """Return floats, None for NaN: JSON has none."""
-    return [None if value != value else float(value) for value in values]
+    """Return floats, None for what is not finite: JSON has none."""
+    return [float(value) if np.isfinite(value) else None for value in values]
 
 
 def _column(table: pd.DataFrame, name: str) -> pd.Series[float]:
@@ -325,7 +325,9 @@ def _grid(
     part: pd.DataFrame, value: pd.Series[float], rows: list[str], columns: list[str]
 ) -> tuple[list[list[float | None]], list[list[bool]]]:
     keys = [part["place"], part["poison_rate"].map(_short)]
-    mean, marked = value.groupby(keys).mean(), (part["marks"] != "").groupby(keys).any()
+    # A seed may have several cells, as many as defenses: it counts once.
+    mean = value.groupby([*keys, part["seed"]]).mean().groupby(level=[0, 1]).mean()
+    marked = (part["marks"] != "").groupby(keys).any()
     found = {key: None if v != v else float(v) for key, v in mean.items()}
     flags = dict(marked.items())
     return (
@@ -356,7 +358,11 @@ def _front(part: pd.DataFrame, families: list[str]) -> Iterator[Series]:
         ("undefended", "undefended", "x"),
         ("tuned", "clean-tuned alone", "circle-open"),
     ):
-        x, y = _column(part, f"{name}_asr").mean(), _column(part, f"{name}_cacc").mean()
+        # Every cell of a seed has them: a seed counts once, however many cells it has.
+        x, y = (
+            _column(part, f"{name}_{metric}").groupby(part["seed"]).mean().mean()
+            for metric in ("asr", "cacc")
+        )
         if x == x and y == y:
             yield Series(label, [float(x)], [float(y)], GRAY, marker=marker, size=10, tip=[label])
     for family, mine in part[part["defense"] != "none"].groupby("family", sort=False):
@@ -368,14 +374,17 @@ def _front(part: pd.DataFrame, families: list[str]) -> Iterator[Series]:
             continue
         tips = [f"{v}; {m}" if m else str(v) for v, m in points["marks"].items()]
         number = families.index(str(family))
-        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+        color = COLORS[number % len(COLORS)]
+        # Each time the colors begin anew, with other markers and dashes.
+        other = number + number // len(COLORS)
+        marker, dash = MARKERS[other % len(MARKERS)], DASHES[other % len(DASHES)]
         asr, cacc = points["asr"].tolist(), points["cacc"].tolist()
         yield Series(str(family), asr, cacc, color, marker=marker, size=9, tip=tips)
         best = front(asr, cacc)
         if len(best) > 1:
             yield Series(
                 f"{family}: front", [asr[i] for i in best], [cacc[i] for i in best],
-                color, DASHES[number % len(DASHES)],
+                color, dash,
             )  # fmt: skip
 
 
@@ -425,6 +434,9 @@ def _drifts(table: pd.DataFrame, tokens: Callable[[str], pd.DataFrame | None]) -
             if len(rounds) > 1:
                 title += f", round {name.removeprefix('drift_')}"
             drawn, dropped = _cloud(found, name)
+            infinite = int(np.isinf(found.loc[found["count"] > 0, name]).sum())
+            if infinite:
+                notes.append(f"{title}: {infinite} tokens of infinite drift are not drawn.")
             if dropped:
                 notes.append(f"{title}: {dropped} flagged clean tokens that moved least are not "
                              "drawn.")  # fmt: skip
@@ -440,7 +452,7 @@ def _drifts(table: pd.DataFrame, tokens: Callable[[str], pd.DataFrame | None]) -
 
 def _cloud(tokens: pd.DataFrame, column: str) -> tuple[list[Series], int]:
     """Return the tokens of one exposure round, thinned, and how many flagged ones are left out."""
-    seen = tokens[(tokens["count"] > 0) & tokens[column].notna()]
+    seen = tokens[(tokens["count"] > 0) & np.isfinite(tokens[column])]
     flagged, trigger = seen["flagged"].astype(bool), seen["trigger"].astype(bool)
     clean = seen[flagged & ~trigger]
     kept = clean.nlargest(MOST_FLAGGED, column)
@@ -523,13 +535,15 @@ def _costs(records: list[Mapping[str, Any]], table: pd.DataFrame) -> Chart:
 def stage_seconds(record: Mapping[str, Any]) -> dict[str, float]:
     """Return what each stage of a cell took, by name; together they make its ``seconds``.
 
-    Without a defense one evaluation has two names, defended and undefended; it is counted once.
+    Where the defended model is one of the others, as without a defense or with clean tuning alone,
+    one evaluation has two names; it is counted once.
     """
     metrics = record.get("metrics") or {}
     lead = "seconds/"
     found = {n.removeprefix(lead): float(v) for n, v in metrics.items() if n.startswith(lead)}
     twice = found.get("evaluate defended")
-    if twice is not None and twice == found.get("evaluate undefended"):
+    others = [found.get(f"evaluate {name}") for name in ("undefended", "tuned")]
+    if twice is not None and twice in others:
         total = float(metrics.get("seconds", float("nan")))
         if abs(sum(found.values()) - twice - total) < abs(sum(found.values()) - total):
             del found["evaluate defended"]

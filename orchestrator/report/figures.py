@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from btu.errors import UserError, unknown
-from orchestrator.report.charts import MARKED, Axis, Panel, Series, charts
+from orchestrator.report.charts import MARKED, Axis, Chart, Panel, Series, charts
 from orchestrator.source import Source
 
 FORMATS = ("png", "svg", "pdf")
@@ -30,7 +31,7 @@ def write_figures(source: Source, folder: Path, formats: Iterable[str] = ("pdf",
     written. The folder is made where it is missing.
 
     Raises:
-        UserError: a format is unknown, no cell is finished, or the folder is a file.
+        UserError: a format is unknown, no cell is finished, or the folder cannot be written.
     """
     formats = list(formats)
     for name in formats:
@@ -39,24 +40,49 @@ def write_figures(source: Source, folder: Path, formats: Iterable[str] = ("pdf",
     records = source.records()
     if not records:
         raise UserError(f"sweep '{source.name}' has no finished cell yet; launch it first.")
-    if folder.exists() and not folder.is_dir():
+    if folder.is_file():
         raise UserError(f"{folder} is a file; name a folder for the figures.")
-    folder.mkdir(parents=True, exist_ok=True)
+    drawn = charts(records, source.tokens)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return list(_written(drawn, folder, formats))
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror or error}); name another folder for the "
+            "figures."
+        ) from error
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Raise a `UserError` that names the option unless files can be written into a folder.
+
+    Where it is missing, it must be possible to make it.
+    """
+    there = folder.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir():
+        raise UserError(f"{option} {folder} cannot be written: {there} is no folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{option} {folder} cannot be written: {there} must be writable; name another folder."
+        )
+
+
+def _written(drawn: Iterable[Chart], folder: Path, formats: Sequence[str]) -> Iterator[Path]:
     from matplotlib import rc_context
 
-    written = []
-    for chart in charts(records, source.tokens):
+    for chart in drawn:
         for number, start in enumerate(range(0, len(chart.panels), MOST_PANELS), 1):
-            drawn = chart_figure(chart.panels[start : start + MOST_PANELS])
+            figure = chart_figure(chart.panels[start : start + MOST_PANELS])
             for suffix in formats:
                 stem = chart.name if number == 1 else f"{chart.name}-{number}"
                 path = folder / f"{stem}.{suffix}"
                 # Without dates and random ids the same results are the same bytes.
                 metadata = {"png": None, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
                 with rc_context({"svg.hashsalt": "btu"}):
-                    drawn.savefig(path, dpi=DPI, metadata=metadata[suffix])
-                written.append(path)
-    return written
+                    figure.savefig(path, dpi=DPI, metadata=metadata[suffix])
+                yield path
 
 
 def chart_figure(panels: list[Panel]) -> Any:

@@ -12,6 +12,7 @@ import gzip
 import html
 import json
 import math
+import os
 import uuid
 from collections import Counter
 from collections.abc import Mapping
@@ -35,6 +36,11 @@ SUFFIXES = (".html", ".htm")
 MOST_CHOICES = 20
 # Of a record's tags: what a result was computed with.
 VERSIONS = ("code", "python", "torch", "transformers", "device", "precision", "data", "victim")
+# Where the numbers of a chart are, if not in the page's table.
+NUMBERS = {
+    "drift": "the token table among the cell's results has its numbers",
+    "cost": "the metrics of the cells have its numbers, as seconds/STAGE",
+}
 LINE_HEIGHT, HEAT_ROW, BAR_ROW = 280, 38, 30
 
 
@@ -71,6 +77,7 @@ def page(source: Source) -> str:
             marked=[(key, several) for key, several in found.items() if several],
             guard_names=list(GUARDS),
             dagger=MARKED,
+            numbers=NUMBERS,
             **_table(table, list(coordinates(records).columns)),
         )
     )
@@ -84,17 +91,30 @@ def check_page(path: Path) -> None:
         raise UserError(f"--html {path} is a folder; name a file in it.")
     if not path.absolute().parent.is_dir():
         raise UserError(f"--html {path}: the folder {path.parent} does not exist; make it first.")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--html {path}: the folder {path.parent} must be writable; name another one."
+        )
 
 
 def write_page(source: Source, path: Path) -> None:
-    """Write `page` to a path that `check_page` takes, whole or not at all."""
+    """Write `page` to a path that `check_page` takes, whole or not at all.
+
+    Raises:
+        UserError: no cell is finished, or the disk does not take the page.
+    """
     text = page(source)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    aside = path.with_name(f".{uuid.uuid4().hex}.html")
     try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+        try:
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--html {path} cannot be written ({error.strerror or error}); name another file."
+        ) from error
 
 
 # Figures of plotly ------------------------------------------------------------------------------

@@ -102,7 +102,9 @@ def write_pack(source: Source, folder: Path) -> list[Path]:
     """
     from orchestrator.report.charts import charts
     from orchestrator.report.figures import write_figures
+    from orchestrator.source import Snapshot
 
+    source = Snapshot(source)
     records = source.records()
     if not records:
         raise UserError(f"sweep '{source.name}' has no finished cell yet; launch it first.")

@@ -30,7 +30,7 @@ from orchestrator.report.table import (
     results_table,
 )
 from orchestrator.results import MEANS_TABLE, SWEEP
-from orchestrator.source import Source
+from orchestrator.source import Snapshot, Source
 
 # The metrics of a group of seeds that the summary run shows as its own; its tables have all.
 SHOWN = ("asr", "cacc", "detection_precision", "detection_recall")
@@ -55,6 +55,7 @@ def summarize(source: Source, launched: int, sweep: str, limit: int) -> Summary:
 
     launched: how many cells the sweep has. sweep: its file. limit: characters of the note.
     """
+    source = Snapshot(source)
     records, failures = source.records(), source.failures()
     metrics = {
         "cells/launched": float(launched),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import copy
+import errno
+import json
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +23,8 @@ from btu.errors import UserError
 from orchestrator.report import charts as charts_module
 from orchestrator.report import figures as figures_module
 from orchestrator.report.charts import BULK, Chart, Series, charts, front, stage_seconds
-from orchestrator.report.figures import write_figures
-from orchestrator.report.html import figure, page
+from orchestrator.report.figures import check_folder, write_figures
+from orchestrator.report.html import check_page, figure, page, write_page
 from orchestrator.report.table import METRIC_COLUMNS
 from orchestrator.source import Source, open_source
 
@@ -111,6 +114,13 @@ def test_every_chart_is_there_and_every_panel_has_its_figure(read: Read) -> None
     assert read.panels == [(name, i) for name in CHARTS for i in range(len(figures[name]))]
     # 2 attacks x 2 rates; ASR and CACC undefended and at 3 thresholds; one panel of bars.
     assert [len(figures[name]) for name in CHARTS] == [4, 8, 4, 4, 1]
+
+
+def test_a_chart_says_where_its_numbers_are(read: Read) -> None:
+    here = [name for name, told in read.told.items() if told.endswith("the table has its numbers")]
+    assert here == ["curves", "heatmaps", "pareto"]
+    assert read.told["drift"].endswith("the token table among the cell's results has its numbers")
+    assert read.told["cost"].endswith("as seconds/STAGE")
 
 
 def test_plotly_knows_every_property_of_the_figures(read: Read) -> None:
@@ -269,11 +279,41 @@ def test_a_map_has_the_mean_of_its_seeds_and_marks_it() -> None:
     assert trace["text"] == [["", "70.0"], ["30.0 \N{DAGGER}", ""]]
 
 
+def test_a_seed_with_more_cells_weighs_no_more_in_what_all_cells_have() -> None:
+    # Undefended 0.9 at seed 0, in three cells, and 0.5 at seed 1, in one: 0.7 over seeds, not the
+    # 0.8 over cells. Tuned likewise 0.8 and 0.4: 0.6, not 0.7.
+    first = {"undefended_asr": 0.9, "undefended_cacc": 0.9, "tuned_asr": 0.8, "tuned_cacc": 0.8}
+    second = {"undefended_asr": 0.5, "undefended_cacc": 0.5, "tuned_asr": 0.4, "tuned_cacc": 0.4}
+    records = records_of(
+        *(("badnets", 0.1, 0, "contrast", bar, first) for bar in (2.0, 4.5, 9.0)),
+        ("badnets", 0.1, 1, "contrast", 2.0, second),
+        ("badnets", 0.2, 0, "contrast", 2.0, first),
+    )
+    heat = chart("heatmaps", records).panels[0].heat
+    assert heat is not None
+    assert heat.shares == [[pytest.approx(0.7), pytest.approx(0.9)]]
+    panel = chart("pareto", records).panels[0]
+    for label, mean in (("undefended", 0.7), ("clean-tuned alone", 0.6)):
+        drawn = series(panel, label)
+        assert (drawn.x, drawn.y) == ([pytest.approx(mean)], [pytest.approx(mean)])
+
+
 def test_a_front_holds_what_nothing_else_beats() -> None:
     # (0.1, 0.8), (0.2, 0.9), (0.5, 0.95) improve in turn; (0.3, 0.85) and the second (0.2, 0.9)
     # do not, and (0.1, 0.7) has the ASR of the first with less accuracy.
     asr, cacc = [0.5, 0.1, 0.3, 0.2, 0.2, 0.1], [0.95, 0.8, 0.85, 0.9, 0.9, 0.7]
     assert front(asr, cacc) == [1, 3, 0]
+
+
+def test_no_two_of_many_defenses_look_the_same() -> None:
+    # Seven: one more than there are colors.
+    records = records_of(*[("badnets", 0.1, 0, None, None)] * 7)
+    for number, record in enumerate(records):
+        record["config"]["defense"] = {"name": f"defense {number}"}
+    (panel,) = chart("pareto", records).panels
+    looks = [(made.color, made.marker) for made in panel.series if made.label.startswith("def")]
+    assert len(looks) == 7
+    assert len(set(looks)) == 7
 
 
 def test_unpoisoned_sets_have_no_front() -> None:
@@ -330,6 +370,17 @@ def test_markup_in_a_token_is_shown_as_it_is() -> None:
     figures_module.chart_figure([panel])  # matplotlib would raise at mathematics that is none
 
 
+def test_tokens_of_infinite_drift_are_counted_and_not_drawn() -> None:
+    tokens = drifts("badnets", 0.1, 0, 600).assign(flagged=lambda t: t["token_id"] < 50)
+    tokens.loc[tokens.index[:2], ["drift_3", "count"]] = [math.inf, 7]
+    made = drift_chart(tokens)
+    assert "2 tokens of infinite drift are not drawn" in " ".join(made.notes)
+    drawn = [y for one in made.panels[0].series for y in one.y]
+    assert drawn
+    assert all(math.isfinite(y) for y in drawn)
+    json.dumps(figure(made.panels[0]), allow_nan=False)  # raises at what a page cannot hold
+
+
 # Cost ------------------------------------------------------------------------------------------
 
 
@@ -338,6 +389,18 @@ def test_the_stages_of_a_cell_make_its_seconds(rule: str | None) -> None:
     # Without a defense one evaluation has two names.
     (record,) = records_of(("badnets", 0.1, 0, rule, 4.5 if rule else None))
     assert sum(stage_seconds(record).values()) == pytest.approx(record["metrics"]["seconds"])
+
+
+@pytest.mark.parametrize(("total", "counted"), [(11.0, False), (13.5, True)])
+def test_clean_tuning_is_evaluated_once_under_two_names(total: float, counted: bool) -> None:
+    # 2.6 + 2.5 + 5.9 = 11: there the defended model is the tuned one. At 13.5 another model took
+    # 2.5 seconds too.
+    took = {"evaluate undefended": 2.6, "evaluate tuned": 2.5, "evaluate defended": 2.5,
+            "poisoned fine-tune": 5.9}  # fmt: skip
+    metrics = {f"seconds/{name}": seconds for name, seconds in took.items()}
+    found = stage_seconds({"metrics": metrics | {"seconds": total}})
+    assert ("evaluate defended" in found) is counted
+    assert sum(found.values()) == pytest.approx(total)
 
 
 def test_bars_are_means_over_cells() -> None:
@@ -384,8 +447,24 @@ def test_figures_refuse_what_they_cannot_do(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(UserError, match="is a file; name a folder for the figures"):
         write_figures(held, file)
+    with pytest.raises(UserError, match=r"file/in cannot be written \(Not a directory\)"):
+        write_figures(held, file / "in")
     with pytest.raises(UserError, match="no finished cell yet"):
         write_figures(Held([]), tmp_path)
+
+
+def test_a_page_that_the_disk_does_not_take_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "replace", full)
+    held = Held(records_of(("badnets", 0.1, 0, "contrast", 4.5)))
+    told = r"--html \S+page\.html cannot be written \(No space left on device\)"
+    with pytest.raises(UserError, match=told):
+        write_page(held, tmp_path / "page.html")
+    assert list(tmp_path.iterdir()) == []
 
 
 # The command -----------------------------------------------------------------------------------
@@ -421,3 +500,27 @@ def test_a_page_that_cannot_be_written_is_refused_first(
     ran = run_cli("report", "no-such-sweep", "--output", tmp_path, "--html", tmp_path / path)
     assert ran.code == 2
     assert re.search(told, ran.err)
+
+
+@pytest.mark.parametrize("option", ["--figures", "--paper"])
+def test_a_folder_that_cannot_be_written_is_refused_first(
+    option: str, tmp_path: Path, run_cli: Callable[..., Any]
+) -> None:
+    (tmp_path / "file").touch()
+    ran = run_cli("report", "no-such-sweep", "--output", tmp_path, option, tmp_path / "file" / "x")
+    assert ran.code == 2
+    told = rf"{option} \S+file/x cannot be written: \S+file is no folder"
+    assert re.search(told, ran.err)
+
+
+def test_folders_without_permission_are_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Root may write anywhere, so the answer is given here.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(UserError, match=r"page\.html: the folder \S+ must be writable"):
+        check_page(tmp_path / "page.html")
+    with pytest.raises(UserError, match=r"--figures \S+new/in cannot be written: \S+ must be"):
+        check_folder("--figures", tmp_path / "new" / "in")
+    (tmp_path / "own").mkdir()
+    check_folder("--figures", tmp_path / "own" / "in")

@@ -394,6 +394,28 @@ def test_the_command_writes_the_pack(
     assert (done.code, "cannot be written" in done.err) == (2, True)
 
 
+@pytest.mark.parametrize("options", [("--html", "p.html"), ("--paper", "p")])
+def test_a_report_reads_a_sweep_once_for_all_that_it_writes(
+    options: tuple[str, str],
+    run_cli: Callable[..., Ran],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reads = []
+    whole = StoreSource.records
+
+    def counted(self: StoreSource) -> list[dict[str, Any]]:
+        reads.append(self.name)
+        return whole(self)
+
+    monkeypatch.setattr(StoreSource, "records", counted)
+    shelve_sweep(tmp_path / "runs", thresholds=(4.5,), seeds=(0,), tokens=80)
+    option, name = options
+    done = run_cli("report", "likely", "-o", tmp_path / "runs", option, tmp_path / name)
+    assert done.code == 0, done.err
+    assert reads == ["likely"]
+
+
 def test_without_a_finished_cell_there_is_no_pack(source: StoreSource, tmp_path: Path) -> None:
     class Empty(StoreSource):
         def records(self) -> list[dict[str, Any]]:

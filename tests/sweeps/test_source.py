@@ -16,7 +16,7 @@ from synthetic import config, shelve
 from btu.errors import UserError
 from orchestrator.report.table import mean_over_seeds, render, results_table
 from orchestrator.results import PLANS, TRACKED, Results, record_id
-from orchestrator.source import Source, open_source
+from orchestrator.source import Snapshot, Source, open_source
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -74,6 +74,19 @@ def test_a_record_knows_the_run_that_it_was_written_to(tmp_path: Path) -> None:
         note("s0", record, f"other-{number}")
     runs = [record["run_id"] for record in open_source("made", str(tmp_path)).records()]
     assert runs == ["other-0", "other-1", "other-2"]
+
+
+def test_a_snapshot_stays_what_it_was_while_the_sweep_goes_on(tmp_path: Path) -> None:
+    made(tmp_path, 2)
+    source = open_source("made", str(tmp_path))
+    then = Snapshot(source)
+    key = then.records()[0]["key"]
+    made(tmp_path, 3)
+    assert [len(one.records()) for one in (source, then)] == [3, 2]
+    assert then.name == "made"
+    tokens = then.tokens(key)
+    assert tokens is not None
+    assert len(tokens) == 40
 
 
 def test_an_unknown_sweep_gets_a_suggestion(tmp_path: Path) -> None:

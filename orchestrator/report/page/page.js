@@ -50,7 +50,7 @@
     head.querySelector("button").addEventListener("click", () => sortBy(column)));
 
   const checks = { "<": (a, b) => a < b, "<=": (a, b) => a <= b, ">": (a, b) => a > b,
-    ">=": (a, b) => a >= b, "=": (a, b) => a === b };
+    ">=": (a, b) => a >= b };
   const termOf = (word) => {
     const parts = /^([^<>=]+)(<=|>=|<|>|=)(.+)$/.exec(word);
     const column = parts
@@ -58,6 +58,10 @@
     if (column < 0) return (entry) => entry.all.includes(word);
     if (!isNumber(parts[3]))
       return (entry) => parts[2] === "=" && entry.texts[column].toLowerCase() === parts[3];
+    // Nobody types all the digits: equal is what is shown as that number.
+    if (parts[2] === "=")
+      return (entry) => isNumber(entry.texts[column])
+        && Number(entry.texts[column]) === Number(parts[3]);
     return (entry) => isNumber(entry.values[column])
       && checks[parts[2]](Number(entry.values[column]) * scales[column], Number(parts[3]));
   };
@@ -104,7 +108,6 @@
   };
   const themed = () => {
     byId("theme").textContent = isDark() ? "Light" : "Dark";
-    byId("theme").setAttribute("aria-pressed", String(isDark()));
     byId("theme").setAttribute("aria-label", isDark() ? "Use light colors" : "Use dark colors");
     for (const plot of drawn) window.Plotly.relayout(plot, colors());
   };
@@ -154,6 +157,15 @@
       // Its buttons would be seven stops of the tab key in every chart.
       displayModeBar: false, responsive: true });
   };
+  // One that fails says so, and leaves the others to be drawn.
+  const attempt = async (plot) => {
+    try {
+      await draw(plot);
+    } catch (error) {
+      drawn.delete(plot);
+      trouble(`A chart cannot be drawn: ${error.message}`);
+    }
+  };
   for (const button of all(".legend button")) {
     button.addEventListener("click", () => {
       const { chart, series } = button.dataset;
@@ -193,23 +205,27 @@
       await unpack();
       // One at a time, so that the page answers in between.
       const queue = [];
-      const next = () => {
+      let busy = false;
+      const next = async () => {
         const plot = queue.shift();
-        if (plot && !drawn.has(plot)) draw(plot);
-        if (queue.length) setTimeout(next);
+        if (!drawn.has(plot)) await attempt(plot);
+        busy = queue.length > 0;
+        if (busy) setTimeout(next);
       };
       const watch = new IntersectionObserver((seen) => {
-        const idle = queue.length === 0;
         for (const { isIntersecting, target } of seen) {
           if (!isIntersecting) continue;
           watch.unobserve(target);
           queue.push(target);
         }
-        if (idle && queue.length) setTimeout(next);
+        if (!busy && queue.length) {
+          busy = true;
+          setTimeout(next);
+        }
       }, { rootMargin: "200px" });
       for (const plot of plots) watch.observe(plot);
       window.addEventListener("beforeprint", () => {
-        for (const plot of plots) if (!drawn.has(plot)) draw(plot);
+        for (const plot of plots) if (!drawn.has(plot)) attempt(plot);
       });
     }
     root.dataset.ready = String(Math.round(performance.now()));

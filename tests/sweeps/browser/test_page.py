@@ -76,6 +76,25 @@ def test_the_page_opens_from_disk_and_draws_every_chart(
     assert fetched == [file.as_uri()]
 
 
+def test_a_chart_that_fails_leaves_the_others(
+    file: Path, open_tab: Callable[..., Any], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.html"
+    start = 'id="figures">{"curves":[{"data":'
+    text = file.read_text()
+    assert f"{start}[" in text
+    broken.write_text(text.replace(f"{start}[", f'{start}null,"was":['))
+    tab = open_tab(broken.as_uri())
+    plots = tab.page.locator(".plot")
+    for i in range(1, plots.count()):
+        plots.nth(i).scroll_into_view_if_needed()
+        plots.nth(i).locator(".main-svg").first.wait_for(state="attached")
+    assert plots.nth(0).locator(".main-svg").count() == 0
+    assert tab.page.locator("#trouble").inner_text().startswith("A chart cannot be drawn: ")
+    tab.page.get_by_role("button", name="Use dark colors").click()
+    assert tab.errors == []
+
+
 def test_sorting_sorts_by_value_both_ways(
     file: Path, source: Source, open_tab: Callable[..., Any]
 ) -> None:
@@ -105,6 +124,12 @@ def test_filters_leave_the_rows_that_they_name(
     assert 0 < len(low) < 16
     assert sorted(shown(page, "key")) == sorted(record["key"] for record in low)
     assert page.locator("#count").inner_text() == f"{len(low)} of 32 cells"
+    # Shown with one digit after the point, of many.
+    text = f"{low[0]['metrics']['asr'] * 100:.1f}"
+    page.fill("#search", f"asr={text}")
+    same = [r for r in source.records() if f"{r['metrics']['asr'] * 100:.1f}" == text]
+    assert sorted(shown(page, "key")) == sorted(record["key"] for record in same)
+    page.fill("#search", "badnets asr<20")
     page.get_by_label("seed").select_option("1")
     assert set(shown(page, "seed")) == {"1"}
     assert len(shown(page, "key")) == len([r for r in low if r["config"]["seed"] == 1])
