@@ -127,7 +127,7 @@ class KeywordIdentification:
             FIND_VERSION,
             {"top_words": self.top_words, "keywords": self.keywords, "share": self.share},
             {"rows": base.rows, "words": words},
-            kind="cell",
+            kind="host",
         )
         return base.fine_tune("fine-tune (bki)", found)
 

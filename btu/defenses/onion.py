@@ -174,7 +174,7 @@ class Onion:
             SCREEN_VERSION,
             bar,
             inputs,
-            kind="cell",
+            kind="host",
         )
 
     def _learned(self, base: Foundation) -> Stage:

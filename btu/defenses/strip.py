@@ -138,7 +138,7 @@ class Strip:
             SCREEN_VERSION,
             {"frr": self.frr},
             {"clean entropies": clean, "entropies": came},
-            kind="cell",
+            kind="host",
         )
 
 
