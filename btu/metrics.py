@@ -54,9 +54,9 @@ METRICS: dict[str, Metric] = {
     "undefended_asr": Metric("asr of the poisoned model, nothing done", None),
     "undefended_cacc": Metric("cacc of the poisoned model, nothing done", None),
     "undefended_ftr": Metric("ftr of the poisoned model, nothing done", None),
-    "tuned_asr": Metric("asr of the poisoned model after the same clean tuning", None),
-    "tuned_cacc": Metric("cacc of the poisoned model after the same clean tuning", None),
-    "tuned_ftr": Metric("ftr of the poisoned model after the same clean tuning", None),
+    "tuned_asr": Metric("asr of the poisoned model after the sweep's clean tuning", None),
+    "tuned_cacc": Metric("cacc of the poisoned model after the sweep's clean tuning", None),
+    "tuned_ftr": Metric("ftr of the poisoned model after the sweep's clean tuning", None),
     "poison_rate_reached": Metric("poisoned rows over training rows", None),
     "poisoned_rows": Metric("training rows that carry the trigger", None, fraction=False),
     "relabeled_rows": Metric("poisoned rows whose label the attack changed", None, fraction=False),
@@ -74,8 +74,12 @@ METRICS: dict[str, Metric] = {
     ),
     "rows_kept": Metric("training rows that the defense leaves in", None, fraction=False),
     "isolated_purity": Metric("lowest losses that belong to the class of most of them", None),
-    "isolated_kept_before": Metric("isolated rows predicted as labelled before unlearning", None),
-    "isolated_kept": Metric("isolated rows predicted as labelled after unlearning", None),
+    "isolated_kept_before": Metric(
+        "up to 128 isolated rows: predicted as labelled before unlearning", None
+    ),
+    "isolated_kept": Metric(
+        "up to 128 isolated rows: predicted as labelled after unlearning", None
+    ),
     "rest_cost": Metric(
         "accuracy lost by unlearning on up to 512 other training rows, poison left there included",
         None,
@@ -90,7 +94,9 @@ METRICS: dict[str, Metric] = {
     "changed_triggered": Metric("triggered rows that a defense changes on their way", None),
     "tokens_removed_clean": Metric("tokens of clean rows that a defense takes out", False),
     "trigger_removed": Metric("triggered rows in which nothing of the trigger is left", True),
-    "unlearned_accuracy": Metric("rnp: accuracy on the clean rows after unlearning them", None),
+    "unlearned_accuracy": Metric(
+        "rnp: accuracy on all reserved clean rows after unlearning some of them", None
+    ),
     "recovered_accuracy": Metric("rnp: accuracy on the unlearned rows, masks learned", None),
     "neurons_pruned": Metric(
         "rnp: feed-forward units and attention heads pruned", None, fraction=False
@@ -98,7 +104,7 @@ METRICS: dict[str, Metric] = {
     "prune_threshold": Metric("rnp: masks up to this were pruned; none where none was", None),
     "prune_cost": Metric("rnp: accuracy on held-out clean rows that pruning costs", False),
     "clean_rows_used": Metric(
-        "reserved clean rows that the defense learns from", False, fraction=False
+        "reserved clean rows at the defense's disposal", False, fraction=False
     ),
     "seconds_defense": Metric("wall time of the defense's own stages", False, fraction=False),
     "seconds": Metric("wall time of the trial", False, fraction=False),

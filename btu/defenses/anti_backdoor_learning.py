@@ -116,12 +116,13 @@ class AntiBackdoorLearning:
     rest_epochs, rest_learning_rate: of the training on all other rows, which goes on from the
         isolation's model; whatever else it takes from ``train``.
     unlearning_epochs: the most passes of gradient ascent over the isolated rows; 0 leaves it out
-        (an ablation).
+        (an ablation), and the settings below do not act.
     unlearning_learning_rate: of the ascent; AdamW's, constant, without warm-up.
     unlearning_descent: weight, at least 0, of descending on as many other rows in each step of the
         ascent, drawn anew: 1 as in the paper's equation, 0 as in its code.
     unlearning_stop: share of the isolated rows, in [0, 1), still predicted as they are labelled, at
-        or under which the ascent ends, looked at after every step, in eval mode.
+        or under which the ascent ends, looked at after every step, in eval mode. Of up to 128 of
+        them, drawn from the seed; where more are isolated, what is left of the others is not seen.
     """
 
     method: str = "lga"
@@ -233,20 +234,24 @@ class AntiBackdoorLearning:
             model=True,
         )
         isolated = math.ceil(base.train_rows * self.isolation_ratio)
-        ascent = plain(steps) | {
-            "epochs": max(1, self.unlearning_epochs),
-            "learning_rate": self.unlearning_learning_rate,
-        }
+        # Without an ascent the rows are predicted, and that is all.
+        ascent: dict[str, Any] = {"ascent": False, "train": {"precision": base.train.precision}}
+        if self.unlearning_epochs:
+            ascent = {
+                "ascent": True,
+                "descent": self.unlearning_descent,
+                "stop": self.unlearning_stop,
+                "train": plain(steps)
+                | {
+                    "epochs": self.unlearning_epochs,
+                    "learning_rate": self.unlearning_learning_rate,
+                },
+            }
         return base.stage(
             "unlearn (abl)",
             "btu.defenses.anti_backdoor_learning:unlearn",
             UNLEARN_VERSION,
-            {
-                "ascent": self.unlearning_epochs > 0,
-                "descent": self.unlearning_descent,
-                "stop": self.unlearning_stop,
-                "train": ascent,
-            },
+            ascent,
             {"rows": base.rows, "rest": rest},
             # As many others are descended on.
             units=2 * isolated * self.unlearning_epochs,
@@ -318,7 +323,8 @@ def train_rest(run: StageRun) -> dict[str, Any]:
 def unlearn(run: StageRun) -> dict[str, Any]:
     """Climb the loss of the isolated rows until they are not predicted as labelled any more.
 
-    Meanwhile the loss of the others is held down.
+    Meanwhile the loss of the others is held down. What is measured, ``isolated_kept`` and
+    ``rest_cost``, is of a sample: up to 128 of the isolated rows and 512 of the others.
     """
     config = run.config
     settings = TrainSettings(**config["train"])

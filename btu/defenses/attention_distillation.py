@@ -240,9 +240,12 @@ def distil(run: StageRun) -> dict[str, Any]:
     """Fine-tune the poisoned model on the clean rows, its maps drawn towards the teacher's.
 
     Raises:
-        UserError: a layer is beyond the victim's depth.
+        UserError: a layer is beyond the victim's depth, or its feed-forward units are looked for
+            and cannot be found.
     """
     student = model_of(run, "model")
+    if run.config["maps"] == "ffn":
+        find_filters(student)
     teacher = model_of(run, "teacher").to(run.device).requires_grad_(False)
     depth = int(student.config.num_hidden_layers)
     layers = [layer_number(layer, depth) for layer in run.config["layers"]]

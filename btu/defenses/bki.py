@@ -70,7 +70,8 @@ NAMED = 10
 class KeywordIdentification:
     """Backdoor Keyword Identification.
 
-    rows: training rows whose words are scored, drawn at random, from 2 up; null scores all.
+    rows: training rows whose words are scored, drawn at random, from 2 up; null scores all, and so
+        does a number that is not below the rows there are, in a stage of its own.
     top_words: highest words of a row that count as its keywords, from 1 up.
     keywords: words that are taken for the backdoor's, from 1 up; the paper's 1.
     share: of rows that may be poisoned, in (0, 1]: a word is the more suspicious, the closer the
@@ -127,7 +128,7 @@ class KeywordIdentification:
             FIND_VERSION,
             {"top_words": self.top_words, "keywords": self.keywords, "share": self.share},
             {"rows": base.rows, "words": words},
-            kind="cell",
+            kind="host",
         )
         return base.fine_tune("fine-tune (bki)", found)
 

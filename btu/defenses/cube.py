@@ -117,7 +117,7 @@ class ClusterFilter:
             CLUSTER_VERSION,
             {name: getattr(self, name) for name in settings},
             {"rows": base.rows, "hidden": hidden},
-            kind="cell",
+            kind="host",
         )
         return base.fine_tune("fine-tune (cube)", clustered)
 

@@ -8,6 +8,9 @@ flags nothing they cut nothing, and are the clean-tuned control.
 No paper defines them. `random_cut` draws from all tokens that could be flagged and were not, most
 of them rare. `frequency_cut` takes for each flagged token one that occurs about as often in the
 training rows, since cutting a common word costs more than cutting a rare one.
+
+What BTU flags is left out of the draw, so that `detection_precision` is not that of chance: where
+BTU finds the whole trigger it is 0 by construction.
 """
 
 from __future__ import annotations

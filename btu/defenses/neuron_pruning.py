@@ -109,6 +109,7 @@ class NeuronPruning:
     tuning: a fine-tune after the pruning, before its cost is taken, on the clean rows that are not
         held out: those unlearned and half of the rest.
     tune_epochs, tune_learning_rate: of that fine-tune; null takes those of `tuning`, the sweep's.
+        They act where `tuning` does.
     """
 
     clean_rows: int = 500
@@ -257,11 +258,13 @@ def unlearn(run: StageRun) -> dict[str, Any]:
     """Raise the poisoned model's loss on clean rows until it knows them no better than chance.
 
     Raises:
-        UserError: the epochs were not enough.
+        UserError: the epochs were not enough, or the model's neurons cannot be found.
     """
     from btu.training import cross_entropy
 
     model = model_of(run, "model")
+    # A victim whose neurons cannot be found is refused before anything is trained.
+    find_filters(model)
     settings = TrainSettings(**run.config["train"])
     data, _, _ = _split(run)
     bar = run.config["stop"] / run.facts("clean")["classes"]

@@ -68,7 +68,7 @@ from btu.seeding import derive_seed
 from btu.settings import TrainSettings, check_positive
 from btu.stages import Stage, StageRun, plain
 from btu.types import BoolArray, FloatArray
-from btu.victims import VICTIMS, Victim, VictimSource, folder_identity, weight_files
+from btu.victims import VICTIMS, VictimSource, folder_identity, weight_files
 
 if TYPE_CHECKING:
     from btu.language_model import Scorer
@@ -91,12 +91,16 @@ class Onion:
         masked one by hub name, or a folder. revision: of a hub model.
     bar: the score from which a word is dropped: perplexity that its removal saves (causal), or
         nats of surprise (masked). Null is the bar that drops at most ``max_removed`` of the words
-        of clean rows, a share in (0, 1).
+        of clean rows, a share in (0, 1), which acts where the bar is null.
     rows: clean rows that the bar is taken on, at most half of them; ``clean-rows`` learns on the
-        others.
+        others. It acts for these two.
     spacing: every that many words are masked together, at least 1; with as many as a text has, one
-        at a time. It acts for masked models.
+        at a time. It acts for masked models. Of a causal one it changes no score, but each value is
+        computed: which of the two a model is shows when it is loaded.
     epochs, learning_rate, batch_size: of the learning; they act for ``clean-rows``.
+
+    With a named model and a bar no clean row is read. `NEEDS` is of the class, so that a cell
+    without any is refused all the same.
     """
 
     lm: str = OF_CLEAN_ROWS
@@ -129,10 +133,11 @@ class Onion:
         """Raise a `UserError` where the language model, or rows to make it of, are not there."""
         if self.lm != OF_CLEAN_ROWS:
             find_language_model(self.lm, self.revision)
-        if given.clean_rows < 2:
+        if given.clean_rows < 2 and (self.lm == OF_CLEAN_ROWS or self.bar is None):
             raise UserError(
-                f"defense 'onion' learns on some clean rows and takes its bar on others, and the "
-                f"data have {given.clean_rows}; raise data.max_clean_rows to at least 2."
+                "defense 'onion' takes its bar on at most half of the clean rows, and the data "
+                f"have {given.clean_rows}; raise data.max_clean_rows to at least 2, or name a "
+                "language model with defense.lm and set defense.bar."
             )
 
     def stages(self, base: Foundation) -> Stage:
@@ -142,9 +147,10 @@ class Onion:
     def screen(self, base: Foundation, model: Stage, incoming: Stage) -> Stage:
         """Declare the language model and the word scores, shared by all bars, then the removal."""
         asks: dict[str, Any] = {"precision": base.train.precision, "spacing": self.spacing}
-        reads = {"clean": base.clean}
+        reads: dict[str, Stage] = {}
         if self.lm == OF_CLEAN_ROWS:
-            reads["language model"] = self._learned(base)
+            # Their facts tell how many classes the victim has.
+            reads = {"clean": base.clean, "language model": self._learned(base)}
         else:
             asks["lm"] = find_language_model(self.lm, self.revision).identity
         scores = base.stage(
@@ -164,7 +170,7 @@ class Onion:
                     "btu.defenses.onion:score_clean",
                     SCORE_VERSION,
                     {**asks, "rows": self.rows},
-                    reads,
+                    {**reads, "clean": base.clean},
                     units=min(self.rows, base.clean_rows // 2) * self.spacing,
                 )
             )
@@ -174,7 +180,7 @@ class Onion:
             SCREEN_VERSION,
             bar,
             inputs,
-            kind="cell",
+            kind="host",
         )
 
     def _learned(self, base: Foundation) -> Stage:
@@ -275,14 +281,13 @@ def score_clean(run: StageRun) -> dict[str, Any]:
         victim.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for ids in ids_by_row(clean.take(rows))
     ]
-    return _score(run, victim, texts, "clean word scores (onion)")
+    return _score(run, texts, "clean word scores (onion)")
 
 
 def score_incoming(run: StageRun) -> dict[str, Any]:
     """Write the (words,) scores of the texts that come in."""
-    victim = victim_of(run, run.facts("clean")["classes"])
     texts = incoming_of(run.inputs["incoming"]).texts
-    return _score(run, victim, texts, "word scores (onion)")
+    return _score(run, texts, "word scores (onion)")
 
 
 def remove_outliers(run: StageRun) -> dict[str, Any]:
@@ -323,14 +328,14 @@ def without_outliers(text: str, scores: FloatArray, bar: float) -> str:
     return " ".join(word for word, out in zip(text.split(), outlier, strict=True) if not out)
 
 
-def _score(run: StageRun, victim: Victim, texts: Sequence[str], stage: str) -> dict[str, Any]:
-    scores = _scorer(run, victim).scores(run, texts, stage)
+def _score(run: StageRun, texts: Sequence[str], stage: str) -> dict[str, Any]:
+    scores = _scorer(run).scores(run, texts, stage)
     words = np.array([len(of) for of in scores], dtype=np.int64)
     save_values(run.folder, scores=np.concatenate(scores), words=words)
     return {"texts": len(texts), "words": int(words.sum())}
 
 
-def _scorer(run: StageRun, victim: Victim) -> Scorer:
+def _scorer(run: StageRun) -> Scorer:
     """Return what scores words with the stage's language model.
 
     Raises:
@@ -340,6 +345,7 @@ def _scorer(run: StageRun, victim: Victim) -> Scorer:
 
     spacing, precision = run.config["spacing"], run.config["precision"]
     if "lm" not in run.config:
+        victim = victim_of(run, run.facts("clean")["classes"])
         model = load_tied(victim, run.inputs["language model"])
         return Scorer(model, victim.tokenizer, victim.spec.max_length, spacing, precision)
     at = run.where["lm"]

@@ -164,7 +164,7 @@ class Rap:
             SCREEN_VERSION,
             {"frr": self.frr},
             {"planted": planted, "drops": drops},
-            kind="cell",
+            kind="host",
         )
 
 

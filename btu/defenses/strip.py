@@ -138,7 +138,7 @@ class Strip:
             SCREEN_VERSION,
             {"frr": self.frr},
             {"clean entropies": clean, "entropies": came},
-            kind="cell",
+            kind="host",
         )
 
 
@@ -177,11 +177,20 @@ def screen_texts(run: StageRun) -> dict[str, Any]:
 
 
 def _mixed_entropies(run: StageRun, victim: Victim, rows: Encoded, donors: Encoded) -> FloatArray:
-    """Return the mean entropy of each row's predictions over its copies: (rows,)."""
+    """Return the mean entropy of each row's predictions over its copies: (rows,).
+
+    Raises:
+        UserError: no donor has a token of a text.
+    """
     from btu.training import Encoded, logits_of
 
     config = run.config
     words = donor_words(victim, donors)
+    if not words:
+        raise UserError(
+            "defense 'strip' has no words to mix with: the victim's tokenizer finds no token in "
+            f"the clean rows that are to give them ({len(donors)}); give other clean rows."
+        )
     copies: list[IntArray] = []
     for ids in ids_by_row(rows):
         text = hashlib.sha256(ids.tobytes()).hexdigest()

@@ -369,6 +369,16 @@ def test_cells_share_what_does_not_depend_on_what_differs(
     assert added(toy(), toy(**change), lab) == computed
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"unlearning_stop": 0.2}, {"unlearning_learning_rate": 1e-4}, {"unlearning_descent": 0.5}],
+)
+def test_without_an_ascent_its_settings_make_no_other_cell(
+    change: dict[str, Any], lab: Lab
+) -> None:
+    assert added(toy(unlearning_epochs=0), toy(unlearning_epochs=0, **change), lab) == []
+
+
 def test_only_isolation_serves_several_ratios(lab: Lab) -> None:
     stages = own_stages(toy(), lab.prepare())
     assert [(stage.name, stage.kind) for stage in stages] == list(

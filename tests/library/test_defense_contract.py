@@ -126,6 +126,13 @@ def test_a_defense_says_when_it_acts_and_what_it_needs(defense: Defense, lab: La
     assert (prepared.originals.key in read) == (ORIGINALS in defense.NEEDS)
 
 
+def test_what_asks_no_model_and_makes_none_holds_no_accelerator(defense: Defense, lab: Lab) -> None:
+    for stage in Declared.of(defense, lab.prepare()).own:
+        asks = stage.units > 0 or any(before.model for before in stage.inputs.values())
+        if not asks and not stage.model:
+            assert stage.kind == "host", stage.name
+
+
 def test_a_defense_without_what_it_needs_is_refused(defense: Defense) -> None:
     poor = dataclasses.replace(given(400), clean_rows=0)
     if CLEAN_ROWS not in defense.NEEDS:

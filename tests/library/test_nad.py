@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,26 @@ def test_betas_share_the_teacher(lab: Lab, monkeypatch: pytest.MonkeyPatch, tmp_
         defense = AttentionDistillation(beta=beta, epochs=1, teacher="pretrained")
         compute(defense.stages(prepared.foundation), root)
     assert ran == ["teach", "distil", "distil"]
+
+
+@pytest.mark.parametrize(("maps", "steps"), [("ffn", []), ("hidden", ["attention distillation"])])
+def test_only_maps_of_feed_forward_units_refuse_a_victim_without_them_and_train_nothing(
+    maps: str, steps: list[str], lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("btu.defenses.attention_distillation")
+    prepared = lab.prepare()
+    last = AttentionDistillation(maps=maps, epochs=1).stages(prepared.foundation)
+    root = lab.root_with(tmp_path, *last.inputs.values())
+
+    def not_found(_: Any) -> Any:
+        raise UserError("cannot find the neurons")
+
+    trained: list[str] = []
+    monkeypatch.setattr(module, "find_filters", not_found)
+    monkeypatch.setattr(StageRun, "fit", lambda *_, stage, **__: trained.append(stage))
+    with nullcontext() if steps else pytest.raises(UserError, match="cannot find the neurons"):
+        compute(last, root)
+    assert trained == steps
 
 
 def test_fractions_and_numbers_of_layers_give_the_same_model(lab: Lab, tmp_path: Path) -> None:

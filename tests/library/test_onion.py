@@ -221,6 +221,21 @@ def test_a_named_model_serves_and_its_files_are_in_the_key(lab: Lab, named: Path
     assert screen_of(dataclasses.replace(onion, lm=str(moved)), prepared).key != last.key
 
 
+def test_a_named_model_with_a_bar_reads_no_clean_row(lab: Lab, named: Path) -> None:
+    prepared = lab.prepare(rate=0.3)
+    onion = Onion(lm=str(named), bar=1.0)
+    clean = prepared.foundation.clean.key
+    assert clean not in {stage.key for stage in screen_of(onion, prepared).closure()}
+    texts, left = decisions(onion, prepared, lab)
+    assert left.texts != texts.texts
+    onion.check(Given(400, 2, 240, 1))
+    # A bar that is to be found is found on clean rows.
+    bare = dataclasses.replace(onion, bar=None)
+    assert clean in {stage.key for stage in screen_of(bare, prepared).closure()}
+    with pytest.raises(UserError, match="at most half of the clean rows, and the data have 1"):
+        bare.check(Given(400, 2, 240, 1))
+
+
 def test_a_model_that_changed_after_planning_is_an_error(
     lab: Lab, named: Path, tmp_path: Path
 ) -> None:
@@ -229,7 +244,6 @@ def test_a_model_that_changed_after_planning_is_an_error(
     last = screen_of(onion, prepared)
     (named / "config.json").write_text((named / "config.json").read_text() + " ")
     root = lab.root_with(tmp_path / "root", prepared.foundation.model, last.inputs["incoming"])
-    lab.root_with(root, prepared.foundation.clean)
     with pytest.raises(UserError, match=r"but the sweep was planned with .*its files changed"):
         compute(last, root)
 
@@ -281,6 +295,7 @@ def test_bad_settings_are_errors(changes: dict[str, Any], message: str) -> None:
         Onion(**changes)
 
 
-def test_too_few_clean_rows_are_an_error() -> None:
-    with pytest.raises(UserError, match="takes its bar on others, and the data have 1"):
-        Onion().check(Given(400, 2, 240, 1))
+@pytest.mark.parametrize("bar", [None, 1.0])
+def test_too_few_clean_rows_are_an_error(bar: float | None) -> None:
+    with pytest.raises(UserError, match="at most half of the clean rows, and the data have 1"):
+        Onion(bar=bar).check(Given(400, 2, 240, 1))

@@ -225,6 +225,23 @@ def test_an_ascent_that_does_not_get_there_is_an_error(lab: Lab, learned: Prepar
         compute(stage, lab.root)
 
 
+def test_a_victim_whose_neurons_are_not_found_is_refused_before_the_ascent(
+    lab: Lab, learned: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = pruning().stages(learned.foundation)
+    root = lab.base_root(tmp_path, learned)
+
+    def not_found(_: Any) -> Any:
+        raise UserError("cannot find the neurons")
+
+    trained: list[str] = []
+    monkeypatch.setattr(MODULE, "find_filters", not_found)
+    monkeypatch.setattr(StageRun, "fit", lambda *_, stage, **__: trained.append(stage))
+    with pytest.raises(UserError, match="cannot find the neurons"):
+        compute(stage_of(last, "unlearn clean rows"), root)
+    assert not trained
+
+
 def test_thresholds_share_all_but_the_pruning(
     lab: Lab, learned: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

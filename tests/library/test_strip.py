@@ -19,6 +19,7 @@ from btu.screening import save_values
 from btu.settings import TrainSettings
 from btu.stages import StageRun, read_record
 from btu.training import Encoded
+from btu.types import Corpus, Rows
 from btu.victims import Victim
 
 SMALL = Strip(copies=4, frr=0.1)
@@ -122,6 +123,14 @@ def test_the_bar_is_not_taken_on_the_rows_that_give_the_words(lab: Lab, obeys: P
     (folder,) = lab.compute(own_screens(SMALL, obeys)[0])
     # 60 clean rows: half of them at most.
     assert read_record(folder)["facts"] == {"rows": 30}
+
+
+def test_clean_rows_without_words_are_an_error(lab: Lab, tiny_corpus: Corpus) -> None:
+    # Zero-width joiners, which are no space, and which the tokenizer drops.
+    corpus = dataclasses.replace(tiny_corpus, clean=Rows(("\u200d", "\u200d" * 2), (0, 1)))
+    prepared = lab.prepare(corpus=corpus)
+    with pytest.raises(UserError, match=r"no words to mix with: .*clean rows .* \(1\)"):
+        lab.compute(own_screens(SMALL, prepared)[0])
 
 
 @pytest.mark.parametrize(
