@@ -99,8 +99,7 @@ def score_cell(run: StageRun) -> dict[str, Any]:
     metrics["seconds_defense"] = sum(
         {records[name]["key"]: records[name]["seconds"] for name in cost["stages"]}.values()
     )
-    # A defense may take fewer than there are.
-    metrics.setdefault("clean_rows_used", cost["clean_rows"])
+    metrics["clean_rows_used"] = cost["clean_rows"]
 
     config = run.where["config"]
     victim = load_victim(VictimSpec(**config["victim"]), facts["training rows"]["classes"])
