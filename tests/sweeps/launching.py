@@ -106,6 +106,9 @@ class Workplace:
         text. parts: it runs out of memory until batches are cut into so many. A stage named
         "tracking" is the writing of a run: held after MLflow has it, before it is told anything.
         """
+        if what.get("held"):
+            # It keeps its worker: whatever is to go on meanwhile needs another.
+            self.environment.pop("RAY_OVERRIDE_RESOURCES", None)
         self._faults[stage] = what
         staged = self.folder / "faults.new"
         staged.write_text(json.dumps(self._faults))

@@ -30,8 +30,7 @@ from launching import (
     wait_for,
 )
 
-# One after the other: two clusters at once starve each other of the time they have to start.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 # Seconds in which a stopped launch is gone, on a busy machine.
 SOON = 60

@@ -36,8 +36,7 @@ from launching import (
 from orchestrator.results import find_sweep
 
 # Three cells of one attack.
-# See `test_faults`: one cluster at a time.
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = pytest.mark.ray
 ALPHAS = {"defense.alpha": [0.01, 0.02, 0.03]}
 # Nothing answers there; an address is looked at only where Ray is needed.
 NOWHERE = ("--address", "127.0.0.1:1")
