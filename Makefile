@@ -47,8 +47,7 @@ check: $(INSTALLED) ## Check format, lint, types and the import rules
 	$(BIN)/lint-imports
 
 slow: $(INSTALLED) ## Run the slow tests: real Ray, real MLflow, real training
-	$(BIN)/pytest $(PARALLEL) -m 'slow and not gpu and not ray' --durations=15 $(PYTEST_ARGS)
-	$(BIN)/pytest -m 'slow and not gpu and ray' --durations=15 $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadscope -m 'slow and not gpu' --durations=15 $(PYTEST_ARGS)
 
 clean: ## Remove .venv, caches and build output; results in runs/ stay
 	rm -rf .venv build dist *.egg-info .coverage

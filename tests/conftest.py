@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -54,6 +54,23 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     # SWIG types of compiled extensions announce themselves on Python 3.12 and later.
     config.addinivalue_line("filterwarnings", "ignore:builtin type [sS]wig:DeprecationWarning")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``--dist loadscope``: one process has all tests that start Ray, others take the rest.
+
+    Two clusters at once starve each other of the time that they have to start.
+    """
+    if config.getoption("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneRay(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if file.endswith(("test_faults.py", "test_launch.py")) else nodeid
+
+    return OneRay(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ from launching import (
     wait_for,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = pytest.mark.slow
 
 # Seconds in which a stopped launch is gone, on a busy machine.
 SOON = 60

@@ -36,7 +36,6 @@ from launching import (
 from orchestrator.results import find_sweep
 
 # Three cells of one attack.
-pytestmark = pytest.mark.ray
 ALPHAS = {"defense.alpha": [0.01, 0.02, 0.03]}
 # Nothing answers there; an address is looked at only where Ray is needed.
 NOWHERE = ("--address", "127.0.0.1:1")
