@@ -233,7 +233,7 @@ def test_preparing_makes_a_database_in_the_output_folder(make_sweep: Callable[..
     assert experiment.artifact_location == (path.parent / "mlartifacts" / "tiny").as_uri()
     note = experiment.tags["mlflow.note.content"]
     assert "Sweep **tiny** over `seed` [0, 1]." in note
-    assert "One run per cell; table: `btu report tiny`." in note
+    assert "One run per cell, and the run `summary` with means over seeds" in note
     assert sweep.text in note
 
 
