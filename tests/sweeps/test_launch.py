@@ -216,10 +216,7 @@ def test_failures_take_their_own_cells_alone_and_stay(
     for failure in results.failures():
         run = runs[failure["key"]]
         assert run.data.tags["reason"] == failure["reason"]
-        assert (
-            float(run.data.params["train.learning_rate"])
-            == (failure["varied"]["train.learning_rate"])
-        )
+        assert float(run.data.params["learning_rate"]) == (failure["varied"]["train.learning_rate"])
 
     # The next launch says so and runs nothing, not even Ray.
     before = journal(place.output)
