@@ -63,6 +63,8 @@ if TYPE_CHECKING:
     from orchestrator.report.summary import Summary
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
+# It prints what a database refused, with a traceback, and raises it: callers say it in a line.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 # How long a server that did not answer is left alone, and how many records in a row may fail.
 DOWN_SECONDS, GIVE_UP = 60.0, 3
