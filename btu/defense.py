@@ -12,7 +12,7 @@ import numpy as np
 
 from btu.errors import UserError, unknown
 from btu.registry import Registry
-from btu.types import BoolArray, FloatArray, IntArray, Rows
+from btu.types import BoolArray, FloatArray, IntArray, Rows, as_bytes, as_texts
 
 if TYPE_CHECKING:
     from btu.foundation import Foundation
@@ -129,6 +129,11 @@ class Suspects:
     taken: BoolArray | None = None
     target: int | None = None
 
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The flagged tokens; none where it looks for rows alone."""
+        return self.flagged or ()
+
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the columns into a stage's folder; return what belongs into its facts."""
         import pyarrow as pa
@@ -194,8 +199,7 @@ class Screened:
 
         columns: dict[str, Any] = {"accepted": np.asarray(self.accepted, dtype=bool)}
         if self.texts is not None:
-            texts = [text.encode("utf-8", "surrogatepass") for text in self.texts]
-            columns["text"] = pa.array(texts, pa.binary())
+            columns["text"] = pa.array(as_bytes(self.texts), pa.binary())
         pq.write_table(pa.table(columns), folder / SCREENED)
 
     @classmethod
@@ -206,8 +210,7 @@ class Screened:
         table = pq.read_table(folder / SCREENED)
         texts = None
         if "text" in table.column_names:
-            held = table["text"].to_pylist()
-            texts = tuple(text.decode("utf-8", "surrogatepass") for text in held)
+            texts = as_texts(table["text"].to_pylist())
         return cls(table["accepted"].to_numpy(), texts)
 
 
@@ -276,8 +279,7 @@ def incoming_of(folder: Path) -> Rows:
     """Return the texts that a screening stage reads; all their labels are 0."""
     import pyarrow.parquet as pq
 
-    held = pq.read_table(folder / INCOMING)["text"].to_pylist()
-    texts = tuple(text.decode("utf-8", "surrogatepass") for text in held)
+    texts = as_texts(pq.read_table(folder / INCOMING)["text"].to_pylist())
     return Rows(texts, (0,) * len(texts))
 
 

@@ -18,7 +18,7 @@ from btu.errors import UserError
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, TuningSettings
 from btu.stages import MODEL, Stage, StageRun, plain
-from btu.types import BoolArray, Rows
+from btu.types import BoolArray, Rows, as_bytes, as_texts
 from btu.victims import Victim, VictimSpec, find_victim
 
 if TYPE_CHECKING:
@@ -247,15 +247,8 @@ def _victim(spec: VictimSpec, classes: int, identity: str) -> Victim:
 
 
 def write_rows(path: Path, rows: Rows) -> None:
-    """Write texts and labels as Parquet.
-
-    Texts are stored as bytes: scraped text may hold lone surrogates, which Parquet's strings
-    refuse.
-    """
-    write_table(
-        path,
-        {"text": [t.encode("utf-8", "surrogatepass") for t in rows.texts], "label": rows.labels},
-    )
+    """Write texts and labels as Parquet."""
+    write_table(path, {"text": as_bytes(rows.texts), "label": rows.labels})
 
 
 def read_rows(path: Path) -> Rows:
@@ -263,8 +256,7 @@ def read_rows(path: Path) -> Rows:
     import pyarrow.parquet as pq
 
     table = pq.read_table(path)
-    texts = tuple(t.decode("utf-8", "surrogatepass") for t in table["text"].to_pylist())
-    return Rows(texts, tuple(table["label"].to_pylist()))
+    return Rows(as_texts(table["text"].to_pylist()), tuple(table["label"].to_pylist()))
 
 
 def write_table(path: Path, columns: Mapping[str, Any]) -> None:

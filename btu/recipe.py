@@ -36,10 +36,11 @@ from btu.foundation import (
 )
 from btu.metrics import Proportion
 from btu.poisoning import ATTACKS, Attack, PoisonSpec, poison, triggered_eval
+from btu.screening import ids_by_row
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, TuningSettings
 from btu.stages import Stage, StageRun, plain
-from btu.types import BoolArray, Corpus, Rows
+from btu.types import BoolArray, Corpus, Rows, as_bytes
 from btu.victims import VictimSpec, folder_identity, weight_files
 
 if TYPE_CHECKING:
@@ -92,6 +93,38 @@ class Prepared:
         base = self.foundation
         tops = (base.rows, base.clean, base.model, base.tuned)
         return self.hidden | {stage.key for top in tops for stage in top.closure()}
+
+    @cached_property
+    def incoming(self) -> Stage:
+        """What a screening defense is asked at inference: texts, and nothing else of them."""
+        rows = self.evaluation_rows
+        texts = Stage(
+            "evaluation texts",
+            "btu.recipe:evaluation_texts",
+            EVALUATION_TEXTS_VERSION,
+            {"data": rows.config["data"]},
+            {"triggered": self.triggered},
+            {"data": rows.where["data"]},
+            kind="host",
+        )
+        return Stage(
+            "incoming texts",
+            "btu.recipe:incoming_texts",
+            INCOMING_VERSION,
+            {},
+            {"texts": texts},
+            kind="host",
+        )
+
+    @cached_property
+    def forbidden(self) -> frozenset[str]:
+        """The keys of all that no stage of a defense may read; a screen reads `incoming`."""
+        base = self.foundation
+        # Without poison the originals are the training rows, which are open to all.
+        tops = (base.rows, base.clean, base.tuned)
+        given = {stage.key for top in tops for stage in top.closure()}
+        told = {stage.key for top in (self.incoming, self.originals) for stage in top.closure()}
+        return self.hidden | (told - given)
 
     def foundation_for(self, needs: Collection[str]) -> Foundation:
         """Return what a defense with these needs starts from."""
@@ -322,34 +355,12 @@ def evaluation(prepared: Prepared, model: Stage, name: str, kind: str = "stage")
     )
 
 
-def incoming(prepared: Prepared) -> Stage:
-    """Declare what a screening defense is asked at inference: texts, and nothing else of them."""
-    rows = prepared.evaluation_rows
-    texts = Stage(
-        "evaluation texts",
-        "btu.recipe:evaluation_texts",
-        EVALUATION_TEXTS_VERSION,
-        {"data": rows.config["data"]},
-        {"triggered": prepared.triggered},
-        {"data": rows.where["data"]},
-        kind="host",
-    )
-    return Stage(
-        "incoming texts",
-        "btu.recipe:incoming_texts",
-        INCOMING_VERSION,
-        {},
-        {"texts": texts},
-        kind="host",
-    )
-
-
 def evaluation_screened(prepared: Prepared, model: Stage, screened: Stage, name: str) -> Stage:
     """Declare the scoring of a model that a screening stage stands before.
 
-    screened: what `Screens.screen` returned for the cell's `incoming`.
+    screened: what `Screens.screen` returned for `Prepared.incoming`.
     """
-    came = incoming(prepared)
+    came = prepared.incoming
     return Stage(
         f"evaluate {name}",
         "btu.recipe:evaluate_screened",
@@ -520,10 +531,7 @@ def incoming_texts(run: StageRun) -> dict[str, Any]:
         for role in ("clean", "triggered", "plain")
         for text in read_rows(run.inputs["texts"] / f"{role}.parquet").texts
     }
-    held = sorted(
-        (text.encode("utf-8", "surrogatepass") for text in texts),
-        key=lambda text: hashlib.sha256(text).digest(),
-    )
+    held = sorted(as_bytes(texts), key=lambda text: hashlib.sha256(text).digest())
     write_table(run.folder / INCOMING, {"text": held})
     return {"texts": len(held)}
 
@@ -599,8 +607,7 @@ def _inserted_gone(plain: Encoded, triggered: Encoded, read: Encoded) -> Proport
 
 
 def _bags(rows: Encoded) -> list[Counter[int]]:
-    ids = np.split(rows.ids.numpy(), np.cumsum(rows.host_lengths)[:-1])
-    return [Counter(row.tolist()) for row in ids]
+    return [Counter(row.tolist()) for row in ids_by_row(rows)]
 
 
 def scores_of(facts: Mapping[str, Any]) -> Scores:

@@ -487,7 +487,7 @@ def run_scan(
     bar = RULES.load(plan.defense.rule).bar(plan.threshold)
     tokens = _token_table(plan, root, suspects)
     rows = _row_table(plan, root, suspects)
-    return ScanReport(plan, root, bar, len(suspects.flagged or ()), tokens, rows)
+    return ScanReport(plan, root, bar, len(suspects.tokens), tokens, rows)
 
 
 def renamed(progress: ProgressCallback) -> ProgressCallback:
@@ -510,7 +510,7 @@ def _token_table(plan: ScanPlan, root: Path, suspects: Suspects) -> pd.DataFrame
     train, victim, names = _train_rows(plan, root), plan.load_victim(), plan.corpus.label_names
     vocabulary = len(suspects.scores)
     flagged = np.zeros(vocabulary, dtype=bool)
-    flagged[list(suspects.flagged or ())] = True
+    flagged[list(suspects.tokens)] = True
     candidates = candidate_tokens(victim, train, vocabulary, plan.defense.exclude)
     ids = np.flatnonzero(candidates | flagged)
     low = np.where(np.isnan(suspects.scores), -np.inf, suspects.scores)
@@ -548,9 +548,9 @@ def _row_table(plan: ScanPlan, root: Path, suspects: Suspects) -> pd.DataFrame:
     assert suspects.rows is not None
     train, victim, corpus = _train_rows(plan, root), plan.load_victim(), plan.corpus
     rows, tokens = rows_and_tokens(train, len(suspects.scores))
-    holds = np.isin(tokens, list(suspects.flagged or ()))
-    names = victim.tokenizer.convert_ids_to_tokens(list(suspects.flagged or ()))
-    place = {token: rank for rank, token in enumerate(suspects.flagged or ())}
+    holds = np.isin(tokens, list(suspects.tokens))
+    names = victim.tokenizer.convert_ids_to_tokens(list(suspects.tokens))
+    place = {token: rank for rank, token in enumerate(suspects.tokens)}
     held: dict[int, list[int]] = {}
     for row, token in zip(rows[holds].tolist(), tokens[holds].tolist(), strict=True):
         held.setdefault(row, []).append(place[token])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -159,3 +159,16 @@ ProgressCallback = Callable[[Progress], None]
 
 def silent(_: Progress) -> None:
     """Ignore progress."""
+
+
+def as_bytes(texts: Iterable[str]) -> list[bytes]:
+    """Return texts as files hold them.
+
+    Scraped text may hold lone surrogates, which the strings of Parquet and Arrow refuse.
+    """
+    return [text.encode("utf-8", "surrogatepass") for text in texts]
+
+
+def as_texts(held: Iterable[bytes]) -> tuple[str, ...]:
+    """Return what `as_bytes` made bytes of."""
+    return tuple(text.decode("utf-8", "surrogatepass") for text in held)

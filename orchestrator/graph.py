@@ -7,7 +7,7 @@ import json
 from collections.abc import Collection, Hashable, Iterable, Mapping
 
 from btu.defense import CLEAN_ROWS, Screens
-from btu.recipe import Prepared, evaluation, evaluation_screened, incoming, prepare
+from btu.recipe import Prepared, evaluation, evaluation_screened, prepare
 from btu.stages import Stage
 from orchestrator.config import TrialSpec
 
@@ -74,7 +74,7 @@ class Graph:
         own = list(defended.closure())
         _refuse_hidden(name, own, prepared, prepared.shared | _keys(base.originals))
         if isinstance(defense, Screens):
-            came = incoming(prepared)
+            came = prepared.incoming
             screened = defense.screen(base, defended, came)
             seen = {*prepared.shared, *_keys(came), *(stage.key for stage in own)}
             behind = [stage for stage in screened.closure() if stage.key not in seen]
@@ -140,16 +140,11 @@ def _refuse_hidden(
     Raises:
         ValueError: one of its stages does, or could make them again.
     """
-    hidden = prepared.hidden | _keys(incoming(prepared)) | _keys(prepared.originals)
-    base = prepared.foundation
-    open_to_all = _keys(base.rows) | _keys(base.clean) | _keys(base.tuned)
-    # Without poison the originals are the training rows.
-    hidden -= {may_read, *(open_to_all - prepared.hidden)}
     for stage in stages:
         if stage.key in given:
             continue
         for before in stage.inputs.values():
-            if before.key in hidden:
+            if before.key in prepared.forbidden and before.key != may_read:
                 raise ValueError(
                     f"defense '{name}': stage '{stage.name}' reads '{before.name}', which is "
                     "hidden from defenses; start from the foundation's own stages."

@@ -183,7 +183,7 @@ def token_table(
 ) -> pd.DataFrame:
     """Return what the defense knows of each candidate or flagged token, as a table."""
     found = suspects or Suspects()
-    flagged = list(found.flagged or ())
+    flagged = list(found.tokens)
     if found.scores is None:
         ids = np.asarray(sorted(flagged), dtype=np.int64)
         scores = np.full(len(ids), np.nan)

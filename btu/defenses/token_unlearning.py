@@ -395,7 +395,7 @@ def unlearn(run: StageRun) -> dict[str, Any]:
     """
     victim = victim_of(run)
     suspects = find_suspects(run, victim)
-    measured = cut_and_tune(run, victim, suspects.flagged or ())
+    measured = cut_and_tune(run, victim, suspects.tokens)
     return {**suspects.save(run.folder), "measured": measured}
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from btu.defense import Defense, Given, Screened, Screens, Suspects
 from btu.defenses.token_unlearning import TokenUnlearning
 from btu.foundation import model_of, training_rows_of
-from btu.recipe import Prepared, evaluation, evaluation_screened, incoming
+from btu.recipe import Prepared, evaluation, evaluation_screened
 from btu.settings import TrainSettings
 from btu.stages import Stage, StageRun, compute, read_record
 from btu.training import Encoded
@@ -108,7 +108,7 @@ class Declared:
         model = defense.stages(base)
         starts = [base.rows, base.clean, base.model, base.tuned]
         if isinstance(defense, Screens):
-            came = incoming(prepared)
+            came = prepared.incoming
             screen = defense.screen(base, model, came)
             last = evaluation_screened(prepared, model, screen, "defended")
             tops, starts = [model, screen], [*starts, came]

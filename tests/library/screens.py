@@ -9,7 +9,7 @@ from lab import Lab
 
 from btu.defense import Defense, Screened, incoming_of
 from btu.foundation import write_table
-from btu.recipe import Prepared, evaluation_screened, incoming
+from btu.recipe import Prepared, evaluation_screened
 from btu.stages import Stage, compute, read_record
 from btu.types import Rows
 
@@ -17,21 +17,21 @@ from btu.types import Rows
 def screen_of(defense: Defense, prepared: Prepared, came: Stage | None = None) -> Stage:
     """Return the stage that a screening defense ends with; came: what is asked of it."""
     base = prepared.foundation
-    asked = came or incoming(prepared)
+    asked = came or prepared.incoming
     screened: Stage = defense.screen(base, defense.stages(base), asked)  # type: ignore[attr-defined]
     return screened
 
 
 def own_screens(defense: Defense, prepared: Prepared) -> list[Stage]:
     """Return the stages that a screening defense adds, in the order in which they are computed."""
-    given = {*prepared.shared, *(stage.key for stage in incoming(prepared).closure())}
+    given = {*prepared.shared, *(stage.key for stage in prepared.incoming.closure())}
     return [s for s in screen_of(defense, prepared).closure() if s.key not in given]
 
 
 def decisions(defense: Defense, prepared: Prepared, lab: Lab) -> tuple[Rows, Screened]:
     """Compute a screen; return the texts that came in and what became of them."""
     (folder,) = lab.compute(screen_of(defense, prepared))
-    return incoming_of(lab.root / incoming(prepared).key), Screened.load(folder)
+    return incoming_of(lab.root / prepared.incoming.key), Screened.load(folder)
 
 
 def scores(defense: Defense, prepared: Prepared, lab: Lab) -> dict[str, Any]:

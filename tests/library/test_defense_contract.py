@@ -56,7 +56,7 @@ from btu.foundation import (
     write_table,
 )
 from btu.poisoning import PoisonSpec
-from btu.recipe import HIDDEN, Prepared, evaluation, incoming
+from btu.recipe import HIDDEN, Prepared, evaluation
 from btu.settings import TrainSettings, TuningSettings
 from btu.stages import compute, read_record, run_stage
 from btu.types import Corpus, Rows
@@ -190,7 +190,7 @@ def changed(outcome: Outcome) -> bool:
         return True
     if screened is None:
         return False
-    came = incoming_of(outcome.root / incoming(outcome.prepared).key).texts
+    came = incoming_of(outcome.root / outcome.prepared.incoming.key).texts
     return not screened.accepted.all() or screened.texts not in (None, came)
 
 
@@ -313,8 +313,8 @@ def test_a_defense_reads_nothing_that_is_hidden(defense: Defense, lab: Lab, tmp_
     (root / prepared.poisoned.key).mkdir()
     assert not (root / prepared.poisoned.key / HIDDEN).exists()
     if isinstance(defense, Screens):
-        lab.root_with(root, incoming(prepared))
-        for stage in incoming(prepared).closure():
+        lab.root_with(root, prepared.incoming)
+        for stage in prepared.incoming.closure():
             if stage.name != "incoming texts":
                 (root / stage.key).unlink(missing_ok=True)
                 (root / stage.key).mkdir(exist_ok=True)
@@ -338,16 +338,16 @@ def test_each_text_is_screened_for_itself(defense: Defense, lab: Lab, tmp_path: 
         assert outcome.screened is None
         return
     # Every third text, in another order: what becomes of it is what it was.
-    came = lab.root / incoming(prepared).key
+    came = lab.root / prepared.incoming.key
     texts = incoming_of(came).texts
     some = list(range(len(texts)))[::-3]
     fewer = tmp_path / "incoming"
     fewer.mkdir()
     write_table(fewer / INCOMING, {"text": [texts[i].encode() for i in some]})
     (fewer / "record.json").write_bytes((came / "record.json").read_bytes())
-    folders = {incoming(prepared).key: fewer}
+    folders = {prepared.incoming.key: fewer}
     for stage in declared.screen.closure():
-        above = incoming(prepared).key in {part.key for part in stage.closure()}
+        above = prepared.incoming.key in {part.key for part in stage.closure()}
         if stage.key in folders:
             continue
         if not above:
