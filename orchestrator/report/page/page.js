@@ -9,42 +9,42 @@
   const heads = all("th", byId("table"));
   const names = heads.map((head) => head.dataset.name);
   const scales = heads.map((head) => Number(head.dataset.scale));
-  const exact = (cell) => (cell.dataset.v === undefined ? cell.textContent : cell.dataset.v);
-  let read = null;
-  // Read when first asked for: a thousand rows take a moment.
-  const entries = () => {
-    read ??= [...body.rows].map((row) => {
-      const values = [...row.cells].map(exact);
-      const texts = [...row.cells].map((cell) => cell.textContent);
-      return { row, values, texts, all: [...texts, ...values].join(" ").toLowerCase() };
-    });
-    return read;
+  // A cell's digits, or what it shows where that is all there is. Cells are read when they are asked
+  // for: to read all of a thousand rows takes half a second.
+  const valueOf = (entry, column) =>
+    entry.cells[column].getAttribute("data-v") ?? textOf(entry, column);
+  const textOf = (entry, column) => entry.cells[column].textContent;
+  const allOf = (entry) => {
+    entry.all ??= names.map((_, column) => `${textOf(entry, column)} ${valueOf(entry, column)}`)
+      .join(" ").toLowerCase();
+    return entry.all;
   };
+  let entries = [...body.rows].map((row) => ({ row, cells: row.cells }));
   body.addEventListener("pointerover", ({ target }) => {
     if (target.dataset.v && !target.title) target.title = target.dataset.v;
   });
 
   const isNumber = (text) => text !== "" && text !== "-" && Number.isFinite(Number(text));
+  const words = new Intl.Collator("en", { numeric: true });
   const compare = (a, b) => {
-    const [x, y] = [isNumber(a), isNumber(b)];
-    if (x && y) return Number(a) - Number(b);
-    if (x !== y) return x ? -1 : 1;
-    return a.localeCompare(b, "en", { numeric: true });
+    if (a.number !== null && b.number !== null) return a.number - b.number;
+    if ((a.number === null) !== (b.number === null)) return a.number === null ? 1 : -1;
+    return words.compare(a.text, b.text);
   };
   const sortBy = (column) => {
     const head = heads[column];
     const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
     for (const other of heads) other.setAttribute("aria-sort", "none");
     head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
-    const absent = (text) => text === "" || text === "-";
-    const rows = entries();
-    rows.sort((a, b) => {
-      const [x, y] = [a.values[column], b.values[column]];
-      // What is undefined stands last either way.
-      if (absent(x) || absent(y)) return absent(x) - absent(y);
-      return sign * compare(x, y);
+    const keyed = entries.map((entry) => {
+      const text = valueOf(entry, column);
+      return { entry, text, absent: text === "" || text === "-",
+        number: isNumber(text) ? Number(text) : null };
     });
-    body.append(...rows.map(({ row }) => row));
+    // What is undefined stands last either way.
+    keyed.sort((a, b) => (a.absent || b.absent ? a.absent - b.absent : sign * compare(a, b)));
+    entries = keyed.map(({ entry }) => entry);
+    body.append(...entries.map(({ row }) => row));
   };
   heads.forEach((head, column) =>
     head.querySelector("button").addEventListener("click", () => sortBy(column)));
@@ -55,15 +55,15 @@
     const parts = /^([^<>=]+)(<=|>=|<|>|=)(.+)$/.exec(word);
     const column = parts
       ? names.findIndex((name) => name === parts[1] || name.endsWith("." + parts[1])) : -1;
-    if (column < 0) return (entry) => entry.all.includes(word);
+    if (column < 0) return (entry) => allOf(entry).includes(word);
     if (!isNumber(parts[3]))
-      return (entry) => parts[2] === "=" && entry.texts[column].toLowerCase() === parts[3];
+      return (entry) => parts[2] === "=" && textOf(entry, column).toLowerCase() === parts[3];
     // Nobody types all the digits: equal is what is shown as that number.
     if (parts[2] === "=")
-      return (entry) => isNumber(entry.texts[column])
-        && Number(entry.texts[column]) === Number(parts[3]);
-    return (entry) => isNumber(entry.values[column])
-      && checks[parts[2]](Number(entry.values[column]) * scales[column], Number(parts[3]));
+      return (entry) => isNumber(textOf(entry, column))
+        && Number(textOf(entry, column)) === Number(parts[3]);
+    return (entry) => isNumber(valueOf(entry, column))
+      && checks[parts[2]](Number(valueOf(entry, column)) * scales[column], Number(parts[3]));
   };
   const form = byId("filters");
   const marks = names.indexOf("marks");
@@ -72,17 +72,16 @@
     for (const select of all("select", form)) {
       if (select.value !== "") {
         const column = Number(select.dataset.column);
-        terms.push((entry) => entry.texts[column] === select.value);
+        terms.push((entry) => textOf(entry, column) === select.value);
       }
     }
-    if (byId("only-marked").checked) terms.push((entry) => entry.values[marks] !== "");
-    const rows = entries();
+    if (byId("only-marked").checked) terms.push((entry) => valueOf(entry, marks) !== "");
     let shown = 0;
-    for (const entry of rows) {
+    for (const entry of entries) {
       entry.row.hidden = !terms.every((term) => term(entry));
       shown += entry.row.hidden ? 0 : 1;
     }
-    byId("count").textContent = `${shown} of ${rows.length} cells`;
+    byId("count").textContent = `${shown} of ${entries.length} cells`;
   };
   form.addEventListener("input", filter);
   form.addEventListener("reset", () => setTimeout(filter));
