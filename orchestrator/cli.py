@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 EXIT_INCOMPLETE, EXIT_USER_ERROR = 1, 2
 REFINE_TRIALS = 24
+# Sweeps whose runs `btu ui` gives an address of.
+MOST_VIEWS = 10
 
 app = typer.Typer(
     name="btu",
@@ -719,6 +721,9 @@ def ui(
 ) -> None:
     """Open the MLflow UI on the sweeps' runs, on this machine only.
 
+    Gives the address of each sweep's runs table with asr, cacc and detection_precision in it, which
+    MLflow's own link leaves out. For a server that runs already, --uri gives the addresses alone.
+
     Example: `btu ui --port 5001`
     """
     database = Path(output) / "mlflow.db"
@@ -729,13 +734,20 @@ def ui(
         )
     from orchestrator import tracking
 
-    if uri is not None and uri.startswith(("http://", "https://")):
-        console.print(f"{uri} is a running MLflow server; open it in a browser.", highlight=False)
-        return
+    running = uri is not None and uri.startswith(("http://", "https://"))
+    uri = uri or tracking.default_uri(output)
+    server = tracking.shown(uri).rstrip("/") if running else f"http://127.0.0.1:{port}"
+    views = tracking.views(uri)
     # Without the parameter MLflow opens on its pages for language-model traces.
-    page = f"http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning"
-    console.print(f"MLflow UI: {page} (Ctrl-C stops it)", highlight=False, soft_wrap=True)
-    raise typer.Exit(tracking.serve_ui(uri or tracking.default_uri(output), port))
+    page = f"{server}/#/experiments?workflowType=machine_learning"
+    told = "a running MLflow server; open it in a browser" if running else "Ctrl-C stops it"
+    lines = [f"MLflow UI: {page} ({told})"]
+    lines += [f"{name}: {server}{path}" for name, path in list(views.items())[:MOST_VIEWS]]
+    if len(views) > MOST_VIEWS:
+        lines.append(f"and {len(views) - MOST_VIEWS} older sweeps, in the UI's list")
+    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+    if not running:
+        raise typer.Exit(tracking.serve_ui(uri, port))
 
 
 def main() -> None:

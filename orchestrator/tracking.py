@@ -78,6 +78,14 @@ SUMMARY_VERSION = 1
 KIND_TAG, TRIAL, SUMMARY = "kind", "trial", "summary"
 # Of an experiment: ids of SQLite begin at 1 again in a new file, and a URI changes with a move.
 ID_TAG = "btu.id"
+# MLflow's runs table shows no metric by itself. With an address that names a view it does; its own
+# "Share" button makes such views, as tags of the experiment.
+VIEW = "btu"
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
+VIEW_COLUMNS = (
+    *(f"params.`{name}`" for name in ("attack", "poison_rate", "defense", "threshold", "seed")),
+    *(f"metrics.`{name}`" for name in ("asr", "cacc", "detection_precision")),
+)
 SQLITE = "sqlite:///"
 # What a store that cannot be used raises: MLflow, the database, its migrations, files, the URI.
 _REFUSALS = (MlflowException, SQLAlchemyError, CommandError, sqlite3.Error, OSError, ValueError)
@@ -195,6 +203,8 @@ def _open(uri: str, name: str, note: str | None, hint: str) -> tuple[str | None,
         experiment_id = str(found.experiment_id)
         if note is not None and found.tags.get("mlflow.note.content") != note:
             _set_tag(client, experiment_id, "mlflow.note.content", note)
+        if found.tags.get(VIEW_TAG) != _view():
+            _set_tag(client, experiment_id, VIEW_TAG, _view())
         _identities[uri, experiment_id] = _identity(client, found)
     except UserError:
         raise
@@ -224,7 +234,7 @@ def _find_or_create(
     if found is not None:
         return found
     # With its tags at once: launches that set them later could meet.
-    tags = {ID_TAG: uuid.uuid4().hex}
+    tags = {ID_TAG: uuid.uuid4().hex, VIEW_TAG: _view()}
     if note is not None:
         tags["mlflow.note.content"] = note
     try:
@@ -893,6 +903,34 @@ def _numbered(tags: Mapping[str, str], prefix: str) -> Iterator[str]:
 
 def _reason(error: Exception) -> str:
     return shown((str(error).splitlines() or [type(error).__name__])[0])
+
+
+def _view() -> str:
+    return json.dumps({"selectedColumns": VIEW_COLUMNS})
+
+
+def views(uri: str) -> dict[str, str]:
+    """Return the address of each sweep's runs table behind a UI's own, newest sweep first, by name.
+
+    Raises:
+        UserError: the store cannot be read.
+    """
+    try:
+        found = mlflow.MlflowClient(tracking_uri=uri).search_experiments(
+            order_by=["last_update_time DESC"]
+        )
+    except _REFUSALS as error:
+        raise UserError(
+            f"the MLflow store {shown(uri)} cannot be read: {_reason(error)} Name another one with "
+            "--uri."
+        ) from error
+    # Without the last parameter MLflow opens on its pages for language-model traces.
+    return {
+        each.name: f"/#/experiments/{each.experiment_id}/runs?viewStateShareKey={VIEW}"
+        "&workflowType=machine_learning"
+        for each in found
+        if VIEW_TAG in each.tags
+    }
 
 
 def ui_command(uri: str, port: int) -> list[str]:

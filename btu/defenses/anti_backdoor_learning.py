@@ -91,7 +91,7 @@ if TYPE_CHECKING:
 # Raised when what a stage computes changes: results of an earlier version are then not reused.
 ISOLATE_VERSION = 1
 REST_VERSION = 1
-UNLEARN_VERSION = 1
+UNLEARN_VERSION = 2
 
 LOSSES = "losses.parquet"
 # Rows that tell how far the ascent is, and what it costs; more would tell it hardly better.
@@ -120,6 +120,8 @@ class AntiBackdoorLearning:
     unlearning_learning_rate: of the ascent; AdamW's, constant, without warm-up.
     unlearning_descent: weight, at least 0, of descending on as many other rows in each step of the
         ascent, drawn anew: 1 as in the paper's equation, 0 as in its code.
+    unlearning_cap: multiples of ln(classes), above 0: an isolated row whose loss is beyond pushes
+        no further; null: all push to the end, as in the original.
     unlearning_stop: share of the isolated rows, in [0, 1), still predicted as they are labelled, at
         or under which the ascent ends, looked at after every step, in eval mode. Of up to 128 of
         them, drawn from the seed; where more are isolated, what is left of the others is not seen.
@@ -136,6 +138,7 @@ class AntiBackdoorLearning:
     unlearning_epochs: int = 40
     unlearning_learning_rate: float = 5e-5
     unlearning_descent: float = 1.0
+    unlearning_cap: float | None = 2.0
     unlearning_stop: float = 0.05
 
     KIND: ClassVar[str] = "during training"
@@ -149,6 +152,7 @@ class AntiBackdoorLearning:
             "pool": "all",
             "unlearning_epochs": 4,
             "unlearning_descent": 0.0,
+            "unlearning_cap": None,
             "unlearning_stop": 0.0,
         },
     }
@@ -165,6 +169,8 @@ class AntiBackdoorLearning:
             "unlearning_learning_rate",
         ):
             check_positive(f"defense.{name}", getattr(self, name))
+        if self.unlearning_cap is not None:
+            check_positive("defense.unlearning_cap", self.unlearning_cap)
         for name, high in (("isolation_ratio", "everything"), ("unlearning_stop", "no step")):
             check_fraction(f"defense.{name}", getattr(self, name), open_low=name[0] == "i")
             if getattr(self, name) == 1:
@@ -240,6 +246,7 @@ class AntiBackdoorLearning:
             ascent = {
                 "ascent": True,
                 "descent": self.unlearning_descent,
+                "cap": self.unlearning_cap,
                 "stop": self.unlearning_stop,
                 "train": plain(steps)
                 | {
@@ -355,7 +362,9 @@ def unlearn(run: StageRun) -> dict[str, Any]:
             settings,
             seed=seed,
             stage="unlearn (abl)",
-            objective=climb(rest.to(run.device), config["descent"], np.random.default_rng(seed)),
+            objective=climb(
+                rest.to(run.device), config["descent"], config["cap"], np.random.default_rng(seed)
+            ),
             after_step=after_step,
         )
     save_model(model, run.folder)
@@ -449,8 +458,10 @@ def bend(loss: torch.Tensor, method: str, gamma: float) -> torch.Tensor:
     return (loss - gamma).abs() + gamma
 
 
-def climb(rest: Encoded, weight: float, rng: np.random.Generator) -> Objective:
+def climb(rest: Encoded, weight: float, cap: float | None, rng: np.random.Generator) -> Objective:
     """Return the unlearning's objective: weight * CE(other rows) - CE(isolated rows), both means.
+
+    cap: see `AntiBackdoorLearning`; a row beyond it counts with the cap, which has no gradient.
 
     Each call draws as many rows of `rest`, which must be where the model is, as it is given.
     """
@@ -462,6 +473,9 @@ def climb(rest: Encoded, weight: float, rng: np.random.Generator) -> Objective:
         import torch
 
         loss, logits = cross_entropy(model, ids, mask, labels)
+        if cap is not None:
+            losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+            loss = losses.clamp(max=cap * math.log(logits.shape[1])).mean()
         if weight == 0:
             return -loss, logits
         drawn = rng.choice(len(rest), min(len(labels), len(rest)), replace=False)

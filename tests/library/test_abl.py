@@ -164,13 +164,28 @@ def test_unlearning_climbs_on_the_isolated_and_descends_on_others(
     weight: float, expected: float
 ) -> None:
     rest = Encoded.from_lists([[2], [2, 2]], [1, 1], pad_id=0)
-    objective = climb(rest, weight, np.random.default_rng(0))
+    objective = climb(rest, weight, None, np.random.default_rng(0))
     ids = torch.tensor([[1], [1]])
     labels = torch.tensor([1, 1])
     loss, logits = objective(Fixed(math.log(3)), ids, ids > 0, labels)
     assert loss.item() == pytest.approx(expected)
     # Of the isolated alone, so that accuracies are theirs.
     assert logits.shape == (2, 2)
+
+
+def test_a_row_beyond_the_cap_pushes_no_further() -> None:
+    # w = ln 3: 3/4 and 1/4 for the labels, losses ln(4/3) and 2 ln 2. The cap of one ln 2 holds the
+    # second, so that only the first, whose loss falls with w by 1 - 3/4, has a gradient: a half of
+    # 1/4, climbed.
+    rest = Encoded.from_lists([[2]], [1], pad_id=0)
+    model = Fixed(math.log(3))
+    objective = climb(rest, 0.0, 1.0, np.random.default_rng(0))
+    ids = torch.tensor([[1], [1]])
+    loss, _ = objective(model, ids, ids > 0, torch.tensor([1, 0]))
+    assert loss.item() == pytest.approx(-(math.log(4 / 3) + math.log(2)) / 2)
+    loss.backward()
+    assert model.w.grad is not None
+    assert model.w.grad.item() == pytest.approx(1 / 8)
 
 
 # Isolation -------------------------------------------------------------------------------------
@@ -353,6 +368,7 @@ ALL = ["isolate (abl)", "train on the rest (abl)", "unlearn (abl)"]
         ({"unlearning_learning_rate": 1e-4}, ALL[2:]),
         ({"unlearning_epochs": 0}, ALL[2:]),
         ({"unlearning_descent": 0.5}, ALL[2:]),
+        ({"unlearning_cap": None}, ALL[2:]),
         ({"isolation_ratio": 0.05}, ALL[1:]),
         ({"pool": "all"}, ALL[1:]),
         ({"rest_epochs": 3}, ALL[1:]),
@@ -371,7 +387,12 @@ def test_cells_share_what_does_not_depend_on_what_differs(
 
 @pytest.mark.parametrize(
     "change",
-    [{"unlearning_stop": 0.2}, {"unlearning_learning_rate": 1e-4}, {"unlearning_descent": 0.5}],
+    [
+        {"unlearning_stop": 0.2},
+        {"unlearning_learning_rate": 1e-4},
+        {"unlearning_descent": 0.5},
+        {"unlearning_cap": None},
+    ],
 )
 def test_without_an_ascent_its_settings_make_no_other_cell(
     change: dict[str, Any], lab: Lab
@@ -407,6 +428,7 @@ def test_it_needs_neither_the_poisoned_model_nor_clean_rows(lab: Lab) -> None:
         ({"isolation_learning_rate": 0}, "isolation_learning_rate must be above 0"),
         ({"rest_learning_rate": 0}, "rest_learning_rate must be above 0"),
         ({"unlearning_learning_rate": 0}, "unlearning_learning_rate must be above 0"),
+        ({"unlearning_cap": 0}, "unlearning_cap must be above 0"),
         ({"isolation_ratio": 0}, r"defense.isolation_ratio must be in \(0, 1\], got 0"),
         ({"isolation_ratio": 1.0}, "defense.isolation_ratio must be below 1, got 1: "),
         ({"isolation_ratio": "0.1"}, "defense.isolation_ratio must be a number"),

@@ -658,24 +658,41 @@ def test_an_unknown_format_is_refused(run_cli: Callable[..., Any]) -> None:
 # ui --------------------------------------------------------------------------------------------
 
 
+VIEWS = {f"sweep-{i}": f"/#/experiments/{i}/runs?viewStateShareKey=btu" for i in range(12)}
+
+
 def test_the_ui_serves_the_sweeps_store(
     run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from orchestrator import tracking
 
-    served = []
+    served, asked = [], []
     monkeypatch.setattr(tracking, "serve_ui", lambda uri, port: served.append((uri, port)) or 0)
+    monkeypatch.setattr(tracking, "views", lambda uri: asked.append(uri) or VIEWS)
     (tmp_path / "mlflow.db").write_text("")
     done = run_cli("ui", "-o", tmp_path, "--port", 5001)
     assert done.code == 0
     assert served == [(f"sqlite:///{tmp_path / 'mlflow.db'}", 5001)]
-    assert "http://127.0.0.1:5001" in done.out
+    assert asked == [f"sqlite:///{tmp_path / 'mlflow.db'}"]
+    assert "MLflow UI: http://127.0.0.1:5001/#/experiments?workflowType" in done.out
+    address = "http://127.0.0.1:5001/#/experiments/9/runs?viewStateShareKey=btu"
+    assert f"sweep-9: {address}" in done.out
+    assert "sweep-10" not in done.out
+    assert "and 2 older sweeps, in the UI's list" in done.out
 
 
-def test_the_ui_of_a_server_points_at_it(run_cli: Callable[..., Any]) -> None:
-    done = run_cli("ui", "--uri", "http://host:5000")
+def test_the_ui_of_a_server_points_at_it(
+    run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator import tracking
+
+    monkeypatch.setattr(tracking, "serve_ui", lambda *_: pytest.fail("it runs already"))
+    monkeypatch.setattr(tracking, "views", lambda uri: VIEWS)
+    done = run_cli("ui", "--uri", "http://me:secret@host:5000/")
     assert done.code == 0
-    assert "http://host:5000 is a running MLflow server" in done.out
+    assert "a running MLflow server; open it in a browser" in done.out
+    assert "sweep-0: http://host:5000/#/experiments/0/runs" in done.out
+    assert "secret" not in done.out
 
 
 # launch, with the running itself left out (see test_launch.py) ----------------------------------

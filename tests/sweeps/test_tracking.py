@@ -452,6 +452,42 @@ def test_an_experiment_keeps_its_id(make_sweep: Callable[..., Path], database: s
 
 
 @pytest.mark.slow
+def test_each_sweep_has_the_address_of_its_runs_table(
+    make_sweep: Callable[..., Path], database: str
+) -> None:
+    import json
+
+    from mlflow import MlflowClient
+
+    from orchestrator import tracking
+
+    client = MlflowClient(tracking_uri=database)
+    client.create_experiment("somebody else's")
+    old = client.create_experiment("seen before views")
+    made = {name: prepared(make_sweep, name, database)[1] for name in ("seen", "seen before views")}
+    assert made["seen before views"] == old
+    found = tracking.views(database)
+    assert "somebody else's" not in found
+    for name, experiment in made.items():
+        assert found[name] == (
+            f"/#/experiments/{experiment}/runs?viewStateShareKey=btu&workflowType=machine_learning"
+        )
+        view = json.loads(client.get_experiment(experiment).tags["mlflow.sharedViewState.btu"])
+        assert {f"metrics.`{name}`" for name in ("asr", "cacc", "detection_precision")} <= set(
+            view["selectedColumns"]
+        )
+
+
+def test_views_of_what_is_no_store_are_an_error(tmp_path: Path) -> None:
+    from orchestrator import tracking
+
+    path = tmp_path / "mlflow.db"
+    path.write_text("not a database, and longer than the sixteen bytes of a header")
+    with pytest.raises(UserError, match=r"^the MLflow store sqlite:.*cannot be read: .*--uri"):
+        tracking.views(f"sqlite:///{path}")
+
+
+@pytest.mark.slow
 def test_a_tag_that_two_insert_at_once_is_set(
     make_sweep: Callable[..., Path], database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
