@@ -32,6 +32,8 @@ unlearning            ascent, SGD 5e-4        ascent on the          see below
                                               on others, AdamW
 its end               5 epochs, the first     the isolated rows      ascent has no end of its own
                       of which only tests     leave their class
+its bound             none                    a row at chance        what is beyond it takes the
+                                              pushes no further      class along
 ====================  ======================  =====================  ===============================
 
 The reference scores rows in eval mode one by one, and so do we, in batches. It crops, flips and
@@ -53,8 +55,10 @@ With it, at 5e-5 and batches of 32, all isolated rows were in their class after 
 after 36. There ASR was 0.000 (undefended 1.000), FTR 0.138 and CACC 0.859 (0.881 clean-tuned).
 
 These numbers are of the unlearning alone, on the poisoned fine-tune, with the isolated rows of the
-default: one run, stopped at the first look (every 6 steps) that met ``unlearning_stop``. The whole
-defense overshoots on BadNets: see ``docs/defenses.md``.
+default: one run, stopped at the first look (every 6 steps) that met ``unlearning_stop``. After the
+training on the rest, ascent without a bound goes far beyond chance (3 nats on average) and takes
+the class with it. What was tried, and how the bound was chosen without a look at triggered rows, is
+in ``docs/defenses.md``.
 """
 
 from __future__ import annotations
@@ -138,7 +142,7 @@ class AntiBackdoorLearning:
     unlearning_epochs: int = 40
     unlearning_learning_rate: float = 5e-5
     unlearning_descent: float = 1.0
-    unlearning_cap: float | None = 2.0
+    unlearning_cap: float | None = 1.0
     unlearning_stop: float = 0.05
 
     KIND: ClassVar[str] = "during training"
