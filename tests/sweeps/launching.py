@@ -159,12 +159,17 @@ def wait_for(what: Callable[[], Any], command: Command | None = None, limit: flo
     raise AssertionError(f"waited {limit:.0f} s in vain; {command and command.process.poll()}")
 
 
+def _planned(output: Path, name: str) -> bool:
+    """Return whether a sweep has a plan. Its folder is there a moment earlier."""
+    return any((output / name / "plans").glob("[!.]*"))
+
+
 def holder(place: Workplace, stage: str, but: int = 0) -> psutil.Process | None:
     """Return the process that has computed a stage and not committed it.
 
     stage: its name or key. but: a process id to leave out.
     """
-    if not (place.output / "tiny" / "plans").is_dir():
+    if not _planned(place.output, "tiny"):
         return None
     for key, name in names_by_key(place.results()).items():
         lease = place.output / "store" / "leases" / f"{key}.json"
@@ -242,7 +247,7 @@ def names_by_key(results: Results) -> dict[str, str]:
 
 def computed(output: Path, name: str = "tiny") -> Counter[str]:
     """Return how often stages were begun, by their name."""
-    if not (output / name / "plans").is_dir():
+    if not _planned(output, name):
         return Counter()
     names = names_by_key(find_sweep(output, name))
     events = journal(output, name)
