@@ -438,7 +438,7 @@ def test_a_full_disk_stops_the_launch_and_harms_nothing(
     fill(ballast)
     assert os.statvfs(small_disk).f_bavail == 0
     place.fault("poisoned fine-tune")
-    done = launch.end(120)
+    done = launch.end()
     assert done.code == 1, done
     assert "stopping: the disk is full (" in done.out, done
     assert "Stopped: the disk is full" in done.out, done
