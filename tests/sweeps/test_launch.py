@@ -5,6 +5,7 @@ Most run in this process, on one Ray that all tests share. What breaks is in ``t
 
 from __future__ import annotations
 
+import gc
 import io
 import itertools
 import json
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -647,6 +649,27 @@ def test_a_summary_is_written_while_cells_end_and_its_failure_is_told_once(
     assert "btu sync tiny" in told
     assert driver.error is None
     assert not driver.stopped
+
+
+@pytest.mark.slow
+def test_ray_goes_down_with_nothing_left_to_collect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Freed by another thread at that moment, a reference of Ray's ends the process."""
+    from orchestrator import launch
+
+    class Part:
+        me: Any
+
+    part = Part()
+    part.me = part
+    alive = weakref.ref(part)
+    del part
+    seen = []
+    monkeypatch.setattr(
+        launch.ray, "shutdown", lambda: seen.append((alive() is None, gc.isenabled()))
+    )
+    launch._leave()
+    assert seen == [(True, False)]
+    assert gc.isenabled()
 
 
 @pytest.mark.slow
