@@ -3,11 +3,13 @@
 # Options:
 #   PYTHON=python3.12       the interpreter that .venv is made with (3.11 or newer)
 #   PYTEST_ARGS='-k data'   passed on to pytest by `make test` and `make slow`
+#   COVERAGE=1              `make test` says which lines ran; tracing them takes half as long again
 #   JOBS=4                  how many tests run at once (2 unless told; 0: in one process, for --pdb)
 #   TORCH_INDEX=...         the index that the first set-up takes torch from (see constraints.txt)
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+COVERAGE ?=
 JOBS ?= 2
 TORCH_INDEX ?=
 
@@ -15,7 +17,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 # -qq: quiet, but errors still show.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
-COVERAGE := --cov=btu --cov=orchestrator --cov-report=term
+TRACED := $(if $(COVERAGE),--cov=btu --cov=orchestrator --cov-report=term)
 # Neighbours stay together, since they share fixtures; who is done first takes from the other.
 PARALLEL = -n $(JOBS) --dist worksteal
 
@@ -37,8 +39,8 @@ quickstart: $(INSTALLED) ## Run the demo sweep, print its table, say how to see 
 	@echo
 	@echo "The runs, with their curves and flagged tokens, in the MLflow UI:  $(BIN)/btu ui"
 
-test: $(INSTALLED) ## Run the fast tests, with coverage
-	$(BIN)/pytest $(PARALLEL) $(COVERAGE) $(PYTEST_ARGS)
+test: $(INSTALLED) ## Run the fast tests
+	$(BIN)/pytest $(PARALLEL) $(TRACED) $(PYTEST_ARGS)
 
 check: $(INSTALLED) ## Check format, lint, types and the import rules
 	$(BIN)/ruff format --check .
@@ -47,7 +49,7 @@ check: $(INSTALLED) ## Check format, lint, types and the import rules
 	$(BIN)/lint-imports
 
 slow: $(INSTALLED) ## Run the slow tests: real Ray, real MLflow, real training
-	$(BIN)/pytest -n $(JOBS) --dist loadscope -m 'slow and not gpu' --durations=15 $(PYTEST_ARGS)
+	$(BIN)/pytest -v -n $(JOBS) --dist loadscope -m 'slow and not gpu' --durations=15 $(PYTEST_ARGS)
 
 clean: ## Remove .venv, caches and build output; results in runs/ stay
 	rm -rf .venv build dist *.egg-info .coverage

@@ -57,20 +57,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With ``--dist loadscope``: one process has all tests that start Ray, others take the rest.
+    """With ``--dist loadscope``: tests that share a Ray stay in one process, all others are spread.
 
-    Two clusters at once starve each other of the time that they have to start.
+    They come first, since they take long; the others fill up what time the processes have.
     """
     if config.getoption("dist") != "loadscope":
         return None
     from xdist.scheduler import LoadScopeScheduling
 
-    class OneRay(LoadScopeScheduling):  # type: ignore[misc]
+    class SharedRay(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "ray" if file.endswith(("test_faults.py", "test_launch.py")) else nodeid
+            return file if file.endswith("test_launch.py") else nodeid
 
-    return OneRay(config, log)
+    return SharedRay(config, log)
 
 
 @pytest.fixture(scope="session")

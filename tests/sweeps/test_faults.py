@@ -30,6 +30,8 @@ from launching import (
     wait_for,
 )
 
+from orchestrator.results import find_sweep
+
 pytestmark = pytest.mark.slow
 
 # Seconds in which a stopped launch is gone, on a busy machine.
@@ -74,26 +76,40 @@ class Reference(NamedTuple):
     metrics: dict[str, dict[str, str]]
 
 
-@pytest.fixture(scope="module")
-def reference(
-    cell: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, database: Path
-) -> Iterator[Reference]:
-    import yaml
+@pytest.fixture(scope="session")
+def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this test run share."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return tmp_path_factory.getbasetemp().parent
+    return tmp_path_factory.mktemp("common")
 
-    folder = tmp_path_factory.mktemp("reference")
-    file = folder / "tiny.yaml"
-    file.write_text(yaml.safe_dump({"name": "tiny", **cell, "grid": GRID, "controls": []}))
-    place = Workplace(folder, database)
-    done = place.run("launch", file)
-    assert done.code == 0, done
-    assert sum(computed(place.output).values()) == SHARED + 2 * OWN
-    results = place.results()
+
+@pytest.fixture(scope="module")
+def reference(cell: dict[str, Any], common: Path, database: Path) -> Reference:
+    """Launched by the first process that needs it."""
+    import yaml
+    from filelock import FileLock
+
+    folder = common / "reference"
+    with FileLock(common / "reference.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            file = folder / "tiny.yaml"
+            file.write_text(yaml.safe_dump({"name": "tiny", **cell, "grid": GRID, "controls": []}))
+            place = Workplace(folder, database)
+            try:
+                done = place.run("launch", file)
+            finally:
+                place.close()
+            assert done.code == 0, done
+    output = folder / "runs"
+    assert sum(computed(output).values()) == SHARED + 2 * OWN
+    results = find_sweep(output, "tiny")
     metrics = all_measured(results)
-    check(place.output, metrics)
+    check(output, metrics)
     # Not in that of the keys, which change with every version of a stage.
     alpha = {key: cell.varied["defense.alpha"] for key, cell in results.cells().items()}
-    yield Reference(place.output, {key: metrics[key] for key in sorted(metrics, key=alpha.get)})
-    place.close()
+    return Reference(output, {key: metrics[key] for key in sorted(metrics, key=alpha.get)})
 
 
 # Killed and stopped ----------------------------------------------------------------------------
@@ -242,7 +258,7 @@ def test_a_server_that_goes_away_is_told_when_it_is_back(
     sweep: Path, place: Workplace, reference: Reference, server: Server
 ) -> None:
     first, second = reference.metrics
-    unlearn = own_stages(find_reference(reference), second)["unlearn"]
+    unlearn = own_stages(find_sweep(reference.output, "tiny"), second)["unlearn"]
     place.fault(unlearn, held=True)
     server.start()
     launch = place.start("launch", sweep, f"tracking.uri={server.uri}")
@@ -262,12 +278,6 @@ def test_a_server_that_goes_away_is_told_when_it_is_back(
 
 def ended(event: dict[str, Any], key: str) -> bool:
     return bool(event["event"] == "end" and event["key"] == key)
-
-
-def find_reference(reference: Reference) -> Any:
-    from orchestrator.results import find_sweep
-
-    return find_sweep(reference.output, "tiny")
 
 
 def test_a_sweep_without_a_server_is_synchronized_later(
@@ -466,7 +476,7 @@ def test_a_stage_that_raises_fails_its_cell_alone_until_it_is_retried(
     sweep: Path, place: Workplace, reference: Reference
 ) -> None:
     first, second = reference.metrics
-    unlearn = own_stages(find_reference(reference), first)["unlearn"]
+    unlearn = own_stages(find_sweep(reference.output, "tiny"), first)["unlearn"]
     place.fault(unlearn, raises="the test wants it")
     done = place.run("launch", sweep)
     assert done.code == 1, done
@@ -502,7 +512,7 @@ def test_a_stage_without_memory_is_tried_in_smaller_parts(
     sweep: Path, place: Workplace, reference: Reference
 ) -> None:
     first, second = reference.metrics
-    unlearn = own_stages(find_reference(reference), first)["unlearn"]
+    unlearn = own_stages(find_sweep(reference.output, "tiny"), first)["unlearn"]
     place.fault("poisoned fine-tune", parts=2)
     place.fault(unlearn, parts=16)  # more than are ever tried
     done = place.run("launch", sweep)
@@ -525,7 +535,7 @@ def test_a_stage_without_memory_is_tried_in_smaller_parts(
     (loss,) = [e["loss"] for e in record["history"] if is_first_epoch(e)]
     (undisturbed,) = [
         e["loss"]
-        for r in find_reference(reference).records()
+        for r in find_sweep(reference.output, "tiny").records()
         for e in r["history"]
         if r["key"] == second and is_first_epoch(e)
     ]

@@ -37,6 +37,9 @@ from launching import (
 
 from orchestrator.results import find_sweep
 
+# Both CPUs of the shared Ray for every stage: where it does not matter how many stages run at once,
+# one worker imports torch and transformers, not two.
+ONE_WORKER = {"cpu": 2}
 # Three cells of one attack.
 ALPHAS = {"defense.alpha": [0.01, 0.02, 0.03]}
 # Nothing answers there; an address is looked at only where Ray is needed.
@@ -199,7 +202,10 @@ def test_failures_take_their_own_cells_alone_and_stay(
 ) -> None:
     # A shared stage fails: both cells at the learning rate of 1e30. A cell's own stage fails: half
     # of the vocabulary is more than there are candidates, which only the rows say.
-    sweep = make_sweep(grid={"train.learning_rate": [1e30, 1e-3], "defense.alpha": [0.01, 0.9]})
+    sweep = make_sweep(
+        grid={"train.learning_rate": [1e30, 1e-3], "defense.alpha": [0.01, 0.9]},
+        resources=ONE_WORKER,
+    )
     done = run_cli("launch", sweep)
     assert done.code == 1, done
     assert "1 of 4 cells done, 3 failed, 0 not run" in done.out
@@ -254,7 +260,11 @@ def test_refused_cells_are_named_and_the_others_run(
 ) -> None:
     # The database of a relative URI is one file, though workers start in folders of their own.
     monkeypatch.chdir(tmp_path)
-    sweep = make_sweep(grid={"attack.name": ["style", "badnets"]}, data={"path": str(plain_folder)})
+    sweep = make_sweep(
+        grid={"attack.name": ["style", "badnets"]},
+        data={"path": str(plain_folder)},
+        resources=ONE_WORKER,
+    )
     done = run_cli("launch", sweep, "tracking.uri=sqlite:///my.db", "seed=5")
     assert done.code == 0, done
     assert "refused: style: the style attack needs the paraphrase column 'style'" in done.out
@@ -278,6 +288,7 @@ def test_random_draws_lists_and_zips_run(
         random={"samples": 1, "space": {"attack.poison_rate": [0.2, 0.3]}},
         list=[{"defense.alpha": 0.01}, {"defense.alpha": 0.02, "defense.cut": "row"}],
         zip={"seed": [0, 1], "train.epochs": [1, 2]},
+        resources=ONE_WORKER,
     )
     done = run_cli("launch", sweep)
     assert done.code == 0, done
@@ -404,6 +415,7 @@ def test_thresholds_are_refined_within_the_budget_and_once(
     sweep = make_sweep(
         grid={"defense.alpha": [0.005, 0.4], "seed": [0, 1]},
         train={"epochs": 25, "learning_rate": 2e-3},
+        resources=ONE_WORKER,
     )
     refine = ("--refine", "asr", "--refine", "cacc", "--refine-trials")
     done = run_cli("launch", sweep, *refine, 5)

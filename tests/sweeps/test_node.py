@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
+import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +19,8 @@ from btu.errors import UserError
 from btu.stages import RECORD, Stage, StageRun, read_record
 from btu.training import NonFiniteLossError
 from btu.types import Progress
-from orchestrator.node import Outcome, Report, run_node
+from orchestrator import node
+from orchestrator.node import Outcome, Report, free_memory, run_node
 from orchestrator.store import Store
 
 # What the stage functions below did: their labels, and whatever they are told to raise.
@@ -467,3 +471,31 @@ def test_a_report_travels_as_json(shop: Shop) -> None:
     report = asdict(shop.run(stage()))
     again = asdict(Report(**json.loads(json.dumps(report))))
     assert again == {**report, "lost": []}
+
+
+class Part:
+    """Something that only a collection frees."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+
+def test_garbage_goes_though_what_was_imported_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "_modules_frozen", 0)
+    gc.unfreeze()  # other tests may have called it
+    kept = Part()
+    caught = weakref.ref(kept)
+    try:
+        free_memory()  # modules have come: of what lives now nothing is walked through any more
+        assert gc.get_freeze_count() > 100_000
+        first = weakref.ref(Part())
+        del kept
+        free_memory()
+        assert first() is None
+        assert caught() is not None  # frozen while it was alive
+        # The next module that comes lets it go.
+        monkeypatch.setitem(sys.modules, "one_more", sys)
+        free_memory()
+        assert caught() is None
+    finally:
+        gc.unfreeze()
