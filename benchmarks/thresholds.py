@@ -258,6 +258,9 @@ def mean_by(table: pd.DataFrame, *keys: str) -> pd.DataFrame:
     grouped = table.groupby(list(keys), sort=False)
     means = grouped[numbers].mean()
     means.insert(0, "n", grouped.size())
+    if "precision" in means:
+        # Nothing flagged has no precision: the mean is then of fewer sets than `n` says.
+        means.insert(list(means).index("precision") + 1, "of", grouped["precision"].count())
     return means.reset_index()
 
 

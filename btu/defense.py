@@ -275,6 +275,11 @@ class Screens(Protocol):
         ...
 
 
+def is_control(name: object) -> bool:
+    """Return whether a defense's name is that of a control; one of another version's is not."""
+    return isinstance(name, str) and name in DEFENSES and DEFENSES.load(name).KIND == "control"
+
+
 def incoming_of(folder: Path) -> Rows:
     """Return the texts that a screening stage reads; all their labels are 0."""
     import pyarrow.parquet as pq

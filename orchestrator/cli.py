@@ -610,7 +610,7 @@ def choose(
     records = source.records()
     if not records:
         raise UserError(f"sweep '{name}' has no finished cell yet; launch it first.")
-    cells = threshold_cells(records)
+    cells = threshold_cells(records, acting=True)
     table, notes = choices(cells, cacc_loss)
     if recommend:
         table, further = recommended(cells, table)

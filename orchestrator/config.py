@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import shlex
 import types
 import typing
@@ -471,8 +472,12 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
     _check_shared_paraphrase(config, search)
     name, written = config.pop("name"), config.pop("output", "runs")
     output = _output(written)
-    if not isinstance(name, str) or not name.strip() or "/" in name or name.startswith("."):
-        raise UserError(f"name must be a plain word that can name a folder, got {name!r}.")
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
+        # It names a folder and an experiment, and stands in the commands that are printed.
+        raise UserError(
+            "name must be a plain word that can name a folder: letters, digits, '_', '-', '+' and "
+            f"'.', the first a letter, digit or '_'; got {name!r}. No name: the file's is taken."
+        )
     if name == "store":
         raise UserError(
             "name 'store' is taken: that folder of the output holds the results of all sweeps; "

@@ -17,6 +17,8 @@ ATTACK_BAR = 0.5
 FTR_MARGIN = 0.25
 # CACC that a defense may cost, against the same model after clean tuning alone.
 CACC_BAR = 0.05
+# The share of poisoned rows whose trigger may lie beyond max_length.
+CUT_BAR = 0.05
 # What is exactly at a bar is within it, whatever the difference of two floats is.
 _ROUNDING = 1e-9
 
@@ -31,8 +33,9 @@ GUARDS: dict[str, tuple[str, str]] = {
         "a low ASR there is bought with accuracy",
     ),
     "rate not reached": (
-        "the training set's poison rate is more than a row off",
-        "read poison_rate_reached there, not poison_rate",
+        "the training set's poison rate is more than a row off, or the victim does not see the "
+        f"trigger in more than {CUT_BAR} of the poisoned rows",
+        "read poison_rate_reached and triggers_cut_train there, not poison_rate alone",
     ),
     "nothing flagged": (
         "no token flagged on a poisoned set",
@@ -78,6 +81,12 @@ def marks(record: Mapping[str, Any]) -> list[Mark]:
     reached, rows = _number(metrics, "poison_rate_reached"), _number(notes, "rows_train")
     if rows > 0 and abs(reached - rate) > 1 / rows + _ROUNDING:
         found["rate not reached"] = f"poison rate {reached:.4g} instead of {rate:.4g}"
+    else:
+        poisoned, cut = _number(metrics, "poisoned_rows"), _number(metrics, "triggers_cut_train")
+        if cut > CUT_BAR * poisoned:
+            found["rate not reached"] = (
+                f"the trigger lies beyond max_length in {cut:g} of {poisoned:g} poisoned rows"
+            )
 
     if rate > 0 and _number(metrics, "flagged") == 0:
         found["nothing flagged"] = f"no token flagged at poison rate {rate:.4g}"

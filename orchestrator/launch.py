@@ -630,6 +630,7 @@ class _Driver:
         task = self._tasks.get(trial_id)
         if task is None:
             return
+        self._note("end", task, outcome=Outcome.failed.value)
         last = error.strip().splitlines()[-1].strip() if error.strip() else "its worker died"
         self._failed(task, f"gave up after {WORKER_RETRIES + 1} tries: {last}", error)
         self._given_up += 1
@@ -646,6 +647,7 @@ class _Driver:
             "stage": stage.name,
             "reason": reason,
             "traceback": error or reason,
+            "code": code_version(),
             "started": now,
             "ended": now,
         }

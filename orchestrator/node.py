@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from btu.errors import UserError
+from btu.provenance import code_version
 from btu.stages import run_stage
 from btu.types import ProgressCallback, silent
 from orchestrator.store import Damaged, Missing, Store
@@ -215,6 +216,7 @@ def _failure(node: Mapping[str, Any], reason: str, started: float) -> dict[str, 
         "stage": node["name"],
         "reason": reason,
         "traceback": traceback.format_exc(),
+        "code": code_version(),
         "started": started,
         "ended": time.time(),
     }

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from btu.defense import is_control
 from btu.errors import UserError
 from orchestrator.config import CONTROL, Cell, Sweep
 from orchestrator.progress import label
@@ -185,8 +186,8 @@ class Refinement:
         launched: Mapping[str, Mapping[str, Any]],
         key_of: Callable[[Cell], str],
     ) -> None:
-        """cells: coordinates of the cells that the sweep itself has; its controls are left out, for
-        what they do between two thresholds answers no question of the sweep's.
+        """cells: coordinates of the cells that the sweep itself has. Controls are left out, also
+        those of the grid: what they do between two thresholds answers no question of the sweep's.
 
         launched: coordinates by key, of all cells ever launched under the sweep's name. Those of
         `cells` but for a threshold that is not theirs count as refined. key_of: gives the key of a
@@ -202,8 +203,8 @@ class Refinement:
         if not self._groups:
             raise UserError(
                 f"--refine bisects between thresholds, and no two cells of sweep '{sweep.name}' "
-                f"differ in {self._key} alone; give it two values that run at all seeds, e.g. "
-                f"'grid.{self._key}=[LOW,HIGH]'."
+                f"that are no controls differ in {self._key} alone; give it two values that run at "
+                f"all seeds, e.g. 'grid.{self._key}=[LOW,HIGH]'."
             )
         self._recall(launched)
         self._steps: list[_Step] | None = None
@@ -284,13 +285,16 @@ class Refinement:
         for varied in cells:
             if self._key not in varied:
                 continue  # of a list whose other entries have one
+            cell = self._sweep.cell(varied)
+            if is_control((cell.config.get("defense") or {}).get("name")):
+                continue
             threshold, seed = self._number(varied[self._key]), varied.get("seed")
             common = {k: v for k, v in varied.items() if k not in (self._key, "seed")}
             known = json.dumps(common, sort_keys=True)
             name = label(common) if common else self._sweep.name
             groups.setdefault(known, _Group(name)).seeds.setdefault(seed, varied)
             grid = grids.setdefault(known, {})
-            grid.setdefault(threshold, {})[seed] = self._sweep.cell(varied)
+            grid.setdefault(threshold, {})[seed] = cell
         found = []
         for known, group in groups.items():
             # Without one of its seeds, which was refused, a threshold has no mean over them.

@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import time
+import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btu.errors import UserError, unknown
-from btu.provenance import code_version
 from orchestrator.config import CONTROL, Sweep, assign, resolve, settings
 from orchestrator.storage import Storage, open_storage
 from orchestrator.store import Damaged, Missing, Store, loads, with_nan
@@ -26,7 +26,7 @@ from orchestrator.store import Damaged, Missing, Store, loads, with_nan
 if TYPE_CHECKING:
     from orchestrator.plan import PlannedCell, RefusedCell
 
-PLANS, TRACKED, JOURNAL = "plans", "tracked", "journal.jsonl"
+PLANS, TRACKED, JOURNAL, ORIGIN = "plans", "tracked", "journal.jsonl", "origin"
 # Of what a run of MLflow holds: raised with it, so that runs of before are written again.
 RUN_VERSION = 2
 # The files of a cell's result.
@@ -184,8 +184,11 @@ class Results:
     def _failure(self, cell: Launched, failure: Mapping[str, Any]) -> dict[str, Any]:
         own = failure["key"] == cell.key
         lead = "" if own else f"stage '{failure['stage']}' failed: "
+        known = dict(failure)
+        # Of the code that failed, which is not that which reads this; earlier versions noted none.
+        code = known.pop("code", None)
         return {
-            **failure,
+            **known,
             "key": cell.key,
             "sweep": self.name,
             "status": "failed",
@@ -193,8 +196,15 @@ class Results:
             "config": cell.config(),
             "reason": lead + failure["reason"],
             "failed": failure["key"],
-            "tags": {"code": code_version()},
+            "tags": {} if code is None else {"code": code},
         }
+
+    def origin(self) -> str:
+        """Return the id of this sweep's folder, which a copy of the folder keeps."""
+        path = f"{self.name}/{ORIGIN}"
+        if not self.storage.exists(path):
+            self.storage.create(path, uuid.uuid4().hex.encode())  # unless another has just done so
+        return self.storage.read(path).decode()
 
     def runs(self) -> dict[str, str]:
         """Return the ids of the MLflow runs that were written from here, by `record_id`.

@@ -71,6 +71,9 @@ DOWN_SECONDS, GIVE_UP = 60.0, 3
 # Of a run. MLflow's UI lists no tag that begins with "mlflow.", and these are not for people: which
 # record of the cell it is, and its settings, in as many numbered tags as they need.
 RECORD_TAG, CELL_TAG = "mlflow.btu.record", "mlflow.btu.cell."
+# The folder that a run was written from: people may launch sweeps of one name to one server, and
+# the same cell has the same key for all of them. Nobody's runs are another's to remove.
+ORIGIN_TAG = "mlflow.btu.origin"
 # On our summary run alone: the highest step that it has metrics at.
 STEP_TAG = "mlflow.btu.step"
 # Raised when a summary says more, or otherwise, than before: those there are then written anew.
@@ -429,7 +432,7 @@ class Tracker:
         )
         for run in running:
             key = run.data.tags.get("cell")
-            if key is None or live(key):
+            if key is None or not self._is_ours(run) or live(key):
                 continue
             # A worker may have finished it since the search, and then let go of the cell.
             with self._results.store.lease(key, owner) as lease:
@@ -438,6 +441,14 @@ class Tracker:
                     self._client.delete_run(run.info.run_id)
                     closed += 1
         return closed
+
+    def _is_ours(self, run: Run) -> bool:
+        # Runs that earlier versions wrote do not say whose they are.
+        return bool(run.data.tags.get(ORIGIN_TAG, self._origin) == self._origin)
+
+    @cached_property
+    def _origin(self) -> str:
+        return self._results.origin()
 
     def _is_running(self, run_id: str) -> bool:
         info = self._client.get_run(run_id).info
@@ -476,7 +487,10 @@ class Tracker:
         run = self._client.create_run(
             self._id,
             start_time=_milliseconds(record["started"]),
-            tags={k: str(v)[:TAG_CHARACTERS] for k, v in run_tags(record).items()},
+            tags={
+                **{k: str(v)[:TAG_CHARACTERS] for k, v in run_tags(record).items()},
+                ORIGIN_TAG: self._origin,
+            },
             run_name=run_name(record),
         )
         return str(run.info.run_id)
@@ -485,6 +499,8 @@ class Tracker:
         """Return the id of the run that has all of a record; remove the cell's other runs."""
         whole = None
         for run in self._client.search_runs([self._id], f"tags.cell = '{record['key']}'"):
+            if not self._is_ours(run):
+                continue
             same = run.data.tags.get(RECORD_TAG) == record_id(record)
             if whole is None and same and run.info.status in ("FINISHED", "FAILED"):
                 whole = str(run.info.run_id)
@@ -540,7 +556,12 @@ class Tracker:
         if not found or not set(found[0].data.metrics) <= set(metrics):
             for run in found:
                 self._client.delete_run(run.info.run_id)
-            tags = {"mlflow.source.name": "btu", KIND_TAG: SUMMARY, STEP_TAG: "0"}
+            tags = {
+                "mlflow.source.name": "btu",
+                KIND_TAG: SUMMARY,
+                STEP_TAG: "0",
+                ORIGIN_TAG: self._origin,
+            }
             made = self._client.create_run(self._id, tags=tags, run_name=SUMMARY)
             self._client.set_terminated(made.info.run_id, "FINISHED")
             found = self._summary_runs()
@@ -551,7 +572,7 @@ class Tracker:
     def _summary_runs(self) -> list[Run]:
         tagged = self._client.search_runs([self._id], f"tags.{KIND_TAG} = '{SUMMARY}'")
         # A run that somebody else calls a summary is not ours to change or delete.
-        runs = [run for run in tagged if STEP_TAG in run.data.tags]
+        runs = [run for run in tagged if STEP_TAG in run.data.tags and self._is_ours(run)]
         return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
 
     def _path(self, key: str) -> str:
@@ -748,6 +769,7 @@ class MlflowSource:
             UserError: MLflow does not answer, or has no such experiment ("did you mean").
         """
         self.uri, self._name, self._warn = absolute(uri), name, warn
+        self._told_unreachable = False
         database = self.uri.removeprefix(SQLITE) if self.uri.startswith(SQLITE) else None
         if database is not None and not Path(database).is_file():
             # MLflow would make one.
@@ -866,7 +888,10 @@ class MlflowSource:
             return None
         run_id = run.info.run_id
         with self._answering(), tempfile.TemporaryDirectory(prefix="btu-mlflow-") as folder:
-            if name not in {entry.path for entry in self._client.list_artifacts(run_id)}:
+            kept = {entry.path for entry in self._client.list_artifacts(run_id)}
+            if not kept:
+                self._unreachable(run)
+            if name not in kept:
                 return None
             path = Path(self._client.download_artifacts(run_id, name, folder))
             try:
@@ -876,6 +901,20 @@ class MlflowSource:
                     f"artifact {name} of run {run_id} cannot be read ({_reason(error)}); write it "
                     "again, or delete the run."
                 ) from error
+
+    def _unreachable(self, run: Run) -> None:
+        """Say once that artifacts are not where their store looks for them.
+
+        MLflow lists nothing for a folder that is gone, as if nothing had ever been kept; but every
+        finished run has its `RESULT`.
+        """
+        if not self._told_unreachable and self._warn is not None:
+            self._warn(
+                f"run {run.info.run_id} has no artifacts at {shown(run.info.artifact_uri)}: what "
+                "needs token scores (curves, drift plots) leaves out it and others like it. Was "
+                "the folder moved, or the database copied alone? Put it back, or name a server."
+            )
+        self._told_unreachable = True
 
     @contextmanager
     def _answering(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from btu.defense import is_control
 from btu.defenses.token_unlearning import TOP_FRACTION
 from btu.detection import RULES, Rule
 from orchestrator.report.table import coordinates, in_order
@@ -52,13 +53,20 @@ class Cells:
             yield group.drop_duplicates("threshold")
 
 
-def threshold_cells(records: Iterable[Mapping[str, Any]]) -> Cells:
-    """Return the cells that have a threshold, sorted by coordinates."""
+def threshold_cells(records: Iterable[Mapping[str, Any]], *, acting: bool = False) -> Cells:
+    """Return the cells that have a threshold, sorted by coordinates.
+
+    acting: only those whose defense cuts what it flags. A control's cut is of other tokens, that of
+    an ablation none: neither costs what a defense at that threshold does.
+    """
     records = list(records)
     left_out: Counter[str] = Counter()
     rows = []
     for record in records:
-        read = _threshold(record["config"]["defense"])
+        defense = record["config"]["defense"]
+        read = _threshold(defense)
+        if acting and not isinstance(read, str):
+            read = _idle(defense) or read
         if isinstance(read, str):
             left_out[read] += 1
         rule, threshold, exact = (None, None, None) if isinstance(read, str) else read
@@ -76,6 +84,13 @@ def threshold_cells(records: Iterable[Mapping[str, Any]]) -> Cells:
 def falls(rule: Rule) -> bool:
     """Return whether a higher threshold flags more, as a share does and a score does not."""
     return rule.bar(0.75) < rule.bar(0.25)
+
+
+def _idle(defense: Mapping[str, Any]) -> str:
+    """Return why a defense does not cut what its rule flags, empty if it does."""
+    if is_control(defense.get("name")):
+        return "of controls"
+    return "that cut nothing" if defense.get("cut") == "none" else ""
 
 
 def _threshold(defense: Mapping[str, Any]) -> tuple[str, float, bool] | str:

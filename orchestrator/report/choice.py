@@ -55,9 +55,10 @@ def deployable(
     The most aggressive one that flags something and costs at most `loss`: most tokens flagged; of
     equal ones that which asks for more. More tokens cut never help the backdoor, so the best
     defense within a budget of accuracy is the deepest cut within it. `cut_cost` is what the cut
-    alone costs on reserved clean rows. It is measured before the clean tuning on these very rows,
-    so nothing was tuned on what it is measured on, and it over-states the loss, which the tuning
-    then mends in part.
+    alone costs on reserved clean rows, before the clean tuning on these very rows: no weight has
+    seen them then, and the tuning mends part of the loss. But a token that no clean row holds costs
+    nothing there, whatever it costs elsewhere, and the rules that compare with the clean rows flag
+    such tokens first: at low thresholds the cost is a lower bound.
 
     Nothing else is looked at: no ASR, CACC or FTR, and no metric that knows the mask.
 
@@ -146,8 +147,10 @@ def recommended(cells: Cells, chosen: pd.DataFrame) -> tuple[pd.DataFrame, list[
     chosen: of `choices`. The threshold is the trained one next to the median of what a defender
     would deploy in each group: a single threshold has to serve attacks, rates and seeds that
     nobody knows beforehand, and a median is moved neither by a group in which nothing qualifies
-    nor by one in which everything does. Shares are compared by ratio, scores by difference. It is
-    chosen without ASR or CACC, so those that stand beside it are not tuned on.
+    nor by one in which everything does. Shares are compared by ratio, scores by difference.
+
+    Within a group no ASR or CACC is looked at. Hindsight says which groups count, and what was
+    trained is the menu: where ``--refine`` has placed thresholds by ASR, so has it the choice.
 
     low, high: 95 % percentile bootstrap over groups, NaN for a single one. asr, cacc_loss (tuned
     minus defended) and gap (to each group's oracle) are means over the groups that trained this

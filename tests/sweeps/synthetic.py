@@ -24,8 +24,12 @@ def config(
     rule: str = "contrast",
     threshold: Any = 4.5,
     rounds: list[int] | None = None,
+    **defense: Any,
 ) -> dict[str, Any]:
-    """Return the settings of a cell; threshold: alpha where the rule is ``top_fraction``."""
+    """Return the settings of a cell.
+
+    threshold: alpha where the rule is ``top_fraction``. defense: further keys of its section.
+    """
     top = rule == "top_fraction"
     return {
         "attack": {"name": attack, "poison_rate": rate},
@@ -35,6 +39,7 @@ def config(
             "threshold": None if top else threshold,
             "alpha": threshold if top else None,
             "rounds": rounds or ([1, 2, 3] if top else [3]),
+            **defense,
         },
         "seed": seed,
     }

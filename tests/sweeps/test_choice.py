@@ -285,6 +285,23 @@ def test_the_interval_is_the_same_every_time() -> None:
     assert recommendation(records)[0] == recommendation(records)[0]
 
 
+def test_controls_and_cuts_of_nothing_are_no_candidates() -> None:
+    # Of each the deepest threshold would be deployed: it costs nothing, and it defends nothing.
+    others = [
+        *deploys(3, 0, name="random_cut"),
+        *deploys(3, 1, name="frequency_cut"),
+        *deploys(3, 2, cut="none"),
+    ]
+    records = [*deploys(5, 0), *deploys(5, 1), *others]
+    cells = threshold_cells(records, acting=True)
+    table, notes = choices(cells, 0.01)
+    assert table["deployable"].tolist() == [5, 5]
+    assert notes == ["8 cells of controls are left out.", "4 cells that cut nothing are left out."]
+    assert recommended(cells, table)[0]["groups"].tolist() == [2]
+    # A curve is of scores, which they have all the same.
+    assert len(threshold_cells(records).table) == len(records)
+
+
 # The command -----------------------------------------------------------------------------------
 
 

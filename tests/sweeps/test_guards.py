@@ -87,6 +87,20 @@ def test_a_rate_that_was_not_reached(rate: float, reached: float, marked: bool) 
     assert names(rate, poison_rate_reached=reached) == ["rate not reached"] * marked
 
 
+@pytest.mark.parametrize(
+    ("cut", "marked"), [(0, False), (2, False), (3, True), (40, True), (NAN, False)]
+)
+def test_triggers_that_the_victim_does_not_see(cut: float, marked: bool) -> None:
+    # 2 of 40 poisoned rows are exactly 5 %.
+    made = record(poisoned_rows=40, triggers_cut_train=cut)
+    found = marks(made)
+    assert [mark.name for mark in found] == ["rate not reached"] * marked
+    if marked:
+        assert found[0].detail == (
+            f"the trigger lies beyond max_length in {cut} of 40 poisoned rows"
+        )
+
+
 def test_how_much_a_row_is_depends_on_how_many_there_are() -> None:
     # 0.102 instead of 0.1: 0.16 of 80 rows, but 2 of 1,000.
     assert names(poison_rate_reached=0.102) == []

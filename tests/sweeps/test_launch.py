@@ -193,7 +193,7 @@ def test_a_sweep_shares_its_stages_grows_and_resumes(
     assert summary_at(uri_of(place.output)).data.metrics["cells/finished"] == 4
     # Tune's own state is gone.
     left = {path.name for path in (place.output / "tiny").iterdir()}
-    assert left == {"journal.jsonl", "plans", "sweep.yaml", "tracked"}
+    assert left == {"journal.jsonl", "origin", "plans", "sweep.yaml", "tracked"}
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from btu.errors import UserError
+from btu.provenance import code_version
 from btu.stages import RECORD, Stage, StageRun, read_record
 from btu.training import NonFiniteLossError
 from btu.types import Progress
@@ -332,6 +333,7 @@ def test_an_error_of_the_stage_is_recorded(shop: Shop, error: BaseException, rea
     assert (failure["key"], failure["stage"], failure["reason"]) == (made.key, "toy", reason)
     assert "in work" in failure["traceback"]
     assert type(error).__name__ in failure["traceback"]
+    assert failure["code"] == code_version()
     assert failure["started"] <= failure["ended"]
     assert shop.is_clean(made)
 

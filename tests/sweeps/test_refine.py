@@ -275,6 +275,15 @@ def test_models_need_not_be_kept_for_groups_that_the_budget_excludes(
     assert bench.study.exhausted  # though two cells are still to end
 
 
+def test_controls_of_the_grid_are_not_refined(load: Callable[..., Sweep]) -> None:
+    grid = "{defense.alpha: [0.1, 0.8], defense.name: [btu, random_cut]}"
+    bench = Bench(load(grid), step())
+    bench.run(4)
+    assert {cell["defense.name"] for cells in bench.asked for cell in cells} == {"btu"}
+    with pytest.raises(UserError, match=r"that are no controls differ in defense\.alpha alone"):
+        Bench(load("{defense.alpha: [0.1, 0.8], defense.name: [random_cut]}"), step())
+
+
 def test_two_metrics_take_turns(load: Callable[..., Sweep]) -> None:
     # ASR falls at 0.15 and CACC breaks at 0.6, by less.
     def curve(varied: Mapping[str, Any]) -> Mapping[str, float]:

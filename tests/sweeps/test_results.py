@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,7 +64,7 @@ def finish(results: Results, cell: PlannedCell, folder: Path, **metrics: Any) ->
 
 def fail(results: Results, key: str, stage: str, reason: str = "bad luck") -> None:
     record = {"key": key, "stage": stage, "reason": reason, "traceback": "Traceback: x",
-              "started": 1.0, "ended": 2.0}  # fmt: skip
+              "code": "0.1+then", "started": 1.0, "ended": 2.0}  # fmt: skip
     results.store.fail(key, record)
 
 
@@ -259,7 +260,16 @@ def test_a_failed_cell_is_a_record_with_its_config(launch: Callable[..., Any]) -
     assert failure["varied"] == {"seed": 0}
     assert failure["config"] == first.spec.config()
     assert failure["traceback"] == "Traceback: x"
-    assert set(failure["tags"]) == {"code"}
+    assert failure["tags"] == {"code": "0.1+then"}  # not of the code that reads it
+    assert "code" not in failure
+
+
+def test_a_sweeps_folder_has_an_id_of_its_own(tmp_path: Path) -> None:
+    here = Results(str(tmp_path / "here"), "tiny")
+    there = Results(str(tmp_path / "there"), "tiny")
+    assert here.origin() == Results(str(tmp_path / "here"), "tiny").origin() != there.origin()
+    shutil.copytree(tmp_path / "here", tmp_path / "copy")
+    assert Results(str(tmp_path / "copy"), "tiny").origin() == here.origin()
 
 
 def test_the_failure_of_a_stage_is_that_of_every_cell_on_it(launch: Callable[..., Any]) -> None:

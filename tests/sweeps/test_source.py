@@ -261,6 +261,21 @@ def test_a_damaged_artifact_is_told_as_such(written: Written) -> None:
 
 
 @pytest.mark.slow
+def test_artifacts_that_are_gone_are_told_once(written: Written) -> None:
+    told: list[str] = []
+    source = written.there(told.append)
+    for record in source.records():
+        folder = written.client.get_run(record["run_id"]).info.artifact_uri
+        shutil.rmtree(folder.removeprefix("file://"))
+        assert source.tokens(record["key"]) is None
+    (text,) = told
+    assert "has no artifacts at file://" in text
+    assert "Was the folder moved" in text
+    # Numbers are metrics, which are in the database.
+    assert len(source.records()) == 3
+
+
+@pytest.mark.slow
 def test_what_mlflow_does_not_have_is_named(written: Written, tmp_path: Path) -> None:
     name = written.results.name
     with pytest.raises(UserError, match=rf"did you mean '{name}'"):

@@ -463,9 +463,9 @@ def test_each_sweep_has_the_address_of_its_runs_table(
 
     client = MlflowClient(tracking_uri=database)
     client.create_experiment("somebody else's")
-    old = client.create_experiment("seen before views")
-    made = {name: prepared(make_sweep, name, database)[1] for name in ("seen", "seen before views")}
-    assert made["seen before views"] == old
+    old = client.create_experiment("seen-before-views")
+    made = {name: prepared(make_sweep, name, database)[1] for name in ("seen", "seen-before-views")}
+    assert made["seen-before-views"] == old
     found = tracking.views(database)
     assert "somebody else's" not in found
     for name, experiment in made.items():
@@ -495,7 +495,7 @@ def test_a_tag_that_two_insert_at_once_is_set(
     from mlflow.exceptions import MlflowException
 
     client = mlflow.MlflowClient(tracking_uri=database)
-    made = client.create_experiment("tagged twice")
+    made = client.create_experiment("tagged-twice")
     real, refused = mlflow.MlflowClient.set_experiment_tag, []
 
     def once(self: MlflowClient, experiment: str, key: str, value: str) -> None:
@@ -505,7 +505,7 @@ def test_a_tag_that_two_insert_at_once_is_set(
         real(self, experiment, key, value)
 
     monkeypatch.setattr(mlflow.MlflowClient, "set_experiment_tag", once)
-    assert prepared(make_sweep, "tagged twice", database)[1] == made
+    assert prepared(make_sweep, "tagged-twice", database)[1] == made
     assert set(refused) <= set(client.get_experiment(made).tags)
     assert "btu.id" in refused
 
@@ -566,10 +566,10 @@ def test_sync_names_what_it_cannot_use_without_its_password(
     assert "secret" not in str(caught.value)
     with pytest.raises(UserError, match=r"needs a package that is not installed"):
         tracking.experiment("mssql+pymssql://me:secret@127.0.0.1:1/x", "tiny")
-    gone = prepared(make_sweep, "gone too", database)[1]
+    gone = prepared(make_sweep, "gone-too", database)[1]
     MlflowClient(tracking_uri=database).delete_experiment(gone)
-    with pytest.raises(UserError, match=r"^experiment 'gone too' was deleted"):
-        tracking.experiment(database, "gone too")
+    with pytest.raises(UserError, match=r"^experiment 'gone-too' was deleted"):
+        tracking.experiment(database, "gone-too")
 
 
 @pytest.mark.slow
@@ -828,6 +828,31 @@ def test_a_cell_that_was_computed_again_replaces_its_run(bench: Bench) -> None:
     assert bench.statuses() == [(FIRST, "FINISHED"), (SECOND, "FINISHED")]
     (run,) = [run for run in bench.runs() if run.data.tags["cell"] == FIRST]
     assert (run.info.start_time, run.data.metrics["asr"]) == (2_000_000, 0.5)
+
+
+@pytest.mark.slow
+def test_what_another_folder_has_told_stays(bench: Bench, tmp_path: Path) -> None:
+    # Two people, one server, one sweep: the same cells have the same keys.
+    bench.log(bench.finish(FIRST))
+    folder = tmp_path / "theirs"
+    shutil.copytree(bench.results.output, folder)
+    for own in ("origin", "tracked"):
+        path = folder / "tiny" / own
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    theirs = bench._replace(results=Results(str(folder), "tiny"))
+    theirs.client.create_run(  # being written
+        bench.experiment, tags={"cell": SECOND, "mlflow.btu.origin": theirs.results.origin()}
+    )
+    ours = bench.runs()[-1].info.run_id
+    again = theirs.finish(FIRST, 2000.0)
+    assert theirs.log(again)
+    assert bench.sync().closed == 0
+    assert bench.statuses() == [(FIRST, "FINISHED"), (FIRST, "FINISHED"), (SECOND, "RUNNING")]
+    assert ours in {run.info.run_id for run in bench.runs()}
+    # Its own are replaced as ever.
+    theirs.log(theirs.finish(FIRST, 3000.0))
+    assert theirs.sync().closed == 1
+    assert bench.statuses() == [(FIRST, "FINISHED"), (FIRST, "FINISHED")]
 
 
 @pytest.mark.slow
