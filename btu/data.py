@@ -82,6 +82,12 @@ class DataSpec:
             self._refuse_set("the demo corpus has fixed columns and splits", LAYOUT_KEYS + HUB_KEYS)
         elif self.path is not None:
             self._refuse_set("data.path reads local files", HUB_KEYS)
+        text_column, label_column = _columns(self)
+        if text_column == label_column:
+            raise UserError(
+                f"text and label of data set '{self.name}' are both column '{text_column}'; name "
+                "two with data.text_column and data.label_column, of a scan --text and --label."
+            )
         for role in ("train", "clean", "eval"):
             limit = getattr(self, f"max_{role}_rows")
             if limit is not None and limit < 2:
@@ -131,6 +137,14 @@ DATASETS: Registry[HubPreset] = Registry(
 DEMO_ROWS = {"train": 2400, "clean": 600, "eval": 600}
 
 
+def _columns(spec: DataSpec) -> tuple[str, str]:
+    """Return what the columns of text and label are called at the source."""
+    usual = HubPreset(spec.name)
+    if spec.path is None and spec.name in DATASETS and spec.name != "demo":
+        usual = DATASETS.load(spec.name)
+    return spec.text_column or usual.text_column, spec.label_column or usual.label_column
+
+
 def load_corpus(spec: DataSpec) -> Corpus:
     """Load, check and split a data set.
 
@@ -178,6 +192,8 @@ def load_suspects(spec: DataSpec, clean_file: str | None = None) -> SuspectCorpu
         if not path.is_file():
             raise UserError(f"trusted rows {path} do not exist; give a file ({_suffixes()}).")
         frames["clean"] = _read_file(path)
+        if spec.path is None:
+            frames["clean"] = _trusted_as_hub(frames["clean"], spec)
     text_column, label_column = _check_frames(spec, frames)
     notes: dict[str, int] = {}
     mapping = _label_mapping(spec, frames["train"][label_column], label_names)
@@ -190,7 +206,10 @@ def load_suspects(spec: DataSpec, clean_file: str | None = None) -> SuspectCorpu
         part = frame[[text_column, label_column]].assign(
             **{_NUMBER: [str(number) for number in range(len(frame))]}
         )
-        roles[role] = _to_rows(part, text_column, label_column, mapping, role, notes)
+        known = mapping
+        if role == "clean" and clean_file is not None and label_names is not None:
+            known = _mapping_with_names(label_names, part[label_column])
+        roles[role] = _to_rows(part, text_column, label_column, known, role, notes)
     labels: dict[str, set[int]] = {}
     for text, value in zip(roles["clean"].texts, roles["clean"].labels, strict=True):
         labels.setdefault(_same_text(text), set()).add(value)
@@ -214,6 +233,32 @@ def load_suspects(spec: DataSpec, clean_file: str | None = None) -> SuspectCorpu
 
 
 _NUMBER = "\0number"
+
+
+def _trusted_as_hub(frame: pd.DataFrame, spec: DataSpec) -> pd.DataFrame:
+    """Return a file's trusted rows, columns named as those of hub data are once they are read."""
+    columns = {}
+    asked = (spec.text_column, spec.label_column)
+    for given, source, usual in zip(asked, _columns(spec), ("text", "label"), strict=True):
+        # Nobody who has named no column need know what a preset's are called on the hub.
+        plain = not given and source not in frame and usual in frame
+        columns[usual if plain else source] = usual
+    return _renamed(frame, columns, f"trusted rows {frame.attrs['from']}")
+
+
+def _mapping_with_names(names: tuple[str, ...], labels: pd.Series[Any]) -> dict[Hashable, int]:
+    """Map the numbers of classes, as the hub has them, and their names to class indices."""
+    mapping: dict[Hashable, int] = {index: index for index in range(len(names))}
+    mapping |= {name: index for index, name in enumerate(names)}
+    for value in labels.tolist():
+        named = mapping.get(str(value))
+        if isinstance(value, int) and named is not None and named != value:
+            raise UserError(
+                f"label {value} of the trusted rows may be the class of that name or class number "
+                f"{value} ({', '.join(names)}, from 0); give the names as text in Parquet or JSON "
+                "lines."
+            )
+    return mapping
 
 
 def _check_classes(
@@ -423,24 +468,25 @@ def _hub_frames(
     }
     chosen = _choose_splits(spec, available, f"hub data set {preset.hub_id}", roles)
     frames = {}
-    label_column = spec.label_column or preset.label_column
+    text_column, label_column = _columns(spec)
     names: tuple[str, ...] | None = None
     for role, split in chosen.items():
         frame = loaded[split].to_pandas()
-        columns = {
-            spec.text_column or preset.text_column: "text",
-            label_column: "label",
-        }
-        for column in columns:
-            _require_column(frame, column, f"hub data set {preset.hub_id}/{split}")
-        # The chosen column wins over another that happens to be called text or label.
-        other = [name for name in columns.values() if name in frame and name not in columns]
-        frames[role] = frame.drop(columns=other).rename(columns=columns)
+        columns = {text_column: "text", label_column: "label"}
+        frames[role] = _renamed(frame, columns, f"hub data set {preset.hub_id}/{split}")
         frames[role].attrs["from"] = f"{preset.hub_id}/{split}"
         feature = loaded[split].features[label_column]
         if isinstance(feature, datasets.ClassLabel):
             names = tuple(feature.names)
     return frames, names
+
+
+def _renamed(frame: pd.DataFrame, columns: Mapping[str, str], where: str) -> pd.DataFrame:
+    for column in columns:
+        _require_column(frame, column, where)
+    # The chosen column wins over another that happens to be called text or label.
+    other = [name for name in columns.values() if name in frame and name not in columns]
+    return frame.drop(columns=other).rename(columns=dict(columns))
 
 
 def _require_column(frame: pd.DataFrame, column: str, where: str) -> None:
@@ -450,17 +496,17 @@ def _require_column(frame: pd.DataFrame, column: str, where: str) -> None:
 
 def _check_frames(spec: DataSpec, frames: Mapping[str, pd.DataFrame]) -> tuple[str, str]:
     """Return the columns of text and label, which every table has."""
-    text_column, label_column = "text", "label"
-    if spec.path is not None:
-        text_column = spec.text_column or text_column
-        label_column = spec.label_column or label_column
+    # Those of the hub have been renamed.
+    text_column, label_column = _columns(spec) if spec.path is not None else ("text", "label")
     for role, frame in frames.items():
         where = f"the {role} rows of data set '{spec.name}'"
         _require_column(frame, text_column, where)
         _require_column(frame, label_column, where)
         if frame.empty:
             raise UserError(f"{where} are empty: at least 2 rows are needed.")
-        if frame[label_column].isna().any() or (frame[label_column] == "").any():
+        # One by one: a label may be an array, with which a column is not compared.
+        empty = any(isinstance(value, str) and not value for value in frame[label_column].tolist())
+        if empty or frame[label_column].isna().any():
             raise UserError(f"{where} have missing labels in column '{label_column}'.")
     return text_column, label_column
 
@@ -511,6 +557,7 @@ def _label_mapping(
 ) -> dict[Hashable, int]:
     """Map original label values to class indices, in sorted order."""
     if class_names is not None:
+        _check_encodable(spec, class_names)
         return {index: index for index in range(len(class_names))}
     values = []
     for value in labels.tolist():
@@ -522,12 +569,25 @@ def _label_mapping(
         values.append(value if isinstance(value, str) else int(value))
     distinct = sorted(set(values), key=lambda v: (isinstance(v, str), v))
     names = [str(value) for value in distinct]
+    _check_encodable(spec, names)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(
             f"data set '{spec.name}' has the label {twice} both as a number and as text; use one."
         )
     return {value: index for index, value in enumerate(distinct)}
+
+
+def _check_encodable(spec: DataSpec, names: Iterable[str]) -> None:
+    # In a text it is a character like others; names of classes go into keys, configs and reports.
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"label {name!r} of data set '{spec.name}' holds a lone surrogate, which is no "
+                "character and cannot be written; rename the label."
+            ) from error
 
 
 def _to_rows(
@@ -542,7 +602,8 @@ def _to_rows(
 
     labels = []
     for value in frame[label_column].tolist():
-        if value not in mapping:
+        # JSON and Parquet hold lists too, which no mapping can be asked for.
+        if not isinstance(value, Hashable) or value not in mapping:
             raise UserError(
                 f"label {value!r} of the {role} rows does not occur in the training labels "
                 f"({', '.join(map(str, mapping))})."

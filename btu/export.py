@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from btu.errors import UserError
-from btu.scan import ACCURACY_VERSION, ScanPlan, ScanReport, renamed
+from btu.scan import ACCURACY_VERSION, ScanPlan, ScanReport, obstacle, renamed, score_text
 from btu.settings import TrainSettings
 from btu.stages import MODEL, Stage, compute, plain, read_record
 from btu.types import ProgressCallback, silent
@@ -74,6 +74,10 @@ def check_export(plan: ScanPlan, folder: str | Path) -> None:
         raise UserError(
             f"--export {target} is the folder of the victim, which stays as it is; name another."
         )
+    # It is staged beside the folder.
+    why = obstacle(target.parent) or (obstacle(target) if target.is_dir() else "")
+    if why:
+        raise UserError(f"--export {target} cannot be written ({why}); name another folder.")
     if target.is_dir():
         others = any(target.iterdir()) and not (target / MANIFEST).is_file()
         what = "has files, but no earlier export" if others else ""
@@ -290,7 +294,9 @@ def _flagged(report: ScanReport) -> str:
     if flagged.empty:
         highest = report.highest
         best = (
-            "no token could be scored" if math.isnan(highest) else f"the highest is {highest:.2f}"
+            "no token could be scored"
+            if math.isnan(highest)
+            else f"the highest is {score_text(highest)}"
         )
         return (
             "## Flagged tokens\n\nNone, and nothing was cut: no score reached the bar of "
@@ -299,7 +305,7 @@ def _flagged(report: ScanReport) -> str:
     rows = [
         (
             _code(token["token"]),
-            f"{token['score']:.2f}",
+            score_text(token["score"]),
             str(token["rows"]),
             f"{_code(token['class'])} {_share(token['share'])} ({_share(token['class_share'])})",
             str(token["clean_rows"]),

@@ -11,9 +11,11 @@ every key. So the two stages that give rows are declared here; what follows is w
 from __future__ import annotations
 
 import bisect
+import csv
 import difflib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -24,7 +26,12 @@ import numpy as np
 
 from btu.data import DATASETS, SUFFIXES, DataSpec, SuspectCorpus, load_suspects
 from btu.defense import Given, Suspects
-from btu.defenses.token_unlearning import TOP_FRACTION, TokenUnlearning, candidate_tokens
+from btu.defenses.token_unlearning import (
+    TOP_FRACTION,
+    TokenUnlearning,
+    candidate_tokens,
+    tokens_flagged,
+)
 from btu.detection import DEFAULT_RULE, RULES, rows_and_tokens, rows_by_class, surplus_by_class
 from btu.errors import UserError
 from btu.foundation import (
@@ -40,7 +47,7 @@ from btu.foundation import (
 from btu.recipe import foundation
 from btu.settings import TrainSettings, TuningSettings
 from btu.stages import Stage, StageRun, compute, plain, read_record
-from btu.types import Corpus, IntArray, Progress, ProgressCallback, silent
+from btu.types import BoolArray, Corpus, IntArray, Progress, ProgressCallback, Rows, silent
 from btu.victims import Victim, VictimSpec, tokenizable
 
 if TYPE_CHECKING:
@@ -55,6 +62,8 @@ ACCURACY_VERSION = 1
 NEEDS_CLEAN = ("contrast",)
 TABLES = (".csv", ".parquet", ".jsonl")
 EXCERPT = 88
+# Rows that are tokenized at once, where few of them may do.
+CHUNK = 4096
 # Stages of a sweep are named after its attack; here nobody knows of one.
 _SHOWN = {"poisoned fine-tune": "fine-tune", "clean tuning (defended)": "clean tuning"}
 
@@ -167,8 +176,6 @@ def prepare_scan(
     RULES.load(rule)  # an unknown name, before anything is read
     limit: dict[str, Any] = {"alpha" if rule == TOP_FRACTION else "threshold": threshold}
     defense = TokenUnlearning(rule=rule, exposure_epochs=epochs, **limit)
-    if text is not None and text == label:
-        raise UserError(f"text and label are both column '{text}'; name two columns.")
     spec = _find_data(str(data), text, label, split)
     clean_file = None
     if clean is not None:
@@ -183,13 +190,10 @@ def prepare_scan(
     least = _check_trusted(spec, corpus, defense)
     victim_spec = VictimSpec(victim, max_length)
     found = load_victim(victim_spec, len(corpus.label_names))
-    given = Given(
-        found.source.vocabulary_size(),
-        len(corpus.label_names),
-        len(corpus.train),
-        len(corpus.clean),
-    )
-    defense.check(given)
+    vocabulary = _vocabulary(found)
+    defense.check(Given(vocabulary, len(corpus.label_names), len(corpus.train), len(corpus.clean)))
+    if rule == TOP_FRACTION and vocabulary is not None:
+        _check_alpha(defense, found, corpus.train, vocabulary)
     base = _foundation(spec, clean_file, corpus, found, train, tuning, seed)
     return ScanPlan(spec, loaded, victim_spec, found.source.identity, defense, base, least)
 
@@ -268,6 +272,32 @@ def least_rows(label: int, rows: IntArray, reserved: IntArray, bar: float) -> in
     size = int(rows[label])
     least = max(MIN_COUNT, bisect.bisect_left(range(size + 1), bar, key=surplus))
     return least if least <= size else None
+
+
+def _vocabulary(victim: Victim) -> int | None:
+    """Return the number of embedding rows, of a hub model too: its config is here by now."""
+    known = victim.source.vocabulary_size()
+    if known is not None:
+        return known
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(victim.source.location, revision=victim.spec.revision)
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    return None if size is None else int(size)
+
+
+def _check_alpha(defense: TokenUnlearning, victim: Victim, rows: Rows, vocabulary: int) -> None:
+    """Refuse an alpha that flags every token of the rows, as the exposure would at its end."""
+    alpha = float(defense.alpha)
+    most = tokens_flagged(alpha, vocabulary, vocabulary)
+    found: BoolArray = np.zeros(vocabulary, dtype=bool)
+    for start in range(0, len(rows), CHUNK):
+        some = slice(start, start + CHUNK)
+        encoded = victim.encode(Rows(rows.texts[some], rows.labels[some]))
+        found |= candidate_tokens(victim, encoded, vocabulary, defense.exclude)
+        if found.sum() > most:
+            return  # there are more, however many
+    tokens_flagged(alpha, vocabulary, int(found.sum()))
 
 
 def _sizes(labels: tuple[int, ...], corpus: Corpus) -> IntArray:
@@ -595,6 +625,11 @@ def excerpt(tokenizer: Any, text: str, token_id: int, width: int = EXCERPT) -> s
     return f"{'…' if left else ''}{line}{'…' if right else ''}"
 
 
+def score_text(score: float) -> str:
+    """Return a score for people: two decimals, or three digits where these say nothing."""
+    return f"{score:.2f}" if abs(score) >= 1 else f"{score:.3g}"
+
+
 def write_report(frame: pd.DataFrame, path: Path) -> None:
     """Write a table of a report as CSV, Parquet or JSON lines, by the suffix.
 
@@ -611,7 +646,9 @@ def write_report(frame: pd.DataFrame, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".csv":
-            storable.to_csv(path, index=False)
+            # A carriage return in a text, which the writer does not quote of itself, ends a row for
+            # readers: whoever wrote the text could add rows.
+            storable.to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC)
         elif path.suffix == ".parquet":
             storable.to_parquet(path, index=False)
         else:
@@ -623,6 +660,23 @@ def write_report(frame: pd.DataFrame, path: Path) -> None:
 
 
 def check_table(path: Path) -> None:
-    """Raise a `UserError` unless `write_report` knows the format that a suffix stands for."""
+    """Raise a `UserError` unless `write_report` can write a table there; nothing is made."""
     if path.suffix not in TABLES:
         raise UserError(f"{path} must end in one of {', '.join(TABLES)}.")
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder; name a file in it, or another.")
+    why = obstacle(path.parent)
+    if not why and os.path.exists(path) and not os.access(path, os.W_OK):
+        why = "it is read-only"
+    if why:
+        raise UserError(f"{path} cannot be written ({why}); name another file.")
+
+
+def obstacle(folder: Path) -> str:
+    """Return why no file can be made in a folder, there or not yet; empty where one can be."""
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not os.path.isdir(place):
+        return f"{place} is no folder"
+    return "" if os.access(place, os.W_OK | os.X_OK) else f"folder {place} is read-only"

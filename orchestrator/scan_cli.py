@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from btu.scan import ScanPlan, ScanReport
 
 EXIT_FOUND = 1
+STAGES = "stages"
+# Digits of the rows' fingerprint in the default work folder: files of one name share none.
+DIGITS = 8
 # Of how many tokens examples are shown where nothing is flagged.
 EXAMPLES = 3
 
@@ -77,7 +80,8 @@ def scan(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Work folder; what is there is not computed again. Default: runs/scan/NAME.",
+            help="Work folder; what is there is not computed again. Default: runs/scan/NAME-HASH, "
+            "of the rows.",
             metavar="FOLDER",
         ),
     ] = None,
@@ -142,13 +146,13 @@ def scan(
         epochs=epochs,
         seed=seed,
     )
-    folder = out or Path("runs") / "scan" / plan.spec.name.replace("/", "-")
+    # As the export: the tables are written where they are checked to be.
+    folder = (out or _default_folder(plan)).expanduser()
+    row_file = (rows or folder / "suspicious_rows.csv").expanduser()
+    token_file = (tokens or folder / "tokens.csv").expanduser()
     if export is not None:
         check_export(plan, export)
-        if export.expanduser().resolve() == folder.resolve():
-            raise UserError(f"--export {export} is the work folder; name another.")
-    row_file, token_file = rows or folder / "suspicious_rows.csv", tokens or folder / "tokens.csv"
-    _check_files(folder, [row_file, token_file], data, clean)
+    _check_files(folder, [row_file, token_file], export, data, clean)
     # What is printed as JSON stands alone on the output.
     for line in plan.notes():
         _note(line)
@@ -156,7 +160,7 @@ def scan(
     progress = StageProgress(errors)
     measured = None
     try:
-        report = run_scan(plan, folder / "stages", gpus=gpus, progress=progress)
+        report = run_scan(plan, folder / STAGES, gpus=gpus, progress=progress)
         write_report(report.tokens, token_file)
         write_report(report.rows if all_rows else report.suspicious_rows, row_file)
         if export is not None:
@@ -182,35 +186,89 @@ def scan(
         raise typer.Exit(EXIT_FOUND)
 
 
-def _check_files(folder: Path, tables: list[Path], data: str, clean: str | None) -> None:
-    """Raise a `UserError` if a result cannot be written, or would overwrite the data."""
-    if len({table.expanduser().resolve() for table in tables}) < len(tables):
+def _default_folder(plan: ScanPlan) -> Path:
+    fingerprint = plan.corpus.fingerprints()["train"]
+    return Path("runs") / "scan" / f"{plan.spec.name.replace('/', '-')}-{fingerprint[:DIGITS]}"
+
+
+def _check_files(
+    folder: Path, tables: list[Path], export: Path | None, data: str, clean: str | None
+) -> None:
+    """Raise a `UserError` if a result cannot be written, or would overwrite data or another.
+
+    Folders are made last: a request that is refused leaves nothing behind.
+    """
+    from btu.scan import check_table, obstacle
+
+    if len(set(map(_place, tables))) < len(tables):
         raise UserError(f"--rows and --tokens are both {tables[0]}; name two files.")
     inputs = [Path(name).expanduser() for name in (data, clean) if name is not None]
     for table in tables:
-        where = table.expanduser().resolve()
+        where = _place(table)
         for source in inputs:
-            held = source.is_dir() and where.parent == source.resolve() and where.exists()
-            if where == source.resolve() or held:
+            if where == source.resolve():
                 raise UserError(f"{table} would overwrite data that is scanned; name another file.")
-    for place in (folder, *(table.parent for table in tables)):
+            if source.is_dir() and where.parent == source.resolve():
+                raise UserError(
+                    f"{table} is in the folder of the data, where the next scan would take it for "
+                    "a split; name another file."
+                )
+    _check_apart(folder, tables, export)
+    places = (folder / STAGES, *(table.parent for table in tables))
+    for place in places:
+        if why := obstacle(place):
+            raise _no_folder(place, why)
+    for table in tables:
+        check_table(table)
+    for place in places:
         try:
             place.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"folder {place} cannot be made ({error.strerror}); name another with --out, "
-                "--rows or --tokens."
-            ) from error
+            raise _no_folder(place, str(error.strerror)) from error
+
+
+def _check_apart(folder: Path, tables: list[Path], export: Path | None) -> None:
+    """Raise a `UserError` if one result would be in the way of another."""
+    if export is not None:
+        model = _place(export)
+        if model == _place(folder):
+            raise UserError(f"--export {export} is the work folder; name another.")
+        for path in (folder, folder / STAGES, *tables):
+            if _place(path).is_relative_to(model):
+                raise UserError(
+                    f"{path} is in the folder of --export {export}, which is the model's alone; "
+                    "name another with --export, --out, --rows or --tokens."
+                )
+    folders = [folder, *(table.parent for table in tables), *([] if export is None else [export])]
+    for table in tables:
+        for place in folders:
+            if _place(place).is_relative_to(_place(table)):
+                raise UserError(
+                    f"{table} is a table, and cannot be the folder {place} too; name another file "
+                    "with --rows or --tokens."
+                )
+
+
+def _place(path: Path) -> Path:
+    return path.expanduser().resolve()
+
+
+def _no_folder(folder: Path, why: str) -> UserError:
+    return UserError(
+        f"folder {folder} cannot be written ({why}); name another with --out, --rows or --tokens."
+    )
 
 
 def _show(report: ScanReport, top: int) -> None:
+    from btu.scan import score_text
+
     table = Table("", "token", "score", "flagged", "rows", "class", "trusted", header_style="bold")
     shown = report.tokens.head(top).to_dict("records")
     for token in shown:
         table.add_row(
             str(token["rank"]),
             escape(_printable(token["token"])),
-            "-" if math.isnan(token["score"]) else f"{token['score']:.2f}",
+            "-" if math.isnan(token["score"]) else score_text(token["score"]),
             "[red]yes[/red]" if token["flagged"] else "no",
             str(token["rows"]),
             escape(
@@ -239,7 +297,7 @@ def _show(report: ScanReport, top: int) -> None:
     else:
         first = report.tokens.iloc[0]
         _say(
-            f"\nNothing was flagged. Highest score {report.highest:.2f} "
+            f"\nNothing was flagged. Highest score {score_text(report.highest)} "
             f"('{_printable(first['token'])}'), {bar}. Triggers without fixed tokens are not found."
         )
 

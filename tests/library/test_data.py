@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from btu.data import DEMO_ROWS, DataSpec, load_corpus
+from btu.data import DEMO_ROWS, DataSpec, load_corpus, load_suspects
 from btu.errors import UserError
 from btu.types import Corpus, Rows
 
@@ -456,6 +456,65 @@ def test_a_chosen_hub_column_wins_over_one_called_text(
     assert all(text.startswith("good") for text in corpus.train.texts)
 
 
+def trusted_file(path: Path, labels: list[Any], text: str = "text", label: str = "label") -> str:
+    frame = pd.DataFrame({text: [f"mine {i}" for i in range(len(labels))], label: labels})
+    WRITERS[path.suffix[1:]](frame, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize("labels", [[1, 0], ["pos", "neg"]], ids=["numbers", "names"])
+def test_trusted_rows_of_hub_data_have_its_columns_and_its_classes(
+    hub: Callable[..., list[tuple[object, ...]]], tmp_path: Path, suffix: str, labels: list[Any]
+) -> None:
+    hub({"train": hub_rows("train", 2, "sentence", "kind")}, {"kind": ["neg", "pos"]})
+    file = trusted_file(tmp_path / f"clean.{suffix}", labels, "sentence", "kind")
+    spec = DataSpec("owner/data", text_column="sentence", label_column="kind")
+    found = load_suspects(spec, file)
+    assert found.corpus.clean == Rows(("mine 0", "mine 1"), (1, 0))
+    assert found.corpus.label_names == ("neg", "pos")
+    assert found.trusted == file
+
+
+def test_trusted_rows_of_a_preset_may_be_called_as_on_the_hub_or_as_usual(
+    hub: Callable[..., list[tuple[object, ...]]], tmp_path: Path
+) -> None:
+    hub({"train": hub_rows("train", 2, "sentence")}, {"label": ["neg", "pos"]})
+    for text in ("sentence", "text"):
+        file = trusted_file(tmp_path / "clean.csv", ["pos", "neg"], text)
+        assert load_suspects(DataSpec("sst2"), file).corpus.clean.labels == (1, 0)
+    file = trusted_file(tmp_path / "clean.csv", ["pos", "neg"], "sentences")
+    with pytest.raises(
+        UserError, match=r"column in trusted rows .*clean\.csv 'sentence'; did you mean 'sentences'"
+    ):
+        load_suspects(DataSpec("sst2"), file)
+    # A column that was asked for is not guessed.
+    file = trusted_file(tmp_path / "clean.csv", ["pos", "neg"], "text")
+    with pytest.raises(UserError, match=r"column in trusted rows .* 'sentence'"):
+        load_suspects(DataSpec("sst2", text_column="sentence"), file)
+
+
+def test_a_trusted_label_that_hub_data_do_not_know_is_an_error(
+    hub: Callable[..., list[tuple[object, ...]]], tmp_path: Path
+) -> None:
+    hub({"train": hub_rows("train", 2)}, {"label": ["neg", "pos"]})
+    file = trusted_file(tmp_path / "clean.csv", ["pos", "positive"])
+    with pytest.raises(UserError, match=r"label 'positive' of the clean .* \(0, 1, neg, pos\)"):
+        load_suspects(DataSpec("owner/data"), file)
+
+
+def test_a_trusted_number_that_may_be_a_name_or_a_place_is_an_error(
+    hub: Callable[..., list[tuple[object, ...]]], tmp_path: Path
+) -> None:
+    hub({"train": hub_rows("train", 2)}, {"label": ["1", "2"]})
+    with pytest.raises(
+        UserError, match=r"label 1 of the trusted rows may be .* \(1, 2, from 0\); give the names"
+    ):
+        load_suspects(DataSpec("owner/data"), trusted_file(tmp_path / "clean.csv", [1, 2]))
+    file = trusted_file(tmp_path / "clean.jsonl", ["2", "1"])
+    assert load_suspects(DataSpec("owner/data"), file).corpus.clean.labels == (1, 0)
+
+
 def test_a_hub_data_set_without_the_column_is_an_error(
     hub: Callable[..., list[tuple[object, ...]]],
 ) -> None:
@@ -625,6 +684,41 @@ def test_labels_of_a_strange_type_are_an_error(
     frame = pd.DataFrame({"text": [f"row {i}" for i in range(20)], "label": values * 10})
     with pytest.raises(UserError, match="must be integers or strings"):
         load(write(train=frame))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_lists_as_labels_of_another_role_are_an_error(tmp_path: Path, suffix: str) -> None:
+    table(20, labels=("neg", "pos")).to_csv(tmp_path / "train.csv", index=False)
+    lists = pd.DataFrame({"text": ["one", "two"], "label": [["pos", "new"], ["neg", "old"]]})
+    WRITERS[suffix](lists, tmp_path / f"clean.{suffix}")
+    with pytest.raises(
+        UserError, match=r"label .*'pos',? 'new'.* of the clean rows does not occur in the training"
+    ):
+        load(tmp_path)
+
+
+def test_a_lone_surrogate_in_a_label_is_an_error(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"row {i}", "label": ("no", "\ud800")[i % 2]}) for i in range(20)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    with pytest.raises(
+        UserError, match=r"label '\\ud800' of data set 'mine' holds a lone surrogate.*rename"
+    ):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "column"),
+    [
+        ({"path": "mine.csv", "text_column": "label"}, "label"),
+        ({"path": "mine.csv", "label_column": "text"}, "text"),
+        ({"name": "owner/data", "text_column": "label"}, "label"),
+        ({"name": "hsol", "label_column": "tweet"}, "tweet"),
+    ],
+)
+def test_one_column_for_text_and_label_is_an_error(settings: dict[str, Any], column: str) -> None:
+    # Whether it was named for both, or is what the other one is called by default.
+    with pytest.raises(UserError, match=rf"are both column '{column}'; name two"):
+        DataSpec(**settings)
 
 
 def test_labels_that_read_alike_are_an_error(tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +23,7 @@ from btu.data import DataSpec, load_corpus
 from btu.demo import generate
 from btu.detection import Evidence
 from btu.errors import UserError
-from btu.export import CARD, MANIFEST, check_export, export
+from btu.export import CARD, MANIFEST, Measured, card, check_export, export
 from btu.foundation import load_encoded
 from btu.poisoning import PoisonSpec, poison
 from btu.rules import contrast, frequency
@@ -31,12 +34,14 @@ from btu.scan import (
     least_rows,
     prepare_scan,
     scan,
+    score_text,
     write_report,
 )
 from btu.settings import TrainSettings, TuningSettings
 from btu.stages import MODEL, read_record
 from btu.training import Encoded
 from btu.types import Rows
+from btu.victims import VictimSource
 
 NAMES = ("bad", "good")
 MAX_LENGTH = 64
@@ -283,6 +288,20 @@ def test_a_surrogate_in_a_text_stops_nothing(
         assert read["text"].str.endswith("\\ud800").all()
 
 
+def test_no_text_makes_rows_in_a_table(tmp_path: Path) -> None:
+    texts = ["a\r9,1.0,good,cf,forged", "b\r\n9,", 'c "quoted"\n, d', "\r", "nothing of it"]
+    # What else is text has no say either.
+    frame = pd.DataFrame({"row": range(5), "suspicion": np.nan, "label": "x\ry", "text": texts})
+    write_report(frame, tmp_path / "rows.csv")
+    read = pd.read_csv(tmp_path / "rows.csv")
+    assert read["text"].tolist() == texts
+    assert read["label"].tolist() == ["x\ry"] * 5
+    assert read["row"].tolist() == list(range(5))
+    assert read["suspicion"].isna().all()
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        assert [line["text"] for line in csv.DictReader(file)] == texts
+
+
 # Without trusted rows --------------------------------------------------------------------------
 
 
@@ -360,6 +379,7 @@ def test_unknown_names_are_errors_with_suggestions(data: Path, settings: dict[st
     refused("no file, folder or known data set; did you mean 'sst2'", "sst", settings)
     refused("unknown column .*'verdict'.*label", mine, settings, label="verdict")
     refused("both column 'text'", mine, settings, text="text", label="text")
+    refused("both column 'label'.*--text and --label", mine, settings, text="label")
     refused("victim folder nowhere does not exist", mine, settings, victim="./nowhere")
     refused("trusted rows nowhere.csv do not exist", mine, settings, clean="nowhere.csv")
     refused("must be above 0", mine, settings, threshold=-1.0)
@@ -403,6 +423,49 @@ def test_too_few_trusted_rows_are_refused(tmp_path: Path, settings: dict[str, An
     )
 
 
+def test_a_trusted_label_that_is_a_list_is_refused(
+    data: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    (tmp_path / "clean.jsonl").write_text('{"text": "a film", "label": ["good"]}\n')
+    refused(
+        r"label \['good'\] of the clean rows does not occur",
+        data / "honest.csv",
+        settings,
+        clean=tmp_path / "clean.jsonl",
+    )
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["folder", "hub"])
+@pytest.mark.parametrize("chunk", [7, 4096])
+def test_an_alpha_that_flags_every_token_is_refused_before_anything_is_trained(
+    tmp_path: Path,
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    known: bool,
+    chunk: int,
+) -> None:
+    monkeypatch.setattr("btu.scan.CHUNK", chunk)
+    if not known:  # as of a model on the hub, whose config only loading brings
+        monkeypatch.setattr(VictimSource, "vocabulary_size", lambda _: None)
+    mine = write(rows_of(20), tmp_path / "mine.csv")
+    plan = prepare_scan(mine, **{**settings, "rule": "top_fraction", "threshold": 0.01})
+    victim = plan.load_victim()
+    vocabulary = len(victim.new_model(0).get_input_embeddings().weight)
+    special = set(victim.tokenizer.all_special_ids)
+    tokens = len(set(victim.encode(plan.corpus.train).ids.tolist()) - special)
+    assert 2 < tokens < vocabulary - 1
+    # One fewer than all can be flagged.
+    fine = {**settings, "rule": "top_fraction", "threshold": (tokens - 1) / vocabulary}
+    assert prepare_scan(mine, **fine).threshold == fine["threshold"]
+    refused(
+        f"flags all of the {tokens} tokens that occur",
+        mine,
+        settings,
+        rule="top_fraction",
+        threshold=tokens / vocabulary,
+    )
+
+
 def test_rows_that_change_under_a_scan_are_refused(
     tmp_path: Path, settings: dict[str, Any], data: Path
 ) -> None:
@@ -420,6 +483,31 @@ def test_rows_that_change_under_a_scan_are_refused(
 def test_a_table_has_a_known_format(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=r"must end in one of .csv, .parquet, .jsonl"):
         write_report(pd.DataFrame({"row": [1]}), tmp_path / name)
+
+
+def test_a_table_is_no_folder_and_lies_in_none_that_is_a_file(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"row": [1]})
+    (tmp_path / "rows.csv").mkdir()
+    with pytest.raises(UserError, match=r"rows\.csv is a folder; name a file"):
+        write_report(frame, tmp_path / "rows.csv")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"rows\.csv cannot be written \(.*file is no folder\)"):
+        write_report(frame, tmp_path / "file" / "deep" / "rows.csv")
+
+
+@pytest.mark.parametrize(
+    ("score", "shown"),
+    [
+        (11.974, "11.97"),
+        (-3.46, "-3.46"),
+        (0.5714, "0.571"),
+        (-1 / 30522, "-3.28e-05"),
+        (-15 / 30522, "-0.000491"),
+        (0.0, "0"),
+    ],
+)
+def test_a_score_is_shown_with_the_digits_that_tell(score: float, shown: str) -> None:
+    assert score_text(score) == shown
 
 
 # Excerpts --------------------------------------------------------------------------------------
@@ -607,6 +695,38 @@ def test_somebody_elses_folder_is_not_overwritten(honest: ScanReport, tmp_path: 
     with pytest.raises(UserError, match="is the folder of the victim"):
         export(honest, honest.plan.victim.name)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_an_export_that_cannot_be_written_is_refused_beforehand(
+    honest: ScanReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written \(.*file is no folder\); name another"):
+        check_export(honest.plan, tmp_path / "file" / "deep" / "model")
+    (tmp_path / "empty").mkdir()
+    allowed = os.access
+    for closed, target in (("", "deep/model"), ("empty", "empty")):
+        # Not by its mode: a test that root runs may write everywhere.
+        place = tmp_path / closed
+        monkeypatch.setattr(
+            os, "access", lambda path, mode, place=place: path != place and allowed(path, mode)
+        )
+        with pytest.raises(UserError, match=rf"\(folder {place} is read-only\); name another"):
+            check_export(honest.plan, tmp_path / target)
+        monkeypatch.undo()
+        check_export(honest.plan, tmp_path / target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
+
+
+def test_the_card_shows_the_scores_of_a_share(poisoned: ScanReport) -> None:
+    # Rule top_fraction scores -rank / V: two decimals would be -0.00 for nearly all.
+    ranked = replace(poisoned, tokens=poisoned.tokens.assign(score=-1 / 30522), bar=-0.0005)
+    measured = Measured(CLEAN, 200, 200, math.nan)
+    text = card(ranked, measured, read_record(stage_of(poisoned)), None)
+    assert "| -3.28e-05 |" in text
+    assert "score (bar -0.0005)" in text
+    none = replace(ranked, tokens=ranked.tokens.assign(flagged=False))
+    assert "the highest is -3.28e-05" in card(none, measured, read_record(stage_of(poisoned)), None)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "deberta-v2"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,15 @@ def run(
     given = ("--text", "review", "--label", "verdict", "--max-length", "64", "--cpus", "1")
     tiny = ("--victim", victim_folder("bert"), "--epochs", EPOCHS, "--threshold", THRESHOLD)
 
-    def call(name: str, *options: object, clean: bool = True, out: Path | None = None) -> Any:
+    def call(
+        name: str | Path,
+        *options: object,
+        clean: bool = True,
+        out: Path | None = None,
+        default: bool = False,
+    ) -> Any:
         trusted = ("--clean", data / "clean.csv") if clean else ()
-        where = ("--out", out or work)
+        where = () if default else ("--out", out or work)
         return run_cli("scan", data / name, *given, *tiny, *trusted, *where, *options)
 
     return call
@@ -127,6 +134,40 @@ def test_what_is_done_is_not_done_again(run: Callable[..., Any], tmp_path: Path)
     assert again.out == first.out
 
 
+def test_files_of_one_name_have_a_work_folder_each(
+    run: Callable[..., Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = pd.read_csv(data / "poisoned.csv")
+    files = [tmp_path / name / "train.csv" for name in ("a", "b")]
+    for file, part in zip(files, (rows[:300], rows[300:600]), strict=True):
+        file.parent.mkdir()
+        part.to_csv(file, index=False)
+    monkeypatch.chdir(tmp_path)
+    told = []
+    for file in files:
+        done = run(file, "--all-rows", "-f", "json", default=True)
+        told.append(Path(json.loads(done.out)["files"]["rows"]))
+    for file, table in zip(files, told, strict=True):
+        assert re.fullmatch(r"runs/scan/train-[0-9a-f]{8}/suspicious_rows\.csv", str(table))
+        assert set(pd.read_csv(table)["text"]) == set(pd.read_csv(file)["review"])
+    assert len(set(told)) == 2
+    # The same rows find their folder again, whatever else is asked of them.
+    again = run(files[0], "--threshold", "8", default=True)
+    assert "exposure round 3" not in again.err
+    assert len(list((tmp_path / "runs" / "scan").iterdir())) == 2
+
+
+def test_scores_of_a_share_are_told_apart(run: Callable[..., Any]) -> None:
+    done = run("poisoned.csv", "--rule", "top_fraction", "--threshold", "0.01", "--top", "9")
+    assert done.code == 0
+    # Minus the smallest of a token's ranks in two rounds, over a vocabulary of hundreds.
+    shown = [float(score) for score in re.findall(r"│ \d │ \S+ │ (\S+) │", done.out)]
+    assert len(shown) == 9
+    assert len(set(shown)) >= 5
+    assert all(score < 0 for score in shown)
+    assert "bar -0.01 (rule top_fraction)" in done.out
+
+
 def test_an_export_says_how_it_was_made(run: Callable[..., Any], tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -166,7 +207,7 @@ def test_mistakes_end_in_a_message(
     refused(run("poisoned.csv", "--rows", "rows.txt"), ".csv, .parquet, .jsonl")
     refused(run_cli("scan", data / "poisoned.csv"), "unknown column", "review, verdict")
     (tmp_path / "file").write_text("")
-    refused(run("poisoned.csv", out=tmp_path / "file" / "work"), "cannot be made", "--out")
+    refused(run("poisoned.csv", out=tmp_path / "file" / "work"), "is no folder", "--out")
     refused(run("poisoned.csv", "--export", data), "no earlier export")
     refused(
         run("poisoned.csv", "--export", tmp_path / "new", out=tmp_path / "new"),
@@ -174,6 +215,41 @@ def test_mistakes_end_in_a_message(
     )
     without = run("poisoned.csv", "--rule", "frequency", "--export", tmp_path / "x", clean=False)
     refused(without, "needs trusted rows")
+    every = run("poisoned.csv", "--rule", "top_fraction", "--threshold", "0.999")
+    refused(every, "flags all of the", "tokens that occur")
+    refused(run_cli("scan", data / "poisoned.csv", "--text", "label"), "both column 'label'")
+
+
+def test_paths_that_are_in_each_others_way_are_refused_and_nothing_is_made(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "rows.csv").mkdir()
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    export, rows, tokens = "--export", "--rows", "--tokens"
+    alone = "which is the model's alone"
+    for options, out, said in (
+        ((export, "model", rows, "model/rows.csv"), "work", alone),
+        ((export, "model", tokens, "model/deep/t.csv"), "work", alone),
+        ((export, "model"), "model/work", alone),
+        ((export, "work/stages"), "work", alone),
+        ((export, "work/tokens.csv"), "work", alone),
+        # By where they lead, not by how they are spelled.
+        ((export, "link", rows, "real/rows.csv"), "work", alone),
+        ((export, "model"), "work/../model/work", alone),
+        ((rows, "rows.csv"), "work", "rows.csv is a folder"),
+        ((rows, "new.csv", tokens, "new.csv/tokens.csv"), "work", "is a table"),
+        ((rows, "new.csv"), "new.csv", "is a table"),
+        ((rows, "new.csv", export, "new.csv/model"), "work", "is a table"),
+        ((rows, "file/rows.csv"), "work", "file is no folder"),
+        ((export, "file/model"), "work", "file is no folder"),
+        ((), "file", "file is no folder"),
+    ):
+        refused(run("poisoned.csv", *options, out=Path(out)), said)
+        assert sorted(tmp_path.rglob("*")) == before, options
 
 
 def test_the_data_is_never_overwritten(run: Callable[..., Any], data: Path) -> None:
@@ -181,6 +257,17 @@ def test_the_data_is_never_overwritten(run: Callable[..., Any], data: Path) -> N
     refused(run("poisoned.csv", "--rows", data / "poisoned.csv"), "would overwrite data")
     refused(run("poisoned.csv", "--tokens", data / "clean.csv"), "would overwrite data")
     assert (data / "poisoned.csv").read_bytes() == before
+
+
+def test_no_table_becomes_a_split_of_the_data(run: Callable[..., Any], tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [{"review": f"a film {i}", "verdict": ("bad", "good")[i % 2]} for i in range(100)]
+    pd.DataFrame(rows).to_csv(data / "train.csv", index=False)
+    # It would be the next scan's trusted rows.
+    refused(run(data, "--rows", data / "test.csv"), "take it for a split")
+    refused(run(data, out=data), "take it for a split")
+    assert [path.name for path in data.iterdir()] == ["train.csv"]
 
 
 def test_a_device_that_is_not_there_is_an_error(
