@@ -16,7 +16,7 @@ import pandas as pd
 from btu.detection import RULES
 from orchestrator.guards import joined, marks
 from orchestrator.report.cells import threshold_cells
-from orchestrator.report.table import CONFIG_COLUMNS, coordinates, in_order
+from orchestrator.report.table import CONFIG_COLUMNS, RECIPE, coordinates, in_order
 
 # Okabe-Ito without yellow and black, which vanish on white and on black: told apart by the
 # color-blind. Dashes, markers and hatches tell them apart in gray too.
@@ -134,7 +134,8 @@ def cell_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Return a row per record in the order of `results_table`: coordinates, metrics and names.
 
     setting: where a defense acts, in words (attack, rate, and what else differs). family: the
-    defense without its threshold; variant: with it. threshold: the bare number, NaN without one.
+    defense without its threshold, and the recipe where a setting has several of them; variant:
+    with the threshold.
     """
     where = coordinates(records)
     names = list(where.columns)
@@ -147,21 +148,25 @@ def cell_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         return table.assign(setting="", family="", variant="", place="")
     own = [n for n in names if n.startswith("defense.")]
     knobs = ("alpha", "defense.threshold")
-    places = [
-        name for name in names if name not in (*CONFIG_COLUMNS, "control") and name not in own
-    ]
-    table["family"] = _words(table, "defense", [n for n in own if n not in knobs])
-    table["variant"] = _words(table, "family", [n for n in knobs if n in names])
-    table["place"] = _words(table, "attack", places)
+    further = (*CONFIG_COLUMNS, "control", RECIPE)
+    places = [name for name in names if name not in further and name not in own]
+    table["place"] = table["attack"].map(_short) + _words(table, ["attack"], places)
     rates = [f", rate {_short(rate)}" for rate in table["poison_rate"]]
     table["setting"] = table["place"] + rates
+    defenses = table["defense"].map(_short)
+    table["family"] = defenses + _words(table, ["defense"], [n for n in own if n not in knobs])
+    bars = _words(table, ["family"], [n for n in knobs if n in names])
+    # Other attacks and rates have other stages: a recipe tells versions apart within a setting.
+    recipes = _words(table, ["setting", "family"], [n for n in names if n == RECIPE])
+    table["family"] += recipes
+    table["variant"] = table["family"] + bars
     return in_order(table, names)
 
 
-def _words(table: pd.DataFrame, lead: str, names: list[str]) -> pd.Series[str]:
-    """Return a column's text and the settings that differ among the rows that share it."""
-    told = table[lead].map(_short)
-    for _, part in table.groupby(lead, sort=False, dropna=False):
+def _words(table: pd.DataFrame, shared: list[str], names: list[str]) -> pd.Series[str]:
+    """Return the settings that differ among the rows that share other columns, as text."""
+    told = pd.Series("", index=table.index)
+    for _, part in table.groupby(shared, sort=False, dropna=False):
         for name in names:
             texts = part[name].map(_short)
             if len(set(texts)) > 1:

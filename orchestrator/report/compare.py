@@ -12,7 +12,7 @@ import pandas as pd
 
 from btu.errors import UserError, did_you_mean
 from btu.metrics import METRICS, metric
-from orchestrator.config import flatten
+from orchestrator.config import CONTROL, flatten
 from orchestrator.guards import marks
 from orchestrator.report.statistics import LEVEL, ROUNDING, paired
 from orchestrator.report.table import CONFIG_COLUMNS, PLAIN, in_order
@@ -21,6 +21,9 @@ COMPARED = ("asr", "cacc", "ftr", "detection_precision", "seconds")
 # What a cell is of. Cells that differ here are never the same cell; elsewhere a setting that each
 # side has one value of is what the comparison is about.
 OF_THE_CELL = ("seed", "attack.", "data.", "victim.")
+DEFENSE, NO_DEFENSE = "defense.name", json.dumps("none")
+# The control that is without a defense (`orchestrator.config.CONTROLS`).
+IDLE = "no_defense"
 # The columns that name a setting by a short name of its own.
 _NAMES = {key: name for name, key in CONFIG_COLUMNS.items()}
 # Tags that say which version of code, rows and weights a cell is of.
@@ -47,7 +50,8 @@ def of_revision(records: Iterable[Mapping[str, Any]], revision: str, where: str)
     """Return the cells of one version: of which a tag of `REVISIONS` begins with `revision`.
 
     Of the code also the commit alone: ``0.1.0+abc`` is found by ``abc``. A cell whose stages were
-    computed by several versions of the code is of each.
+    computed by several versions of the code is of each; it gives way to one of equal settings that
+    is of this version alone.
 
     Raises:
         UserError: no cell is; the message names those there are.
@@ -60,15 +64,31 @@ def of_revision(records: Iterable[Mapping[str, Any]], revision: str, where: str)
             f"no cell of {where} is of revision '{revision}'{did_you_mean(revision, known)} "
             f"(known: {', '.join(known) or 'none'})"
         )
-    return found
+    # A cell that was computed again is of the old version too, where it reused earlier stages.
+    alone = {_settings(_acts(r)) for r in found if _is_alone(r, revision)}
+    return [r for r in found if _is_alone(r, revision) or _settings(_acts(r)) not in alone]
 
 
 def _revisions(record: Mapping[str, Any]) -> list[str]:
+    return [*_other_revisions(record), *(v for names in _versions(record) for v in names)]
+
+
+def _other_revisions(record: Mapping[str, Any]) -> list[str]:
     tags = record.get("tags") or {}
-    found = [str(tags[name]) for name in REVISIONS if name != "code" and tags.get(name)]
-    for version in filter(None, str(tags.get("code", "")).split(", ")):
-        found += [version, version.partition("+")[2]]
-    return list(filter(None, found))
+    return [str(tags[name]) for name in REVISIONS if name != "code" and tags.get(name)]
+
+
+def _versions(record: Mapping[str, Any]) -> list[list[str]]:
+    """Return the versions of the code that computed a cell, each with its commit alone."""
+    versions = filter(None, str((record.get("tags") or {}).get("code", "")).split(", "))
+    return [list(filter(None, (version, version.partition("+")[2]))) for version in versions]
+
+
+def _is_alone(record: Mapping[str, Any], revision: str) -> bool:
+    """Return whether a cell that is of a version is of no other one too."""
+    return any(v.startswith(revision) for v in _other_revisions(record)) or all(
+        any(v.startswith(revision) for v in names) for names in _versions(record)
+    )
 
 
 def compare(
@@ -81,16 +101,17 @@ def compare(
 
     Settings that only one side knows (a version that has a key the other lacks) are not looked at,
     nor those of `across`, nor paths, resources and revisions. Of `defense`, `train` and `tuning` a
-    setting of which each side has one value, and not the same, is what is compared. A cell may have
-    several counterparts, as one without a defense has for several thresholds. Cells of one side
-    that are equal in all settings, of several versions, have none: `of_revision` chooses.
+    setting of which each side has one value, and not the same, is what is compared; controls
+    without a defense have no say in it, and are paired with each other. A cell may have several
+    counterparts, as one without a defense has for several thresholds. Cells of one side that are
+    equal in all settings, of several versions, have none: `of_revision` chooses.
 
     Raises:
         UserError: no cell has a counterpart; there is no such metric, or key of `across`.
     """
     for name in metrics:
         metric(name)
-    sides = [[(record, _acts(record)) for record in records] for records in (a, b)]
+    sides = [_side(records) for records in (a, b)]
     keys = [_ordered_keys(side) for side in sides]
     for key in across:
         if key not in (*keys[0], *keys[1]):
@@ -98,13 +119,15 @@ def compare(
             raise UserError(
                 f"--across {key} is no setting of these cells{did_you_mean(key, known)}"
             )
-    common = [key for key in keys[0] if key in set(keys[1]) and key not in across]
+    common = [key for key in keys[0] if key in set(keys[1]) and key not in (*across, CONTROL)]
     treated = {key: values for key in common if (values := _treatment(key, sides)) is not None}
-    matched = [key for key in common if key not in treated]
+    matched = [key for key in (CONTROL, *common) if key not in treated and key not in across]
     pairs, notes = _pairs(sides, matched)
     lead = [
         f"A and B differ in {key}: {json.loads(values[0])} and {json.loads(values[1])}."
         for key, values in treated.items()
+        # Not of a defense that has no counterpart.
+        if not pairs or any(key in one[1] and key in other[1] for one, other in pairs)
     ]
     if not pairs:
         why = " ".join((*lead, *notes))
@@ -198,6 +221,25 @@ def _cell(column: str, row: Mapping[Any, Any]) -> Any:
 _Side = list[tuple[Mapping[str, Any], dict[str, str]]]
 
 
+def _side(records: Iterable[Mapping[str, Any]]) -> _Side:
+    """Return the cells of a side with the settings that act.
+
+    Of a control without a defense also that it is one: launched as a control, or a cell without a
+    defense beside others. At rate 0 the rate says it all.
+    """
+    side = [(record, _acts(record)) for record in records]
+    several = any(acts.get(DEFENSE) != NO_DEFENSE for _, acts in side)
+    for record, acts in side:
+        launched = record["varied"].get(CONTROL) == IDLE
+        if acts.get(DEFENSE) == NO_DEFENSE and (several or launched):
+            acts[CONTROL] = json.dumps(IDLE)
+    return side
+
+
+def _settings(acts: Mapping[str, str]) -> frozenset[tuple[str, str]]:
+    return frozenset(acts.items())
+
+
 def _acts(record: Mapping[str, Any]) -> dict[str, str]:
     """Return the settings that act, as text by dotted key."""
     flat = flatten(record["config"])
@@ -213,10 +255,15 @@ def _ordered_keys(side: _Side) -> list[str]:
 
 
 def _treatment(key: str, sides: Sequence[_Side]) -> tuple[str, str] | None:
-    """Return the two values of a setting that each side has one of; None if it is to match."""
+    """Return the two values of a setting that each side has one of; None if it is to match.
+
+    A control without a defense has none of its settings, and no value of what is compared.
+    """
     if key.startswith(OF_THE_CELL):
         return None
-    one, other = ({acts.get(key, "null") for _, acts in side} for side in sides)
+    one, other = (
+        {acts[key] for _, acts in side if key in acts and CONTROL not in acts} for side in sides
+    )
     if len(one) != 1 or len(other) != 1 or one == other:
         return None
     return one.pop(), other.pop()
@@ -284,7 +331,7 @@ def _pairs(sides: Sequence[_Side], matched: Sequence[str]) -> tuple[list[_Pair],
 
 def _unrepeated(cells: _Side) -> _Side:
     """Return the cells that no other has all settings of."""
-    settings = [frozenset(acts.items()) for _, acts in cells]
+    settings = [_settings(acts) for _, acts in cells]
     times = Counter(settings)
     return [cell for cell, own in zip(cells, settings, strict=True) if times[own] == 1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,14 @@ def check_path(path: Path) -> None:
     """Raise a `UserError` unless a figure can be written there."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"--plot {path} must end in {', '.join(SUFFIXES)}.")
+    if path.is_dir():
+        raise UserError(f"--plot {path} is a folder; name a file in it.")
     if not path.absolute().parent.is_dir():
         raise UserError(f"--plot {path}: the folder {path.parent} does not exist; make it first.")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--plot {path}: the folder {path.parent} must be writable; name another one."
+        )
 
 
 def curve_figure(curves: pd.DataFrame) -> Any:
@@ -76,8 +83,18 @@ def curve_figure(curves: pd.DataFrame) -> Any:
 
 
 def curve_plot(curves: pd.DataFrame, path: Path) -> None:
-    """Write `curve_figure` to a path that `check_path` takes."""
-    curve_figure(curves).savefig(path, dpi=130)
+    """Write `curve_figure` to a path that `check_path` takes.
+
+    Raises:
+        UserError: the disk does not take the figure.
+    """
+    figure = curve_figure(curves)
+    try:
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        raise UserError(
+            f"--plot {path} cannot be written ({error.strerror or error}); name another file."
+        ) from error
 
 
 def _varies(curves: pd.DataFrame, name: str) -> bool:

@@ -23,6 +23,7 @@ _SPECIAL = {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
     "±": r"$\pm$",
+    "\N{DAGGER}": r"\dag{}",
     # Ligatures: two of these would become a dash, a quotation mark or an upside-down one.
     "`": "{`}",
 }

@@ -34,6 +34,7 @@ from orchestrator.report.table import (
     MARKS,
     METRIC_COLUMNS,
     PLAIN,
+    RECIPE,
     coordinates,
     in_order,
     mean_over_seeds,
@@ -45,7 +46,8 @@ if TYPE_CHECKING:
     from orchestrator.source import Source
 
 # What tells the rows that compete with each other apart: the defense and its settings.
-OF_THE_DEFENSE = ("defense", "alpha", CONTROL)
+# The versions of its stages are of it too: the recipe is that of all stages of a cell.
+OF_THE_DEFENSE = ("defense", "alpha", CONTROL, RECIPE)
 # Metrics of which the best is bold. Marks with which a row does not compete: its numbers mislead.
 COMPETED = ("asr", "ftr", "cacc", "detection_precision", "detection_recall")
 OUT_OF_COMPETITION = ("attack failed", "cacc collapse")

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from orchestrator.config import ResourceSpec
+from btu.errors import UserError
+from orchestrator.config import ResourceSpec, resolve
+from orchestrator.graph import Graph
 from orchestrator.lease import Holder
-from orchestrator.plan import RefusedCell
+from orchestrator.plan import RefusedCell, needed
 from orchestrator.progress import label
 from orchestrator.results import PLANS, Launched, Results, find_sweep, store_location
 from orchestrator.schedule import CELL
@@ -97,10 +99,11 @@ class Launch(NamedTuple):
 class Status:
     """How a sweep stands.
 
-    stages: distinct ones, as (done, all). seconds_left: of computing, over all workers; None where
-    a kind of stage that is left was never timed (`untimed`). at_once: how many stages the last
-    launch ran at a time. optuna: its cells are chosen as it goes. held: keys with a live lease.
-    untracked: why there are no `runs`, or why they are those of an earlier look.
+    stages: distinct ones, as (done, all); one whose model was removed and is read again is not
+    done. seconds_left: of computing, over all workers; None where a kind of stage that is left was
+    never timed (`untimed`). at_once: how many stages the last launch ran at a time. optuna: its
+    cells are chosen as it goes. held: keys with a live lease. untracked: why there are no `runs`,
+    or why they are those of an earlier look.
     """
 
     name: str
@@ -211,8 +214,8 @@ def _status(results: Results, now: float | None) -> Status:
     leases = store.holders("leases", now)
     launches = store.holders("launches", now)
     cells = results.cells()
-    committed = store.committed()
-    ready = committed | store.dropped()
+    committed, dropped = store.committed(), store.dropped()
+    ready = committed | dropped
     reasons = {record["key"]: record["reason"] for record in results.failures()}
     journal = results.journal()
 
@@ -232,13 +235,18 @@ def _status(results: Results, now: float | None) -> Status:
     found = [_cell(cell, committed, reasons, alive, lost) for cell in cells.values()]
     open_ = [c for c in found if c.state not in (CellState.done, CellState.failed)]
     left: dict[str, None] = {}
+    graph = Graph()
     for cell in open_:
-        left |= dict.fromkeys(k for k in cells[cell.key].stages if k not in ready)
+        stages = cells[cell.key].stages
+        again = {k for k in stages if k in dropped}
+        if again:
+            again &= alive | _read_again(cells[cell.key], graph, committed, dropped)
+        left |= dict.fromkeys(k for k in stages if k not in ready or k in again)
         left[cell.key] = None
     victims = {key: _victim(cell) for cell in cells.values() for key in (*cell.stages, cell.key)}
     timings = _Timings(journal, names, victims, store.timings(), _on_gpu(cells.values()))
     seconds, untimed = _left(left, names, victims, timings, work, now)
-    done = sum(key in ready for key in names)
+    done = sum(key in ready and key not in left for key in names)
     return Status(
         results.name,
         found,
@@ -324,6 +332,33 @@ def _sweep_text(results: Results) -> str:
 
 
 # What is left -----------------------------------------------------------------------------------
+
+# In the place of what a cell's data and weights are in its keys: who reads what does not depend on
+# it, and they may be on another machine.
+_ANY_DATA, _ANY_VICTIM = {"train": "train", "clean": "clean", "eval": "eval"}, "any"
+
+
+def _read_again(
+    cell: Launched, graph: Graph, committed: Collection[str], dropped: Collection[str]
+) -> set[str]:
+    """Return the stages of a cell that have to be computed, also again for the sake of their model.
+
+    A plan does not keep who reads models: that is told by the stages which this version has for
+    such a cell. Nothing where they are not those of the plan, since another version computes
+    another cell, or cannot be had, as without a language model that a defense names.
+    """
+    try:
+        stage = graph.cell(resolve(cell.config()), _ANY_DATA, _ANY_VICTIM, {})
+    except (UserError, ValueError, OSError):
+        return set()
+    names = {part.key: part.name for part in stage.inputs.values()}
+    keys = {name: key for key, name in cell.stages.items()}
+    if sorted(names.values()) != sorted(keys) or len(keys) != len(cell.stages):
+        return set()
+    done, gone = (
+        {k for k, name in names.items() if keys[name] in of} for of in (committed, dropped)
+    )
+    return {keys[names[key]] for key in needed([stage], done, gone) if key in names}
 
 
 def _victim(cell: Launched) -> str:

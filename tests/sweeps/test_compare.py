@@ -200,6 +200,69 @@ def test_a_cell_may_have_several_counterparts() -> None:
     assert table["difference"].tolist() == pytest.approx([0.2, 0.35])
 
 
+def bare(cells: list[Any], control: str | None = "no_defense") -> list[Any]:
+    """Return the cells without a defense; control: what they were launched as."""
+    for one in cells:
+        one["config"]["defense"] = {"name": "none"}
+        one["varied"] = {} if control is None else {"control": control, "defense.name": "none"}
+    return cells
+
+
+def test_controls_have_no_say_in_what_is_compared_and_pair_with_controls() -> None:
+    a = [*seeds("a", (0.1, 0.2), rule="contrast"), *bare(seeds("c", (0.9, 0.9)))]
+    b = [*seeds("b", (0.3, 0.5), rule="mad"), *bare(seeds("d", (0.9, 1.0)))]
+    found = compare(a, b, ["asr"])
+    assert found.notes[0] == "A and B differ in defense.rule: contrast and mad."
+    assert [(row.key_a, row.key_b) for row in found.pairs.itertuples()] == [
+        ("a0", "b0"), ("a1", "b1"), ("c0", "d0"), ("c1", "d1"),
+    ]  # fmt: skip
+    table = group_table(found, ["asr"])
+    # Minus 0.2 and 0.3 of the defenses, 0 and 0.1 of the controls.
+    assert table["control"].fillna("").tolist() == ["", "no_defense"]
+    assert table["difference"].tolist() == pytest.approx([-0.25, -0.05])
+
+
+def test_defenses_of_two_names_are_compared_beside_their_controls() -> None:
+    a = [*seeds("a", (0.1, 0.2)), *bare(seeds("c", (0.9, 0.9)))]
+    # There those without a defense were asked for by themselves.
+    b = [*seeds("b", (0.3, 0.5)), *bare(seeds("d", (0.9, 1.0)), control=None)]
+    for one in b[:2]:
+        one["config"]["defense"] = {"name": "rap"}
+    found = compare(a, b, ["asr"])
+    assert found.notes[0] == "A and B differ in defense.name: btu and rap."
+    assert sorted(found.pairs["key_a"] + found.pairs["key_b"]) == ["a0b0", "a1b1", "c0d0", "c1d1"]
+    # A control's counterpart is a control; without one it is told.
+    notes = compare(a, b[:2], ["asr"]).notes
+    assert "2 of 4 cells of A have no counterpart: no cell of B has control=no_defense." in notes
+    # Controls alone are no defense to compare with.
+    assert list(compare(a[2:], b, ["asr"]).pairs["key_b"]) == ["d0", "d1"]
+
+
+def test_unpoisoned_cells_pair_whatever_they_were_launched_as() -> None:
+    a, b = seeds("a", (0.1, 0.2), rate=0.0), seeds("b", (0.1, 0.2), rate=0.0)
+    for one in a:
+        one["varied"] = {"control": "no_poison"}
+    assert len(compare(a, b, ["asr"]).pairs) == 2
+    # Those of a sweep that has no defense are what it compares.
+    for one in bare(b, control=None):
+        one["varied"] = {"control": "no_poison"}
+    found = compare(a, b, ["asr"])
+    assert (len(found.pairs), found.notes[0]) == (
+        2,
+        "A and B differ in defense.name: btu and none.",
+    )
+
+
+def test_a_setting_of_a_defense_without_a_counterpart_is_not_what_is_compared() -> None:
+    a = [*seeds("a", (0.1,)), *seeds("c", (0.2,))]
+    b = [*seeds("b", (0.1,)), *seeds("d", (0.2,))]
+    a[1]["config"]["defense"] = {"name": "abl", "learning_rate": 1e-3}
+    b[1]["config"]["defense"] = {"name": "nad", "learning_rate": 2e-5}
+    found = compare(a, b, ["asr"])
+    assert list(found.pairs["key_a"]) == ["a0"]
+    assert not [note for note in found.notes if note.startswith("A and B differ")]
+
+
 def test_several_on_both_sides_are_no_pairs_unless_told_apart() -> None:
     a = [c for t in (3.0, 4.5) for c in seeds(f"a{t}-", (0.1,), threshold=t)]
     b = [c for t in (2.0, 2.5) for c in seeds(f"b{t}-", (0.2,), threshold=t, attack="badnets")]
@@ -263,6 +326,21 @@ def test_cells_of_one_sweep_are_told_apart_by_version() -> None:
     assert of_revision([old, new], "2222", "'x' (A)") == [new]
     with pytest.raises(UserError, match=r"no cell of 'x' \(A\) is of revision '3333'.*known: "):
         of_revision([old, new], "3333", "'x' (A)")
+
+
+def test_a_recomputed_cell_is_of_its_new_version_where_both_are_there() -> None:
+    # The new one reused early stages that version A had computed.
+    old = record("old", {"asr": 0.1}, {"code": "0.1.0+aaa", "recipe": "1"})
+    new = record("new", {"asr": 0.3}, {"code": "0.1.0+aaa, 0.1.0+bbb", "recipe": "2"})
+    # Of version A nobody else has this one.
+    mixed = record("mixed", {"asr": 0.5}, {"code": "0.1.0+aaa, 0.1.0+bbb"}, seed=1)
+    cells = [new, old, mixed]
+    assert of_revision(cells, "aaa", "'x' (A)") == [old, mixed]
+    assert of_revision(cells, "0.1.0+bbb", "'x' (B)") == [new, mixed]
+    assert of_revision(cells, "2", "'x' (B)") == [new]
+    a, b = (of_revision(cells[:2], name, "'x'") for name in ("aaa", "bbb"))
+    (row,) = compare(a, b, ["asr"]).pairs.to_dict("records")
+    assert (row["key_a"], row["key_b"]) == ("old", "new")
 
 
 # Reading ----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -316,11 +317,33 @@ def test_a_figure_is_written_by_its_suffix(tmp_path: Path, suffix: str) -> None:
     [
         ("curves.gif", r"must end in \.png, \.svg, \.pdf"),
         ("gone/curves.png", "gone does not exist"),
+        ("folder.png", r"folder\.png is a folder; name a file in it"),
     ],
 )
-def test_a_figure_that_cannot_be_written_is_refused_first(path: str, message: str) -> None:
+def test_a_figure_that_cannot_be_written_is_refused_first(
+    path: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "folder.png").mkdir()
     with pytest.raises(UserError, match=message):
-        check_path(Path(path))
+        check_path(tmp_path / path)
+
+
+def test_a_figure_in_a_folder_without_permission_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_path(tmp_path / "curves.png")
+    # Root may write anywhere, so the answer is given here.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(UserError, match=r"curves\.png: the folder \S+ must be writable"):
+        check_path(tmp_path / "curves.png")
+
+
+def test_a_figure_that_the_disk_does_not_take_is_told(tmp_path: Path) -> None:
+    table = sweep_of(tmp_path / "runs", config(), asr=0.2, cacc=0.9)
+    # As if made since it was checked.
+    (tmp_path / "curves.png").mkdir()
+    with pytest.raises(UserError, match=r"--plot \S+ cannot be written \(Is a directory\)"):
+        curve_plot(table, tmp_path / "curves.png")
 
 
 # The command -----------------------------------------------------------------------------------

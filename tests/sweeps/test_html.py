@@ -240,6 +240,33 @@ def test_settings_that_differ_are_not_averaged() -> None:
     ]
 
 
+def test_versions_of_a_stage_are_of_the_defense_and_not_of_the_place() -> None:
+    # btu at 4.5 was computed again at rate 0.1. Recipes differ by defense, and at rate 0.
+    records = records_of(
+        *(("badnets", 0.1, 0, "contrast", bar) for bar in (2.0, 4.5, 4.5)),
+        ("badnets", 0.1, 0, None, None),
+        ("badnets", 0.0, 0, "contrast", 4.5),
+    )
+    records[3]["config"]["defense"] = {"name": "onion", "bar": 0.5}
+    for record, recipe in zip(records, ("1a", "1a", "2b", "3c", "4d"), strict=True):
+        record["tags"] = {"recipe": recipe}
+    (panel,) = chart("pareto", records).panels
+    assert panel.title == "badnets, rate 0.1"
+    assert [made.label for made in panel.series if made.marker and made.tip][2:] == [
+        "btu revision.recipe 1a", "btu revision.recipe 2b", "onion",
+    ]  # fmt: skip
+    maps = [panel for panel in chart("heatmaps", records).panels if panel.title.startswith("ASR")]
+    assert [panel.title for panel in maps] == [
+        "ASR, undefended",
+        "ASR, btu threshold 4.5",
+        "ASR, btu revision.recipe 1a threshold 2",
+        "ASR, btu revision.recipe 1a threshold 4.5",
+        "ASR, btu revision.recipe 2b threshold 4.5",
+        "ASR, onion",
+    ]
+    assert all(panel.heat is not None and panel.heat.rows == ["badnets"] for panel in maps)
+
+
 def test_what_cannot_be_drawn_is_said() -> None:
     made = charts(records_of(("badnets", 0.1, 0, None, None)), lambda key: None)
     notes = {one.name: " ".join(one.notes) for one in made if not one.panels}

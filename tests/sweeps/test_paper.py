@@ -86,6 +86,7 @@ def test_any_text_is_escaped() -> None:
     )
     assert latex.escaped("a\n<b>|--''") == "a \\textless{}b\\textgreater{}\\textbar{}-{}-'{}'"
     assert latex.escaped("café 中") == "café [U+4E2D]"
+    assert latex.escaped("\N{DAGGER} marks ±") == r"\dag{} marks $\pm$"
     # Latin too, but not in the fonts that every document has.
     assert latex.escaped("łąč «ð»") == "ł[U+0105]č [U+00AB][U+00F0][U+00BB]"
 
@@ -123,6 +124,19 @@ def test_rates_and_attacks_do_not_compete() -> None:
     ]  # fmt: skip
     # In the order of the table: addsent, badnets at 0.05, at 0.1 with both thresholds.
     assert bold(records) == ["", "", "", "best"]
+
+
+def test_defenses_compete_whatever_versions_of_their_stages() -> None:
+    # btu was computed again; the recipe differs by defense as well.
+    records = [
+        record("a", asr=0.3, tags={"recipe": "1a"}), record("b", asr=0.2, tags={"recipe": "2b"}),
+        record("c", asr=0.1, defense="onion", tags={"recipe": "3c"}),
+    ]  # fmt: skip
+    means = mean_table(cell_table(records))
+    assert list(means["revision.recipe"]) == ["1a", "2b", "3c"]
+    assert list(means["asr_bold"]) == ["", "", "best"]
+    # One block: no gap between its rows.
+    assert "addlinespace" not in effect_table(means)
 
 
 def test_without_a_test_only_equals_tie() -> None:
@@ -310,6 +324,13 @@ def test_the_same_results_give_the_same_files(
     }
     for file in files:
         assert file.read_bytes() == (pack / file.relative_to(tmp_path / "again")).read_bytes()
+
+
+def test_everything_in_a_pack_can_be_printed(pack: Path) -> None:
+    texts = {path: path.read_text() for path in pack.rglob("*.tex")}
+    assert r"\dag{} marks means" in texts[pack / "main.tex"]
+    for path, text in texts.items():
+        assert "[U+" not in text, path
 
 
 def test_main_reads_what_is_there(pack: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from btu.errors import UserError
 from orchestrator.config import load_sweep
-from orchestrator.plan import Plan, RefusedCell, plan_sweep
+from orchestrator.plan import Plan, RefusedCell, needed, plan_sweep
 from orchestrator.report.status import (
     CellState,
     Status,
@@ -242,6 +242,58 @@ def test_timings_of_the_store_serve_until_there_are_own(made: Made) -> None:
     made.store.add_timings("old", rows)
     status = made.status()
     assert status.seconds_left == pytest.approx(10.0 * status.stages[1])
+
+
+def drop(made: Made, *stages: str) -> None:
+    """Let the first cell have these stages, of which the models are gone since."""
+    for name in stages:
+        key = stage_of(made.cells[0], name)
+        made.finish(key, name)
+        made.store.drop(key)
+
+
+def test_a_removed_model_that_is_read_again_is_left(made: Made) -> None:
+    time_all(made, 10.0)
+    drop(made, "poisoned fine-tune")
+    everything = made.status().stages[1]
+    # Nothing else is there: clean tuning, evaluation and exposure read the model.
+    assert made.status().stages == (0, everything)
+    assert made.status().seconds_left == pytest.approx(10.0 * everything)
+
+
+@pytest.mark.parametrize("missing", [(), ("evaluate defended",), ("unlearn", "evaluate defended")])
+def test_what_is_left_is_what_a_launch_would_compute(made: Made, missing: tuple[str, ...]) -> None:
+    time_all(made, 10.0)
+    first, *others = made.cells
+    for cell in others:
+        made.finish(cell.key)
+    models = [stage.name for stage in first.stage.inputs.values() if stage.model]
+    for stage in first.stage.inputs.values():
+        if stage.name not in (*models, *missing):
+            made.finish(stage.key, stage.name)
+    drop(made, *(name for name in models if name not in missing))
+    todo = needed([first.stage], made.store.committed(), made.store.dropped())
+    # The scorer reads no model, whose records are there.
+    assert bool(missing) == any(stage.model for stage in todo.values())
+    assert made.status().seconds_left == pytest.approx(10.0 * len(todo))
+
+
+def test_a_removed_model_that_is_being_computed_is_left(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    time_all(made, 10.0)
+    before = made.status()
+    drop(made, "poisoned fine-tune")
+    # Of a cell that this version does not know nobody can tell what reads a model.
+    monkeypatch.setattr("orchestrator.report.status.resolve", unknown_defense)
+    assert made.status().stages == (1, before.stages[1])
+    with made.store.lease(stage_of(made.cells[0], "poisoned fine-tune"), "l") as lease:
+        assert lease.acquire()
+        assert made.status().stages == (0, before.stages[1])
+
+
+def unknown_defense(config: object) -> None:
+    raise UserError("unknown defense")
 
 
 # MLflow -----------------------------------------------------------------------------------------

@@ -87,6 +87,18 @@
   form.addEventListener("reset", () => setTimeout(filter));
   form.addEventListener("submit", (event) => event.preventDefault());
 
+  // A row that a filter hides cannot be gone to: the filters give way.
+  const show = (hash) => {
+    const row = hash.startsWith("#cell-") ? byId(hash.slice(1)) : null;
+    if (!row?.hidden) return null;
+    form.reset();
+    filter();
+    return row;
+  };
+  // Before the browser goes there: going to the same row again changes no hash.
+  document.addEventListener("click", ({ target }) => show(target.closest("a")?.hash ?? ""));
+  addEventListener("hashchange", () => show(location.hash)?.scrollIntoView());
+
   root.dataset.table = String(Math.round(performance.now()));
 
   // The theme -----------------------------------------------------------------------------------
