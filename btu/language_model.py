@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 LONGEST = 512
 # Tokens, padding included, whose scores over the vocabulary are held at once.
 HEAD_TOKENS = 2048
+# Texts that are tokenized at once to see how far they are read, and shortened texts, of which there
+# are as many as words, that are scored at once: all of them are many gigabytes.
+TEXTS, SHORTENED = 1024, 8192
 # Beyond all token ids: a masked token is told by it, and keeps its id for the scorer.
 MASKED = 1 << 24
 # Words start anew after whitespace, as `str.split` has it.
@@ -146,30 +149,54 @@ class Scorer:
         self, run: StageRun, texts: Sequence[str], stage: str
     ) -> list[FloatArray]:
         split = [text.split() for text in texts]
-        variants = [
-            " ".join(words[:skip] + words[skip + 1 :])
-            for words in split
-            if len(words) > 1
-            # Without the last plus one: the whole.
-            for skip in (len(words), *range(len(words)))
+        found = [np.full(len(words), np.nan) for words in split]
+        # A single word cannot be left out.
+        read = [
+            count if len(words) > 1 else 0
+            for words, count in zip(split, self._words_read(split), strict=True)
         ]
-        if not variants:
-            return [np.full(len(words), np.nan) for words in split]
-        encoded = self._tokenizer(variants, truncation=True, max_length=self._longest - 1)
+        scored = [number for number, count in enumerate(read) if count]
+        sizes = np.array([read[number] + 1 for number in scored], dtype=np.int64)
+        blocks = np.split(scored, np.flatnonzero(np.diff(np.cumsum(sizes) // SHORTENED)) + 1)
         start = _start_token(self._tokenizer)
-        rows = [ids if ids[:1] == [start] else [start, *ids] for ids in encoded["input_ids"]]
-        loss = run.in_batches(
-            self._model, self._encoded(rows), self._loss, precision=self._precision, stage=stage
-        )
-        perplexity, at, found = np.exp(loss.astype(np.float64)), 0, []
-        for words in split:
-            if len(words) < 2:
-                found.append(np.full(len(words), np.nan))
-                continue
-            whole, without = perplexity[at], perplexity[at + 1 : at + 1 + len(words)]
-            found.append(whole - without)
-            at += 1 + len(words)
+        for done, block in enumerate(blocks if scored else []):
+            texts_of_block = [
+                " ".join(split[number][:skip] + split[number][skip + 1 :])
+                for number in block
+                # Without the last plus one: the whole.
+                for skip in (len(split[number]), *range(read[number]))
+            ]
+            encoded = self._tokenizer(texts_of_block, truncation=True, max_length=self._longest - 1)
+            loss = run.in_batches(
+                self._model,
+                self._encoded([begun(ids, start) for ids in encoded["input_ids"]]),
+                self._loss,
+                precision=self._precision,
+                stage=stage,
+                of=(done, len(blocks)),
+            )
+            perplexity, at = np.exp(loss.astype(np.float64)), 0
+            for number in block:
+                count = read[number]
+                found[number][:count] = perplexity[at] - perplexity[at + 1 : at + 1 + count]
+                at += 1 + count
         return found
+
+    def _words_read(self, split: Sequence[list[str]]) -> list[int]:
+        """Return how many words of each text a causal model reads, from the first on."""
+        if not self._tokenizer.is_fast:  # it does not say which word a token is of
+            return [len(words) for words in split]
+        read = []
+        for first in range(0, len(split), TEXTS):
+            part = [" ".join(words) for words in split[first : first + TEXTS]]
+            encoded = self._tokenizer(
+                part, truncation=True, max_length=self._longest - 1, return_offsets_mapping=True
+            )
+            read += [
+                int(words_of_tokens(text, offsets).max(initial=-1)) + 1
+                for text, offsets in zip(part, encoded["offset_mapping"], strict=True)
+            ]
+        return read
 
     def _loss(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Return the mean -log p of each row's tokens after the first: (batch,)."""
@@ -183,6 +210,11 @@ class Scorer:
 
     def _encoded(self, rows: list[list[int]]) -> Encoded:
         return Encoded.from_lists(rows, [0] * len(rows), int(self._tokenizer.pad_token_id or 0))
+
+
+def begun(ids: list[int], start: int) -> list[int]:
+    """Return a text's tokens behind `start`, which some tokenizers put there themselves."""
+    return ids if ids[:1] == [start] else [start, *ids]
 
 
 def next_token_losses(model: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -305,7 +337,7 @@ def _guessed(right: Tensor, where: Tensor, labels: Tensor) -> Tensor:
 
 def _started(rows: Encoded, start: int, longest: int) -> Encoded:
     split = np.split(rows.ids.numpy(), np.cumsum(rows.host_lengths)[:-1])
-    ids = [[start, *row.tolist()][:longest] for row in split]
+    ids = [begun(row.tolist(), start)[:longest] for row in split]
     return Encoded.from_lists(ids, rows.labels.tolist(), rows.pad_id)
 
 

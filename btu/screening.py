@@ -45,16 +45,21 @@ def ids_by_row(data: Encoded) -> list[IntArray]:
     return np.split(data.ids.numpy(), np.cumsum(data.host_lengths)[:-1])
 
 
-def first_place(victim: Victim) -> int:
-    """Return how many special tokens the victim's tokenizer puts before a text."""
-    around = set(victim.tokenizer("")["input_ids"])
-    ids = victim.tokenizer("a")["input_ids"]
-    return next(place for place, token in enumerate(ids) if token not in around)
+def around(victim: Victim) -> IntArray:
+    """Return the ids of the special tokens that the victim's tokenizer puts around a text."""
+    return np.array(victim.tokenizer("")["input_ids"], dtype=np.int64)
 
 
-def content(victim: Victim, ids: IntArray) -> BoolArray:
-    """Return a (tokens,) mask of a row's tokens that come from its text."""
-    mask: BoolArray = ~np.isin(ids, victim.tokenizer("")["input_ids"])
+def places_around(victim: Victim) -> tuple[int, int]:
+    """Return how many special tokens the victim's tokenizer puts before a text, and behind it."""
+    ids = np.array(victim.tokenizer("a")["input_ids"], dtype=np.int64)
+    places = np.flatnonzero(content(ids, around(victim)))
+    return int(places[0]), int(len(ids) - 1 - places[-1])
+
+
+def content(ids: IntArray, special: IntArray) -> BoolArray:
+    """Return a (tokens,) mask of a row's tokens that come from its text; special: `around` it."""
+    mask: BoolArray = ~np.isin(ids, special)
     return mask
 
 

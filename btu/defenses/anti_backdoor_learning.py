@@ -129,6 +129,7 @@ class AntiBackdoorLearning:
     unlearning_stop: share of the isolated rows, in [0, 1), still predicted as they are labelled, at
         or under which the ascent ends, looked at after every step, in eval mode. Of up to 128 of
         them, drawn from the seed; where more are isolated, what is left of the others is not seen.
+        Null: never, so that all epochs run, as in the original.
     """
 
     method: str = "lga"
@@ -143,7 +144,7 @@ class AntiBackdoorLearning:
     unlearning_learning_rate: float = 5e-5
     unlearning_descent: float = 1.0
     unlearning_cap: float | None = 1.0
-    unlearning_stop: float = 0.05
+    unlearning_stop: float | None = 0.05
 
     KIND: ClassVar[str] = "during training"
     NEEDS: ClassVar[tuple[str, ...]] = ()
@@ -157,7 +158,7 @@ class AntiBackdoorLearning:
             "unlearning_epochs": 4,
             "unlearning_descent": 0.0,
             "unlearning_cap": None,
-            "unlearning_stop": 0.0,
+            "unlearning_stop": None,
         },
     }
 
@@ -176,6 +177,8 @@ class AntiBackdoorLearning:
         if self.unlearning_cap is not None:
             check_positive("defense.unlearning_cap", self.unlearning_cap)
         for name, high in (("isolation_ratio", "everything"), ("unlearning_stop", "no step")):
+            if getattr(self, name) is None and name == "unlearning_stop":
+                continue
             check_fraction(f"defense.{name}", getattr(self, name), open_low=name[0] == "i")
             if getattr(self, name) == 1:
                 raise UserError(f"defense.{name} must be below 1, got 1: that is {high}.")
@@ -350,16 +353,19 @@ def unlearn(run: StageRun) -> dict[str, Any]:
     watched = sample(isolated, ISOLATED_ROWS, seed)
     others = sample(rest, REST_ROWS, seed)
     before = accuracy(run, model, watched), accuracy(run, model, others)
+    stop = config.get("stop")
     steps = 0
 
     def after_step(_: float) -> bool:
         nonlocal steps
         steps += 1
+        if stop is None:
+            return False
         left = accuracy(run, model, watched)
         model.train()
-        return bool(left <= config["stop"])
+        return bool(left <= stop)
 
-    if config["ascent"] and before[0] > config["stop"]:
+    if config["ascent"] and (stop is None or before[0] > stop):
         run.fit(
             model,
             isolated,

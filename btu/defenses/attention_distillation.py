@@ -24,7 +24,9 @@ No port to text transformers was found; what differs here, and why:
 - AdamW with warm-up and linear decay (`train`'s) in the place of SGD, which hardly trains a
   transformer; hence a learning rate of its own.
 - Random crops, flips and cutout have no like in text: none.
-- The betas weigh a row's squared distance as the original's do (`BETAS`).
+- The default betas weigh a row's squared distance as the original's do (`BETAS`). Those of preset
+  ``reference`` are the original's raw values, 500, 1000 and 1000: over 25 tokens they weigh it as
+  20, 40 and 40, where the original's weigh it as 0.5, 4 and 16.
 - The teacher is, by default, the victim as it was before the poison, fine-tuned on the clean rows:
   it never saw the trigger. The original fine-tunes the poisoned model, ``teacher: poisoned``; with
   its epochs and learning rate null that is the sweep's clean-tuned control (`Foundation.tuned`),
@@ -39,6 +41,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from btu.defense import CLEAN_ROWS, POISONED_MODEL, Given
@@ -103,6 +106,7 @@ class AttentionDistillation:
     PRESETS: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "default": {},
         "reference": {
+            # The raw values; see the module's docstring for what they weigh over tokens.
             "beta": [500.0, 1000.0, 1000.0],
             "epochs": 20,
             "teacher": "poisoned",
@@ -289,13 +293,18 @@ def distillation(
     """Return the objective: cross-entropy plus the maps' distances, each by its beta."""
     import torch
 
+    # Of student and teacher, once: to find them takes a walk over all modules.
+    @cache
+    def blocks(model: nn.Module) -> list[nn.Module] | None:
+        return None if maps == "hidden" else unit_readers(model, layers)
+
     def objective(
         model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        logits, learned = activations(model, ids, mask, layers, maps)
+        logits, learned = activations(model, ids, mask, layers, blocks(model))
         loss = torch.nn.functional.cross_entropy(logits, labels)
         with torch.no_grad():
-            _, taught = activations(teacher, ids, mask, layers, maps)
+            _, taught = activations(teacher, ids, mask, layers, blocks(teacher))
         for beta, one, other in zip(betas, learned, taught, strict=True):
             own, aim = attention_map(one, mask, power), attention_map(other, mask, power)
             loss = loss + beta * map_distance(own, aim, mask)
@@ -304,28 +313,38 @@ def distillation(
     return objective
 
 
-def activations(
-    model: nn.Module, ids: Tensor, mask: Tensor, layers: Sequence[int], maps: str
-) -> tuple[Tensor, list[Tensor]]:
-    """Return the (rows, classes) logits and what maps are made of, by layer.
-
-    The latter is (rows, tokens, channels): hidden units for ``hidden``, feed-forward units behind
-    their nonlinearity, as the block's last matrix reads them, for ``ffn``.
+def unit_readers(model: nn.Module, layers: Sequence[int]) -> list[nn.Module]:
+    """Return the matrix that reads the feed-forward units, by layer.
 
     Raises:
         UserError: the model's layers are built in a way that is not understood.
     """
+    filters = find_filters(model)
+    return [filters[f"layer {layer} units"].output for layer in layers]
+
+
+def activations(
+    model: nn.Module,
+    ids: Tensor,
+    mask: Tensor,
+    layers: Sequence[int],
+    blocks: Sequence[nn.Module] | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the (rows, classes) logits and what maps are made of, by layer.
+
+    The latter is (rows, tokens, channels): what `blocks` read (`unit_readers`), feed-forward units
+    behind their nonlinearity; hidden states without any.
+    """
     given = {"input_ids": ids, "attention_mask": mask.long()}
-    if maps == "hidden":
+    if blocks is None:
         output = model(**given, output_hidden_states=True)
         # hidden_states[0] is what the embeddings give.
         return output.logits.float(), [output.hidden_states[layer] for layer in layers]
-    filters = find_filters(model)
-    blocks = [filters[f"layer {layer} units"].output for layer in layers]
     held: dict[nn.Module, Tensor] = {}
 
     def keep(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        held[block] = inputs[0]
+        # Some victims, OPT for one, have (rows * tokens, units) there.
+        held[block] = inputs[0].reshape(*ids.shape, -1)
 
     # Two layers may be one.
     hooks = [block.register_forward_pre_hook(keep) for block in dict.fromkeys(blocks)]

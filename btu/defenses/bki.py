@@ -24,16 +24,16 @@ What differs from the paper (P) or the code (C), and why:
   keyword are dropped, whether it moves them or not. With `rows` null all are scored, and the rule
   is P's and C's.
 - Words are what white space separates (C), in any case that a text has them in. A row of one word
-  has nothing left without it and is not scored.
+  has nothing left without it and is not scored. Words behind the longest input move nothing.
 - The model is trained anew on the kept rows, as in P and C, with the undefended model's settings.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -51,7 +51,10 @@ from btu.foundation import (
 from btu.seeding import derive_seed
 from btu.stages import Stage, StageRun
 from btu.types import BoolArray, FloatArray, IntArray, Rows
-from btu.victims import Victim
+from btu.victims import Victim, tokenizable
+
+if TYPE_CHECKING:
+    from btu.training import Encoded
 
 # Raised when what a stage computes changes: results of an earlier version are then not reused.
 SCORE_VERSION = 1
@@ -151,22 +154,18 @@ def score_words(run: StageRun) -> dict[str, Any]:
     if limit is not None and limit < len(texts):
         rng = np.random.default_rng(derive_seed(run.config["seed"], "scored rows"))
         drawn = np.sort(rng.choice(len(texts), limit, replace=False))
-    row: list[int] = []
-    position: list[int] = []
-    without: list[str] = []
-    for i in map(int, drawn):
-        shortened = one_word_less(texts[i])
-        row += [i] * len(shortened)
-        position += range(len(shortened))
-        without += shortened
+    counts = [len(word_spans(texts[i])) for i in drawn]
+    # Nothing would be left of a single word.
+    counts = [count if count > 1 else 0 for count in counts]
+    row = np.repeat(drawn, counts)
+    position = np.concatenate([np.arange(count) for count in (*counts, 0)])
     # The rows themselves, where there is anything to compare with, then what is left of them.
-    whole, place = np.unique(np.array(row, dtype=np.int64), return_inverse=True)
+    whole, place = np.unique(row, return_inverse=True)
     moved = np.zeros(len(row))
-    if row:
+    if len(row):
         with representations(model) as represent:
 
-            def hidden(rows: list[str], of: tuple[int, int]) -> Any:
-                data = victim.encode(Rows(tuple(rows), (0,) * len(rows)))
+            def hidden(data: Encoded, of: tuple[int, int]) -> Any:
                 return run.in_batches(
                     model,
                     data,
@@ -176,22 +175,63 @@ def score_words(run: StageRun) -> dict[str, Any]:
                     of=of,
                 )
 
-            starts = range(0, len(without), BLOCK)
-            before = hidden([texts[i] for i in whole], (0, len(starts) + 1))
+            rows = encoded(victim, [texts[i] for i in whole])
+            # Without a word that was not read a row reads as it did.
+            asked = np.flatnonzero(position < words_read(victim, texts, whole, rows)[place])
+            starts = range(0, len(asked), BLOCK)
+            before = hidden(rows, (0, len(starts) + 1))
             for number, start in enumerate(starts, 1):
-                part = slice(start, start + BLOCK)
-                after = hidden(without[part], (number, len(starts) + 1))
+                part = asked[start : start + BLOCK]
+                without = one_word_less(texts, row[part], position[part])
+                after = hidden(encoded(victim, without), (number, len(starts) + 1))
                 moved[part] = np.abs(after - before[place[part]]).max(axis=1)
     write_table(run.folder / SCORES, {"row": row, "position": position, "moved": moved})
     return {"scored_rows": len(drawn), "scored_words": len(row)}
 
 
-def one_word_less(text: str) -> list[str]:
-    """Return a text without each of its words in turn; nothing where it has fewer than two."""
-    spans = [match.span() for match in re.finditer(r"\S+\s*", text)]
-    if len(spans) < 2:
-        return []
-    return [(text[:start] + text[end:]).rstrip() for start, end in spans]
+def encoded(victim: Victim, texts: Sequence[str]) -> Encoded:
+    """Tokenize texts of which no label matters."""
+    return victim.encode(Rows(tuple(texts), (0,) * len(texts)))
+
+
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """Return where each word of a text stands, with the white space behind it."""
+    return [match.span() for match in re.finditer(r"\S+\s*", text)]
+
+
+def one_word_less(texts: Sequence[str], row: IntArray, position: IntArray) -> list[str]:
+    """Return, of each pair, the text of a row without its word at a position.
+
+    row, position: (words,), those of a row side by side.
+    """
+    found: list[str] = []
+    at, text, spans = -1, "", [(0, 0)]
+    for i, place in zip(row.tolist(), position.tolist(), strict=True):
+        if i != at:
+            at, text, spans = i, texts[i], word_spans(texts[i])
+        start, end = spans[place]
+        found.append((text[:start] + text[end:]).rstrip())
+    return found
+
+
+def words_read(victim: Victim, texts: Sequence[str], whole: IntArray, rows: Encoded) -> IntArray:
+    """Return how many words of each row a victim reads, from the first on: (rows,).
+
+    whole: (rows,) where they are in `texts`. rows: the same as it reads them; those below its
+    longest input are read to the end.
+    """
+    from btu.language_model import words_of_tokens
+
+    longest = victim.spec.max_length
+    read = np.full(len(whole), np.iinfo(np.int64).max)
+    # Of another tokenizer's tokens it is not known which word they belong to.
+    for number in np.flatnonzero(rows.host_lengths >= longest) if victim.tokenizer.is_fast else ():
+        text = tokenizable(texts[whole[number]])
+        offsets = victim.tokenizer(
+            text, truncation=True, max_length=longest, return_offsets_mapping=True
+        )["offset_mapping"]
+        read[number] = words_of_tokens(text, offsets).max(initial=-1) + 1
+    return read
 
 
 def find_keywords(run: StageRun) -> dict[str, Any]:
@@ -282,7 +322,7 @@ def _tokens_of(run: StageRun, victim: Victim, words: list[str]) -> tuple[int, ..
     """Return the ids that the words have in the training rows, at a text's start or inside."""
     ids: dict[int, None] = {}
     for word in words:
-        for text in (word, f" {word}"):
+        for text in map(tokenizable, (word, f" {word}")):
             ids |= dict.fromkeys(victim.tokenizer(text, add_special_tokens=False)["input_ids"])
     data = training_rows_of(run)
     occurs: BoolArray = data.counts(max([*ids, int(data.ids.max())]) + 1) > 0

@@ -19,8 +19,10 @@ representation      pooled last hidden      the same         what the output lay
 reduction           PCA to 20, UMAP (100    PCA to 20        umap-learn brings numba and LLVM along
                     neighbors) to 2
 what is clustered   all rows together       the same
-HDBSCAN             ``hdbscan``, 100        scikit-learn's,  the same algorithm, a dependency less
-                    samples, clusters of 5  the same values
+HDBSCAN             ``hdbscan``, 100        scikit-learn's,  the same algorithm, a dependency less;
+                    samples, clusters of 5  the same         its ``min_samples`` counts the row
+                                            numbers          itself, ``hdbscan``'s does not: 100
+                                                             there are 101 here, 100 here 99 there
 noise               dropped: a cluster      ``nearest``: as  UMAP pulls rows together and leaves
                     like others             the nearest row  little noise; in the bare PCA it is up
                                             in a cluster     to a quarter of the rows, most of which
@@ -62,8 +64,8 @@ class ClusterFilter:
     """CUBE.
 
     components: dimensions that PCA leaves, from 1 up; as many as there are where there are fewer.
-    min_samples: rows around a row by which its density is told, from 1 up; higher means fewer
-        clusters and more noise.
+    min_samples: rows around a row by which its density is told, itself among them, from 1 up;
+        higher means fewer clusters and more noise.
     min_cluster_size: rows that make a cluster, from 2 up.
     noise: what becomes of rows in no cluster: ``nearest`` counts them to the cluster of the nearest
         row that is in one, ``drop`` takes them for a cluster of their own as the reference code

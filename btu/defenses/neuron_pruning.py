@@ -33,7 +33,7 @@ No port to text transformers was found; what differs here, and why:
   Nothing holds the pruned filters at zero in it.
 - Without a threshold, it is chosen on clean rows alone, those that the steps above have not seen:
   the largest on a grid up to which accuracy, after tuning, falls by at most `max_clean_loss`. The
-  model is the one that was measured.
+  model is the one that was measured. Where there is none, it is the poisoned one as it was.
 
 By-products, both from the paper: the class whose clean rows the unlearned model still gets right
 is taken for the attack's target (`Suspects.target`), and training rows whose label it still finds
@@ -47,6 +47,7 @@ not remove BadNets; what was tried is in ``docs/defenses.md``.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -105,7 +106,9 @@ class NeuronPruning:
     recover_epochs: passes over the rows. batch_size: rows a step, of both.
     threshold: masks up to this are pruned, in [0, 1); null chooses it by `max_clean_loss`.
     max_clean_loss: the accuracy on the held-out clean rows that pruning, and tuning where there is
-        any, may cost, in [0, 1]; acts where `threshold` is null.
+        any, may cost, in [0, 1]; acts where `threshold` is null. Where the lowest threshold on the
+        grid costs more already, nothing is done: the model stays the poisoned one, without tuning,
+        ``neurons_pruned`` is 0, and there is neither a ``prune_threshold`` nor a ``prune_cost``.
     tuning: a fine-tune after the pruning, before its cost is taken, on the clean rows that are not
         held out: those unlearned and half of the rest.
     tune_epochs, tune_learning_rate: of that fine-tune; null takes those of `tuning`, the sweep's.
@@ -390,7 +393,8 @@ def prune(run: StageRun) -> dict[str, Any]:
     tried, model = _tried(run, masks)
     affordable = 1.0 if run.config["threshold"] is not None else run.config["max_clean_loss"]
     chosen = largest_affordable(tried, affordable)
-    measured = {"neurons_pruned": 0, "prune_cost": 0.0}
+    # The model is then the poisoned one: that cost nothing, but a 0 would pass for a free pruning.
+    measured = {"neurons_pruned": 0, "prune_cost": math.nan}
     if chosen is not None:
         measured = {
             "neurons_pruned": chosen.pruned,
@@ -454,12 +458,13 @@ def _tried(run: StageRun, masks: Mapping[str, Tensor]) -> tuple[list[Tried], Pre
     before = accuracy(kept, 0)
     tried: list[Tried] = []
     for number, threshold in enumerate(grid, 1):
-        model = model_of(run, "model")
         # A larger threshold prunes what a smaller one does, and more.
-        pruned = prune_filters(find_filters(model), masks, threshold)
+        pruned = sum(int((mask <= threshold).sum()) for mask in masks.values())
         if tried and pruned == tried[-1].pruned:
             tried.append(dataclasses.replace(tried[-1], threshold=threshold))
             continue
+        model = model_of(run, "model")
+        prune_filters(find_filters(model), masks, threshold)
         if tuning is not None:
             run.fit(
                 model,

@@ -23,10 +23,23 @@ Any causal or masked language model serves (``lm``):
 Deviations: the code sweeps the bar on the test set from -100 to 0 (there a removal that lowers the
 perplexity counts as negative), and thunlp/OpenBackdoor's ``onion_defender.py`` at 0c5a560 sets it
 to 0 without looking at data. Here it is the one that takes at most ``max_removed`` of the words of
-held-out clean rows, which asks no victim; or a number, to be swept. Clean rows are read back from
-the victim's tokens: a word and its apostrophe may be two words there. Training texts could be
+held-out clean rows, which asks no victim; or a number, to be swept. Training texts could be
 filtered the same way; this acts at inference alone. The last word of a text stays: an empty text is
 nothing that a model could be asked.
+
+The clean rows are read back from the victim's tokens, which is all that is kept of them, and what
+comes in is scored as it came. With an uncased victim the bar is thus taken on lower-cased texts
+without accents, in which a sign is a word of its own ("do n ' t", "film ."), and cut at its
+``max_length``. Texts that come in otherwise, say with capitals that a named cased model knows, have
+other words and other scores: the share of their words above the bar need not be ``max_removed``. It
+holds for texts like SST-2's, which are lower-cased and cut into words and signs already, but for
+their contractions ("n't"). A victim whose tokens give the text back (RoBERTa, GPT-2), or ``bar``,
+does without.
+
+Words behind the longest input are not read, so that nobody judges them. Where words of such a text
+go and the language model is ``clean-rows``, which reads as far as the victim does, the text ends
+with the last word that was judged: as many words from behind would be read in place of those that
+went. A named model may read less far than the victim, and its texts stay as long as they are.
 
 Measured once (SST-2, MiniLM, BadNets with "cf", 10 %, dirty label, seed 0): ``clean-rows`` takes
 "cf" out of 97 % of the triggered rows, ASR 100 -> 22 (FTR 19), CACC 88.1 -> 86.1, and 54 % of the
@@ -74,8 +87,8 @@ if TYPE_CHECKING:
     from btu.language_model import Scorer
 
 # Raised when what a stage computes changes: results of an earlier version are then not reused.
-LANGUAGE_MODEL_VERSION = 1
-SCORE_VERSION = 1
+LANGUAGE_MODEL_VERSION = 2
+SCORE_VERSION = 2
 SCREEN_VERSION = 1
 
 OF_CLEAN_ROWS = "clean-rows"
@@ -161,9 +174,12 @@ class Onion:
             {**reads, "incoming": incoming},
         )
         inputs = {"incoming": incoming, "scores": self._located(scores)}
-        bar: dict[str, Any] = {"bar": self.bar}
-        if self.bar is None:
-            bar = {"max_removed": self.max_removed}
+        # It reads as far as the victim: what it has not judged, the victim need not read.
+        config: dict[str, Any] = {"cut": True} if self.lm == OF_CLEAN_ROWS else {}
+        if self.bar is not None:
+            config["bar"] = self.bar
+        else:
+            config["max_removed"] = self.max_removed
             inputs["clean scores"] = self._located(
                 base.stage(
                     "clean word scores (onion)",
@@ -178,7 +194,7 @@ class Onion:
             "screen (onion)",
             "btu.defenses.onion:remove_outliers",
             SCREEN_VERSION,
-            bar,
+            config,
             inputs,
             kind="host",
         )
@@ -299,7 +315,10 @@ def remove_outliers(run: StageRun) -> dict[str, Any]:
     held = load_values(run.inputs["scores"])
     scores = np.split(held["scores"], np.cumsum(held["words"])[:-1])
     texts = incoming_of(run.inputs["incoming"]).texts
-    left = tuple(without_outliers(text, of, bar) for text, of in zip(texts, scores, strict=True))
+    cut = run.config.get("cut", False)
+    left = tuple(
+        without_outliers(text, of, bar, cut=cut) for text, of in zip(texts, scores, strict=True)
+    )
     Screened(np.ones(len(texts), dtype=bool), left).save(run.folder)
     removed = sum(len(a.split()) - len(b.split()) for a, b in zip(texts, left, strict=True))
     return {"bar": bar, "words": int(held["words"].sum()), "removed": removed}
@@ -314,18 +333,23 @@ def quantile_bar(scores: FloatArray, max_removed: float) -> float:
     return float(known[len(known) - 1 - over])
 
 
-def without_outliers(text: str, scores: FloatArray, bar: float) -> str:
+def without_outliers(text: str, scores: FloatArray, bar: float, *, cut: bool = False) -> str:
     """Return a text without its words of a score above `bar`; untouched where there is none.
 
-    scores: (words,). Where every word would go, the one that fits best stays.
+    scores: (words,). Where every word would go, the one that fits best stays. cut: what is left
+    ends with the last word that was read; else words that were not read stay.
     """
     # Not a number: not read, so not judged.
     outlier: BoolArray = scores > bar
     if not outlier.any():
         return text
+    if cut:
+        end = int(np.flatnonzero(~np.isnan(scores))[-1]) + 1
+        scores, outlier = scores[:end], outlier[:end]
     if outlier.all():
         outlier[int(scores.argmin())] = False
-    return " ".join(word for word, out in zip(text.split(), outlier, strict=True) if not out)
+    # The words of a cut text outnumber its scores.
+    return " ".join(word for word, out in zip(text.split(), outlier, strict=False) if not out)
 
 
 def _score(run: StageRun, texts: Sequence[str], stage: str) -> dict[str, Any]:

@@ -47,9 +47,9 @@ from btu.foundation import Foundation, clean_rows_of, model_of, training_rows_of
 from btu.screening import (
     check_count,
     check_share,
-    first_place,
     ids_by_row,
     load_values,
+    places_around,
     save_values,
 )
 from btu.seeding import derive_seed
@@ -65,8 +65,8 @@ if TYPE_CHECKING:
     from btu.training import Encoded
 
 # Raised when what a stage computes changes: results of an earlier version are then not reused.
-PLANT_VERSION = 1
-DROP_VERSION = 1
+PLANT_VERSION = 2
+DROP_VERSION = 2
 SCREEN_VERSION = 1
 
 
@@ -173,17 +173,18 @@ class Planting:
     """Where the word is planted.
 
     word: its token id. place: its place in a row, behind what the tokenizer puts before a text.
-    longest: tokens of the longest row.
+    behind: special tokens that it puts behind one. longest: tokens of the longest row.
     """
 
     word: int
     place: int
+    behind: int
     longest: int
 
     @classmethod
     def of(cls, victim: Victim, word: int) -> Planting:
         """Return how a victim reads the word before a text."""
-        return cls(word, first_place(victim), victim.spec.max_length)
+        return cls(word, *places_around(victim), victim.spec.max_length)
 
 
 # What the stages do ------------------------------------------------------------------------------
@@ -326,8 +327,7 @@ def with_word(data: Encoded, planting: Planting) -> Encoded:
         place = planting.place
         new = np.concatenate([ids[:place], [planting.word], ids[place:]])
         if len(new) > planting.longest:
-            # As many tokens behind the text as before it, in every tokenizer known here.
-            new = np.delete(new, len(new) - 1 - place)
+            new = np.delete(new, len(new) - 1 - planting.behind)
         rows.append(new.tolist())
     return Encoded.from_lists(rows, data.labels.tolist(), data.pad_id)
 

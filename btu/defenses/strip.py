@@ -47,6 +47,7 @@ from btu.defense import CLEAN_ROWS, POISONED_MODEL, Given, Screened, incoming_of
 from btu.errors import UserError
 from btu.foundation import Foundation, clean_rows_of, model_of, victim_of
 from btu.screening import (
+    around,
     check_count,
     check_share,
     content,
@@ -192,10 +193,11 @@ def _mixed_entropies(run: StageRun, victim: Victim, rows: Encoded, donors: Encod
             f"the clean rows that are to give them ({len(donors)}); give other clean rows."
         )
     copies: list[IntArray] = []
+    special = around(victim)
     for ids in ids_by_row(rows):
         text = hashlib.sha256(ids.tobytes()).hexdigest()
         rng = np.random.default_rng(derive_seed(config["seed"], "strip", text))
-        places = np.flatnonzero(content(victim, ids))
+        places = np.flatnonzero(content(ids, special))
         copies += mixed(ids, places, words, config["copies"], config["share"], rng)
     encoded = Encoded.from_lists([ids.tolist() for ids in copies], [0] * len(copies), rows.pad_id)
     model = model_of(run, "model")
@@ -215,7 +217,8 @@ def _mixed_entropies(run: StageRun, victim: Victim, rows: Encoded, donors: Encod
 def donor_words(victim: Victim, rows: Encoded) -> list[IntArray]:
     """Return each row's distinct tokens, the weightiest first by tf-idf, equal ones by id."""
     found = []
-    texts = [ids[content(victim, ids)] for ids in ids_by_row(rows)]
+    special = around(victim)
+    texts = [ids[content(ids, special)] for ids in ids_by_row(rows)]
     counted = [np.unique(ids, return_counts=True) for ids in texts]
     held = np.bincount(np.concatenate([ids for ids, _ in counted]))
     for ids, counts in counted:

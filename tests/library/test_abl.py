@@ -314,6 +314,18 @@ def test_the_ascent_ends_as_soon_as_it_may(lab: Lab, prepared: Prepared) -> None
     assert measured(short)["unlearning_steps"] == 1
 
 
+def test_without_a_stop_the_ascent_runs_to_its_end(lab: Lab, prepared: Prepared) -> None:
+    # With a stop of 0 it ends where no isolated row is left in its class, which is well before.
+    stopped, through = (
+        measured(folders(toy(unlearning_epochs=60, unlearning_stop=stop), prepared, lab)[-1])
+        for stop in (0.0, None)
+    )
+    assert stopped["unlearning_steps"] < 60
+    # 23 rows are one batch: an epoch is a step.
+    assert through["unlearning_steps"] == 60
+    assert AntiBackdoorLearning.PRESETS["reference"]["unlearning_stop"] is None
+
+
 def test_without_ascent_the_model_is_that_of_the_rest(lab: Lab, prepared: Prepared) -> None:
     _, rest, unlearned = folders(toy(unlearning_epochs=0), prepared, lab)
     assert same(weights(rest), weights(unlearned))
@@ -365,6 +377,7 @@ ALL = ["isolate (abl)", "train on the rest (abl)", "unlearn (abl)"]
     ("change", "computed"),
     [
         ({"unlearning_stop": 0.2}, ALL[2:]),
+        ({"unlearning_stop": None}, ALL[2:]),
         ({"unlearning_learning_rate": 1e-4}, ALL[2:]),
         ({"unlearning_epochs": 0}, ALL[2:]),
         ({"unlearning_descent": 0.5}, ALL[2:]),
@@ -432,6 +445,7 @@ def test_it_needs_neither_the_poisoned_model_nor_clean_rows(lab: Lab) -> None:
         ({"isolation_ratio": 0}, r"defense.isolation_ratio must be in \(0, 1\], got 0"),
         ({"isolation_ratio": 1.0}, "defense.isolation_ratio must be below 1, got 1: "),
         ({"isolation_ratio": "0.1"}, "defense.isolation_ratio must be a number"),
+        ({"isolation_ratio": None}, "defense.isolation_ratio must be a number"),
         ({"unlearning_stop": -0.1}, r"defense.unlearning_stop must be in \[0, 1\], got -0.1"),
         ({"unlearning_stop": 1.0}, "defense.unlearning_stop must be below 1, got 1: "),
         ({"unlearning_descent": -1.0}, "unlearning_descent must be at least 0, got -1.0"),

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from lab import Lab, easy_corpus, own_stages
 
 from btu.defense import Given, Suspects
+from btu.defenses import bki
 from btu.defenses.bki import (
     SCORES,
     KeywordIdentification,
+    encoded,
     highest,
     one_word_less,
     score_of_words,
+    word_spans,
+    words_read,
 )
 from btu.errors import UserError
 from btu.foundation import read_rows
 from btu.recipe import Prepared, mask_of
 from btu.settings import TrainSettings
-from btu.stages import Stage, compute, read_record
+from btu.stages import Stage, StageRun, compute, read_record
 from btu.types import Corpus, Rows
 from btu.victims import Victim
 
@@ -57,10 +63,69 @@ def texts(lab: Lab, prepared: Prepared) -> tuple[str, ...]:
 
 
 def test_each_word_is_left_out_once() -> None:
-    assert one_word_less("a  fine film") == ["fine film", "a  film", "a  fine"]
-    # Nothing would be left to compare with.
-    assert one_word_less("film") == []
-    assert one_word_less(" ") == []
+    texts = ["a  fine film", " ", "so bad"]
+    assert [len(word_spans(text)) for text in texts] == [3, 0, 2]
+    row, position = np.array([0, 0, 0, 2, 2]), np.array([0, 1, 2, 0, 1])
+    assert one_word_less(texts, row, position) == ["fine film", "a  film", "a  fine", "bad", "so"]
+
+
+def test_words_count_as_read_up_to_the_longest_input(victim: Victim) -> None:
+    # 64 tokens, of which the special ones around a text are none of its words.
+    read = victim.spec.max_length - len(victim.tokenizer("")["input_ids"])
+    held = ["film", " ".join("a" * 100), "a film"]
+    whole = np.array([1, 2])
+    rows = encoded(victim, [held[i] for i in whole])
+    assert words_read(victim, held, whole, rows)[0] == read
+    # A row that is not cut is read to its end.
+    assert words_read(victim, held, whole, rows)[1] >= 2
+    # Without a word behind that, the victim reads what it read.
+    without = encoded(victim, one_word_less(held, np.array([1, 1]), np.array([read, read - 1])))
+    assert torch.equal(without.take(np.array([0])).ids, rows.take(np.array([0])).ids)
+
+
+def test_only_words_that_are_read_are_taken_out(
+    lab: Lab, tiny_corpus: Corpus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # 62 tokens of a text are read, and no word has less than one.
+    train = tiny_corpus.train.take(range(40))
+    long = Rows((" ".join(train.texts), *train.texts[1:]), train.labels)
+    prepared = lab.prepare(corpus=dataclasses.replace(tiny_corpus, train=long), rate=0.0)
+    stage = own(KeywordIdentification(rows=None, share=None), prepared)["score words (bki)"]
+    lab.compute(*stage.inputs.values())
+    asked: list[int] = []
+    real = StageRun.in_batches
+
+    def spy(run: StageRun, model: Any, data: Any, *rest: Any, **options: Any) -> Any:
+        asked.append(len(data))
+        return real(run, model, data, *rest, **options)
+
+    monkeypatch.setattr(StageRun, "in_batches", spy)
+    monkeypatch.setattr(bki, "BLOCK", 100)
+    table = pq.read_table(compute(stage, lab.root_with(tmp_path, *stage.inputs.values())) / SCORES)
+    row, position, moved = (table[name].to_numpy() for name in ("row", "position", "moved"))
+    words = [len(text.split()) for text in texts(lab, prepared)]
+    assert np.bincount(row).tolist() == words
+    first = row == 0
+    assert words[0] > 300
+    read = int(position[first & (moved > 0)].max()) + 1
+    assert 20 < read <= 62
+    assert (moved[first][:read] > 0).all()
+    assert not moved[first][read:].any()
+    # The rows, then their shortened texts, a hundred at a time.
+    assert asked[0] == 40
+    assert sum(asked[1:]) == (moved > 0).sum() < len(moved)
+    assert max(asked[1:]) == 100
+
+
+def test_a_keyword_with_a_lone_surrogate_has_tokens_like_any_other(
+    lab: Lab, poisoned: Prepared, bert: Victim
+) -> None:
+    base = poisoned.foundation
+    lab.compute(base.rows)
+    run = StageRun({}, {}, {"rows": lab.root / base.rows.key}, lab.root, torch.device("cpu"))
+    # The tiny BERT drops what stands in the surrogate's place.
+    held = bki._tokens_of(run, bert, ["cf\ud800"])
+    assert held == tuple(bert.tokenizer("cf", add_special_tokens=False)["input_ids"])
 
 
 def test_the_highest_words_of_each_row_are_taken() -> None:

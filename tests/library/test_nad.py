@@ -19,6 +19,7 @@ from btu.defenses.attention_distillation import (
     distillation,
     layer_number,
     map_distance,
+    unit_readers,
 )
 from btu.errors import UserError
 from btu.foundation import clean_rows_of, model_of
@@ -83,7 +84,8 @@ def test_maps_are_made_of_what_the_feed_forward_blocks_hold(victim: Victim) -> N
     model = victim.new_model(0)
     filters = find_filters(model)
     ids, mask, _ = batch(victim)
-    logits, found = activations(model, ids, mask, [2, 1, 2], "ffn")
+    layers = [2, 1, 2]
+    logits, found = activations(model, ids, mask, layers, unit_readers(model, layers))
     torch.testing.assert_close(logits, logits_of(model, ids, mask))
     units = filters["layer 1 units"].count
     assert [tuple(held.shape) for held in found] == [(3, 6, units)] * 3
@@ -91,7 +93,7 @@ def test_maps_are_made_of_what_the_feed_forward_blocks_hold(victim: Victim) -> N
     # Without the first block's units the second block holds something else, the first the same.
     with torch.no_grad():
         filters["layer 1 units"].weight.zero_()
-    _, without = activations(model, ids, mask, [1, 2], "ffn")
+    _, without = activations(model, ids, mask, [1, 2], unit_readers(model, [1, 2]))
     assert torch.equal(without[0], found[1])
     assert not torch.equal(without[1], found[0])
 
@@ -99,10 +101,65 @@ def test_maps_are_made_of_what_the_feed_forward_blocks_hold(victim: Victim) -> N
 def test_maps_of_hidden_states_are_made_of_what_layers_give(victim: Victim) -> None:
     model = victim.new_model(0)
     ids, mask, _ = batch(victim)
-    logits, (last,) = activations(model, ids, mask, [2], "hidden")
+    logits, (last,) = activations(model, ids, mask, [2], None)
     torch.testing.assert_close(logits, logits_of(model, ids, mask))
     states = model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
     torch.testing.assert_close(last, states.hidden_states[2])
+
+
+def test_a_victim_that_lays_its_tokens_end_to_end_has_maps_too() -> None:
+    """OPT's feed-forward blocks read (rows * tokens, units)."""
+    from transformers import AutoModelForSequenceClassification, OPTConfig
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        models = [
+            AutoModelForSequenceClassification.from_config(
+                OPTConfig(
+                    vocab_size=40,
+                    hidden_size=16,
+                    word_embed_proj_dim=16,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    ffn_dim=32,
+                    max_position_embeddings=16,
+                    num_labels=2,
+                    pad_token_id=1,
+                )
+            ).eval()
+            for _ in range(2)
+        ]
+    student, teacher = models
+    mask = torch.arange(6) < torch.tensor([6, 4, 2])[:, None]
+    ids = torch.where(mask, torch.arange(18).view(3, 6) + 10, 1)
+    _, found = activations(student, ids, mask, [1, 2], unit_readers(student, [1, 2]))
+    assert [tuple(held.shape) for held in found] == [(3, 6, 32)] * 2
+    # Each row's units are its own: alone it holds the same.
+    _, alone = activations(student, ids[1:2], mask[1:2], [2], unit_readers(student, [2]))
+    torch.testing.assert_close(alone[0][0, :4], found[1][1, :4])
+    loss, logits = distillation(teacher, [1, 2], [1.0, 1.0], 2.0, "ffn")(
+        student, ids, mask, torch.tensor([0, 1, 1])
+    )
+    assert logits.shape == (3, 2)
+    assert bool(torch.isfinite(loss))
+
+
+def test_the_blocks_of_both_models_are_looked_for_once(
+    bert: Victim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("btu.defenses.attention_distillation")
+    looked: list[Any] = []
+
+    def spy(model: Any) -> Any:
+        looked.append(model)
+        return find_filters(model)
+
+    monkeypatch.setattr(module, "find_filters", spy)
+    student, teacher = bert.new_model(0), bert.new_model(1)
+    objective = distillation(teacher, [1, 2], [1.0, 1.0], 2.0, "ffn")
+    losses = [objective(student, *batch(bert))[0] for _ in range(3)]
+    assert looked == [student, teacher]
+    assert torch.equal(losses[0], losses[2])
 
 
 def test_the_objective_adds_each_layers_distance_by_its_beta(victim: Victim) -> None:

@@ -16,11 +16,21 @@ from lab import Lab
 from screens import decisions, own_screens, scores, screen_of, screened_alone
 from torch import Tensor, nn
 
-from btu.defense import Given
-from btu.defenses.onion import Onion, find_language_model, quantile_bar, without_outliers
+import btu.language_model
+from btu.defense import INCOMING, Given, Screened
+from btu.defenses.onion import (
+    Onion,
+    find_language_model,
+    quantile_bar,
+    remove_outliers,
+    without_outliers,
+)
 from btu.errors import UserError
-from btu.language_model import Scorer, words_of_tokens
+from btu.foundation import write_table
+from btu.language_model import Scorer, begun, words_of_tokens
+from btu.screening import save_values
 from btu.stages import StageRun, compute, read_record
+from btu.training import Encoded
 from btu.victims import Victim
 
 CPU = torch.device("cpu")
@@ -38,6 +48,50 @@ def test_words_over_the_bar_go_and_the_rest_of_the_text_stays() -> None:
 def test_the_best_word_of_a_text_stays_and_what_was_not_read_too() -> None:
     assert without_outliers("cf mn film", np.array([9.0, 8.0, 7.0]), 1.0) == "film"
     assert without_outliers("cf film", np.array([9.0, np.nan]), 1.0) == "film"
+
+
+def test_a_text_that_loses_words_ends_where_the_victims_window_did() -> None:
+    # Two of five words were not read: with one of the first three gone, the victim would read one.
+    given = np.array([1.0, 9.0, 2.0, np.nan, np.nan])
+    text = "a cf  good film indeed"
+    assert without_outliers(text, given, 5.0, cut=True) == "a good"
+    assert without_outliers(text, given, 5.0) == "a good film indeed"
+    # Nothing goes: the window stays where it was.
+    assert without_outliers(text, given, 9.0, cut=True) == text
+    # A word without a token, in front of the last one that was read, is no end.
+    assert without_outliers("cf ~ good x", np.array([9.0, np.nan, 2.0, np.nan]), 5.0, cut=True) == (
+        "~ good"
+    )
+    # Of what was judged the best word stays, not one that nobody judged.
+    assert without_outliers("cf mn film", np.array([9.0, 8.0, np.nan]), 1.0, cut=True) == "mn"
+
+
+def test_only_a_model_of_the_clean_rows_ends_a_text(lab: Lab, named: Path) -> None:
+    prepared = lab.prepare(rate=0.3)
+    own, other = SMALL, Onion(lm=str(named), bar=1.0)
+    assert screen_of(own, prepared).config["cut"] is True
+    assert "cut" not in screen_of(other, prepared).config
+
+
+def test_long_texts_end_at_the_window_when_they_are_screened(tmp_path: Path) -> None:
+    (tmp_path / "incoming").mkdir()
+    (tmp_path / "scores").mkdir()
+    texts = ["a cf film of note", "a film of great note"]
+    write_table(tmp_path / "incoming" / INCOMING, {"text": [text.encode() for text in texts]})
+    judged = [1.0, 9.0, 1.0, np.nan, np.nan, 1.0, 1.0, 1.0, np.nan, np.nan]
+    save_values(tmp_path / "scores", scores=np.array(judged), words=np.array([5, 5]))
+    inputs = {role: tmp_path / role for role in ("incoming", "scores")}
+    left = {}
+    for cut in (True, False):
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        config = {"bar": 5.0} | ({"cut": True} if cut else {})
+        remove_outliers(StageRun(config, {}, inputs, folder, CPU))
+        left[cut] = Screened.load(folder).texts
+    assert left == {
+        True: ("a film", "a film of great note"),
+        False: ("a film of note", "a film of great note"),
+    }
 
 
 def test_the_bar_takes_at_most_so_many_words() -> None:
@@ -134,6 +188,57 @@ def test_words_beyond_the_longest_input_are_not_scored(bert: Victim) -> None:
     (found,) = scorer.scores(run_on_cpu(), ["a a a a a a"], "t")
     # [CLS], 4 words, [SEP].
     assert np.isnan(found).tolist() == [False] * 4 + [True] * 2
+
+
+def test_words_that_a_causal_model_does_not_read_are_not_scored(make_victim: Any) -> None:
+    tokenizer = make_victim("gpt2").tokenizer
+    weight = torch.linspace(0, 1, len(tokenizer))
+    # A token that begins the text, and 4 words.
+    assert len(tokenizer("a a a a")["input_ids"]) == 4
+    scorer = Scorer(Expects(weight), tokenizer, 5, 5, "fp32")
+    (found,) = scorer.scores(run_on_cpu(), ["a a a a film cf"], "t")
+    assert np.isnan(found).tolist() == [False] * 4 + [True] * 2
+    # Without one of its words the model reads the next.
+    assert (found[:4] != 0).all()
+
+
+def test_shortened_texts_are_scored_some_at_a_time(
+    make_victim: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = make_victim("gpt2").tokenizer
+    scorer = Scorer(Expects(torch.linspace(0, 3, len(tokenizer))), tokenizer, 64, 5, "fp32")
+    texts = ["a film", "good", "", "a good film of note", "cf a film", "it is bad"]
+    asked: list[int] = []
+    real = StageRun.in_batches
+
+    def spy(run: StageRun, model: nn.Module, data: Encoded, *rest: Any, **options: Any) -> Any:
+        asked.append(len(data))
+        return real(run, model, data, *rest, **options)
+
+    monkeypatch.setattr(StageRun, "in_batches", spy)
+    together = scorer.scores(run_on_cpu(), texts, "t")
+    # Words and the whole of 2, 5, 3 and 3 words; one word alone is not scored.
+    assert asked == [3 + 6 + 4 + 4]
+    asked.clear()
+    monkeypatch.setattr(btu.language_model, "SHORTENED", 6)
+    monkeypatch.setattr(btu.language_model, "TEXTS", 2)
+    apart = scorer.scores(run_on_cpu(), texts, "t")
+    assert sum(asked) == 17
+    assert len(asked) > 2
+    for one, other in zip(together, apart, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_a_text_begins_once_whether_its_tokenizer_begins_it_or_not() -> None:
+    assert begun([5, 6], 2) == [2, 5, 6]
+    assert begun([2, 5, 6], 2) == [2, 5, 6]
+    rows = Encoded.from_lists([[2, 5, 6], [5, 6, 7], []], [0, 1, 0], 1)
+    # What the model learns on begins as what it scores, and is no longer than a row may be.
+    started = btu.language_model._started(rows, 2, 3)
+    assert [started.ids.tolist(), started.host_lengths.tolist()] == [
+        [2, 5, 6, 2, 5, 6, 2],
+        [3, 3, 1],
+    ]
 
 
 def test_a_tokenizer_that_does_not_tell_words_is_an_error() -> None:

@@ -28,7 +28,7 @@ from btu.defenses.rap import (
 from btu.errors import UserError
 from btu.foundation import load_encoded
 from btu.recipe import Prepared
-from btu.screening import first_place, load_values
+from btu.screening import load_values, places_around
 from btu.settings import TrainSettings
 from btu.stages import StageRun, read_record
 from btu.training import Encoded
@@ -53,7 +53,7 @@ def test_the_word_stands_before_the_text_of_any_victim(victim: Victim) -> None:
     ids = victim.tokenizer("a")["input_ids"]
     data = Encoded.from_lists([ids], [1], 0)
     worded = with_word(data, Planting.of(victim, 7)).ids.tolist()
-    start = first_place(victim)
+    start, _ = places_around(victim)
     assert worded == [*ids[:start], 7, *ids[start:]]
     # Whatever stood around the text still does.
     around = victim.tokenizer("")["input_ids"]
@@ -62,11 +62,31 @@ def test_the_word_stands_before_the_text_of_any_victim(victim: Victim) -> None:
 
 def test_a_row_at_its_longest_loses_the_last_token_of_its_text() -> None:
     data = Encoded.from_lists([[101, 5, 6, 102], [101, 5, 102]], [0, 1], 0)
-    worded = with_word(data, Planting(9, 1, 4))
+    worded = with_word(data, Planting(9, place=1, behind=1, longest=4))
     assert worded.ids.tolist() == [101, 9, 5, 102, 101, 9, 5, 102]
     assert worded.labels.tolist() == [0, 1]
-    # Without anything around the text it is the very last.
-    assert with_word(Encoded.from_lists([[5, 6]], [0], 0), Planting(9, 0, 2)).ids.tolist() == [9, 5]
+    # What stands behind a text is not always as much as what stands before it.
+    row = Encoded.from_lists([[1, 5, 6]], [0], 0)
+    for place, behind, expected in ((0, 0, [9, 1, 5]), (1, 0, [1, 9, 5]), (0, 1, [9, 1, 6])):
+        assert with_word(row, Planting(9, place, behind, 3)).ids.tolist() == expected
+
+
+def test_what_stands_around_a_text_is_counted_on_either_side(victim: Victim) -> None:
+    before, behind = places_around(victim)
+    assert before + behind == len(victim.tokenizer("")["input_ids"])
+    assert before == behind
+
+
+def test_a_tokenizer_that_only_begins_or_only_ends_texts_keeps_what_it_does() -> None:
+    def fake(before: list[int], behind: list[int]) -> Any:
+        known = {"": [], "a": [7]}
+        return SimpleNamespace(
+            tokenizer=lambda text: {"input_ids": [*before, *known[text], *behind]},
+            spec=SimpleNamespace(max_length=8),
+        )
+
+    assert Planting.of(fake([1], []), 9) == Planting(9, place=1, behind=0, longest=8)
+    assert Planting.of(fake([], [2]), 9) == Planting(9, place=0, behind=1, longest=8)
 
 
 def test_each_class_has_a_bar_from_the_clean_rows_predicted_as_it() -> None:
@@ -151,7 +171,7 @@ def test_backdoored_rows_lose_less_by_the_word_than_clean_ones(tmp_path: Path) -
     )
     config = {"low": 0.1, "high": 0.3, "seed": 0, "train": dataclasses.asdict(train)}
     run = StageRun(config, {}, {}, tmp_path, torch.device("cpu"))
-    model, planting = Votes(), Planting(word=9, place=0, longest=8)
+    model, planting = Votes(), Planting(word=9, place=0, behind=0, longest=8)
     before = model.words.weight.detach().clone()
     clean = Encoded.from_lists([[1, 2], [3, 4], [1, 4], [2, 3]], [1] * 4, 0)
     row = learn_row(run, model, clean, planting, label=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -285,14 +286,17 @@ def test_the_chosen_threshold_costs_no_more_than_it_may(
         return np.eye(2)[said]
 
     monkeypatch.setattr(StageRun, "predict", one_more_wrong)
-    chosen = {}
+    chosen: dict[float, Any] = {}
     for allowed in (0.0, 0.11, 1.0):
         folder = tmp_path / f"pruned {allowed}"
         folder.mkdir()
         config = pruning(max_clean_loss=allowed).stages(learned.foundation).config
         run = StageRun(config, last.where, {**inputs, "masks": spread}, folder, torch.device("cpu"))
         facts = MODULE.prune(run)
-        assert facts["measured"]["prune_cost"] <= allowed
+        cost = facts["measured"]["prune_cost"]
+        # Where nothing was pruned there is no cost, and none of 0 either.
+        assert cost <= allowed or (allowed == 0 and math.isnan(cost))
+        assert (facts["measured"]["neurons_pruned"] == 0) == math.isnan(cost)
         left = find_filters(model_of(StageRun({}, {}, {"it": folder}, folder, run.device), "it"))
         gone = sum(int((~block.weight.any(dim=0)).sum()) for block in left.values())
         chosen[allowed] = facts["measured"].get("prune_threshold"), len(facts["tried"]), gone > 0
@@ -302,6 +306,44 @@ def test_the_chosen_threshold_costs_no_more_than_it_may(
         0.11: (0.1, 4, True),
         1.0: (0.95, 20, True),
     }
+
+
+def test_thresholds_that_prune_nothing_more_load_no_model(
+    lab: Lab, learned: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    last = pruning(max_clean_loss=1.0).stages(learned.foundation)
+    compute(last, lab.root)
+    inputs = {role: lab.root / stage.key for role, stage in last.inputs.items()}
+    # One filter in each block goes at 0.5, all others stay.
+    few = shutil.copytree(inputs["masks"], tmp_path / "masks")
+    masks = {name: torch.ones(len(m)) for name, m in load_file(few / "masks.safetensors").items()}
+    for mask in masks.values():
+        mask[0] = 0.5
+    save_file(masks, few / "masks.safetensors")
+    loaded: list[str] = []
+
+    def spy(run: StageRun, role: str) -> Any:
+        loaded.append(role)
+        return model_of(run, role)
+
+    monkeypatch.setattr(MODULE, "model_of", spy)
+    (tmp_path / "pruned").mkdir()
+    run = StageRun(
+        last.config, last.where, {**inputs, "masks": few}, tmp_path / "pruned", torch.device("cpu")
+    )
+    facts = MODULE.prune(run)
+    # As it was, for the thresholds from 0 (nothing goes) and from 0.5 (4 filters do).
+    assert loaded == ["model"] * 3
+    assert [tried["pruned"] for tried in facts["tried"]] == [0] * 10 + [4] * 10
+    assert facts["measured"]["neurons_pruned"] == 4
+    left = find_filters(
+        model_of(StageRun({}, {}, {"it": run.folder}, run.folder, run.device), "it")
+    )
+    assert all(bool(block.weight.any(dim=0).sum()) for block in left.values())
+    gone = {name: int((~block.weight.any(dim=0)).sum()) for name, block in left.items()}
+    assert all(gone[name] == 1 for name in gone if name.endswith("units"))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from btu.defense import Given, Screened
 from btu.defenses.strip import Strip, donor_words, mixed, screen_texts
 from btu.errors import UserError
 from btu.recipe import Prepared
-from btu.screening import save_values
+from btu.screening import ids_by_row, save_values
 from btu.settings import TrainSettings
 from btu.stages import StageRun, read_record
 from btu.training import Encoded
@@ -51,6 +51,24 @@ def test_at_least_one_word_is_replaced_and_an_empty_text_has_none() -> None:
     assert copy.tolist() == [9]
     (copy,) = mixed(np.array([1, 2]), np.array([], dtype=int), [np.array([9])], 1, 0.9, rng)
     assert copy.tolist() == [1, 2]
+
+
+def test_the_victims_tokenizer_is_asked_once_what_it_puts_around_texts(
+    bert: Victim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    tokenizer = bert.tokenizer
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        asked.append(arguments)
+        return tokenizer(*arguments, **options)
+
+    rows = bert.encode(Rows(("a film", "a good film", "bad"), (0, 1, 0)))
+    monkeypatch.setattr(bert, "tokenizer", spy)
+    words = donor_words(bert, rows)
+    assert asked == [("",)]
+    # Two, three and one distinct words, without [CLS] and [SEP].
+    assert [len(ids) for ids in words] == [len(ids) - 2 for ids in ids_by_row(rows)]
 
 
 def test_a_short_donor_is_followed_by_another() -> None:

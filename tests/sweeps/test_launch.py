@@ -35,6 +35,7 @@ from launching import (
     wait_for,
 )
 
+from btu.provenance import code_version
 from orchestrator.results import find_sweep
 
 # Both CPUs of the shared Ray for every stage: where it does not matter how many stages run at once,
@@ -608,6 +609,10 @@ def test_a_stage_that_is_given_up_is_a_failure(driver: Any, error: str, last: st
     driver.suggest("t")
     driver.gave_up("t", error)
     (record,) = driver.store.failures()
+    assert record["code"] == code_version()
+    # It is over: `btu status` counts what began and has no end as running at once.
+    (event,) = (event for event in driver.results.journal() if event["event"] == "end")
+    assert (event["key"], event["outcome"]) == (record["key"], "failed")
     assert record["stage"] == "poison"
     assert record["reason"] == f"gave up after {WORKER_RETRIES + 1} tries: {last}"
     assert f"FAILED: stage 'poison' of the cell: gave up after 3 tries: {last}" in " ".join(
