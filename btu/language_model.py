@@ -184,8 +184,6 @@ class Scorer:
 
     def _words_read(self, split: Sequence[list[str]]) -> list[int]:
         """Return how many words of each text a causal model reads, from the first on."""
-        if not self._tokenizer.is_fast:  # it does not say which word a token is of
-            return [len(words) for words in split]
         read = []
         for first in range(0, len(split), TEXTS):
             part = [" ".join(words) for words in split[first : first + TEXTS]]

@@ -44,6 +44,7 @@ from btu.foundation import (
     victim_of,
     write_rows,
 )
+from btu.places import is_open, nearest
 from btu.recipe import foundation
 from btu.settings import TrainSettings, TuningSettings
 from btu.stages import Stage, StageRun, compute, plain, read_record
@@ -190,7 +191,7 @@ def prepare_scan(
     least = _check_trusted(spec, corpus, defense)
     victim_spec = VictimSpec(victim, max_length)
     found = load_victim(victim_spec, len(corpus.label_names))
-    vocabulary = _vocabulary(found)
+    vocabulary = found.vocabulary_size
     defense.check(Given(vocabulary, len(corpus.label_names), len(corpus.train), len(corpus.clean)))
     if rule == TOP_FRACTION and vocabulary is not None:
         _check_alpha(defense, found, corpus.train, vocabulary)
@@ -272,18 +273,6 @@ def least_rows(label: int, rows: IntArray, reserved: IntArray, bar: float) -> in
     size = int(rows[label])
     least = max(MIN_COUNT, bisect.bisect_left(range(size + 1), bar, key=surplus))
     return least if least <= size else None
-
-
-def _vocabulary(victim: Victim) -> int | None:
-    """Return the number of embedding rows, of a hub model too: its config is here by now."""
-    known = victim.source.vocabulary_size()
-    if known is not None:
-        return known
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(victim.source.location, revision=victim.spec.revision)
-    size = getattr(config.get_text_config(), "vocab_size", None)
-    return None if size is None else int(size)
 
 
 def _check_alpha(defense: TokenUnlearning, victim: Victim, rows: Rows, vocabulary: int) -> None:
@@ -674,9 +663,7 @@ def check_table(path: Path) -> None:
 
 def obstacle(folder: Path) -> str:
     """Return why no file can be made in a folder, there or not yet; empty where one can be."""
-    place = folder.absolute()
-    while not os.path.lexists(place):
-        place = place.parent
+    place = nearest(folder)
     if not os.path.isdir(place):
         return f"{place} is no folder"
-    return "" if os.access(place, os.W_OK | os.X_OK) else f"folder {place} is read-only"
+    return "" if is_open(place) else f"folder {place} is read-only"

@@ -222,7 +222,8 @@ def longest_input(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None
 class Victim:
     """A pretrained model, ready to be fine-tuned any number of times.
 
-    tokenizer: with a padding token. num_labels: classes of the new classifier.
+    tokenizer: with a padding token. num_labels: classes of the new classifier. vocabulary_size:
+    embedding rows, of a hub model too; None where its config does not say.
     has_padding_row: false where the vocabulary has no padding token of its own (GPT-2): batches
     are then padded with the end-of-text token, masked, and `neutral_row` is the mean row.
     """
@@ -246,6 +247,8 @@ class Victim:
             )
         except (OSError, ValueError) as error:
             raise self._not_loadable(error) from error
+        size = getattr(config.get_text_config(), "vocab_size", None)
+        self.vocabulary_size = None if size is None else int(size)
         # Many tokenizers of decoders are saved with their end-of-text token as the padding one.
         own = self.tokenizer.pad_token is not None
         self.has_padding_row = own and self.tokenizer.pad_token != self.tokenizer.eos_token

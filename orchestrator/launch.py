@@ -35,8 +35,8 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 # Tune would write the state of all trials again and again; nothing here ever reads it.
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1000000000")
-# Ray has workers yield to everything else (niceness 15): with as many busy processes beside it as
-# there are CPUs, a stage gets 4 % of one. Who starts a cluster says it there (docs/cluster.md).
+# Ray has workers yield to everything else: beside a busy process on its CPU a stage gets 3 % of it
+# (Linux weighs niceness 15 as 36, 0 as 1,024). Of a cluster its nodes say it (docs/cluster.md).
 os.environ.setdefault("RAY_worker_niceness", "0")
 # A trial with gpu: 0 must not see the node's GPUs.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pandas as pd
 from btu.detection import RULES
 from btu.errors import UserError
 from orchestrator.report.curves import MEASURES
+from orchestrator.report.figures import check_file
 
 SUFFIXES = (".png", ".svg", ".pdf")
 # Okabe-Ito: told apart by the color-blind.
@@ -25,14 +25,7 @@ def check_path(path: Path) -> None:
     """Raise a `UserError` unless a figure can be written there."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"--plot {path} must end in {', '.join(SUFFIXES)}.")
-    if path.is_dir():
-        raise UserError(f"--plot {path} is a folder; name a file in it.")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--plot {path}: the folder {path.parent} does not exist; make it first.")
-    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
-        raise UserError(
-            f"--plot {path}: the folder {path.parent} must be writable; name another one."
-        )
+    check_file("--plot", path)
 
 
 def curve_figure(curves: pd.DataFrame) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from btu.errors import UserError, unknown
+from btu.places import is_open, nearest
 from orchestrator.report.charts import MARKED, Axis, Chart, Panel, Series, charts
 from orchestrator.source import Source
 
@@ -58,14 +58,24 @@ def check_folder(option: str, folder: Path) -> None:
 
     Where it is missing, it must be possible to make it.
     """
-    there = folder.absolute()
-    while not os.path.lexists(there):
-        there = there.parent
+    there = nearest(folder)
     if not there.is_dir():
         raise UserError(f"{option} {folder} cannot be written: {there} is no folder.")
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not is_open(there):
         raise UserError(
             f"{option} {folder} cannot be written: {there} must be writable; name another folder."
+        )
+
+
+def check_file(option: str, path: Path) -> None:
+    """Raise a `UserError` that names the option unless a file can be written in a folder there."""
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder; name a file in it.")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{option} {path}: the folder {path.parent} does not exist; make it first.")
+    if not is_open(path.absolute().parent):
+        raise UserError(
+            f"{option} {path}: the folder {path.parent} must be writable; name another one."
         )
 
 

@@ -12,7 +12,6 @@ import gzip
 import html
 import json
 import math
-import os
 import uuid
 from collections import Counter
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from btu import __version__
 from btu.errors import UserError
 from orchestrator.guards import GUARDS, marks, summary
 from orchestrator.report.charts import MARKED, Panel, Series, cell_table, charts
+from orchestrator.report.figures import check_file
 from orchestrator.report.table import METRIC_COLUMNS, PLAIN, coordinates, metric_columns, readable
 from orchestrator.source import Source
 
@@ -87,14 +87,7 @@ def check_page(path: Path) -> None:
     """Raise a `UserError` unless a page can be written there."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"--html {path} must end in {' or '.join(SUFFIXES)}.")
-    if path.is_dir():
-        raise UserError(f"--html {path} is a folder; name a file in it.")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--html {path}: the folder {path.parent} does not exist; make it first.")
-    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
-        raise UserError(
-            f"--html {path}: the folder {path.parent} must be writable; name another one."
-        )
+    check_file("--html", path)
 
 
 def write_page(source: Source, path: Path) -> None:

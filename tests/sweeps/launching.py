@@ -84,8 +84,6 @@ class Workplace:
         self.environment = {
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "200",
-            # Of the nodes that a test starts itself; a launch does it for its own.
-            "RAY_worker_niceness": "0",
             # One worker: each imports for ten seconds of a CPU, far longer than it computes here.
             "RAY_OVERRIDE_RESOURCES": '{"CPU": 1}',
         }

@@ -116,8 +116,10 @@ def reference(cell: dict[str, Any], common: Path, database: Path) -> Reference:
 
 
 def test_workers_that_are_killed_are_replaced(
-    sweep: Path, place: Workplace, reference: Reference
+    sweep: Path, place: Workplace, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Set where this process has imported the launcher: the launch is to say it itself.
+    monkeypatch.delenv("RAY_worker_niceness", raising=False)
     # While it computes for all cells, while it computes for one, while it writes the run.
     stages = ("poisoned fine-tune", "unlearn")
     for stage in (*stages, "tracking"):
@@ -205,6 +207,7 @@ def test_a_node_that_is_lost_leaves_its_work_to_the_others(
     for name, value in place.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("RAY_OVERRIDE_RESOURCES")  # of the nodes: they say it themselves
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # as docs/cluster.md has it
     place.fault("poisoned fine-tune", held=True)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
