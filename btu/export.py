@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from btu.errors import UserError
-from btu.scan import ACCURACY_VERSION, ScanPlan, ScanReport, obstacle, renamed, score_text
+from btu.scan import ScanPlan, ScanReport, accuracy, obstacle, renamed, score_text
 from btu.settings import TrainSettings
 from btu.stages import MODEL, Stage, compute, plain, read_record
 from btu.types import ProgressCallback, silent
@@ -110,8 +110,7 @@ def export(
     base = plan.base
     scored = Stage(
         "accuracy before the cut",
-        "btu.scan:accuracy",
-        ACCURACY_VERSION,
+        accuracy,
         {"precision": base.train.precision},
         {"clean": base.clean, "model": base.model},
         base.where,

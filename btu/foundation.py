@@ -17,7 +17,7 @@ import numpy as np
 from btu.errors import UserError
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, TuningSettings
-from btu.stages import MODEL, Stage, StageRun, plain
+from btu.stages import MODEL, Stage, StageFunction, StageRun, plain, stage
 from btu.types import BoolArray, Rows, as_bytes, as_texts
 from btu.victims import Victim, VictimSpec, find_victim
 
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 TRAIN = "train.parquet"
 KEPT = "kept.parquet"
-# Raised when what the stage computes changes: results of an earlier version are then not reused.
-KEPT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,8 @@ class Foundation:
 
     def stage(
         self,
+        function: StageFunction,
         name: str,
-        function: str,
-        version: int,
         config: Mapping[str, Any],
         inputs: Mapping[str, Stage],
         *,
@@ -75,7 +72,7 @@ class Foundation:
     ) -> Stage:
         """Declare a stage of a defense; victim and seed are in its config."""
         acts = {"victim": self.victim, "seed": self.seed, **config}
-        return Stage(name, function, version, acts, inputs, self.where, light, kind, units, model)
+        return Stage(name, function, acts, inputs, self.where, light, kind, units, model)
 
     def fine_tune(self, name: str, kept: Stage) -> Stage:
         """Declare a fine-tune as the poisoned one, on the training rows that a stage has kept.
@@ -84,9 +81,8 @@ class Foundation:
         that a difference between the two comes from the rows.
         """
         return self.stage(
+            fine_tune_kept,
             name,
-            "btu.foundation:fine_tune_kept",
-            KEPT_VERSION,
             {"train": plain(self.train)},
             {"rows": self.rows, "kept": kept},
             units=self.train_rows * self.train.epochs,
@@ -131,6 +127,7 @@ def keep_rows(run: StageRun, kept: BoolArray) -> None:
     write_table(run.folder / KEPT, {"kept": kept})
 
 
+@stage(version=1)
 def fine_tune_kept(run: StageRun) -> dict[str, Any]:
     """Fine-tune the victim on the rows that a defense has left in, the input ``kept``.
 

@@ -47,17 +47,13 @@ from btu.foundation import (
 from btu.places import is_open, nearest
 from btu.recipe import foundation
 from btu.settings import TrainSettings, TuningSettings
-from btu.stages import Stage, StageRun, compute, plain, read_record
+from btu.stages import Stage, StageRun, compute, plain, read_record, stage
 from btu.types import BoolArray, Corpus, IntArray, Progress, ProgressCallback, Rows, silent
 from btu.victims import Victim, VictimSpec, tokenizable
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# Raised when what a stage computes changes: results of an earlier version are then not reused.
-SUSPECT_ROWS_VERSION = 1
-TRUSTED_ROWS_VERSION = 1
-ACCURACY_VERSION = 1
 
 # Rules that compare with trusted rows, and say nothing without them.
 NEEDS_CLEAN = ("contrast",)
@@ -310,16 +306,14 @@ def _foundation(
     where = {"spec": plain(spec), "clean_file": clean_file}
     suspects = Stage(
         "suspect rows",
-        "btu.scan:suspect_rows",
-        SUSPECT_ROWS_VERSION,
+        suspect_rows,
         {"data": prints["train"]},
         where=where,
         kind="host",
     )
     trusted = Stage(
         "trusted rows",
-        "btu.scan:trusted_rows",
-        TRUSTED_ROWS_VERSION,
+        trusted_rows,
         {
             "data": prints["clean"],
             "victim": {"identity": identity, "max_length": victim.spec.max_length},
@@ -342,6 +336,7 @@ def _foundation(
 # What the stages do ------------------------------------------------------------------------------
 
 
+@stage(version=1)
 def suspect_rows(run: StageRun) -> dict[str, Any]:
     """Write the rows under suspicion, where a sweep's defense finds its poisoned ones."""
     corpus = _corpus_of(run, "train")
@@ -349,6 +344,7 @@ def suspect_rows(run: StageRun) -> dict[str, Any]:
     return {"rows": len(corpus.train), "label_names": list(corpus.label_names)}
 
 
+@stage(version=1)
 def trusted_rows(run: StageRun) -> dict[str, Any]:
     """Tokenize the trusted rows, perhaps none."""
     from btu.training import Encoded
@@ -362,6 +358,7 @@ def trusted_rows(run: StageRun) -> dict[str, Any]:
     return {"rows": len(rows)}
 
 
+@stage(version=1)
 def accuracy(run: StageRun) -> dict[str, Any]:
     """Count the trusted rows that a model classifies as labelled."""
     from btu.training import predict, resolve_precision

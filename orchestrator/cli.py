@@ -284,14 +284,14 @@ def trial(sweep: SweepFile, overrides: Overrides = None) -> None:
         )
     (cell,) = plan_sweep(loaded).cells.values()
 
+    from btu.stages import compute
     from btu.training import NonFiniteLossError
     from orchestrator.results import read_result
-    from orchestrator.trial import run_trial
 
     cpus, gpus = loaded.resources.of("stage")
     with tempfile.TemporaryDirectory(prefix="btu-trial-") as folder:
         try:
-            done = run_trial(
+            done = compute(
                 cell.stage, Path(folder), cpus=cpus, gpus=gpus, progress=StageProgress(console)
             )
         except NonFiniteLossError as error:

@@ -8,11 +8,9 @@ from collections.abc import Collection, Hashable, Iterable, Mapping
 
 from btu.defense import CLEAN_ROWS, Screens
 from btu.recipe import Prepared, evaluation, evaluation_screened, prepare
+from btu.scoring import score_cell
 from btu.stages import Stage
 from orchestrator.config import TrialSpec
-
-# Raised when scoring a cell changes what it reports: cells are then scored again.
-CELL_VERSION = 4
 
 
 class Graph:
@@ -98,8 +96,7 @@ class Graph:
                 )
         return Stage(
             "cell",
-            "orchestrator.trial:score_cell",
-            CELL_VERSION,
+            score_cell,
             {"defended": defended.name},
             inputs,
             {
@@ -158,5 +155,7 @@ def _refuse_hidden(
 
 def _recipe(stages: Mapping[str, Stage]) -> str:
     """Return what tells cells of other stage versions apart, where their settings are equal."""
-    versions = [[name, stage.function, stage.version] for name, stage in sorted(stages.items())]
-    return hashlib.sha256(json.dumps([*versions, CELL_VERSION]).encode()).hexdigest()[:8]
+    versions = [
+        [name, stage.function.id, stage.function.version] for name, stage in sorted(stages.items())
+    ]
+    return hashlib.sha256(json.dumps([*versions, score_cell.version]).encode()).hexdigest()[:8]

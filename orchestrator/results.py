@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btu.errors import UserError, unknown
+from btu.result_files import FLAGGED, RESULT, loads, with_nan
 from orchestrator.config import CONTROL, Sweep, assign, resolve, settings
 from orchestrator.storage import Storage, open_storage
-from orchestrator.store import Damaged, Missing, Store, loads, with_nan
+from orchestrator.store import Damaged, Missing, Store
 
 if TYPE_CHECKING:
     from orchestrator.plan import PlannedCell, RefusedCell
@@ -29,13 +30,6 @@ if TYPE_CHECKING:
 PLANS, TRACKED, JOURNAL, ORIGIN = "plans", "tracked", "journal.jsonl", "origin"
 # Of what a run of MLflow holds: raised with it, so that runs of before are written again.
 RUN_VERSION = 2
-# The files of a cell's result.
-RESULT = "result.json"
-CONFIG = "config.yaml"
-TOKENS = "tokens.parquet"
-ROWS = "rows.parquet"
-FLAGGED = "flagged_tokens.json"
-PLOT = "drift.png"
 # A sweep's own file, as it was launched last; a table of its summary in MLflow.
 SWEEP, MEANS_TABLE = "sweep.yaml", "means.json"
 

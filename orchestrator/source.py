@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import pandas as pd
 
-from orchestrator.results import ROWS, TOKENS, Results, find_sweep, record_id
+from btu.result_files import ROWS, TOKENS
+from orchestrator.results import Results, find_sweep, record_id
 from orchestrator.store import Damaged, Missing
 
 # What a record has; of a cell's result also its history and label names, which MLflow shows itself.

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from btu.errors import UserError
+from btu.result_files import dumps, json_value, loads
 from orchestrator.housekeeping import CACHE_BYTES, Cache
 from orchestrator.lease import Leases
 from orchestrator.storage import TEMPORARY, open_storage
@@ -436,7 +437,7 @@ class Store(Leases):
     def add_timings(self, launch_id: str, rows: list[dict[str, Any]]) -> None:
         """Add what stages of a launch took."""
         if rows:
-            self.storage.append(f"timings/{launch_id}.json", json.dumps(_plain(rows)))
+            self.storage.append(f"timings/{launch_id}.json", json.dumps(json_value(rows)))
 
     def timings(self) -> list[dict[str, Any]]:
         """Return the timings of all launches."""
@@ -446,33 +447,6 @@ class Store(Leases):
                 with suppress(ValueError):  # cut short by a full disk
                     rows += json.loads(line)
         return rows
-
-
-def dumps(record: Mapping[str, Any]) -> str:
-    """Return JSON with NaN as null: strict JSON has no NaN."""
-    return json.dumps(_plain(record), indent=1, allow_nan=False)
-
-
-def loads(text: str | bytes) -> dict[str, Any]:
-    """Read a record that `dumps` wrote; a metric that is null is NaN again."""
-    return with_nan(json.loads(text))
-
-
-def with_nan(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record as strict JSON holds it with its undefined metrics as NaN again."""
-    metrics = record.get("metrics", {})
-    return {**record, "metrics": {k: float("nan") if v is None else v for k, v in metrics.items()}}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    # NumPy's scalars, without importing it.
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        value = value.item()
-    return None if isinstance(value, float) and value != value else value
 
 
 def _marker(key: str) -> str:

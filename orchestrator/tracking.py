@@ -42,21 +42,11 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from btu.errors import UserError, unknown
+from btu.result_files import CONFIG, FLAGGED, PLOT, RESULT, ROWS, TOKENS
 from orchestrator.config import CONTROL, Sweep, flatten, pins, settings, shown_coordinates
 from orchestrator.guards import joined, marks
 from orchestrator.lease import LEFTOVER_S
-from orchestrator.results import (
-    CONFIG,
-    FLAGGED,
-    MEANS_TABLE,
-    PLOT,
-    RESULT,
-    ROWS,
-    TOKENS,
-    TRACKED,
-    Results,
-    record_id,
-)
+from orchestrator.results import MEANS_TABLE, TRACKED, Results, record_id
 from orchestrator.source import StoreSource, read_table
 
 if TYPE_CHECKING:

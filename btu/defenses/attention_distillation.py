@@ -50,15 +50,12 @@ from btu.foundation import Foundation, clean_rows_of, model_of, save_model, vict
 from btu.neurons import find_filters
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, check_positive
-from btu.stages import Stage, StageRun, plain
+from btu.stages import Stage, StageRun, plain, stage
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-# Raised when what a stage computes changes: results of an earlier version are then not reused.
-TEACH_VERSION = 1
-DISTIL_VERSION = 2
 
 TEACHERS = ("poisoned", "pretrained")
 MAPS = ("ffn", "hidden")
@@ -158,9 +155,8 @@ class AttentionDistillation:
         """Declare the teacher, unless it is the clean-tuned control, and the distillation."""
         settings = replace(base.train, epochs=self.epochs, learning_rate=self.learning_rate)
         return base.stage(
+            distil,
             "attention distillation",
-            "btu.defenses.attention_distillation:distil",
-            DISTIL_VERSION,
             {
                 "beta": self._betas(),
                 "layers": list(self.layers),
@@ -188,9 +184,8 @@ class AttentionDistillation:
         if self.teacher == "poisoned":
             inputs["model"] = base.model
         return base.stage(
+            teach,
             "teacher",
-            "btu.defenses.attention_distillation:teach",
-            TEACH_VERSION,
             {"teacher": self.teacher, "train": plain(settings)},
             inputs,
             units=base.clean_rows * settings.epochs,
@@ -222,6 +217,7 @@ def _check_layer(layer: Any) -> None:
 # What the stages do ------------------------------------------------------------------------------
 
 
+@stage(version=1)
 def teach(run: StageRun) -> dict[str, Any]:
     """Fine-tune the teacher on the clean rows."""
     if run.config["teacher"] == "poisoned":
@@ -240,6 +236,7 @@ def teach(run: StageRun) -> dict[str, Any]:
     return {}
 
 
+@stage(version=2)
 def distil(run: StageRun) -> dict[str, Any]:
     """Fine-tune the poisoned model on the clean rows, its maps drawn towards the teacher's.
 

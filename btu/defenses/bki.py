@@ -49,16 +49,13 @@ from btu.foundation import (
     write_table,
 )
 from btu.seeding import derive_seed
-from btu.stages import Stage, StageRun
+from btu.stages import Stage, StageRun, stage
 from btu.types import BoolArray, FloatArray, IntArray, Rows
 from btu.victims import Victim, tokenizable
 
 if TYPE_CHECKING:
     from btu.training import Encoded
 
-# Raised when what a stage computes changes: results of an earlier version are then not reused.
-SCORE_VERSION = 1
-FIND_VERSION = 1
 
 SCORES = "words.parquet"
 # Texts that are tokenized and predicted at once.
@@ -118,17 +115,15 @@ class KeywordIdentification:
         """Declare the scoring of words, shared by all settings but `rows`, and what follows."""
         units = base.train_rows if self.rows is None else min(self.rows, base.train_rows)
         words = base.stage(
+            score_words,
             "score words (bki)",
-            "btu.defenses.bki:score_words",
-            SCORE_VERSION,
             {"rows": self.rows, "precision": base.train.precision},
             {"rows": base.rows, "model": base.model},
             units=units * WORDS,
         )
         found = base.stage(
+            find_keywords,
             "find keywords (bki)",
-            "btu.defenses.bki:find_keywords",
-            FIND_VERSION,
             {"top_words": self.top_words, "keywords": self.keywords, "share": self.share},
             {"rows": base.rows, "words": words},
             kind="host",
@@ -139,6 +134,7 @@ class KeywordIdentification:
 # What the stages do ------------------------------------------------------------------------------
 
 
+@stage(version=1)
 def score_words(run: StageRun) -> dict[str, Any]:
     """Measure how far the hidden state moves without each word of the rows that are drawn.
 
@@ -234,6 +230,7 @@ def words_read(victim: Victim, texts: Sequence[str], whole: IntArray, rows: Enco
     return read
 
 
+@stage(version=1)
 def find_keywords(run: StageRun) -> dict[str, Any]:
     """Score words over all rows, take the highest, and drop the rows that have them.
 

@@ -46,12 +46,8 @@ from btu.defense import POISONED_MODEL, Given, Suspects
 from btu.errors import UserError, unknown
 from btu.foundation import Foundation, keep_rows, model_of, training_rows_of
 from btu.seeding import derive_seed
-from btu.stages import Stage, StageRun
+from btu.stages import Stage, StageRun, stage
 from btu.types import BoolArray, FloatArray, IntArray
-
-# Raised when what a stage computes changes: results of an earlier version are then not reused.
-REPRESENT_VERSION = 1
-CLUSTER_VERSION = 1
 
 HIDDEN_STATES = "hidden.safetensors"
 NOISE = ("nearest", "drop", "keep")
@@ -105,18 +101,16 @@ class ClusterFilter:
     def stages(self, base: Foundation) -> Stage:
         """Declare the hidden states, shared by all settings, the clustering, the training."""
         hidden = base.stage(
+            hidden_states,
             "hidden states (cube)",
-            "btu.defenses.cube:hidden_states",
-            REPRESENT_VERSION,
             {"precision": base.train.precision},
             {"rows": base.rows, "model": base.model},
             units=base.train_rows,
         )
         settings = ("components", "min_samples", "min_cluster_size", "noise")
         clustered = base.stage(
+            cluster,
             "cluster (cube)",
-            "btu.defenses.cube:cluster",
-            CLUSTER_VERSION,
             {name: getattr(self, name) for name in settings},
             {"rows": base.rows, "hidden": hidden},
             kind="host",
@@ -127,6 +121,7 @@ class ClusterFilter:
 # What the stages do ------------------------------------------------------------------------------
 
 
+@stage(version=1)
 def hidden_states(run: StageRun) -> dict[str, Any]:
     """Write what the poisoned model makes of every training row.
 
@@ -150,6 +145,7 @@ def hidden_states(run: StageRun) -> dict[str, Any]:
     return {}
 
 
+@stage(version=1)
 def cluster(run: StageRun) -> dict[str, Any]:
     """Cluster the rows, and keep the largest cluster of each class."""
     from safetensors.numpy import load_file

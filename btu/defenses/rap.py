@@ -54,7 +54,7 @@ from btu.screening import (
 )
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, check_positive
-from btu.stages import Stage, StageRun, plain
+from btu.stages import Stage, StageRun, plain, stage
 from btu.types import BoolArray, FloatArray, IntArray
 from btu.victims import Victim
 
@@ -63,11 +63,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from btu.training import Encoded
-
-# Raised when what a stage computes changes: results of an earlier version are then not reused.
-PLANT_VERSION = 2
-DROP_VERSION = 2
-SCREEN_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -137,9 +132,8 @@ class Rap:
         )
         reads = {"clean": base.clean, "model": model}
         planted = base.stage(
+            plant,
             "plant word (rap)",
-            "btu.defenses.rap:plant",
-            PLANT_VERSION,
             {
                 "train": plain(settings),
                 "word": self.word,
@@ -152,16 +146,14 @@ class Rap:
             units=2 * self.epochs * base.clean_rows,
         )
         drops = base.stage(
+            incoming_drops,
             "drops (rap)",
-            "btu.defenses.rap:incoming_drops",
-            DROP_VERSION,
             {"precision": base.train.precision},
             {**reads, "planted": planted, "incoming": incoming},
         )
         return base.stage(
+            screen_texts,
             "screen (rap)",
-            "btu.defenses.rap:screen_texts",
-            SCREEN_VERSION,
             {"frr": self.frr},
             {"planted": planted, "drops": drops},
             kind="host",
@@ -190,6 +182,7 @@ class Planting:
 # What the stages do ------------------------------------------------------------------------------
 
 
+@stage(version=2)
 def plant(run: StageRun) -> dict[str, Any]:
     """Learn the word's row for every class, and measure what held-out clean rows lose by it.
 
@@ -225,6 +218,7 @@ def plant(run: StageRun) -> dict[str, Any]:
     }
 
 
+@stage(version=2)
 def incoming_drops(run: StageRun) -> dict[str, Any]:
     """Write, of each text that comes in, its predicted class and what the class loses."""
     victim = victim_of(run, run.facts("clean")["classes"])
@@ -237,6 +231,7 @@ def incoming_drops(run: StageRun) -> dict[str, Any]:
     return {"texts": len(texts)}
 
 
+@stage(version=1)
 def screen_texts(run: StageRun) -> dict[str, Any]:
     """Turn away the texts that lose less than the bar of their predicted class."""
     clean, came = (load_values(run.inputs[role]) for role in ("planted", "drops"))

@@ -71,7 +71,7 @@ from btu.foundation import (
 )
 from btu.seeding import derive_seed
 from btu.settings import SCHEDULES, TrainSettings, check_positive
-from btu.stages import Stage, StageRun, plain
+from btu.stages import Stage, StageRun, plain, stage
 from btu.types import BoolArray, FloatArray, IntArray, Rows
 from btu.victims import Victim
 
@@ -81,10 +81,6 @@ if TYPE_CHECKING:
 
     from btu.training import Encoded
 
-# Raised when what a stage computes changes: results of an earlier version are then not reused.
-EXPOSE_VERSION = 1
-DETECT_VERSION = 1
-UNLEARN_VERSION = 2
 
 DRIFT = "drift.safetensors"
 ROUNDS = (1, 2, 3)
@@ -255,9 +251,8 @@ class TokenUnlearning:
         """
         rounds = self.exposure(base)
         return base.stage(
+            unlearn,
             "unlearn",
-            "btu.defenses.token_unlearning:unlearn",
-            UNLEARN_VERSION,
             {
                 **self._detection_config(),
                 "cut": self.cut,
@@ -273,9 +268,8 @@ class TokenUnlearning:
     def detection(self, base: Foundation) -> Stage:
         """Declare the exposure rounds and the flagging alone: no model is poisoned or cut."""
         return base.stage(
+            detect,
             "detect",
-            "btu.defenses.token_unlearning:detect",
-            DETECT_VERSION,
             self._detection_config(),
             {"rows": base.rows, "clean": base.clean, **self.exposure(base)},
             kind="host",
@@ -295,9 +289,8 @@ class TokenUnlearning:
                     "exclude": self.exclude,
                 }
             rounds[f"round {number}"] = base.stage(
+                expose,
                 f"exposure round {number}",
-                "btu.defenses.token_unlearning:expose",
-                EXPOSE_VERSION,
                 config,
                 inputs,
                 units=base.train_rows * self.exposure_epochs,
@@ -346,6 +339,7 @@ class TokenUnlearning:
 # What the stages do ------------------------------------------------------------------------------
 
 
+@stage(version=1)
 def expose(run: StageRun) -> dict[str, Any]:
     """Run one exposure round; write how far each word row moved.
 
@@ -378,6 +372,7 @@ def expose(run: StageRun) -> dict[str, Any]:
     return {}
 
 
+@stage(version=1)
 def detect(run: StageRun) -> dict[str, Any]:
     """Flag the tokens that moved abnormally.
 
@@ -387,6 +382,7 @@ def detect(run: StageRun) -> dict[str, Any]:
     return find_suspects(run, victim_of(run)).save(run.folder)
 
 
+@stage(version=2)
 def unlearn(run: StageRun) -> dict[str, Any]:
     """Flag the tokens that moved abnormally, cut them from the poisoned model, tune it.
 

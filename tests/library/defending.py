@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -216,6 +217,7 @@ def spied(stages: list[Stage], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ran: list[str] = []
 
     def spy_on(function: Callable[[StageRun], Any]) -> Callable[[StageRun], Any]:
+        @functools.wraps(function)  # stages are imported by module and name
         def spy(run: StageRun) -> Any:
             result = function(run)
             ran.append(run.folder.name.lstrip("."))
@@ -223,10 +225,11 @@ def spied(stages: list[Stage], monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return spy
 
-    for target in {stage.function for stage in stages}:
+    for target in {stage.function.path for stage in stages}:
         name, attribute = target.split(":")
         module = importlib.import_module(name)
-        monkeypatch.setattr(module, attribute, spy_on(getattr(module, attribute)))
+        known = getattr(module, attribute)
+        monkeypatch.setattr(module, attribute, dataclasses.replace(known, call=spy_on(known.call)))
     return ran
 
 

@@ -10,7 +10,7 @@ from lab import Lab
 from btu.defense import Defense, Screened, incoming_of
 from btu.foundation import write_table
 from btu.recipe import Prepared, evaluation_screened
-from btu.stages import Stage, compute, read_record
+from btu.stages import Stage, compute, read_record, stage
 from btu.types import Rows
 
 
@@ -49,10 +49,11 @@ def screened_alone(defense: Defense, prepared: Prepared, texts: list[str], root:
 
     root: a folder in which everything but the screen is computed already.
     """
-    came = Stage("some texts", "screens:write_texts", 1, {"texts": texts}, kind="host")
+    came = Stage("some texts", write_texts, {"texts": texts}, kind="host")
     return Screened.load(compute(screen_of(defense, prepared, came), root))
 
 
+@stage(version=1)
 def write_texts(run: Any) -> dict[str, Any]:
     """Hand on the texts in the config as what comes in."""
     write_table(

@@ -200,7 +200,7 @@ def test_another_seed_draws_other_rows(lab: Lab, poisoned: Prepared) -> None:
         # The same poisoned model for both: only the seed of the defense differs.
         stage = own(KeywordIdentification(rows=30), poisoned)["score words (bki)"]
         config = {**stage.config, "seed": seed}
-        other = Stage(stage.name, stage.function, stage.version, config, stage.inputs, stage.where)
+        other = dataclasses.replace(stage, config=config)
         (folder,) = lab.compute(other)
         drawn.append(set(pq.read_table(folder / SCORES)["row"].to_pylist()))
     assert drawn[0] != drawn[1]

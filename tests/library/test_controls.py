@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,7 @@ def test_another_seed_draws_other_tokens(lab: Lab) -> None:
     stage = cut(RandomCut, lab.prepare())
     config = {**stage.config, "seed": 1}
     # The same poisoned model and flags: only the seed of the draw differs.
-    other = Stage(stage.name, stage.function, stage.version, config, stage.inputs, stage.where)
+    other = dataclasses.replace(stage, config=config)
     drawn = [suspects(lab, one).flagged for one in (stage, other)]
     assert drawn[0] != drawn[1]
 

@@ -50,6 +50,7 @@ from btu.recipe import (
 )
 from btu.settings import TrainSettings, TuningSettings
 from btu.stages import MODEL, Stage, StageRun, compute, read_record, run_stage
+from btu.stages import stage as stage_function
 from btu.types import Corpus, IntArray, ProgressCallback, Rows, silent
 from btu.victims import Victim, VictimSpec
 
@@ -863,33 +864,33 @@ class RarestWord:
         return None
 
     def poison_stages(self, poison: Stage, triggered: Stage) -> tuple[Stage, Stage]:
-        search = Stage(
+        found = Stage(
             "trigger search",
-            f"{__name__}:search",
-            1,
+            search,
             {"data": poison.config["data"]},
             where=poison.where,
             kind="host",
         )
-        inputs = {"search": search}
+        inputs = {"search": found}
         return (
-            dataclasses.replace(poison, function=f"{__name__}:poison_with_found", inputs=inputs),
-            dataclasses.replace(
-                triggered, function=f"{__name__}:trigger_with_found", inputs=inputs
-            ),
+            dataclasses.replace(poison, function=poison_with_found, inputs=inputs),
+            dataclasses.replace(triggered, function=trigger_with_found, inputs=inputs),
         )
 
 
+@stage_function(version=1)
 def search(run: StageRun) -> dict[str, Any]:
     corpus = load_corpus(DataSpec(**run.where["data"]))
     words = [word for text in corpus.train.texts for word in text.split()]
     return {"word": min(set(words), key=lambda word: (words.count(word), word))}
 
 
+@stage_function(version=1)
 def poison_with_found(run: StageRun) -> dict[str, Any]:
     return poison_rows(with_found(run))
 
 
+@stage_function(version=1)
 def trigger_with_found(run: StageRun) -> dict[str, Any]:
     return triggered_rows(with_found(run))
 
@@ -914,11 +915,10 @@ class ForgetRareWords:
         pass
 
     def stages(self, base: Foundation) -> Stage:
-        count = base.stage("count tokens", f"{__name__}:count_tokens", 1, {}, {"rows": base.rows})
+        count = base.stage(count_tokens, "count tokens", {}, {"rows": base.rows})
         return base.stage(
+            forget,
             "forget",
-            f"{__name__}:forget",
-            1,
             {"times": self.times, **base.tuning_config()},
             {"rows": base.rows, "clean": base.clean, "model": base.model, "counts": count},
             units=base.clean_rows,
@@ -928,11 +928,13 @@ class ForgetRareWords:
         )
 
 
+@stage_function(version=1)
 def count_tokens(run: StageRun) -> dict[str, Any]:
     vocabulary = len(victim_of(run).tokenizer)
     return {"counts": training_rows_of(run).counts(vocabulary).tolist()}
 
 
+@stage_function(version=1)
 def forget(run: StageRun) -> dict[str, Any]:
     model = model_of(run, "model")
     counts = np.array(run.facts("counts")["counts"])

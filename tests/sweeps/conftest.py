@@ -115,16 +115,17 @@ def trials_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def try_cell(
     plan_cell: Callable[[Mapping[str, Any]], PlannedCell], trials_root: Path
 ) -> Callable[..., Tried]:
-    """A function from the config of a cell to what `run_trial` makes of it; root: another one."""
+    """A function from the config of a cell to what `compute` makes of it; root: another one."""
 
     def build(config: Mapping[str, Any], root: Path | None = None) -> Tried:
         import pandas as pd
 
-        from orchestrator.results import TOKENS, read_result
-        from orchestrator.trial import run_trial
+        from btu.result_files import TOKENS
+        from btu.stages import compute
+        from orchestrator.results import read_result
 
         planned, where = plan_cell(config), root or trials_root
-        folder = run_trial(planned.stage, where, cpus=1, gpus=0)
+        folder = compute(planned.stage, where, cpus=1, gpus=0)
         result, flagged = read_result(folder)
         return Tried(planned, where, folder, result, flagged, pd.read_parquet(folder / TOKENS))
 
@@ -133,7 +134,7 @@ def try_cell(
 
 @pytest.fixture(scope="session")
 def trial_result(cell: dict[str, Any], try_cell: Callable[..., Tried]) -> Tried:
-    """What `run_trial` gives for `cell`. Read only."""
+    """What `compute` gives for `cell`. Read only."""
     return try_cell(cell)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Tried(NamedTuple):
-    """A cell that `run_trial` computed. root: holds its stages. folder: its result.
+    """A cell that `compute` computed. root: holds its stages. folder: its result.
 
     result, flagged: from `read_result`. tokens: the token table.
     """
@@ -72,8 +72,7 @@ def publish_cell(
 
     What is committed under the key already is replaced.
     """
-    from orchestrator.results import RESULT
-    from orchestrator.store import dumps
+    from btu.result_files import RESULT, dumps
 
     made = store.begin(key)
     shutil.copytree(files, made, dirs_exist_ok=True)

@@ -113,10 +113,10 @@ def test_a_sweep_shares_its_stages_grows_and_resumes(
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    from btu.stages import compute
     from orchestrator.config import load_sweep
     from orchestrator.plan import plan_sweep
     from orchestrator.results import read_result
-    from orchestrator.trial import run_trial
 
     sweep = make_sweep(grid=ALPHAS)
     first = run_cli("launch", sweep, "store.keep=models")
@@ -152,7 +152,7 @@ def test_a_sweep_shares_its_stages_grows_and_resumes(
     (planned,) = plan_sweep(load_sweep(sweep, ["defense.alpha=0.02"])).cells.values()
     threads = torch.get_num_threads()
     try:
-        here, _ = read_result(run_trial(planned.stage, tmp_path / "trial", cpus=1, gpus=0))
+        here, _ = read_result(compute(planned.stage, tmp_path / "trial", cpus=1, gpus=0))
     finally:
         torch.set_num_threads(threads)
     assert measured(here) == metrics[planned.key]

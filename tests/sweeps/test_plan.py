@@ -16,7 +16,7 @@ import orchestrator.plan as planning
 from btu.data import DataSpec
 from btu.defenses.token_unlearning import TokenUnlearning
 from btu.errors import UserError
-from btu.stages import Stage
+from btu.stages import Stage, StageFunction
 from btu.types import Corpus
 from orchestrator.config import TrialSpec, load_sweep
 from orchestrator.plan import (
@@ -32,6 +32,8 @@ from orchestrator.plan import (
     survey,
     victim_name,
 )
+
+NOTHING = StageFunction(lambda run: {}, 1, "toys:none")
 
 HEAVY = (
     "heavy = {'torch', 'ray', 'mlflow', 'transformers'} & set(sys.modules); assert not heavy, heavy"
@@ -496,7 +498,7 @@ def test_one_suggestion_of_a_search_is_an_example(make_sweep: Callable[..., Path
 def toy(name: str, **inputs: Stage) -> Stage:
     """Return a stage; an input whose role starts with "light" is read without its model."""
     light = tuple(role for role in inputs if role.startswith("light"))
-    return Stage(name, "toys:none", 1, {"name": name}, inputs, light=light)
+    return Stage(name, NOTHING, {"name": name}, inputs, light=light)
 
 
 def names(stages: dict[str, Stage]) -> list[str]:

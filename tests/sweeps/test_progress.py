@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from btu.stages import Stage
+from btu.stages import Stage, StageFunction
 from btu.types import Progress
 from orchestrator.plan import Timings, Work
 from orchestrator.progress import StageProgress, SweepProgress, duration, label
 from orchestrator.schedule import CELL, Schedule
+
+NOTHING = StageFunction(lambda run: {}, 1, "toys:none")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,7 @@ def toy(name: str, *inputs: Stage, id: object = None) -> Stage:
     """Return a stage that takes a second; a cell reads no model."""
     named = {f"{before.name} {before.key}": before for before in inputs}
     acts = {"name": name, "id": id}
-    return Stage(name, "toys:none", 1, acts, named, light=tuple(named), kind="host")
+    return Stage(name, NOTHING, acts, named, light=tuple(named), kind="host")
 
 
 def times(*names: str) -> Timings:

@@ -14,9 +14,10 @@ import pytest
 from shelf import Stored, publish_cell
 
 from btu.errors import UserError
+from btu.result_files import RESULT
 from orchestrator.config import load_sweep
 from orchestrator.plan import Plan, Planner, plan_sweep
-from orchestrator.results import RESULT, Results, find_sweep, read_result, store_location
+from orchestrator.results import Results, find_sweep, read_result, store_location
 from orchestrator.store import Store
 
 if TYPE_CHECKING:

@@ -21,11 +21,12 @@ import numpy as np
 import pytest
 
 from btu.errors import UserError
+from btu.result_files import dumps, loads
 from orchestrator import lease as lease_module
 from orchestrator import store as module
 from orchestrator.housekeeping import Usage, gc, gc_candidates, usage
 from orchestrator.lease import LEFTOVER_S, TTL_S, Lease
-from orchestrator.store import Damaged, Missing, Store, dumps, loads
+from orchestrator.store import Damaged, Missing, Store
 
 SHARED = ["path", "local"]  # what several processes can use
 FILES = {"record.json": b'{"a": 1}', "model/weights": b"0123456789"}

@@ -21,9 +21,9 @@ import psutil
 import pytest
 
 from btu.errors import UserError
+from btu.result_files import dumps
 from orchestrator.config import Sweep, load_sweep
 from orchestrator.results import Results
-from orchestrator.store import dumps
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

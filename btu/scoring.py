@@ -1,17 +1,19 @@
-"""One cell: its stages in one process, and what is reported of it. No Ray, no MLflow."""
+"""What is reported of a cell: its last stage, where the hidden mask and the defense meet.
+
+Declared with every cell, so that importing this imports no torch.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import yaml
 
 from btu.defense import Suspects
+from btu.drift_plot import drift_plot
 from btu.foundation import load_encoded, load_victim
 from btu.metrics import (
     DetectionScore,
@@ -21,33 +23,21 @@ from btu.metrics import (
     token_detection,
 )
 from btu.recipe import mask_of, scores_of
-from btu.stages import Stage, StageRun, compute, read_record
-from btu.training import Encoded, use_threads
-from btu.types import BoolArray, ProgressCallback, silent
+from btu.result_files import CONFIG, FLAGGED, PLOT, RESULT, ROWS, TOKENS, dumps
+from btu.stages import StageRun, read_record, stage
+from btu.types import BoolArray
 from btu.victims import Victim, VictimSpec
-from orchestrator import plots
-from orchestrator.results import CONFIG, FLAGGED, PLOT, RESULT, ROWS, TOKENS
-from orchestrator.store import dumps
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from btu.training import Encoded
 
 # Prefix of a model's metrics -> the stage that scored it.
 SCORED = {"": "evaluate defended", "undefended_": "evaluate undefended", "tuned_": "evaluate tuned"}
 
 
-def run_trial(
-    cell: Stage, folder: Path, *, cpus: float, gpus: float, progress: ProgressCallback = silent
-) -> Path:
-    """Compute a cell and all its stages in this process; return the folder of its result.
-
-    folder: gets the results of all stages; those that are there already are not computed.
-
-    Raises:
-        UserError: the cell cannot run as asked.
-        NonFiniteLossError: training diverged.
-    """
-    use_threads(cpus)
-    return compute(cell, folder, gpus=gpus, progress=progress)
-
-
+@stage(version=4, id="orchestrator.trial:score_cell")
 def score_cell(run: StageRun) -> dict[str, Any]:
     """Put a cell's result together from its stages: the only place where mask and defense meet.
 
@@ -67,8 +57,8 @@ def score_cell(run: StageRun) -> dict[str, Any]:
     suspects = Suspects.load(run.inputs[defended], facts[defended])
 
     metrics: dict[str, float] = {}
-    for prefix, stage in SCORED.items():
-        metrics |= scores_of(facts[stage]).as_metrics(prefix)
+    for prefix, scored in SCORED.items():
+        metrics |= scores_of(facts[scored]).as_metrics(prefix)
     metrics |= detection_metrics(suspects, mask, truth, train)
     if suspects is not None and suspects.target is not None:
         # Without poison there is no target to name.
@@ -125,7 +115,7 @@ def score_cell(run: StageRun) -> dict[str, Any]:
     tokens.to_parquet(run.folder / TOKENS, index=False)
     row_table(suspects, mask, train).to_parquet(run.folder / ROWS, index=False)
     flagged_table(tokens).to_json(run.folder / FLAGGED, orient="records", indent=1)
-    plots.drift_plot(tokens, run.folder / PLOT)
+    drift_plot(tokens, run.folder / PLOT)
     return {name: metrics[name] for name in ("asr", "cacc")}
 
 
@@ -164,6 +154,8 @@ def row_table(suspects: Suspects | None, mask: BoolArray, train: Encoded) -> pd.
     isolated or removed. top: the highest score
     among its tokens; at a threshold, rows of at least its score hold a flagged token.
     """
+    import pandas as pd
+
     columns: dict[str, Any] = {"poisoned": mask}
     if suspects is not None and suspects.rows is not None:
         columns["suspicion"] = suspects.rows
@@ -182,6 +174,8 @@ def token_table(
     suspects: Suspects | None, victim: Victim, truth: frozenset[int] | None
 ) -> pd.DataFrame:
     """Return what the defense knows of each candidate or flagged token, as a table."""
+    import pandas as pd
+
     found = suspects or Suspects()
     flagged = list(found.tokens)
     if found.scores is None:

@@ -1,10 +1,12 @@
-"""Plots of single trials."""
+"""The drift plot of a cell."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Okabe-Ito: told apart by the color-blind.
 CLEAN, FLAGGED, TRIGGER = "#999999", "#E69F00", "#0072B2"
@@ -14,11 +16,12 @@ LABELED = 5
 def drift_plot(tokens: pd.DataFrame, path: Path) -> None:
     """Plot each round's drift against how often a token occurs; name what was flagged first.
 
-    tokens: from `orchestrator.trial.token_table`. Without drift columns nothing is drawn.
+    tokens: from `btu.scoring.token_table`. Without drift columns nothing is drawn.
     """
     rounds = [c for c in tokens.columns if c.startswith("drift_")]
     if not rounds:
         return
+    import pandas as pd
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
