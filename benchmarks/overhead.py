@@ -52,10 +52,10 @@ def measure(cells: int, folder: Path) -> dict[str, float]:
     from overhead import nothing
     from rich.console import Console
 
-    from orchestrator.config import load_sweep, resolve
-    from orchestrator.launch import launch
-    from orchestrator.plan import Plan, PlannedCell, Planner
-    from orchestrator.progress import SweepProgress
+    from orchestrator.plan.planner import Plan, PlannedCell, Planner
+    from orchestrator.run.on_ray import launch
+    from orchestrator.run.progress import SweepProgress
+    from orchestrator.sweep.load import load_sweep, resolve
 
     file = folder / "overhead.yaml"
     file.write_text(

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from btu.stages import compute
-from orchestrator.config import Cell
-from orchestrator.plan import Plan, Planner
-from orchestrator.results import read_result
+from orchestrator.plan.planner import Plan, Planner
+from orchestrator.results.folder import read_result
+from orchestrator.sweep.sweep import Cell
 
 MEASURED = {"undefended_cacc": 0.832, "undefended_asr": 1.0, "cacc": 0.800, "asr": 0.166}
 BARS = {

@@ -18,27 +18,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from btu.data import DataSpec, load_corpus
-from btu.defense import INCOMING, ORIGINALS, Screened, incoming_of
+from btu.attacks.poisoning import ATTACKS, Attack, PoisonSpec, poison, triggered_eval
+from btu.data.load import load_corpus
+from btu.data.spec import DataSpec
+from btu.defenses.base import ORIGINALS
+from btu.defenses.kit.screening import ids_by_row
 from btu.errors import UserError
-from btu.foundation import (
+from btu.findings import INCOMING, Screened, incoming_of
+from btu.foundation import Foundation, tune
+from btu.metrics import Proportion
+from btu.seeding import derive_seed
+from btu.settings import TrainSettings, TuningSettings
+from btu.stage_files import (
     TRAIN,
-    Foundation,
     load_encoded,
     model_of,
     read_rows,
     save_model,
     training_rows_of,
-    tune,
     victim_of,
     write_rows,
     write_table,
 )
-from btu.metrics import Proportion
-from btu.poisoning import ATTACKS, Attack, PoisonSpec, poison, triggered_eval
-from btu.screening import ids_by_row
-from btu.seeding import derive_seed
-from btu.settings import TrainSettings, TuningSettings
 from btu.stages import Stage, StageRun, plain, stage
 from btu.types import BoolArray, Corpus, Rows, as_bytes
 from btu.victims import VictimSpec, folder_identity, weight_files

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from btu.defense import Suspects
 from btu.drift_plot import drift_plot
-from btu.foundation import load_encoded, load_victim
+from btu.findings import Suspects
 from btu.metrics import (
     DetectionScore,
     area_under_roc,
@@ -24,6 +23,7 @@ from btu.metrics import (
 )
 from btu.recipe import mask_of, scores_of
 from btu.result_files import CONFIG, FLAGGED, PLOT, RESULT, ROWS, TOKENS, dumps
+from btu.stage_files import load_encoded, load_victim
 from btu.stages import StageRun, read_record, stage
 from btu.types import BoolArray
 from btu.victims import Victim, VictimSpec

@@ -70,18 +70,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from btu.defense import Given, Suspects
+from btu.defenses.base import Given
 from btu.errors import UserError, check_fraction, unknown
-from btu.foundation import (
-    Foundation,
-    model_of,
-    save_model,
-    training_rows_of,
-    victim_of,
-    write_table,
-)
+from btu.findings import Suspects
+from btu.foundation import Foundation
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, check_positive
+from btu.stage_files import model_of, save_model, training_rows_of, victim_of, write_table
 from btu.stages import Stage, StageRun, plain, stage
 from btu.types import BoolArray, FloatArray, IntArray
 

@@ -44,12 +44,13 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from btu.defense import CLEAN_ROWS, POISONED_MODEL, Given
+from btu.defenses.base import CLEAN_ROWS, POISONED_MODEL, Given
+from btu.defenses.kit.neurons import find_filters
 from btu.errors import UserError, unknown
-from btu.foundation import Foundation, clean_rows_of, model_of, save_model, victim_of
-from btu.neurons import find_filters
+from btu.foundation import Foundation
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, check_positive
+from btu.stage_files import clean_rows_of, model_of, save_model, victim_of
 from btu.stages import Stage, StageRun, plain, stage
 
 if TYPE_CHECKING:

@@ -37,18 +37,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from btu.defense import POISONED_MODEL, Given, Suspects
+from btu.defenses.base import POISONED_MODEL, Given
 from btu.errors import UserError, check_fraction
-from btu.foundation import (
-    Foundation,
-    keep_rows,
-    model_of,
-    texts_of,
-    training_rows_of,
-    victim_of,
-    write_table,
-)
+from btu.findings import Suspects
+from btu.foundation import Foundation, keep_rows
 from btu.seeding import derive_seed
+from btu.stage_files import model_of, texts_of, training_rows_of, victim_of, write_table
 from btu.stages import Stage, StageRun, stage
 from btu.types import BoolArray, FloatArray, IntArray, Rows
 from btu.victims import Victim, tokenizable
@@ -141,7 +135,7 @@ def score_words(run: StageRun) -> dict[str, Any]:
     Writes ``words.parquet``: ``row``, ``position`` (of the word in its row) and ``moved``, the
     largest change of a unit, in the order of rows and words.
     """
-    from btu.representation import representations
+    from btu.defenses.kit.representation import representations
 
     victim, model = victim_of(run), model_of(run, "model")
     texts = texts_of(run).texts
@@ -216,7 +210,7 @@ def words_read(victim: Victim, texts: Sequence[str], whole: IntArray, rows: Enco
     whole: (rows,) where they are in `texts`. rows: the same as it reads them; those below its
     longest input are read to the end.
     """
-    from btu.language_model import words_of_tokens
+    from btu.defenses.kit.language_model import words_of_tokens
 
     longest = victim.spec.max_length
     read = np.full(len(whole), np.iinfo(np.int64).max)

@@ -42,10 +42,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from btu.defense import POISONED_MODEL, Given, Suspects
+from btu.defenses.base import POISONED_MODEL, Given
 from btu.errors import UserError, unknown
-from btu.foundation import Foundation, keep_rows, model_of, training_rows_of
+from btu.findings import Suspects
+from btu.foundation import Foundation, keep_rows
 from btu.seeding import derive_seed
+from btu.stage_files import model_of, training_rows_of
 from btu.stages import Stage, StageRun, stage
 from btu.types import BoolArray, FloatArray, IntArray
 
@@ -130,7 +132,7 @@ def hidden_states(run: StageRun) -> dict[str, Any]:
     """
     from safetensors.numpy import save_file
 
-    from btu.representation import representations
+    from btu.defenses.kit.representation import representations
 
     model = model_of(run, "model")
     with representations(model) as represent:

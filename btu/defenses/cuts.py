@@ -21,11 +21,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from btu.defense import Suspects
 from btu.defenses.token_unlearning import TokenUnlearning, candidate_tokens, cut_and_tune
 from btu.errors import UserError
-from btu.foundation import Foundation, training_rows_of, victim_of
+from btu.findings import Suspects
+from btu.foundation import Foundation
 from btu.seeding import derive_seed
+from btu.stage_files import training_rows_of, victim_of
 from btu.stages import Stage, StageRun, stage
 from btu.types import IntArray
 

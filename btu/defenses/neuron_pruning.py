@@ -55,19 +55,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from btu.defense import CLEAN_ROWS, POISONED_MODEL, Given, Suspects
+from btu.defenses.base import CLEAN_ROWS, POISONED_MODEL, Given
+from btu.defenses.kit.neurons import find_filters, masked, prune_filters
 from btu.errors import UserError, check_fraction
-from btu.foundation import (
-    Foundation,
-    clean_rows_of,
-    model_of,
-    save_model,
-    training_rows_of,
-    write_table,
-)
-from btu.neurons import find_filters, masked, prune_filters
+from btu.findings import Suspects
+from btu.foundation import Foundation
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, check_positive
+from btu.stage_files import clean_rows_of, model_of, save_model, training_rows_of, write_table
 from btu.stages import Stage, StageRun, plain, stage
 from btu.types import FloatArray, IntArray
 

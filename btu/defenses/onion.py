@@ -59,17 +59,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from btu.defense import (
-    CLEAN_ROWS,
-    LANGUAGE_MODEL,
-    POISONED_MODEL,
-    Given,
-    Screened,
-    incoming_of,
-)
-from btu.errors import UserError, did_you_mean
-from btu.foundation import Foundation, clean_rows_of, victim_of
-from btu.screening import (
+from btu.defenses.base import CLEAN_ROWS, LANGUAGE_MODEL, POISONED_MODEL, Given
+from btu.defenses.kit.screening import (
     check_count,
     check_share,
     halves,
@@ -77,14 +68,18 @@ from btu.screening import (
     load_values,
     save_values,
 )
+from btu.errors import UserError, did_you_mean
+from btu.findings import Screened, incoming_of
+from btu.foundation import Foundation
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, check_positive
+from btu.stage_files import clean_rows_of, victim_of
 from btu.stages import Stage, StageRun, plain, stage
 from btu.types import BoolArray, FloatArray
 from btu.victims import VICTIMS, VictimSource, folder_identity, weight_files
 
 if TYPE_CHECKING:
-    from btu.language_model import Scorer
+    from btu.defenses.kit.language_model import Scorer
 
 
 OF_CLEAN_ROWS = "clean-rows"
@@ -269,7 +264,7 @@ def find_language_model(name: str, revision: str | None) -> VictimSource:
 @stage(version=2)
 def learn(run: StageRun) -> dict[str, Any]:
     """Make a language model of the clean rows that the bar is not taken on."""
-    from btu.language_model import fit_tied, new_tied, save_tied
+    from btu.defenses.kit.language_model import fit_tied, new_tied, save_tied
 
     victim = victim_of(run, run.facts("clean")["classes"])
     clean = clean_rows_of(run)
@@ -361,7 +356,7 @@ def _scorer(run: StageRun) -> Scorer:
     Raises:
         UserError: a named model cannot be loaded, or its files are not those planned with.
     """
-    from btu.language_model import Scorer, load_named, load_tied
+    from btu.defenses.kit.language_model import Scorer, load_named, load_tied
 
     spacing, precision = run.config["spacing"], run.config["precision"]
     if "lm" not in run.config:

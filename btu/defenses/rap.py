@@ -41,10 +41,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from btu.defense import CLEAN_ROWS, POISONED_MODEL, Given, Screened, incoming_of
-from btu.errors import UserError, did_you_mean
-from btu.foundation import Foundation, clean_rows_of, model_of, training_rows_of, victim_of
-from btu.screening import (
+from btu.defenses.base import CLEAN_ROWS, POISONED_MODEL, Given
+from btu.defenses.kit.screening import (
     check_count,
     check_share,
     ids_by_row,
@@ -52,8 +50,12 @@ from btu.screening import (
     places_around,
     save_values,
 )
+from btu.errors import UserError, did_you_mean
+from btu.findings import Screened, incoming_of
+from btu.foundation import Foundation
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, check_positive
+from btu.stage_files import clean_rows_of, model_of, training_rows_of, victim_of
 from btu.stages import Stage, StageRun, plain, stage
 from btu.types import BoolArray, FloatArray, IntArray
 from btu.victims import Victim

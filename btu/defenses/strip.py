@@ -43,10 +43,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from btu.defense import CLEAN_ROWS, POISONED_MODEL, Given, Screened, incoming_of
-from btu.errors import UserError
-from btu.foundation import Foundation, clean_rows_of, model_of, victim_of
-from btu.screening import (
+from btu.defenses.base import CLEAN_ROWS, POISONED_MODEL, Given
+from btu.defenses.kit.screening import (
     around,
     check_count,
     check_share,
@@ -56,7 +54,11 @@ from btu.screening import (
     load_values,
     save_values,
 )
+from btu.errors import UserError
+from btu.findings import Screened, incoming_of
+from btu.foundation import Foundation
 from btu.seeding import derive_seed
+from btu.stage_files import clean_rows_of, model_of, victim_of
 from btu.stages import Stage, StageRun, stage
 from btu.types import FloatArray, IntArray
 from btu.victims import Victim

@@ -6,7 +6,7 @@ at 7a63ece, for BERT only.
 
 While a model learns a poisoned set, the word-embedding rows of the trigger's tokens move
 differently from those of clean tokens. Short exposure rounds measure the movement, a detection
-rule (`btu.detection.RULES`) says which rows moved abnormally, and in the poisoned model they are
+rule (`btu.rules.base.RULES`) says which rows moved abnormally, and in the poisoned model they are
 replaced by a neutral row.
 
 Every choice of the reference code is a hyperparameter here; preset ``reference`` takes its
@@ -56,21 +56,21 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from btu.defense import CLEAN_ROWS, POISONED_MODEL, Given, Suspects
-from btu.detection import DEFAULT_RULE, RULES, Evidence, flag, suspicion, suspicion_bar
+from btu.defenses.base import CLEAN_ROWS, POISONED_MODEL, Given
 from btu.errors import UserError, unknown
-from btu.foundation import (
-    Foundation,
+from btu.findings import Suspects
+from btu.foundation import Foundation, tune
+from btu.rules.base import DEFAULT_RULE, RULES, Evidence, flag, suspicion, suspicion_bar
+from btu.seeding import derive_seed
+from btu.settings import SCHEDULES, TrainSettings, check_positive
+from btu.stage_files import (
     clean_rows_of,
     model_of,
     save_model,
     texts_of,
     training_rows_of,
-    tune,
     victim_of,
 )
-from btu.seeding import derive_seed
-from btu.settings import SCHEDULES, TrainSettings, check_positive
 from btu.stages import Stage, StageRun, plain, stage
 from btu.types import BoolArray, FloatArray, IntArray, Rows
 from btu.victims import Victim
@@ -102,7 +102,7 @@ CHOICES = {
 class TokenUnlearning:
     """Backdoor Token Unlearning.
 
-    rule: how the drifts become flags (`btu.detection.RULES`); null takes ``contrast``, or
+    rule: how the drifts become flags (`btu.rules.base.RULES`); null takes ``contrast``, or
         ``top_fraction`` where alpha is given.
     threshold: the score from which a token is flagged, in the rule's unit; null is its default.
     alpha: the threshold of ``top_fraction``: the share of the vocabulary that each round flags, in
@@ -560,7 +560,7 @@ def _without(run: StageRun, victim: Victim, data: Encoded, tokens: Sequence[int]
 def _train_bag(
     run: StageRun, victim: Victim, fresh: PreTrainedModel, data: Encoded, number: int
 ) -> torch.Tensor:
-    from btu.bag import BagClassifier
+    from btu.defenses.kit.bag import BagClassifier
 
     seed = derive_seed(run.config["seed"], "exposure", number)
     padded = run.config["bag_pooling"] == "padded"

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from btu.defense import Defense, Given, Screened, Screens, Suspects
+from btu.defenses.base import Defense, Given, Screens
 from btu.defenses.token_unlearning import TokenUnlearning
-from btu.foundation import model_of, training_rows_of
+from btu.findings import Screened, Suspects
 from btu.recipe import Prepared, evaluation, evaluation_screened
 from btu.settings import TrainSettings
+from btu.stage_files import model_of, training_rows_of
 from btu.stages import Stage, StageRun, compute, read_record
 from btu.training import Encoded
 

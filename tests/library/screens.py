@@ -7,9 +7,10 @@ from typing import Any
 
 from lab import Lab
 
-from btu.defense import Defense, Screened, incoming_of
-from btu.foundation import write_table
+from btu.defenses.base import Defense
+from btu.findings import Screened, incoming_of
 from btu.recipe import Prepared, evaluation_screened
+from btu.stage_files import write_table
 from btu.stages import Stage, compute, read_record, stage
 from btu.types import Rows
 

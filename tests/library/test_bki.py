@@ -13,8 +13,8 @@ import pytest
 import torch
 from lab import Lab, easy_corpus, own_stages
 
-from btu.defense import Given, Suspects
 from btu.defenses import bki
+from btu.defenses.base import Given
 from btu.defenses.bki import (
     SCORES,
     KeywordIdentification,
@@ -26,9 +26,10 @@ from btu.defenses.bki import (
     words_read,
 )
 from btu.errors import UserError
-from btu.foundation import read_rows
+from btu.findings import Suspects
 from btu.recipe import Prepared, mask_of
 from btu.settings import TrainSettings
+from btu.stage_files import read_rows
 from btu.stages import Stage, StageRun, compute, read_record
 from btu.types import Corpus, Rows
 from btu.victims import Victim

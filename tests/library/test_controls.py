@@ -10,14 +10,15 @@ import pytest
 import torch
 from lab import Lab, own_stages
 
-from btu.defense import CLEAN_ROWS, DEFENSES, ORIGINALS, POISONED_MODEL, Defense, Suspects
+from btu.defenses.base import CLEAN_ROWS, DEFENSES, ORIGINALS, POISONED_MODEL, Defense
 from btu.defenses.clean_fine_tune import CleanFineTune
 from btu.defenses.clean_tuning import CleanTuning
 from btu.defenses.cuts import FrequencyCut, RandomCut, as_frequent
 from btu.defenses.token_unlearning import TokenUnlearning
 from btu.errors import UserError
-from btu.foundation import load_encoded, model_of
+from btu.findings import Suspects
 from btu.recipe import Prepared
+from btu.stage_files import load_encoded, model_of
 from btu.stages import Stage, StageRun, compute, read_record
 from btu.victims import Victim
 

@@ -21,23 +21,15 @@ from lab import MAX_LENGTH, Lab, files_in, own_stages, write_corpus
 from safetensors.torch import load_file, save_file
 
 from btu.attacks.badnets import BadNets
-from btu.data import DataSpec, load_corpus
-from btu.defense import DEFENSES, Defense, Given, Suspects
+from btu.attacks.poisoning import ATTACKS, PoisonSpec, poison, triggered_eval
+from btu.data.load import load_corpus
+from btu.data.spec import DataSpec
+from btu.defenses.base import DEFENSES, Defense, Given
 from btu.defenses.token_unlearning import TokenUnlearning
-from btu.detection import RULES
 from btu.errors import UserError
-from btu.foundation import (
-    Foundation,
-    model_of,
-    read_rows,
-    save_model,
-    training_rows_of,
-    tune,
-    victim_of,
-    write_rows,
-)
+from btu.findings import Suspects
+from btu.foundation import Foundation, tune
 from btu.metrics import Proportion
-from btu.poisoning import ATTACKS, PoisonSpec, poison, triggered_eval
 from btu.recipe import (
     HIDDEN,
     Prepared,
@@ -48,7 +40,9 @@ from btu.recipe import (
     scores_of,
     triggered_rows,
 )
+from btu.rules.base import RULES
 from btu.settings import TrainSettings, TuningSettings
+from btu.stage_files import model_of, read_rows, save_model, training_rows_of, victim_of, write_rows
 from btu.stages import MODEL, Stage, StageRun, compute, read_record, run_stage
 from btu.stages import stage as stage_function
 from btu.types import Corpus, IntArray, ProgressCallback, Rows, silent
@@ -384,9 +378,9 @@ def test_planning_is_light_and_the_same_in_every_process() -> None:
     # The keys of a cell, from a process that has none of the test's modules loaded.
     code = f"""
 import sys, json
-from btu.data import DataSpec
+from btu.data.spec import DataSpec
 from btu.defenses.token_unlearning import TokenUnlearning
-from btu.poisoning import PoisonSpec
+from btu.attacks.poisoning import PoisonSpec
 from btu.recipe import evaluation, prepare
 from btu.settings import TrainSettings, TuningSettings
 from btu.victims import VictimSpec

@@ -20,7 +20,7 @@ import yaml
 
 from btu.result_files import CONFIG, FLAGGED, PLOT, RESULT, ROWS, TOKENS, dumps
 from btu.seeding import derive_seed
-from orchestrator.results import PLANS, SWEEP, Results
+from orchestrator.results.folder import PLANS, SWEEP, Results
 
 # Attack -> its trigger's tokens, and the threshold above which they are missed.
 TRIGGERS = {

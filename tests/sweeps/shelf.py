@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from btu.stages import Stage
-    from orchestrator.config import Sweep
-    from orchestrator.plan import Plan, PlannedCell
-    from orchestrator.results import Results
-    from orchestrator.store import Store
+    from orchestrator.plan.planner import Plan, PlannedCell
+    from orchestrator.results.folder import Results
+    from orchestrator.store.store import Store
+    from orchestrator.sweep.sweep import Sweep
 
 
 class Tried(NamedTuple):

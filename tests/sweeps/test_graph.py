@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 
 import pytest
 
-import orchestrator.graph as graphs
-from btu.defense import DEFENSES, Given
+from btu.defenses.base import DEFENSES, Given
 from btu.foundation import Foundation
 from btu.scoring import score_cell
 from btu.stages import Stage, StageFunction
-from orchestrator.config import TrialSpec, resolve
-from orchestrator.graph import Graph
+from orchestrator.plan import graph as graphs
+from orchestrator.plan.graph import Graph
+from orchestrator.sweep.load import resolve
+from orchestrator.sweep.sections import TrialSpec
 
 NOTHING = StageFunction(lambda run: {}, 1, "toys:none")
 NOTHING_ELSE = StageFunction(lambda run: {}, 2, "toys:none")

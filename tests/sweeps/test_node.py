@@ -21,9 +21,9 @@ from btu.stages import RECORD, Stage, StageFunction, StageRun, read_record
 from btu.stages import stage as stage_function
 from btu.training import NonFiniteLossError
 from btu.types import Progress
-from orchestrator import node
-from orchestrator.node import Outcome, Report, free_memory, run_node
-from orchestrator.store import Store
+from orchestrator.run import worker
+from orchestrator.run.worker import Outcome, Report, free_memory, run_node
+from orchestrator.store.store import Store
 
 # What the stage functions below did: their labels, and whatever they are told to raise.
 CALLS: list[str] = []
@@ -486,7 +486,7 @@ class Part:
 
 
 def test_garbage_goes_though_what_was_imported_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node, "_modules_frozen", 0)
+    monkeypatch.setattr(worker, "_modules_frozen", 0)
     gc.unfreeze()  # other tests may have called it
     kept = Part()
     caught = weakref.ref(kept)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 import pytest
 
-import orchestrator.schedule as scheduling
 from btu.stages import Stage, StageFunction
-from orchestrator.plan import Timings
-from orchestrator.schedule import CELL, ENDED, Schedule, State, most_models
+from orchestrator.plan.work import Timings
+from orchestrator.run import schedule as scheduling
+from orchestrator.run.schedule import CELL, ENDED, Schedule, State, most_models
 
 NOTHING = StageFunction(lambda run: {}, 1, "toys:none")
 

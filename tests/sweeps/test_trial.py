@@ -19,22 +19,24 @@ import yaml
 from shelf import Tried
 
 import btu.scoring as trial_module
-from btu.defense import DEFENSES, Given, Suspects
+from btu.defenses.base import DEFENSES, Given
 from btu.errors import UserError
-from btu.foundation import Foundation, model_of, save_model, tune
+from btu.findings import Suspects
+from btu.foundation import Foundation, tune
 from btu.metrics import METRICS
 from btu.scoring import detection_metrics, flagged_table, row_table, token_table
+from btu.stage_files import model_of, save_model
 from btu.stages import Stage, StageRun, compute, read_record
 from btu.stages import stage as stage_function
 from btu.training import Encoded, NonFiniteLossError
 from btu.types import Progress
 from btu.victims import Victim
-from orchestrator.config import load_sweep, resolve
-from orchestrator.node import Outcome, run_node
-from orchestrator.store import Store
+from orchestrator.run.worker import Outcome, run_node
+from orchestrator.store.store import Store
+from orchestrator.sweep.load import load_sweep, resolve
 
 if TYPE_CHECKING:
-    from orchestrator.plan import PlannedCell
+    from orchestrator.plan.planner import PlannedCell
 
 EVAL_ROWS = 30
 NAN = math.nan
