@@ -35,7 +35,7 @@ def test_rows_do_not_depend_on_the_hash_seed() -> None:
         subprocess.run(
             [sys.executable, "-c", program],
             env={**os.environ, "PYTHONHASHSEED": hash_seed},
-            cwd=Path(demo.__file__).parents[1],
+            cwd=Path(demo.__file__).parents[2],
             capture_output=True,
             text=True,
             check=True,
