@@ -10,30 +10,26 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from orchestrator.store.storage import TEMPORARY, LocalStorage, Storage
 
-if TYPE_CHECKING:
-    pass
-
-# The size above which copies go. What was used within this time may still be read, here or in
-# another process.
+# The size above which copies are removed. Copies used within CACHED_S seconds stay: this process or
+# another may still read them.
 CACHE_BYTES = 20_000_000_000
 CACHED_S = 3600.0
 
 
 class Cache:
-    """Copies of a remote store's entries in a folder that the processes of a machine share."""
+    """Copies of a remote store's entries, in a folder that all processes of a machine share."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._storage = LocalStorage(folder)
-        # Bytes that this process fetched since it last looked; before it ever did, too many.
+        # Bytes fetched by this process since its last `trim`; infinite before the first.
         self._fetched = math.inf
 
     def use(self, entry: str, files: Mapping[str, int]) -> None:
-        """Note that files of an entry, with their sizes in bytes, are needed now."""
+        """Mark files of an entry, with their sizes in bytes, as used now."""
         copy = self.folder / entry
         with suppress(FileNotFoundError):
             os.utime(copy)
@@ -42,9 +38,9 @@ class Cache:
     def trim(self, max_bytes: int) -> int:
         """Remove the least recently used entries until at most `max_bytes` are left.
 
-        Returns the bytes removed. What was used within CACHED_S stays, however much it is. Looks
-        only once this process has fetched a hundredth of `max_bytes` since it last did, so it can
-        be called often. Folders that another process removes meanwhile are no error.
+        Return the bytes removed. Entries used within CACHED_S stay, whatever their size. Cheap to
+        call often: it does nothing until this process has fetched a hundredth of `max_bytes` since
+        the last call. It tolerates that another process removes the same folders.
         """
         if self._fetched < max_bytes / 100:
             return 0
@@ -58,7 +54,7 @@ class Cache:
             if freed >= above or time.time() - used < CACHED_S:
                 break
             with suppress(FileNotFoundError):
-                # Moved away first: who wants it now finds it whole or not at all, and fetches it.
+                # Moved aside first: a reader finds the entry whole or not at all, and fetches it.
                 aside = f"{TEMPORARY}/{uuid.uuid4().hex}"
                 if self._used(entry) <= used and self._storage.move(entry, aside):
                     self._storage.prune(entry.rpartition("/")[0])
@@ -71,9 +67,9 @@ class Cache:
 
 
 def folder_sizes(storage: Storage, folder: str, depth: int) -> dict[str, tuple[int, float]]:
-    """Return bytes and last change of what lies below a folder, by paths of `depth` parts.
+    """Return bytes and time of last change below a folder, by path of `depth` parts.
 
-    The change is Unix time in seconds; where it is not known, nothing counts as old.
+    The time is Unix seconds; an unknown time counts as the present.
     """
     sizes: dict[str, tuple[int, float]] = {}
     for found in storage.walk(folder):

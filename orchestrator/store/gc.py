@@ -1,4 +1,4 @@
-"""What takes the room in a store and in its cache, and what of it may go."""
+"""Disk usage of a store, and garbage collection."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Usage:
 
 
 class Candidate(NamedTuple):
-    """Something to remove. paths: in this order. why: completes "results that are ..."."""
+    """Something to remove. paths: in order of removal. why: completes "results that are ..."."""
 
     kind: str
     key: str
@@ -34,7 +34,7 @@ class Candidate(NamedTuple):
 
 
 def usage(store: Store) -> dict[str, Usage]:
-    """Return count and bytes by stage, and of "(unfinished)" and "(damaged)" ones."""
+    """Return count and bytes by stage name, and for "(unfinished)" and "(damaged)" entries."""
     stages = {marker.folder: marker.name for marker in store.markers()}
     found: dict[str, list[int]] = {}
     for folder, (size, _) in folder_sizes(store.storage, "entries", 3).items():
@@ -52,11 +52,15 @@ def gc_candidates(
     max_bytes: int | None = None,
     now: float | None = None,
 ) -> list[Candidate]:
-    """Return what `gc` may remove, and nothing that is in use.
+    """Return what `gc` may remove. Nothing that is in use is among it.
 
-    Left-overs and stale leases older than LEFTOVER_S always; of the results, never those in
-    `keep`, and of the others those that are older than `older_than` seconds and then the
-    oldest until all are below `max_bytes`. With `keep` alone, all others. now: Unix time in s.
+    Left-overs and stale leases older than LEFTOVER_S are always included.
+
+    store: the store to look at.
+    keep: keys of results that stay. If it is the only limit, all other results are included.
+    older_than: include results older than this many seconds.
+    max_bytes: include the oldest results until the rest is below this size.
+    now: Unix time in seconds; None is the present.
     """
     now = time.time() if now is None else now
     busy = store.in_use(now)
@@ -80,11 +84,11 @@ def gc_candidates(
 
 
 def gc(store: Store, candidates: Iterable[Candidate]) -> int:
-    """Remove what `gc_candidates` returned unless it has come into use; return the bytes."""
+    """Remove what `gc_candidates` returned, unless it is in use by now; return the bytes freed."""
     busy: set[str] = set()
     freed = 0
     for number, candidate in enumerate(candidates):
-        if number % 50 == 0:  # removing takes a while, in which a launch may begin
+        if number % 50 == 0:  # removing takes a while, and a launch may start
             busy = store.in_use()
         if candidate.key in busy:
             continue

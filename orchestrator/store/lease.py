@@ -1,11 +1,11 @@
-"""Who makes what: leases on keys, registrations of launches, and whether their process lives.
+"""Leases on keys, registrations of launches, and whether their processes are alive.
 
 ::
 
-    leases/<key>.json             somebody is making it
-    launches/<id>.json, <id>.beat what running launches need
+    leases/<key>.json             a process is computing this key
+    launches/<id>.json, <id>.beat the keys that a running launch needs
 
-Both only save work: losing one is harmless, so none is flushed to disk.
+Both only avoid duplicate work. Losing one is harmless, so neither is flushed to disk.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from typing import Any, NamedTuple
 from orchestrator.store.storage import Storage
 
 HEARTBEAT_S = 5.0
-# A lease whose content has not changed for so long is nobody's any more.
+# A lease unchanged for this long has expired.
 TTL_S = 30.0
-# Unfinished files of this age are nobody's any more. Clocks of machines differ by less.
+# Unfinished files of this age are abandoned. Clocks of machines differ by less.
 LEFTOVER_S = 3600.0
 
 
 class Holder(NamedTuple):
-    """Who says to make a key, or to run a launch.
+    """The process that holds a lease or runs a launch.
 
-    name: the key or the launch's id. alive: whether its process lives, None if that cannot be seen
-    from here. silent: seconds since its last heartbeat by the times of its files, None where they
-    are not known.
+    name: the key, or the launch's id.
+    facts: the content of its file: owner, host, pid.
+    alive: whether the process is alive; None if that cannot be seen from this machine.
+    silent: seconds since its last heartbeat by file times; None if they are unknown.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Holder(NamedTuple):
 
     @property
     def lost(self) -> bool:
-        """Whether its process is gone, or has been silent for too long where none can look."""
+        """Whether the process is gone; if that cannot be seen, whether its heartbeat expired."""
         if self.alive is None:
             return self.silent is not None and self.silent >= TTL_S
         return not self.alive
@@ -56,21 +57,22 @@ class Holder(NamedTuple):
 class Leases:
     """The leases and running launches of one store.
 
-    clock: monotonic seconds.
+    storage: the store's files.
+    clock: returns monotonic seconds.
     """
 
     def __init__(self, storage: Storage, clock: Callable[[], float] = time.monotonic) -> None:
         self.storage = storage
         self._clock = clock
-        # When this process first saw the content that a heartbeat file has.
+        # The content of each heartbeat file, and when this process first saw it.
         self._seen: dict[str, tuple[bytes, float]] = {}
 
     def lease(self, key: str, owner: str) -> Lease:
-        """Return a lease, not acquired yet. `owner` names the launch and the work."""
+        """Return a lease that is not acquired yet. owner: names the launch."""
         return Lease(self, key, owner)
 
     def held_by_other(self, key: str, owner: str) -> bool:
-        """Return whether somebody else is making a key; looks only."""
+        """Return whether another owner holds a live lease on a key. Takes nothing."""
         path = f"leases/{key}.json"
         data = self._peek(path)
         if data is None:
@@ -79,35 +81,38 @@ class Leases:
         return not self._is_stale(path, data, owner)
 
     def register_launch(self, launch_id: str, sweep_name: str, keys: Iterable[str]) -> None:
-        """Say that a launch runs and needs `keys`."""
+        """Record that a launch is running and needs `keys`."""
         facts = _holder(launch_id) | {"sweep": sweep_name, "keys": sorted(keys)}
         path = f"launches/{launch_id}.json"
         self.storage.write(path, json.dumps(facts).encode(), durable=False)
 
     def heartbeat_launch(self, launch_id: str) -> None:
-        """Say that it still runs, every HEARTBEAT_S. Errors of the storage escape."""
+        """Record that a launch still runs; call every HEARTBEAT_S. Storage errors propagate."""
         beat = uuid.uuid4().hex.encode()
         self.storage.write(f"launches/{launch_id}.beat", beat, durable=False)
 
     def release_launch(self, launch_id: str) -> None:
-        """Say that it has ended."""
+        """Record that a launch has ended."""
         self.storage.remove(f"launches/{launch_id}.json")
         self.storage.remove(f"launches/{launch_id}.beat")
 
     def leases(self, now: float | None = None) -> dict[str, dict[str, Any]]:
-        """Return owner, host and the rest of each live lease by key. now: Unix time in s."""
+        """Return the content of each live lease by key. now: Unix time in seconds."""
         return {Path(path).stem: facts for path, facts in self.live("leases", now).items()}
 
     def leased(self) -> set[str]:
-        """Return the keys that have a lease, live or stale, from one listing."""
+        """Return the keys that have a lease, live or expired, from one listing."""
         names = self.storage.names("leases")
         return {name.removesuffix(".json") for name in names if name.endswith(".json")}
 
     def in_use(self, now: float | None = None, *, but: str = "") -> set[str]:
-        """Return the keys of live launches and of live leases. but: a launch to leave out.
+        """Return the keys of live launches and of live leases.
 
-        In doubt they are live: those of another machine until TTL_S after this object first saw
-        them, or LEFTOVER_S after their last change.
+        Those of another machine count as live until TTL_S after this object first saw them, or
+        LEFTOVER_S after their last change.
+
+        now: Unix time in seconds; None is the present.
+        but: the id of a launch to leave out.
         """
         found = self.live("launches", now).values()
         launches = [facts for facts in found if facts.get("owner") != but]
@@ -115,7 +120,7 @@ class Leases:
         return keys | {k for k, facts in self.leases(now).items() if facts.get("owner") != but}
 
     def live(self, folder: str, now: float | None = None) -> dict[str, dict[str, Any]]:
-        """Return what live holders say in ``leases`` or ``launches``, by path."""
+        """Return the content of live files in ``leases`` or ``launches``, by path."""
         now = time.time() if now is None else now
         modified = {found.path: found.modified for found in self.storage.walk(folder)}
         live = {}
@@ -133,7 +138,7 @@ class Leases:
         return live
 
     def holders(self, folder: str, now: float | None = None) -> list[Holder]:
-        """Return who is in ``leases`` or ``launches``, dead ones too, by name. now: Unix s."""
+        """Return all holders in ``leases`` or ``launches``, dead ones too, sorted by name."""
         now = time.time() if now is None else now
         modified = {found.path: found.modified for found in self.storage.walk(folder)}
         found = []
@@ -152,12 +157,12 @@ class Leases:
         self, path: str, content: bytes, owner: str | None, facts: bytes | None = None
     ) -> bool:
         holder = _facts_of(content if facts is None else facts)
-        # An earlier attempt of the same work: whoever starts a new one knows that it is dead.
+        # The same owner: an earlier attempt, which the owner knows to be dead.
         if owner is not None and holder.get("owner") == owner:
             return True
         if _is_alive(holder) is False:
             return True
-        # No clocks are compared between machines: it is our time since we saw it change.
+        # Clocks of machines are not compared: this measures our time since the content changed.
         seen = self._seen.get(path)
         if seen is None or seen[0] != content:
             self._seen[path] = (content, self._clock())
@@ -172,7 +177,7 @@ class Leases:
 
 
 class Lease:
-    """The right to make one key, kept by a heartbeat. Leaving the context releases it."""
+    """The right to compute one key, kept alive by a heartbeat. Leaving the context releases it."""
 
     def __init__(self, leases: Leases, key: str, owner: str) -> None:
         self.key, self.owner, self.token = key, owner, uuid.uuid4().hex
@@ -195,7 +200,7 @@ class Lease:
         self.release()
 
     def acquire(self) -> bool:
-        """Take it if it is free or stale, and start the heartbeat. Does not wait."""
+        """Take the lease if it is free or expired, and start the heartbeat. Does not wait."""
         if self._thread is None or not self._thread.is_alive():
             if not self._take():
                 return False
@@ -205,7 +210,7 @@ class Lease:
         return True
 
     def beat(self) -> bool:
-        """Rewrite the lease once; return whether it is still ours."""
+        """Rewrite the lease once. Return whether this process still holds it."""
         if not self._is_ours():
             return False
         self._beat += 1
@@ -213,20 +218,20 @@ class Lease:
         return True
 
     def release(self) -> None:
-        """Stop the heartbeat and remove the lease if it is still ours."""
+        """Stop the heartbeat, and remove the lease if this process still holds it."""
         if self._thread is None:
             return
         self._stop.set()
         self._thread.join(timeout=HEARTBEAT_S)
         self._thread = None
-        # What cannot be removed goes stale.
+        # A lease that cannot be removed expires.
         with suppress(Exception):
             if self._is_ours():
                 self._storage.remove(self._path)
 
     def _run(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
-            # A full disk or a lost connection must not stop the work, and may pass.
+            # A full disk or a lost connection may be temporary, and must not stop the computation.
             with suppress(Exception):
                 if not self.beat():
                     return
@@ -239,8 +244,8 @@ class Lease:
         elif not leases._is_stale(self._path, held, self.owner):
             return False
         else:
-            # Only who has the guard may replace a lease, and only the one that it saw stale:
-            # otherwise the second of two would replace the fresh lease of the first.
+            # Only the holder of the guard may replace a lease, and only the expired one that it
+            # read: otherwise the second of two processes would replace the first one's new lease.
             guard = self._path + ".guard"
             if not storage.create(guard, content, durable=False):
                 guarding = leases._peek(guard)
@@ -253,7 +258,7 @@ class Lease:
                 storage.write(self._path, content, durable=False)
             finally:
                 storage.remove(guard)
-        # Some object stores cannot create exclusively, and let a later writer win.
+        # Some object stores cannot create exclusively: there the last writer wins.
         return self._is_ours()
 
     def _is_ours(self) -> bool:
@@ -266,7 +271,7 @@ class Lease:
 
 
 def _facts_of(data: bytes) -> dict[str, Any]:
-    """Return what a lease says, nothing if it is no whole JSON object."""
+    """Return the content of a lease; empty if it is not a complete JSON object."""
     with suppress(ValueError):
         facts = json.loads(data)
         if isinstance(facts, dict):
@@ -281,7 +286,7 @@ def _holder(owner: str) -> dict[str, Any]:
 
 @cache
 def _machine() -> dict[str, str]:
-    """Return what makes a process id unique: host, boot and the container's numbering."""
+    """Return what makes a process id unique: host, boot and PID namespace."""
     boot = numbering = ""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -290,26 +295,26 @@ def _machine() -> dict[str, str]:
 
 
 def _started(pid: int) -> str | None:
-    """Return when a live process started (clock ticks since boot), None if there is none.
+    """Return when a process started, in clock ticks since boot; None if it is not alive.
 
-    Empty where the system does not say.
+    Empty if the system does not tell.
     """
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except PermissionError:  # another user's
+    except PermissionError:  # it belongs to another user
         pass
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
-    # A zombie has ended, its parent has only not looked yet. Fields 3 and 22 of proc(5).
+    # A zombie has ended but was not reaped. Fields 3 and 22 of proc(5).
     return None if fields[0] in "ZX" else fields[19]
 
 
 def _is_alive(holder: Mapping[str, Any]) -> bool | None:
-    """Return whether a lease's process lives, None if that cannot be seen from here."""
+    """Return whether a lease's process is alive; None if this machine cannot tell."""
     pid, machine = holder.get("pid"), _machine()
     if not isinstance(pid, int) or pid <= 0 or any(holder.get(k) != machine[k] for k in machine):
         return None

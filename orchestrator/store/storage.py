@@ -1,9 +1,9 @@
 """File-system primitives on a local or shared folder, or on an object store by URL.
 
-All paths are relative to the root, with ``/``. Hidden names (``.tmp``, where unfinished files lie)
-are in no listing. Errors of the file system (`OSError`) escape unless a docstring says otherwise.
-What is written `durable` outlasts a power cut; without it a local folder flushes nothing, which is
-several times as fast. A crash of the process alone costs nothing either way.
+All paths are relative to the root and use ``/``. Listings leave out hidden names (``.tmp`` holds
+unfinished files). File-system errors (`OSError`) propagate unless a docstring says otherwise.
+Durable writes survive a power cut; other writes to a local folder are not flushed, which is several
+times as fast. A crash of the process alone loses neither.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from urllib.parse import unquote, urlsplit
 from btu.errors import UserError
 
 TEMPORARY = ".tmp"
-# Local folders for what is uploaded afterwards; the process that made one follows in its name.
+# Prefix of local folders whose content is uploaded later; the process id follows in the name.
 _WORKSPACE = "btu-workspace-"
 _ABANDONED_AFTER = 24 * 3600.0
-# A PUT of these is atomic. On others a file is written aside and moved into place.
+# A PUT to these is atomic. Elsewhere a file is written under another name and moved into place.
 _OBJECT_STORES = {"memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss"}
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
@@ -45,9 +45,10 @@ class Found(NamedTuple):
 
 
 class Storage(Protocol):
-    """A root folder and what can be done below it.
+    """A root folder and the operations on it.
 
-    location: absolute path or URL. local: whether the files are reached by path.
+    location: absolute path or URL.
+    local: whether the files can be opened by path.
     """
 
     location: str
@@ -69,34 +70,34 @@ class Storage(Protocol):
         """
 
     def append(self, path: str, line: str) -> None:
-        """Add one line. An object store gets an object of its own below `path` for it."""
+        """Append one line. On an object store each line is an object of its own below `path`."""
 
     def lines(self, path: str) -> list[str]:
-        """Return what `append` wrote, [] if nothing. A full disk may have cut a line short."""
+        """Return the lines that `append` wrote. A full disk may have cut one short."""
 
     def names(self, folder: str) -> list[str]:
-        """Return the sorted names directly inside, [] if there is no such folder."""
+        """Return the sorted names directly inside a folder; [] if it does not exist."""
 
     def walk(self, folder: str) -> Iterator[Found]:
-        """Yield every file below `folder` and, on a local one, every empty folder."""
+        """Yield every file below `folder` and, in a local store, every empty folder."""
 
     def exists(self, path: str) -> bool:
-        """Return whether there is such a file or folder."""
+        """Return whether a file or folder exists."""
 
     def move(self, source: str, target: str) -> bool:
-        """Move a file or folder, atomically on a local folder. False if `source` is gone."""
+        """Move a file or folder, atomically in a local store. False if `source` is gone."""
 
     def remove(self, path: str) -> None:
-        """Remove a file or a folder with all in it. A missing one is fine."""
+        """Remove a file, or a folder with its content. A missing path is not an error."""
 
     def prune(self, folder: str) -> None:
         """Remove a folder if it is empty."""
 
     def free_bytes(self) -> int | None:
-        """Return the free bytes, None where that has no meaning."""
+        """Return the free bytes; None where that has no meaning."""
 
     def workspace(self, path: str) -> Path:
-        """Return a new local folder in which to make what `upload` puts at `path`."""
+        """Return a new local folder for files that `upload` will put at `path`."""
 
     def upload(self, folder: Path, path: str, *, durable: bool = True) -> None:
         """Put the files of a `workspace` at `path`."""
@@ -104,8 +105,8 @@ class Storage(Protocol):
     def download(self, path: str, files: Iterable[str], cache: Path) -> Path:
         """Return a local folder with the named files of the folder `path`.
 
-        A local root gives the folder itself and looks at no file. Others fetch into `cache` what
-        is not there yet. Raises FileNotFoundError, also when the copy is removed meanwhile.
+        A local store returns the folder itself and checks no file. Others fetch missing files into
+        `cache`. Raises FileNotFoundError, also if the copy is removed in the meantime.
         """
 
 
@@ -161,7 +162,7 @@ class LocalStorage:
             try:
                 os.link(staged, target)
             except FileExistsError:
-                # NFS repeats a request whose answer was lost: then the link is our own.
+                # NFS repeats a request whose answer was lost: then the existing link is ours.
                 return os.stat(staged).st_nlink == 2
             except OSError as error:
                 if error.errno not in _NO_HARD_LINKS:
@@ -254,7 +255,7 @@ class LocalStorage:
 
     @contextmanager
     def _staged(self, data: bytes, durable: bool) -> Iterator[Path]:
-        """Give a file with all of `data`; what is left of it goes afterwards."""
+        """Yield a temporary file that holds `data`; remove it afterwards."""
         staged = self._target(f"{TEMPORARY}/{uuid.uuid4().hex}")
         try:
             with staged.open("xb") as stream:
@@ -264,13 +265,13 @@ class LocalStorage:
                     os.fsync(stream.fileno())
             yield staged
         finally:
-            # The outcome stands by now; a left-over is `gc`'s.
+            # The result is in place; `gc` removes a left-over.
             with suppress(OSError):
                 staged.unlink(missing_ok=True)
 
 
 class RemoteStorage:
-    """Whatever fsspec reaches. Listings are never taken from a cache: others write as well."""
+    """A URL that fsspec can open. Listings are never cached: other processes write too."""
 
     local = False
 
@@ -320,7 +321,7 @@ class RemoteStorage:
         except FileExistsError:
             return False
         except OSError:
-            # Some report a failed condition as an invalid argument.
+            # Some stores report a failed condition as an invalid argument.
             if self.exists(path):
                 return False
             raise
@@ -348,11 +349,11 @@ class RemoteStorage:
         self.write(f"{path}/{time.time_ns()}-{uuid.uuid4().hex}.jsonl", line.encode())
 
     def lines(self, path: str) -> list[str]:
-        # A listing of a file names the file itself on some of them.
+        # On some stores the listing of a file contains the file itself.
         if self._fs.isfile(self._at(path)):
             return _lines(self.read(path))
         paths = [self._at(f"{path}/{name}") for name in self.names(path)]
-        # All at once where the file system can; one by one costs a round trip each.
+        # In one call where the file system supports it: single calls cost a round trip each.
         contents: dict[str, bytes] = self._fs.cat(paths) if paths else {}
         return [line for at in paths for line in _lines(contents[at])]
 
@@ -363,7 +364,7 @@ class RemoteStorage:
             listed = self._fs.ls(at, detail=False, refresh=True)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        # A folder may be listed as an object of its own inside itself.
+        # A folder may be listed as an object inside itself.
         inside = {str(name).rstrip("/") for name in listed} - {at}
         names = {path.rpartition("/")[2] for path in inside}
         return sorted(name for name in names if not name.startswith("."))
@@ -391,7 +392,7 @@ class RemoteStorage:
             if not self._atomic:
                 self._fs.mv(at, to, recursive=bool(self._fs.isdir(at)))
                 return True
-            # Not mv() of a folder: on S3 it fails at subfolders, which are no objects there.
+            # Not mv() on a folder: on S3 it fails at subfolders, which are not objects there.
             for path in self._fs.find(at):
                 self._fs.cp_file(path, to + str(path)[len(at) :])
         except FileNotFoundError:
@@ -406,7 +407,7 @@ class RemoteStorage:
                 self._fs.rm(at, recursive=bool(self._fs.isdir(at)))
 
     def prune(self, folder: str) -> None:
-        # An object store has no empty folders; others refuse to remove a full one.
+        # Object stores have no empty folders; other file systems refuse to remove a full one.
         if not self._atomic:
             with suppress(OSError):
                 self._fs.rmdir(self._at(folder))
@@ -450,7 +451,7 @@ class RemoteStorage:
 
     def _target(self, path: str) -> str:
         at = self._at(path)
-        # On an object store this would ask for the right to make buckets.
+        # On an object store this would require the permission to create buckets.
         if not self._atomic:
             self._fs.makedirs(at.rpartition("/")[0], exist_ok=True)
         return at
@@ -467,10 +468,10 @@ class RemoteStorage:
 
 
 def _sweep_workspaces() -> None:
-    """Remove the workspaces that killed processes left behind.
+    """Remove workspaces that killed processes left behind.
 
-    Those of a day ago whose process is gone: containers may share the folder, but not the numbers
-    of their processes.
+    Only those older than a day whose process is gone: containers may share the folder, but have
+    different process ids.
     """
     before = time.time() - _ABANDONED_AFTER
     for folder in Path(tempfile.gettempdir()).glob(f"{_WORKSPACE}*"):
@@ -501,12 +502,12 @@ def _digest(stream: BinaryIO) -> tuple[int, str]:
 
 
 def _lines(data: bytes) -> list[str]:
-    # Not splitlines(): it also splits at characters that JSON leaves inside a text.
+    # Not splitlines(): it also splits at characters that JSON allows inside a string.
     return [line for line in data.decode(errors="replace").split("\n") if line]
 
 
 def _make(folder: Path) -> None:
-    """Create a folder, also while somebody else prunes its empty parents."""
+    """Create a folder, even while another process prunes its empty parents."""
     for _ in range(5):
         with suppress(FileNotFoundError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -519,7 +520,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(opened)
     except OSError as error:
-        # Some file systems cannot do this for folders; a full disk is another matter.
+        # Some file systems cannot sync folders; a full disk must not be ignored.
         if error.errno not in {errno.EINVAL, errno.EBADF, errno.EACCES, errno.ENOTSUP}:
             raise
     finally:
@@ -527,7 +528,7 @@ def _sync(path: Path) -> None:
 
 
 def _modified(facts: dict[str, Any]) -> float | None:
-    """Return when a file changed, from the key that its file system uses for it."""
+    """Return when a file changed, from the key that its file system uses."""
     for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
         value = facts.get(key)
         if isinstance(value, str):

@@ -1,18 +1,18 @@
-"""Results of stages by content key: committed whole or not there, checked when they are read.
+"""Results of stages by content key: committed whole or not at all, verified when they are read.
 
 ::
 
     markers/<key>.json            committed: every file of the entry with its size and SHA-256
-    markers/<key>.dropped.json    the record is still there, the big files are not
+    markers/<key>.dropped.json    the record is kept, the large files are not
     entries/<key>/<attempt>/      files
     leases/, launches/            see `orchestrator.store.lease`
-    failed/<key>.json             why its last run failed
+    failed/<key>.json             why the last attempt failed
     damaged/<key>-<attempt>/      files that did not match their marker
-    timings/<id>.json             what stages took
+    timings/<id>.json             seconds that stages took
 
-The marker is written last and exclusively, so that of two publishers one wins, whatever leases
-say. A large entry is on disk before its marker is. Small ones are not flushed: after a power cut
-some of the last half minute may turn out damaged when they are read, and are made again.
+The marker is written last and exclusively, so that one of two publishers wins, whatever the leases
+say. A large entry is flushed to disk before its marker. Small entries are not: after a power cut
+some of the last half minute may be found damaged when they are read, and are computed again.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from orchestrator.store.cache import CACHE_BYTES, Cache
 from orchestrator.store.lease import Leases
 from orchestrator.store.storage import TEMPORARY, open_storage
 
-# The folder of an entry whose files are large and can be done without once all have read them.
+# Files of an entry in this folder are large and may be dropped once every reader is done.
 HEAVY = "model/"
-# A full disk fails in odd ways in the middle of a sweep.
+# Checked before a sweep: a disk that fills up in the middle of one fails in odd ways.
 LEAST_FREE_BYTES = 200_000_000
-# Entries of this size on are flushed to disk before they are committed. For a small one that takes
-# longer than all the rest of publishing it, and is paid a thousand times in a sweep.
+# Entries from this size are flushed to disk before they are committed. For a small entry flushing
+# takes longer than the rest of publishing, a thousand times in a sweep.
 DURABLE_BYTES = 1_000_000
 DROPPED = ".dropped.json"
 _FOLDERS = ("markers", "entries", "leases", "failed", "damaged", "launches", "timings")
 _log = logging.getLogger(__name__)
-# SHA-256 by path, mtime in ns and size, so that a process hashes a model once.
+# SHA-256 by path, mtime in ns and size, so that a process hashes each model once.
 _hashes: dict[tuple[str, int, int], str] = {}
 
 
 class Damaged(Exception):  # noqa: N818 - it is a state of the entry
-    """A stored result did not match its marker. It was set aside and now counts as missing."""
+    """A stored result did not match its marker. It was set aside and counts as missing."""
 
     def __init__(self, key: str, reason: str) -> None:
         super().__init__(f"the stored result {key} was damaged ({reason}) and was set aside")
@@ -62,7 +62,7 @@ class Damaged(Exception):  # noqa: N818 - it is a state of the entry
 
 
 class Missing(Exception):  # noqa: N818
-    """There is no such result."""
+    """The store has no such result."""
 
     def __init__(self, key: str) -> None:
         super().__init__(f"there is no stored result {key}")
@@ -78,10 +78,15 @@ class FileFact(NamedTuple):
 
 @dataclass(frozen=True)
 class Marker:
-    """What says that an entry is committed.
+    """The commit record of an entry.
 
-    name: the stage. files: by path below the entry. info: small facts, JSON. committed: Unix time
-    in seconds. dropped: only the files in `files` are left of it.
+    key: the stage's key.
+    attempt: names the folder of its files.
+    name: the stage's name.
+    files: size and hash by path below the entry.
+    info: small facts, as JSON.
+    committed: Unix time in seconds.
+    dropped: whether only the files in `files` are left.
     """
 
     key: str
@@ -94,28 +99,30 @@ class Marker:
 
     @property
     def folder(self) -> str:
-        """Where the files are, below the root of the store."""
+        """The folder of the files, relative to the root of the store."""
         return f"entries/{self.key}/{self.attempt}"
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """All there is of it, to be removed in this order.
+        """Everything that belongs to the entry, in the order of removal.
 
-        The marker first: what is left without it is a left-over, not a damaged result.
+        The marker comes first: files without a marker are left-overs, not a damaged result.
         """
         return (_marker(self.key), _dropped(self.key), self.folder)
 
     @property
     def bytes(self) -> int:
-        """The size of all files."""
+        """The total size of the files."""
         return sum(fact.size for fact in self.files.values())
 
 
 class Store(Leases):
     """The results below one folder or URL.
 
-    cache: where files of an object store are kept on this machine. warn: called with a sentence
-    when something is set aside. clock: monotonic seconds.
+    location: the folder, or a URL that fsspec can open.
+    cache: local folder for copies of an object store's files.
+    warn: called with a sentence when something is set aside.
+    clock: returns monotonic seconds.
     """
 
     def __init__(
@@ -133,10 +140,10 @@ class Store(Leases):
         self._warn = warn
 
     def prepare(self, needed_bytes: int = LEAST_FREE_BYTES) -> None:
-        """Create the folders and check that they can be written and have `needed_bytes` free.
+        """Create the folders, and check that they are writable and have `needed_bytes` free.
 
         Raises:
-            UserError: they cannot, or have not.
+            UserError: they are not writable, or have too little space.
         """
         probe, text = f"{TEMPORARY}/probe-{uuid.uuid4().hex}", b"written by the launch check"
         try:
@@ -147,7 +154,7 @@ class Store(Leases):
             intact = self.storage.read(probe) == text
             self.storage.remove(probe)
             free = self.storage.free_bytes()
-        # Each client of an object store has errors of its own.
+        # Each object-store client raises its own exceptions.
         except Exception as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(
@@ -156,8 +163,8 @@ class Store(Leases):
             ) from error
         if not intact:
             raise UserError(
-                f"output folder {self.location} gives back other bytes than were written; set "
-                "output=FOLDER to a sound one."
+                f"output folder {self.location} returns other bytes than were written; set "
+                "output=FOLDER to a working one."
             )
         if free is not None and free < needed_bytes:
             raise UserError(
@@ -166,7 +173,7 @@ class Store(Leases):
             )
 
     def exists(self) -> bool:
-        """Return whether there is anything in the store."""
+        """Return whether the store has any content."""
         return bool(self.storage.names(""))
 
     # Entries -----------------------------------------------------------------------------------
@@ -177,19 +184,21 @@ class Store(Leases):
         return {_stem(n) for n in names if n.endswith(".json") and not n.endswith(DROPPED)}
 
     def dropped(self) -> set[str]:
-        """Return the keys of which only the record is left."""
+        """Return the keys of dropped entries, which keep only their record."""
         names = set(self.storage.names("markers"))
         dropped = {n.removesuffix(DROPPED) for n in names if n.endswith(DROPPED)}
         return {key for key in dropped if f"{key}.json" not in names}
 
     def is_committed(self, key: str) -> bool:
-        """Return whether there is a marker. Whether it is valid, `marker` says."""
+        """Return whether a marker exists; `marker` checks that it is valid."""
         return self.storage.exists(_marker(key))
 
     def marker(self, key: str, *, dropped: bool = False) -> Marker | None:
-        """Return the marker, None if there is none; with `dropped`, that of a dropped entry too.
+        """Return the marker of an entry, or None.
 
-        An invalid one is set aside with a warning and counts as missing.
+        An invalid marker is set aside with a warning and counts as missing.
+
+        dropped: return the marker of a dropped entry too.
         """
         for path in (_marker(key), _dropped(key)) if dropped else (_marker(key),):
             data = self._peek(path)
@@ -201,9 +210,9 @@ class Store(Leases):
         return None
 
     def markers(self) -> list[Marker]:
-        """Return all valid markers, by key, with those of dropped entries."""
+        """Return all valid markers, including those of dropped entries, sorted by key."""
         keys = sorted(self.committed() | self.dropped())
-        # An object store answers slowly, but many at once.
+        # An object store answers slowly, but serves many requests at once.
         with ThreadPoolExecutor(1 if self.storage.local else 16) as pool:
             found = pool.map(lambda key: self.marker(key, dropped=True), keys)
             return [marker for marker in found if marker is not None]
@@ -213,10 +222,15 @@ class Store(Leases):
         return self.storage.workspace(f"entries/{key}/{uuid.uuid4().hex}")
 
     def publish(self, key: str, folder: Path, name: str, info: Mapping[str, Any]) -> Marker:
-        """Commit what was written to a folder of `begin`, and return the marker that stands.
+        """Commit the content of a folder from `begin`. Return the entry's valid marker.
 
-        A valid entry that is there already stays, and the folder is discarded. When writing
-        breaks off, nothing is committed, the folder is discarded and the error escapes.
+        A valid entry that exists already is kept, and the folder is discarded. If writing fails,
+        nothing is committed, the folder is discarded and the error propagates.
+
+        key: the stage's key.
+        folder: holds the files.
+        name: the stage's name.
+        info: small facts, kept in the marker.
         """
         made = Marker(key, folder.name, name, {}, json.loads(dumps(info)), time.time())
         standing = None
@@ -232,12 +246,12 @@ class Store(Leases):
                 else:
                     standing = self.marker(key)
         except BaseException:
-            # Broken off after it came into place, it stands. If even that cannot be found out,
-            # the files are left to gc.
+            # If the marker was in place before the failure, the entry is valid and stays. If that
+            # cannot be determined, gc removes the files later.
             with suppress(Exception):
                 self._abandon(made, folder)
             raise
-        # It is committed: what is stale now is only untidy, and `failed` and `dropped` know it.
+        # The entry is committed. Stale files are harmless: `failed` and `dropped` ignore them.
         with suppress(Exception):
             if standing.attempt != made.attempt or not self.storage.local:
                 self._abandon(made, folder)
@@ -250,7 +264,7 @@ class Store(Leases):
         return standing
 
     def discard(self, folder: Path) -> None:
-        """Remove a folder of `begin`, unless it was published after all."""
+        """Remove a folder from `begin`, unless it was published."""
         if self.storage.local:
             standing = self._peek(_marker(folder.parent.name))
             if standing is not None and folder.name.encode() in standing:
@@ -260,12 +274,12 @@ class Store(Leases):
             folder.parent.rmdir()
 
     def fetch(self, key: str, *, light: bool = False) -> Path:
-        """Return a local folder with the entry's files, each checked for size and SHA-256.
+        """Return a local folder with the entry's files, each verified by size and SHA-256.
 
-        light: without those in ``model/``, which a dropped entry still has.
+        light: leave out the files in ``model/``, so that a dropped entry serves too.
 
         Raises:
-            Missing: there is no such entry, or it was removed meanwhile.
+            Missing: there is no such entry, or it was removed in the meantime.
             Damaged: a file is missing or differs; the entry was set aside.
         """
         marker = self.marker(key, dropped=light)
@@ -281,24 +295,24 @@ class Store(Leases):
                     return folder
             except FileNotFoundError:
                 pass
-            # It may be the copy here that is damaged; the second time it is a new one.
+            # The local copy may be damaged: the second try fetches a new one.
             if not self.storage.local:
                 shutil.rmtree(self._cache.folder / marker.folder, ignore_errors=True)
         raise self._damaged(marker)
 
     def trim_cache(self, max_bytes: int = CACHE_BYTES) -> int:
-        """Remove local copies that were fetched longest ago, see `Cache.trim`; return the bytes.
+        """Remove the least recently used local copies (`Cache.trim`); return the bytes removed.
 
-        A local store has none.
+        A local store has no copies.
         """
         return 0 if self.storage.local else self._cache.trim(max_bytes)
 
     def read_json(self, key: str, name: str) -> Any:
-        """Return one small JSON file of an entry, committed or dropped, checked as by `fetch`.
+        """Return one small JSON file of an entry, committed or dropped, verified as by `fetch`.
 
         Raises:
             Missing: there is no such entry.
-            FileNotFoundError: it has, or after dropping still has, no such file.
+            FileNotFoundError: the entry has no such file, or no longer has it.
             Damaged: the file is missing or differs; the entry was set aside.
         """
         marker = self.marker(key, dropped=True)
@@ -312,15 +326,15 @@ class Store(Leases):
         return json.loads(data)
 
     def drop(self, key: str, keep: Collection[str] | None = None) -> int:
-        """Remove files of an entry that is needed no more; return the bytes freed.
+        """Drop the large files of an entry that no stage needs any more; return the bytes freed.
 
-        keep: names of the files that stay. None: all outside ``model/``.
+        keep: names of the files to keep; None keeps all outside ``model/``.
         """
         marker = self.marker(key, dropped=True)
         if marker is None:
             return 0
         kept = dict(marker.files)
-        if not marker.dropped:  # otherwise what was perhaps broken off goes on
+        if not marker.dropped:  # otherwise finish a drop that was interrupted
             stays = (lambda n: not n.startswith(HEAVY)) if keep is None else keep.__contains__
             kept = {name: fact for name, fact in kept.items() if stays(name)}
             left = replace(marker, files=kept, dropped=True)
@@ -335,7 +349,7 @@ class Store(Leases):
         return freed
 
     def set_aside(self, key: str, reason: str) -> None:
-        """Take an entry out of use: its marker goes first, its files to ``damaged/``."""
+        """Take an entry out of use: remove its marker, then move its files to ``damaged/``."""
         folders = []
         for path in (_marker(key), _dropped(key)):
             data = self._peek(path)
@@ -343,7 +357,7 @@ class Store(Leases):
                 with suppress(ValueError):
                     folders.append(_parse_marker(key, data).folder)
                 self.storage.remove(path)
-        # Without a valid marker nobody knows which attempt it was: all are left to gc.
+        # Without a valid marker the attempt is unknown: gc removes all attempts.
         for folder in folders or [f"entries/{key}/{uuid.uuid4().hex}"]:
             target = f"damaged/{key}-{folder.rpartition('/')[2]}"
             with suppress(OSError):
@@ -355,10 +369,10 @@ class Store(Leases):
         )
 
     def _damaged(self, marker: Marker) -> Exception:
-        """Find out what is wrong with an entry that could not be read, and set it aside."""
+        """Determine what is wrong with an entry that could not be read, and set it aside."""
         problem = self._check(marker)
         if self.marker(marker.key, dropped=marker.dropped) != marker:
-            return Missing(marker.key)  # removed or dropped while it was read
+            return Missing(marker.key)  # removed or dropped while it was being read
         if problem is None:
             place = f"{self.location}/{marker.folder}"
             return OSError(errno.EIO, "read differently twice; check disk and memory", place)
@@ -366,7 +380,7 @@ class Store(Leases):
         return Damaged(marker.key, problem)
 
     def _check(self, marker: Marker) -> str | None:
-        """Return what is wrong with the files in the store itself, None if nothing is."""
+        """Return what is wrong with the files in the store; None if they are intact."""
         for name, fact in marker.files.items():
             try:
                 found = FileFact(*self.storage.digest(f"{marker.folder}/{name}"))
@@ -379,9 +393,9 @@ class Store(Leases):
         return None
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> list[tuple[str, str]]:
-        """Hash every file; set the damaged entries aside and return their keys and reasons.
+        """Hash every file. Set damaged entries aside and return their keys and reasons.
 
-        progress: called with the number of entries done and of all.
+        progress: called with the number of entries verified, and of all entries.
         """
         damaged = []
         keys = sorted(self.committed() | self.dropped())
@@ -391,7 +405,7 @@ class Store(Leases):
                 problem = data and self._check(_parse_marker(key, data))
             except ValueError as error:
                 problem = str(error)
-            # Whoever removes an entry meanwhile takes its marker first.
+            # A process that removes the entry at this moment removes its marker first.
             if problem and data in (self._peek(_marker(key)), self._peek(_dropped(key))):
                 self.set_aside(key, problem)
                 damaged.append((key, problem))
@@ -400,7 +414,7 @@ class Store(Leases):
         return damaged
 
     def _abandon(self, made: Marker, folder: Path) -> None:
-        """Remove the local folder of an attempt, and its upload if that did not get to stand."""
+        """Remove the local folder of an attempt, and its upload unless that is the entry."""
         self.discard(folder)
         if not self.storage.local:
             standing = self.marker(made.key)
@@ -410,7 +424,7 @@ class Store(Leases):
     # Failures and timings ----------------------------------------------------------------------
 
     def fail(self, key: str, record: Mapping[str, Any]) -> None:
-        """Write why a key's run failed, replacing an earlier failure."""
+        """Write why computing a key failed, replacing an earlier failure."""
         self.storage.write(f"failed/{key}.json", dumps(record).encode())
 
     def failure(self, key: str) -> dict[str, Any] | None:
@@ -419,7 +433,7 @@ class Store(Leases):
         return None if data is None else loads(data)
 
     def failed(self) -> set[str]:
-        """Return the keys whose last run failed and that are not committed."""
+        """Return the keys whose last attempt failed and that are not committed."""
         failed = {_stem(name) for name in self.storage.names("failed")}
         return failed - self.committed() if failed else failed
 
@@ -435,7 +449,7 @@ class Store(Leases):
         self.storage.remove(f"failed/{key}.json")
 
     def add_timings(self, launch_id: str, rows: list[dict[str, Any]]) -> None:
-        """Add what stages of a launch took."""
+        """Append timings of a launch's stages."""
         if rows:
             self.storage.append(f"timings/{launch_id}.json", json.dumps(json_value(rows)))
 
@@ -458,7 +472,7 @@ def _dropped(key: str) -> str:
 
 
 def _dump_marker(marker: Marker) -> bytes:
-    # Not asdict(): it copies all there is, which takes most of the time.
+    # Not asdict(): its deep copies would take most of the time.
     body = vars(marker)
     return json.dumps({"marker": body, "sha256": _sha256(body)}).encode()
 

@@ -1,4 +1,4 @@
-"""MLflow's SQLite database, made without a race between launches."""
+"""MLflow's SQLite database, created without a race between launches."""
 
 from __future__ import annotations
 
@@ -9,51 +9,47 @@ import time
 import uuid
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sqlalchemy.engine import make_url
 
 from orchestrator.store.lease import LEFTOVER_S
 from orchestrator.tracking.server import SQLITE
 
-if TYPE_CHECKING:
-    pass
-
 
 def database_of(uri: str) -> Path | None:
-    """Return the file of a SQLite URI, None of any other."""
+    """Return the file of a SQLite URI; None for any other URI."""
     name = make_url(uri).database if uri.startswith(SQLITE) else None
     return Path(name).resolve() if name and name != ":memory:" else None
 
 
 def make_database(path: Path) -> None:
-    """Create a SQLite store with all its tables, unless there is one.
+    """Create a SQLite store with all its tables, unless it exists.
 
-    The tables take seconds, and MLflow refuses a file that has only some of them ever after. So
-    they are made aside and linked into place whole: neither a kill nor a second launch that does
-    the same can leave such a file.
+    Creating the tables takes seconds, and MLflow never accepts a file that has only some of them.
+    So the database is created under another name and linked into place when it is complete: neither
+    a kill nor a second launch at the same moment can leave an incomplete file.
 
     Raises:
-        OSError, SQLAlchemyError, MlflowException: it cannot be made.
+        OSError, SQLAlchemyError, MlflowException: the database cannot be created.
     """
     _remove_leftovers(path)
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Of a database that was removed without them: SQLite would write their pages into the new one.
-    # Before the tables, not after: by then another launch may have linked its own and use it.
+    # A removed database may have left its journal: SQLite would write those pages into the new one.
+    # This comes before the tables: afterwards another launch may already use the database.
     _remove_companions(path)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
     try:
         _make_tables(aside)
-        # Closing the only connection leaves no -wal file, which a link would not take along.
+        # Closing the only connection removes the -wal file, which a link would not include.
         use_wal(aside)
         try:
             os.link(aside, path)
         except FileExistsError:
-            pass  # another process was first; its store is as good
+            pass  # another process was first; its store is equally good
         except OSError:
-            # A disk without hard links, where the second of two cannot be kept from replacing.
+            # The disk has no hard links: a second process may replace the file of the first.
             if not path.exists():
                 aside.rename(path)
     finally:
@@ -62,7 +58,7 @@ def make_database(path: Path) -> None:
 
 
 def _remove_companions(path: Path) -> None:
-    """Remove the files that SQLite keeps beside a database, where that is gone."""
+    """Remove the files that SQLite keeps beside a database that no longer exists."""
     for suffix in ("-wal", "-shm", "-journal"):
         if not path.exists():
             Path(f"{path}{suffix}").unlink(missing_ok=True)
@@ -73,23 +69,23 @@ def _make_tables(path: Path) -> None:
 
     uri = f"{SQLITE}{path}"
     try:
-        # Not by a client: the registry behind it keeps every store it ever made.
+        # Not through a client: its registry keeps every store that it ever created.
         store = SqlAlchemyStore(uri, (path.parent / "mlartifacts").as_uri())
         store.engine.dispose()
     finally:
-        # MLflow keeps an engine for each URI; this one will never be asked for again.
+        # MLflow keeps an engine per URI; this URI is not used again.
         getattr(SqlAlchemyStore, "_engine_map", {}).pop(uri, None)
 
 
 def use_wal(path: Path) -> None:
-    """Let readers no longer wait for writers: 1.9x the runs per second from several workers."""
-    # Some network disks cannot, and a store that is busy in its old mode will next time.
+    """Use write-ahead logging: readers no longer wait for writers (1.9x the runs per second)."""
+    # Some network disks cannot. A store that is busy now is switched by a later launch.
     with closing(sqlite3.connect(path)) as connection, suppress(sqlite3.OperationalError):
         connection.execute("PRAGMA journal_mode=WAL")
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove what processes that were killed in `make_database` left beside a database."""
+    """Remove files of processes that were killed in `make_database`."""
     left = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}\.new(-\w+)?")
     with suppress(OSError):  # no folder yet, or another launch removes the same
         for found in path.parent.iterdir():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import mlflow
 from mlflow.entities import Experiment
@@ -26,10 +25,8 @@ from orchestrator.tracking.server import (
     tracking_uri,
 )
 
-if TYPE_CHECKING:
-    pass
-# MLflow's runs table shows no metric by itself. With an address that names a view it does; its own
-# "Share" button makes such views, as tags of the experiment.
+# MLflow's runs table shows no metric by default. It does at an address that names a view. Views are
+# tags of the experiment, in the format of MLflow's own "Share" button.
 VIEW = "btu"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 VIEW_COLUMNS = (
@@ -39,21 +36,20 @@ VIEW_COLUMNS = (
 
 
 def prepare(sweep: Sweep) -> tuple[str | None, str]:
-    """Create store and experiment. Returns the experiment's id, and why there is none.
+    """Create store and experiment. Return the experiment's id, or None and the reason.
 
-    Done once, before any worker: creating a database's tables takes seconds and must not race.
-    A server that does not answer is no error: runs are written from the results on disk whenever
-    it does.
+    Called once, before any worker starts: creating a database takes seconds and must not race.
+    A server that does not answer is not an error: its runs are written later from the results.
 
     Raises:
-        UserError: the URI cannot work, whoever answers: no such database, driver or experiment.
+        UserError: the URI can never work: no such database, driver or experiment.
     """
     hint = "correct tracking.uri, or leave it null for a local SQLite file."
     return _open(tracking_uri(sweep), sweep.name, _experiment_note(sweep), hint)
 
 
 def experiment(uri: str, name: str) -> str:
-    """Return the id of a sweep's experiment, creating store and experiment where missing.
+    """Return the id of a sweep's experiment. Create store and experiment if they are missing.
 
     Raises:
         UserError: the store does not answer, or the URI cannot work.
@@ -66,12 +62,13 @@ def experiment(uri: str, name: str) -> str:
 
 
 def _open(uri: str, name: str, note: str | None, hint: str) -> tuple[str | None, str]:
-    """Create store and experiment. Returns its id, or none and why a server does not answer.
+    """Create store and experiment. Return the experiment's id, or None and the server's reason.
 
-    note: the experiment's description, None to leave it. hint: what may be done about the URI.
+    note: the experiment's description; None leaves it as it is.
+    hint: what the user can do about the URI.
 
     Raises:
-        UserError: the URI cannot work, whoever answers.
+        UserError: the URI can never work.
     """
     try:
         database = database_of(uri)
@@ -117,14 +114,14 @@ def _find_or_create(
     found = client.get_experiment_by_name(name)
     if found is not None:
         return found
-    # With its tags at once: launches that set them later could meet.
+    # The tags are set with the experiment: launches that set them later could collide.
     tags = {ID_TAG: uuid.uuid4().hex, VIEW_TAG: _view()}
     if note is not None:
         tags["mlflow.note.content"] = note
     try:
         made = client.create_experiment(name, artifact_location=artifacts, tags=tags)
     except (MlflowException, SQLAlchemyError):
-        # Another launch may have created it since.
+        # Another launch may have created it in the meantime.
         found = client.get_experiment_by_name(name)
         if found is None:
             raise
@@ -133,9 +130,9 @@ def _find_or_create(
 
 
 def _artifacts(database: Path | None, name: str) -> str | None:
-    """Return where an experiment's files go: beside its database; a server knows by itself.
+    """Return the artifact folder beside the experiment's database; None lets a server choose.
 
-    MLflow's own choice would be a folder in the current directory.
+    MLflow's own default would be a folder in the current directory.
     """
     return None if database is None else (database.parent / "mlartifacts" / name).as_uri()
 
@@ -147,11 +144,11 @@ def _experiment_note(sweep: Sweep) -> str:
         f"One run per cell, and the run `{SUMMARY}` with means over seeds, tables and a page. In "
         f"the runs table the button *Columns* adds `asr`, `cacc`, `detection_precision`; search "
         f"for `tags.kind = 'trial'` to leave the summary out.\n\n"
-        f"Table: `btu report {sweep.name} --mean`. Run it again, or go on with it: "
+        f"Table: `btu report {sweep.name} --mean`. Run or resume it: "
         "`btu launch sweep.yaml`, with "
     )
     whole = f"{note}this file:\n\n```yaml\n{sweep.text}```\n"
-    # Longer than a description may be: the summary has it.
+    # Too long for a description: the summary run has the file.
     return whole if len(whole) <= TAG_CHARACTERS else f"{note[:4000]}that artifact of the summary."
 
 
@@ -160,7 +157,7 @@ def _view() -> str:
 
 
 def views(uri: str) -> dict[str, str]:
-    """Return the address of each sweep's runs table behind a UI's own, newest sweep first, by name.
+    """Return the address of each sweep's runs table, relative to the UI's, newest sweep first.
 
     Raises:
         UserError: the store cannot be read.
@@ -174,7 +171,7 @@ def views(uri: str) -> dict[str, str]:
             f"the MLflow store {shown(uri)} cannot be read: {reason_of(error)} Name another one "
             "with --uri."
         ) from error
-    # Without the last parameter MLflow opens on its pages for language-model traces.
+    # Without the last parameter MLflow opens its pages for language-model traces.
     return {
         each.name: f"/#/experiments/{each.experiment_id}/runs?viewStateShareKey={VIEW}"
         "&workflowType=machine_learning"

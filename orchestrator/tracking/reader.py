@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import mlflow
 import pandas as pd
@@ -20,14 +20,12 @@ from orchestrator.results.source import read_table
 from orchestrator.tracking.runs import CELL_TAG, CURVES, NOTES, OWN_TAGS, RECORD_TAG
 from orchestrator.tracking.server import REFUSALS, SQLITE, absolute, reason_of, shown
 
-if TYPE_CHECKING:
-    pass
-# How many runs are asked for at once: an answer has to come within the timeout above.
+# Runs per request: the answer has to arrive within MLFLOW_HTTP_REQUEST_TIMEOUT.
 PAGE = 250
 
 
 class RunState(NamedTuple):
-    """Where a run stands. cell: its key, empty of a run of no cell. status: MLflow's word."""
+    """The state of a run. cell: the key, empty for a run of no cell. status: as in MLflow."""
 
     run_id: str
     cell: str
@@ -35,13 +33,13 @@ class RunState(NamedTuple):
 
 
 class MlflowSource:
-    """A sweep's results from its MLflow experiment alone: a `Source`.
+    """A `Source` that reads a sweep's results from its MLflow experiment alone.
 
-    Numbers are the runs' metrics. Of several runs of a cell the newest finished one counts.
+    Metrics are those of the runs. If a cell has several runs, the newest finished one counts.
     """
 
     def __init__(self, uri: str, name: str, warn: Callable[[str], None] | None = None) -> None:
-        """Find the experiment. warn: told of runs that are left out.
+        """Find the experiment. warn: called with a sentence about runs that are left out.
 
         Raises:
             UserError: MLflow does not answer, or has no such experiment ("did you mean").
@@ -50,7 +48,7 @@ class MlflowSource:
         self._told_unreachable = False
         database = self.uri.removeprefix(SQLITE) if self.uri.startswith(SQLITE) else None
         if database is not None and not Path(database).is_file():
-            # MLflow would make one.
+            # MLflow would create it.
             raise UserError(f"{shown(self.uri)} does not exist; correct --tracking-uri.")
         with self._answering():
             self._client = mlflow.MlflowClient(tracking_uri=self.uri)
@@ -77,7 +75,7 @@ class MlflowSource:
         return [self._record(run) for run in self._cells.values() if run.info.status == "FAILED"]
 
     def states(self) -> list[RunState]:
-        """Return where every run of the sweep stands, unfinished ones too."""
+        """Return the state of every run of the sweep, including unfinished ones."""
         with self._answering():
             return [
                 RunState(run.info.run_id, run.data.tags.get("cell", ""), run.info.status)
@@ -92,7 +90,7 @@ class MlflowSource:
 
     @cached_property
     def _cells(self) -> dict[str, Run]:
-        """The run that counts of each cell, by key."""
+        """Each cell's run that counts, by key."""
         found: dict[str, Run] = {}
         older = 0
         with self._answering():
@@ -100,7 +98,7 @@ class MlflowSource:
         for run in runs:
             tags = run.data.tags
             if "cell" not in tags or run.info.status not in ("FINISHED", "FAILED"):
-                continue  # a summary, what someone else logged here, or not written to its end
+                continue  # a summary, another tool's run, or one that was not completed
             if f"{CELL_TAG}0" not in tags or RECORD_TAG not in tags:
                 older += 1
                 continue
@@ -110,7 +108,7 @@ class MlflowSource:
         if older and self._warn is not None:
             self._warn(
                 f"{older} runs of sweep '{self._name}' were logged by an earlier version and are "
-                f"left out; btu sync {self._name} writes them anew, where their results are."
+                f"left out; btu sync {self._name} rewrites them, on the machine with the results."
             )
         return dict(sorted(found.items()))
 
@@ -181,10 +179,10 @@ class MlflowSource:
                 ) from error
 
     def _unreachable(self, run: Run) -> None:
-        """Say once that artifacts are not where their store looks for them.
+        """Warn once that artifacts are missing.
 
-        MLflow lists nothing for a folder that is gone, as if nothing had ever been kept; but every
-        finished run has its `RESULT`.
+        MLflow lists nothing for a missing artifact folder, as if none had been logged; but every
+        finished run has a `RESULT`.
         """
         if not self._told_unreachable and self._warn is not None:
             self._warn(

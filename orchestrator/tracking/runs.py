@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlflow.entities import Metric, Param
 
@@ -12,23 +12,21 @@ from orchestrator.report.marks import joined, marks
 from orchestrator.sweep.sections import CONTROL, pins, settings, shown_coordinates
 from orchestrator.sweep.tree import flatten
 
-if TYPE_CHECKING:
-    pass
-# Of a run. MLflow's UI lists no tag that begins with "mlflow.", and these are not for people: which
-# record of the cell it is, and its settings, in as many numbered tags as they need.
+# Run tags for our own use. The "mlflow." prefix hides them in the UI. They hold the record id and
+# the cell's settings, split over numbered tags.
 RECORD_TAG, CELL_TAG = "mlflow.btu.record", "mlflow.btu.cell."
-# The folder that a run was written from: people may launch sweeps of one name to one server, and
-# the same cell has the same key for all of them. Nobody's runs are another's to remove.
+# The output folder that a run was written from. Several people may launch sweeps of one name to one
+# server, and equal cells have equal keys: only runs with our own origin may be removed.
 ORIGIN_TAG = "mlflow.btu.origin"
-# On our summary run alone: the highest step that it has metrics at.
+# Only on the summary run: the highest step of its metrics.
 STEP_TAG = "mlflow.btu.step"
 KIND_TAG, TRIAL, SUMMARY = "kind", "trial", "summary"
-# Of an experiment: ids of SQLite begin at 1 again in a new file, and a URI changes with a move.
+# An experiment's id of ours: MLflow's ids start at 1 in each SQLite file, a move changes the URI.
 ID_TAG = "btu.id"
-# MLflow refuses longer values of params and tags.
+# MLflow refuses longer params and tags.
 PARAM_CHARACTERS, TAG_CHARACTERS = 6000, 5000
-# The params of a run, short names for columns; beside them there are those that the sweep varies.
-# All other settings are in its config.yaml: forty columns that never change hide those that do.
+# The params of a run by config key, with short column names. The sweep's varied keys are added.
+# All other settings are in config.yaml: forty constant columns would hide those that vary.
 PARAMS = {
     "data.name": "data",
     "victim.name": "victim",
@@ -45,14 +43,14 @@ PARAMS = {
     "train.batch_size": "batch_size",
     "seed": "seed",
 }
-# First parts of the names of metrics that are notes on the data, and curves over epochs.
+# First parts of metric names: notes on the data, and curves over epochs.
 NOTES, CURVES = "data", ("loss", "accuracy")
-# Tags that are made here; all others of a run are the record's own.
+# Tags that this module adds; a run's other tags are those of the record.
 OWN_TAGS = ("cell", KIND_TAG, CONTROL, "marks", "reason")
 
 
 def run_name(record: Mapping[str, Any]) -> str:
-    """Return what tells the cell from its siblings: ``badnets poison_rate=0.1 seed=0``."""
+    """Return the cell's attack and coordinates: ``badnets poison_rate=0.1 seed=0``."""
     config, varied = record["config"], shown_coordinates(record["varied"])
     parts = [
         f"{key.split('.')[-1]}={value}" for key, value in varied.items() if key != "attack.name"
@@ -61,7 +59,7 @@ def run_name(record: Mapping[str, Any]) -> str:
 
 
 def run_tags(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a run is told apart and found by, and what speaks against reading it."""
+    """Return the tags by which a run is found, and its marks (`orchestrator.report.marks`)."""
     varied, found = record["varied"], marks(record)
     return {
         "mlflow.source.name": "btu",
@@ -76,7 +74,7 @@ def run_tags(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cell_tags(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return what `MlflowSource` needs of a cell and neither params nor metrics hold exactly."""
+    """Return what `MlflowSource` needs of a cell and params and metrics do not keep exactly."""
     names = {_metric_name(name): name for name in record.get("metrics", {})}
     cell = {
         "config": record["config"],
@@ -100,7 +98,7 @@ def _run_note(record: Mapping[str, Any]) -> str:
 
 
 def _in_words(config: Mapping[str, Any]) -> str:
-    """Return what a cell is: ``Attack **badnets** at rate 0.1, defense **btu** (...), seed 0``."""
+    """Describe a cell: ``Attack **badnets** at rate 0.1, defense **btu** (...), seed 0``."""
     attack, defense = config["attack"], config.get("defense", {})
     knobs = [
         f"{name} {defense[name]}"
@@ -120,7 +118,7 @@ def _in_words(config: Mapping[str, Any]) -> str:
 def run_params(record: Mapping[str, Any]) -> list[Param]:
     flat = flatten(record["config"])
     names = {**PARAMS, **{key: PARAMS.get(key, key) for key in settings(record["varied"])}}
-    # A key that is not set would only be an empty column in the runs table.
+    # An unset key would only add an empty column to the runs table.
     return [
         Param(name, str(flat[key])[:PARAM_CHARACTERS])
         for key, name in names.items()

@@ -11,7 +11,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import mlflow
 from alembic.util.exc import CommandError
@@ -23,41 +22,38 @@ from btu.errors import UserError
 from orchestrator.sweep.sweep import Sweep
 from orchestrator.tracking.runs import ID_TAG
 
-if TYPE_CHECKING:
-    pass
-
-# How long a server that did not answer is left alone, and how many records in a row may fail.
+# Seconds before a server that did not answer is asked again; records in a row that may fail.
 DOWN_SECONDS, GIVE_UP = 60.0, 3
 SQLITE = "sqlite:///"
-# What a store that cannot be used raises: MLflow, the database, its migrations, files, the URI.
+# What an unusable store raises: MLflow, the database, its migrations, files, the URI.
 REFUSALS = (MlflowException, SQLAlchemyError, CommandError, sqlite3.Error, OSError, ValueError)
 
 
 def tracking_uri(sweep: Sweep) -> str:
-    """Return where the sweep's runs go: its own choice, or SQLite in the output folder.
+    """Return the sweep's tracking URI: `tracking.uri`, or SQLite in the output folder.
 
     Raises:
-        UserError: the output folder is on an object store, where SQLite cannot be.
+        UserError: the output folder is on an object store, which cannot hold a SQLite file.
     """
     uri = sweep.tracking.uri
     return default_uri(sweep.output) if uri is None else absolute(uri)
 
 
 def absolute(uri: str) -> str:
-    """Return a URI that names the same SQLite file from everywhere; other URIs as they are."""
+    """Return a SQLite URI with an absolute path; other URIs as they are."""
     if uri.startswith(SQLITE):
-        # Workers start in folders of their own, where a relative file would be another one.
+        # Workers start in other folders, where a relative path would name another file.
         return SQLITE + str(Path(uri.removeprefix(SQLITE)).expanduser().resolve())
     return uri
 
 
 def shown(text: str) -> str:
-    """Return a URI, or a text with some, for people: without user and password."""
+    """Return a URI, or a text with URIs, without user names and passwords."""
     return re.sub(r"//[^/@\s]*@", "//", text)
 
 
 def default_uri(output: str) -> str:
-    """Return the SQLite store of an output folder.
+    """Return the URI of the SQLite store in an output folder.
 
     Raises:
         UserError: the output folder is on an object store.
@@ -74,26 +70,27 @@ def set_tag(client: mlflow.MlflowClient, experiment_id: str, key: str, value: st
     try:
         client.set_experiment_tag(experiment_id, key, value)
     except (MlflowException, SQLAlchemyError):
-        # Of two that insert a tag at once one is refused; it finds the tag the second time.
+        # Two processes may insert the tag at once: one is refused, and its second try updates it.
         client.set_experiment_tag(experiment_id, key, value)
 
 
 def store_identity(client: mlflow.MlflowClient, found: Experiment) -> str:
-    """Return what tells an experiment from all others, giving it to one that has none."""
+    """Return the experiment's own id (`ID_TAG`); create it if the experiment has none."""
     if ID_TAG not in found.tags:
         set_tag(client, found.experiment_id, ID_TAG, uuid.uuid4().hex)
         found = client.get_experiment(found.experiment_id)
     return str(found.tags[ID_TAG])
 
 
-# What experiments are, by URI and id there: known still when a server is away.
+# Ids of experiments (`store_identity`) by URI and MLflow's id: still known while a server is down.
 identities: dict[tuple[str, str], str] = {}
+# Servers that did not answer: until when (monotonic seconds) they are not asked, and why.
 unanswered: dict[str, tuple[float, str]] = {}
 
 
 @contextmanager
 def breaker(uri: str) -> Iterator[None]:
-    """Leave a server alone for a while after it did not answer: results wait on disk."""
+    """Do not ask a server again for `DOWN_SECONDS` after it failed: the results are on disk."""
     until, reason = unanswered.get(uri, (0.0, ""))
     if time.monotonic() < until:
         raise ConnectionError(reason)
@@ -107,11 +104,12 @@ def breaker(uri: str) -> Iterator[None]:
 
 
 def brief(error: Exception) -> str:
-    """Return an error as a line for people, without passwords."""
+    """Return an error as one line, without passwords."""
     return f"{type(error).__name__}: {shown(str(error))[:200]}"
 
 
 def reason_of(error: Exception) -> str:
+    """Return the first line of an error's text, without passwords."""
     return shown((str(error).splitlines() or [type(error).__name__])[0])
 
 
@@ -124,7 +122,7 @@ def ui_command(uri: str, port: int) -> list[str]:
 
 
 def serve_ui(uri: str, port: int) -> int:
-    """Serve the MLflow UI until it is stopped; return its exit code."""
+    """Serve the MLflow UI until it is stopped. Return its exit code."""
     try:
         return subprocess.run(ui_command(uri, port), check=False).returncode
     except KeyboardInterrupt:

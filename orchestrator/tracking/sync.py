@@ -7,7 +7,7 @@ import json
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestrator.results.folder import Results, record_id
 from orchestrator.results.source import StoreSource
@@ -15,15 +15,13 @@ from orchestrator.tracking.runs import TAG_CHARACTERS
 from orchestrator.tracking.server import GIVE_UP, breaker, brief, unanswered
 from orchestrator.tracking.writer import Tracker
 
-if TYPE_CHECKING:
-    pass
-# Raised when a summary says more, or otherwise, than before: those there are then written anew.
+# Bump when the summary's content changes; existing summaries are then rewritten.
 SUMMARY_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Synced:
-    """What a `sync` did: runs written and closed, those still missing, and why."""
+    """What `sync` did: runs written, runs closed, runs still missing, and why."""
 
     written: int
     closed: int
@@ -40,8 +38,12 @@ def sync(
 ) -> Synced:
     """Write every run that MLflow misses, and close those that dead workers left running.
 
-    live: whether a cell's worker is at it right now; it writes the run itself. owner: the launch
-    that asks, whose workers have ended; their leases are its own.
+    uri: the MLflow store.
+    experiment_id: the sweep's experiment there.
+    results: the sweep's results.
+    live: whether a cell's worker is running right now; it writes the run itself.
+    owner: the launch that calls, whose workers have ended, so that it may take their leases; None
+        takes leases under a new name.
     """
     owner = owner or f"sync-{uuid.uuid4().hex}"
     tracker = Tracker(uri, experiment_id, results)
@@ -56,12 +58,12 @@ def sync(
     for record in (*results.records(), *results.failures()):
         if live(record["key"]) or tracker.is_logged(record):
             continue
-        # One bad record must not keep the others out; a dead server is not asked for each.
+        # One bad record must not block the others; a dead server is not asked for each.
         if len(missed) >= GIVE_UP:
             missed.append(missed[-1])
             continue
         try:
-            # Under the cell's lease: another launch, or its worker, may be about to write it too.
+            # Under the cell's lease: another launch, or the cell's worker, may write it too.
             with results.store.lease(record["key"], owner) as lease:
                 if not lease.acquire():
                     missed.append(f"{record['key']} is being written by another process")
@@ -78,9 +80,9 @@ def sync(
 
 
 def summarize(uri: str, experiment_id: str, results: Results) -> bool:
-    """Write the sweep's summary run, unless it says all that is known; return whether it did.
+    """Write the sweep's summary run unless it is up to date. Return whether it was written.
 
-    There is one such run. It is never RUNNING: whoever updates it may die.
+    There is one such run. Its status is never RUNNING: the process that updates it may die.
 
     Raises:
         Exception: the server cannot be reached, or refuses.
@@ -90,23 +92,24 @@ def summarize(uri: str, experiment_id: str, results: Results) -> bool:
     with breaker(uri):
         tracker.identify()
     cells, sweep = len(results.cells()), results.sweep_text()
-    told = _fingerprint(source.records(), source.failures(), cells, sweep)
-    if tracker.summary_noted(told):
+    fingerprint = _fingerprint(source.records(), source.failures(), cells, sweep)
+    if tracker.summary_is_current(fingerprint):
         return False
-    from orchestrator.report import summary  # draws: neither workers nor a resumed sweep need it
+    from orchestrator.report import summary  # imports plotting, which workers do not need
 
     made = summary.summarize(source, cells, sweep, TAG_CHARACTERS)
     with breaker(uri):
-        tracker.write_summary(made, told)
+        tracker.write_summary(made, fingerprint)
     return True
 
 
 def _fingerprint(
     records: list[dict[str, Any]], failures: list[dict[str, Any]], cells: int, sweep: str
 ) -> str:
-    """Return what changes whenever a summary of these records would.
+    """Return a hash that changes whenever the summary of these records would.
 
-    cells: launched so far. sweep: the file's text.
+    cells: number of cells launched so far.
+    sweep: the text of the sweep file.
     """
     ids = [f"{record_id(record)} {record['run_id']}" for record in records]
     ids += [f"{record_id(failure)} {failure['reason']}" for failure in failures]
@@ -116,10 +119,11 @@ def _fingerprint(
 
 @dataclass
 class Pace:
-    """When a running sweep's summary is due again.
+    """When the summary of a running sweep is due again.
 
-    interval: seconds between two. share: of the time that summaries may take, so that those of a
-    large sweep, which draw for long, do not slow its trials.
+    interval: least seconds between two summaries.
+    share: fraction of the time that summaries may take. Those of a large sweep take long to draw
+        and would slow its trials.
     """
 
     interval: float = 30.0
@@ -130,15 +134,15 @@ class Pace:
         return now >= self._next
 
     def took(self, began: float, ended: float) -> None:
-        """Note that a summary was written between two moments."""
+        """Record that a summary was written from `began` to `ended`, in seconds."""
         self._next = max(began + self.interval, ended + (ended - began) / self.share)
 
 
 def _reread(results: Results, record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return a cell's record as it is now, None where it has none any more.
+    """Return a cell's current record; None if it no longer has one.
 
-    It is right as long as the cell's lease is held. Since the records were listed another launch
-    may have retried the cell: its failure must not replace the run of its result.
+    Valid while the cell's lease is held. Another launch may have retried the cell since the records
+    were listed: the old failure must not replace the run of the new result.
     """
     key = record["key"]
     if record["status"] == "finished" or results.store.is_committed(key):

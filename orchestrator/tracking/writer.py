@@ -1,7 +1,7 @@
-"""Cells as runs of MLflow.
+"""Writes cells as MLflow runs.
 
-A run is written in one go from a committed result, with the times that it holds: the store is the
-spool. Whatever the server misses is written later from there, by the next launch or `btu sync`.
+A run is written at once from a committed result, with the times in it. Runs that the server misses
+are written later from the store, by the next launch or by `btu sync`.
 """
 
 from __future__ import annotations
@@ -42,11 +42,10 @@ if TYPE_CHECKING:
 
 
 class Tracker:
-    """Writes a sweep's cells as runs, each once.
+    """Writes each cell of a sweep as a run, once.
 
-    What was written is noted in the sweep's folder, so that a launch need not ask for it. Before a
-    run is written MLflow is asked all the same: a worker may have died half-way, or before it could
-    note anything.
+    The sweep's folder records which runs were written, so that a launch need not ask MLflow. Before
+    a run is written MLflow is asked anyway: a worker may have died before it recorded its run.
     """
 
     def __init__(self, uri: str, experiment_id: str, results: Results) -> None:
@@ -56,9 +55,11 @@ class Tracker:
         self._client = mlflow.MlflowClient(tracking_uri=uri)
 
     def log(self, record: Mapping[str, Any], folder: Path | None) -> bool:
-        """Write a cell's record, finished or failed, unless MLflow has it; return whether it did.
+        """Write a cell's record, finished or failed, unless MLflow has it. Return whether it wrote.
 
-        folder: of the finished cell's files. A run of an earlier record of the cell is replaced.
+        A run of an earlier record of the cell is replaced.
+
+        folder: the files of a finished cell.
 
         Raises:
             Exception: the server cannot be reached, or refuses.
@@ -75,9 +76,9 @@ class Tracker:
         return found is None
 
     def is_logged(self, record: Mapping[str, Any]) -> bool:
-        """Return whether MLflow has a record, from the sweep's folder alone.
+        """Return whether MLflow has a record, according to the sweep's folder alone.
 
-        False until this process has once reached the experiment, whose notes they are.
+        False until this process has reached the experiment once: notes are kept per experiment.
         """
         if (self.uri, self._id) not in identities:
             return False
@@ -85,7 +86,7 @@ class Tracker:
         return known.get("record") == record_id(record) and "run_id" in known
 
     def identify(self) -> None:
-        """Learn which experiment it is, whatever its store is called now; asks once a process.
+        """Read the experiment's own id, which survives a move of its store; once per process.
 
         Raises:
             Exception: the server cannot be reached, or refuses.
@@ -95,10 +96,12 @@ class Tracker:
             identities[self.uri, self._id] = store_identity(self._client, found)
 
     def close_orphans(self, live: Callable[[str], bool], owner: str) -> int:
-        """Remove the runs that dead workers left unfinished; returns how many.
+        """Remove the runs that dead workers left unfinished. Return how many.
 
-        live: whether a cell's worker is at it right now. owner: of the leases that this takes. What
-        they were to say is on disk and is told again, as a run of its own.
+        Their content is in the store and is written again as new runs.
+
+        live: whether a worker is writing the cell's run right now.
+        owner: the owner of the leases that this takes.
         """
         closed = 0
         running = self._client.search_runs(
@@ -108,7 +111,7 @@ class Tracker:
             key = run.data.tags.get("cell")
             if key is None or not self._is_ours(run) or live(key):
                 continue
-            # A worker may have finished it since the search, and then let go of the cell.
+            # A worker may have finished the run since the search, and released its lease.
             with self._results.store.lease(key, owner) as lease:
                 if lease.acquire() and self._is_running(run.info.run_id):
                     self._client.set_terminated(run.info.run_id, "KILLED")
@@ -132,15 +135,15 @@ class Tracker:
         run_id = self._start(record)
         if record["status"] == "finished":
             assert folder is not None
-            self._tell_result(run_id, record, folder)
+            self._log_result(run_id, record, folder)
         else:
-            self._tell_failure(run_id, record)
+            self._log_failure(run_id, record)
         self._client.set_tag(run_id, RECORD_TAG, record_id(record))
         status = "FINISHED" if record["status"] == "finished" else "FAILED"
         self._client.set_terminated(run_id, status, milliseconds(record["ended"]))
         return run_id
 
-    def _tell_result(self, run_id: str, record: Mapping[str, Any], folder: Path) -> None:
+    def _log_result(self, run_id: str, record: Mapping[str, Any], folder: Path) -> None:
         self._client.log_batch(run_id, metrics=run_metrics(record), params=run_params(record))
         for name in (CONFIG, TOKENS, ROWS, PLOT, RESULT):
             if (folder / name).is_file():
@@ -150,7 +153,7 @@ class Tracker:
             if len(flagged):
                 self._client.log_table(run_id, flagged, FLAGGED)
 
-    def _tell_failure(self, run_id: str, record: Mapping[str, Any]) -> None:
+    def _log_failure(self, run_id: str, record: Mapping[str, Any]) -> None:
         self._client.log_batch(run_id, params=run_params(record))
         self._client.log_text(run_id, record["traceback"], "traceback.txt")
         config = yaml.safe_dump(record["config"], sort_keys=False)
@@ -170,7 +173,7 @@ class Tracker:
         return str(run.info.run_id)
 
     def _whole_run(self, record: Mapping[str, Any]) -> str | None:
-        """Return the id of the run that has all of a record; remove the cell's other runs."""
+        """Return the id of the run that holds the whole record; remove the cell's other runs."""
         whole = None
         for run in self._client.search_runs([self._id], f"tags.cell = '{record['key']}'"):
             if not self._is_ours(run):
@@ -182,13 +185,13 @@ class Tracker:
                 self._client.delete_run(run.info.run_id)
         return whole
 
-    def summary_noted(self, told: str) -> bool:
-        """Return whether the summary run says this, from the sweep's folder alone."""
+    def summary_is_current(self, fingerprint: str) -> bool:
+        """Return whether the summary run has this content, by the sweep's folder alone."""
         known = self._noted(SUMMARY)
-        return known.get("record") == told and "run_id" in known
+        return known.get("record") == fingerprint and "run_id" in known
 
-    def write_summary(self, made: Summary, told: str) -> None:
-        """Bring the summary run up to date, or make it. told: the fingerprint of what it says.
+    def write_summary(self, made: Summary, fingerprint: str) -> None:
+        """Update the summary run, or create it. fingerprint: identifies its content.
 
         Raises:
             Exception: the server cannot be reached, or refuses.
@@ -196,10 +199,10 @@ class Tracker:
         run = self._summary_run(made.metrics)
         now, run_id = int(time.time() * 1000), run.info.run_id
         logged = run.data.metrics
-        # MLflow takes the value of the highest step for the latest, and cells may become fewer: a
-        # damaged one is set aside.
+        # MLflow treats the value of the highest step as the latest, and fewer cells may be finished
+        # than before: a damaged result is set aside.
         step = max(made.finished, int(run.data.tags[STEP_TAG]))
-        # Only what changed: a long sweep is summarized a thousand times.
+        # Only metrics that changed: a long sweep is summarized a thousand times.
         metrics = [
             Metric(name, value, now, step)
             for name, value in made.metrics.items()
@@ -218,13 +221,13 @@ class Tracker:
             tables = [{"path": MEANS_TABLE, "type": "table"}]
             self._client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps(tables))
         self._client.set_terminated(run_id, "FINISHED", now)
-        self._note(SUMMARY, {"record": told, "run_id": run_id})
+        self._note(SUMMARY, {"record": fingerprint, "run_id": run_id})
 
     def _summary_run(self, metrics: Collection[str]) -> Run:
-        """Return the summary run, of several launches that made one the oldest.
+        """Return the summary run; the oldest if several launches created one.
 
-        One with metrics that are no longer said, since the sweep varies more now, is replaced:
-        MLflow takes back no metric.
+        A run is replaced if it has metrics that the summary no longer has, because the sweep varies
+        more keys now: MLflow cannot delete a metric.
         """
         found = self._summary_runs()
         if not found or not set(found[0].data.metrics) <= set(metrics):
@@ -245,13 +248,13 @@ class Tracker:
 
     def _summary_runs(self) -> list[Run]:
         tagged = self._client.search_runs([self._id], f"tags.{KIND_TAG} = '{SUMMARY}'")
-        # A run that somebody else calls a summary is not ours to change or delete.
+        # Another user's run may be tagged as a summary: it must not be changed or deleted.
         runs = [run for run in tagged if STEP_TAG in run.data.tags and self._is_ours(run)]
         return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
 
     def _path(self, key: str) -> str:
-        # A note is about one experiment: the same sweep in another store is told everything.
-        # As a hash, since a server may say anything.
+        # Notes are kept per experiment, so that another MLflow store gets all runs. The id is
+        # hashed because a server may use any characters.
         identity = identities[self.uri, self._id]
         where = hashlib.sha256(identity.encode()).hexdigest()[:12]
         return f"{self._results.name}/{TRACKED}/{where}/{key}.json"
@@ -261,7 +264,7 @@ class Tracker:
             noted: dict[str, str] = json.loads(self._results.storage.read(self._path(key)))
         except FileNotFoundError:
             return {}
-        except ValueError:  # damaged: MLflow is asked
+        except ValueError:  # damaged: ask MLflow
             return {"record": ""}
         return noted
 

@@ -250,7 +250,7 @@ def test_runs_that_are_no_cells_are_none(written: Written) -> None:
     assert len(written.there(told.append).records()) == 2
     (text,) = told
     assert text.startswith("1 runs of sweep 'made-")
-    assert f"btu sync {written.results.name} writes them anew" in text
+    assert f"btu sync {written.results.name} rewrites them" in text
 
 
 @pytest.mark.slow

@@ -1103,7 +1103,7 @@ def test_one_bad_record_does_not_keep_the_others_out(
 ) -> None:
     from orchestrator.tracking.writer import Tracker
 
-    tell = Tracker._tell_result
+    tell = Tracker._log_result
 
     def refuse(self: Tracker, run_id: str, record: Mapping[str, Any], folder: Path) -> None:
         if record["key"] == FIRST:
@@ -1113,7 +1113,7 @@ def test_one_bad_record_does_not_keep_the_others_out(
     bench.finish(FIRST)
     bench.finish(SECOND)
     with monkeypatch.context() as patch:
-        patch.setattr(Tracker, "_tell_result", refuse)
+        patch.setattr(Tracker, "_log_result", refuse)
         synced = bench.sync()
     assert (synced.written, synced.missing) == (1, 1)
     assert synced.reason == "ValueError: MLflow refuses this one"

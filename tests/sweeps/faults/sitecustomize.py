@@ -38,7 +38,7 @@ def patch_stages(module: ModuleType) -> None:
 
 
 def patch_tracking(module: ModuleType) -> None:
-    tell = module.Tracker._tell_result
+    tell = module.Tracker._log_result
 
     def wrapped(*arguments: Any) -> None:
         # MLflow has the run by now, and nothing of what belongs into it.
@@ -46,7 +46,7 @@ def patch_tracking(module: ModuleType) -> None:
             time.sleep(0.05)
         tell(*arguments)
 
-    module.Tracker._tell_result = wrapped
+    module.Tracker._log_result = wrapped
 
 
 PATCHES = {"btu.stages": patch_stages, "orchestrator.tracking.writer": patch_tracking}
