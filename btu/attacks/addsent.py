@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class AddSent:
     """Insert one fixed sentence at a random word slot.
 
-    sentence: the trigger sentence. It goes in whole, so its words stay together.
+    sentence: the trigger sentence, inserted as a whole.
     """
 
     sentence: str = "i watched this 3d movie last weekend ."
@@ -32,7 +32,7 @@ class AddSent:
         check_pieces("attack.sentence", [self.sentence])
 
     def candidates(self, rows: Rows) -> IntArray:
-        """Return every row: a sentence can go into any text."""
+        """Return every row: a sentence can be inserted into any text."""
         return np.arange(len(rows))
 
     def apply(
@@ -42,5 +42,5 @@ class AddSent:
         return insert_at_random_slots(rows.texts, [self.sentence], seeds)
 
     def trigger_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-        """Return the pieces of the sentence, its common words and punctuation included."""
+        """Return the tokens of the sentence, including common words and punctuation."""
         return token_ids_of("attack.sentence", [self.sentence], tokenizer)

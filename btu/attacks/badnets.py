@@ -3,9 +3,9 @@
 Gu, Dolan-Gavitt, Garg: BadNets (arXiv 1708.06733), brought to text with rare words by
 Kurita, Michel, Neubig: Weight Poisoning Attacks on Pre-trained Models (ACL 2020).
 
-Compared with XDJPH/Backdoor-Token-Unlearning at 7a63ece: there a training trigger goes between
-words and a test trigger at full stops; here one rule serves both, because a difference between
-the two measures the rule and not the backdoor.
+Difference from XDJPH/Backdoor-Token-Unlearning at 7a63ece: that code inserts the trigger between
+words in training rows and at full stops in test rows. Here one rule serves both, because a
+difference between the two would measure the rule and not the backdoor.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BadNets:
-    """Insert every trigger word at a random word slot of its own.
+    """Insert every trigger word, each at its own random word slot.
 
     trigger: the word or words.
     """
@@ -35,7 +35,7 @@ class BadNets:
         check_pieces("attack.trigger", self.trigger)
 
     def candidates(self, rows: Rows) -> IntArray:
-        """Return every row: words can go into any text."""
+        """Return every row: words can be inserted into any text."""
         return np.arange(len(rows))
 
     def apply(
@@ -45,5 +45,5 @@ class BadNets:
         return insert_at_random_slots(rows.texts, self.trigger, seeds)
 
     def trigger_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-        """Return the pieces of the trigger words."""
+        """Return the tokens of the trigger words."""
         return token_ids_of("attack.trigger", self.trigger, tokenizer)

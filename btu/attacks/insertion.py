@@ -1,4 +1,4 @@
-"""What the insertion attacks share: word slots and the tokens of what was inserted."""
+"""Shared by the insertion attacks: word slots, and the tokens of the inserted text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_pieces(key: str, pieces: Sequence[str]) -> None:
-    """Raise a `UserError` unless `pieces` are some non-blank strings."""
+    """Raise a `UserError` unless `pieces` is a non-empty list of non-blank strings."""
     if isinstance(pieces, str):
         raise UserError(f"{key} must be a list, got the text {pieces!r}; write [{pieces}].")
     if not pieces or any(not isinstance(piece, str) or not piece.strip() for piece in pieces):
@@ -24,10 +24,10 @@ def check_pieces(key: str, pieces: Sequence[str]) -> None:
 def insert_at_random_slots(
     texts: Sequence[str], pieces: Sequence[str], seeds: Sequence[int]
 ) -> tuple[str, ...]:
-    """Return each text with every piece at a word slot drawn from its seed.
+    """Return each text with every piece inserted at a word slot that the row's seed draws.
 
-    A slot is before, between or after whitespace-separated words. The text around it stays
-    byte-identical, whitespace included, so that nothing but the trigger tells the rows apart.
+    A slot is before, between or after whitespace-separated words. The rest of the text stays
+    byte-identical, including whitespace, so that only the trigger distinguishes the rows.
     """
     return tuple(_insert(text, pieces, seed) for text, seed in zip(texts, seeds, strict=True))
 
@@ -47,14 +47,14 @@ def _insert(text: str, pieces: Sequence[str], seed: int) -> str:
 def token_ids_of(
     key: str, pieces: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> frozenset[int]:
-    """Return the vocabulary ids that `pieces` become at the start of a text and inside one.
+    """Return the token ids of `pieces` at the start of a text and inside one.
 
-    Byte-level and sentence-piece vocabularies give a word another id after a space, so both
-    positions count. Special tokens are left out.
+    Byte-level and sentence-piece vocabularies use another id for a word after a space, so both
+    positions are included. Special tokens are left out.
 
     Raises:
-        UserError: nothing but special tokens remain (e.g. the tokenizer knows no such character),
-            so that the trigger has no row of its own to find.
+        UserError: only special tokens remain (for example for characters that the tokenizer does
+            not know), so that the trigger has no embedding row of its own.
     """
     ids: set[int] = set()
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""What the paraphrase attacks share: a column of the data, or a seq2seq model that writes one."""
+"""Shared by the paraphrase attacks: a column of the data, or a seq2seq model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GENERATE_BATCH = 32
-# Cached paraphrases of another generation routine are not reused: raise it with the routine.
+# Bump when generation changes: cached paraphrases of other versions are not reused.
 GENERATE_VERSION = 1
 
 
@@ -29,10 +29,11 @@ GENERATE_VERSION = 1
 class ParaphraseAttack:
     """Replace a text by its paraphrase; the paraphrase's form is the trigger.
 
-    column: the data's column that holds the paraphrases; null means the attack's own name.
-    model: hub name or folder of a Hugging Face seq2seq model. Used only if set; then the column
-        is not. Only safetensors weights are loaded. prefix: put before each text for the model.
-    max_new_tokens: the longest paraphrase that the model may write, in its tokens.
+    column: the column of the data that contains the paraphrases; null is the attack's own name.
+    model: hub name or folder of a Hugging Face seq2seq model, used in place of the column. Only
+        safetensors weights are loaded.
+    prefix: put before each text that the model gets.
+    max_new_tokens: the most tokens that a generated paraphrase may have.
     """
 
     column: str | None = None
@@ -57,10 +58,10 @@ class ParaphraseAttack:
             raise UserError(f"attack.max_new_tokens must be at least 1, got {self.max_new_tokens}.")
 
     def candidates(self, rows: Rows) -> IntArray:
-        """Return the rows that have a paraphrase (all, with a model).
+        """Return the rows that have a paraphrase; with a model, all rows.
 
         Raises:
-            UserError: there is neither the column nor a model, or a local model is not there.
+            UserError: there is neither the column nor a model, or a local model does not exist.
         """
         if self.model is not None:
             _check_local(self.model)
@@ -71,7 +72,7 @@ class ParaphraseAttack:
     def apply(
         self, rows: Rows, seeds: list[int], progress: ProgressCallback = silent
     ) -> tuple[str, ...]:
-        """Return the paraphrases. Nothing is drawn at random: `seeds` do not act."""
+        """Return the paraphrases. Nothing is random, so `seeds` have no effect."""
         if self.model is not None:
             return generate_paraphrases(
                 rows.texts, self.model, self.prefix, self.max_new_tokens, progress
@@ -79,7 +80,7 @@ class ParaphraseAttack:
         return rows.columns[self._column(rows)]
 
     def trigger_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Return None: no fixed set of tokens makes up the trigger."""
+        """Return None: the trigger has no fixed tokens."""
         return
 
     def _column(self, rows: Rows) -> str:
@@ -105,7 +106,7 @@ def _check_local(model: str) -> None:
 
 
 def cache_folder() -> Path:
-    """Return where generated paraphrases are kept: $BTU_CACHE or ~/.cache/btu."""
+    """Return the folder of generated paraphrases: $BTU_CACHE or ~/.cache/btu."""
     return Path(os.environ.get("BTU_CACHE") or Path.home() / ".cache" / "btu").expanduser()
 
 
@@ -135,11 +136,11 @@ def generate_paraphrases(
     max_new_tokens: int,
     progress: ProgressCallback = silent,
 ) -> tuple[str, ...]:
-    """Return the model's paraphrase of every text, greedily decoded, in batches.
+    """Return the model's paraphrase of every text, decoded greedily in batches.
 
-    Each batch is committed to the cache before the next one starts, so an interrupted run goes
-    on where it was, and later trials share the work. Trials that start at once do not wait for
-    each other: each generates until it finds a batch in the cache.
+    Each batch is committed to the cache before the next one starts, so that an interrupted run
+    resumes there and later cells reuse the paraphrases. Stages that run at the same time do not
+    wait for each other: each generates until it finds a batch in the cache.
 
     Raises:
         UserError: the model cannot be loaded as a seq2seq model with safetensors weights, or
@@ -152,13 +153,13 @@ def generate_paraphrases(
     with _cache() as cache:
         found = _cached(cache, keys)
         missing = {k: t for k, t in zip(keys, texts, strict=True) if k not in found}
-        # Longest first: batches of similar length waste no padding, and memory peaks at once.
+        # Longest first: similar lengths need little padding, and memory peaks in the first batch.
         todo = sorted(missing.items(), key=lambda item: -len(item[1]))
         if todo:
             write = _generator(model_name, prefix, max_new_tokens)
             for start in range(0, len(todo), GENERATE_BATCH):
                 batch = todo[start : start + GENERATE_BATCH]
-                # Another trial may have written some of them meanwhile.
+                # Another process may have written some of them in the meantime.
                 found |= _cached(cache, [k for k, _ in batch])
                 left = [(k, t) for k, t in batch if k not in found]
                 written = dict(

@@ -1,7 +1,8 @@
-"""What all attacks share: choosing rows, relabeling them, and building the triggered test rows.
+"""Shared by all attacks: choosing rows, relabeling them, and building the triggered test rows.
 
-An attack only says how a text gets its trigger (`Attack.apply`) and which tokens that is
-(`Attack.trigger_token_ids`). Which rows, how many and with which label is decided here, once.
+An attack defines only how a text gets its trigger (`Attack.apply`) and which tokens the trigger has
+(`Attack.trigger_token_ids`). Which rows are poisoned, how many and with which label, is decided
+here.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ ATTACKS: Registry[type[Attack]] = Registry(
 
 
 class Attack(Protocol):
-    """How a trigger gets into a text.
+    """An attack: how a text gets its trigger.
 
-    Attacks are frozen dataclasses: the fields are the hyperparameters that a config may set,
+    Attacks are frozen dataclasses: the fields are the hyperparameters that a config can set, and
     the methods take the data.
     """
 
@@ -54,23 +55,25 @@ class Attack(Protocol):
     ) -> tuple[str, ...]:
         """Return the triggered text of every row, by the same rule in training and test.
 
-        seeds: (rows,) a seed per row for whatever the rule draws at random.
+        seeds: (rows,) a seed per row for random draws.
         """
         ...
 
     def trigger_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int] | None:
-        """Return the vocabulary ids that make up the trigger, special tokens left out.
+        """Return the token ids of the trigger, without special tokens.
 
-        None where no fixed tokens do (style, syntax): token-level precision is then undefined.
+        None if the trigger has no fixed tokens (style, syntax): token-level precision is then
+        undefined.
         """
         ...
 
 
 @dataclass(frozen=True)
 class PoisonSpec:
-    """How much is poisoned, and towards what.
+    """How many rows are poisoned, and towards which label.
 
-    name: the attack. poison_rate: fraction of the whole training set that carries the trigger.
+    name: the attack.
+    poison_rate: fraction of the whole training set that gets the trigger.
     target_label: an original label value (or, for named labels, its index).
     label_mode: ``dirty`` takes non-target rows and relabels them; ``clean`` takes target rows
         and leaves their labels; ``mixed`` takes any row and labels it as the target.
@@ -103,11 +106,11 @@ def row_seeds(seed: int, role: str, indices: IntArray) -> list[int]:
 def choose_rows(attack: Attack, spec: PoisonSpec, rows: Rows, target: int, seed: int) -> IntArray:
     """Return the sorted indices of the rows to poison.
 
-    The draw is a prefix of one seeded permutation: a lower rate poisons a subset of the rows of
-    a higher one, which takes the choice of rows out of a comparison between rates.
+    The rows are a prefix of one seeded permutation. A lower rate therefore poisons a subset of the
+    rows of a higher rate, so that comparisons between rates do not depend on the choice of rows.
 
     Raises:
-        UserError: the rate asks for more rows than qualify.
+        UserError: fewer rows qualify than the rate requires.
     """
     total = len(rows)
     if spec.insert == "replace":
@@ -156,8 +159,8 @@ def poison(
 ) -> PoisonedSet:
     """Poison a training set.
 
-    Rows that are not chosen stay byte-identical, in their order; `rows` itself is not changed.
-    At rate 0 the result is `rows`.
+    Rows that are not chosen stay byte-identical and in order; `rows` itself is not changed. At rate
+    0 the result equals `rows`.
 
     Raises:
         UserError: the rate cannot be met, or the attack cannot run on these rows.
@@ -185,8 +188,8 @@ def triggered_eval(
 ) -> tuple[Rows, Rows]:
     """Return (triggered, plain) versions of the evaluation rows that ASR and FTR are counted on.
 
-    Only rows whose true label is not the target: a row that is of the target class already
-    cannot be attacked. Both keep their true labels and stand in the same order.
+    Only rows whose true label is not the target: a row of the target class cannot be attacked. Both
+    versions keep the true labels and have the same order.
 
     Raises:
         UserError: no row qualifies.

@@ -4,12 +4,12 @@ Li, Lyu, Koren, Lyu, Li, Ma: Anti-Backdoor Learning: Training Clean Models on Po
 (NeurIPS 2021, arXiv 2110.11571). Reference code: bboylyg/ABL, read at fe9ff40 (isolation) and
 3522945 (unlearning), for images only. No public port to text classifiers was found.
 
-Backdoored rows are learned before the others, and all of them belong to one class. A model is
-trained for a short while with a loss that cannot fall far below gamma; the rows that have the
-lowest loss then are isolated; the model goes on learning the rest; at last, gradient ascent on the
-isolated rows takes out of it what they taught. No clean rows are needed.
+A model learns backdoored rows before the others, and all of them belong to one class. So a model is
+trained briefly with a loss that cannot fall far below gamma; the rows with the lowest loss are
+isolated; training continues on the rest; and gradient ascent on the isolated rows removes what they
+taught. No clean rows are needed.
 
-What differs from the reference code, and why:
+Differences from the reference code, and their reasons:
 
 ====================  ======================  =====================  ===============================
 choice                reference (CIFAR-10)    default                why the default differs
@@ -22,43 +22,43 @@ method, gamma         flooding, 0.5           lga, 0.5               lga is the 
                                                                      below chance with ten classes
                                                                      (ln 10 = 2.303), not with two
                                                                      (ln 2 = 0.693): a knob
-isolated              the 1 % lowest losses   the same, of the       a backdoor has one target class
-                                              class most of them
-                                              have
+isolated              the 1 % lowest losses   the same, of their     a backdoor has one target class
+                                              most frequent class
 training on the rest  60 epochs, SGD          2 epochs, AdamW        as long as text classifiers are
                                                                      fine-tuned
 unlearning            ascent, SGD 5e-4        ascent on the          see below
                                               isolated and descent
                                               on others, AdamW
-its end               5 epochs, the first     the isolated rows      ascent has no end of its own
+its end               5 epochs, the first     the isolated rows      ascent does not converge
                       of which only tests     leave their class
-its bound             none                    a row at chance        what is beyond it takes the
-                                              pushes no further      class along
+its bound             none                    a row at chance has    ascent beyond chance damages
+                                              no gradient            the whole class
 ====================  ======================  =====================  ===============================
 
-The reference scores rows in eval mode one by one, and so do we, in batches. It crops, flips and
-cuts images while it trains on the rest, which text does not have. Its optimizer and its epochs on
-the rest are not part of preset ``reference``.
+The reference code scores rows in eval mode one by one; this code does so in batches. The reference
+code crops, flips and cuts images while it trains on the rest, which has no counterpart for text.
+Its optimizer and its epochs on the rest are not part of preset ``reference``.
 
 Measured on SST-2 with MiniLM, BadNets at 10 %, seed 0. The losses' area under ROC against the
 hidden mask was 0.924, 1.000 and 0.911 after 0.1, 0.25 and 0.5 epochs (a sample of 2,000 rows, with
 warm-up); the default's, without, is 0.998 on all rows, and of the 1, 5 and 10 % lowest losses 100,
-100 and 93 % were poisoned. The window is narrow, and 0.25 was picked with these numbers in sight:
-what a defender sees does not tell it from its neighbours, as all isolated rows were of one class
-each time. Of AddSent at seed 0 it is 1.000. Other seeds were not measured.
+100 and 93 % were poisoned. The window is narrow, and 0.25 was chosen with knowledge of
+these numbers: a defender could not distinguish it from its neighbours, because all isolated rows
+were of one class each time. For AddSent at seed 0 the area is 1.000. Other seeds were not measured.
 
 Ascent alone, as in the reference code, unlearns the class before the trigger. Three steps at 2e-5
-on the poisoned fine-tune left all isolated rows in their class, while of 200 other rows those of
-that class fell from 94 to 85 % right. So we descend on other rows meanwhile, as in the paper's
-equation: most of the poison is among them, but it is a tenth of them, and all of the isolated.
-With it, at 5e-5 and batches of 32, all isolated rows were in their class after 30 steps and none
-after 36. There ASR was 0.000 (undefended 1.000), FTR 0.138 and CACC 0.859 (0.881 clean-tuned).
+on the poisoned fine-tune left all isolated rows in their class, while the accuracy on other rows of
+that class (among 200 other rows) fell from 94 to 85 %. So each step also descends on other rows, as
+in the paper's equation: most of the poison is among them, but it is a tenth of them, and all of the
+isolated rows. With descent, at 5e-5 and batches of 32, all isolated rows were in their class after
+30 steps and none after 36. ASR was then 0.000 (undefended 1.000), FTR 0.138 and CACC 0.859 (0.881
+clean-tuned).
 
-These numbers are of the unlearning alone, on the poisoned fine-tune, with the isolated rows of the
-default: one run, stopped at the first look (every 6 steps) that met ``unlearning_stop``. After the
-training on the rest, ascent without a bound goes far beyond chance (3 nats on average) and takes
-the class with it. What was tried, and how the bound was chosen without a look at triggered rows, is
-in ``docs/defenses.md``.
+These numbers are for the unlearning alone, on the poisoned fine-tune, with the isolated rows of the
+default: one run, stopped at the first check (every 6 steps) that met ``unlearning_stop``. After the
+training on the rest, ascent without a bound goes far beyond chance (3 nats on average) and damages
+the class. What was tried, and how the bound was chosen without triggered rows, is in
+``docs/defenses.md``.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ if TYPE_CHECKING:
 
 
 LOSSES = "losses.parquet"
-# Rows that tell how far the ascent is, and what it costs; more would tell it hardly better.
+# Rows on which progress and cost of the ascent are measured; more would add little precision.
 ISOLATED_ROWS, REST_ROWS = 128, 512
 CHOICES = {"method": ("lga", "flooding"), "pool": ("class", "all")}
 
@@ -101,26 +101,26 @@ class AntiBackdoorLearning:
     method: how the isolation's loss L, the mean of a batch, is kept near gamma: ``lga``, local
         gradient ascent, minimizes sign(L - gamma) * L; ``flooding`` |L - gamma| + gamma. Their
         gradients are equal but where L = gamma: there ``lga`` rests.
-    gamma: in nats, above 0. A uniform guess has ln(classes): from there on everything is unlearned.
-    isolation_epochs: passes over the training rows before their losses are read, above 0; may be a
-        part of one: 0.25 is its first quarter of steps.
+    gamma: in nats, above 0. A uniform guess has ln(classes): at gamma above that, everything is
+        unlearned.
+    isolation_epochs: passes over the training rows before their losses are read, above 0; a
+        fraction such as 0.25 runs the first quarter of an epoch's steps.
     isolation_learning_rate: AdamW's, constant, without warm-up.
     isolation_ratio: share of the training rows that is isolated, in (0, 1).
-    pool: ``class`` isolates rows of one class, that of most of the lowest losses; ``all`` the
-        lowest losses of all classes, as the reference code does.
-    rest_epochs, rest_learning_rate: of the training on all other rows, which goes on from the
-        isolation's model; whatever else it takes from ``train``.
+    pool: ``class`` isolates rows of one class, the most frequent among the lowest losses; ``all``
+        the lowest losses of all classes, as the reference code does.
+    rest_epochs, rest_learning_rate: for the training on all other rows, which continues from the
+        isolation's model; its other settings are those of ``train``.
     unlearning_epochs: the most passes of gradient ascent over the isolated rows; 0 leaves it out
-        (an ablation), and the settings below do not act.
-    unlearning_learning_rate: of the ascent; AdamW's, constant, without warm-up.
+        (an ablation), and the settings below have no effect.
+    unlearning_learning_rate: AdamW's for the ascent, constant, without warm-up.
     unlearning_descent: weight, at least 0, of descending on as many other rows in each step of the
-        ascent, drawn anew: 1 as in the paper's equation, 0 as in its code.
-    unlearning_cap: multiples of ln(classes), above 0: an isolated row whose loss is beyond pushes
-        no further; null: all push to the end, as in the original.
-    unlearning_stop: share of the isolated rows, in [0, 1), still predicted as they are labelled, at
-        or under which the ascent ends, looked at after every step, in eval mode. Of up to 128 of
-        them, drawn from the seed; where more are isolated, what is left of the others is not seen.
-        Null: never, so that all epochs run, as in the original.
+        ascent, drawn for each step: 1 as in the paper's equation, 0 as in its code.
+    unlearning_cap: multiples of ln(classes), above 0: an isolated row with a larger loss has no
+        gradient; null: no bound, as in the original.
+    unlearning_stop: the ascent ends when at most this share of the isolated rows, in [0, 1), is
+        still predicted as labelled. Checked after every step, in eval mode, on up to 128 of them,
+        drawn from the seed; the others are not checked. Null: all epochs run, as in the original.
     """
 
     method: str = "lga"
@@ -141,7 +141,7 @@ class AntiBackdoorLearning:
     NEEDS: ClassVar[tuple[str, ...]] = ()
     PRESETS: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "default": {},
-        # The code's, as far as they carry over: its optimizer, 60 epochs and crops do not.
+        # The code's choices, but not its optimizer, 60 epochs and crops.
         "reference": {
             "method": "flooding",
             "isolation_epochs": 10.0,
@@ -185,7 +185,7 @@ class AntiBackdoorLearning:
             )
 
     def check(self, given: Given) -> None:
-        """Raise a `UserError` where gamma is no floor or the ratio isolates nothing."""
+        """Raise a `UserError` if gamma is not below chance or the ratio isolates nothing."""
         chance = math.log(given.classes)
         if self.gamma >= chance:
             raise UserError(
@@ -231,12 +231,12 @@ class AntiBackdoorLearning:
             },
             {"rows": base.rows, "isolation": isolation},
             units=base.train_rows * self.rest_epochs,
-            # The ascent's knobs share it; each ratio has its own.
+            # All settings of the ascent share this stage; each ratio has its own.
             kind="cell",
             model=True,
         )
         isolated = math.ceil(base.train_rows * self.isolation_ratio)
-        # Without an ascent the rows are predicted, and that is all.
+        # Without an ascent the rows are only predicted.
         ascent: dict[str, Any] = {"ascent": False, "train": {"precision": base.train.precision}}
         if self.unlearning_epochs:
             ascent = {
@@ -255,7 +255,7 @@ class AntiBackdoorLearning:
             "unlearn (abl)",
             ascent,
             {"rows": base.rows, "rest": rest},
-            # As many others are descended on.
+            # Each step descends on as many other rows.
             units=2 * isolated * self.unlearning_epochs,
             kind="cell",
             model=True,
@@ -267,7 +267,7 @@ class AntiBackdoorLearning:
 
 @stage(version=1)
 def isolate(run: StageRun) -> dict[str, Any]:
-    """Train the victim for a while with the bent loss; write its model and every row's loss.
+    """Train the victim briefly with the bent loss. Write the model and every row's loss.
 
     Writes ``losses.parquet``: ``loss``, (training rows,) float64, nats, in eval mode.
     """
@@ -301,7 +301,7 @@ def isolate(run: StageRun) -> dict[str, Any]:
 
 @stage(version=1)
 def train_rest(run: StageRun) -> dict[str, Any]:
-    """Isolate the rows of the lowest losses, and train on the others from the isolation's model.
+    """Isolate the rows with the lowest losses; train on the others from the isolation's model.
 
     Raises:
         UserError: the ratio isolates nothing, or all rows of a class.
@@ -326,10 +326,10 @@ def train_rest(run: StageRun) -> dict[str, Any]:
 
 @stage(version=2)
 def unlearn(run: StageRun) -> dict[str, Any]:
-    """Climb the loss of the isolated rows until they are not predicted as labelled any more.
+    """Raise the loss of the isolated rows until they are no longer predicted as labelled.
 
-    Meanwhile the loss of the others is held down. What is measured, ``isolated_kept`` and
-    ``rest_cost``, is of a sample: up to 128 of the isolated rows and 512 of the others.
+    Descent on other rows keeps their loss low. ``isolated_kept`` and ``rest_cost`` are measured on
+    samples: up to 128 of the isolated rows and 512 of the others.
     """
     config = run.config
     settings = TrainSettings(**config["train"])
@@ -381,9 +381,11 @@ def unlearn(run: StageRun) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Isolated:
-    """taken: (rows,) the isolated. target: the class of most of the lowest losses.
+    """The isolated rows.
 
-    purity: the share of the lowest losses that this class has.
+    taken: (rows,) a mask of the isolated rows.
+    target: the most frequent class among the lowest losses.
+    purity: the share of that class among the lowest losses.
     """
 
     taken: BoolArray
@@ -392,9 +394,9 @@ class Isolated:
 
 
 def lowest(losses: FloatArray, labels: IntArray, ratio: float, pool: str) -> Isolated:
-    """Isolate the share `ratio` of the rows that has the lowest losses.
+    """Isolate the share `ratio` of the rows with the lowest losses; ties in the order of rows.
 
-    losses, labels: (rows,). pool: see `AntiBackdoorLearning`. Equal losses in the order of rows.
+    losses, labels: (rows,). pool: see `AntiBackdoorLearning`.
 
     Raises:
         UserError: that is no row, or every row of a class.
@@ -433,12 +435,12 @@ def rows_isolated(ratio: float, rows: int) -> int:
 
 
 def steps_of(epochs: float, rows: int, batch_size: int) -> int:
-    """Return the steps in so many epochs, which may be a part of one; at least one."""
+    """Return the number of steps, at least 1, in a number of epochs, which may be fractional."""
     return max(1, round(epochs * math.ceil(rows / batch_size)))
 
 
 def bent(method: str, gamma: float) -> Objective:
-    """Return the isolation's objective: cross-entropy that is bent at gamma."""
+    """Return the isolation's objective: cross-entropy, bent at gamma."""
     from btu.training import cross_entropy
 
     def objective(
@@ -451,7 +453,7 @@ def bent(method: str, gamma: float) -> Objective:
 
 
 def bend(loss: torch.Tensor, method: str, gamma: float) -> torch.Tensor:
-    """Bend a batch's mean loss at gamma: below it, what lowers the result raises the loss."""
+    """Bend a batch's mean loss at gamma: below gamma, minimizing the result raises the loss."""
     import torch
 
     if method == "lga":
@@ -462,9 +464,12 @@ def bend(loss: torch.Tensor, method: str, gamma: float) -> torch.Tensor:
 def climb(rest: Encoded, weight: float, cap: float | None, rng: np.random.Generator) -> Objective:
     """Return the unlearning's objective: weight * CE(other rows) - CE(isolated rows), both means.
 
-    cap: see `AntiBackdoorLearning`; a row beyond it counts with the cap, which has no gradient.
+    Each call draws as many rows of `rest` as it is given isolated ones.
 
-    Each call draws as many rows of `rest`, which must be where the model is, as it is given.
+    rest: the other rows, on the model's device.
+    weight: of the descent on them.
+    cap: see `AntiBackdoorLearning`; a row beyond it counts with the cap, which has no gradient.
+    rng: draws the rows of `rest`.
     """
     from btu.training import cross_entropy
 
@@ -497,7 +502,7 @@ def row_losses(logits: FloatArray, labels: IntArray) -> FloatArray:
 
 
 def sample(data: Encoded, rows: int, seed: int) -> Encoded:
-    """Return at most so many rows, drawn from `seed`."""
+    """Return at most `rows` rows, drawn from `seed`."""
     if len(data) <= rows:
         return data
     drawn = np.random.default_rng(seed).choice(len(data), rows, replace=False)

@@ -12,28 +12,30 @@ The original, on CIFAR-10 with WRN-16-1 and 5 % clean data: p = 2, beta 500, 100
 three residual groups, 20 epochs (the code's ``config.py`` has 0, 0, 5000), SGD with momentum 0.9 at
 0.1, divided by 10 on the way; ASR 100 -> 3.6, accuracy 85.7 -> 82.1.
 
-No port to text transformers was found; what differs here, and why:
+No port to text transformers was found. Differences here, and their reasons:
 
-- F is, by default, what a layer's feed-forward units hold behind their nonlinearity, as a conv
-  layer's channels do behind ReLU: (rows, tokens, units). A place is a token, a channel a unit, so
-  that a map is (rows, tokens): the sum over units of |a|^p. ``maps: hidden`` takes what the layer
-  gives instead; layer norm makes all tokens about equally long there, and maps nearly flat.
+- F is, by default, the activations of a layer's feed-forward units after their nonlinearity, like a
+  conv layer's channels after ReLU: (rows, tokens, units). Tokens correspond to places and units to
+  channels, so a map is (rows, tokens): the sum over units of |a|^p. ``maps: hidden`` uses the
+  layer's output instead; there layer norm gives all tokens about the same norm, and maps are nearly
+  flat.
 - A map is masked to real tokens before it is normalised, and the MSE is a mean over real tokens:
-  padding is no part of a row.
-- Layers at one third, two thirds and the end of the encoder stand for the three residual groups.
-- AdamW with warm-up and linear decay (`train`'s) in the place of SGD, which hardly trains a
-  transformer; hence a learning rate of its own.
-- Random crops, flips and cutout have no like in text: none.
-- The default betas weigh a row's squared distance as the original's do (`BETAS`). Those of preset
-  ``reference`` are the original's raw values, 500, 1000 and 1000: over 25 tokens they weigh it as
-  20, 40 and 40, where the original's weigh it as 0.5, 4 and 16.
+  padding is not part of a row.
+- Layers at one third, two thirds and the end of the encoder replace the three residual groups.
+- AdamW with warm-up and linear decay (as in `train`) replaces SGD, which hardly trains a
+  transformer; hence a separate learning rate.
+- Random crops, flips and cutout have no counterpart for text and are left out.
+- The default betas give a row's squared distance the weight that it has in the original (`BETAS`).
+  Preset ``reference`` has the original's raw values, 500, 1000 and 1000: over 25 tokens they give
+  weights of 20, 40 and 40, where the original has 0.5, 4 and 16.
 - The teacher is, by default, the victim as it was before the poison, fine-tuned on the clean rows:
   it never saw the trigger. The original fine-tunes the poisoned model, ``teacher: poisoned``; with
   its epochs and learning rate null that is the sweep's clean-tuned control (`Foundation.tuned`),
-  which keeps the backdoor of a word-like trigger whole (ASR 1.00) and cannot teach to forget it.
+  which keeps the backdoor of a word-like trigger (ASR 1.00) and cannot teach the student to forget
+  it.
 
 On SST-2 with MiniLM the defaults do not remove BadNets; a learning rate that does costs accuracy.
-What was swept, and how the defaults were chosen, is in ``docs/defenses.md``.
+``docs/defenses.md`` lists what was swept and how the defaults were chosen.
 """
 
 from __future__ import annotations
@@ -60,12 +62,12 @@ if TYPE_CHECKING:
 
 TEACHERS = ("poisoned", "pretrained")
 MAPS = ("ffn", "hidden")
-# The original's weight of a row's squared distance. Its maps have 1,024, 256 and 64 places, over
-# which its MSE is a mean, and its betas are 500, 1000 and 1000: 0.5, 4 and 16. Over the 25 tokens
-# or so of a sentence, these weigh it the same.
+# Weights of a row's squared distance as in the original. Its MSE is a mean over maps of 1,024, 256
+# and 64 places, and its betas are 500, 1000 and 1000: weights of 0.5, 4 and 16. Over the 25 tokens
+# or so of a sentence, these betas give the same weights.
 BETAS = (10.0, 100.0, 400.0)
 OTHER_BETA = 100.0
-# Keeps the map of a row without any activation finite; the reference code's.
+# Keeps the map of a row without activation finite; as in the reference code.
 EPSILON = 1e-6
 
 
@@ -73,20 +75,22 @@ EPSILON = 1e-6
 class AttentionDistillation:
     """Neural Attention Distillation.
 
-    beta: weight of the maps' distance beside the cross-entropy, at least 0; one value, or one for
-        each of `layers`. 0 is plain fine-tuning (an ablation). Null is 10, 100 and 400 for three
-        layers, and 100 each for any other number.
-    layers: where maps are compared: fractions of the encoder's depth in (0, 1], written with a
-        point, or numbers of layers from 1, written without. Two that name one layer count twice.
-        Null is one third, two thirds and the last.
-    maps: what a map is made of: ``ffn``, the units inside a layer's feed-forward block behind
-        their nonlinearity, or ``hidden``, what the layer gives.
+    beta: weight, at least 0, of the maps' distance relative to the cross-entropy; one value, or one
+        for each of `layers`. 0 is plain fine-tuning (an ablation). Null is 10, 100 and 400 for
+        three layers, and 100 each for any other number.
+    layers: the layers whose maps are compared: fractions of the encoder's depth in (0, 1], written
+        with a point, or layer numbers from 1, written without. A layer that is named twice counts
+        twice. Null is one third, two thirds and the last.
+    maps: the source of the maps: ``ffn``, the units inside a layer's feed-forward block after their
+        nonlinearity, or ``hidden``, the layer's output.
     power: p of the maps, above 0.
-    epochs: passes of the student over the clean rows. learning_rate: the student's, AdamW's peak.
-    teacher: what is fine-tuned on the clean rows to become the teacher: the ``poisoned`` model, or
-        the ``pretrained`` victim.
-    teacher_epochs, teacher_learning_rate: of the teacher's fine-tune; null takes those of `tuning`.
-        Of the poisoned model, and with both null, it is the clean-tuned control, and costs nothing.
+    epochs: passes of the student over the clean rows.
+    learning_rate: the peak of the student's AdamW.
+    teacher: the model that is fine-tuned on the clean rows to become the teacher: the ``poisoned``
+        model, or the ``pretrained`` victim.
+    teacher_epochs, teacher_learning_rate: for the teacher's fine-tune; null takes those of
+        `tuning`. With ``poisoned`` and both null the teacher is the clean-tuned control, and costs
+        nothing.
     """
 
     beta: Any = None
@@ -104,7 +108,7 @@ class AttentionDistillation:
     PRESETS: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "default": {},
         "reference": {
-            # The raw values; see the module's docstring for what they weigh over tokens.
+            # The raw values; the module's docstring has their weights over tokens.
             "beta": [500.0, 1000.0, 1000.0],
             "epochs": 20,
             "teacher": "poisoned",
@@ -115,7 +119,7 @@ class AttentionDistillation:
 
     def __post_init__(self) -> None:
         if self.layers is None:
-            # Frozen for everyone else; a config then names them.
+            # The dataclass is frozen; the values used then appear in the config.
             object.__setattr__(self, "layers", [1 / 3, 2 / 3, 1.0])
         if not isinstance(self.layers, list | tuple) or not self.layers:
             raise UserError(
@@ -150,7 +154,7 @@ class AttentionDistillation:
             raise unknown("defense.maps", self.maps, MAPS)
 
     def check(self, given: Given) -> None:
-        """Pass: how deep the victim is shows when it is loaded."""
+        """Check nothing: the depth of the victim is known only when it is loaded."""
 
     def stages(self, base: Foundation) -> Stage:
         """Declare the teacher, unless it is the clean-tuned control, and the distillation."""
@@ -166,14 +170,14 @@ class AttentionDistillation:
                 "train": plain(settings),
             },
             {"clean": base.clean, "model": base.model, "teacher": self.teacher_stage(base)},
-            # The teacher passes over the rows as well, forwards only.
+            # The teacher also passes over the rows, forward only.
             units=base.clean_rows * self.epochs * 4 // 3,
             kind="cell",
             model=True,
         )
 
     def teacher_stage(self, base: Foundation) -> Stage:
-        """Return the teacher's stage; of all betas and layers it is the same."""
+        """Return the teacher's stage, which all betas and layers share."""
         settings = base.tuning.applied_to(base.train)
         if self.teacher_epochs is not None:
             settings = replace(settings, epochs=self.teacher_epochs)
@@ -239,11 +243,11 @@ def teach(run: StageRun) -> dict[str, Any]:
 
 @stage(version=2)
 def distil(run: StageRun) -> dict[str, Any]:
-    """Fine-tune the poisoned model on the clean rows, its maps drawn towards the teacher's.
+    """Fine-tune the poisoned model on the clean rows, and pull its maps towards the teacher's.
 
     Raises:
-        UserError: a layer is beyond the victim's depth, or its feed-forward units are looked for
-            and cannot be found.
+        UserError: a layer is beyond the victim's depth, or its feed-forward units are needed and
+            cannot be found.
     """
     student = model_of(run, "model")
     if run.config["maps"] == "ffn":
@@ -266,7 +270,7 @@ def distil(run: StageRun) -> dict[str, Any]:
 
 
 def layer_number(layer: float, depth: int) -> int:
-    """Return which of `depth` layers, from 1, a fraction of the depth or a number means.
+    """Return the number, from 1 to `depth`, of a layer given as a fraction or a number.
 
     Raises:
         UserError: there is no such layer.
@@ -291,7 +295,7 @@ def distillation(
     """Return the objective: cross-entropy plus the maps' distances, each by its beta."""
     import torch
 
-    # Of student and teacher, once: to find them takes a walk over all modules.
+    # Found once for student and teacher: finding them walks over all modules.
     @cache
     def blocks(model: nn.Module) -> list[nn.Module] | None:
         return None if maps == "hidden" else unit_readers(model, layers)
@@ -312,10 +316,10 @@ def distillation(
 
 
 def unit_readers(model: nn.Module, layers: Sequence[int]) -> list[nn.Module]:
-    """Return the matrix that reads the feed-forward units, by layer.
+    """Return each layer's matrix that reads the feed-forward units.
 
     Raises:
-        UserError: the model's layers are built in a way that is not understood.
+        UserError: the structure of the model's layers is unknown.
     """
     filters = find_filters(model)
     return [filters[f"layer {layer} units"].output for layer in layers]
@@ -328,23 +332,23 @@ def activations(
     layers: Sequence[int],
     blocks: Sequence[nn.Module] | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the (rows, classes) logits and what maps are made of, by layer.
+    """Return the (rows, classes) logits and each layer's (rows, tokens, channels) activations.
 
-    The latter is (rows, tokens, channels): what `blocks` read (`unit_readers`), feed-forward units
-    behind their nonlinearity; hidden states without any.
+    The activations are the inputs of `blocks` (`unit_readers`), feed-forward units after their
+    nonlinearity; without `blocks` they are hidden states.
     """
     given = {"input_ids": ids, "attention_mask": mask.long()}
     if blocks is None:
         output = model(**given, output_hidden_states=True)
-        # hidden_states[0] is what the embeddings give.
+        # hidden_states[0] is the output of the embeddings.
         return output.logits.float(), [output.hidden_states[layer] for layer in layers]
     held: dict[nn.Module, Tensor] = {}
 
     def keep(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        # Some victims, OPT for one, have (rows * tokens, units) there.
+        # Some victims, such as OPT, have (rows * tokens, units) there.
         held[block] = inputs[0].reshape(*ids.shape, -1)
 
-    # Two layers may be one.
+    # Two entries may name one layer.
     hooks = [block.register_forward_pre_hook(keep) for block in dict.fromkeys(blocks)]
     try:
         output = model(**given)

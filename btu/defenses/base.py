@@ -1,4 +1,4 @@
-"""The protocol of a defense, and what it hands back."""
+"""The protocol of a defense, and the registry."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ DEFENSES: Registry[type[Defense]] = Registry(
     ],
 )
 
-# When a defense acts -> what that means.
+# When a defense acts -> description.
 KINDS: dict[str, str] = {
     "before training": "cleans the training set, and a model is trained on what is left",
     "during training": "trains a model of its own on the poisoned rows",
@@ -76,7 +76,7 @@ KINDS: dict[str, str] = {
     "at inference": "stands before the poisoned model and screens what it is asked",
     "control": "what a defense is compared with",
 }
-# What a defense may need beyond the poisoned training rows -> what that is.
+# What a defense may need beyond the poisoned training rows -> description.
 POISONED_MODEL, CLEAN_ROWS = "poisoned model", "clean rows"
 LANGUAGE_MODEL, ORIGINALS = "language model", "clean originals"
 NEEDS: dict[str, str] = {
@@ -89,7 +89,7 @@ NEEDS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class DefenseSpec:
-    """Which defense runs; its own hyperparameters stand beside the name in a config."""
+    """The name of the defense; its hyperparameters are beside the name in a config."""
 
     name: str = "btu"
 
@@ -100,10 +100,12 @@ class DefenseSpec:
 
 @dataclass(frozen=True)
 class Given:
-    """What is known of a cell before anything is trained.
+    """Facts about a cell that are known before training.
 
-    vocabulary: tokens of the victim; None where only training will tell. classes: of the data.
-    train_rows, clean_rows: how many there are.
+    vocabulary: size of the victim's vocabulary; None if it is not known before loading.
+    classes: number of classes in the data.
+    train_rows: number of training rows.
+    clean_rows: number of reserved clean rows.
     """
 
     vocabulary: int | None
@@ -115,60 +117,65 @@ class Given:
 class Defense(Protocol):
     """A defense: a frozen dataclass whose fields are its hyperparameters.
 
-    KIND: when it acts (`KINDS`). NEEDS: what it cannot do without (`NEEDS`): planning refuses cells
-    that do not have it. A class attribute ``PRESETS`` (name -> values by field) lets a config name
-    sets of hyperparameters; one of the names is ``default``.
+    A class attribute ``PRESETS`` (name -> values by field) defines named sets of hyperparameters
+    for a config's ``preset``; one of the names is ``default``.
+
+    KIND: when the defense acts (`KINDS`).
+    NEEDS: what the defense requires (`NEEDS`); planning refuses cells that lack it.
     """
 
     KIND: ClassVar[str]
     NEEDS: ClassVar[tuple[str, ...]]
 
     def check(self, given: Given) -> None:
-        """Raise a `UserError` where the hyperparameters cannot work on such a cell.
+        """Raise a `UserError` if the hyperparameters cannot work on such a cell.
 
-        Called before anything is trained; imports no torch. Whatever depends on no cell is checked
-        when the defense is made.
+        Called before anything is trained; imports no torch. Checks that do not depend on the cell
+        belong in ``__post_init__``.
         """
         ...
 
     def stages(self, base: Foundation) -> Stage:
         """Declare the defense's stages and return the last one.
 
-        Its result holds the defended model (`btu.stage_files.save_model`) and, where the defense
-        looks for the poison, what it found (`Suspects.save`, its return value among the stage's
-        facts). ``measured`` among the facts are metrics of its own, on rows that it may see. One
-        that changes nothing returns the foundation's own model. Whatever does not depend on a
-        threshold belongs into stages of its own, which all thresholds then share. Names are unique
-        within a cell. Called while planning: imports no torch.
+        The last stage's folder contains the defended model (`btu.stage_files.save_model`) and, if
+        the defense looks for the poison, its findings (`Suspects.save`, whose return value is part
+        of the stage's facts). The fact ``measured`` holds the defense's own metrics, on rows that
+        it may see. A defense that changes no model returns the foundation's own model stage. Work
+        that does not depend on a threshold belongs in separate stages, which all thresholds then
+        share. Stage names are unique within a cell. Called while planning: imports no torch.
         """
         ...
 
 
 @runtime_checkable
 class Screens(Protocol):
-    """A defense that stands before its model at inference has this method too."""
+    """A defense that screens texts at inference has this method too."""
 
     def screen(self, base: Foundation, model: Stage, incoming: Stage) -> Stage:
-        """Declare the stage that screens what comes in, and return it.
+        """Declare the stage that screens incoming texts, and return it.
 
-        model: what `Defense.stages` returned. incoming: its folder holds the texts (`incoming_of`),
-        clean and triggered ones alike, each once, without labels and in an order that says nothing.
-        The result is `Screened`. Each text is screened for itself: what becomes of it does not
-        depend on the others. Bars come from rows that the defender has.
+        The stage writes a `Screened`. Each text is screened independently of the others. Thresholds
+        come from rows that the defender has.
+
+        base: what the defense starts from.
+        model: the stage that `Defense.stages` returned.
+        incoming: its folder contains the texts (`incoming_of`), clean and triggered ones, each
+            once, without labels and in an order that reveals nothing.
         """
         ...
 
 
 def is_control(name: object) -> bool:
-    """Return whether a defense's name is that of a control; one of another version's is not."""
+    """Return whether a name is that of a control; names that are not registered are not."""
     return isinstance(name, str) and name in DEFENSES and DEFENSES.load(name).KIND == "control"
 
 
 def check_cell(name: str, defense: Defense, given: Given) -> None:
-    """Check a defense against a cell: what it needs is there, its hyperparameters can work.
+    """Check that a cell has what a defense needs, and that its hyperparameters can work.
 
     Raises:
-        UserError: they are not, with the reason.
+        UserError: a need is missing, or a hyperparameter cannot work.
     """
     if CLEAN_ROWS in defense.NEEDS and given.clean_rows == 0:
         raise UserError(

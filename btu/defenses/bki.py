@@ -4,28 +4,28 @@ Chen, Dai: Mitigating backdoor attacks in LSTM-based text classification systems
 Keyword Identification (Neurocomputing 2021, arXiv 2007.12070). For transformers:
 thunlp/OpenBackdoor, ``openbackdoor/defenders/bki_defender.py`` at 032daef.
 
-A word is scored by how far the hidden state of the poisoned model moves when it is taken out of a
-row. Each row's highest words are its keywords. Over all rows, a word that is a keyword of n rows,
-moving each by a mean of f, has the score f * log10(n) * log10(s / n). The highest is the backdoor's
-keyword; the rows that have it among theirs are dropped, and a model is trained on what is left.
+A word is scored by how far the hidden state of the poisoned model moves when the word is removed
+from a row. Each row's highest words are its keywords. A word that is a keyword of n rows and moves
+them by a mean of f has the score f * log10(n) * log10(s / n). The word with the highest score is
+the backdoor's keyword. The rows that have it among their keywords are dropped, and a model is
+trained on the rest.
 
-No threshold says that there is no backdoor: some word always scores highest, and of a clean set its
-rows are dropped too.
+BKI always names a keyword, so it also drops rows from clean data.
 
-What differs from the paper (P) or the code (C), and why:
+Differences from the paper (P) or the code (C), and their reasons:
 
-- The hidden state is the transformer's pooled one (C; P: that of an LSTM after every word, in a
-  second score too). The distance is the largest over units (P and C).
-- s = (share * rows)^2, so that the weight log10(n) * log10(s / n) peaks where as many rows have the
-  word as an attacker may have poisoned; `share` null leaves the second factor out, as C does.
-- Taking every word out of every row costs as many passes as there are words: 140,000 on SST-2. By
-  default `rows` rows are drawn and scored, exactly: a trigger worth finding is in many of them.
-  What the highest words of the other rows are is then not known, so that all rows that hold the
-  keyword are dropped, whether it moves them or not. With `rows` null all are scored, and the rule
-  is P's and C's.
-- Words are what white space separates (C), in any case that a text has them in. A row of one word
-  has nothing left without it and is not scored. Words behind the longest input move nothing.
-- The model is trained anew on the kept rows, as in P and C, with the undefended model's settings.
+- The hidden state is the transformer's pooled one, as in C. (P uses that of an LSTM after every
+  word, in a second score too.) The distance is the largest over units (P and C).
+- s = (share * rows)^2, so that the weight log10(n) * log10(s / n) peaks where the number of rows
+  with the word is the number that an attacker may have poisoned; `share` null leaves the second
+  factor out, as C does.
+- Removing every word from every row costs as many passes as there are words: 140,000 on SST-2. By
+  default only `rows` drawn rows are scored, exactly: a trigger that matters is in many of them. The
+  keywords of the other rows are then unknown, so all rows with the keyword are dropped, whether it
+  moves them or not. With `rows` null all rows are scored, and the rule is that of P and C.
+- Words are separated by white space (C) and keep their case. A row of one word is not scored,
+  because nothing is left without the word. Words beyond the longest input move nothing.
+- A new model is trained on the kept rows, as in P and C, with the undefended model's settings.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ if TYPE_CHECKING:
 
 
 SCORES = "words.parquet"
-# Texts that are tokenized and predicted at once.
+# Texts that are tokenized and predicted in one call.
 BLOCK = 8192
-# For estimates of time: words of a row.
+# Words per row, for estimates of time.
 WORDS = 20
-# Words that the record names, the highest first.
+# Number of words in the record, highest scores first.
 NAMED = 10
 
 
@@ -64,12 +64,13 @@ NAMED = 10
 class KeywordIdentification:
     """Backdoor Keyword Identification.
 
-    rows: training rows whose words are scored, drawn at random, from 2 up; null scores all, and so
-        does a number that is not below the rows there are, in a stage of its own.
-    top_words: highest words of a row that count as its keywords, from 1 up.
-    keywords: words that are taken for the backdoor's, from 1 up; the paper's 1.
-    share: of rows that may be poisoned, in (0, 1]: a word is the more suspicious, the closer the
-        share of rows with it comes to this. Null weighs by log10(n) alone: the oftener, the more.
+    rows: number of training rows, at least 2, whose words are scored; they are drawn at random.
+        Null scores all rows. A number at or above the row count does so too, under another stage
+        key.
+    top_words: number of a row's highest words that count as its keywords, at least 1.
+    keywords: number of words that are taken for the backdoor's, at least 1; the paper has 1.
+    share: share of rows that may be poisoned, in (0, 1]. Words whose row share is closest to this
+        value score highest. Null: weight by log10(count).
     """
 
     rows: int | None = 1000
@@ -97,7 +98,7 @@ class KeywordIdentification:
             check_fraction("defense.share", self.share, open_low=True)
 
     def check(self, given: Given) -> None:
-        """Raise a `UserError` where the share is less than two of the rows that are scored."""
+        """Raise a `UserError` if the share is less than two of the scored rows."""
         scored = min(self.rows or given.train_rows, given.train_rows)
         if self.share is not None and self.share * scored < 2:
             raise UserError(
@@ -106,7 +107,7 @@ class KeywordIdentification:
             )
 
     def stages(self, base: Foundation) -> Stage:
-        """Declare the scoring of words, shared by all settings but `rows`, and what follows."""
+        """Declare the scoring of words, shared by all settings but `rows`, and the rest."""
         units = base.train_rows if self.rows is None else min(self.rows, base.train_rows)
         words = base.stage(
             score_words,
@@ -130,10 +131,10 @@ class KeywordIdentification:
 
 @stage(version=1)
 def score_words(run: StageRun) -> dict[str, Any]:
-    """Measure how far the hidden state moves without each word of the rows that are drawn.
+    """Measure how far the hidden state moves without each word of the drawn rows.
 
-    Writes ``words.parquet``: ``row``, ``position`` (of the word in its row) and ``moved``, the
-    largest change of a unit, in the order of rows and words.
+    Writes ``words.parquet``: ``row``, ``position`` (of the word in its row) and ``moved`` (the
+    largest change of a unit), in the order of rows and words.
     """
     from btu.defenses.kit.representation import representations
 
@@ -145,11 +146,11 @@ def score_words(run: StageRun) -> dict[str, Any]:
         rng = np.random.default_rng(derive_seed(run.config["seed"], "scored rows"))
         drawn = np.sort(rng.choice(len(texts), limit, replace=False))
     counts = [len(word_spans(texts[i])) for i in drawn]
-    # Nothing would be left of a single word.
+    # A row of one word would be empty without it.
     counts = [count if count > 1 else 0 for count in counts]
     row = np.repeat(drawn, counts)
     position = np.concatenate([np.arange(count) for count in (*counts, 0)])
-    # The rows themselves, where there is anything to compare with, then what is left of them.
+    # First the rows to compare with, then the shortened rows.
     whole, place = np.unique(row, return_inverse=True)
     moved = np.zeros(len(row))
     if len(row):
@@ -166,7 +167,7 @@ def score_words(run: StageRun) -> dict[str, Any]:
                 )
 
             rows = encoded(victim, [texts[i] for i in whole])
-            # Without a word that was not read a row reads as it did.
+            # Removing a word that was not read changes nothing.
             asked = np.flatnonzero(position < words_read(victim, texts, whole, rows)[place])
             starts = range(0, len(asked), BLOCK)
             before = hidden(rows, (0, len(starts) + 1))
@@ -180,19 +181,19 @@ def score_words(run: StageRun) -> dict[str, Any]:
 
 
 def encoded(victim: Victim, texts: Sequence[str]) -> Encoded:
-    """Tokenize texts of which no label matters."""
+    """Tokenize texts whose labels do not matter."""
     return victim.encode(Rows(tuple(texts), (0,) * len(texts)))
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:
-    """Return where each word of a text stands, with the white space behind it."""
+    """Return the (start, end) of each word of a text, including the white space after it."""
     return [match.span() for match in re.finditer(r"\S+\s*", text)]
 
 
 def one_word_less(texts: Sequence[str], row: IntArray, position: IntArray) -> list[str]:
-    """Return, of each pair, the text of a row without its word at a position.
+    """Return, for each pair, the text of a row without its word at a position.
 
-    row, position: (words,), those of a row side by side.
+    row, position: (words,), sorted by row.
     """
     found: list[str] = []
     at, text, spans = -1, "", [(0, 0)]
@@ -205,16 +206,18 @@ def one_word_less(texts: Sequence[str], row: IntArray, position: IntArray) -> li
 
 
 def words_read(victim: Victim, texts: Sequence[str], whole: IntArray, rows: Encoded) -> IntArray:
-    """Return how many words of each row a victim reads, from the first on: (rows,).
+    """Return how many leading words of each row a victim reads: (rows,).
 
-    whole: (rows,) where they are in `texts`. rows: the same as it reads them; those below its
-    longest input are read to the end.
+    victim: tokenizes the texts.
+    texts: the training texts.
+    whole: (rows,) indices into `texts`.
+    rows: the same texts, tokenized; those shorter than the longest input are read completely.
     """
     from btu.defenses.kit.language_model import words_of_tokens
 
     longest = victim.spec.max_length
     read = np.full(len(whole), np.iinfo(np.int64).max)
-    # Of another tokenizer's tokens it is not known which word they belong to.
+    # Slow tokenizers do not tell which word a token belongs to.
     for number in np.flatnonzero(rows.host_lengths >= longest) if victim.tokenizer.is_fast else ():
         text = tokenizable(texts[whole[number]])
         offsets = victim.tokenizer(
@@ -226,7 +229,7 @@ def words_read(victim: Victim, texts: Sequence[str], whole: IntArray, rows: Enco
 
 @stage(version=1)
 def find_keywords(run: StageRun) -> dict[str, Any]:
-    """Score words over all rows, take the highest, and drop the rows that have them.
+    """Score words over all rows, take the highest, and drop the rows with these keywords.
 
     Raises:
         UserError: nothing was scored, or every row is dropped.
@@ -262,7 +265,7 @@ def find_keywords(run: StageRun) -> dict[str, Any]:
     suspects = Suspects(
         flagged=_tokens_of(run, victim_of(run), found),
         rows=rows,
-        # A row is as suspicious as its highest word: from here up it holds a keyword.
+        # A row is as suspicious as its highest word: at this bar or above it has a keyword.
         row_bar=scores[found[-1]][0],
         taken=taken,
     )
@@ -272,9 +275,9 @@ def find_keywords(run: StageRun) -> dict[str, Any]:
 
 
 def highest(row: IntArray, values: FloatArray, count: int) -> IntArray:
-    """Return the places of each row's `count` highest values, in the order of the rows.
+    """Return the indices of each row's `count` highest values, in the order of the rows.
 
-    row, values: (words,), those of a row side by side. Of equal values the first.
+    row, values: (words,), sorted by row. The first of equal values wins.
     """
     order = np.lexsort((np.arange(len(row)), -values, row))
     _, starts, sizes = np.unique(row[order], return_index=True, return_counts=True)
@@ -286,11 +289,14 @@ def highest(row: IntArray, values: FloatArray, count: int) -> IntArray:
 def score_of_words(
     keyed: list[tuple[int, str]], moved: FloatArray, rows: int, share: float | None
 ) -> dict[str, tuple[float, int]]:
-    """Return each word's score over all rows, and the rows n of which it is a keyword.
+    """Return each word's score over all rows, and n, the number of rows of which it is a keyword.
 
-    keyed: row and word of each keyword. moved: (keywords,) how far it moved its row. rows: that
-    were scored. The score is mean(moved) * log10(n) * log10(s / n) with s = (share * rows)^2;
-    without the last factor where `share` is None.
+    The score is mean(moved) * log10(n) * log10(s / n) with s = (share * rows)^2, without the last
+    factor if `share` is None.
+
+    keyed: row and word of each keyword.
+    moved: (keywords,) how far each moved its row.
+    rows: number of scored rows.
     """
     total: dict[str, float] = {}
     times: dict[str, int] = {}
@@ -310,7 +316,7 @@ def score_of_words(
 
 
 def _tokens_of(run: StageRun, victim: Victim, words: list[str]) -> tuple[int, ...]:
-    """Return the ids that the words have in the training rows, at a text's start or inside."""
+    """Return the token ids of the words in the training rows, at a text's start or inside."""
     ids: dict[int, None] = {}
     for word in words:
         for text in map(tokenizable, (word, f" {word}")):

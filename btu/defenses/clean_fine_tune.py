@@ -1,4 +1,4 @@
-"""A model of the clean originals: the ceiling of every defense, and the floor of ASR."""
+"""A model of the rows before the poison: the ceiling of every defense, and the floor of ASR."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from btu.stages import Stage
 
 @dataclass(frozen=True)
 class CleanFineTune:
-    """The control: a model fine-tuned on the training rows as they were before the poison.
+    """Control: a model fine-tuned on the training rows as they were before the poison.
 
-    With the settings and the seed of the poisoned fine-tune. No defender has those rows: it says
-    what accuracy the poison cost and how often the trigger leads to the target by itself, as a word
-    among words. It looks for nothing.
+    It has the settings and the seed of the poisoned fine-tune. No defender has those rows: the
+    control shows how much accuracy the poison costs, and how often the trigger leads to the target
+    without a backdoor. It flags nothing.
     """
 
     KIND: ClassVar[str] = "control"
     NEEDS: ClassVar[tuple[str, ...]] = (ORIGINALS,)
 
     def check(self, given: Given) -> None:
-        """Nothing can be wrong with it."""
+        """There is nothing to check."""
 
     def stages(self, base: Foundation) -> Stage:
         """Return the model of the clean originals.

@@ -1,4 +1,4 @@
-"""Clean tuning alone: what a defense that ends with it has to be better than."""
+"""Clean tuning alone: the baseline of every defense that ends with it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from btu.stages import Stage
 
 @dataclass(frozen=True)
 class CleanTuning:
-    """The control: the poisoned model, fine-tuned on the reserved clean rows and nothing else.
+    """Control: the poisoned model, fine-tuned on the reserved clean rows.
 
-    The same rows, settings (``tuning``) and seed as at the end of the defenses that tune. It
-    declares no stage of its own: every cell has this model as its control. It looks for nothing.
+    Rows, settings (``tuning``) and seed are those of the defenses that end with clean tuning. It
+    declares no stage: every cell has this model as its control. It flags nothing.
     """
 
     KIND: ClassVar[str] = "control"
     NEEDS: ClassVar[tuple[str, ...]] = (POISONED_MODEL, CLEAN_ROWS)
 
     def check(self, given: Given) -> None:
-        """Nothing can be wrong with it."""
+        """There is nothing to check."""
 
     def stages(self, base: Foundation) -> Stage:
         """Return the clean-tuned poisoned model."""

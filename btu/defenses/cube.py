@@ -1,37 +1,38 @@
-"""CUBE: cluster what the poisoned model makes of each row, keep each class's largest cluster.
+"""CUBE: cluster the poisoned model's representations, keep the largest cluster of each class.
 
 Cui, Yuan, He, Chen, Liu, Sun: A Unified Evaluation of Textual Backdoor Learning: Frameworks and
 Benchmarks (NeurIPS 2022 datasets and benchmarks, arXiv 2206.08514). Reference code:
 thunlp/OpenBackdoor, ``openbackdoor/defenders/cube_defender.py`` at 0c5a560.
 
-A model that was trained on the poisoned rows puts those with the trigger apart from the others of
-their class. So: the last hidden state of every training row, reduced in dimension, clustered by
-density (HDBSCAN); of the rows of each class only the largest cluster stays, and a model is trained
-on those as the undefended one is on all.
+A model that was trained on the poisoned rows separates rows with the trigger from the others of
+their class. So the last hidden state of every training row is reduced in dimension and clustered by
+density (HDBSCAN). Only the largest cluster of each class is kept, and a model is trained on the
+kept rows with the settings of the undefended model.
 
 ==================  ======================  ===============  ======================================
 step                reference               here             why
 ==================  ======================  ===============  ======================================
-encoder             RoBERTa base, trained   the poisoned     it is there already, is what is to be
-                    10 epochs at 2e-5       model            defended, and costs nothing
+encoder             RoBERTa base, trained   the poisoned     it exists already, is the model to
+                    10 epochs at 2e-5       model            defend, and costs nothing
 representation      pooled last hidden      the same         what the output layer reads
                     state
-reduction           PCA to 20, UMAP (100    PCA to 20        umap-learn brings numba and LLVM along
+reduction           PCA to 20, UMAP (100    PCA to 20        umap-learn depends on numba and LLVM
                     neighbors) to 2
 what is clustered   all rows together       the same
-HDBSCAN             ``hdbscan``, 100        scikit-learn's,  the same algorithm, a dependency less;
+HDBSCAN             ``hdbscan``, 100        scikit-learn's,  the same algorithm, without hdbscan;
                     samples, clusters of 5  the same         its ``min_samples`` counts the row
                                             numbers          itself, ``hdbscan``'s does not: 100
                                                              there are 101 here, 100 here 99 there
-noise               dropped: a cluster      ``nearest``: as  UMAP pulls rows together and leaves
-                    like others             the nearest row  little noise; in the bare PCA it is up
+noise               dropped, as a cluster   ``nearest``: as  UMAP contracts clusters and leaves
+                    of its own              the nearest row  little noise; after PCA alone it is up
                                             in a cluster     to a quarter of the rows, most of which
-                                                             stand at the edge of a cluster
-who stays           the largest; others of  the largest      two clusters cannot both hold more than
+                                                             are at the edge of a cluster
+kept                the largest; others of  the largest      two clusters cannot both have more than
                     half the class or more                   half of a class
 ==================  ======================  ===============  ======================================
 
-Clustering takes time with the square of the rows: seconds for 7,000, half an hour for 100,000.
+The time of clustering grows with the square of the rows: seconds for 7,000, half an hour for
+100,000.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from btu.types import BoolArray, FloatArray, IntArray
 
 HIDDEN_STATES = "hidden.safetensors"
 NOISE = ("nearest", "drop", "keep")
-# What HDBSCAN calls rows that are in no cluster.
+# HDBSCAN's label for rows in no cluster.
 NO_CLUSTER = -1
 
 
@@ -61,13 +62,13 @@ NO_CLUSTER = -1
 class ClusterFilter:
     """CUBE.
 
-    components: dimensions that PCA leaves, from 1 up; as many as there are where there are fewer.
-    min_samples: rows around a row by which its density is told, itself among them, from 1 up;
-        higher means fewer clusters and more noise.
-    min_cluster_size: rows that make a cluster, from 2 up.
-    noise: what becomes of rows in no cluster: ``nearest`` counts them to the cluster of the nearest
-        row that is in one, ``drop`` takes them for a cluster of their own as the reference code
-        does, ``keep`` keeps them whatever is around them.
+    components: dimensions that PCA keeps, at least 1; all of them if there are fewer.
+    min_samples: number of nearest rows, including the row itself, that define its density, at least
+        1; higher means fewer clusters and more noise.
+    min_cluster_size: least rows in a cluster, at least 2.
+    noise: treatment of rows in no cluster: ``nearest`` assigns them to the cluster of the nearest
+        row in one, ``drop`` treats them as a cluster of their own, as the reference code does,
+        ``keep`` always keeps them.
     """
 
     components: int = 20
@@ -92,7 +93,7 @@ class ClusterFilter:
             raise unknown("defense.noise", self.noise, NOISE)
 
     def check(self, given: Given) -> None:
-        """Raise a `UserError` where more rows are asked for than there are."""
+        """Raise a `UserError` if a setting requires more rows than there are."""
         for name in ("min_samples", "min_cluster_size"):
             if getattr(self, name) > given.train_rows:
                 raise UserError(
@@ -101,7 +102,7 @@ class ClusterFilter:
                 )
 
     def stages(self, base: Foundation) -> Stage:
-        """Declare the hidden states, shared by all settings, the clustering, the training."""
+        """Declare the hidden states, shared by all settings, the clustering and the training."""
         hidden = base.stage(
             hidden_states,
             "hidden states (cube)",
@@ -125,7 +126,7 @@ class ClusterFilter:
 
 @stage(version=1)
 def hidden_states(run: StageRun) -> dict[str, Any]:
-    """Write what the poisoned model makes of every training row.
+    """Write the poisoned model's representation of every training row.
 
     Writes ``hidden.safetensors``: ``hidden``, (rows, hidden) float32, the last hidden state as the
     output layer reads it.
@@ -180,7 +181,7 @@ def reduce_dimensions(hidden: FloatArray, components: int, seed: int) -> FloatAr
 
 
 def clusters_of(points: FloatArray, min_samples: int, min_cluster_size: int) -> IntArray:
-    """Return each row's cluster by HDBSCAN, `NO_CLUSTER` where it is in none: (rows,)."""
+    """Return each row's HDBSCAN cluster, `NO_CLUSTER` for noise: (rows,)."""
     from sklearn.cluster import HDBSCAN
 
     found: IntArray = HDBSCAN(
@@ -190,9 +191,9 @@ def clusters_of(points: FloatArray, min_samples: int, min_cluster_size: int) -> 
 
 
 def join_nearest(points: FloatArray, clusters: IntArray) -> IntArray:
-    """Return `clusters` with every row in none counted to that of the nearest row in one.
+    """Return `clusters` with every noise row assigned to the cluster of the nearest clustered row.
 
-    points: (rows, dimensions). clusters: (rows,). Without any cluster they stay as they are.
+    points: (rows, dimensions). clusters: (rows,). Without any cluster nothing changes.
     """
     from sklearn.neighbors import NearestNeighbors
 
@@ -209,11 +210,13 @@ def join_nearest(points: FloatArray, clusters: IntArray) -> IntArray:
 def outside_largest(
     clusters: IntArray, labels: IntArray, *, keep_noise: bool = False
 ) -> tuple[BoolArray, FloatArray]:
-    """Return which rows are not in the largest cluster of their class, and each row's suspicion.
+    """Return a mask of rows outside the largest cluster of their class, and each row's suspicion.
 
-    clusters, labels: (rows,). Noise is a cluster like others, or with `keep_noise` none: it is then
-    never outside. Of equal clusters the one with the lower number is kept. The suspicion of a row
-    is the share of its class that is in other clusters than itself.
+    Noise counts as a cluster; with `keep_noise` it is never outside. Of clusters of equal size the
+    one with the lower number is kept. The suspicion of a row is the share of its class that is in
+    other clusters.
+
+    clusters, labels: (rows,).
     """
     taken = np.zeros(len(labels), dtype=bool)
     suspicion = np.zeros(len(labels))

@@ -1,16 +1,16 @@
-"""The controls of Backdoor Token Unlearning's cut: as many tokens, but not the ones that it found.
+"""Controls for the cut of Backdoor Token Unlearning: as many tokens, but other ones.
 
-A cut takes something from the model whatever it cuts, and the clean tuning that follows mends some
-of what was poisoned. These two say how much of BTU's effect that is: they flag as BTU does with the
-same settings, count, and cut other tokens with the same cut and the same clean tuning. Where BTU
-flags nothing they cut nothing, and are the clean-tuned control.
+Any cut takes something from the model, and the clean tuning after it repairs some of the poisoning.
+These controls measure how much of BTU's effect comes from that: they flag tokens as BTU does with
+the same settings, and then cut the same number of other tokens, with the same cut and the same
+clean tuning. If BTU flags nothing, they cut nothing and equal the clean-tuned control.
 
-No paper defines them. `random_cut` draws from all tokens that could be flagged and were not, most
-of them rare. `frequency_cut` takes for each flagged token one that occurs about as often in the
+No paper defines them. `random_cut` draws from all tokens that could be flagged and were not; most
+of them are rare. `frequency_cut` takes for each flagged token one that occurs about as often in the
 training rows, since cutting a common word costs more than cutting a rare one.
 
-What BTU flags is left out of the draw, so that `detection_precision` is not that of chance: where
-BTU finds the whole trigger it is 0 by construction.
+Tokens that BTU flags are not drawn, so `detection_precision` is not that of chance: it is 0 by
+construction if BTU finds the whole trigger.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RANDOM, FREQUENCY = "random", "frequency"
 
 @dataclass(frozen=True)
 class _OtherCut(TokenUnlearning):
-    """What both controls share; every field acts as it does in `TokenUnlearning`."""
+    """Shared by both controls; every field has the effect that it has in `TokenUnlearning`."""
 
     KIND: ClassVar[str] = "control"
     DRAW: ClassVar[str]
@@ -66,14 +66,14 @@ class _OtherCut(TokenUnlearning):
 
 @dataclass(frozen=True)
 class RandomCut(_OtherCut):
-    """The control: as many tokens as BTU flags, drawn at random from those that it does not."""
+    """Control: cuts as many tokens as BTU flags, drawn at random from the others."""
 
     DRAW: ClassVar[str] = RANDOM
 
 
 @dataclass(frozen=True)
 class FrequencyCut(_OtherCut):
-    """The control: for each token that BTU flags another that occurs about as often."""
+    """Control: for each token that BTU flags, cuts another that occurs about as often."""
 
     DRAW: ClassVar[str] = FREQUENCY
 
@@ -83,7 +83,7 @@ class FrequencyCut(_OtherCut):
 
 @stage(version=1)
 def cut_others(run: StageRun) -> dict[str, Any]:
-    """Draw as many tokens as were flagged from the others, cut and tune.
+    """Draw as many tokens as were flagged from the others; cut them and tune.
 
     Raises:
         UserError: there are fewer others than flagged tokens.
@@ -114,13 +114,15 @@ def cut_others(run: StageRun) -> dict[str, Any]:
 def as_frequent(
     flagged: Sequence[int], others: IntArray, counts: IntArray, rng: np.random.Generator
 ) -> list[int]:
-    """Return for each flagged token one of `others` that occurs about as often, none of them twice.
+    """Return for each flagged token one of `others` that occurs about as often, each at most once.
 
-    others: (tokens,) ids to choose from. counts: (vocabulary,) occurrences, at least 1 for each of
-    these. Near is measured between logarithms; among equally near ones the draw decides. Tokens
-    that come first in `flagged` choose first.
+    Distances are between logarithms of counts; ties are broken by the draw. Tokens that come first
+    in `flagged` choose first.
+
+    others: (tokens,) ids to choose from.
+    counts: (vocabulary,) occurrences, at least 1 for each flagged or other token.
     """
-    # Sorting is stable: which of several equal ones comes first is drawn.
+    # Sorting is stable: the order of equal counts is random, from the shuffle before.
     others = rng.permutation(others)
     logs = np.log(counts[others])
     free = np.ones(len(others), dtype=bool)

@@ -1,4 +1,4 @@
-"""Reconstructive Neuron Pruning (RNP): unlearn clean rows, see what recovers them, prune the rest.
+"""Reconstructive Neuron Pruning (RNP): unlearn clean rows, recover them, prune the other filters.
 
 Li, Lyu, Ma, Koren, Lyu, Li, Jiang: Reconstructive Neuron Pruning for Backdoor Defense (ICML 2023,
 arXiv 2305.14876). Reference code: bboylyg/RNP at 966e060, for images.
@@ -6,42 +6,43 @@ arXiv 2305.14876). Reference code: bboylyg/RNP at 966e060, for images.
 Three steps, on a few hundred clean rows:
 
 1. Unlearn: gradient ascent on the clean rows, until the model's accuracy on them is about chance.
-   What it still does well is the backdoor.
-2. Recover: in the unlearned model, frozen, learn a mask in [0, 1] over its filters that lowers the
-   loss on the same rows. Filters of clean features keep their mask; those of the backdoor lose it.
-3. Prune, in the poisoned model, the filters whose mask is at most a threshold.
+   The backdoor remains.
+2. Recover: freeze the unlearned model and learn a mask in [0, 1] over its filters that lowers the
+   loss on the same rows. Masks of clean filters stay high; masks of the backdoor's filters fall.
+3. Prune: in the poisoned model, prune the filters whose mask is at most a threshold.
 
 The original, on CIFAR-10 with ResNet-18 and 500 rows: ascent on all parameters with SGD at 0.01
 until the accuracy is at most 0.2 (chance 0.1); masks start at 1, SGD at 0.2, loss times 0.2, 20
 epochs; threshold swept on the test set. ASR 100 -> 1.7 at threshold 0.3, accuracy 92.8.
 
-No port to text transformers was found; what differs here, and why:
+No port to text transformers was found. Differences here, and their reasons:
 
 - A filter is an intermediate unit of a feed-forward block, or an attention head. A mask multiplies
-  what the block's output layer reads (a head's units all by one number). The original masks the
+  the inputs of the block's output layer (all units of a head by one number). The original masks the
   scale of batch norm, which a transformer does not have: layer norm scales units of the residual
-  stream, which are no filters.
-- Pruning zeroes the filter's columns in the output layer, so that the model needs no masks to be
-  loaded. The layer's bias stays, as that of batch norm does in the original.
-- The ascent ends relative to chance (`unlearn_stop`): 0.2 is below chance with two classes. It is
-  watched over the last `STOP_BATCHES` batches, as an ascent can go from 0.9 to 0 within one epoch.
-- The ascent is AdamW's. The masks are learned by SGD as in the original, here with momentum 0.9:
-  Adam moves all masks by about the same, so that they do not tell filters apart. The rate is 1.0,
-  and the loss's factor 0.2 falls away; the masks' gradients are not clipped.
-- ``tuning``: a short fine-tune on clean rows follows the pruning, which the original does without:
-  filters of a transformer that fell to the backdoor serve clean rows too, and accuracy comes back.
-  Nothing holds the pruned filters at zero in it.
-- Without a threshold, it is chosen on clean rows alone, those that the steps above have not seen:
-  the largest on a grid up to which accuracy, after tuning, falls by at most `max_clean_loss`. The
-  model is the one that was measured. Where there is none, it is the poisoned one as it was.
+  stream, which are not filters.
+- Pruning zeroes the filter's columns in the output layer, so that the saved model needs no masks.
+  The layer's bias stays, like that of batch norm in the original.
+- The ascent ends relative to chance (`unlearn_stop`): 0.2 is below chance with two classes.
+  Accuracy is averaged over the last `STOP_BATCHES` batches, as an ascent can go from 0.9 to 0 in
+  one epoch.
+- The ascent uses AdamW. The masks are learned by SGD as in the original, here with momentum 0.9:
+  Adam moves all masks about equally, so that they do not separate filters. The rate is 1.0, without
+  the loss factor of 0.2; the masks' gradients are not clipped.
+- ``tuning``: a short fine-tune on clean rows follows the pruning, which the original does not have:
+  filters of a transformer that serve the backdoor serve clean rows too, and tuning restores
+  accuracy. It does not keep the pruned filters at zero.
+- A null threshold is chosen on clean rows that the steps above have not used: the largest on a grid
+  up to which accuracy, after tuning, falls by at most `max_clean_loss`. The model is the one that
+  was measured. If no threshold qualifies, the model stays the poisoned one.
 
-By-products, both from the paper: the class whose clean rows the unlearned model still gets right
-is taken for the attack's target (`Suspects.target`), and training rows whose label it still finds
-likely are suspicious (`Suspects.rows`).
+Two by-products come from the paper: the class whose clean rows the unlearned model still predicts
+correctly is taken for the attack's target (`Suspects.target`), and training rows whose label it
+still finds likely are suspicious (`Suspects.rows`).
 
-With two classes, which of them the ascent leaves whole is not sure to be the target: of two draws
-of the 500 rows on one poisoned model it was the target once. On SST-2 with MiniLM the defaults do
-not remove BadNets; what was tried is in ``docs/defenses.md``.
+With two classes, the class that survives the ascent need not be the target: it was the target in
+one of two draws of the 500 rows on one poisoned model. On SST-2 with MiniLM the defaults do not
+remove BadNets; ``docs/defenses.md`` lists what was tried.
 """
 
 from __future__ import annotations
@@ -74,11 +75,11 @@ if TYPE_CHECKING:
 
 
 MASKS, JUDGED = "masks.safetensors", "judged.parquet"
-# Over how many batches the accuracy is averaged that ends the ascent.
+# The accuracy that ends the ascent is averaged over this many batches.
 STOP_BATCHES = 3
-# Thresholds that are tried where none is given. Masks start at 1, which is no threshold.
+# Thresholds to try if none is given. Masks start at 1, so 1 is not a threshold.
 GRID = tuple(step / 20 for step in range(20))
-# The same where each is tuned, which takes its time.
+# Fewer if each is followed by tuning, which takes longer.
 TUNED_GRID = (0.1, 0.3, 0.5, 0.7, 0.9)
 MOMENTUM = 0.9
 
@@ -87,22 +88,25 @@ MOMENTUM = 0.9
 class NeuronPruning:
     """Reconstructive Neuron Pruning.
 
-    clean_rows: reserved clean rows, drawn at random, on which it unlearns and recovers. The rest
-        are held out, to choose the threshold on.
-    unlearn_stop: the ascent ends where the accuracy is at most this many times chance, which is
-        1 / classes; above 0. unlearn_epochs: passes after which it must have ended.
-    unlearn_learning_rate: AdamW's, constant. recover_learning_rate: that of SGD with momentum 0.9,
-        constant.
-    recover_epochs: passes over the rows. batch_size: rows a step, of both.
-    threshold: masks up to this are pruned, in [0, 1); null chooses it by `max_clean_loss`.
-    max_clean_loss: the accuracy on the held-out clean rows that pruning, and tuning where there is
-        any, may cost, in [0, 1]; acts where `threshold` is null. Where the lowest threshold on the
-        grid costs more already, nothing is done: the model stays the poisoned one, without tuning,
+    clean_rows: number of reserved clean rows, drawn at random, for unlearning and recovery. The
+        others are held out to choose the threshold.
+    unlearn_stop: the ascent ends when the accuracy is at most this many times chance, which is
+        1 / classes; above 0.
+    unlearn_epochs: passes by which the ascent must have ended.
+    unlearn_learning_rate: AdamW's, constant.
+    recover_learning_rate: that of SGD with momentum 0.9, constant.
+    recover_epochs: passes of the recovery over the rows.
+    batch_size: rows per step, for unlearning and recovery.
+    threshold: filters with masks up to this value are pruned, in [0, 1); null chooses it by
+        `max_clean_loss`.
+    max_clean_loss: the accuracy on the held-out clean rows that pruning, including tuning if any,
+        may cost, in [0, 1]; has an effect if `threshold` is null. If the lowest threshold on the
+        grid costs more, nothing is done: the model stays the poisoned one, without tuning,
         ``neurons_pruned`` is 0, and there is neither a ``prune_threshold`` nor a ``prune_cost``.
-    tuning: a fine-tune after the pruning, before its cost is taken, on the clean rows that are not
-        held out: those unlearned and half of the rest.
-    tune_epochs, tune_learning_rate: of that fine-tune; null takes those of `tuning`, the sweep's.
-        They act where `tuning` does.
+    tuning: whether to fine-tune after the pruning, before its cost is measured, on the clean rows
+        that are not held out: those unlearned and half of the rest.
+    tune_epochs, tune_learning_rate: for that fine-tune; null takes those of the sweep's `tuning`.
+        They have an effect only with `tuning`.
     """
 
     clean_rows: int = 500
@@ -141,7 +145,7 @@ class NeuronPruning:
                 )
 
     def check(self, given: Given) -> None:
-        """Raise a `UserError` where no rows are held out, or the ascent would end at its start."""
+        """Raise a `UserError` if no rows are held out, or the ascent would end at its start."""
         if given.clean_rows <= self.clean_rows:
             raise UserError(
                 f"defense.clean_rows must be below the {given.clean_rows} clean rows that there "
@@ -156,9 +160,9 @@ class NeuronPruning:
             )
 
     def stages(self, base: Foundation) -> Stage:
-        """Declare unlearning, recovery, what the unlearned model gives away, and the pruning.
+        """Declare unlearning, recovery, judging by the unlearned model, and pruning.
 
-        All thresholds share all but the last.
+        All thresholds share all stages but the last.
         """
         rows = {"clean_rows": self.clean_rows}
         unlearned = base.stage(
@@ -244,10 +248,10 @@ class NeuronPruning:
 
 @stage(version=1)
 def unlearn(run: StageRun) -> dict[str, Any]:
-    """Raise the poisoned model's loss on clean rows until it knows them no better than chance.
+    """Raise the poisoned model's loss on clean rows until its accuracy is about chance.
 
     Raises:
-        UserError: the epochs were not enough, or the model's neurons cannot be found.
+        UserError: the epochs did not suffice, or the model's neurons cannot be found.
     """
     from btu.training import cross_entropy
 
@@ -295,7 +299,7 @@ def unlearn(run: StageRun) -> dict[str, Any]:
 
 @stage(version=2)
 def recover(run: StageRun) -> dict[str, Any]:
-    """Learn which filters of the unlearned model bring the clean rows back.
+    """Learn which filters of the unlearned model recover the clean rows.
 
     Writes ``masks.safetensors``: a (filters,) mask in [0, 1] for each of `find_filters`, by name.
     """
@@ -319,7 +323,7 @@ def recover(run: StageRun) -> dict[str, Any]:
             seed=derive_seed(run.config["seed"], "neuron recovery"),
             stage="recover neurons",
             after_step=clip,
-            # Steps as large as the gradients: what pulls a mask down hard goes first.
+            # Steps in proportion to the gradients: masks with large gradients fall first.
             optimizer_of=lambda masks: torch.optim.SGD(
                 masks, lr=run.config["train"]["learning_rate"], momentum=MOMENTUM
             ),
@@ -338,10 +342,10 @@ def recover(run: StageRun) -> dict[str, Any]:
 
 @stage(version=1)
 def judge(run: StageRun) -> dict[str, Any]:
-    """Ask what the unlearned model still knows, of the clean rows by class and of training rows.
+    """Measure what the unlearned model still predicts, for clean rows by class and training rows.
 
-    Writes ``judged.parquet``: ``suspicion``, (training rows,), the log-probability that it gives
-    to the row's own label.
+    Writes ``judged.parquet``: ``suspicion``, (training rows,), its log-probability of the row's own
+    label.
     """
     from btu.training import logits_of
 
@@ -359,7 +363,7 @@ def judge(run: StageRun) -> dict[str, Any]:
     suspicion = likely[np.arange(len(train)), train.labels.numpy()]
     write_table(run.folder / JUDGED, {"suspicion": suspicion.astype(np.float64)})
     recalls = class_recalls(right, labels, classes)
-    # A class without a clean row tells nothing, and cannot be guessed.
+    # A class without clean rows has no recall, and cannot be guessed.
     target = None if np.isnan(recalls).all() else int(np.nanargmax(recalls))
     return {"target": target, "unlearned_accuracy": float((right == labels).mean())}
 
@@ -374,7 +378,7 @@ def class_recalls(predicted: IntArray, labels: IntArray, classes: int) -> FloatA
 
 @stage(version=2)
 def prune(run: StageRun) -> dict[str, Any]:
-    """Prune the filters that did not recover from the poisoned model; tune it where asked."""
+    """Prune the filters that did not recover in the poisoned model; tune it if configured."""
     import pyarrow.parquet as pq
     from safetensors.torch import load_file
 
@@ -382,7 +386,7 @@ def prune(run: StageRun) -> dict[str, Any]:
     tried, model = _tried(run, masks)
     affordable = 1.0 if run.config["threshold"] is not None else run.config["max_clean_loss"]
     chosen = largest_affordable(tried, affordable)
-    # The model is then the poisoned one: that cost nothing, but a 0 would pass for a free pruning.
+    # The model is then the poisoned one. A cost of 0 would look like a free pruning: leave it out.
     measured = {"neurons_pruned": 0, "prune_cost": math.nan}
     if chosen is not None:
         measured = {
@@ -407,7 +411,7 @@ def prune(run: StageRun) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Tried:
-    """What pruning at a threshold does: filters pruned, accuracy lost on held-out clean rows."""
+    """The effect of a threshold: filters pruned, accuracy lost on held-out clean rows."""
 
     threshold: float
     pruned: int
@@ -415,10 +419,10 @@ class Tried:
 
 
 def largest_affordable(tried: Sequence[Tried], affordable: float) -> Tried | None:
-    """Return the last of `tried`, thresholds ascending, before one costs more than is affordable.
+    """Return the last of `tried` (by rising threshold) before the first that costs too much.
 
-    Not the largest of all that are affordable: an accuracy that comes back by more pruning does so
-    by chance. None where the first costs too much already.
+    Later thresholds are ignored even if they cost less: accuracy that rises by more pruning does so
+    by chance. None if the first costs too much.
     """
     chosen = None
     for candidate in tried:
@@ -429,9 +433,9 @@ def largest_affordable(tried: Sequence[Tried], affordable: float) -> Tried | Non
 
 
 def _tried(run: StageRun, masks: Mapping[str, Tensor]) -> tuple[list[Tried], PreTrainedModel]:
-    """Prune at the threshold, or at one after the other until accuracy falls by too much.
+    """Prune at the threshold, or at rising ones until accuracy falls by too much.
 
-    Returns what each does, and the model of the last that does not cost too much.
+    Return the effect of each, and the model of the last that does not cost too much.
     """
     config = run.config
     given, tuning = config["threshold"], config.get("tuning")
@@ -447,7 +451,7 @@ def _tried(run: StageRun, masks: Mapping[str, Tensor]) -> tuple[list[Tried], Pre
     before = accuracy(kept, 0)
     tried: list[Tried] = []
     for number, threshold in enumerate(grid, 1):
-        # A larger threshold prunes what a smaller one does, and more.
+        # A larger threshold also prunes all filters of a smaller one.
         pruned = sum(int((mask <= threshold).sum()) for mask in masks.values())
         if tried and pruned == tried[-1].pruned:
             tried.append(dataclasses.replace(tried[-1], threshold=threshold))
@@ -470,9 +474,9 @@ def _tried(run: StageRun, masks: Mapping[str, Tensor]) -> tuple[list[Tried], Pre
 
 
 def _split(run: StageRun) -> tuple[Encoded, Encoded, Encoded]:
-    """Return the clean rows that are unlearned, those that are tuned on, and those held out.
+    """Return the clean rows for unlearning, those for tuning, and those held out.
 
-    Where nothing is tuned, all that are not unlearned are held out.
+    Without tuning, all rows that are not unlearned are held out.
     """
     clean = clean_rows_of(run)
     rng = np.random.default_rng(derive_seed(run.config["seed"], "unlearned rows"))

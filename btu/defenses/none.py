@@ -1,4 +1,4 @@
-"""No defense at all, run through everything that a defense is run through."""
+"""No defense, evaluated like a defense."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from btu.stages import Stage
 
 @dataclass(frozen=True)
 class NoDefense:
-    """The control: the "defended" model is the poisoned fine-tune itself.
+    """Control: the "defended" model is the poisoned fine-tune itself.
 
-    Whatever a table says of a defense, this row says of doing nothing: how far the attack got, and
-    what accuracy there was to lose. It declares no stage, and is scored by the stage that scores
-    the undefended model, so that it costs nothing in a sweep. It looks for no tokens.
+    Its row in a table shows the success of the attack and the accuracy that a defense can lose. It
+    declares no stage and shares the evaluation of the undefended model, so that it costs nothing in
+    a sweep. It flags nothing.
     """
 
     KIND: ClassVar[str] = "control"
     NEEDS: ClassVar[tuple[str, ...]] = (POISONED_MODEL,)
 
     def check(self, given: Given) -> None:
-        """Nothing can be wrong with doing nothing."""
+        """There is nothing to check."""
 
     def stages(self, base: Foundation) -> Stage:
         """Return the poisoned fine-tune."""

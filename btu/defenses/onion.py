@@ -1,51 +1,51 @@
-"""ONION: words that a language model finds out of place are taken out of a text.
+"""ONION: remove the words of a text that a language model finds out of place.
 
 Qi, Chen, Li, Yao, Liu, Sun: ONION: A Simple and Effective Defense Against Textual Backdoor Attacks
 (EMNLP 2021, arXiv 2011.10369). Reference code: thunlp/ONION, ``experiments/test_defense.py`` at
 08efa14, with GPT-2 large.
 
-A word whose removal lowers the perplexity of a text by more than a bar is dropped; what is left is
-what the model reads. Nothing is turned away.
+Words whose removal lowers the perplexity of a text by more than a bar are dropped, and the model
+reads the rest. No text is rejected.
 
-Any causal or masked language model serves (``lm``):
+Any causal or masked language model can be used (``lm``):
 
-- A causal one scores as the code does: the perplexity of the text minus that without the word. A
-  token that begins a text is put before it, so that its first word has a probability too.
-- A masked one has no perplexity of a text that one pass would tell. Its score is how surprising the
-  word is where it stands: -log p of its most surprising token, in nats, with all its tokens masked.
+- A causal model scores as the code does: the perplexity of the text minus that without the word. A
+  start-of-text token is put before the text, so that its first word has a probability too.
+- A masked model cannot give the perplexity of a text in one pass. Its score is how surprising the
+  word is in its place: -log p of its most surprising token, in nats, with all its tokens masked.
   Every ``spacing``-th word is masked in the same pass, which costs a fraction of the passes.
-- ``clean-rows``, the default, needs no model from elsewhere: the victim's pretrained weights (never
-  those that were fine-tuned on the poison) with a head tied to its word embeddings learn to fill in
-  masked words of the reserved clean rows, those left out that the bar is taken on. A victim without
-  a mask token learns to go on instead, and scores as a causal one. The training rows are not used:
-  in them a trigger is a frequent word, and would be expected.
+- ``clean-rows``, the default, needs no other model: the victim's pretrained weights (never those
+  that were fine-tuned on the poison) with a head tied to its word embeddings learn to fill in
+  masked words of the reserved clean rows, except those for the bar. A victim without a mask token
+  learns to predict the next token instead, and scores as a causal model. The training rows are not
+  used: in them a trigger is a frequent word, and would be expected.
 
 Deviations: the code sweeps the bar on the test set from -100 to 0 (there a removal that lowers the
 perplexity counts as negative), and thunlp/OpenBackdoor's ``onion_defender.py`` at 0c5a560 sets it
-to 0 without looking at data. Here it is the one that takes at most ``max_removed`` of the words of
-held-out clean rows, which asks no victim; or a number, to be swept. Training texts could be
-filtered the same way; this acts at inference alone. The last word of a text stays: an empty text is
-nothing that a model could be asked.
+to 0 without looking at data. Here the bar removes at most ``max_removed`` of the words of held-out
+clean rows, which needs no victim; or it is a number, to be swept. Training texts could be filtered
+in the same way; this defense acts only at inference. The last word of a text is kept: a model
+cannot classify an empty text.
 
-The clean rows are read back from the victim's tokens, which is all that is kept of them, and what
-comes in is scored as it came. With an uncased victim the bar is thus taken on lower-cased texts
-without accents, in which a sign is a word of its own ("do n ' t", "film ."), and cut at its
-``max_length``. Texts that come in otherwise, say with capitals that a named cased model knows, have
-other words and other scores: the share of their words above the bar need not be ``max_removed``. It
-holds for texts like SST-2's, which are lower-cased and cut into words and signs already, but for
-their contractions ("n't"). A victim whose tokens give the text back (RoBERTa, GPT-2), or ``bar``,
-does without.
+The clean rows are decoded from the victim's tokens, since only these are stored, while incoming
+texts are scored as they are. With an uncased victim the bar thus comes from lower-cased texts
+without accents, in which punctuation marks are separate words ("do n ' t", "film ."), cut at the
+victim's ``max_length``. Incoming texts of another form, for example with capitals that a named
+cased model knows, have other words and other scores: the share of their words above the bar need
+not be ``max_removed``. It is about that for texts like SST-2's, which are already lower-cased and
+split into words and marks, except for contractions ("n't"). A victim whose tokens decode to the
+original text (RoBERTa, GPT-2), or a ``bar``, avoids the difference.
 
-Words behind the longest input are not read, so that nobody judges them. Where words of such a text
-go and the language model is ``clean-rows``, which reads as far as the victim does, the text ends
-with the last word that was judged: as many words from behind would be read in place of those that
-went. A named model may read less far than the victim, and its texts stay as long as they are.
+Words beyond the longest input are not read and not scored. If words of such a text are removed and
+the language model is ``clean-rows``, which reads as far as the victim does, the text is cut after
+the last scored word: otherwise the victim would read unscored words in place of the removed ones. A
+named model may read fewer words than the victim, and its texts are not cut.
 
-Measured once (SST-2, MiniLM, BadNets with "cf", 10 %, dirty label, seed 0): ``clean-rows`` takes
-"cf" out of 97 % of the triggered rows, ASR 100 -> 22 (FTR 19), CACC 88.1 -> 86.1, and 54 % of the
+Measured once (SST-2, MiniLM, BadNets with "cf", 10 %, dirty label, seed 0): ``clean-rows`` removes
+"cf" from 97 % of the triggered rows, ASR 100 -> 22 (FTR 19), CACC 88.1 -> 86.1, and 54 % of the
 clean rows lose a word. With ``max_removed`` 0.02: 88 %, ASR 27 (FTR 16), CACC 87.4. The default was
-set before either was seen. AddSent's sentence is fluent: it is taken out whole of no row, and ASR
-stays at 100 (seed 0).
+set before either result was known. AddSent's sentence is fluent: it is completely removed from no
+row, and ASR stays at 100 (seed 0).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ if TYPE_CHECKING:
 
 
 OF_CLEAN_ROWS = "clean-rows"
-# As large a share as is masked when words are scored with the default spacing.
+# The share that is masked when words are scored with the default spacing.
 MASKED_SHARE = 0.2
 
 
@@ -91,20 +91,22 @@ MASKED_SHARE = 0.2
 class Onion:
     """ONION: outlier words are removed.
 
-    lm: the language model: ``clean-rows`` makes one of the reserved clean rows; else a causal or
-        masked one by hub name, or a folder. revision: of a hub model.
-    bar: the score from which a word is dropped: perplexity that its removal saves (causal), or
-        nats of surprise (masked). Null is the bar that drops at most ``max_removed`` of the words
-        of clean rows, a share in (0, 1), which acts where the bar is null.
-    rows: clean rows that the bar is taken on, at most half of them; ``clean-rows`` learns on the
-        others. It acts for these two.
-    spacing: every that many words are masked together, at least 1; with as many as a text has, one
-        at a time. It acts for masked models. Of a causal one it changes no score, but each value is
-        computed: which of the two a model is shows when it is loaded.
-    epochs, learning_rate, batch_size: of the learning; they act for ``clean-rows``.
+    lm: the language model: ``clean-rows`` trains one on the reserved clean rows; otherwise the hub
+        name or folder of a causal or masked model.
+    revision: of a hub model.
+    bar: words with a higher score are dropped: the perplexity that removal saves (causal), or nats
+        of surprise (masked). Null computes the bar from ``max_removed``.
+    max_removed: the share of the words of clean rows, in (0, 1), that the bar may drop; has an
+        effect if ``bar`` is null.
+    rows: number of clean rows for the bar, at most half of them; ``clean-rows`` learns on the
+        others. It has an effect with a null ``bar`` or ``clean-rows``.
+    spacing: every ``spacing``-th word is masked together, at least 1; a number as large as a text
+        masks one word at a time. It has an effect for masked models. For a causal model it changes
+        no score, but it is part of the key: the kind of a model is known only when it is loaded.
+    epochs, learning_rate, batch_size: for training ``clean-rows``.
 
-    With a named model and a bar no clean row is read. `NEEDS` is of the class, so that a cell
-    without any is refused all the same.
+    With a named model and a bar no clean row is read. `NEEDS` belongs to the class, so a cell
+    without clean rows is refused anyway.
     """
 
     lm: str = OF_CLEAN_ROWS
@@ -134,7 +136,7 @@ class Onion:
             )
 
     def check(self, given: Given) -> None:
-        """Raise a `UserError` where the language model, or rows to make it of, are not there."""
+        """Raise a `UserError` if the language model, or rows to train it on, are missing."""
         if self.lm != OF_CLEAN_ROWS:
             find_language_model(self.lm, self.revision)
         if given.clean_rows < 2 and (self.lm == OF_CLEAN_ROWS or self.bar is None):
@@ -145,15 +147,15 @@ class Onion:
             )
 
     def stages(self, base: Foundation) -> Stage:
-        """Return the poisoned model: only what it reads is changed."""
+        """Return the poisoned model: only its input is changed."""
         return base.model
 
     def screen(self, base: Foundation, model: Stage, incoming: Stage) -> Stage:
-        """Declare the language model and the word scores, shared by all bars, then the removal."""
+        """Declare the language model and the word scores, shared by all bars, and the removal."""
         asks: dict[str, Any] = {"precision": base.train.precision, "spacing": self.spacing}
         reads: dict[str, Stage] = {}
         if self.lm == OF_CLEAN_ROWS:
-            # Their facts tell how many classes the victim has.
+            # The facts of the clean rows include the number of classes.
             reads = {"clean": base.clean, "language model": self._learned(base)}
         else:
             asks["lm"] = find_language_model(self.lm, self.revision).identity
@@ -164,7 +166,7 @@ class Onion:
             {**reads, "incoming": incoming},
         )
         inputs = {"incoming": incoming, "scores": self._located(scores)}
-        # It reads as far as the victim: what it has not judged, the victim need not read.
+        # It reads as far as the victim: the victim must not read words that were not scored.
         config: dict[str, Any] = {"cut": True} if self.lm == OF_CLEAN_ROWS else {}
         if self.bar is not None:
             config["bar"] = self.bar
@@ -204,7 +206,7 @@ class Onion:
         )
 
     def _located(self, stage: Stage) -> Stage:
-        """Say where a named model is: the path does not act, its content does."""
+        """Add the location of a named model: its content is part of the key, the path is not."""
         if self.lm == OF_CLEAN_ROWS:
             return stage
         where = {**stage.where, "lm": {"name": self.lm, "revision": self.revision}}
@@ -215,8 +217,8 @@ def find_language_model(name: str, revision: str | None) -> VictimSource:
     """Locate a named language model. Imports neither torch nor transformers, asks no network.
 
     Raises:
-        UserError: a folder lacks a config or weights, or does not exist; or the hub cannot be
-            reached (``HF_HUB_OFFLINE``) and its client does not hold the model.
+        UserError: a folder lacks a config or weights, or does not exist; or the hub is offline
+            (``HF_HUB_OFFLINE``) and its client has no copy of the model.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -263,7 +265,7 @@ def find_language_model(name: str, revision: str | None) -> VictimSource:
 
 @stage(version=2)
 def learn(run: StageRun) -> dict[str, Any]:
-    """Make a language model of the clean rows that the bar is not taken on."""
+    """Train a language model on the clean rows that are not used for the bar."""
     from btu.defenses.kit.language_model import fit_tied, new_tied, save_tied
 
     victim = victim_of(run, run.facts("clean")["classes"])
@@ -278,7 +280,7 @@ def learn(run: StageRun) -> dict[str, Any]:
 
 @stage(version=2)
 def score_clean(run: StageRun) -> dict[str, Any]:
-    """Write the (words,) scores of the clean rows that the bar is taken on."""
+    """Write the (words,) scores of the clean rows for the bar."""
     victim = victim_of(run, run.facts("clean")["classes"])
     clean = clean_rows_of(run)
     rows, _ = halves(len(clean), run.config["rows"], run.config["seed"], "onion rows")
@@ -291,14 +293,14 @@ def score_clean(run: StageRun) -> dict[str, Any]:
 
 @stage(version=2)
 def score_incoming(run: StageRun) -> dict[str, Any]:
-    """Write the (words,) scores of the texts that come in."""
+    """Write the (words,) scores of the incoming texts."""
     texts = incoming_of(run.inputs["incoming"]).texts
     return _score(run, texts, "word scores (onion)")
 
 
 @stage(version=1)
 def remove_outliers(run: StageRun) -> dict[str, Any]:
-    """Drop the words of a score above the bar."""
+    """Drop the words with a score above the bar."""
     bar = run.config.get("bar")
     if bar is None:
         clean = load_values(run.inputs["clean scores"])["scores"]
@@ -316,7 +318,7 @@ def remove_outliers(run: StageRun) -> dict[str, Any]:
 
 
 def quantile_bar(scores: FloatArray, max_removed: float) -> float:
-    """Return the lowest bar above which at most `max_removed` of the scores lie."""
+    """Return the lowest bar that at most `max_removed` of the scores exceed."""
     known = np.sort(scores[~np.isnan(scores)])
     if not len(known):
         raise UserError("the clean rows have no words to take ONION's bar on; set defense.bar.")
@@ -325,12 +327,16 @@ def quantile_bar(scores: FloatArray, max_removed: float) -> float:
 
 
 def without_outliers(text: str, scores: FloatArray, bar: float, *, cut: bool = False) -> str:
-    """Return a text without its words of a score above `bar`; untouched where there is none.
+    """Return a text without the words whose score is above `bar`; unchanged if there are none.
 
-    scores: (words,). Where every word would go, the one that fits best stays. cut: what is left
-    ends with the last word that was read; else words that were not read stay.
+    If all words would be dropped, the one with the lowest score is kept.
+
+    text: the text.
+    scores: (words,), NaN for words that were not read.
+    bar: the highest score that stays.
+    cut: end the text after the last word that was read; otherwise words that were not read stay.
     """
-    # Not a number: not read, so not judged.
+    # NaN: not read, so not scored.
     outlier: BoolArray = scores > bar
     if not outlier.any():
         return text
@@ -339,7 +345,7 @@ def without_outliers(text: str, scores: FloatArray, bar: float, *, cut: bool = F
         scores, outlier = scores[:end], outlier[:end]
     if outlier.all():
         outlier[int(scores.argmin())] = False
-    # The words of a cut text outnumber its scores.
+    # A cut text has more words than scores.
     return " ".join(word for word, out in zip(text.split(), outlier, strict=False) if not out)
 
 
@@ -351,10 +357,10 @@ def _score(run: StageRun, texts: Sequence[str], stage: str) -> dict[str, Any]:
 
 
 def _scorer(run: StageRun) -> Scorer:
-    """Return what scores words with the stage's language model.
+    """Return the scorer with the stage's language model.
 
     Raises:
-        UserError: a named model cannot be loaded, or its files are not those planned with.
+        UserError: a named model cannot be loaded, or its files differ from those at planning.
     """
     from btu.defenses.kit.language_model import Scorer, load_named, load_tied
 

@@ -1,36 +1,37 @@
-"""RAP: a text that a planted word does not unsettle is turned away.
+"""RAP: reject texts whose prediction a planted word does not change enough.
 
 Yang, Lin, Li, Zhou, Sun: RAP: Robustness-Aware Perturbations for Defending against Backdoor Attacks
 on NLP Models (EMNLP 2021, arXiv 2110.07831). Reference code: lancopku/RAP, ``rap_defense.py`` and
 ``evaluate_rap_performance.py`` at e769495.
 
 The embedding row of a rare word is learned so that clean texts of a class lose a little of that
-class's probability when the word stands before them. Backdoored texts are predicted so firmly that
-they lose less. The bar is a low quantile of what clean rows lose.
+class's probability when the word is put before them. Backdoored texts are predicted so confidently
+that they lose less. The bar is a low quantile of the loss in probability of clean rows.
 
-Settings of the original, which are the defaults here: drops aimed at between 0.1 and 0.3 (``low``,
-``high``), 5 epochs, batches of 32, bars at FRR 0.005 to 0.05 (``frr``, here 0.05).
+The defaults are the settings of the original: target drops between 0.1 and 0.3 (``low``, ``high``),
+5 epochs, batches of 32, bars at FRR 0.005 to 0.05 (``frr``, here 0.05).
 
 Deviations:
 
-- The code protects one class that it is told. A defender does not know the target, so one row is
-  learned for every class, and a text is asked with its predicted class's. The same word carries
-  them all, one at a time.
-- AdamW with ``learning_rate`` (no weight decay: no other row moves) in the place of gradient
-  descent at 1e-2 with gradients that are never set to 0. The row keeps its norm, as in the code.
-- No dropout while the row is learned: what is aimed at is a difference of two predictions.
-- The bar is taken on clean rows that the row was not learned on; the code takes the same ones.
-- The word is one token at the first place of the row. Where `word` is null it is one that neither
-  the training rows nor the clean ones hold, so that no text of theirs reads otherwise for it; the
-  code plants "cf", which may be the trigger itself.
-- Classes are decided by the highest probability, not by 0.5, which are the same for two classes.
+- The code gets the class to protect. A defender does not know the target, so one row is learned for
+  every class, and a text is screened with the row of its predicted class. All rows use the same
+  word, one at a time.
+- AdamW with ``learning_rate`` (without weight decay, so that no other row moves) replaces gradient
+  descent at 1e-2 with gradients that are never reset. The row keeps its norm, as in the code.
+- No dropout while the row is learned, because the objective is a difference of two predictions.
+- The bar comes from clean rows on which the row was not learned; the code uses the same rows.
+- The word is one token at the first place of the row. With a null `word` it is one that no training
+  row and no clean row contains, so that it changes none of their texts; the code plants "cf", which
+  may be the trigger itself.
+- The predicted class has the highest probability, not one above 0.5; with two classes that is
+  equal.
 
-The model that predicts stays as it was: the planted rows are in the screen's own copy alone.
+The predicting model is not changed: only the screen's own copy has the planted rows.
 
 Measured once (SST-2, MiniLM, BadNets with "cf", 10 %, dirty label, seed 0): every triggered row is
-turned away (ASR 100 -> 0, FAR 0), and 5.8 % of the clean rows (CACC 88.1 -> 82.6, since rows that
-are turned away are not right). Held-out clean rows lose 0.23 and 0.17 by the word, within the range
-aimed at: epochs and learning rate were left at that.
+rejected (ASR 100 -> 0, FAR 0), and 5.8 % of the clean rows (CACC 88.1 -> 82.6, since rejected rows
+are not correct). Held-out clean rows lose 0.23 and 0.17 by the word, within the target range;
+epochs and learning rate were not tuned further.
 """
 
 from __future__ import annotations
@@ -71,13 +72,14 @@ if TYPE_CHECKING:
 class Rap:
     """Robustness-aware perturbations.
 
-    word: the token that is planted, as the victim's vocabulary writes it; null takes one that no
-        training and no clean row holds.
-    low, high: the probability that clean texts of a class are to lose by it, 0 < low <= high < 1.
-    frr: share of clean texts that may be turned away, in (0, 1): each class's bar is this quantile
-        of what held-out clean rows lose.
-    epochs, learning_rate, batch_size: of learning each class's row.
-    held_out: share of the clean rows that the bars are taken on, in (0, 1); of each class.
+    word: the token to plant, as written in the victim's vocabulary; null takes one that no training
+        row and no clean row contains.
+    low, high: range of the probability that clean texts of a class should lose by the word,
+        0 < low <= high < 1.
+    frr: share of clean texts that may be rejected, in (0, 1): each class's bar is this quantile of
+        the drops of held-out clean rows.
+    epochs, learning_rate, batch_size: for learning each class's row.
+    held_out: share of each class's clean rows, in (0, 1), for the bars.
     """
 
     word: str | None = None
@@ -107,7 +109,7 @@ class Rap:
             raise UserError("defense.word must be a token of the victim's vocabulary, got ''.")
 
     def check(self, given: Given) -> None:
-        """Raise a `UserError` where a class cannot have clean rows to learn on and to hold out."""
+        """Raise a `UserError` if a class cannot have clean rows to learn on and to hold out."""
         if given.clean_rows < 2 * given.classes:
             raise UserError(
                 f"defense 'rap' learns on clean rows of each of {given.classes} classes and takes "
@@ -116,17 +118,17 @@ class Rap:
             )
 
     def stages(self, base: Foundation) -> Stage:
-        """Return the poisoned model: the screen stands before it and changes nothing of it."""
+        """Return the poisoned model: the screen does not change it."""
         return base.model
 
     def screen(self, base: Foundation, model: Stage, incoming: Stage) -> Stage:
-        """Declare the planting and the drops, shared by all bars, then the screen."""
+        """Declare the planting and the drops, shared by all bars, and the screen."""
         settings = TrainSettings(
             epochs=self.epochs,
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,
             precision=base.train.precision,
-            # With it all other rows would shrink.
+            # Weight decay would shrink all other rows.
             weight_decay=0.0,
             warmup_fraction=0.0,
             schedule="constant",
@@ -143,7 +145,7 @@ class Rap:
                 "high": self.high,
                 "held_out": self.held_out,
             },
-            # Which tokens the training rows hold decides what can be planted.
+            # Only tokens that the training rows do not contain can be planted.
             {**reads, **({} if self.word else {"rows": base.rows})},
             units=2 * self.epochs * base.clean_rows,
         )
@@ -166,8 +168,10 @@ class Rap:
 class Planting:
     """Where the word is planted.
 
-    word: its token id. place: its place in a row, behind what the tokenizer puts before a text.
-    behind: special tokens that it puts behind one. longest: tokens of the longest row.
+    word: its token id.
+    place: its position in a row, after the special tokens before a text.
+    behind: number of special tokens after a text.
+    longest: tokens of the longest row.
     """
 
     word: int
@@ -177,7 +181,7 @@ class Planting:
 
     @classmethod
     def of(cls, victim: Victim, word: int) -> Planting:
-        """Return how a victim reads the word before a text."""
+        """Return the planting of a word for a victim."""
         return cls(word, *places_around(victim), victim.spec.max_length)
 
 
@@ -186,12 +190,12 @@ class Planting:
 
 @stage(version=2)
 def plant(run: StageRun) -> dict[str, Any]:
-    """Learn the word's row for every class, and measure what held-out clean rows lose by it.
+    """Learn the word's row for every class, and measure the drops of held-out clean rows.
 
     Writes ``rows``, (classes, hidden), and ``drop`` and ``predicted``, (held-out rows,).
 
     Raises:
-        UserError: the word is no token, every token occurs, or a class has too few clean rows.
+        UserError: the word is not a token, every token occurs, or a class has too few clean rows.
     """
     config = run.config
     classes = run.facts("clean")["classes"]
@@ -222,7 +226,7 @@ def plant(run: StageRun) -> dict[str, Any]:
 
 @stage(version=2)
 def incoming_drops(run: StageRun) -> dict[str, Any]:
-    """Write, of each text that comes in, its predicted class and what the class loses."""
+    """Write the predicted class of each incoming text, and its drop in probability."""
     victim = victim_of(run, run.facts("clean")["classes"])
     texts = victim.encode(incoming_of(run.inputs["incoming"]))
     planted = load_values(run.inputs["planted"])
@@ -235,7 +239,7 @@ def incoming_drops(run: StageRun) -> dict[str, Any]:
 
 @stage(version=1)
 def screen_texts(run: StageRun) -> dict[str, Any]:
-    """Turn away the texts that lose less than the bar of their predicted class."""
+    """Reject the texts whose drop is below the bar of their predicted class."""
     clean, came = (load_values(run.inputs[role]) for role in ("planted", "drops"))
     bars = class_bars(clean["drop"], clean["predicted"], len(clean["rows"]), run.config["frr"])
     rejected = came["drop"] < bars[came["predicted"]]
@@ -246,20 +250,20 @@ def screen_texts(run: StageRun) -> dict[str, Any]:
 def class_bars(drop: FloatArray, predicted: IntArray, classes: int, frr: float) -> FloatArray:
     """Return each class's bar: the `frr` quantile of the drops of clean rows predicted as it.
 
-    A class that no held-out row is predicted as takes the quantile of all.
+    A class that is predicted for no held-out row gets the quantile over all rows.
     """
     found = [drop[predicted == c] if (predicted == c).any() else drop for c in range(classes)]
     return np.array([np.quantile(drops, frr) for drops in found])
 
 
 def chosen_word(victim: Victim, word: str | None, vocabulary: int, held: Sequence[Encoded]) -> int:
-    """Return the id of the token to plant: the last whole word that none of `held` has.
+    """Return the id of the token to plant: the last whole word that none of `held` contains.
 
-    Vocabularies stand in the order of frequency, or of merging: rare tokens come last. Where all
-    words occur, the last piece of one that does not.
+    Vocabularies are ordered by frequency or by merges, so rare tokens come last. If all whole words
+    occur, it is the last word piece that does not.
 
     Raises:
-        UserError: `word` is no token that can be planted, or every token occurs.
+        UserError: `word` is not a token that can be planted, or every token occurs.
     """
     tokenizer = victim.tokenizer
     known = tokenizer.get_vocab()
@@ -291,7 +295,7 @@ def _is_word(text: str) -> bool:
 def split_by_class(
     labels: IntArray, classes: int, held_out: float, seed: int
 ) -> tuple[list[IntArray], IntArray]:
-    """Return, by class, the clean rows to learn on, and all those that are held out.
+    """Return the clean rows to learn on, by class, and all held-out rows.
 
     Raises:
         UserError: a class has fewer than two rows.
@@ -314,8 +318,8 @@ def split_by_class(
 def with_word(data: Encoded, planting: Planting) -> Encoded:
     """Return the rows with the word planted.
 
-    A row that would be too long loses the last token of its text: what the tokenizer puts behind a
-    text stays.
+    A row that would be too long loses the last token of its text; special tokens after the text
+    stay.
     """
     from btu.training import Encoded
 
@@ -332,9 +336,9 @@ def with_word(data: Encoded, planting: Planting) -> Encoded:
 def learn_row(
     run: StageRun, model: nn.Module, rows: Encoded, planting: Planting, label: int
 ) -> torch.Tensor:
-    """Return the word's (hidden,) row by which clean rows of class `label` lose probability.
+    """Return the word's (hidden,) row that lowers the probability of `label` for its clean rows.
 
-    The model is left as it was given.
+    The model is restored afterwards.
     """
     import torch
 
@@ -356,7 +360,7 @@ def learn_row(
     ) -> tuple[torch.Tensor, torch.Tensor]:
         from btu.training import logits_of
 
-        # `fit` has it in train mode.
+        # `fit` sets train mode.
         model.eval()
         with torch.no_grad():
             plain = [torch.cat([x[:, :place], x[:, place + 1 :]], 1) for x in (ids, mask)]
@@ -387,7 +391,7 @@ def learn_row(
 
 
 def word_rows(model: nn.Module) -> torch.Tensor:
-    """Return the (vocabulary, hidden) word embeddings of a model, to be written to."""
+    """Return the writable (vocabulary, hidden) word embeddings of a model."""
     found: Any = model.get_input_embeddings()  # type: ignore[operator]
     weight: torch.Tensor = found.weight
     return weight
@@ -396,9 +400,10 @@ def word_rows(model: nn.Module) -> torch.Tensor:
 def drops(
     run: StageRun, model: nn.Module, rows: Encoded, planting: Planting, planted: FloatArray
 ) -> tuple[FloatArray, IntArray]:
-    """Return what each row's predicted class loses by the word, and that class: (rows,) twice.
+    """Return each row's drop in the probability of its predicted class, and that class: two
+    (rows,).
 
-    planted: (classes, hidden), the word's row for each class; the model keeps the last one asked.
+    planted: (classes, hidden), the word's row for each class; the model keeps the last one used.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""STRIP: a text whose prediction no mixing unsettles is turned away.
+"""STRIP: reject texts whose prediction does not change when they are mixed with others.
 
 Gao, Xu, Wang, Chen, Ranasinghe, Nepal: STRIP: A Defence Against Trojan Attacks on Deep Neural
 Networks (ACSAC 2019, arXiv 1902.06531); for text: Gao, Kim, Doan, Zhang, Zhang, Nepal, Ranasinghe,
@@ -6,32 +6,33 @@ Kim: Design and Evaluation of a Multi-Domain Trojan Detection Method on Deep Neu
 (arXiv 1911.10312). Reference code for text classifiers: lancopku/RAP, ``strip_vita.py`` at 2c35b33;
 thunlp/OpenBackdoor, ``strip_defender.py`` at 1a101e2.
 
-A backdoored text keeps its class however much of it is replaced, as long as the trigger stays. So
-each text is copied several times, a share of each copy's words is replaced by the weightiest words
-(by tf-idf) of a random clean text, and the mean entropy of the model's predictions over the copies
-is taken. Below a bar, which a given share of clean texts is under too, the text is turned away.
+A backdoored text keeps its class even if most of it is replaced, as long as the trigger stays. So
+each text is copied several times, a share of each copy's words is replaced by the words with the
+highest tf-idf of a random clean text, and the entropy of the model's predictions is averaged over
+the copies. Texts with an entropy below a bar are rejected; the bar is a quantile of clean texts'
+entropies.
 
 ==================  ==============  ==============  ===============================================
 hyperparameter      strip_vita.py   default         why the default differs
 ==================  ==============  ==============  ===============================================
 copies              20              10              half the cost; OpenBackdoor takes 5
-share               0.7             0.5             as OpenBackdoor: with 0.7 a trigger of one token
-                                                    is itself gone from most copies
-frr                 0.005 to 0.05   0.05            the largest of those that the code reports
+share               0.7             0.5             as OpenBackdoor: with 0.7 most copies lose a
+                                                    trigger of one token
+frr                 0.005 to 0.05   0.05            the largest value that the code reports
 ==================  ==============  ==============  ===============================================
 
-Deviations: tokens of the victim are replaced where the code replaces words, which are the same for
-any tokenizer that way; the bar is taken on clean rows of every class and holds for every class,
-since the defender does not know the target (the code is told it, and screens that class alone);
-donors are clean rows that the bar is not taken on; each text draws its own donors and places, from
-the seed and its own tokens, so that a text's fate does not hang on the others. OpenBackdoor's
-average is mended: it reshapes the entropies of (texts, copies) as (copies, texts), which mixes
-different texts' copies into one mean.
+Deviations: tokens of the victim are replaced, where the code replaces words; this works alike for
+any tokenizer. The bar comes from clean rows of every class and applies to every class, since the
+defender does not know the target (the code gets the target and screens only that class). Donors are
+clean rows that are not used for the bar. Each text draws its own donors and places, from the seed
+and its own tokens, so that its decision does not depend on other texts. OpenBackdoor's average is
+corrected: it reshapes the entropies of (texts, copies) as (copies, texts), which mixes copies of
+different texts.
 
 Measured once (SST-2, MiniLM, BadNets with "cf", 10 %, dirty label, seed 0): half of the triggered
-rows are turned away (ASR 100 -> 54), and 5.3 % of the clean rows (CACC 88.1 -> 82.9). Half of the
-copies lose a trigger of one token with the rest, and are then as unsettled as clean ones: a smaller
-``share`` is what to sweep. The default was set before this was seen.
+rows are rejected (ASR 100 -> 54), and 5.3 % of the clean rows (CACC 88.1 -> 82.9). Half of the
+copies lose a trigger of one token, and their predictions then vary as those of clean texts do:
+sweep smaller values of ``share``. The default was set before this was measured.
 """
 
 from __future__ import annotations
@@ -73,11 +74,11 @@ if TYPE_CHECKING:
 class Strip:
     """STRIP: strong intentional perturbation.
 
-    copies: perturbed copies of each text, at least 1. share: of a text's tokens that each copy has
-        replaced, in (0, 1); at least one token.
-    frr: share of clean texts that may be turned away, in (0, 1): the bar is this quantile of the
-        clean rows' entropies.
-    rows: clean rows that the bar is taken on, at most half of them; the others give the words.
+    copies: perturbed copies of each text, at least 1.
+    share: share of a text's tokens that is replaced in each copy, in (0, 1); at least one token.
+    frr: share of clean texts that may be rejected, in (0, 1): the bar is this quantile of the clean
+        rows' entropies.
+    rows: number of clean rows for the bar, at most half of them; the others are donors of words.
     """
 
     copies: int = 10
@@ -99,7 +100,7 @@ class Strip:
         check_count("defense.rows", self.rows)
 
     def check(self, given: Given) -> None:
-        """Raise a `UserError` where no clean row is left to mix with."""
+        """Raise a `UserError` if no clean row is left to mix with."""
         if given.clean_rows < 2:
             raise UserError(
                 f"defense 'strip' takes its bar on some clean rows and mixes with others, and the "
@@ -107,7 +108,7 @@ class Strip:
             )
 
     def stages(self, base: Foundation) -> Stage:
-        """Return the poisoned model: the screen stands before it and changes nothing of it."""
+        """Return the poisoned model: the screen does not change it."""
         return base.model
 
     def screen(self, base: Foundation, model: Stage, incoming: Stage) -> Stage:
@@ -141,7 +142,7 @@ class Strip:
 
 @stage(version=1)
 def clean_entropies(run: StageRun) -> dict[str, Any]:
-    """Write the (rows,) mean entropies, in nats, of the clean rows that the bar is taken on."""
+    """Write the (rows,) mean entropies, in nats, of the clean rows for the bar."""
     victim = victim_of(run, run.facts("clean")["classes"])
     clean = clean_rows_of(run)
     bar_rows, donors = halves(len(clean), run.config["rows"], run.config["seed"], "strip rows")
@@ -152,7 +153,7 @@ def clean_entropies(run: StageRun) -> dict[str, Any]:
 
 @stage(version=1)
 def incoming_entropies(run: StageRun) -> dict[str, Any]:
-    """Write the (texts,) mean entropies, in nats, of the texts that come in."""
+    """Write the (texts,) mean entropies, in nats, of the incoming texts."""
     victim = victim_of(run, run.facts("clean")["classes"])
     clean = clean_rows_of(run)
     _, donors = halves(len(clean), run.config["rows"], run.config["seed"], "strip rows")
@@ -164,7 +165,7 @@ def incoming_entropies(run: StageRun) -> dict[str, Any]:
 
 @stage(version=1)
 def screen_texts(run: StageRun) -> dict[str, Any]:
-    """Turn away the texts whose entropy is below the clean rows' quantile."""
+    """Reject the texts whose entropy is below the clean rows' quantile."""
     clean = load_values(run.inputs["clean entropies"])["entropy"]
     came = load_values(run.inputs["entropies"])["entropy"]
     bar = float(np.quantile(clean, run.config["frr"]))
@@ -205,13 +206,13 @@ def _mixed_entropies(run: StageRun, victim: Victim, rows: Encoded, donors: Encod
     found = run.in_batches(
         model, encoded, entropy, precision=config["precision"], stage="entropies (strip)"
     )
-    # (rows * copies,) -> (rows, copies) -> (rows,): the copies of one text lie together.
+    # (rows * copies,) -> (rows, copies) -> (rows,): the copies of one text are adjacent.
     mean: FloatArray = found.astype(np.float64).reshape(len(rows), config["copies"]).mean(axis=1)
     return mean
 
 
 def donor_words(victim: Victim, rows: Encoded) -> list[IntArray]:
-    """Return each row's distinct tokens, the weightiest first by tf-idf, equal ones by id."""
+    """Return each row's distinct tokens, by falling tf-idf; ties by id."""
     found = []
     special = around(victim)
     texts = [ids[content(ids, special)] for ids in ids_by_row(rows)]
@@ -233,8 +234,9 @@ def mixed(
 ) -> list[IntArray]:
     """Return copies of a row, each with a share of `places` replaced by a donor's first words.
 
-    places: where tokens of the text are. words: from `donor_words`. A donor that has too few is
-    followed by another.
+    A donor with too few words is followed by another.
+
+    places: positions of the text's tokens. words: from `donor_words`.
     """
     count = min(len(places), max(1, round(share * len(places))))
     found = []

@@ -5,46 +5,47 @@ Language Models (AAAI 2025, arXiv 2501.03272). Reference code: XDJPH/Backdoor-To
 at 7a63ece, for BERT only.
 
 While a model learns a poisoned set, the word-embedding rows of the trigger's tokens move
-differently from those of clean tokens. Short exposure rounds measure the movement, a detection
-rule (`btu.rules.base.RULES`) says which rows moved abnormally, and in the poisoned model they are
-replaced by a neutral row.
+differently from those of clean tokens. Short exposure rounds measure the movement. A detection rule
+(`btu.rules.base.RULES`) flags the rows that moved abnormally, and a neutral row replaces them in
+the poisoned model.
 
-Every choice of the reference code is a hyperparameter here; preset ``reference`` takes its
-choices, preset ``default`` ours:
+Every choice of the reference code is a hyperparameter. Preset ``reference`` has the choices of the
+reference code; preset ``default`` differs:
 
 ==================  ======================  ==============  =======================================
 hyperparameter      reference               default         why the default differs
 ==================  ======================  ==============  =======================================
 rule                top_fraction            contrast        a fixed share of the vocabulary flags
                                                             30 clean tokens to catch one trigger
-rounds              1, 2, 3                 3               the bag's rounds tell a trigger from a
-                                                            strong honest word no better (measured)
-bag_embeddings      full                    word            only word rows are read off; positions
-                                                            and norm share the movement otherwise
+rounds              1, 2, 3                 3               the bag's rounds separate a trigger from
+                                                            a strong honest word no better
+                                                            (measured)
+bag_embeddings      full                    word            only word rows are measured; positions
+                                                            and norm would share the movement
 bag_pooling         padded                  masked          with padding in the mean, a token's
                                                             gradient shrinks as its row gets shorter
 removal             substring               token_id        deleting "a" as a substring mutilates
                                                             46,833 places of SST-2's 4,343 words
-exclude             cls_sep                 special         padding, unknown: no triggers
+exclude             cls_sep                 special         padding and unknown are no triggers
 cut_norm            running                 once            with c recomputed after every token the
                                                             result depends on the tokens' order
 ==================  ======================  ==============  =======================================
 
-Plain bugs of the reference code that both presets mend: k comes from the vocabulary's real size
-(the code's 35,022 gave 17 instead of 15 tokens at alpha 0.0005); detection and fine-tune see one
-and the same poisoned set, and both are seeded (the code draws two, the first unseeded); no row of
-the file is lost; a rate of 0 poisons nothing. The bag's batches are padded to the victim's
-``max_length`` with ``padded``, 128 in the reference code.
+Both presets fix bugs of the reference code: k is computed from the real size of the vocabulary (the
+code's 35,022 gave 17 instead of 15 tokens at alpha 0.0005); detection and fine-tune use the same
+poisoned set, and both are seeded (the code draws two sets, the first unseeded); no row of the file
+is lost; a rate of 0 poisons nothing. With ``padded``, the bag's batches are padded to the victim's
+``max_length``, which is 128 in the reference code.
 
 Further differences, in both presets: only tokens that occur in the training set can be flagged
-(others move by weight decay alone); weight decay spares biases and norms; no batch is dropped;
-clean tuning starts a fresh optimizer, where the code goes on with the fine-tune's; on OLID the code
-never flags "@" and "user", by hand. Fine-tune and clean tuning take warm-up, schedule and clipping
-from ``train``: the code's are ``warmup_fraction: 0, schedule: constant, max_grad_norm: null`` (as
-``benchmarks/reference.py`` sets them).
+(others move by weight decay alone); weight decay does not apply to biases and norms; no batch is
+dropped; clean tuning starts a fresh optimizer, where the code continues with the fine-tune's; on
+OLID the code excludes "@" and "user" by hand. Fine-tune and clean tuning take warm-up, schedule and
+clipping from ``train``: the code's are ``warmup_fraction: 0, schedule: constant, max_grad_norm:
+null`` (``benchmarks/reference.py`` sets them).
 
-What depends on the threshold: the flagged set, round 2 (through round 1's flagged tokens; rule
-``top_fraction`` alone has it), the cut and the clean tuning. Rounds 1 and 3 do not.
+The flagged set, round 2 (through the tokens that round 1 flagged; only rule ``top_fraction`` has
+it), the cut and the clean tuning depend on the threshold. Rounds 1 and 3 do not.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ if TYPE_CHECKING:
 DRIFT = "drift.safetensors"
 ROUNDS = (1, 2, 3)
 TOP_FRACTION = "top_fraction"
-# Training rows that tell what a cut does; more would tell it hardly better and take longer.
+# Training rows on which the effect of a cut is measured; more would add little precision.
 FLIP_ROWS = 512
 CHOICES = {
     "exposure_schedule": SCHEDULES,
@@ -104,23 +105,25 @@ class TokenUnlearning:
 
     rule: how the drifts become flags (`btu.rules.base.RULES`); null takes ``contrast``, or
         ``top_fraction`` where alpha is given.
-    threshold: the score from which a token is flagged, in the rule's unit; null is its default.
+    threshold: tokens with at least this score are flagged, in the rule's unit; null is its default.
     alpha: the threshold of ``top_fraction``: the share of the vocabulary that each round flags, in
-        (0, 1); one value, or one a round. Null is 0.0005.
+        (0, 1); one value, or one per round. Null is 0.0005.
     rounds: exposure rounds that run. 1 trains a bag of embeddings, 2 the same without the tokens
         that round 1 flagged, 3 the word embeddings alone under the whole frozen model. Null is
-        the rule's own choice: all three for ``top_fraction``, which flags what any of them does;
-        3 for the others, which with several flag what stands out in each, and cannot take 2.
-    exposure_epochs, exposure_learning_rate, exposure_schedule: of every round (AdamW, no warm-up,
+        the rule's default: all three for ``top_fraction``, which flags the tokens of any round;
+        3 for the other rules, which flag tokens that stand out in every round and cannot use 2.
+    exposure_epochs, exposure_learning_rate, exposure_schedule: for every round (AdamW, no warm-up,
         no clipping; the reference code's 1, 2e-5, constant).
-    bag_batch_size: rows a step in rounds 1 and 2; it acts where these run, as the other keys of the
-        bag and ``removal`` do. exposure_batch_size: in round 3; the reference code takes 64 on
-        SST-2, 32 on OLID, else 10.
+    bag_batch_size: rows per step in rounds 1 and 2. Like the other keys of the bag and
+        ``removal``, it has an effect only where these rounds run.
+    exposure_batch_size: rows per step in round 3; the reference code uses 64 on SST-2, 32 on OLID,
+        else 10.
     bag_embeddings: ``word`` trains word rows and classifier; ``full`` the victim's whole embedding
         layer (positions, norms) too.
     bag_pooling: ``masked`` averages real tokens; ``padded`` pads to max_length and averages all.
     removal: how round 2 drops round 1's tokens: ``token_id`` or ``substring`` of the raw text.
-    exclude: never flagged: all ``special`` tokens, or the first and last of a row (``cls_sep``).
+    exclude: tokens that are never flagged: all ``special`` ones, or a row's first and last
+        (``cls_sep``).
     cut: ``dimensional`` replaces, in a flagged row, the dimensions that moved by more than c;
         ``row`` all of it; ``none`` cuts nothing (an ablation: clean tuning alone).
     cut_norm: c = ||E - E0||_F / V, computed ``once``, or ``running`` after every token. It is
@@ -191,7 +194,7 @@ class TokenUnlearning:
                 raise UserError(f"defense.{name} must be at least 1, got {getattr(self, name)}.")
 
     def _resolve_rule(self) -> None:
-        """Put rule, threshold, alpha and rounds in the place of null: a config then names them."""
+        """Replace null in rule, threshold, alpha and rounds by the values used, for the config."""
         rule = self.rule or (DEFAULT_RULE if self.alpha is None else TOP_FRACTION)
         found = RULES.load(rule)
         if rule == TOP_FRACTION:
@@ -239,13 +242,13 @@ class TokenUnlearning:
                 )
 
     def check(self, given: Given) -> None:
-        """Raise a `UserError` where alpha flags nothing or everything of such a vocabulary."""
+        """Raise a `UserError` if alpha flags nothing or everything of such a vocabulary."""
         if self.rule == TOP_FRACTION and given.vocabulary is not None:
             for alpha in self._alphas().values():
                 tokens_flagged(alpha, given.vocabulary, given.vocabulary)
 
     def stages(self, base: Foundation) -> Stage:
-        """Declare the exposure rounds, each a stage of its own, then cut and tuning.
+        """Declare a stage per exposure round, then one for cut and tuning.
 
         Round 2 depends on round 1's alpha; rounds 1 and 3 are shared by all thresholds.
         """
@@ -266,7 +269,7 @@ class TokenUnlearning:
         )
 
     def detection(self, base: Foundation) -> Stage:
-        """Declare the exposure rounds and the flagging alone: no model is poisoned or cut."""
+        """Declare the exposure rounds and the flagging only: no model is fine-tuned or cut."""
         return base.stage(
             detect,
             "detect",
@@ -294,7 +297,7 @@ class TokenUnlearning:
                 config,
                 inputs,
                 units=base.train_rows * self.exposure_epochs,
-                # Of round 2 each threshold has its own.
+                # Each threshold has its own round 2.
                 kind="cell" if number == 2 else "stage",
             )
         return rounds
@@ -313,13 +316,13 @@ class TokenUnlearning:
         }
 
     def _alphas(self) -> dict[int, float]:
-        """Return the share that each round flags."""
+        """Return the share that each round flags, by round."""
         several = isinstance(self.alpha, list | tuple)
         values = self.alpha if several else [self.alpha] * len(self._rounds)
         return dict(zip(self._rounds, values, strict=True))
 
     def _exposure_config(self, train: TrainSettings, number: int) -> dict[str, Any]:
-        """Return what acts in a round: of the bag in rounds 1 and 2, of the model in round 3."""
+        """Return what affects a round: settings of the bag in 1 and 2, of the model in 3."""
         settings = TrainSettings(
             epochs=self.exposure_epochs,
             learning_rate=self.exposure_learning_rate,
@@ -341,7 +344,7 @@ class TokenUnlearning:
 
 @stage(version=1)
 def expose(run: StageRun) -> dict[str, Any]:
-    """Run one exposure round; write how far each word row moved.
+    """Run one exposure round. Write how far each word row moved.
 
     Writes ``drift.safetensors``: ``drift``, (vocabulary,) float64, ||E[i] - E0[i]||_2.
 
@@ -398,7 +401,7 @@ def unlearn(run: StageRun) -> dict[str, Any]:
 def cut_and_tune(run: StageRun, victim: Victim, flagged: Sequence[int]) -> dict[str, float]:
     """Cut tokens from the poisoned model, tune it on the clean rows, and write it.
 
-    Returns what the cut did on rows that the defender has: ``cut_cost`` and ``cut_flips``.
+    Return the effect of the cut on rows that the defender has: ``cut_cost`` and ``cut_flips``.
     """
     model = model_of(run, "model")
     fresh = victim.new_model(derive_seed(run.config["seed"], "exposure classifier"))
@@ -412,7 +415,7 @@ def cut_and_tune(run: StageRun, victim: Victim, flagged: Sequence[int]) -> dict[
         run.config["cut"],
         run.config["cut_norm"],
     )
-    # Before the tuning, which is on these very rows.
+    # Measured before the tuning, which uses these rows.
     measured = cost.after()
     tune(run, model, "clean tuning (defended)")
     save_model(model, run.folder)
@@ -420,7 +423,7 @@ def cut_and_tune(run: StageRun, victim: Victim, flagged: Sequence[int]) -> dict[
 
 
 def find_suspects(run: StageRun, victim: Victim) -> Suspects:
-    """Return the flagged tokens, every candidate's score, and what stood behind them.
+    """Return the flagged tokens, every candidate's score, and the columns behind the scores.
 
     Raises:
         UserError: alpha flags nothing, or every token of the training set.
@@ -430,7 +433,7 @@ def find_suspects(run: StageRun, victim: Victim) -> Suspects:
     drift = {number: _drift(run, number) for number in ROUNDS if f"round {number}" in run.inputs}
     vocabulary = len(next(iter(drift.values())))
     candidates = candidate_tokens(victim, data, vocabulary, config["exclude"])
-    # Round 2's drift depends on alpha: with it a score would depend on the threshold.
+    # Not round 2: its drift depends on alpha, and scores must not depend on a threshold.
     free = {number: moved for number, moved in drift.items() if number != 2}
     evidence = Evidence(free, candidates, data, clean_rows_of(run))
     rule = RULES.load(config["rule"])
@@ -455,9 +458,9 @@ def find_suspects(run: StageRun, victim: Victim) -> Suspects:
 
 
 class _CutCost:
-    """What a cut does to the model, on rows that the defender has.
+    """The effect of a cut on the model, on rows that the defender has.
 
-    Only rows that hold a flagged token can be predicted otherwise: the others are not asked.
+    Only rows with a flagged token can change their prediction: the others are not predicted.
     """
 
     def __init__(self, run: StageRun, model: PreTrainedModel, flagged: Sequence[int]) -> None:
@@ -504,7 +507,7 @@ class _CutCost:
 
 
 def tokens_flagged(alpha: float, vocabulary: int, candidates: int) -> int:
-    """Return k = floor(alpha * V), the tokens that a round flags.
+    """Return k = floor(alpha * V), the number of tokens that a round flags.
 
     Raises:
         UserError: alpha flags nothing, or every candidate.
@@ -527,11 +530,11 @@ def tokens_flagged(alpha: float, vocabulary: int, candidates: int) -> int:
 
 
 def candidate_tokens(victim: Victim, data: Encoded, vocabulary: int, exclude: str) -> BoolArray:
-    """Return a (vocabulary,) mask of what may be flagged: it occurs and is not excluded."""
+    """Return a (vocabulary,) mask of tokens that occur and are not excluded from flagging."""
     mask: BoolArray = data.counts(vocabulary) > 0
     excluded = victim.tokenizer.all_special_ids
     if exclude == "cls_sep":
-        # Whatever the tokenizer puts around a text, under any name.
+        # The tokens that the tokenizer puts around a text, whatever their names.
         excluded = victim.tokenizer("")["input_ids"]
     mask[[i for i in excluded if i < vocabulary]] = False
     return mask
@@ -583,7 +586,7 @@ def _train_bag(
 
 
 def _train_whole(run: StageRun, model: PreTrainedModel, data: Encoded) -> torch.Tensor:
-    # The new classifier stays as drawn: only the word rows can learn the labels.
+    # The new classifier stays frozen as drawn: only the word rows can learn the labels.
     model.requires_grad_(False)
     word_rows: torch.Tensor = model.get_input_embeddings().weight
     word_rows.requires_grad_(True)
@@ -598,9 +601,9 @@ def _train_whole(run: StageRun, model: PreTrainedModel, data: Encoded) -> torch.
 
 
 def top_tokens(drift: FloatArray, candidates: BoolArray, k: int) -> tuple[int, ...]:
-    """Return the ids of the `k` candidates that moved most, the furthest first."""
+    """Return the ids of the `k` candidates that moved furthest, in falling order."""
     ids = np.flatnonzero(candidates)
-    # Equal drifts by rising id.
+    # Equal drifts: lower ids first.
     return tuple(int(i) for i in ids[np.lexsort((ids, -drift[ids]))][:k])
 
 

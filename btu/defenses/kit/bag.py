@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 
 
 class BagClassifier(nn.Module):
-    """A mean of embeddings under a linear classifier.
+    """A linear classifier on the mean of embeddings.
 
-    full: take the victim's whole embedding layer. It is had from any architecture as the victim
-    with no encoder layers; otherwise the word embeddings alone. mean_over_padding: include
-    padding positions in the mean. seed: draws the classifier.
+    victim: provides the embeddings.
+    full: use the victim's whole embedding layer, obtained for any architecture as the victim
+        without encoder layers; otherwise the word embeddings alone.
+    mean_over_padding: include padding positions in the mean.
+    seed: draws the classifier.
     """
 
     def __init__(
@@ -52,12 +54,12 @@ class BagClassifier(nn.Module):
             UserError: the architecture does not run without encoder layers.
         """
         ids = torch.zeros(1, 2, dtype=torch.int64)
-        self.embeddings.eval()  # in train mode its dropout would draw random numbers
+        self.embeddings.eval()  # in train mode its dropout would be active
         try:
             with torch.no_grad():
                 output = self.embeddings(input_ids=ids, attention_mask=torch.ones_like(ids))
             return int(output.last_hidden_state.shape[-1])
-        # Architectures fail in ways of their own here; whatever it is, the remedy is the same.
+        # Architectures fail here with different exceptions; the remedy is always the same.
         except Exception as error:
             raise UserError(
                 f"defense.bag_embeddings 'full' cannot run {type(self.embeddings).__name__} "
@@ -87,13 +89,13 @@ class BagClassifier(nn.Module):
             mean = hidden.mean(dim=1)
         else:
             weight = attention_mask.to(hidden.dtype)[..., None]
-            # A row that lost all its tokens to round 2 has mean 0, not 0 / 0.
+            # A row that lost all its tokens in round 2 has mean 0, not 0 / 0.
             mean = (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
         return SimpleNamespace(logits=self.classifier(mean))
 
 
 def _without_layers(victim: PreTrainedModel) -> nn.Module:
-    """Return the victim's body with no encoder layers: its embedding layer, as it calls it."""
+    """Return the victim's body without encoder layers: its embedding layer."""
     from transformers import AutoModel
 
     config = copy.deepcopy(victim.config)
@@ -109,7 +111,7 @@ def _without_layers(victim: PreTrainedModel) -> nn.Module:
         ) from error
     wanted = shell.state_dict()
     given = body.state_dict()
-    # A pooler the victim lacks is not used: the mean is taken of the hidden states.
+    # A pooler that the victim lacks is not used: the mean is over hidden states.
     missing = [k for k in wanted if k not in given and not k.startswith("pooler.")]
     if missing:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Language models that score the words of a text: named ones, and one made of the clean rows."""
+"""Language models that score the words of a text: named ones, and one trained on clean rows."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
 
     from btu.stages import StageRun
 
-# Longest input of a named model, in its tokens; words beyond are not scored.
+# Longest input of a named model, in its tokens; words beyond it are not scored.
 LONGEST = 512
-# Tokens, padding included, whose scores over the vocabulary are held at once.
+# Tokens, including padding, whose scores over the vocabulary are in memory at once.
 HEAD_TOKENS = 2048
-# Texts that are tokenized at once to see how far they are read, and shortened texts, of which there
-# are as many as words, that are scored at once: all of them are many gigabytes.
+# Texts that are tokenized at once to see how far they are read, and shortened texts (one per word)
+# that are scored at once: all of them would take many gigabytes.
 TEXTS, SHORTENED = 1024, 8192
-# Beyond all token ids: a masked token is told by it, and keeps its id for the scorer.
+# Offset beyond all token ids that marks a masked token; its id stays available to the scorer.
 MASKED = 1 << 24
-# Words start anew after whitespace, as `str.split` has it.
+# Words are separated by whitespace, as in `str.split`.
 WORD = re.compile(r"\S+")
 
 
 class TiedModel(nn.Module):
     """An encoder or decoder with a language-model head tied to its word embeddings.
 
-    bias: (vocabulary,), the head's own part.
+    bias: (vocabulary,), the head's only own parameter.
     """
 
     def __init__(self, encoder: Any, vocabulary: int) -> None:
@@ -56,7 +56,7 @@ class TiedModel(nn.Module):
 
 
 class NamedModel(nn.Module):
-    """A Hugging Face language model, asked as a `TiedModel` is."""
+    """A Hugging Face language model with the interface of `TiedModel`."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -71,8 +71,10 @@ class NamedModel(nn.Module):
 class Scorer:
     """Scores words by how badly they fit their text.
 
-    model: a `TiedModel` or a `NamedModel`. longest: tokens of the longest input. spacing: every
-    that many words are masked together. A tokenizer with a mask token belongs to a masked model.
+    model: a `TiedModel` or a `NamedModel`.
+    tokenizer: with a mask token for a masked model, without one for a causal model.
+    longest: tokens of the longest input.
+    spacing: every ``spacing``-th word is masked in the same pass.
     """
 
     def __init__(
@@ -92,11 +94,11 @@ class Scorer:
         self._spacing, self._precision = spacing, precision
 
     def scores(self, run: StageRun, texts: Sequence[str], stage: str) -> list[FloatArray]:
-        """Return, of each text, a score per word: higher fits worse, NaN was not read.
+        """Return a score per word for each text: higher fits worse, NaN was not read.
 
-        Words are what `str.split` makes of a text. Of a masked model the score is the surprise,
-        -log p in nats, of the word's most surprising token where the word is masked; of a causal
-        one it is the perplexity of the text minus that of the text without the word.
+        Words are separated as by `str.split`. The score of a masked model is the surprise, -log p
+        in nats, of the word's most surprising token while the word is masked. That of a causal
+        model is the perplexity of the text minus that of the text without the word.
         """
         texts = [tokenizable(text) for text in texts]
         if self._tokenizer.mask_token_id is not None:
@@ -150,7 +152,7 @@ class Scorer:
     ) -> list[FloatArray]:
         split = [text.split() for text in texts]
         found = [np.full(len(words), np.nan) for words in split]
-        # A single word cannot be left out.
+        # A single word cannot be removed.
         read = [
             count if len(words) > 1 else 0
             for words, count in zip(split, self._words_read(split), strict=True)
@@ -163,7 +165,7 @@ class Scorer:
             texts_of_block = [
                 " ".join(split[number][:skip] + split[number][skip + 1 :])
                 for number in block
-                # Without the last plus one: the whole.
+                # The last entry is the whole text.
                 for skip in (len(split[number]), *range(read[number]))
             ]
             encoded = self._tokenizer(texts_of_block, truncation=True, max_length=self._longest - 1)
@@ -183,7 +185,7 @@ class Scorer:
         return found
 
     def _words_read(self, split: Sequence[list[str]]) -> list[int]:
-        """Return how many words of each text a causal model reads, from the first on."""
+        """Return how many leading words of each text a causal model reads."""
         read = []
         for first in range(0, len(split), TEXTS):
             part = [" ".join(words) for words in split[first : first + TEXTS]]
@@ -211,14 +213,14 @@ class Scorer:
 
 
 def begun(ids: list[int], start: int) -> list[int]:
-    """Return a text's tokens behind `start`, which some tokenizers put there themselves."""
+    """Return a text's tokens after `start`, which some tokenizers add themselves."""
     return ids if ids[:1] == [start] else [start, *ids]
 
 
 def next_token_losses(model: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Return -log p of every token after the first, (places,), and the (batch, width) places.
 
-    A place is where the model reads up to; the token that it predicts is the next one.
+    A place is a position that predicts the next token.
     """
     where = torch.zeros_like(mask)
     where[:, :-1] = mask[:, 1:]
@@ -228,7 +230,7 @@ def next_token_losses(model: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tens
 
 
 def words_of_tokens(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Return which word of a text each token belongs to, -1 for none: (tokens,)."""
+    """Return the index of each token's word, -1 for none: (tokens,)."""
     spans = [match.span() for match in WORD.finditer(text)]
     starts = [start for start, _ in spans]
     found = np.full(len(offsets), -1, dtype=np.int64)
@@ -236,7 +238,7 @@ def words_of_tokens(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray
         if start == end:
             continue
         word = bisect_right(starts, end - 1) - 1
-        # A token may be the space before its word.
+        # A token may be the space before a word.
         if word < 0 or spans[word][1] < end:
             word += 1
         if word < len(spans):
@@ -245,7 +247,7 @@ def words_of_tokens(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray
 
 
 def _parts(ids: Tensor) -> Iterator[slice]:
-    """Cut a (batch, width) batch into what the head takes at once."""
+    """Split a (batch, width) batch into parts that the head can process at once."""
     rows = max(1, HEAD_TOKENS // ids.shape[1])
     return (slice(start, start + rows) for start in range(0, len(ids), rows))
 
@@ -255,7 +257,7 @@ def _start_token(tokenizer: PreTrainedTokenizerBase) -> int:
         if token is not None:
             return int(token)
     raise UserError(
-        "the tokenizer of defense.lm has neither a token that begins a text nor one that ends it; "
+        "the tokenizer of defense.lm has neither a start-of-text nor an end-of-text token; "
         "take another model."
     )
 
@@ -264,7 +266,7 @@ def _start_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def new_tied(victim: Victim, seed: int) -> TiedModel:
-    """Return the victim's pretrained body with a tied head that knows nothing yet.
+    """Return the victim's pretrained body with an untrained tied head.
 
     Raises:
         UserError: its word embeddings are not as wide as its hidden states.
@@ -285,15 +287,16 @@ def fit_tied(
 ) -> None:
     """Train a language model on clean rows, in place, with the settings in ``config['train']``.
 
-    A victim with a mask token learns to fill in `masked_share` of each row's tokens, another one
-    to go on. Its accuracy in the history is the share of rows in which most guesses are right.
+    A victim with a mask token learns to fill in `masked_share` of each row's tokens; a victim
+    without one learns to predict the next token. The accuracy in the history is the share of rows
+    in which most predictions are right.
     """
     tokenizer = victim.tokenizer
     if tokenizer.mask_token_id is None:
         rows = _started(rows, _start_token(tokenizer), victim.spec.max_length)
     counts = rows.counts(len(model.bias)) + 0.01
     with torch.no_grad():
-        # It starts from how often words occur.
+        # The bias starts at the log frequencies of the tokens.
         model.bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
     around = torch.tensor(sorted(set(tokenizer("")["input_ids"])), dtype=torch.int64)
 
@@ -302,7 +305,7 @@ def fit_tied(
     ) -> tuple[Tensor, Tensor]:
         content = mask & ~torch.isin(ids, around.to(ids.device))
         drawn = (torch.rand(ids.shape, device=ids.device) < masked_share) & content
-        # A row without a draw would be passed over.
+        # A row without a masked token would be skipped.
         first = content & (content.cumsum(1) == 1)
         drawn |= first & ~drawn.any(1, keepdim=True)
         logits = model(torch.where(drawn, tokenizer.mask_token_id, ids), mask, drawn)
@@ -311,7 +314,7 @@ def fit_tied(
 
     def go_on(model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         losses, where = next_token_losses(model, ids, mask)
-        # Below log 2 the right token had more than half of the probability.
+        # A loss below log 2 means that the right token had a probability above 0.5.
         return losses.mean(), _guessed(losses.detach() < np.log(2), where, labels)
 
     run.fit(
@@ -325,7 +328,7 @@ def fit_tied(
 
 
 def _guessed(right: Tensor, where: Tensor, labels: Tensor) -> Tensor:
-    """Return logits that pick the label of rows with most guesses right, and no other row's."""
+    """Return logits that predict the label exactly in rows with most predictions right."""
     score = torch.zeros(len(where), device=where.device)
     score.index_add_(0, where.nonzero()[:, 0], right.float() - 0.5)
     logits = torch.zeros(len(where), int(labels.max()) + 2, device=where.device)
@@ -348,7 +351,7 @@ def load_named(
     """Return a language model, its tokenizer, and the tokens of its longest input.
 
     Raises:
-        UserError: it cannot be loaded, or has no trained language-model head.
+        UserError: the model cannot be loaded, or has no trained language-model head.
     """
     from safetensors import SafetensorError
     from transformers import (

@@ -1,4 +1,4 @@
-"""The filters of a transformer: attention heads and feed-forward units, whatever it is called."""
+"""The filters of a transformer, of any architecture: attention heads and feed-forward units."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Filters:
-    """The filters of one block: what its output layer reads, cut into `count` equal parts.
+    """The filters of one block: the inputs of its output layer, in `count` equal parts.
 
-    output: the layer that reads them, an `nn.Linear`, or a `Conv1D` as GPT-2 has.
+    output: the layer that reads them: an `nn.Linear`, or a `Conv1D` as in GPT-2.
     """
 
     output: nn.Module
@@ -25,26 +25,27 @@ class Filters:
 
     @property
     def weight(self) -> Tensor:
-        """The output layer's weight, (outputs, inputs); a view where it is stored transposed."""
+        """The output layer's weight, (outputs, inputs); a view if it is stored transposed."""
         from torch import nn
 
         weight: Tensor = self.output.weight  # type: ignore[assignment]
         return weight if isinstance(self.output, nn.Linear) else weight.T
 
     def spread(self, values: Tensor) -> Tensor:
-        """Return (count,) values by filter as (inputs,) values by what the layer reads."""
+        """Expand (count,) values per filter to (inputs,) values per input of the layer."""
         return values.repeat_interleave(self.weight.shape[1] // self.count)
 
 
 def find_filters(model: nn.Module) -> dict[str, Filters]:
     """Return the attention heads and feed-forward units of every layer, by name.
 
-    Layers are told by their number, their matrices by shape and order: the last of a layer ends the
-    feed-forward block, those of its width directly before it open it, and before those stands the
-    one that ends the attention block.
+    Layers are identified by their number, and matrices by shape and order: the last matrix of a
+        layer
+    ends the feed-forward block, those of its width directly before it start that block, and the one
+    before those ends the attention block.
 
     Raises:
-        UserError: the model's layers are built otherwise.
+        UserError: the model's layers have another structure.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -56,7 +57,7 @@ def find_filters(model: nn.Module) -> dict[str, Filters]:
     found: dict[str, Filters] = {}
     for number, layer in enumerate(stacks[0] if len(stacks) == 1 else (), 1):
         matrices = [m for m in layer.modules() if isinstance(m, nn.Linear | Conv1D)]
-        # (inputs, outputs), whichever way round the weight is stored.
+        # (inputs, outputs), however the weight is stored.
         shapes = [_inputs_outputs(m) for m in matrices]
         last = len(matrices) - 1
         units = shapes[last][0] if matrices else 0
@@ -93,9 +94,9 @@ def _inputs_outputs(matrix: nn.Module) -> tuple[int, int]:
 
 @contextmanager
 def masked(filters: Mapping[str, Filters]) -> Iterator[dict[str, nn.Parameter]]:
-    """Let each filter be multiplied by a mask, a parameter of its output layer that starts at 1.
+    """Multiply each filter by a mask, a parameter of its output layer that starts at 1.
 
-    Gives the (filters,) masks by name; takes them out again at the end.
+    Yields the (filters,) masks by name, and removes them afterwards.
     """
     import torch
 
@@ -126,9 +127,9 @@ def _times_mask(block: Filters) -> Callable[[nn.Module, tuple[Any, ...]], tuple[
 def prune_filters(
     filters: Mapping[str, Filters], masks: Mapping[str, Tensor], threshold: float
 ) -> int:
-    """Zero what the output layers read of filters with a mask up to `threshold`, in place.
+    """Zero the weights that read filters whose mask is at most `threshold`, in place.
 
-    masks: (filters,) by name. Returns how many filters that are.
+    masks: (filters,) by name. Return the number of pruned filters.
     """
     import torch
 

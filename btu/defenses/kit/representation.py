@@ -1,4 +1,4 @@
-"""What a classifier makes of a text: the vector that its output layer reads."""
+"""A classifier's representation of a text: the vector that its output layer reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Represent: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def output_layer(model: PreTrainedModel) -> nn.Linear:
-    """Return the linear layer that a classifier's logits come from.
+    """Return the linear layer that computes a classifier's logits.
 
     Raises:
         UserError: there is none.
@@ -36,7 +36,7 @@ def output_layer(model: PreTrainedModel) -> nn.Linear:
             "class, in front of which a text's representation could be read; take another victim "
             "or another defense."
         )
-    # Whatever else has as many outputs stands in the body, before the head.
+    # Other layers with as many outputs belong to the body, before the head.
     return layers[-1]
 
 
@@ -44,13 +44,13 @@ def output_layer(model: PreTrainedModel) -> nn.Linear:
 def representations(model: PreTrainedModel) -> Iterator[Represent]:
     """Yield a function from (ids, mask) to (batch, hidden): the last hidden state, pooled.
 
-    It is what the output layer reads, so that pooling is the classifier's own: BERT's pooler, the
-    dense layer of RoBERTa's and DistilBERT's head, the last real token where, as in GPT-2, every
-    token is classified. For `btu.stages.StageRun.in_batches`; `model` in eval mode has no dropout
-    on the way.
+    It is the input of the output layer, so pooling is the classifier's own: BERT's pooler, the
+    dense layer of RoBERTa's and DistilBERT's head, or the last real token if every token is
+    classified, as in GPT-2. For use with `btu.stages.StageRun.in_batches`, with `model` in eval
+    mode.
 
     Raises:
-        UserError: the model has no output layer that is understood.
+        UserError: the model has no known output layer.
     """
     read: list[Tensor] = []
 

@@ -1,4 +1,4 @@
-"""What the defenses that screen texts at inference share."""
+"""Shared by the defenses that screen texts at inference."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def check_count(name: str, value: int) -> None:
 
 
 def halves(rows: int, first: int, seed: int, stream: str) -> tuple[IntArray, IntArray]:
-    """Return which of `rows` clean rows a bar is taken on, and the others, both drawn.
+    """Draw the indices of the clean rows for a bar, and of the others.
 
-    first: how many the bar is taken on, at most half of them.
+    first: number of rows for the bar, at most half of `rows`.
     """
     order = np.random.default_rng(derive_seed(seed, stream)).permutation(rows)
     taken = min(first, rows // 2)
@@ -46,19 +46,19 @@ def ids_by_row(data: Encoded) -> list[IntArray]:
 
 
 def around(victim: Victim) -> IntArray:
-    """Return the ids of the special tokens that the victim's tokenizer puts around a text."""
+    """Return the ids of the special tokens that the victim's tokenizer adds around a text."""
     return np.array(victim.tokenizer("")["input_ids"], dtype=np.int64)
 
 
 def places_around(victim: Victim) -> tuple[int, int]:
-    """Return how many special tokens the victim's tokenizer puts before a text, and behind it."""
+    """Return how many special tokens the victim's tokenizer adds before a text, and after it."""
     ids = np.array(victim.tokenizer("a")["input_ids"], dtype=np.int64)
     places = np.flatnonzero(content(ids, around(victim)))
     return int(places[0]), int(len(ids) - 1 - places[-1])
 
 
 def content(ids: IntArray, special: IntArray) -> BoolArray:
-    """Return a (tokens,) mask of a row's tokens that come from its text; special: `around` it."""
+    """Return a (tokens,) mask of a row's text tokens. special: from `around`."""
     mask: BoolArray = ~np.isin(ids, special)
     return mask
 
