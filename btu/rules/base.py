@@ -117,7 +117,8 @@ class Rule:
     rounds: the exposure rounds that run unless others are asked for.
     bar: from a threshold to the score that it asks for. combine: of two rounds' scores; as it
     stands, a token is as suspicious as in the milder one, and unknown where it is so in one.
-    version: raised when the rule scores otherwise than before; results of it are then not reused.
+    version: raised when the rule scores differently; results of earlier versions are not reused.
+    needs_clean: whether it compares with the reserved clean rows; without them it flags nothing.
     """
 
     score: Callable[[Evidence, FloatArray], FloatArray]
@@ -129,6 +130,7 @@ class Rule:
     bar: Callable[[float], float] = float
     combine: Callable[[FloatArray, FloatArray], FloatArray] = np.minimum
     version: int = 1
+    needs_clean: bool = False
 
     def scores(self, evidence: Evidence) -> FloatArray:
         """Return the (V,) score over all rounds that `evidence` holds."""

@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     pass
 
 
-# Rules that compare with trusted rows, and say nothing without them.
-NEEDS_CLEAN = ("contrast",)
 # Rows that are tokenized at once, where few of them may do.
 CHUNK = 4096
 
@@ -206,7 +204,9 @@ def _check_trusted(
 ) -> dict[str, int | None]:
     """Return the least rows by class (`ScanPlan`); refuse what could find nothing."""
     rule = defense.rule
-    if rule not in NEEDS_CLEAN:
+    assert rule is not None
+    detection = RULES.load(rule)
+    if not detection.needs_clean:
         return {}
     instead = "or take --rule frequency, which needs none and is less exact"
     if len(corpus.clean) == 0:
@@ -222,9 +222,8 @@ def _check_trusted(
                 f"the trusted rows have none of class '{name}', in which rule '{rule}' is then "
                 f"blind; add some with --clean FILE, {instead}."
             )
-    assert rule is not None
     assert defense.threshold is not None
-    bar = RULES.load(rule).bar(defense.threshold)
+    bar = detection.bar(defense.threshold)
     least = {
         name: least_rows(index, sizes, reserved, bar)
         for index, name in enumerate(corpus.label_names)
