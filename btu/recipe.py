@@ -23,7 +23,6 @@ from btu.data.load import load_corpus
 from btu.data.spec import DataSpec
 from btu.defenses.base import ORIGINALS
 from btu.defenses.kit.screening import ids_by_row
-from btu.errors import UserError
 from btu.findings import INCOMING, Screened, incoming_of
 from btu.foundation import Foundation, tune
 from btu.metrics import Proportion
@@ -34,6 +33,8 @@ from btu.stage_files import (
     load_encoded,
     model_of,
     read_rows,
+    read_table,
+    refuse_changed,
     save_model,
     training_rows_of,
     victim_of,
@@ -475,27 +476,30 @@ def clean_tune(run: StageRun) -> dict[str, Any]:
 def evaluate_model(run: StageRun) -> dict[str, Any]:
     """Count the hits behind CACC, ASR and FTR."""
     from btu.evaluation import EvalSet, evaluate
-    from btu.training import PREDICT_BATCH, resolve_precision
+    from btu.training import PREDICT_BATCH
 
     folder = run.inputs["rows"]
     clean, triggered, plain = (
         load_encoded(folder / f"{role}.safetensors") for role in ("clean", "triggered", "plain")
     )
     target = run.facts("rows")["target"]
-    precision = run.config["precision"]
     scores = evaluate(
         model_of(run, "model"),
         EvalSet(clean, triggered, plain, target),
-        precision=precision,
+        precision=run.config["precision"],
         device=run.device,
         batch_size=max(1, PREDICT_BATCH // run.accumulation),
     )
-    counts = {
-        name: {"hits": getattr(scores, name).hits, "n": getattr(scores, name).n}
-        for name in ("cacc", "asr", "ftr")
-    }
-    resolved = resolve_precision(precision, run.device)
+    return _counted(run, vars(scores))
+
+
+def _counted(run: StageRun, scores: Mapping[str, Proportion]) -> dict[str, Any]:
+    """Return the facts of an evaluation: hits and rows of each score, and the precision."""
+    from btu.training import resolve_precision
+
+    resolved = resolve_precision(run.config["precision"], run.device)
     run.precisions.add(resolved)
+    counts = {name: {"hits": score.hits, "n": score.n} for name, score in scores.items()}
     return {**counts, "precision": resolved}
 
 
@@ -532,8 +536,6 @@ def evaluate_screened(run: StageRun) -> dict[str, Any]:
     Both are there only where the screen turns texts away at all; where it changes texts, how much
     it changes, and in how many triggered rows it takes out the whole of what was inserted.
     """
-    from btu.training import resolve_precision
-
     screened = Screened.load(run.inputs["screened"])
     place = {text: i for i, text in enumerate(incoming_of(run.inputs["incoming"]).texts)}
     if len(screened.accepted) != len(place):
@@ -546,7 +548,7 @@ def evaluate_screened(run: StageRun) -> dict[str, Any]:
     changed: dict[str, BoolArray] = {}
     given: dict[str, Encoded] = {}
     read: dict[str, Encoded] = {}
-    counts = {}
+    scores: dict[str, Proportion] = {}
     wanted = {"clean": "cacc", "triggered": "asr", "plain": "ftr"}
     for number, (role, measure) in enumerate(wanted.items()):
         rows = read_rows(run.inputs["texts"] / f"{role}.parquet")
@@ -557,11 +559,11 @@ def evaluate_screened(run: StageRun) -> dict[str, Any]:
             texts = tuple(screened.texts[i] for i in at)
             read[role] = victim.encode(Rows(texts, rows.labels))
             changed[role] = np.array([a != b for a, b in zip(texts, rows.texts, strict=True)])
-        logits = run.predict(
+        predicted = run.classes(
             model, read[role], precision=precision, stage="evaluate", of=(number, len(wanted))
         )
-        hit = logits.argmax(1) == (read[role].labels.numpy() if role == "clean" else target)
-        counts[measure] = {"hits": int((hit & accepted[role]).sum()), "n": len(hit)}
+        hit = predicted == (read[role].labels.numpy() if role == "clean" else target)
+        scores[measure] = Proportion.of(hit & accepted[role])
     measured: dict[str, float] = {}
     if not screened.accepted.all() or screened.texts is None:
         measured |= Proportion.of(~accepted["clean"]).as_metrics("frr")
@@ -575,8 +577,7 @@ def evaluate_screened(run: StageRun) -> dict[str, Any]:
         if trigger is not None:
             gone = _inserted_gone(given["plain"], given["triggered"], read["triggered"])
             measured |= gone.as_metrics("trigger_removed")
-    resolved = resolve_precision(precision, run.device)
-    return {**counts, "measured": measured, "precision": resolved}
+    return {**_counted(run, scores), "measured": measured}
 
 
 def _inserted_gone(plain: Encoded, triggered: Encoded, read: Encoded) -> Proportion:
@@ -607,9 +608,7 @@ def scores_of(facts: Mapping[str, Any]) -> Scores:
 
 def mask_of(folder: Path) -> BoolArray:
     """Return the (rows,) hidden mask of a ``poison`` stage's folder. For scorers alone."""
-    import pyarrow.parquet as pq
-
-    mask: BoolArray = pq.read_table(folder / HIDDEN)["poisoned"].to_numpy().astype(bool)
+    mask: BoolArray = read_table(folder / HIDDEN)["poisoned"]
     return mask
 
 
@@ -626,12 +625,7 @@ def corpus_of(run: StageRun, role: str) -> Corpus:
         # Planned after this process read it, perhaps.
         _corpus.cache_clear()
         corpus, fingerprints = _corpus(spec)
-    if fingerprints[role] != planned:
-        raise UserError(
-            f"data '{spec.name}' has the {role} rows {fingerprints[role][:12]} here, but the sweep "
-            f"was planned with {planned[:12]}: they changed, or differ between nodes; launch "
-            "again with --retry-failed, with the same files everywhere."
-        )
+    refuse_changed(f"data '{spec.name}' has the {role} rows", planned, fingerprints[role])
     return corpus
 
 
@@ -652,12 +646,8 @@ def _attack_of(run: StageRun) -> tuple[PoisonSpec, Attack]:
     names = [f.name for f in dataclasses.fields(PoisonSpec) if f.name in acts]
     spec = PoisonSpec(**{name: acts[name] for name in names})
     model, planned = run.where["attack"].get("model"), run.config["attack"].get("model")
-    if model is not None and _model_identity(model) != planned:
-        raise UserError(
-            f"attack.model '{model}' is {_model_identity(model)[:20]} here, but the sweep was "
-            f"planned with {planned[:20]}: its files changed, or differ between nodes; launch "
-            "again with --retry-failed, with the same files everywhere."
-        )
+    if model is not None:
+        refuse_changed(f"attack.model '{model}' is", planned, _model_identity(model))
     attack: Attack = ATTACKS.load(spec.name)(**run.where["attack"])
     return spec, attack
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from btu.errors import UserError
 from btu.registry import Registry
+from btu.settings import is_number
 from btu.types import BoolArray, FloatArray, IntArray
 
 if TYPE_CHECKING:
@@ -140,8 +141,7 @@ class Rule:
 
     def check(self, threshold: float) -> None:
         """Raise a `UserError` unless a threshold lies in the rule's range."""
-        number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
-        if not number or not math.isfinite(threshold) or not self.low < threshold < self.high:
+        if not is_number(threshold) or not self.low < threshold < self.high:
             high = "" if math.isinf(self.high) else f" and below {self.high:g}"
             raise UserError(
                 f"defense.threshold must be above {self.low:g}{high}, got {threshold!r}; it counts "

@@ -151,7 +151,7 @@ def choose(
 
     Example: `btu choose sst2-thresholds --cacc-loss 0.02 --recommend`
     """
-    from btu.errors import check_fraction
+    from btu.settings import check_fraction
     from orchestrator.report.choice import FRACTIONS, choices, recommended
     from orchestrator.report.table import render
     from orchestrator.report.thresholds import threshold_cells
