@@ -30,7 +30,7 @@ from btu.defenses.token_unlearning import (
 )
 from btu.errors import UserError
 from btu.foundation import Foundation
-from btu.recipe import foundation
+from btu.recipe import TrainingInputs, foundation
 from btu.rules.base import DEFAULT_RULE, RULES, surplus_by_class
 from btu.scan.stages import loaded_suspects, suspect_rows, trusted_rows
 from btu.settings import TrainSettings, TuningSettings
@@ -287,7 +287,14 @@ def _foundation(
     seed: int,
 ) -> Foundation:
     prints = corpus.fingerprints()
-    identity = victim.source.identity
+    inputs = TrainingInputs(
+        victim=victim.spec,
+        victim_identity=victim.source.identity,
+        train=train or TrainSettings(),
+        tuning=tuning or TuningSettings(),
+        seed=seed,
+        counts=corpus.counts(),
+    )
     where = {"spec": plain(spec), "clean_file": clean_file}
     suspects = Stage(
         "suspect rows",
@@ -299,20 +306,8 @@ def _foundation(
     trusted = Stage(
         "trusted rows",
         trusted_rows,
-        {
-            "data": prints["clean"],
-            "victim": {"identity": identity, "max_length": victim.spec.max_length},
-        },
-        where={**where, "victim": plain(victim.spec)},
+        {"data": prints["clean"], "victim": inputs.reads},
+        where={**where, **inputs.where},
         kind="host",
     )
-    return foundation(
-        suspects,
-        trusted,
-        victim=victim.spec,
-        victim_identity=identity,
-        train=train or TrainSettings(),
-        tuning=tuning or TuningSettings(),
-        seed=seed,
-        counts=corpus.counts(),
-    )
+    return foundation(inputs, suspects, trusted)
