@@ -877,8 +877,8 @@ def test_what_an_exposure_round_rests_on_is_what_it_was() -> None:
         rows = clean = model = None
         train_rows = 0
 
-        def stage(self, name: str, _: str, version: int, config: Any, *__: Any, **___: Any) -> None:
-            declared[name] = {"version": version, **config}
+        def stage(self, function: Any, name: str, config: Any, *_: Any, **__: Any) -> None:
+            declared[name] = {"version": function.version, **config}
 
     base: Any = Base()
     base.train = train

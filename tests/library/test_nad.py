@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from contextlib import nullcontext
 from pathlib import Path
@@ -253,11 +254,12 @@ def test_betas_share_the_teacher(lab: Lab, monkeypatch: pytest.MonkeyPatch, tmp_
     for name in ("teach", "distil"):
         function = getattr(module, name)
 
+        @functools.wraps(function.call)  # stages are imported by module and name
         def spy(run: StageRun, name: str = name, function: Any = function) -> Any:
             ran.append(name)
             return function(run)
 
-        monkeypatch.setattr(module, name, spy)
+        monkeypatch.setattr(module, name, dataclasses.replace(function, call=spy))
     prepared = lab.prepare()
     root = lab.base_root(tmp_path, prepared)
     for beta in (10.0, 20.0):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib
 import math
 import shutil
@@ -251,11 +253,12 @@ def test_thresholds_share_all_but_the_pruning(
     for name in ("unlearn", "recover", "judge", "prune"):
         function = getattr(MODULE, name)
 
+        @functools.wraps(function.call)  # stages are imported by module and name
         def spy(run: StageRun, name: str = name, function: Any = function) -> Any:
             ran.append(name)
             return function(run)
 
-        monkeypatch.setattr(MODULE, name, spy)
+        monkeypatch.setattr(MODULE, name, dataclasses.replace(function, call=spy))
     root = lab.base_root(tmp_path, learned)
     pruned = []
     for threshold in (0.5, 0.95, None):

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from btu.data.demo import generate
-from orchestrator.cli.main import scan
+from orchestrator.cli import scan
 
 # A random model of 400 tokens tells a trigger from the rest far less clearly than a pretrained
 # one: with these settings cf scores 3.3 to 3.7, for the ids of the tiny tokenizer differ from one
