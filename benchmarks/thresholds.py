@@ -32,7 +32,7 @@ from btu.data.spec import DataSpec
 from btu.defenses.token_unlearning import TokenUnlearning
 from btu.findings import Suspects
 from btu.metrics import area_under_roc, average_precision, row_detection, token_detection
-from btu.recipe import Prepared, evaluation, mask_of, prepare, scores_of
+from btu.recipe import CellInputs, Prepared, evaluation, mask_of, prepare, scores_of
 from btu.rules.base import RULES, flag
 from btu.settings import TrainSettings, TuningSettings
 from btu.stages import Stage, compute, read_record
@@ -85,18 +85,20 @@ class Bench:
         corpus, fingerprints = self.corpus(point.data)
         name = WORDS[0] if point.attack == "clean" else point.attack
         attack = ATTACKS.load(name)()
-        return prepare(
+        params = {f.name: getattr(attack, f.name) for f in dataclasses.fields(attack)}
+        inputs = CellInputs(
             data=DataSpec(point.data, path=str(self.data / point.data)),
             data_fingerprints=fingerprints,
             victim=VICTIM,
             victim_identity=find_victim(VICTIM).identity,
             poison=PoisonSpec(name, point.rate, TARGETS[point.data], "dirty"),
-            attack_params={f.name: getattr(attack, f.name) for f in dataclasses.fields(attack)},
+            attack_params=params,
             train=TrainSettings(),
             tuning=TuningSettings(),
             seed=point.seed,
             counts=corpus.counts(),
         )
+        return prepare(inputs)
 
     def run(self, stage: Stage) -> Path:
         if not (self.root / stage.key).exists():

@@ -25,17 +25,3 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     options = sorted(str(k) for k in known)
     known_names = ", ".join(options) or "none"
     return UserError(f"unknown {kind} '{name}'{did_you_mean(name, options)} (known: {known_names})")
-
-
-def check_fraction(name: str, value: float, *, open_low: bool = False) -> float:
-    """Return `value` as a float in [0, 1], or (0, 1] with `open_low`.
-
-    Raises:
-        UserError: `value` is no number or lies outside.
-    """
-    interval = "(0, 1]" if open_low else "[0, 1]"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{name} must be a number in {interval}, got {value!r}.")
-    if not 0 <= value <= 1 or (open_low and value == 0):
-        raise UserError(f"{name} must be in {interval}, got {value}.")
-    return float(value)

@@ -6,14 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from btu.stage_files import read_table, write_table
 from btu.types import BoolArray, FloatArray, IntArray, Rows, as_bytes, as_texts
-
-if TYPE_CHECKING:
-    pass
 
 SUSPECTS, ROWS, SCREENED = "suspects.parquet", "rows.parquet", "screened.parquet"
 INCOMING = "incoming.parquet"
@@ -48,18 +46,15 @@ class Suspects:
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the columns into a stage's folder; return what belongs into its facts."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         columns = {name: np.asarray(values) for name, values in self.table.items()}
         if self.scores is not None:
             columns["score"] = self.scores
         if columns:
-            pq.write_table(pa.table(columns), folder / SUSPECTS)
+            write_table(folder / SUSPECTS, columns)
         rows = {"suspicion": self.rows, "taken": self.taken}
         rows = {name: values for name, values in rows.items() if values is not None}
         if rows:
-            pq.write_table(pa.table(rows), folder / ROWS)
+            write_table(folder / ROWS, rows)
         bar = None if math.isnan(self.row_bar) else self.row_bar
         flagged = None if self.flagged is None else list(self.flagged)
         facts = {"flagged": flagged, "row_bar": bar}
@@ -68,19 +63,15 @@ class Suspects:
     @classmethod
     def load(cls, folder: Path, facts: Mapping[str, Any]) -> Suspects | None:
         """Read what `save` wrote; None of a defense that looks for nothing."""
-        import pyarrow.parquet as pq
-
         # Tokens alone: facts of before there was a bar of rows.
         if "row_bar" not in facts and facts.get("flagged") is None:
             return None
         columns: dict[str, Any] = {}
         if (folder / SUSPECTS).is_file():
-            table = pq.read_table(folder / SUSPECTS)
-            columns = {name: table[name].to_numpy() for name in table.column_names}
+            columns = read_table(folder / SUSPECTS)
         rows: dict[str, Any] = {}
         if (folder / ROWS).is_file():
-            table = pq.read_table(folder / ROWS)
-            rows = {name: table[name].to_numpy() for name in table.column_names}
+            rows = read_table(folder / ROWS)
         flagged, bar = facts["flagged"], facts.get("row_bar")
         return cls(
             None if flagged is None else tuple(flagged),
@@ -106,29 +97,19 @@ class Screened:
 
     def save(self, folder: Path) -> None:
         """Write into a screening stage's folder."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         columns: dict[str, Any] = {"accepted": np.asarray(self.accepted, dtype=bool)}
         if self.texts is not None:
-            columns["text"] = pa.array(as_bytes(self.texts), pa.binary())
-        pq.write_table(pa.table(columns), folder / SCREENED)
+            columns["text"] = as_bytes(self.texts)
+        write_table(folder / SCREENED, columns)
 
     @classmethod
     def load(cls, folder: Path) -> Screened:
         """Read what `save` wrote."""
-        import pyarrow.parquet as pq
-
-        table = pq.read_table(folder / SCREENED)
-        texts = None
-        if "text" in table.column_names:
-            texts = as_texts(table["text"].to_pylist())
-        return cls(table["accepted"].to_numpy(), texts)
+        table = read_table(folder / SCREENED)
+        return cls(table["accepted"], as_texts(table["text"]) if "text" in table else None)
 
 
 def incoming_of(folder: Path) -> Rows:
     """Return the texts that a screening stage reads; all their labels are 0."""
-    import pyarrow.parquet as pq
-
-    texts = as_texts(pq.read_table(folder / INCOMING)["text"].to_pylist())
+    texts = as_texts(read_table(folder / INCOMING)["text"])
     return Rows(texts, (0,) * len(texts))

@@ -12,9 +12,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from btu.errors import UserError
+from btu.findings import Suspects
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, TuningSettings
-from btu.stage_files import clean_rows_of, save_model, training_rows_of, victim_of, write_table
+from btu.stage_files import (
+    clean_rows_of,
+    read_table,
+    save_model,
+    training_rows_of,
+    victim_of,
+    write_table,
+)
 from btu.stages import Stage, StageFunction, StageRun, plain, stage
 from btu.types import BoolArray
 
@@ -127,11 +135,7 @@ def fine_tune_kept(run: StageRun) -> dict[str, Any]:
 
     Hands on what the defense found (`Suspects.save`) and measured.
     """
-    import pyarrow.parquet as pq
-
-    from btu.findings import Suspects
-
-    kept = pq.read_table(run.inputs["kept"] / KEPT)["kept"].to_numpy().astype(bool)
+    kept = read_table(run.inputs["kept"] / KEPT)["kept"]
     model = victim_of(run).new_model(derive_seed(run.config["seed"], "classifier"))
     run.fit(
         model,

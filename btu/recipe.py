@@ -23,7 +23,6 @@ from btu.data.load import load_corpus
 from btu.data.spec import DataSpec
 from btu.defenses.base import ORIGINALS
 from btu.defenses.kit.screening import ids_by_row
-from btu.errors import UserError
 from btu.findings import INCOMING, Screened, incoming_of
 from btu.foundation import Foundation, tune
 from btu.metrics import Proportion
@@ -34,6 +33,8 @@ from btu.stage_files import (
     load_encoded,
     model_of,
     read_rows,
+    read_table,
+    refuse_changed,
     save_model,
     training_rows_of,
     victim_of,
@@ -50,41 +51,115 @@ if TYPE_CHECKING:
 
 
 HIDDEN, TRIGGERED = "hidden.parquet", "triggered.parquet"
+# The measures of a model, by the rows that they are counted on.
+MEASURED = {"clean": "cacc", "triggered": "asr", "plain": "ftr"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingInputs:
+    """What a victim is trained with, whatever the data are.
+
+    victim: the pretrained model.
+    victim_identity: what stands for its weights in keys; its path does not affect them.
+    train: settings of the fine-tune.
+    tuning: settings of the clean tuning.
+    seed: the seed of the cell.
+    counts: rows of each role (`Corpus.counts`), for estimates of time.
+    """
+
+    victim: VictimSpec
+    victim_identity: str
+    train: TrainSettings
+    tuning: TuningSettings
+    seed: int
+    counts: Mapping[str, int]
+
+    @property
+    def reads(self) -> dict[str, Any]:
+        """What affects how the victim reads rows, for keys."""
+        return {"identity": self.victim_identity, "max_length": self.victim.max_length}
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """Where the victim is."""
+        return {"victim": plain(self.victim)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellInputs(TrainingInputs):
+    """What the stages of a cell are declared from, before any defense.
+
+    data: where the rows are.
+    data_fingerprints: what stands for the rows of each role in keys (`Corpus.fingerprints`). The
+        key of a stage contains the fingerprint of the role that it reads: more rows in one role
+        leave the stages valid that rest on the others.
+    poison: the attack, and how it poisons.
+    attack_params: the attack's own parameters.
+    """
+
+    data: DataSpec
+    data_fingerprints: Mapping[str, str]
+    poison: PoisonSpec
+    attack_params: Mapping[str, Any]
+
+    @property
+    def where_data(self) -> dict[str, Any]:
+        """Where the data are."""
+        return {"data": plain(self.data)}
+
+    @property
+    def where_attack(self) -> dict[str, Any]:
+        """Where the data and the attack's model are."""
+        return {**self.where_data, "attack": dict(self.attack_params)}
+
+    @cached_property
+    def attack_config(self) -> dict[str, Any]:
+        """The attack's parameters as keys have them: a model by its identity, not by its path."""
+        config = dict(self.attack_params)
+        if config.get("model") is not None:
+            config["model"] = _model_identity(config["model"])
+        return config
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The stages before any defense. Only `foundation` is for defenses.
+    """The stages before any defense. A defense gets `foundation` alone.
 
-    originals: the model fine-tuned on the rows before the poison, for controls that ask for it.
+    inputs: what they were declared from.
+    poisoned: poisons the training rows.
+    triggered: writes the evaluation rows that can be attacked, with and without the trigger.
+    evaluation_rows: tokenizes the rows that models are scored on.
+    foundation: what a defense starts from.
+    originals: the model fine-tuned on the rows before the poison, for controls that declare the
+        need.
     """
 
+    inputs: CellInputs
     poisoned: Stage
     triggered: Stage
     evaluation_rows: Stage
     foundation: Foundation
-    eval_rows: int
     originals: Stage
 
     @cached_property
     def hidden(self) -> frozenset[str]:
         """The keys of the stages that no defense may read.
 
-        They hold the mask, the trigger, or the rows that are reported on.
+        They contain the mask, the trigger, or the rows that scores are reported on.
         """
         tops = (self.poisoned, self.evaluation_rows)
         return frozenset(stage.key for top in tops for stage in top.closure())
 
     @cached_property
     def shared(self) -> frozenset[str]:
-        """The keys of the stages that are there whatever the defense is, but for evaluations."""
+        """The keys of the stages that every defense of the cell shares, without evaluations."""
         base = self.foundation
         tops = (base.rows, base.clean, base.model, base.tuned)
         return self.hidden | {stage.key for top in tops for stage in top.closure()}
 
     @cached_property
     def incoming(self) -> Stage:
-        """What a screening defense is asked at inference: texts, and nothing else of them."""
+        """The texts that a defense screens at inference, without anything else about them."""
         rows = self.evaluation_rows
         texts = Stage(
             "evaluation texts",
@@ -94,23 +169,17 @@ class Prepared:
             {"data": rows.where["data"]},
             kind="host",
         )
-        return Stage(
-            "incoming texts",
-            incoming_texts,
-            {},
-            {"texts": texts},
-            kind="host",
-        )
+        return Stage("incoming texts", incoming_texts, {}, {"texts": texts}, kind="host")
 
     @cached_property
     def forbidden(self) -> frozenset[str]:
-        """The keys of all that no stage of a defense may read; a screen reads `incoming`."""
+        """The keys that no stage of a defense may read, except `incoming` for a screen."""
         base = self.foundation
-        # Without poison the originals are the training rows, which are open to all.
+        # Without poison the originals are the training rows, which every defense may read.
         tops = (base.rows, base.clean, base.tuned)
         given = {stage.key for top in tops for stage in top.closure()}
-        told = {stage.key for top in (self.incoming, self.originals) for stage in top.closure()}
-        return self.hidden | (told - given)
+        kept = {stage.key for top in (self.incoming, self.originals) for stage in top.closure()}
+        return self.hidden | (kept - given)
 
     def foundation_for(self, needs: Collection[str]) -> Foundation:
         """Return what a defense with these needs starts from."""
@@ -119,229 +188,201 @@ class Prepared:
         return dataclasses.replace(self.foundation, originals=self.originals)
 
 
-def prepare(
-    *,
-    data: DataSpec,
-    data_fingerprints: Mapping[str, str],
-    victim: VictimSpec,
-    victim_identity: str,
-    poison: PoisonSpec,
-    attack_params: Mapping[str, Any],
-    train: TrainSettings,
-    tuning: TuningSettings,
-    seed: int,
-    counts: Mapping[str, int],
-) -> Prepared:
-    """Declare the stages that every defense of a cell shares. Imports no torch.
+def prepare(inputs: CellInputs) -> Prepared:
+    """Declare the stages that every defense of a cell shares. Imports no torch."""
+    poisoned, triggered = _attacked(inputs)
+    if inputs.poison.poison_rate == 0:
+        # No attack changes these rows: all attacks share one clean model.
+        poisoned = _unpoisoned(inputs, "poison")
+    base = foundation(inputs, poisoned, _clean(inputs))
+    originals = _fine_tuned(
+        inputs,
+        _unpoisoned(inputs, "clean originals"),
+        ("training rows (clean originals)", "fine-tune on clean originals"),
+    )
+    return Prepared(inputs, poisoned, triggered, _scored(inputs, triggered), base, originals)
 
-    data_fingerprints, victim_identity: what stands in the keys for the rows of each role
-    (`Corpus.fingerprints`) and for the weights; a path does not act. A stage has the fingerprint
-    of the role that it reads, so that more rows in one role leave what rests on the others.
-    counts: of the corpus (`Corpus.counts`), for estimates.
+
+def _attacked(inputs: CellInputs) -> tuple[Stage, Stage]:
+    """Declare the poisoning of the training rows, and the triggered evaluation rows.
+
+    An attack may put stages of its own before them (`poison_stages`).
     """
-    where_data, where_victim = plain(data), plain(victim)
+    poison, params = inputs.poison, inputs.attack_params
     attack_class = ATTACKS.load(poison.name)
-    model = attack_params.get("model")
-    attack_acts = dict(attack_params)
-    if model is not None:
-        attack_acts["model"] = _model_identity(model)
-    where_attack = dict(attack_params)
     version = getattr(attack_class, "VERSION", 1)
     # A paraphrase model is worth a device; words are inserted without one.
-    kind = "host" if model is None else "stage"
+    kind = "host" if params.get("model") is None else "stage"
     poisoned = Stage(
         "poison",
         poison_rows,
         {
-            "data": data_fingerprints["train"],
-            "attack": {**plain(poison), **attack_acts},
+            "data": inputs.data_fingerprints["train"],
+            "attack": {**plain(poison), **inputs.attack_config},
             "attack_version": version,
-            "seed": seed,
+            "seed": inputs.seed,
         },
-        where={"data": where_data, "attack": where_attack},
+        where=inputs.where_attack,
         kind=kind,
     )
-    # How much of the training set is poisoned, and which rows, does not act on these.
+    # The poison rate and the label mode do not affect these rows.
     triggered = Stage(
         "triggered rows",
         triggered_rows,
         {
-            "data": data_fingerprints["eval"],
+            "data": inputs.data_fingerprints["eval"],
             "attack": {
                 "name": poison.name,
                 "target_label": poison.target_label,
-                **attack_acts,
+                **inputs.attack_config,
             },
             "attack_version": version,
-            "seed": seed,
+            "seed": inputs.seed,
         },
-        where={"data": where_data, "attack": where_attack},
+        where=inputs.where_attack,
         kind=kind,
     )
     extend = getattr(attack_class, "poison_stages", None)
     if extend is not None:
-        poisoned, triggered = extend(attack_class(**attack_params), poisoned, triggered)
+        poisoned, triggered = extend(attack_class(**params), poisoned, triggered)
         names = (poisoned.name, triggered.name)
         if names != ("poison", "triggered rows"):
             raise ValueError(
                 f"attack '{poison.name}': poison_stages must keep the names 'poison' and "
                 f"'triggered rows', by which the scorer finds them, got {names}."
             )
-    if poison.poison_rate == 0:
-        # No attack is at work on these rows: all attacks share one clean model.
-        poisoned = _unpoisoned("poison", data_fingerprints["train"], where_data)
-    reads = {"identity": victim_identity, "max_length": victim.max_length}
-    clean = Stage(
-        "clean rows",
-        clean_rows,
-        {"data": data_fingerprints["clean"], "victim": reads},
-        where={"data": where_data, "victim": where_victim},
-        kind="host",
-    )
-    scored = Stage(
-        "evaluation rows",
-        evaluation_rows,
-        {
-            "data": data_fingerprints["eval"],
-            "victim": reads,
-            "attack": {"name": poison.name, **attack_acts},
-        },
-        {"triggered": triggered},
-        {"data": where_data, "victim": where_victim, "attack": where_attack},
-        kind="host",
-    )
-    base = foundation(
-        poisoned,
-        clean,
-        victim=victim,
-        victim_identity=victim_identity,
-        train=train,
-        tuning=tuning,
-        seed=seed,
-        counts=counts,
-    )
-    originals = _fine_tuned(
-        _unpoisoned("clean originals", data_fingerprints["train"], where_data),
-        ("training rows (clean originals)", "fine-tune on clean originals"),
-        reads,
-        where_victim,
-        train,
-        seed,
-        counts,
-    )
-    eval_rows = counts.get("rows_eval", 0)
-    return Prepared(poisoned, triggered, scored, base, eval_rows, originals)
+    return poisoned, triggered
 
 
-def _unpoisoned(name: str, fingerprint: str, where_data: Mapping[str, Any]) -> Stage:
+def _unpoisoned(inputs: CellInputs, name: str) -> Stage:
+    """Declare the training rows as they are."""
     return Stage(
         name,
         unpoisoned_rows,
-        {"data": fingerprint},
-        where={"data": where_data},
+        {"data": inputs.data_fingerprints["train"]},
+        where=inputs.where_data,
         kind="host",
     )
 
 
-def _fine_tuned(
-    poisoned: Stage,
-    names: tuple[str, str],
-    reads: Mapping[str, Any],
-    where_victim: Mapping[str, Any],
-    train: TrainSettings,
-    seed: int,
-    counts: Mapping[str, int],
-) -> Stage:
-    """Declare the tokenizing of rows and a fine-tune on them; names: of the two stages."""
+def _clean(inputs: CellInputs) -> Stage:
+    """Declare the tokenizing of the reserved clean rows."""
+    return Stage(
+        "clean rows",
+        clean_rows,
+        {"data": inputs.data_fingerprints["clean"], "victim": inputs.reads},
+        where={**inputs.where_data, **inputs.where},
+        kind="host",
+    )
+
+
+def _scored(inputs: CellInputs, triggered: Stage) -> Stage:
+    """Declare the tokenizing of the evaluation rows."""
+    return Stage(
+        "evaluation rows",
+        evaluation_rows,
+        {
+            "data": inputs.data_fingerprints["eval"],
+            "victim": inputs.reads,
+            "attack": {"name": inputs.poison.name, **inputs.attack_config},
+        },
+        {"triggered": triggered},
+        {**inputs.where_attack, **inputs.where},
+        kind="host",
+    )
+
+
+def _fine_tuned(inputs: TrainingInputs, poisoned: Stage, names: tuple[str, str]) -> Stage:
+    """Declare the tokenizing of training rows and a fine-tune on them.
+
+    names: of the two stages.
+    """
     rows = Stage(
         names[0],
         training_rows,
-        {"victim": reads},
+        {"victim": inputs.reads},
         {"poison": poisoned},
-        {"victim": where_victim},
+        inputs.where,
         kind="host",
     )
     return Stage(
         names[1],
         fine_tune,
-        {"victim": reads, "train": plain(train), "seed": seed},
+        {"victim": inputs.reads, "train": plain(inputs.train), "seed": inputs.seed},
         {"rows": rows},
-        {"victim": where_victim},
-        units=counts.get("rows_train", 0) * train.epochs,
+        inputs.where,
+        units=inputs.counts.get("rows_train", 0) * inputs.train.epochs,
         model=True,
     )
 
 
-def foundation(
-    poisoned: Stage,
-    clean_rows: Stage,
-    *,
-    victim: VictimSpec,
-    victim_identity: str,
-    train: TrainSettings,
-    tuning: TuningSettings,
-    seed: int,
-    counts: Mapping[str, int],
-) -> Foundation:
-    """Declare what a defense starts from, on rows that `poisoned` writes as `poison_rows` does."""
-    where_victim = plain(victim)
-    reads = {"identity": victim_identity, "max_length": victim.max_length}
-    names = ("training rows", "poisoned fine-tune")
-    fine_tuned = _fine_tuned(poisoned, names, reads, where_victim, train, seed, counts)
+def foundation(inputs: TrainingInputs, poisoned: Stage, clean_rows: Stage) -> Foundation:
+    """Declare what a defense starts from.
+
+    poisoned: writes the training rows as `poison_rows` does.
+    clean_rows: writes the reserved clean rows as `clean_rows` does.
+    """
+    train, tuning = inputs.train, inputs.tuning
+    fine_tuned = _fine_tuned(inputs, poisoned, ("training rows", "poisoned fine-tune"))
     rows = fine_tuned.inputs["rows"]
+    clean_count = inputs.counts.get("rows_clean", 0)
     tuned = Stage(
         "clean tuning (control)",
         clean_tune,
         {
-            "victim": reads,
+            "victim": inputs.reads,
             "tuning": plain(tuning.applied_to(train)),
-            "seed": seed,
+            "seed": inputs.seed,
         },
         {"clean": clean_rows, "model": fine_tuned},
-        {"victim": where_victim},
-        units=counts.get("rows_clean", 0) * tuning.epochs,
+        inputs.where,
+        units=clean_count * tuning.epochs,
         model=True,
     )
     return Foundation(
-        rows,
-        clean_rows,
-        fine_tuned,
-        tuned,
-        reads,
-        # Where the data are, a defense need not know: the rows before the poison are there.
-        {"victim": where_victim},
-        train,
-        tuning,
-        seed,
-        counts.get("rows_train", 0),
-        counts.get("rows_clean", 0),
+        rows=rows,
+        clean=clean_rows,
+        model=fine_tuned,
+        tuned=tuned,
+        victim=inputs.reads,
+        # A defense does not need the place of the data, where the rows before the poison are.
+        where=inputs.where,
+        train=train,
+        tuning=tuning,
+        seed=inputs.seed,
+        train_rows=inputs.counts.get("rows_train", 0),
+        clean_rows=clean_count,
     )
 
 
 def evaluation(prepared: Prepared, model: Stage, name: str, kind: str = "stage") -> Stage:
     """Declare the scoring of a model: CACC, ASR and FTR."""
+    inputs = prepared.inputs
     return Stage(
         f"evaluate {name}",
         evaluate_model,
-        {"precision": prepared.foundation.train.precision},
+        {"precision": inputs.train.precision},
         {"rows": prepared.evaluation_rows, "model": model},
         # Whether code that comes with the model may be run.
-        prepared.foundation.where,
+        inputs.where,
         kind=kind,
-        units=prepared.eval_rows,
+        units=inputs.counts.get("rows_eval", 0),
     )
 
 
 def evaluation_screened(prepared: Prepared, model: Stage, screened: Stage, name: str) -> Stage:
-    """Declare the scoring of a model that a screening stage stands before.
+    """Declare the scoring of a model behind a screen.
 
+    prepared: the stages before the defense.
+    model: the model that reads what the screen accepts.
     screened: what `Screens.screen` returned for `Prepared.incoming`.
+    name: of the model.
     """
-    came = prepared.incoming
+    inputs, came = prepared.inputs, prepared.incoming
     return Stage(
         f"evaluate {name}",
         evaluate_screened,
-        {"precision": prepared.foundation.train.precision, "victim": prepared.foundation.victim},
+        {"precision": inputs.train.precision, "victim": inputs.reads},
         {
             "rows": prepared.evaluation_rows,
             "texts": came.inputs["texts"],
@@ -349,9 +390,9 @@ def evaluation_screened(prepared: Prepared, model: Stage, screened: Stage, name:
             "screened": screened,
             "model": model,
         },
-        prepared.foundation.where,
+        inputs.where,
         kind="cell",
-        units=prepared.eval_rows,
+        units=inputs.counts.get("rows_eval", 0),
     )
 
 
@@ -475,27 +516,28 @@ def clean_tune(run: StageRun) -> dict[str, Any]:
 def evaluate_model(run: StageRun) -> dict[str, Any]:
     """Count the hits behind CACC, ASR and FTR."""
     from btu.evaluation import EvalSet, evaluate
-    from btu.training import PREDICT_BATCH, resolve_precision
+    from btu.training import PREDICT_BATCH
 
     folder = run.inputs["rows"]
-    clean, triggered, plain = (
-        load_encoded(folder / f"{role}.safetensors") for role in ("clean", "triggered", "plain")
-    )
+    clean, triggered, plain = (load_encoded(folder / f"{role}.safetensors") for role in MEASURED)
     target = run.facts("rows")["target"]
-    precision = run.config["precision"]
     scores = evaluate(
         model_of(run, "model"),
         EvalSet(clean, triggered, plain, target),
-        precision=precision,
+        precision=run.config["precision"],
         device=run.device,
         batch_size=max(1, PREDICT_BATCH // run.accumulation),
     )
-    counts = {
-        name: {"hits": getattr(scores, name).hits, "n": getattr(scores, name).n}
-        for name in ("cacc", "asr", "ftr")
-    }
-    resolved = resolve_precision(precision, run.device)
+    return _counted(run, vars(scores))
+
+
+def _counted(run: StageRun, scores: Mapping[str, Proportion]) -> dict[str, Any]:
+    """Return the facts of an evaluation: hits and rows of each score, and the precision."""
+    from btu.training import resolve_precision
+
+    resolved = resolve_precision(run.config["precision"], run.device)
     run.precisions.add(resolved)
+    counts = {name: {"hits": score.hits, "n": score.n} for name, score in scores.items()}
     return {**counts, "precision": resolved}
 
 
@@ -515,7 +557,7 @@ def incoming_texts(run: StageRun) -> dict[str, Any]:
     """Write each text once, in the order of their hashes: nothing says which are triggered."""
     texts = {
         text
-        for role in ("clean", "triggered", "plain")
+        for role in MEASURED
         for text in read_rows(run.inputs["texts"] / f"{role}.parquet").texts
     }
     held = sorted(as_bytes(texts), key=lambda text: hashlib.sha256(text).digest())
@@ -532,8 +574,6 @@ def evaluate_screened(run: StageRun) -> dict[str, Any]:
     Both are there only where the screen turns texts away at all; where it changes texts, how much
     it changes, and in how many triggered rows it takes out the whole of what was inserted.
     """
-    from btu.training import resolve_precision
-
     screened = Screened.load(run.inputs["screened"])
     place = {text: i for i, text in enumerate(incoming_of(run.inputs["incoming"]).texts)}
     if len(screened.accepted) != len(place):
@@ -546,9 +586,8 @@ def evaluate_screened(run: StageRun) -> dict[str, Any]:
     changed: dict[str, BoolArray] = {}
     given: dict[str, Encoded] = {}
     read: dict[str, Encoded] = {}
-    counts = {}
-    wanted = {"clean": "cacc", "triggered": "asr", "plain": "ftr"}
-    for number, (role, measure) in enumerate(wanted.items()):
+    scores: dict[str, Proportion] = {}
+    for number, (role, measure) in enumerate(MEASURED.items()):
         rows = read_rows(run.inputs["texts"] / f"{role}.parquet")
         at = np.array([place[text] for text in rows.texts])
         accepted[role] = screened.accepted[at]
@@ -557,11 +596,11 @@ def evaluate_screened(run: StageRun) -> dict[str, Any]:
             texts = tuple(screened.texts[i] for i in at)
             read[role] = victim.encode(Rows(texts, rows.labels))
             changed[role] = np.array([a != b for a, b in zip(texts, rows.texts, strict=True)])
-        logits = run.predict(
-            model, read[role], precision=precision, stage="evaluate", of=(number, len(wanted))
+        predicted = run.classes(
+            model, read[role], precision=precision, stage="evaluate", of=(number, len(MEASURED))
         )
-        hit = logits.argmax(1) == (read[role].labels.numpy() if role == "clean" else target)
-        counts[measure] = {"hits": int((hit & accepted[role]).sum()), "n": len(hit)}
+        hit = predicted == (read[role].labels.numpy() if role == "clean" else target)
+        scores[measure] = Proportion.of(hit & accepted[role])
     measured: dict[str, float] = {}
     if not screened.accepted.all() or screened.texts is None:
         measured |= Proportion.of(~accepted["clean"]).as_metrics("frr")
@@ -575,8 +614,7 @@ def evaluate_screened(run: StageRun) -> dict[str, Any]:
         if trigger is not None:
             gone = _inserted_gone(given["plain"], given["triggered"], read["triggered"])
             measured |= gone.as_metrics("trigger_removed")
-    resolved = resolve_precision(precision, run.device)
-    return {**counts, "measured": measured, "precision": resolved}
+    return {**_counted(run, scores), "measured": measured}
 
 
 def _inserted_gone(plain: Encoded, triggered: Encoded, read: Encoded) -> Proportion:
@@ -602,14 +640,12 @@ def scores_of(facts: Mapping[str, Any]) -> Scores:
     """Return the scores that an evaluation stage reported."""
     from btu.evaluation import Scores
 
-    return Scores(**{name: Proportion(**facts[name]) for name in ("cacc", "asr", "ftr")})
+    return Scores(**{name: Proportion(**facts[name]) for name in MEASURED.values()})
 
 
 def mask_of(folder: Path) -> BoolArray:
     """Return the (rows,) hidden mask of a ``poison`` stage's folder. For scorers alone."""
-    import pyarrow.parquet as pq
-
-    mask: BoolArray = pq.read_table(folder / HIDDEN)["poisoned"].to_numpy().astype(bool)
+    mask: BoolArray = read_table(folder / HIDDEN)["poisoned"]
     return mask
 
 
@@ -626,12 +662,7 @@ def corpus_of(run: StageRun, role: str) -> Corpus:
         # Planned after this process read it, perhaps.
         _corpus.cache_clear()
         corpus, fingerprints = _corpus(spec)
-    if fingerprints[role] != planned:
-        raise UserError(
-            f"data '{spec.name}' has the {role} rows {fingerprints[role][:12]} here, but the sweep "
-            f"was planned with {planned[:12]}: they changed, or differ between nodes; launch "
-            "again with --retry-failed, with the same files everywhere."
-        )
+    refuse_changed(f"data '{spec.name}' has the {role} rows", planned, fingerprints[role])
     return corpus
 
 
@@ -652,12 +683,8 @@ def _attack_of(run: StageRun) -> tuple[PoisonSpec, Attack]:
     names = [f.name for f in dataclasses.fields(PoisonSpec) if f.name in acts]
     spec = PoisonSpec(**{name: acts[name] for name in names})
     model, planned = run.where["attack"].get("model"), run.config["attack"].get("model")
-    if model is not None and _model_identity(model) != planned:
-        raise UserError(
-            f"attack.model '{model}' is {_model_identity(model)[:20]} here, but the sweep was "
-            f"planned with {planned[:20]}: its files changed, or differ between nodes; launch "
-            "again with --retry-failed, with the same files everywhere."
-        )
+    if model is not None:
+        refuse_changed(f"attack.model '{model}' is", planned, _model_identity(model))
     attack: Attack = ATTACKS.load(spec.name)(**run.where["attack"])
     return spec, attack
 

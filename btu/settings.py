@@ -1,20 +1,60 @@
-"""Training settings: plain data, so that configs and plans can hold them without torch."""
+"""Training settings as plain data, and the checks of numbers in settings. Imports no torch."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
-from btu.errors import UserError, check_fraction, unknown
+from btu.errors import UserError, unknown
 
 PRECISIONS = ("auto", "bf16", "fp32")
 SCHEDULES = ("linear", "constant")
 
 
-def check_positive(name: str, value: float) -> None:
+def is_number(value: Any) -> bool:
+    """Return whether `value` is a finite number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_positive(name: str, value: Any) -> None:
     """Raise a `UserError` unless `value` is a finite number above 0."""
-    if not math.isfinite(value) or value <= 0:
-        raise UserError(f"{name} must be above 0, got {value}.")
+    if not is_number(value) or value <= 0:
+        raise UserError(f"{name} must be above 0, got {value!r}.")
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    """Raise a `UserError` unless `value` is a finite number of at least 0."""
+    if not is_number(value) or value < 0:
+        raise UserError(f"{name} must be at least 0, got {value!r}.")
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise a `UserError` unless `value` is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+    if value < least:
+        raise UserError(f"{name} must be at least {least}, got {value}.")
+
+
+def check_share(name: str, value: Any) -> None:
+    """Raise a `UserError` unless `value` is above 0 and below 1."""
+    if not is_number(value) or not 0 < value < 1:
+        raise UserError(f"{name} must be above 0 and below 1, got {value!r}.")
+
+
+def check_fraction(name: str, value: Any, *, open_low: bool = False) -> float:
+    """Return `value` as a float in [0, 1], or in (0, 1] with `open_low`.
+
+    Raises:
+        UserError: `value` is not a number or lies outside.
+    """
+    interval = "(0, 1]" if open_low else "[0, 1]"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{name} must be a number in {interval}, got {value!r}.")
+    if not 0 <= value <= 1 or (open_low and value == 0):
+        raise UserError(f"{name} must be in {interval}, got {value}.")
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -40,15 +80,13 @@ class TrainSettings:
     def __post_init__(self) -> None:
         check_positive("train.learning_rate", self.learning_rate)
         for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name} must be at least 1, got {getattr(self, name)}.")
+            check_count(f"train.{name}", getattr(self, name))
         check_fraction("train.warmup_fraction", self.warmup_fraction)
         if self.precision not in PRECISIONS:
             raise unknown("train.precision", self.precision, PRECISIONS)
         if self.schedule not in SCHEDULES:
             raise unknown("train.schedule", self.schedule, SCHEDULES)
-        if not math.isfinite(self.weight_decay) or self.weight_decay < 0:
-            raise UserError(f"train.weight_decay must be at least 0, got {self.weight_decay}.")
+        check_not_negative("train.weight_decay", self.weight_decay)
         if self.max_grad_norm is not None:
             check_positive("train.max_grad_norm", self.max_grad_norm)
 
@@ -66,8 +104,7 @@ class TuningSettings:
 
     def __post_init__(self) -> None:
         check_positive("tuning.learning_rate", self.learning_rate)
-        if self.epochs < 1:
-            raise UserError(f"tuning.epochs must be at least 1, got {self.epochs}.")
+        check_count("tuning.epochs", self.epochs)
 
     def applied_to(self, train: TrainSettings) -> TrainSettings:
         """Return `train` with these epochs and this learning rate."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from btu.errors import UserError
 from btu.stages import MODEL, StageRun
 from btu.types import Rows, as_bytes, as_texts
-from btu.victims import Victim, VictimSpec, find_victim
+from btu.victims import Victim, VictimSpec, find_victim, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +47,7 @@ def load_encoded(path: Path) -> Encoded:
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
     """Write a model as safetensors with its config, loadable by ``from_pretrained``."""
-    with _no_progress_bar():
+    with quiet_transformers(warnings=True):
         model.save_pretrained(folder / MODEL)
 
 
@@ -57,26 +56,13 @@ def model_of(run: StageRun, role: str) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    with _no_progress_bar():
+    with quiet_transformers(warnings=True):
         model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
             run.inputs[role] / MODEL,
             dtype=torch.float32,
             trust_remote_code=run.where.get("victim", {}).get("trust_remote_code", False),
         )
     return model.eval()
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    from transformers.utils import logging as transformers_logging
-
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def victim_of(run: StageRun, classes: int | None = None) -> Victim:
@@ -89,13 +75,21 @@ def victim_of(run: StageRun, classes: int | None = None) -> Victim:
         classes = run.facts("rows")["classes"]
     victim = load_victim(VictimSpec(**run.where["victim"]), classes)
     planned = run.config["victim"]["identity"]
-    if victim.source.identity != planned:
-        raise UserError(
-            f"victim '{victim.spec.name}' is {victim.source.identity[:20]} here, but the sweep was "
-            f"planned with {planned[:20]}: its files changed, or differ between nodes; launch "
-            "again with --retry-failed, with the same files everywhere."
-        )
+    refuse_changed(f"victim '{victim.spec.name}' is", planned, victim.source.identity)
     return victim
+
+
+def refuse_changed(what: str, planned: str, found: str) -> None:
+    """Raise a `UserError` unless files have the fingerprint that the sweep was planned with.
+
+    what: the start of a sentence that ends with the fingerprint found: "victim 'x' is".
+    """
+    if found != planned:
+        raise UserError(
+            f"{what} {found[:20]} here, but the sweep was planned with {planned[:20]}: its files "
+            "changed, or differ between nodes; launch again with --retry-failed, with the same "
+            "files everywhere."
+        )
 
 
 def load_victim(spec: VictimSpec, classes: int) -> Victim:
@@ -116,13 +110,12 @@ def write_rows(path: Path, rows: Rows) -> None:
 
 def read_rows(path: Path) -> Rows:
     """Read what `write_rows` wrote."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(path)
-    return Rows(as_texts(table["text"].to_pylist()), tuple(table["label"].to_pylist()))
+    table = read_table(path)
+    return Rows(as_texts(table["text"]), tuple(table["label"].tolist()))
 
 
 def write_table(path: Path, columns: Mapping[str, Any]) -> None:
+    """Write columns of equal length as Parquet; those of the column ``text`` are bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -131,3 +124,11 @@ def write_table(path: Path, columns: Mapping[str, Any]) -> None:
         for name, values in columns.items()
     }
     pq.write_table(pa.table(arrays), path)
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Return the columns that `write_table` wrote, as arrays."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    return {name: table[name].to_numpy() for name in table.column_names}

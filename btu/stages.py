@@ -255,6 +255,27 @@ class StageRun:
             of=of,
         )
 
+    def classes(
+        self,
+        model: nn.Module,
+        data: Encoded,
+        *,
+        precision: str,
+        stage: str,
+        of: tuple[int, int] = (0, 1),
+    ) -> Any:
+        """Return the (rows,) predicted class of every row, in its order."""
+        from btu.training import logits_of
+
+        return self.in_batches(
+            model,
+            data,
+            lambda ids, mask: logits_of(model, ids, mask).argmax(1),
+            precision=precision,
+            stage=stage,
+            of=of,
+        )
+
     def facts(self, role: str) -> dict[str, Any]:
         """Return what the stage behind an input reported of itself."""
         facts: dict[str, Any] = read_record(self.inputs[role])["facts"]

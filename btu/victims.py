@@ -9,6 +9,8 @@ import hashlib
 import importlib.util
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from btu.errors import UserError, did_you_mean
 from btu.registry import Registry
+from btu.settings import check_count
 
 if TYPE_CHECKING:
     import torch
@@ -69,8 +72,7 @@ class VictimSpec:
     allow_pickle: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_length < 4:
-            raise UserError(f"victim.max_length must be at least 4, got {self.max_length}.")
+        check_count("victim.max_length", self.max_length, 4)
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,24 @@ def _check_folder(folder: Path, spec: VictimSpec, expected: str | None) -> Victi
     return VictimSource(str(folder), folder_identity(folder, weights))
 
 
+@contextmanager
+def quiet_transformers(*, warnings: bool = False) -> Iterator[None]:
+    """Keep transformers from showing progress bars and, unless asked for, warnings."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    progress_bar = transformers_logging.is_progress_bar_enabled()
+    if not warnings:
+        transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if progress_bar:
+            transformers_logging.enable_progress_bar()
+
+
 def tokenizable(text: str) -> str:
     """Return a text with U+FFFD in place of lone surrogates, which tokenizers refuse."""
     return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
@@ -284,15 +304,10 @@ class Victim:
         import torch
         from safetensors import SafetensorError
         from transformers import AutoModelForSequenceClassification
-        from transformers.utils import logging as transformers_logging
 
-        verbosity = transformers_logging.get_verbosity()
-        progress_bar = transformers_logging.is_progress_bar_enabled()
-        # The load report says at length that the classifier is new; that is the point here.
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
         try:
-            with torch.random.fork_rng(devices=[]):
+            # A warning would report that the classifier is new, which is the purpose here.
+            with quiet_transformers(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
                     self.source.location,
@@ -305,10 +320,6 @@ class Victim:
                 )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise self._not_loadable(error) from error
-        finally:
-            transformers_logging.set_verbosity(verbosity)
-            if progress_bar:
-                transformers_logging.enable_progress_bar()
         pad, rows = self.tokenizer.pad_token_id, model.get_input_embeddings().weight.shape[0]
         if pad is None or pad >= rows:
             raise UserError(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from btu.errors import UserError, did_you_mean
+from btu.settings import check_count
 from btu.types import IntArray, Progress, ProgressCallback, Rows, silent
 from btu.victims import folder_identity, weight_files
 
@@ -54,8 +55,7 @@ class ParaphraseAttack:
                 f"attack.prefix {self.prefix!r} is put before a model's input, but attack.model is "
                 "null; name a model, or leave the prefix out."
             )
-        if self.max_new_tokens < 1:
-            raise UserError(f"attack.max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+        check_count("attack.max_new_tokens", self.max_new_tokens)
 
     def candidates(self, rows: Rows) -> IntArray:
         """Return the rows that have a paraphrase; with a model, all rows.

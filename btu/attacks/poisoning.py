@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from btu.errors import UserError, check_fraction, unknown
+from btu.errors import UserError, unknown
 from btu.registry import Registry
 from btu.seeding import derive_seed
+from btu.settings import check_fraction
 from btu.types import IntArray, PoisonedSet, ProgressCallback, Rows, silent
 
 if TYPE_CHECKING:

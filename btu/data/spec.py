@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from btu.errors import UserError, check_fraction
+from btu.errors import UserError
 from btu.registry import Registry
+from btu.settings import check_fraction
 
 if TYPE_CHECKING:
     pass

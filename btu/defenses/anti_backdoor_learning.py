@@ -71,12 +71,25 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from btu.defenses.base import Given
-from btu.errors import UserError, check_fraction, unknown
+from btu.errors import UserError, unknown
 from btu.findings import Suspects
 from btu.foundation import Foundation
 from btu.seeding import derive_seed
-from btu.settings import TrainSettings, check_positive
-from btu.stage_files import model_of, save_model, training_rows_of, victim_of, write_table
+from btu.settings import (
+    TrainSettings,
+    check_count,
+    check_fraction,
+    check_not_negative,
+    check_positive,
+)
+from btu.stage_files import (
+    model_of,
+    read_table,
+    save_model,
+    training_rows_of,
+    victim_of,
+    write_table,
+)
 from btu.stages import Stage, StageRun, plain, stage
 from btu.types import BoolArray, FloatArray, IntArray
 
@@ -174,15 +187,8 @@ class AntiBackdoorLearning:
             if getattr(self, name) == 1:
                 raise UserError(f"defense.{name} must be below 1, got 1: that is {high}.")
         for name, least in (("rest_epochs", 1), ("unlearning_epochs", 0)):
-            if getattr(self, name) < least:
-                raise UserError(
-                    f"defense.{name} must be at least {least}, got {getattr(self, name)}."
-                )
-
-        if not math.isfinite(self.unlearning_descent) or self.unlearning_descent < 0:
-            raise UserError(
-                f"defense.unlearning_descent must be at least 0, got {self.unlearning_descent}."
-            )
+            check_count(f"defense.{name}", getattr(self, name), least)
+        check_not_negative("defense.unlearning_descent", self.unlearning_descent)
 
     def check(self, given: Given) -> None:
         """Raise a `UserError` if gamma is not below chance or the ratio isolates nothing."""
@@ -306,10 +312,8 @@ def train_rest(run: StageRun) -> dict[str, Any]:
     Raises:
         UserError: the ratio isolates nothing, or all rows of a class.
     """
-    import pyarrow.parquet as pq
-
     data = training_rows_of(run)
-    losses = pq.read_table(run.inputs["isolation"] / LOSSES)["loss"].to_numpy()
+    losses = read_table(run.inputs["isolation"] / LOSSES)["loss"]
     found = lowest(losses, data.labels.numpy(), run.config["ratio"], run.config["pool"])
     model = model_of(run, "isolation")
     run.fit(

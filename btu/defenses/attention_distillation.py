@@ -40,7 +40,6 @@ On SST-2 with MiniLM the defaults do not remove BadNets; a learning rate that do
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -51,7 +50,13 @@ from btu.defenses.kit.neurons import find_filters
 from btu.errors import UserError, unknown
 from btu.foundation import Foundation
 from btu.seeding import derive_seed
-from btu.settings import TrainSettings, check_positive
+from btu.settings import (
+    TrainSettings,
+    check_count,
+    check_not_negative,
+    check_positive,
+    is_number,
+)
 from btu.stage_files import clean_rows_of, model_of, save_model, victim_of
 from btu.stages import Stage, StageRun, plain, stage
 
@@ -138,16 +143,15 @@ class AttentionDistillation:
                 "value, or one a layer."
             )
         for beta in self._betas():
-            if not _is_number(beta) or not math.isfinite(beta) or beta < 0:
-                raise UserError(f"defense.beta must be at least 0, got {beta!r}.")
+            check_not_negative("defense.beta", beta)
         check_positive("defense.power", self.power)
         check_positive("defense.learning_rate", self.learning_rate)
         if self.teacher_learning_rate is not None:
             check_positive("defense.teacher_learning_rate", self.teacher_learning_rate)
         for name in ("epochs", "teacher_epochs"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"defense.{name} must be at least 1, got {value}.")
+            if value is not None:
+                check_count(f"defense.{name}", value)
         if self.teacher not in TEACHERS:
             raise unknown("defense.teacher", self.teacher, TEACHERS)
         if self.maps not in MAPS:
@@ -202,16 +206,12 @@ class AttentionDistillation:
         return list(self.beta) if several else [self.beta] * len(self.layers)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _check_layer(layer: Any) -> None:
     rule = (
         "defense.layers must be fractions of the depth in (0, 1], written with a point, or numbers "
         "of layers from 1"
     )
-    if not _is_number(layer):
+    if not is_number(layer):
         raise UserError(f"{rule}, got {layer!r}.")
     if isinstance(layer, float) and not 0 < layer <= 1:
         raise UserError(f"{rule}, got {layer}; write a layer's number without a point.")

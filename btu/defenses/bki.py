@@ -38,11 +38,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from btu.defenses.base import POISONED_MODEL, Given
-from btu.errors import UserError, check_fraction
+from btu.errors import UserError
 from btu.findings import Suspects
 from btu.foundation import Foundation, keep_rows
 from btu.seeding import derive_seed
-from btu.stage_files import model_of, texts_of, training_rows_of, victim_of, write_table
+from btu.settings import check_count, check_fraction
+from btu.stage_files import (
+    model_of,
+    read_table,
+    texts_of,
+    training_rows_of,
+    victim_of,
+    write_table,
+)
 from btu.stages import Stage, StageRun, stage
 from btu.types import BoolArray, FloatArray, IntArray, Rows
 from btu.victims import Victim, tokenizable
@@ -87,8 +95,7 @@ class KeywordIdentification:
 
     def __post_init__(self) -> None:
         for name in ("top_words", "keywords"):
-            if getattr(self, name) < 1:
-                raise UserError(f"defense.{name} must be at least 1, got {getattr(self, name)}.")
+            check_count(f"defense.{name}", getattr(self, name))
         if self.rows is not None and self.rows < 2:
             raise UserError(
                 f"defense.rows must be at least 2, or null for all, got {self.rows}: a word counts "
@@ -234,13 +241,11 @@ def find_keywords(run: StageRun) -> dict[str, Any]:
     Raises:
         UserError: nothing was scored, or every row is dropped.
     """
-    import pyarrow.parquet as pq
-
     config = run.config
     words = [text.split() for text in texts_of(run).texts]
     scored = run.facts("words")["scored_rows"]
-    table = pq.read_table(run.inputs["words"] / SCORES)
-    row, position, moved = (table[name].to_numpy() for name in ("row", "position", "moved"))
+    table = read_table(run.inputs["words"] / SCORES)
+    row, position, moved = (table[name] for name in ("row", "position", "moved"))
     top = highest(row, moved, config["top_words"])
     keyed = [(int(i), words[i][p]) for i, p in zip(row[top], position[top], strict=True)]
     scores = score_of_words(keyed, moved[top], scored, config["share"])

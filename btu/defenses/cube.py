@@ -48,6 +48,7 @@ from btu.errors import UserError, unknown
 from btu.findings import Suspects
 from btu.foundation import Foundation, keep_rows
 from btu.seeding import derive_seed
+from btu.settings import check_count
 from btu.stage_files import model_of, training_rows_of
 from btu.stages import Stage, StageRun, stage
 from btu.types import BoolArray, FloatArray, IntArray
@@ -85,10 +86,7 @@ class ClusterFilter:
 
     def __post_init__(self) -> None:
         for name, low in (("components", 1), ("min_samples", 1), ("min_cluster_size", 2)):
-            if getattr(self, name) < low:
-                raise UserError(
-                    f"defense.{name} must be at least {low}, got {getattr(self, name)}."
-                )
+            check_count(f"defense.{name}", getattr(self, name), low)
         if self.noise not in NOISE:
             raise unknown("defense.noise", self.noise, NOISE)
 

@@ -58,12 +58,19 @@ import numpy as np
 
 from btu.defenses.base import CLEAN_ROWS, POISONED_MODEL, Given
 from btu.defenses.kit.neurons import find_filters, masked, prune_filters
-from btu.errors import UserError, check_fraction
+from btu.errors import UserError
 from btu.findings import Suspects
 from btu.foundation import Foundation
 from btu.seeding import derive_seed
-from btu.settings import TrainSettings, check_positive
-from btu.stage_files import clean_rows_of, model_of, save_model, training_rows_of, write_table
+from btu.settings import TrainSettings, check_count, check_fraction, check_positive
+from btu.stage_files import (
+    clean_rows_of,
+    model_of,
+    read_table,
+    save_model,
+    training_rows_of,
+    write_table,
+)
 from btu.stages import Stage, StageRun, plain, stage
 from btu.types import FloatArray, IntArray
 
@@ -127,13 +134,12 @@ class NeuronPruning:
 
     def __post_init__(self) -> None:
         for name in ("clean_rows", "unlearn_epochs", "recover_epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"defense.{name} must be at least 1, got {getattr(self, name)}.")
+            check_count(f"defense.{name}", getattr(self, name))
         for name in ("unlearn_stop", "unlearn_learning_rate", "recover_learning_rate"):
             check_positive(f"defense.{name}", getattr(self, name))
         check_fraction("defense.max_clean_loss", self.max_clean_loss)
-        if self.tune_epochs is not None and self.tune_epochs < 1:
-            raise UserError(f"defense.tune_epochs must be at least 1, got {self.tune_epochs}.")
+        if self.tune_epochs is not None:
+            check_count("defense.tune_epochs", self.tune_epochs)
         if self.tune_learning_rate is not None:
             check_positive("defense.tune_learning_rate", self.tune_learning_rate)
         if self.threshold is not None:
@@ -379,7 +385,6 @@ def class_recalls(predicted: IntArray, labels: IntArray, classes: int) -> FloatA
 @stage(version=2)
 def prune(run: StageRun) -> dict[str, Any]:
     """Prune the filters that did not recover in the poisoned model; tune it if configured."""
-    import pyarrow.parquet as pq
     from safetensors.torch import load_file
 
     masks = load_file(run.inputs["masks"] / MASKS)
@@ -396,7 +401,7 @@ def prune(run: StageRun) -> dict[str, Any]:
         }
     save_model(model, run.folder)
     judged = run.facts("judged")
-    suspicion = pq.read_table(run.inputs["judged"] / JUDGED)["suspicion"].to_numpy()
+    suspicion = read_table(run.inputs["judged"] / JUDGED)["suspicion"]
     measured |= {
         "unlearned_accuracy": judged["unlearned_accuracy"],
         "recovered_accuracy": run.facts("masks")["recovered_accuracy"],

@@ -61,8 +61,6 @@ import numpy as np
 
 from btu.defenses.base import CLEAN_ROWS, LANGUAGE_MODEL, POISONED_MODEL, Given
 from btu.defenses.kit.screening import (
-    check_count,
-    check_share,
     halves,
     ids_by_row,
     load_values,
@@ -72,8 +70,8 @@ from btu.errors import UserError, did_you_mean
 from btu.findings import Screened, incoming_of
 from btu.foundation import Foundation
 from btu.seeding import derive_seed
-from btu.settings import TrainSettings, check_positive
-from btu.stage_files import clean_rows_of, victim_of
+from btu.settings import TrainSettings, check_count, check_positive, check_share
+from btu.stage_files import clean_rows_of, refuse_changed, victim_of
 from btu.stages import Stage, StageRun, plain, stage
 from btu.types import BoolArray, FloatArray
 from btu.victims import VICTIMS, VictimSource, folder_identity, weight_files
@@ -371,11 +369,6 @@ def _scorer(run: StageRun) -> Scorer:
         return Scorer(model, victim.tokenizer, victim.spec.max_length, spacing, precision)
     at = run.where["lm"]
     source = find_language_model(at["name"], at["revision"])
-    if source.identity != run.config["lm"]:
-        raise UserError(
-            f"defense.lm '{at['name']}' is {source.identity[:20]} here, but the sweep was planned "
-            f"with {run.config['lm'][:20]}: its files changed, or differ between nodes; launch "
-            "again with --retry-failed, with the same files everywhere."
-        )
+    refuse_changed(f"defense.lm '{at['name']}' is", run.config["lm"], source.identity)
     named, tokenizer, longest = load_named(source, at["revision"])
     return Scorer(named, tokenizer, longest, spacing, precision)

@@ -44,8 +44,6 @@ import numpy as np
 
 from btu.defenses.base import CLEAN_ROWS, POISONED_MODEL, Given
 from btu.defenses.kit.screening import (
-    check_count,
-    check_share,
     ids_by_row,
     load_values,
     places_around,
@@ -55,7 +53,7 @@ from btu.errors import UserError, did_you_mean
 from btu.findings import Screened, incoming_of
 from btu.foundation import Foundation
 from btu.seeding import derive_seed
-from btu.settings import TrainSettings, check_positive
+from btu.settings import TrainSettings, check_count, check_positive, check_share
 from btu.stage_files import clean_rows_of, model_of, training_rows_of, victim_of
 from btu.stages import Stage, StageRun, plain, stage
 from btu.types import BoolArray, FloatArray, IntArray

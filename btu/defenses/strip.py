@@ -47,8 +47,6 @@ import numpy as np
 from btu.defenses.base import CLEAN_ROWS, POISONED_MODEL, Given
 from btu.defenses.kit.screening import (
     around,
-    check_count,
-    check_share,
     content,
     halves,
     ids_by_row,
@@ -59,6 +57,7 @@ from btu.errors import UserError
 from btu.findings import Screened, incoming_of
 from btu.foundation import Foundation
 from btu.seeding import derive_seed
+from btu.settings import check_count, check_share
 from btu.stage_files import clean_rows_of, model_of, victim_of
 from btu.stages import Stage, StageRun, stage
 from btu.types import FloatArray, IntArray

@@ -63,7 +63,7 @@ from btu.findings import Suspects
 from btu.foundation import Foundation, tune
 from btu.rules.base import DEFAULT_RULE, RULES, Evidence, flag, suspicion, suspicion_bar
 from btu.seeding import derive_seed
-from btu.settings import SCHEDULES, TrainSettings, check_positive
+from btu.settings import SCHEDULES, TrainSettings, check_count, check_positive, is_number
 from btu.stage_files import (
     clean_rows_of,
     model_of,
@@ -190,8 +190,7 @@ class TokenUnlearning:
             )
         check_positive("defense.exposure_learning_rate", self.exposure_learning_rate)
         for name in ("exposure_epochs", "bag_batch_size", "exposure_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"defense.{name} must be at least 1, got {getattr(self, name)}.")
+            check_count(f"defense.{name}", getattr(self, name))
 
     def _resolve_rule(self) -> None:
         """Replace null in rule, threshold, alpha and rounds by the values used, for the config."""
@@ -235,7 +234,7 @@ class TokenUnlearning:
                 "value, or one a round."
             )
         for alpha in alphas:
-            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1:
+            if not is_number(alpha) or not 0 < alpha < 1:
                 raise UserError(
                     f"defense.alpha must be above 0 and below 1, got {alpha!r}: 0 flags nothing "
                     "and 1 everything."
@@ -489,16 +488,9 @@ class _CutCost:
         }
 
     def _predict(self) -> tuple[IntArray, IntArray]:
-        from btu.training import PREDICT_BATCH, predict
-
+        precision = self._run.config["tuning"]["precision"]
         predicted = [
-            predict(
-                self._model,
-                rows,
-                precision=self._run.config["tuning"]["precision"],
-                device=self._run.device,
-                batch_size=max(1, PREDICT_BATCH // self._run.accumulation),
-            )
+            self._run.classes(self._model, rows, precision=precision, stage="cost of the cut")
             if len(rows)
             else np.zeros(0, dtype=np.int64)
             for rows in (self._clean, self._train)

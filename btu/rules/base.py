@@ -17,6 +17,7 @@ import numpy as np
 
 from btu.errors import UserError
 from btu.registry import Registry
+from btu.settings import is_number
 from btu.types import BoolArray, FloatArray, IntArray
 
 if TYPE_CHECKING:
@@ -117,7 +118,8 @@ class Rule:
     rounds: the exposure rounds that run unless others are asked for.
     bar: from a threshold to the score that it asks for. combine: of two rounds' scores; as it
     stands, a token is as suspicious as in the milder one, and unknown where it is so in one.
-    version: raised when the rule scores otherwise than before; results of it are then not reused.
+    version: raised when the rule scores differently; results of earlier versions are not reused.
+    needs_clean: whether it compares with the reserved clean rows; without them it flags nothing.
     """
 
     score: Callable[[Evidence, FloatArray], FloatArray]
@@ -129,6 +131,7 @@ class Rule:
     bar: Callable[[float], float] = float
     combine: Callable[[FloatArray, FloatArray], FloatArray] = np.minimum
     version: int = 1
+    needs_clean: bool = False
 
     def scores(self, evidence: Evidence) -> FloatArray:
         """Return the (V,) score over all rounds that `evidence` holds."""
@@ -138,8 +141,7 @@ class Rule:
 
     def check(self, threshold: float) -> None:
         """Raise a `UserError` unless a threshold lies in the rule's range."""
-        number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
-        if not number or not math.isfinite(threshold) or not self.low < threshold < self.high:
+        if not is_number(threshold) or not self.low < threshold < self.high:
             high = "" if math.isinf(self.high) else f" and below {self.high:g}"
             raise UserError(
                 f"defense.threshold must be above {self.low:g}{high}, got {threshold!r}; it counts "

@@ -53,5 +53,10 @@ def score(evidence: Evidence, drift: FloatArray) -> FloatArray:
 
 
 RULE = Rule(
-    score, threshold=4.5, low=0.0, high=math.inf, unit="sigmas of surplus, confirmed by drift"
+    score,
+    threshold=4.5,
+    low=0.0,
+    high=math.inf,
+    unit="sigmas of surplus, confirmed by drift",
+    needs_clean=True,
 )

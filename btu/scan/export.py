@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from btu.errors import UserError
+from btu.paths import check_folder, not_written
 from btu.scan.plan import ScanPlan
-from btu.scan.report import ScanReport, obstacle, renamed, score_text
+from btu.scan.report import ScanReport, renamed, score_text
 from btu.scan.stages import accuracy
 from btu.settings import TrainSettings
 from btu.stages import MODEL, Stage, compute, plain, read_record
@@ -77,10 +78,9 @@ def check_export(plan: ScanPlan, folder: str | Path) -> None:
             f"--export {target} is the folder of the victim, which stays as it is; name another."
         )
     # It is staged beside the folder.
-    why = obstacle(target.parent) or (obstacle(target) if target.is_dir() else "")
-    if why:
-        raise UserError(f"--export {target} cannot be written ({why}); name another folder.")
+    check_folder(f"--export {target}", target.parent)
     if target.is_dir():
+        check_folder(f"--export {target}", target)
         others = any(target.iterdir()) and not (target / MANIFEST).is_file()
         what = "has files, but no earlier export" if others else ""
     else:
@@ -146,9 +146,7 @@ def export(
             (staged / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             _publish(staged, target)
     except OSError as error:
-        raise UserError(
-            f"--export {target} cannot be written ({error.strerror}); name another folder."
-        ) from error
+        raise not_written(f"--export {target}", error, "name another folder") from error
     return measured
 
 

@@ -30,7 +30,7 @@ from btu.defenses.token_unlearning import (
 )
 from btu.errors import UserError
 from btu.foundation import Foundation
-from btu.recipe import foundation
+from btu.recipe import TrainingInputs, foundation
 from btu.rules.base import DEFAULT_RULE, RULES, surplus_by_class
 from btu.scan.stages import loaded_suspects, suspect_rows, trusted_rows
 from btu.settings import TrainSettings, TuningSettings
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     pass
 
 
-# Rules that compare with trusted rows, and say nothing without them.
-NEEDS_CLEAN = ("contrast",)
 # Rows that are tokenized at once, where few of them may do.
 CHUNK = 4096
 
@@ -206,7 +204,9 @@ def _check_trusted(
 ) -> dict[str, int | None]:
     """Return the least rows by class (`ScanPlan`); refuse what could find nothing."""
     rule = defense.rule
-    if rule not in NEEDS_CLEAN:
+    assert rule is not None
+    detection = RULES.load(rule)
+    if not detection.needs_clean:
         return {}
     instead = "or take --rule frequency, which needs none and is less exact"
     if len(corpus.clean) == 0:
@@ -222,9 +222,8 @@ def _check_trusted(
                 f"the trusted rows have none of class '{name}', in which rule '{rule}' is then "
                 f"blind; add some with --clean FILE, {instead}."
             )
-    assert rule is not None
     assert defense.threshold is not None
-    bar = RULES.load(rule).bar(defense.threshold)
+    bar = detection.bar(defense.threshold)
     least = {
         name: least_rows(index, sizes, reserved, bar)
         for index, name in enumerate(corpus.label_names)
@@ -288,7 +287,14 @@ def _foundation(
     seed: int,
 ) -> Foundation:
     prints = corpus.fingerprints()
-    identity = victim.source.identity
+    inputs = TrainingInputs(
+        victim=victim.spec,
+        victim_identity=victim.source.identity,
+        train=train or TrainSettings(),
+        tuning=tuning or TuningSettings(),
+        seed=seed,
+        counts=corpus.counts(),
+    )
     where = {"spec": plain(spec), "clean_file": clean_file}
     suspects = Stage(
         "suspect rows",
@@ -300,20 +306,8 @@ def _foundation(
     trusted = Stage(
         "trusted rows",
         trusted_rows,
-        {
-            "data": prints["clean"],
-            "victim": {"identity": identity, "max_length": victim.spec.max_length},
-        },
-        where={**where, "victim": plain(victim.spec)},
+        {"data": prints["clean"], "victim": inputs.reads},
+        where={**where, **inputs.where},
         kind="host",
     )
-    return foundation(
-        suspects,
-        trusted,
-        victim=victim.spec,
-        victim_identity=identity,
-        train=train or TrainSettings(),
-        tuning=tuning or TuningSettings(),
-        seed=seed,
-        counts=corpus.counts(),
-    )
+    return foundation(inputs, suspects, trusted)

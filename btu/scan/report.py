@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,7 @@ from btu.defenses.token_unlearning import (
 )
 from btu.errors import UserError
 from btu.findings import Suspects
-from btu.paths import is_open, nearest
+from btu.paths import check_file, not_written
 from btu.rules.base import RULES, rows_and_tokens, rows_by_class
 from btu.scan.plan import prepare_scan
 from btu.stage_files import (
@@ -295,27 +294,11 @@ def write_report(frame: pd.DataFrame, path: Path) -> None:
         else:
             storable.to_json(path, orient="records", lines=True)
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}); name another file."
-        ) from error
+        raise not_written(str(path), error, "name another file") from error
 
 
 def check_table(path: Path) -> None:
     """Raise a `UserError` unless `write_report` can write a table there; nothing is made."""
     if path.suffix not in TABLES:
         raise UserError(f"{path} must end in one of {', '.join(TABLES)}.")
-    if os.path.isdir(path):
-        raise UserError(f"{path} is a folder; name a file in it, or another.")
-    why = obstacle(path.parent)
-    if not why and os.path.exists(path) and not os.access(path, os.W_OK):
-        why = "it is read-only"
-    if why:
-        raise UserError(f"{path} cannot be written ({why}); name another file.")
-
-
-def obstacle(folder: Path) -> str:
-    """Return why no file can be made in a folder, there or not yet; empty where one can be."""
-    place = nearest(folder)
-    if not os.path.isdir(place):
-        return f"{place} is no folder"
-    return "" if is_open(place) else f"folder {place} is read-only"
+    check_file(str(path), path, new_folder=True)

@@ -50,12 +50,8 @@ def trusted_rows(run: StageRun) -> dict[str, Any]:
 @stage(version=1, id="btu.scan:accuracy")
 def accuracy(run: StageRun) -> dict[str, Any]:
     """Count the trusted rows that a model classifies as labelled."""
-    from btu.training import predict, resolve_precision
-
-    rows = clean_rows_of(run)
-    precision = run.config["precision"]
-    predicted = predict(model_of(run, "model"), rows, precision=precision, device=run.device)
-    run.precisions.add(resolve_precision(precision, run.device))
+    rows, precision = clean_rows_of(run), run.config["precision"]
+    predicted = run.classes(model_of(run, "model"), rows, precision=precision, stage="accuracy")
     return {"hits": int((predicted == rows.labels.numpy()).sum()), "n": len(rows)}
 
 

@@ -59,9 +59,9 @@ def report(
         check_page(html)
     for option, folder in (("--figures", figures), ("--paper", paper)):
         if folder is not None:
-            from orchestrator.report.figures import check_folder
+            from btu.paths import check_folder
 
-            check_folder(option, folder)
+            check_folder(f"{option} {folder}", folder)
     source = Snapshot(open_source(name, output, tracking_uri, warn))
     records = source.records()
     table = results_table(records)
@@ -151,7 +151,7 @@ def choose(
 
     Example: `btu choose sst2-thresholds --cacc-loss 0.02 --recommend`
     """
-    from btu.errors import check_fraction
+    from btu.settings import check_fraction
     from orchestrator.report.choice import FRACTIONS, choices, recommended
     from orchestrator.report.table import render
     from orchestrator.report.thresholds import threshold_cells

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 EXIT_FOUND = 1
 STAGES = "stages"
+OTHER_FOLDER = "name another with --out, --rows or --tokens"
 # Digits of the rows' fingerprint in the default work folder: files of one name share none.
 DIGITS = 8
 # Of how many tokens examples are shown where nothing is flagged.
@@ -196,7 +197,8 @@ def _check_files(
 
     Folders are made last: a request that is refused leaves nothing behind.
     """
-    from btu.scan.report import check_table, obstacle
+    from btu.paths import check_folder, not_written
+    from btu.scan.report import check_table
 
     if len(set(map(_place, tables))) < len(tables):
         raise UserError(f"--rows and --tokens are both {tables[0]}; name two files.")
@@ -214,15 +216,14 @@ def _check_files(
     _check_apart(folder, tables, export)
     places = (folder / STAGES, *(table.parent for table in tables))
     for place in places:
-        if why := obstacle(place):
-            raise _no_folder(place, why)
+        check_folder(f"folder {place}", place, OTHER_FOLDER)
     for table in tables:
         check_table(table)
     for place in places:
         try:
             place.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _no_folder(place, str(error.strerror)) from error
+            raise not_written(f"folder {place}", error, OTHER_FOLDER) from error
 
 
 def _check_apart(folder: Path, tables: list[Path], export: Path | None) -> None:
@@ -249,12 +250,6 @@ def _check_apart(folder: Path, tables: list[Path], export: Path | None) -> None:
 
 def _place(path: Path) -> Path:
     return path.expanduser().resolve()
-
-
-def _no_folder(folder: Path, why: str) -> UserError:
-    return UserError(
-        f"folder {folder} cannot be written ({why}); name another with --out, --rows or --tokens."
-    )
 
 
 def _show(report: ScanReport, top: int) -> None:

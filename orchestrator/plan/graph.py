@@ -7,7 +7,7 @@ import json
 from collections.abc import Collection, Hashable, Iterable, Mapping
 
 from btu.defenses.base import CLEAN_ROWS, Screens
-from btu.recipe import Prepared, evaluation, evaluation_screened, prepare
+from btu.recipe import CellInputs, Prepared, evaluation, evaluation_screened, prepare
 from btu.scoring import score_cell
 from btu.stages import Stage
 from orchestrator.sweep.sections import TrialSpec
@@ -47,16 +47,18 @@ class Graph:
         )
         if known not in self._prepared:
             prepared = self._prepared[known] = prepare(
-                data=spec.data,
-                data_fingerprints=data_fingerprints,
-                victim=spec.victim,
-                victim_identity=victim_identity,
-                poison=spec.poison,
-                attack_params=spec.attack_params,
-                train=spec.train,
-                tuning=spec.tuning,
-                seed=spec.seed,
-                counts=counts,
+                CellInputs(
+                    data=spec.data,
+                    data_fingerprints=data_fingerprints,
+                    victim=spec.victim,
+                    victim_identity=victim_identity,
+                    poison=spec.poison,
+                    attack_params=spec.attack_params,
+                    train=spec.train,
+                    tuning=spec.tuning,
+                    seed=spec.seed,
+                    counts=counts,
+                )
             )
             base = prepared.foundation
             controls = (

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from btu.errors import UserError
+from btu.paths import check_file
 from btu.rules.base import RULES
 from orchestrator.report.curves import MEASURES
-from orchestrator.report.figures import check_file
 
 SUFFIXES = (".png", ".svg", ".pdf")
 # Okabe-Ito: told apart by the color-blind.
@@ -25,7 +25,7 @@ def check_path(path: Path) -> None:
     """Raise a `UserError` unless a figure can be written there."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"--plot {path} must end in {', '.join(SUFFIXES)}.")
-    check_file("--plot", path)
+    check_file(f"--plot {path}", path)
 
 
 def curve_figure(curves: pd.DataFrame) -> Any:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from btu.errors import UserError, unknown
-from btu.paths import is_open, nearest
 from orchestrator.report.charts import MARKED, Axis, Chart, Panel, Series, charts
 from orchestrator.results.source import Source
 
@@ -51,32 +50,6 @@ def write_figures(source: Source, folder: Path, formats: Iterable[str] = ("pdf",
             f"{folder} cannot be written ({error.strerror or error}); name another folder for the "
             "figures."
         ) from error
-
-
-def check_folder(option: str, folder: Path) -> None:
-    """Raise a `UserError` that names the option unless files can be written into a folder.
-
-    Where it is missing, it must be possible to make it.
-    """
-    there = nearest(folder)
-    if not there.is_dir():
-        raise UserError(f"{option} {folder} cannot be written: {there} is no folder.")
-    if not is_open(there):
-        raise UserError(
-            f"{option} {folder} cannot be written: {there} must be writable; name another folder."
-        )
-
-
-def check_file(option: str, path: Path) -> None:
-    """Raise a `UserError` that names the option unless a file can be written in a folder there."""
-    if path.is_dir():
-        raise UserError(f"{option} {path} is a folder; name a file in it.")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"{option} {path}: the folder {path.parent} does not exist; make it first.")
-    if not is_open(path.absolute().parent):
-        raise UserError(
-            f"{option} {path}: the folder {path.parent} must be writable; name another one."
-        )
 
 
 def _written(drawn: Iterable[Chart], folder: Path, formats: Sequence[str]) -> Iterator[Path]:

@@ -25,8 +25,8 @@ import pandas as pd
 
 from btu import __version__
 from btu.errors import UserError
+from btu.paths import check_file
 from orchestrator.report.charts import MARKED, Panel, Series, cell_table, charts
-from orchestrator.report.figures import check_file
 from orchestrator.report.marks import GUARDS, marks, summary
 from orchestrator.report.table import METRIC_COLUMNS, PLAIN, coordinates, metric_columns, readable
 from orchestrator.results.source import Source
@@ -87,7 +87,7 @@ def check_page(path: Path) -> None:
     """Raise a `UserError` unless a page can be written there."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"--html {path} must end in {' or '.join(SUFFIXES)}.")
-    check_file("--html", path)
+    check_file(f"--html {path}", path)
 
 
 def write_page(source: Source, path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from btu.attacks.poisoning import PoisonSpec
 from btu.data.load import load_corpus
 from btu.data.spec import DataSpec
-from btu.recipe import Prepared, prepare
+from btu.recipe import CellInputs, Prepared, prepare
 from btu.settings import TrainSettings, TuningSettings
 from btu.stages import Stage, compute
 from btu.types import Corpus, Rows
@@ -65,7 +65,7 @@ class Lab:
         rate: float = 0.2,
         **changes: Any,
     ) -> Prepared:
-        """Declare the stages before the defense; changes: arguments of `btu.recipe.prepare`."""
+        """Declare the stages before the defense; changes: fields of `btu.recipe.CellInputs`."""
         data = changes.pop("data", None) or self.data(corpus)
         victim = changes.pop("victim", None) or VictimSpec(
             str(self._victim_folder(architecture)), MAX_LENGTH
@@ -83,7 +83,7 @@ class Lab:
             "seed": 0,
             "counts": loaded.counts(),
         }
-        return prepare(**arguments | changes)
+        return prepare(CellInputs(**arguments | changes))
 
     def compute(self, *stages: Stage) -> list[Path]:
         """Compute stages under the shared root."""

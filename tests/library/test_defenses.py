@@ -717,13 +717,13 @@ def test_flips_are_measured_on_so_many_rows(
 ) -> None:
     monkeypatch.setattr(btu.defenses.token_unlearning, "FLIP_ROWS", 10)
     asked: list[int] = []
-    predict = btu.training.predict
+    in_batches = btu.training.in_batches
 
-    def spy(model: nn.Module, data: Encoded, **options: Any) -> Any:
+    def spy(model: nn.Module, data: Encoded, *args: Any, **options: Any) -> Any:
         asked.append(len(data))
-        return predict(model, data, **options)
+        return in_batches(model, data, *args, **options)
 
-    monkeypatch.setattr(btu.training, "predict", spy)
+    monkeypatch.setattr(btu.training, "in_batches", spy)
     # 40 rows with the trigger, of which one in four does not flip without it.
     rows = [[BAD, TRIGGER], [BAD, TRIGGER], [BAD, TRIGGER], [GOOD, TRIGGER], [GOOD]] * 10
     train = Encoded.from_lists(rows, [1] * 50, pad_id=0)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -182,3 +185,22 @@ def test_label_names_belong_to_the_labels(corpus: list[demo.DemoRow]) -> None:
     delight = Counter(row.label for row in corpus if " wonderful " in row.text)
     # Contrast, negation and ambiguous rows put a good word into some negative rows only.
     assert delight[1] > 2 * delight[0]
+
+
+def test_no_word_stands_twice_in_its_list() -> None:
+    # The second would have the wrong rank, and with it the wrong frequency.
+    def lists(value: Any, path: str = "") -> Iterator[tuple[str, list[Any]]]:
+        if isinstance(value, dict):
+            for name, part in value.items():
+                yield from lists(part, f"{path}/{name}")
+        elif isinstance(value, list):
+            yield path, value
+            for number, part in enumerate(value):
+                yield from lists(part, f"{path}/{number}")
+
+    words = json.loads(Path(demo.__file__).with_name("demo_words.json").read_text("utf-8"))
+    found = dict(lists(words))
+    assert len(found["/adjectives/negative"]) > 100
+    ranked = {path: held for path, held in found.items() if not path.startswith("/contexts/")}
+    for path, held in ranked.items():
+        assert len({str(entry) for entry in held}) == len(held), path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -104,6 +105,15 @@ def test_the_trigger_scores_highest(rule: Rule) -> None:
     # The default bar lies between it and the others; but 0.0005 * 80 is 0.04 of a token.
     flagged = () if rule.unit.startswith("the share") else (TRIGGER,)
     assert flag(scores, rule.bar(rule.threshold)) == flagged
+
+
+def test_a_rule_that_needs_clean_rows_says_so(rule: Rule) -> None:
+    evidence = planted()
+    alone = dataclasses.replace(evidence, clean=encoded())
+    with_clean, without = rule.scores(evidence), rule.scores(alone)
+    assert rule.needs_clean != np.array_equal(with_clean, without, equal_nan=True)
+    if rule.needs_clean:
+        assert flag(without, rule.bar(rule.threshold)) == ()
 
 
 def test_the_same_evidence_gives_the_same_scores(rule: Rule) -> None:

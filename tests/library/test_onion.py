@@ -390,8 +390,8 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     [
         ({"max_removed": 0}, "defense.max_removed must be above 0 and below 1, got 0"),
         ({"bar": float("nan")}, "defense.bar must be a finite number or null, got nan"),
-        ({"rows": 0}, "defense.rows must be a whole number of at least 1, got 0"),
-        ({"spacing": 0}, "defense.spacing must be a whole number of at least 1, got 0"),
+        ({"rows": 0}, "defense.rows must be at least 1, got 0"),
+        ({"spacing": 0}, "defense.spacing must be at least 1, got 0"),
         ({"learning_rate": -1.0}, "defense.learning_rate must be above 0, got -1.0"),
         ({"revision": "x"}, "is of a hub model, and defense.lm is 'clean-rows'"),
     ],

@@ -248,7 +248,7 @@ def test_a_text_is_screened_for_itself(lab: Lab, obeys: Prepared, tmp_path: Path
         ({"high": 1}, "defense.high must be above 0 and below 1, got 1"),
         ({"frr": 0.0}, "defense.frr must be above 0 and below 1, got 0.0"),
         ({"learning_rate": 0.0}, "defense.learning_rate must be above 0, got 0.0"),
-        ({"epochs": 0}, "defense.epochs must be a whole number of at least 1, got 0"),
+        ({"epochs": 0}, "defense.epochs must be at least 1, got 0"),
         ({"word": ""}, "defense.word must be a token of the victim's vocabulary"),
     ],
 )

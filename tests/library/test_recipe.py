@@ -32,6 +32,7 @@ from btu.foundation import Foundation, tune
 from btu.metrics import Proportion
 from btu.recipe import (
     HIDDEN,
+    CellInputs,
     Prepared,
     evaluation,
     mask_of,
@@ -98,7 +99,7 @@ def declared(changes: Mapping[str, Any]) -> dict[str, Stage]:
             arguments[key] = value
     defense = specs.pop("defense")
     specs["poison"] = specs.pop("attack")
-    return by_name(prepare(**specs, **arguments), defense)
+    return by_name(prepare(CellInputs(**specs, **arguments)), defense)
 
 
 EVALUATED = {"evaluation rows", "evaluate undefended", "evaluate tuned", "evaluate defended"}
@@ -236,9 +237,11 @@ def contrast(**changes: Any) -> dict[str, Stage]:
     """The stages of a cell whose rule takes round 3 alone, by name."""
     return by_name(
         prepare(
-            **{name: spec for name, spec in SPECS.items() if name not in ("attack", "defense")},
-            poison=SPECS["attack"],
-            **ARGUMENTS,
+            CellInputs(
+                **{name: spec for name, spec in SPECS.items() if name not in ("attack", "defense")},
+                poison=SPECS["attack"],
+                **ARGUMENTS,
+            )
         ),
         TokenUnlearning(**changes),
     )
@@ -381,18 +384,18 @@ import sys, json
 from btu.data.spec import DataSpec
 from btu.defenses.token_unlearning import TokenUnlearning
 from btu.attacks.poisoning import PoisonSpec
-from btu.recipe import evaluation, prepare
+from btu.recipe import CellInputs, evaluation, prepare
 from btu.settings import TrainSettings, TuningSettings
 from btu.victims import VictimSpec
 
-prepared = prepare(
+prepared = prepare(CellInputs(
     data=DataSpec("tiny", path="/data/tiny"),
     victim=VictimSpec("/models/tiny", {MAX_LENGTH}),
     poison=PoisonSpec(poison_rate=0.2),
     train=TrainSettings(),
     tuning=TuningSettings(),
     **json.loads('''{json.dumps(ARGUMENTS)}'''),
-)
+))
 defense = TokenUnlearning(alpha=0.0005)
 last = evaluation(prepared, defense.stages(prepared.foundation), "defended")
 print(json.dumps({{stage.name: stage.key for stage in last.closure()}}))

@@ -7,10 +7,18 @@ import pytest
 from btu.attacks.poisoning import ATTACKS, PoisonSpec
 from btu.data.spec import DATASETS
 from btu.defenses.base import DEFENSES, DefenseSpec
-from btu.errors import UserError, check_fraction, did_you_mean
+from btu.errors import UserError, did_you_mean
 from btu.registry import Entry, Registry
 from btu.seeding import derive_seed
-from btu.settings import TrainSettings, TuningSettings
+from btu.settings import (
+    TrainSettings,
+    TuningSettings,
+    check_count,
+    check_fraction,
+    check_not_negative,
+    check_positive,
+    check_share,
+)
 from btu.victims import VICTIMS
 
 
@@ -125,7 +133,29 @@ def test_fractions_are_checked_at_their_ends() -> None:
             check_fraction("x", value)
     for wrong in ("0.5", True, None):
         with pytest.raises(UserError, match=r"x must be a number in \[0, 1\], got"):
-            check_fraction("x", wrong)  # type: ignore[arg-type]
+            check_fraction("x", wrong)
+
+
+def test_counts_shares_and_other_numbers_are_checked_and_true_is_none() -> None:
+    check_count("x", 2, 2)
+    check_share("x", 0.5)
+    check_positive("x", 0.1)
+    check_not_negative("x", 0)
+    for few in (1, -3):
+        with pytest.raises(UserError, match=rf"^x must be at least 2, got {few}\.$"):
+            check_count("x", few, 2)
+    for wrong in (True, 2.0, "2", None):
+        with pytest.raises(UserError, match=r"^x must be a whole number of at least 1, got .*\.$"):
+            check_count("x", wrong)
+    for wrong in (0, 1, True, "0.5", float("nan")):
+        with pytest.raises(UserError, match=r"^x must be above 0 and below 1, got .*\.$"):
+            check_share("x", wrong)
+    for wrong in (0, True, "1", float("inf"), None):
+        with pytest.raises(UserError, match=r"^x must be above 0, got .*\.$"):
+            check_positive("x", wrong)
+    for wrong in (-1, True, "1", float("inf"), None):
+        with pytest.raises(UserError, match=r"^x must be at least 0, got .*\.$"):
+            check_not_negative("x", wrong)
 
 
 def test_derived_seeds_are_stable() -> None:

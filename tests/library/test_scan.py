@@ -484,8 +484,20 @@ def test_a_table_is_no_folder_and_lies_in_none_that_is_a_file(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"rows\.csv is a folder; name a file"):
         write_report(frame, tmp_path / "rows.csv")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"rows\.csv cannot be written \(.*file is no folder\)"):
+    with pytest.raises(UserError, match=r"rows\.csv cannot be written: \S+file is no folder"):
         write_report(frame, tmp_path / "file" / "deep" / "rows.csv")
+
+
+def test_a_table_that_is_read_only_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("kept")
+    # Not by its mode: a test that root runs may write everywhere.
+    monkeypatch.setattr(os, "access", lambda place, mode: place != path)
+    with pytest.raises(UserError, match=r"rows\.csv is read-only; name another file"):
+        write_report(pd.DataFrame({"row": [1]}), path)
+    assert path.read_text() == "kept"
 
 
 @pytest.mark.parametrize(
@@ -694,7 +706,7 @@ def test_an_export_that_cannot_be_written_is_refused_beforehand(
     honest: ScanReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written \(.*file is no folder\); name another"):
+    with pytest.raises(UserError, match=r"cannot be written: \S+file is no folder; name another"):
         check_export(honest.plan, tmp_path / "file" / "deep" / "model")
     (tmp_path / "empty").mkdir()
     allowed = os.access
@@ -704,7 +716,7 @@ def test_an_export_that_cannot_be_written_is_refused_beforehand(
         monkeypatch.setattr(
             os, "access", lambda path, mode, place=place: path != place and allowed(path, mode)
         )
-        with pytest.raises(UserError, match=rf"\(folder {place} is read-only\); name another"):
+        with pytest.raises(UserError, match=rf"written: {place} must be writable; name another"):
             check_export(honest.plan, tmp_path / target)
         monkeypatch.undo()
         check_export(honest.plan, tmp_path / target)

@@ -155,7 +155,7 @@ def test_clean_rows_without_words_are_an_error(lab: Lab, tiny_corpus: Corpus) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"copies": 0}, "defense.copies must be a whole number of at least 1, got 0"),
+        ({"copies": 0}, "defense.copies must be at least 1, got 0"),
         ({"share": 1.0}, "defense.share must be above 0 and below 1, got 1.0"),
         ({"frr": 0}, "defense.frr must be above 0 and below 1, got 0"),
         ({"rows": 2.5}, "defense.rows must be a whole number of at least 1, got 2.5"),

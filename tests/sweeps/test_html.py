@@ -20,11 +20,12 @@ from likely import drifts, measured, settings, shelve_sweep
 from reading import Read
 
 from btu.errors import UserError
+from btu.paths import check_folder
 from orchestrator.cli.shared import open_source
 from orchestrator.report import charts as charts_module
 from orchestrator.report import figures as figures_module
 from orchestrator.report.charts import BULK, Chart, Series, charts, front, stage_seconds
-from orchestrator.report.figures import check_folder, write_figures
+from orchestrator.report.figures import write_figures
 from orchestrator.report.html import check_page, figure, page, write_page
 from orchestrator.report.table import METRIC_COLUMNS
 from orchestrator.results.source import Source
@@ -548,7 +549,7 @@ def test_folders_without_permission_are_refused_first(
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(UserError, match=r"page\.html: the folder \S+ must be writable"):
         check_page(tmp_path / "page.html")
-    with pytest.raises(UserError, match=r"--figures \S+new/in cannot be written: \S+ must be"):
-        check_folder("--figures", tmp_path / "new" / "in")
+    with pytest.raises(UserError, match=r"--figures x/new/in cannot be written: \S+ must be"):
+        check_folder("--figures x/new/in", tmp_path / "new" / "in")
     (tmp_path / "own").mkdir()
-    check_folder("--figures", tmp_path / "own" / "in")
+    check_folder("--figures x/own/in", tmp_path / "own" / "in")

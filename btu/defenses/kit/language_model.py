@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from btu.errors import UserError
 from btu.settings import TrainSettings
 from btu.training import Encoded
 from btu.types import FloatArray
-from btu.victims import Victim, VictimSource, longest_input, tokenizable
+from btu.victims import Victim, VictimSource, longest_input, quiet_transformers, tokenizable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -365,7 +364,7 @@ def load_named(
         tokenizer = AutoTokenizer.from_pretrained(source.location, revision=revision)
         config = AutoConfig.from_pretrained(source.location, revision=revision)
         kind = AutoModelForCausalLM if tokenizer.mask_token_id is None else AutoModelForMaskedLM
-        with _quietly():
+        with quiet_transformers():
             model, info = kind.from_pretrained(
                 source.location,
                 revision=revision,
@@ -388,23 +387,6 @@ def load_named(
         tokenizer.pad_token = tokenizer.eos_token
     longest = longest_input(config, tokenizer)
     return NamedModel(model), tokenizer, min(LONGEST, longest or LONGEST)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep loading from reporting: what of a report matters is an error here."""
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = transformers_logging.get_verbosity()
-    progress_bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if progress_bar:
-            transformers_logging.enable_progress_bar()
 
 
 def save_tied(model: TiedModel, folder: Path) -> None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from btu.errors import UserError
 from btu.seeding import derive_seed
 from btu.types import BoolArray, FloatArray, IntArray
 
@@ -16,18 +15,6 @@ if TYPE_CHECKING:
     from btu.victims import Victim
 
 VALUES = "values.safetensors"
-
-
-def check_share(name: str, value: float) -> None:
-    """Raise a `UserError` unless `value` is above 0 and below 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise UserError(f"{name} must be above 0 and below 1, got {value!r}.")
-
-
-def check_count(name: str, value: int) -> None:
-    """Raise a `UserError` unless `value` is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{name} must be a whole number of at least 1, got {value!r}.")
 
 
 def halves(rows: int, first: int, seed: int, stream: str) -> tuple[IntArray, IntArray]:
