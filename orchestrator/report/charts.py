@@ -7,21 +7,34 @@ Values are fractions, seconds and drifts as the records have them; a mean over s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from btu.drift_plot import PREFIX, drawable, drift_columns, drift_panel
+from btu.panels import (
+    BLUE,
+    GRAY,
+    GREEN,
+    MARKED,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    Axis,
+    Heat,
+    Panel,
+    Series,
+)
 from btu.rules.base import RULES
 from orchestrator.report.marks import joined, marks
 from orchestrator.report.table import CONFIG_COLUMNS, RECIPE, coordinates, in_order
 from orchestrator.report.thresholds import threshold_cells
 
-# Okabe-Ito without yellow and black, which vanish on white and on black: told apart by the
-# color-blind. Dashes, markers and hatches tell them apart in gray too.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-GRAY = "#8A8A8A"
+# What tells defenses and stages apart, also in gray.
+COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 DASHES = ("solid", "dash", "dot", "dashdot")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross")
 HATCHES = ("", "/", ".", "x", "\\", "-")
@@ -29,68 +42,7 @@ HATCHES = ("", "/", ".", "x", "\\", "-")
 MOST_VARIANTS, MOST_DRIFTS, MOST_BARS = 24, 24, 30
 # Of a drift plot: tokens that are neither flagged nor of the trigger, and flagged clean ones.
 BULK, MOST_FLAGGED = 400, 1500
-NAMED = 3
-MARKED = "\N{DAGGER}"
-
-
-@dataclass(frozen=True)
-class Series:
-    """Points of one meaning. color, dash, marker, hatch: how they are told apart.
-
-    y, low, high: None where undefined. text: a label for the eye beside each point; tip: what
-    pointing at one tells. dash or marker may be empty: no line, no points.
-    """
-
-    label: str
-    x: list[Any]
-    y: list[Any]
-    color: str
-    dash: str = ""
-    marker: str = ""
-    hatch: str = ""
-    size: float = 7
-    opacity: float = 1.0
-    low: list[Any] = field(default_factory=list)
-    high: list[Any] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)
-    tip: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Axis:
-    """label; kind: linear, log or category; percent: holds fractions; span: from and to.
-
-    ticks: where ticks stand; empty: wherever the library puts them.
-    """
-
-    label: str
-    kind: str = "linear"
-    percent: bool = False
-    span: tuple[float, float] | None = None
-    ticks: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class Heat:
-    """Shares by row and column, None where no cell is. marked: which have a mark."""
-
-    rows: list[str]
-    columns: list[str]
-    shares: list[list[float | None]]
-    marked: list[list[bool]]
-    span: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes. kind: lines, heat or bars (horizontal, stacked, in the order of series)."""
-
-    title: str
-    kind: str
-    x: Axis
-    y: Axis
-    series: list[Series] = field(default_factory=list)
-    heat: Heat | None = None
+NAMED, NAMED_TRIGGERS = 3, 20
 
 
 @dataclass(frozen=True)
@@ -120,7 +72,7 @@ def charts(
     tokens: from a cell's key to its token table, None where there is none.
     """
     records = list(records)
-    table = cell_table(records)
+    table = named_cells(records)
     return [
         _thresholds(records, table),
         _heatmaps(table),
@@ -130,7 +82,7 @@ def charts(
     ]
 
 
-def cell_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def named_cells(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Return a row per record in the order of `results_table`: coordinates, metrics and names.
 
     setting: where a defense acts, in words (attack, rate, and what else differs). family: the
@@ -198,18 +150,18 @@ def _column(table: pd.DataFrame, name: str) -> pd.Series[float]:
 
 # Metric, label, color, dash, marker; those of rows stand in where a trigger has no fixed tokens.
 CURVES = (
-    ("asr", "ASR", "#D55E00", "solid", "triangle-down"),
-    ("cacc", "CACC", "#009E73", "solid", "square"),
-    ("detection_precision", "token precision", "#0072B2", "dash", "circle"),
-    ("detection_recall", "token recall", "#CC79A7", "dot", "diamond"),
+    ("asr", "ASR", VERMILION, "solid", "triangle-down"),
+    ("cacc", "CACC", GREEN, "solid", "square"),
+    ("detection_precision", "token precision", BLUE, "dash", "circle"),
+    ("detection_recall", "token recall", PURPLE, "dot", "diamond"),
 )
 ROW_CURVES = (
-    ("sample_precision", "row precision", "#0072B2", "dashdot", "circle-open"),
-    ("sample_recall", "row recall", "#CC79A7", "dashdot", "diamond-open"),
+    ("sample_precision", "row precision", BLUE, "dashdot", "circle-open"),
+    ("sample_recall", "row recall", PURPLE, "dashdot", "diamond-open"),
 )
 CONTROLS = (
-    ("undefended_asr", "ASR undefended", "#D55E00"),
-    ("tuned_cacc", "CACC clean-tuned alone", "#009E73"),
+    ("undefended_asr", "ASR undefended", VERMILION),
+    ("tuned_cacc", "CACC clean-tuned alone", GREEN),
 )
 
 
@@ -260,22 +212,36 @@ def _ticks(thresholds: pd.Series[float], logarithmic: bool) -> tuple[float, ...]
 
 
 def _curves(part: pd.DataFrame) -> Iterator[Series]:
-    by_threshold = part.groupby("threshold")
-    marked = by_threshold["marks"].agg(_all_marks).tolist()
+    marked = part.groupby("threshold")["marks"].agg(_all_marks).tolist()
     for name, label, color in CONTROLS:
-        mean = _column(part, name).groupby(part["threshold"]).mean()
-        if mean.notna().any():
-            yield Series(label, mean.index.tolist(), _numbers(mean), color, "dot", size=0)
+        made = over_seeds(part, name, label, color, dash="dot")
+        if _is_defined(made):
+            yield replace(made, thin=True, low=[], high=[])
     tokens = _column(part, "detection_precision").notna().any()
     shown = CURVES if tokens else (*CURVES[:2], *ROW_CURVES)
     for name, label, color, dash, marker in shown:
-        values = _column(part, name).groupby(part["threshold"])
-        mean, low, high = values.mean(), values.min(), values.max()
-        if mean.notna().any():
-            yield Series(
-                label, mean.index.tolist(), _numbers(mean), color, dash, marker,
-                low=_numbers(low), high=_numbers(high), tip=marked,
-            )  # fmt: skip
+        made = over_seeds(part, name, label, color, dash, marker)
+        if _is_defined(made):
+            yield replace(made, tip=marked)
+
+
+def over_seeds(
+    part: pd.DataFrame, metric: str, label: str, color: str, dash: str = "", marker: str = ""
+) -> Series:
+    """Return a metric against the threshold: mean over seeds, and the lowest and highest seed.
+
+    part: rows with a threshold each.
+    metric: a column; where it is missing, no point is defined.
+    label, color, dash, marker: of the `Series`.
+    """
+    values = _column(part, metric).groupby(part["threshold"]).agg(["mean", "min", "max"])
+    mean, low, high = (_numbers(values[name]) for name in ("mean", "min", "max"))
+    return Series(label, values.index.tolist(), mean, color, dash, marker, low=low, high=high)
+
+
+def _is_defined(series: Series) -> bool:
+    """Return whether any point has a value."""
+    return any(y is not None for y in series.y)
 
 
 def _all_marks(values: pd.Series[str]) -> str:
@@ -417,10 +383,10 @@ def _drifts(table: pd.DataFrame, tokens: Callable[[str], pd.DataFrame | None]) -
     )
     panels: list[Panel] = []
     notes, unread, further = [], 0, 0
-    families = table["family"].nunique()
     # Unpoisoned sets last: there the trigger's words are ordinary words.
     ordered = table.assign(_clean=table["poison_rate"] == 0).sort_values("_clean", kind="stable")
     ranked = ordered[_column(ordered, "flagged").notna()]
+    families = table["family"].nunique()
     for (setting, family), part in ranked.groupby(["setting", "family"], sort=False):
         if len(panels) >= MOST_DRIFTS:
             further += 1
@@ -428,24 +394,17 @@ def _drifts(table: pd.DataFrame, tokens: Callable[[str], pd.DataFrame | None]) -
         first = part[part["seed"] == part["seed"].iloc[0]]
         middle = first.iloc[len(first) // 2]
         found = tokens(str(middle["key"]))
-        rounds = [] if found is None else [c for c in found.columns if c.startswith("drift_")]
-        if found is None or not rounds:
+        if found is None or not drift_columns(found):
             unread += 1
             continue
-        for name in rounds:
-            title = f"{setting}, {middle['variant']}" if families > 1 else str(setting)
-            if families == 1 and len(set(part["variant"])) > 1:
-                title = f"{setting}, {str(middle['variant']).removeprefix(str(family)).strip()}"
-            if len(rounds) > 1:
-                title += f", round {name.removeprefix('drift_')}"
-            drawn, dropped = _cloud(found, name)
-            infinite = int(np.isinf(found.loc[found["count"] > 0, name]).sum())
-            if infinite:
-                notes.append(f"{title}: {infinite} tokens of infinite drift are not drawn.")
-            if dropped:
-                notes.append(f"{title}: {dropped} flagged clean tokens that moved least are not "
-                             "drawn.")  # fmt: skip
-            panels.append(Panel(title, "lines", *_around(drawn), drawn))
+        title = str(setting)
+        if families > 1:
+            title = f"{setting}, {middle['variant']}"
+        elif len(set(part["variant"])) > 1:
+            title = f"{setting}, {str(middle['variant']).removeprefix(str(family)).strip()}"
+        drawn, left_out = _rounds(title, found)
+        panels += drawn
+        notes += left_out
     if unread:
         notes.append(f"{unread} settings have no token table with drifts.")
     if further:
@@ -455,45 +414,33 @@ def _drifts(table: pd.DataFrame, tokens: Callable[[str], pd.DataFrame | None]) -
     return Chart("drift", "Drift of the tokens", about, panels, notes)
 
 
-def _cloud(tokens: pd.DataFrame, column: str) -> tuple[list[Series], int]:
-    """Return the tokens of one exposure round, thinned, and how many flagged ones are left out."""
-    seen = tokens[(tokens["count"] > 0) & np.isfinite(tokens[column])]
+def _rounds(setting: str, tokens: pd.DataFrame) -> tuple[list[Panel], list[str]]:
+    """Return a panel per exposure round of a cell, and notes on the tokens that are left out."""
+    panels, notes = [], []
+    rounds = drift_columns(tokens)
+    for name in rounds:
+        title = setting if len(rounds) == 1 else f"{setting}, round {name.removeprefix(PREFIX)}"
+        shown, named, dropped = _chosen(drawable(tokens, name), name)
+        infinite = int(np.isinf(tokens.loc[tokens["count"] > 0, name]).sum())
+        if infinite:
+            notes.append(f"{title}: {infinite} tokens of infinite drift are not drawn.")
+        if dropped:
+            notes.append(f"{title}: {dropped} flagged clean tokens that moved least are not drawn.")
+        panels.append(drift_panel(title, shown, name, named))
+    return panels, notes
+
+
+def _chosen(seen: pd.DataFrame, column: str) -> tuple[pd.DataFrame, set[int], int]:
+    """Return the tokens to draw, which are named, and how many flagged ones are left out."""
     flagged, trigger = seen["flagged"].astype(bool), seen["trigger"].astype(bool)
     clean = seen[flagged & ~trigger]
     kept = clean.nlargest(MOST_FLAGGED, column)
-    series = []
-    for label, part, color, marker, size, opacity, named in (
-        ("not flagged", _thinned(seen[~flagged & ~trigger], column), GRAY, "circle", 4, 0.7, 0),
-        ("flagged, clean", kept, "#E69F00", "square", 7, 1.0, NAMED),
-        ("trigger, missed", seen[~flagged & trigger], "#0072B2", "x", 10, 1.0, 20),
-        ("trigger, flagged", seen[flagged & trigger], "#0072B2", "star", 13, 1.0, 20),
-    ):
-        if part.empty:
-            continue
-        top = set(part.nlargest(named, column).index)
-        words = part["token"].astype(str)
-        series.append(
-            Series(
-                label, part["count"].astype(int).tolist(), _numbers(part[column]), color,
-                marker=marker, size=size, opacity=opacity, tip=words.tolist(),
-                text=[w if i in top else "" for i, w in words.items()] if named else [],
-            )
-        )  # fmt: skip
-    return series, len(clean) - len(kept)
-
-
-def _around(drawn: list[Series]) -> tuple[Axis, Axis]:
-    """Return the axes of a drift plot, with room for the words beside its points."""
-    counts = [count for series in drawn for count in series.x] or [1, 10]
-    moved = [y for series in drawn for y in series.y if y is not None] or [0.0, 1.0]
-    wide = max(max(counts) / min(counts), 2.0)
-    high = max(moved) - min(moved) or max(abs(max(moved)), 1e-9)
-    span = min(counts) / wide**0.05, max(counts) * wide**0.2
-    ticks = tuple(10.0**n for n in range(9) if span[0] <= 10**n <= span[1])
-    return (
-        Axis("occurrences in the training set", "log", span=span, ticks=ticks),
-        Axis("drift (L2)", span=(min(moved) - 0.05 * high, max(moved) + 0.15 * high)),
-    )
+    missed, hit = seen[~flagged & trigger], seen[flagged & trigger]
+    named = set(kept.index[:NAMED])
+    for part in (missed, hit):
+        named |= set(part.nlargest(NAMED_TRIGGERS, column).index)
+    shown = pd.concat([_thinned(seen[~flagged & ~trigger], column), kept, missed, hit])
+    return shown, named, len(clean) - len(kept)
 
 
 def _thinned(bulk: pd.DataFrame, column: str) -> pd.DataFrame:

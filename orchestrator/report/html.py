@@ -25,7 +25,8 @@ import pandas as pd
 
 from btu import __version__
 from btu.errors import UserError
-from orchestrator.report.charts import MARKED, Panel, Series, cell_table, charts
+from btu.panels import MARKED, Axis, Heat, Panel, Series
+from orchestrator.report.charts import charts, named_cells
 from orchestrator.report.figures import check_file
 from orchestrator.report.marks import GUARDS, marks, summary
 from orchestrator.report.table import METRIC_COLUMNS, PLAIN, coordinates, metric_columns, readable
@@ -55,7 +56,7 @@ def page(source: Source) -> str:
         raise UserError(f"sweep '{source.name}' has no finished cell yet; launch it first.")
     drawn = charts(records, source.tokens)
     failed = Counter(record["reason"].splitlines()[0] for record in source.failures())
-    table = cell_table(records)
+    table = named_cells(records)
     found = {str(record.get("key", "")): marks(record) for record in records}
     payload = {chart.name: [figure(panel) for panel in chart.panels] for chart in drawn}
     return str(
@@ -131,7 +132,7 @@ def figure(panel: Panel) -> dict[str, Any]:
     if panel.heat is not None:
         y["autorange"] = "reversed"
         layout["height"] = 80 + HEAT_ROW * len(panel.heat.rows)
-        return {"data": [_heat(panel)], "layout": layout}
+        return {"data": [_heat(panel.heat)], "layout": layout}
     if panel.kind == "bars":
         y["autorange"] = "reversed"
         layout |= {"barmode": "stack", "height": 90 + BAR_ROW * len(panel.series[0].y)}
@@ -165,7 +166,7 @@ def _scatter(panel: Panel, series: Series) -> dict[str, Any]:
         "hovertemplate": f"{label}<br>{'<br>'.join(values)}<extra></extra>",
     }
     if series.dash:
-        width = 2 if series.marker or series.label.endswith("front") else 1.2
+        width = 1.2 if series.thin else 2
         trace["line"] = {"color": series.color, "dash": series.dash, "width": width}
     if series.marker:
         trace["marker"] = {"color": series.color, "symbol": series.marker, "size": series.size}
@@ -178,7 +179,7 @@ def _scatter(panel: Panel, series: Series) -> dict[str, Any]:
     return trace
 
 
-def _told(axis: Any, letter: str) -> str:
+def _told(axis: Axis, letter: str) -> str:
     name = html.escape(axis.label, quote=False)
     return f"{name} %{{{letter}{':.2%' if axis.percent else ''}}}".strip()
 
@@ -209,14 +210,7 @@ def _band(series: Series) -> list[dict[str, Any]]:
     ]
 
 
-def _heat(panel: Panel) -> dict[str, Any]:
-    heat = panel.heat
-    assert heat is not None
-    text = [
-        ["" if v is None else f"{v * 100:.1f}{' ' + MARKED if m else ''}"
-         for v, m in zip(values, marked, strict=True)]
-        for values, marked in zip(heat.shares, heat.marked, strict=True)
-    ]  # fmt: skip
+def _heat(heat: Heat) -> dict[str, Any]:
     return {
         "type": "heatmap",
         "x": heat.columns,
@@ -224,7 +218,7 @@ def _heat(panel: Panel) -> dict[str, Any]:
         "z": heat.shares,
         "zmin": heat.span[0],
         "zmax": heat.span[1],
-        "text": text,
+        "text": heat.texts(),
         "texttemplate": "%{text}",
         "colorscale": "Viridis",
         "showscale": False,

@@ -19,11 +19,13 @@ import pytest
 from likely import drifts, measured, settings, shelve_sweep
 from reading import Read
 
+from btu.drawing import draw
 from btu.errors import UserError
+from btu.panels import Series
 from orchestrator.cli.shared import open_source
 from orchestrator.report import charts as charts_module
 from orchestrator.report import figures as figures_module
-from orchestrator.report.charts import BULK, Chart, Series, charts, front, stage_seconds
+from orchestrator.report.charts import BULK, Chart, charts, front, stage_seconds
 from orchestrator.report.figures import check_folder, write_figures
 from orchestrator.report.html import check_page, figure, page, write_page
 from orchestrator.report.table import METRIC_COLUMNS
@@ -395,7 +397,7 @@ def test_markup_in_a_token_is_shown_as_it_is() -> None:
     (panel,) = drift_chart(tokens).panels
     (trace,) = [t for t in figure(panel)["data"] if t["name"] == "trigger, flagged"]
     assert trace["text"] == ["&lt;b&gt;$x$&lt;/b&gt;"]
-    figures_module.chart_figure([panel])  # matplotlib would raise at mathematics that is none
+    draw([panel])  # matplotlib would raise at mathematics that is none
 
 
 def test_tokens_of_infinite_drift_are_counted_and_not_drawn() -> None:

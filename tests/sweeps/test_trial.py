@@ -704,7 +704,7 @@ def test_a_plot_that_cannot_be_drawn_is_a_failure_of_the_cell(
         made = store.begin(stage.key)
         shutil.copytree(trial_result.root / stage.key, made, dirs_exist_ok=True)
         store.publish(stage.key, made, stage.name, {})
-    monkeypatch.setattr(trial_module.plots, "drift_plot", broken)
+    monkeypatch.setattr(trial_module, "drift_plot", broken)
     report = run_node(last.node(), store, owner="me")
     assert (report.outcome, report.reason) == (Outcome.failed, "KeyError: 'count'")
     failure = store.failure(last.key)
