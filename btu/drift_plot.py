@@ -1,63 +1,99 @@
-"""The drift plot of a cell."""
+"""How far each token's embedding row moved, as panels, and the plot of a cell."""
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
+
+from btu.drawing import draw, save
+from btu.panels import BLUE, GRAY, ORANGE, Axis, Panel, Series, log_ticks
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# Okabe-Ito: told apart by the color-blind.
-CLEAN, FLAGGED, TRIGGER = "#999999", "#E69F00", "#0072B2"
-LABELED = 5
+PREFIX = "drift_"
+# Label, whether flagged, whether of the trigger, color, marker, size, opacity.
+GROUPS = (
+    ("not flagged", False, False, GRAY, "circle", 4, 0.7),
+    ("flagged, clean", True, False, ORANGE, "square", 7, 1.0),
+    ("trigger, missed", False, True, BLUE, "x", 10, 1.0),
+    ("trigger, flagged", True, True, BLUE, "star", 13, 1.0),
+)
+# With more points than this they overlap and are drawn smaller.
+CROWD = 2000
+# The flagged tokens with their name in a cell's plot, beside the trigger's.
+NAMED = 5
+
+
+def drift_columns(tokens: pd.DataFrame) -> list[str]:
+    """Return the columns of a token table that contain the drift of an exposure round."""
+    return [name for name in tokens.columns if name.startswith(PREFIX)]
+
+
+def drawable(tokens: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return the tokens that occur in the training set and have a finite drift."""
+    found: pd.DataFrame = tokens[(tokens["count"] > 0) & np.isfinite(tokens[column])]
+    return found
+
+
+def drift_panel(title: str, tokens: pd.DataFrame, column: str, named: Set[int]) -> Panel:
+    """Return the drift in one exposure round against how often each token occurs.
+
+    tokens: those to draw, of `drawable`.
+    column: one of `drift_columns`.
+    named: the index of the tokens whose name stands beside their point.
+    """
+    drawn = []
+    for label, flagged, trigger, color, marker, size, opacity in GROUPS:
+        part = tokens[(tokens["flagged"] == flagged) & (tokens["trigger"] == trigger)]
+        if part.empty:
+            continue
+        words = part["token"].astype(str)
+        text = [word if i in named else "" for i, word in words.items()]
+        drawn.append(
+            Series(
+                label, part["count"].astype(int).tolist(), part[column].astype(float).tolist(),
+                color, marker=marker, size=size if len(part) <= CROWD else size / 2,
+                opacity=opacity, tip=words.tolist(),
+                text=text if any(text) else [],
+            )
+        )  # fmt: skip
+    return Panel(title, "lines", *_axes(tokens["count"], tokens[column]), drawn)
+
+
+def _axes(counts: pd.Series[int], drifts: pd.Series[float]) -> tuple[Axis, Axis]:
+    """Return axes with room for the words beside the points."""
+    few, many = (counts.min(), counts.max()) if len(counts) else (1, 10)
+    low, high = (drifts.min(), drifts.max()) if len(drifts) else (0.0, 1.0)
+    wide = max(many / few, 2.0)
+    height = high - low or max(abs(high), 1e-9)
+    span = float(few / wide**0.05), float(many * wide**0.2)
+    return (
+        Axis("occurrences in the training set", "log", span=span, ticks=log_ticks(*span)),
+        Axis(
+            "embedding drift (L2)",
+            span=(float(low - 0.05 * height), float(high + 0.15 * height)),
+        ),
+    )
 
 
 def drift_plot(tokens: pd.DataFrame, path: Path) -> None:
-    """Plot each round's drift against how often a token occurs; name what was flagged first.
+    """Draw the drift of a cell's tokens, a panel per exposure round.
 
-    tokens: from `btu.scoring.token_table`. Without drift columns nothing is drawn.
+    Named are the trigger's tokens and the flagged ones that moved furthest. Without drift columns
+    no file is written.
+
+    tokens: from `btu.scoring.token_table`.
     """
-    rounds = [c for c in tokens.columns if c.startswith("drift_")]
-    if not rounds:
-        return
-    import pandas as pd
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6 * len(rounds), 4.2), layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: trials may run in threads without a display
-    seen = tokens[tokens["count"] > 0]
-    groups = [
-        ("not flagged", ~seen.flagged & ~seen.trigger, CLEAN, ".", 12),
-        ("flagged, clean", seen.flagged & ~seen.trigger, FLAGGED, "s", 24),
-        ("trigger, missed", ~seen.flagged & seen.trigger, TRIGGER, "x", 60),
-        ("trigger, flagged", seen.flagged & seen.trigger, TRIGGER, "*", 130),
-    ]
-    for index, column in enumerate(rounds):
-        axes = figure.add_subplot(1, len(rounds), index + 1)
-        for label, mask, color, marker, size in groups:
-            part = seen[mask]
-            axes.scatter(
-                part["count"], part[column], s=size, c=color, marker=marker, label=label,
-                alpha=0.5 if marker == "." else 1.0, linewidths=1.2 if marker == "x" else 0,
-            )  # fmt: skip
-        named = pd.concat([seen[seen.trigger], seen[seen.flagged].nlargest(LABELED, column)])
-        named = named.drop_duplicates("token_id")
-        for token, count, drift in zip(named.token, named["count"], named[column], strict=True):
-            axes.annotate(
-                str(token).replace("$", r"\$"),  # mathtext would read a token "$" as markup
-                (count, drift),
-                xytext=(4, 3),
-                textcoords="offset points",
-                fontsize=7,
-            )
-        axes.set_xscale("log")
-        axes.set_title(f"exposure round {column.removeprefix('drift_')}")
-        axes.set_xlabel("occurrences in the training set")
-        axes.grid(alpha=0.2)
-        if index == 0:
-            axes.set_ylabel("drift of the embedding row (L2)")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(groups), fontsize=9)
-    figure.savefig(path, dpi=110)
+    panels = []
+    for column in drift_columns(tokens):
+        seen = drawable(tokens, column)
+        flagged = seen[seen["flagged"]].nlargest(NAMED, column)
+        named = {*seen.index[seen["trigger"]], *flagged.index}
+        title = f"exposure round {column.removeprefix(PREFIX)}"
+        panels.append(drift_panel(title, seen, column, named))
+    if panels:
+        save(draw(panels, size=(4.0, 3.2)), path)

@@ -73,7 +73,8 @@ def report(
         write_page(source, html)
         note(f"Page: {html}")
     if figures is not None:
-        from orchestrator.report.figures import FORMATS, write_figures
+        from btu.drawing import FORMATS
+        from orchestrator.report.figures import write_figures
 
         written = write_figures(source, figures, FORMATS)
         note(f"Figures: {len(written)} files in {figures}")

@@ -1,110 +1,71 @@
-"""What a sweep's figures show, before anything is drawn: `html` and `figures` draw the same.
+"""The charts of a sweep, as panels that `html` and `figures` draw.
 
-Values are fractions, seconds and drifts as the records have them; a mean over seeds is one of
-`pandas`, so that of a single seed it is the record's own number.
+Values are fractions, seconds and drifts as in the records. The mean of a single seed is exactly the
+record's number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from btu.drift_plot import PREFIX, drawable, drift_columns, drift_panel
+from btu.panels import (
+    BLUE,
+    GRAY,
+    GREEN,
+    MARKED,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    Axis,
+    Heat,
+    Panel,
+    Series,
+)
 from btu.rules.base import RULES
 from orchestrator.report.marks import joined, marks
 from orchestrator.report.table import CONFIG_COLUMNS, RECIPE, coordinates, in_order
 from orchestrator.report.thresholds import threshold_cells
 
-# Okabe-Ito without yellow and black, which vanish on white and on black: told apart by the
-# color-blind. Dashes, markers and hatches tell them apart in gray too.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-GRAY = "#8A8A8A"
+# Defenses and stages differ in color and in one of the others, to be distinct in gray too.
+COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 DASHES = ("solid", "dash", "dot", "dashdot")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross")
 HATCHES = ("", "/", ".", "x", "\\", "-")
-# Above it, panels of one kind are left out, with a sentence: nobody reads more of them.
+# The most panels or bars of a chart. A note counts those that are left out.
 MOST_VARIANTS, MOST_DRIFTS, MOST_BARS = 24, 24, 30
-# Of a drift plot: tokens that are neither flagged nor of the trigger, and flagged clean ones.
+# The most points of a drift panel: tokens neither flagged nor of the trigger, and flagged clean
+# tokens.
 BULK, MOST_FLAGGED = 400, 1500
-NAMED = 3
-MARKED = "\N{DAGGER}"
-
-
-@dataclass(frozen=True)
-class Series:
-    """Points of one meaning. color, dash, marker, hatch: how they are told apart.
-
-    y, low, high: None where undefined. text: a label for the eye beside each point; tip: what
-    pointing at one tells. dash or marker may be empty: no line, no points.
-    """
-
-    label: str
-    x: list[Any]
-    y: list[Any]
-    color: str
-    dash: str = ""
-    marker: str = ""
-    hatch: str = ""
-    size: float = 7
-    opacity: float = 1.0
-    low: list[Any] = field(default_factory=list)
-    high: list[Any] = field(default_factory=list)
-    text: list[str] = field(default_factory=list)
-    tip: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Axis:
-    """label; kind: linear, log or category; percent: holds fractions; span: from and to.
-
-    ticks: where ticks stand; empty: wherever the library puts them.
-    """
-
-    label: str
-    kind: str = "linear"
-    percent: bool = False
-    span: tuple[float, float] | None = None
-    ticks: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class Heat:
-    """Shares by row and column, None where no cell is. marked: which have a mark."""
-
-    rows: list[str]
-    columns: list[str]
-    shares: list[list[float | None]]
-    marked: list[list[bool]]
-    span: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes. kind: lines, heat or bars (horizontal, stacked, in the order of series)."""
-
-    title: str
-    kind: str
-    x: Axis
-    y: Axis
-    series: list[Series] = field(default_factory=list)
-    heat: Heat | None = None
+# The most names of a drift panel: flagged clean tokens, and tokens of each trigger group.
+NAMED, NAMED_TRIGGERS = 3, 20
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Panels that belong together. name: of files and anchors. notes: what is not shown and why."""
+    """Panels that belong together.
+
+    name: of the file and of the anchor in the page.
+    about: what the panels show.
+    notes: what is not shown and why.
+    numbers: where a reader finds the numbers behind the panels.
+    """
 
     name: str
     title: str
     about: str
     panels: list[Panel]
     notes: list[str]
+    numbers: str = "the table has its numbers"
 
     def legend(self) -> list[Series]:
-        """Return a series of each label, in order of appearance."""
+        """Return the first series with each label, in order of appearance."""
         found: dict[str, Series] = {}
         for panel in self.panels:
             for series in panel.series:
@@ -115,12 +76,12 @@ class Chart:
 def charts(
     records: Iterable[Mapping[str, Any]], tokens: Callable[[str], pd.DataFrame | None]
 ) -> list[Chart]:
-    """Return the charts of finished cells; those without data have no panels but a note.
+    """Return the charts of finished cells. A chart without data has a note and no panels.
 
-    tokens: from a cell's key to its token table, None where there is none.
+    tokens: gives the token table of a cell's key, None where there is none.
     """
     records = list(records)
-    table = cell_table(records)
+    table = named_cells(records)
     return [
         _thresholds(records, table),
         _heatmaps(table),
@@ -130,12 +91,15 @@ def charts(
     ]
 
 
-def cell_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return a row per record in the order of `results_table`: coordinates, metrics and names.
+def named_cells(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return a row per record: coordinates, metrics and names, in the order of `results_table`.
 
-    setting: where a defense acts, in words (attack, rate, and what else differs). family: the
-    defense without its threshold, and the recipe where a setting has several of them; variant:
-    with the threshold.
+    The columns of names:
+
+    place: the attack, and the settings outside the defense that differ among its cells.
+    setting: the place and the poison rate.
+    family: the defense without its threshold, and the recipe where a setting has several recipes.
+    variant: the family and the threshold.
     """
     where = coordinates(records)
     names = list(where.columns)
@@ -156,7 +120,7 @@ def cell_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     defenses = table["defense"].map(_short)
     table["family"] = defenses + _words(table, ["defense"], [n for n in own if n not in knobs])
     bars = _words(table, ["family"], [n for n in knobs if n in names])
-    # Other attacks and rates have other stages: a recipe tells versions apart within a setting.
+    # The recipe differs between attacks and rates anyway; within a setting it tells versions apart.
     recipes = _words(table, ["setting", "family"], [n for n in names if n == RECIPE])
     table["family"] += recipes
     table["variant"] = table["family"] + bars
@@ -164,16 +128,16 @@ def cell_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def _words(table: pd.DataFrame, shared: list[str], names: list[str]) -> pd.Series[str]:
-    """Return the settings that differ among the rows that share other columns, as text."""
-    told = pd.Series("", index=table.index)
+    """Return as text which settings differ among the rows that are equal in the shared columns."""
+    words = pd.Series("", index=table.index)
     for _, part in table.groupby(shared, sort=False, dropna=False):
         for name in names:
             texts = part[name].map(_short)
             if len(set(texts)) > 1:
-                word = "" if name == "defense.rule" else f"{name.removeprefix('defense.')} "
+                prefix = "" if name == "defense.rule" else f"{name.removeprefix('defense.')} "
                 known = texts[texts != "-"]
-                told[known.index] += " " + word + known
-    return told
+                words[known.index] += " " + prefix + known
+    return words
 
 
 def _short(value: Any) -> str:
@@ -183,12 +147,12 @@ def _short(value: Any) -> str:
 
 
 def _numbers(values: Iterable[float]) -> list[float | None]:
-    """Return floats, None for what is not finite: JSON has none."""
+    """Return floats, with None for NaN and infinity, which JSON lacks."""
     return [float(value) if np.isfinite(value) else None for value in values]
 
 
 def _column(table: pd.DataFrame, name: str) -> pd.Series[float]:
-    """Return a metric, NaN where no cell has it."""
+    """Return a metric; all NaN if no cell has it."""
     if name in table:
         return table[name]
     return pd.Series(np.nan, index=table.index)
@@ -196,20 +160,21 @@ def _column(table: pd.DataFrame, name: str) -> pd.Series[float]:
 
 # Threshold curves -------------------------------------------------------------------------------
 
-# Metric, label, color, dash, marker; those of rows stand in where a trigger has no fixed tokens.
+# Metric, label, color, dash, marker. `ROW_CURVES` replace the curves of tokens where a trigger has
+# no fixed tokens.
 CURVES = (
-    ("asr", "ASR", "#D55E00", "solid", "triangle-down"),
-    ("cacc", "CACC", "#009E73", "solid", "square"),
-    ("detection_precision", "token precision", "#0072B2", "dash", "circle"),
-    ("detection_recall", "token recall", "#CC79A7", "dot", "diamond"),
+    ("asr", "ASR", VERMILION, "solid", "triangle-down"),
+    ("cacc", "CACC", GREEN, "solid", "square"),
+    ("detection_precision", "token precision", BLUE, "dash", "circle"),
+    ("detection_recall", "token recall", PURPLE, "dot", "diamond"),
 )
 ROW_CURVES = (
-    ("sample_precision", "row precision", "#0072B2", "dashdot", "circle-open"),
-    ("sample_recall", "row recall", "#CC79A7", "dashdot", "diamond-open"),
+    ("sample_precision", "row precision", BLUE, "dashdot", "circle-open"),
+    ("sample_recall", "row recall", PURPLE, "dashdot", "diamond-open"),
 )
 CONTROLS = (
-    ("undefended_asr", "ASR undefended", "#D55E00"),
-    ("tuned_cacc", "CACC clean-tuned alone", "#009E73"),
+    ("undefended_asr", "ASR undefended", VERMILION),
+    ("tuned_cacc", "CACC clean-tuned alone", GREEN),
 )
 
 
@@ -230,25 +195,25 @@ def _thresholds(records: list[Mapping[str, Any]], table: pd.DataFrame) -> Chart:
         x = Axis(f"{rule} threshold", kind, ticks=_ticks(part["threshold"], logarithmic))
         y = Axis("", percent=True, span=(-0.03, 1.03))
         panels.append(Panel(title, "lines", x, y, list(_curves(part))))
-    notes = [f"{count} cells {reason} have no threshold to draw against."
+    notes = [f"{count} cells {reason} have no threshold and are in no curve."
              for reason, count in cells.left_out.items()]  # fmt: skip
     if single:
-        notes.append(f"{single} cells have the only threshold of their setting: no curve.")
+        notes.append(f"{single} cells are in no curve: their setting has a single threshold.")
     if not panels:
-        notes.append("No two cells differ in the threshold alone; vary defense.threshold.")
+        notes.append("No two cells differ only in the threshold; vary defense.threshold.")
     return Chart(
         "curves",
         "Threshold curves",
         "Trained cells, mean over seeds; bands reach from the lowest seed to the highest. "
-        "Precision and recall count flagged tokens, or their rows where the trigger has no fixed "
-        "tokens. Thin lines are controls: nothing done, and clean tuning without a cut.",
+        "Precision and recall count flagged tokens, or their training rows where the trigger has "
+        "no fixed tokens. Thin lines are controls: no defense, and clean tuning without a cut.",
         panels,
         notes,
     )
 
 
 def _ticks(thresholds: pd.Series[float], logarithmic: bool) -> tuple[float, ...]:
-    """Return the trained thresholds that leave room for each other's label, from the lowest on."""
+    """Return the trained thresholds whose labels do not overlap, starting with the lowest."""
     known = sorted(thresholds.unique())
     place = np.log(known) if logarithmic else np.asarray(known)
     apart = (place[-1] - place[0]) / 8
@@ -260,26 +225,40 @@ def _ticks(thresholds: pd.Series[float], logarithmic: bool) -> tuple[float, ...]
 
 
 def _curves(part: pd.DataFrame) -> Iterator[Series]:
-    by_threshold = part.groupby("threshold")
-    marked = by_threshold["marks"].agg(_all_marks).tolist()
+    marked = part.groupby("threshold")["marks"].agg(_all_marks).tolist()
     for name, label, color in CONTROLS:
-        mean = _column(part, name).groupby(part["threshold"]).mean()
-        if mean.notna().any():
-            yield Series(label, mean.index.tolist(), _numbers(mean), color, "dot", size=0)
+        made = over_seeds(part, name, label, color, dash="dot")
+        if _is_defined(made):
+            yield replace(made, thin=True, low=[], high=[])
     tokens = _column(part, "detection_precision").notna().any()
     shown = CURVES if tokens else (*CURVES[:2], *ROW_CURVES)
     for name, label, color, dash, marker in shown:
-        values = _column(part, name).groupby(part["threshold"])
-        mean, low, high = values.mean(), values.min(), values.max()
-        if mean.notna().any():
-            yield Series(
-                label, mean.index.tolist(), _numbers(mean), color, dash, marker,
-                low=_numbers(low), high=_numbers(high), tip=marked,
-            )  # fmt: skip
+        made = over_seeds(part, name, label, color, dash, marker)
+        if _is_defined(made):
+            yield replace(made, tip=marked)
+
+
+def over_seeds(
+    part: pd.DataFrame, metric: str, label: str, color: str, dash: str = "", marker: str = ""
+) -> Series:
+    """Return a metric against the threshold: mean over seeds, and the lowest and highest seed.
+
+    part: rows with a threshold each.
+    metric: a column; where it is missing, no point is defined.
+    label, color, dash, marker: of the `Series`.
+    """
+    values = _column(part, metric).groupby(part["threshold"]).agg(["mean", "min", "max"])
+    mean, low, high = (_numbers(values[name]) for name in ("mean", "min", "max"))
+    return Series(label, values.index.tolist(), mean, color, dash, marker, low=low, high=high)
+
+
+def _is_defined(series: Series) -> bool:
+    """Return whether any point has a value."""
+    return any(y is not None for y in series.y)
 
 
 def _all_marks(values: pd.Series[str]) -> str:
-    """Return the names of marks of several cells, each once."""
+    """Return the names of several cells' marks, each once."""
     return "; ".join(dict.fromkeys(name for text in values for name in text.split("; ") if name))
 
 
@@ -288,19 +267,19 @@ def _all_marks(values: pd.Series[str]) -> str:
 
 def _heatmaps(table: pd.DataFrame) -> Chart:
     about = (
-        "Means over seeds, in percent: the poisoned model as it is, then every defense. "
-        f"{MARKED} marks means with a cell that has a guard's mark."
+        "Mean over seeds, in percent: the undefended model, then each defense. "
+        f"{MARKED} follows the mean if one of its cells has a mark."
     )
     title = "Attack by rate"
     places, rates = table["place"].nunique(), table["poison_rate"].nunique()
     if places * rates < 2:
-        note = "One attack at one rate is no map; vary attack.name or attack.poison_rate."
+        note = "All cells have one attack and one rate; vary attack.name or attack.poison_rate."
         return Chart("heatmaps", title, about, [], [note])
     columns = [_short(rate) for rate in sorted(table["poison_rate"].unique())]
     rows = list(dict.fromkeys(table["place"]))
-    # Without a defense a cell has what every cell has as its undefended model.
+    # A cell without a defense repeats the undefended model that every cell has.
     variants = list(dict.fromkeys(table.loc[table["defense"] != "none", "variant"]))
-    # There the one mark that counts is that of the attack.
+    # Of all marks, only a failed attack concerns the undefended model.
     failed = table["marks"].str.contains("attack failed")
     undefended = table.assign(marks=failed.map({True: "attack failed", False: ""}))
     drawn = [("undefended", undefended, "undefended_")]
@@ -313,7 +292,7 @@ def _heatmaps(table: pd.DataFrame) -> Chart:
             if value.notna().any():
                 grids.append((variant, _grid(part, value, rows, columns)))
         known = [v for _, heat in grids for line in heat[0] for v in line if v is not None]
-        # ASR may be anything; CACC differs by little, and zero would hide it.
+        # CACC differs by little: a scale from zero would hide the differences.
         low = 0.0 if name == "asr" else np.floor(min(known, default=0.0) * 20) / 20
         for variant, (values, marked) in grids:
             heat = Heat(rows, columns, values, marked, (float(low), 1.0))
@@ -330,7 +309,7 @@ def _grid(
     part: pd.DataFrame, value: pd.Series[float], rows: list[str], columns: list[str]
 ) -> tuple[list[list[float | None]], list[list[bool]]]:
     keys = [part["place"], part["poison_rate"].map(_short)]
-    # A seed may have several cells, as many as defenses: it counts once.
+    # A seed with several cells, one for each defense, counts once.
     mean = value.groupby([*keys, part["seed"]]).mean().groupby(level=[0, 1]).mean()
     marked = (part["marks"] != "").groupby(keys).any()
     found = {key: None if v != v else float(v) for key, v in mean.items()}
@@ -346,15 +325,15 @@ def _grid(
 
 def _fronts(table: pd.DataFrame) -> Chart:
     about = (
-        "A point is a defense at one threshold, mean over seeds; up and to the left is better. "
-        "A defense's line joins the points that none of its own is better than in both."
+        "Each point is a defense at one threshold, mean over seeds; up and to the left is better. "
+        "A line joins the points of a defense that none of its other points beats in both."
     )
     poisoned = table[table["poison_rate"] > 0]
     families = list(dict.fromkeys(table.loc[table["defense"] != "none", "family"]))
     panels = [Panel(str(setting), "lines", Axis("ASR", percent=True, span=(-0.03, 1.03)),
                     Axis("CACC", percent=True), list(_front(part, families)))
               for setting, part in poisoned.groupby("setting", sort=False)]  # fmt: skip
-    notes = [] if panels else ["No cell is poisoned: there is no attack to trade against accuracy."]
+    notes = [] if panels else ["No cell is poisoned, so there is no attack to defend against."]
     return Chart("pareto", "ASR against CACC", about, panels, notes)
 
 
@@ -363,7 +342,7 @@ def _front(part: pd.DataFrame, families: list[str]) -> Iterator[Series]:
         ("undefended", "undefended", "x"),
         ("tuned", "clean-tuned alone", "circle-open"),
     ):
-        # Every cell of a seed has them: a seed counts once, however many cells it has.
+        # All cells of a seed have these metrics; the seed counts once.
         x, y = (
             _column(part, f"{name}_{metric}").groupby(part["seed"]).mean().mean()
             for metric in ("asr", "cacc")
@@ -380,7 +359,7 @@ def _front(part: pd.DataFrame, families: list[str]) -> Iterator[Series]:
         tips = [f"{v}; {m}" if m else str(v) for v, m in points["marks"].items()]
         number = families.index(str(family))
         color = COLORS[number % len(COLORS)]
-        # Each time the colors begin anew, with other markers and dashes.
+        # When the colors start over, the markers and dashes are shifted by one.
         other = number + number // len(COLORS)
         marker, dash = MARKERS[other % len(MARKERS)], DASHES[other % len(DASHES)]
         asr, cacc = points["asr"].tolist(), points["cacc"].tolist()
@@ -394,9 +373,9 @@ def _front(part: pd.DataFrame, families: list[str]) -> Iterator[Series]:
 
 
 def front(asr: list[float], cacc: list[float]) -> list[int]:
-    """Return the positions of the points that no other has lower ASR and higher CACC than.
+    """Return the positions of the points on the Pareto front: low ASR, high CACC.
 
-    By rising ASR; of equal points the first.
+    They are in order of rising ASR. Among equal points the first is on the front.
     """
     best: list[int] = []
     for i in sorted(range(len(asr)), key=lambda i: (asr[i], -cacc[i])):
@@ -411,16 +390,16 @@ def front(asr: list[float], cacc: list[float]) -> list[int]:
 def _drifts(table: pd.DataFrame, tokens: Callable[[str], pd.DataFrame | None]) -> Chart:
     about = (
         "How far each token's embedding row moved in the exposure, against how often the token "
-        "occurs; one cell per attack and rate, at its middle threshold and first seed. Trigger "
-        "and flagged tokens are all there, "
-        f"of the others at most {BULK}: those that moved furthest, and an even choice of the rest."
+        "occurs. One cell per attack and rate: the first seed at the middle threshold. Trigger and "
+        f"flagged tokens are drawn, and at most {BULK} of the others: the {BULK // 2} that moved "
+        "furthest, and an even sample of the rest."
     )
     panels: list[Panel] = []
     notes, unread, further = [], 0, 0
-    families = table["family"].nunique()
-    # Unpoisoned sets last: there the trigger's words are ordinary words.
+    # Unpoisoned sets come last: in them the trigger's words are ordinary words.
     ordered = table.assign(_clean=table["poison_rate"] == 0).sort_values("_clean", kind="stable")
     ranked = ordered[_column(ordered, "flagged").notna()]
+    families = table["family"].nunique()
     for (setting, family), part in ranked.groupby(["setting", "family"], sort=False):
         if len(panels) >= MOST_DRIFTS:
             further += 1
@@ -428,76 +407,58 @@ def _drifts(table: pd.DataFrame, tokens: Callable[[str], pd.DataFrame | None]) -
         first = part[part["seed"] == part["seed"].iloc[0]]
         middle = first.iloc[len(first) // 2]
         found = tokens(str(middle["key"]))
-        rounds = [] if found is None else [c for c in found.columns if c.startswith("drift_")]
-        if found is None or not rounds:
+        if found is None or not drift_columns(found):
             unread += 1
             continue
-        for name in rounds:
-            title = f"{setting}, {middle['variant']}" if families > 1 else str(setting)
-            if families == 1 and len(set(part["variant"])) > 1:
-                title = f"{setting}, {str(middle['variant']).removeprefix(str(family)).strip()}"
-            if len(rounds) > 1:
-                title += f", round {name.removeprefix('drift_')}"
-            drawn, dropped = _cloud(found, name)
-            infinite = int(np.isinf(found.loc[found["count"] > 0, name]).sum())
-            if infinite:
-                notes.append(f"{title}: {infinite} tokens of infinite drift are not drawn.")
-            if dropped:
-                notes.append(f"{title}: {dropped} flagged clean tokens that moved least are not "
-                             "drawn.")  # fmt: skip
-            panels.append(Panel(title, "lines", *_around(drawn), drawn))
+        title = str(setting)
+        if families > 1:
+            title = f"{setting}, {middle['variant']}"
+        elif len(set(part["variant"])) > 1:
+            title = f"{setting}, {str(middle['variant']).removeprefix(str(family)).strip()}"
+        drawn, left_out = _rounds(title, found)
+        panels += drawn
+        notes += left_out
     if unread:
         notes.append(f"{unread} settings have no token table with drifts.")
     if further:
-        notes.append(f"{further} further settings are not drawn; their runs hold the plots.")
+        notes.append(f"{further} further settings are not drawn; their runs have the plots.")
     if not panels and not unread:
         notes.append("No defense here measures a drift.")
-    return Chart("drift", "Drift of the tokens", about, panels, notes)
+    numbers = "the token table among the cell's results has its numbers"
+    return Chart("drift", "Drift of the tokens", about, panels, notes, numbers)
 
 
-def _cloud(tokens: pd.DataFrame, column: str) -> tuple[list[Series], int]:
-    """Return the tokens of one exposure round, thinned, and how many flagged ones are left out."""
-    seen = tokens[(tokens["count"] > 0) & np.isfinite(tokens[column])]
+def _rounds(setting: str, tokens: pd.DataFrame) -> tuple[list[Panel], list[str]]:
+    """Return a panel per exposure round of a cell, and notes on the tokens that are left out."""
+    panels, notes = [], []
+    rounds = drift_columns(tokens)
+    for name in rounds:
+        title = setting if len(rounds) == 1 else f"{setting}, round {name.removeprefix(PREFIX)}"
+        shown, named, dropped = _chosen(drawable(tokens, name), name)
+        infinite = int(np.isinf(tokens.loc[tokens["count"] > 0, name]).sum())
+        if infinite:
+            notes.append(f"{title}: {infinite} tokens with infinite drift are not drawn.")
+        if dropped:
+            notes.append(f"{title}: {dropped} flagged clean tokens that moved least are not drawn.")
+        panels.append(drift_panel(title, shown, name, named))
+    return panels, notes
+
+
+def _chosen(seen: pd.DataFrame, column: str) -> tuple[pd.DataFrame, set[int], int]:
+    """Return the tokens to draw, the index of those to name, and how many are left out."""
     flagged, trigger = seen["flagged"].astype(bool), seen["trigger"].astype(bool)
     clean = seen[flagged & ~trigger]
     kept = clean.nlargest(MOST_FLAGGED, column)
-    series = []
-    for label, part, color, marker, size, opacity, named in (
-        ("not flagged", _thinned(seen[~flagged & ~trigger], column), GRAY, "circle", 4, 0.7, 0),
-        ("flagged, clean", kept, "#E69F00", "square", 7, 1.0, NAMED),
-        ("trigger, missed", seen[~flagged & trigger], "#0072B2", "x", 10, 1.0, 20),
-        ("trigger, flagged", seen[flagged & trigger], "#0072B2", "star", 13, 1.0, 20),
-    ):
-        if part.empty:
-            continue
-        top = set(part.nlargest(named, column).index)
-        words = part["token"].astype(str)
-        series.append(
-            Series(
-                label, part["count"].astype(int).tolist(), _numbers(part[column]), color,
-                marker=marker, size=size, opacity=opacity, tip=words.tolist(),
-                text=[w if i in top else "" for i, w in words.items()] if named else [],
-            )
-        )  # fmt: skip
-    return series, len(clean) - len(kept)
-
-
-def _around(drawn: list[Series]) -> tuple[Axis, Axis]:
-    """Return the axes of a drift plot, with room for the words beside its points."""
-    counts = [count for series in drawn for count in series.x] or [1, 10]
-    moved = [y for series in drawn for y in series.y if y is not None] or [0.0, 1.0]
-    wide = max(max(counts) / min(counts), 2.0)
-    high = max(moved) - min(moved) or max(abs(max(moved)), 1e-9)
-    span = min(counts) / wide**0.05, max(counts) * wide**0.2
-    ticks = tuple(10.0**n for n in range(9) if span[0] <= 10**n <= span[1])
-    return (
-        Axis("occurrences in the training set", "log", span=span, ticks=ticks),
-        Axis("drift (L2)", span=(min(moved) - 0.05 * high, max(moved) + 0.15 * high)),
-    )
+    missed, hit = seen[~flagged & trigger], seen[flagged & trigger]
+    named = set(kept.index[:NAMED])
+    for part in (missed, hit):
+        named |= set(part.nlargest(NAMED_TRIGGERS, column).index)
+    shown = pd.concat([_thinned(seen[~flagged & ~trigger], column), kept, missed, hit])
+    return shown, named, len(clean) - len(kept)
 
 
 def _thinned(bulk: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Return at most `BULK` tokens: the half that moved furthest, and every n-th of the rest."""
+    """Return at most `BULK` tokens: half moved furthest, the rest are evenly spaced by rank."""
     if len(bulk) <= BULK:
         return bulk
     ranked = bulk.sort_values([column, "token_id"], ascending=[False, True])
@@ -511,15 +472,16 @@ def _thinned(bulk: pd.DataFrame, column: str) -> pd.DataFrame:
 
 def _costs(records: list[Mapping[str, Any]], table: pd.DataFrame) -> Chart:
     about = (
-        "Seconds of a cell by stage, mean over rates, thresholds and seeds, as if it ran alone: "
-        "stages that cells share were computed once and are counted in each."
+        "Seconds of a cell by stage, mean over rates, thresholds and seeds, as if each cell ran "
+        "alone: a stage that cells share was computed once and counts in each of them."
     )
     title = "Cost by stage"
+    numbers = "the metrics of the cells have its numbers, as seconds/STAGE"
     seconds = {str(record.get("key", "")): stage_seconds(record) for record in records}
     timed = table[table["key"].map(lambda key: bool(seconds.get(key)))]
     groups = list(timed.groupby(["place", "family"], sort=False))
     if not groups:
-        return Chart("cost", title, about, [], ["No cell has recorded what its stages took."])
+        return Chart("cost", title, about, [], ["No cell has recorded the seconds of its stages."])
     stages: dict[str, None] = {}
     bars: dict[str, dict[str, float]] = {}
     for (place, family), part in groups[:MOST_BARS]:
@@ -531,17 +493,17 @@ def _costs(records: list[Mapping[str, Any]], table: pd.DataFrame) -> Chart:
                COLORS[i % len(COLORS)], hatch=HATCHES[i // len(COLORS) % len(HATCHES)])
         for i, stage in enumerate(stages)
     ]  # fmt: skip
-    panel = Panel("", "bars", Axis("seconds a cell"), Axis("", "category"), series)
+    panel = Panel("", "bars", Axis("seconds per cell"), Axis("", "category"), series)
     left = len(groups) - len(bars)
     notes = [f"{left} further attacks or defenses are not drawn."] if left else []
-    return Chart("cost", title, about, [panel], notes)
+    return Chart("cost", title, about, [panel], notes, numbers)
 
 
 def stage_seconds(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return what each stage of a cell took, by name; together they make its ``seconds``.
+    """Return the seconds of each stage of a cell by name; their sum is the metric ``seconds``.
 
-    Where the defended model is one of the others, as without a defense or with clean tuning alone,
-    one evaluation has two names; it is counted once.
+    If the defended model is also the undefended or the tuned model, one evaluation has two names.
+    It is counted once.
     """
     metrics = record.get("metrics") or {}
     lead = "seconds/"

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 
+from btu.drawing import FORMATS, draw, save
 from btu.errors import UserError
+from btu.panels import BLUE, GREEN, ORANGE, VERMILION, Axis, Panel, Series, log_ticks
 from btu.paths import check_file
 from btu.rules.base import RULES
+from orchestrator.report.charts import over_seeds
 from orchestrator.report.curves import MEASURES
 
-SUFFIXES = (".png", ".svg", ".pdf")
-# Okabe-Ito: told apart by the color-blind.
-LINES = {"precision": "#0072B2", "recall": "#E69F00", "f1": "#009E73"}
-POINTS = {"asr": ("#D55E00", "v"), "cacc": ("#000000", "s")}
-LABELS = {"f1": "F1", "asr": "ASR", "cacc": "CACC"}
+SUFFIXES = tuple(f".{name}" for name in FORMATS)
+# Measure, label, color.
+LINES = (("precision", "precision", BLUE), ("recall", "recall", ORANGE), ("f1", "F1", GREEN))
+# Measure, label, color, marker: what is known only where a model was trained.
+POINTS = (("asr", "ASR", VERMILION, "triangle-down"), ("cacc", "CACC", "#000000", "square"))
+# The coordinates that every title has.
 SHOWN = ("attack", "poison_rate")
 
 
@@ -28,62 +32,35 @@ def check_path(path: Path) -> None:
     check_file(f"--plot {path}", path)
 
 
-def curve_figure(curves: pd.DataFrame) -> Any:
-    """Draw precision, recall and F1 against the threshold, a panel per attack, rate and rule.
+def curve_panels(curves: pd.DataFrame) -> list[Panel]:
+    """Return precision, recall and F1 against the threshold, a panel per attack, rate and rule.
 
-    curves: of `sweep_curves`. Further coordinates that differ get panels of their own. Lines are
-    means over seeds, bands and whiskers reach from the lowest seed to the highest. Where the
-    trigger has no fixed tokens, the lines are those of the training rows.
+    Further coordinates that differ have panels of their own. Lines are means over seeds; bands and
+    whiskers reach from the lowest seed to the highest. Where the trigger has no fixed tokens, the
+    lines are those of the training rows.
+
+    curves: from `sweep_curves`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     own = (*MEASURES, "seed", "threshold", "trained", "exact")
     coordinates = [name for name in curves.columns if name not in own]
-    panels = list(curves.groupby(coordinates, sort=False, dropna=False))
-    told = [name for name in coordinates if name not in SHOWN and _varies(curves, name)]
-    attacks = len(curves["attack"].unique())
-    # An attack's panels in a line, where that makes a full grid.
-    columns = len(panels) // attacks if len(panels) % attacks == 0 else 4
-    columns = columns if 1 < columns <= 6 else min(4, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(1.2 + 3.2 * columns, 1.0 + 2.7 * lines), layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: it needs no display and keeps no state
-    grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
-    for axes, (_, panel) in zip(grid.flat, panels, strict=False):
-        _panel(axes, panel)
-        first = panel.iloc[0]
-        title = f"{first['attack']}, rate {first['poison_rate']:g}"
-        for name in told:
-            value = first[name]
-            # A setting that this panel's cells do not have.
-            if value is not None and value == value:
-                title += f"\n{name} {value}"
-        axes.set_title(title, fontsize=9)
-    for axes in list(grid.flat)[len(panels) :]:
-        axes.remove()
-    for row in grid:
-        row[0].set_ylabel("%")
-    labeled = {
-        label: handle
-        for axes in figure.axes
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        list(labeled.values()), list(labeled), loc="outside lower center", ncols=5, fontsize=9
-    )
-    return figure
+    further = [name for name in coordinates if name not in SHOWN and _varies(curves, name)]
+    panels = []
+    for _, part in curves.groupby(coordinates, sort=False, dropna=False):
+        y = Axis("", percent=True, span=(-0.04, 1.04))
+        title = _title(part, further)
+        panels.append(Panel(title, "lines", _threshold_axis(part), y, list(_series(part))))
+    return panels
 
 
 def curve_plot(curves: pd.DataFrame, path: Path) -> None:
-    """Write `curve_figure` to a path that `check_path` takes.
+    """Write `curve_panels` to a path that `check_path` accepts.
 
     Raises:
         UserError: the disk does not take the figure.
     """
-    figure = curve_figure(curves)
+    figure = draw(curve_panels(curves))
     try:
-        figure.savefig(path, dpi=130)
+        save(figure, path)
     except OSError as error:
         raise UserError(
             f"--plot {path} cannot be written ({error.strerror or error}); name another file."
@@ -91,56 +68,36 @@ def curve_plot(curves: pd.DataFrame, path: Path) -> None:
 
 
 def _varies(curves: pd.DataFrame, name: str) -> bool:
-    """Return whether a coordinate has to be told: the rule, or what differs within one rule."""
+    """Return whether titles need a coordinate: several rules, or what differs within one rule."""
     if name == "rule":
         return len(curves[name].unique()) > 1
     return any(len(part[name].unique()) > 1 for _, part in curves.groupby("rule"))
 
 
-def _panel(axes: Any, panel: pd.DataFrame) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def _title(part: pd.DataFrame, further: list[str]) -> str:
+    first = part.iloc[0]
+    title = f"{first['attack']}, rate {first['poison_rate']:g}"
+    for name in further:
+        value = first[name]
+        # None or NaN: the cells of this panel do not have the setting.
+        if value is not None and value == value:
+            title += f"\n{name} {value}"
+    return title
 
-    rule = RULES.load(str(panel["rule"].iloc[0]))
-    tokens = bool(panel["precision"].notna().any())
-    prefix = "" if tokens else "sample_"
-    by_threshold = panel.groupby("threshold")
-    for name, color in LINES.items():
-        values = by_threshold[f"{prefix}{name}"].agg(["mean", "min", "max"]) * 100
-        axes.plot(
-            values.index,
-            values["mean"],
-            color=color,
-            linestyle="-" if tokens else "--",
-            label=LABELS.get(name, name) + ("" if tokens else " of rows"),
-        )
-        axes.fill_between(values.index, values["min"], values["max"], color=color, alpha=0.2, lw=0)
-    trained = panel[panel["trained"]].groupby("threshold")
-    for name, (color, marker) in POINTS.items():
-        values = trained[name].agg(["mean", "min", "max"]) * 100
-        # Rounding may put a mean beyond its ends.
-        whiskers = np.stack([values["mean"] - values["min"], values["max"] - values["mean"]])
-        axes.errorbar(
-            values.index,
-            values["mean"],
-            yerr=np.maximum(whiskers, 0.0),
-            color=color,
-            marker=marker,
-            markersize=5,
-            linestyle="none",
-            capsize=2,
-            label=f"{LABELS[name]} (trained)",
-        )
-    if rule.low == 0:
-        axes.set_xscale("log")
-        decades = np.log10(panel["threshold"].max() / panel["threshold"].min())
-        ticks = (1, 1.5, 2, 3, 4, 5, 6, 8) if decades < 1 else (1, 2, 5) if decades < 2 else (1,)
-        axes.xaxis.set_major_locator(LogLocator(subs=ticks))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylim(-4, 104)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.2)
-    exact = bool(panel["exact"].all())
-    axes.set_xlabel(
-        f"{panel['rule'].iloc[0]} threshold" + ("" if exact else " (approximate)"), fontsize=8
-    )
+
+def _threshold_axis(part: pd.DataFrame) -> Axis:
+    rule, thresholds = str(part["rule"].iloc[0]), part["threshold"]
+    label = f"{rule} threshold" if part["exact"].all() else f"{rule} threshold (approximate)"
+    if RULES.load(rule).low != 0:
+        return Axis(label)
+    return Axis(label, "log", ticks=log_ticks(thresholds.min(), thresholds.max()))
+
+
+def _series(part: pd.DataFrame) -> Iterator[Series]:
+    tokens = part["precision"].notna().any()
+    prefix, suffix, dash = ("", "", "solid") if tokens else ("sample_", " of rows", "dash")
+    for name, label, color in LINES:
+        yield over_seeds(part, f"{prefix}{name}", f"{label}{suffix}", color, dash=dash)
+    trained = part[part["trained"]]
+    for name, label, color, marker in POINTS:
+        yield replace(over_seeds(trained, name, f"{label} (trained)", color, marker=marker), size=9)

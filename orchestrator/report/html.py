@@ -1,8 +1,8 @@
-"""A sweep as one page that opens from disk: charts, marks and a table, without any network.
+"""A sweep as one HTML file with charts, marks and a table. It needs no network.
 
-plotly.js is inside, compressed: the browser unpacks it, and a policy in the page forbids it to
-fetch anything. Numbers that are shown rounded stand in full beside: ``data-v`` of a table's cells,
-the JSON of the charts.
+The file contains plotly.js, compressed; the browser unpacks it. A policy in the page forbids the
+browser to fetch anything. Numbers are shown rounded, and the file has all their digits: in
+``data-v`` of the table's cells and in the JSON of the charts.
 """
 
 from __future__ import annotations
@@ -25,22 +25,19 @@ import pandas as pd
 
 from btu import __version__
 from btu.errors import UserError
+from btu.panels import MARKED, Axis, Heat, Panel, Series
 from btu.paths import check_file
-from orchestrator.report.charts import MARKED, Panel, Series, cell_table, charts
+from orchestrator.report.charts import charts, named_cells
 from orchestrator.report.marks import GUARDS, marks, summary
 from orchestrator.report.table import METRIC_COLUMNS, PLAIN, coordinates, metric_columns, readable
 from orchestrator.results.source import Source
 
 SUFFIXES = (".html", ".htm")
-# Values of a column that are offered as a choice; more are for the text filter.
+# A column with at most this many values has a menu; others are filtered by text.
 MOST_CHOICES = 20
-# Of a record's tags: what a result was computed with.
+# The tags of a record that name what its result was computed with.
 VERSIONS = ("code", "python", "torch", "transformers", "device", "precision", "data", "victim")
-# Where the numbers of a chart are, if not in the page's table.
-NUMBERS = {
-    "drift": "the token table among the cell's results has its numbers",
-    "cost": "the metrics of the cells have its numbers, as seconds/STAGE",
-}
+# Pixels: a panel of lines, a row of a heat map, a bar.
 LINE_HEIGHT, HEAT_ROW, BAR_ROW = 280, 38, 30
 
 
@@ -55,7 +52,7 @@ def page(source: Source) -> str:
         raise UserError(f"sweep '{source.name}' has no finished cell yet; launch it first.")
     drawn = charts(records, source.tokens)
     failed = Counter(record["reason"].splitlines()[0] for record in source.failures())
-    table = cell_table(records)
+    table = named_cells(records)
     found = {str(record.get("key", "")): marks(record) for record in records}
     payload = {chart.name: [figure(panel) for panel in chart.panels] for chart in drawn}
     return str(
@@ -77,7 +74,6 @@ def page(source: Source) -> str:
             marked=[(key, several) for key, several in found.items() if several],
             guard_names=list(GUARDS),
             dagger=MARKED,
-            numbers=NUMBERS,
             **_table(table, list(coordinates(records).columns)),
         )
     )
@@ -91,7 +87,7 @@ def check_page(path: Path) -> None:
 
 
 def write_page(source: Source, path: Path) -> None:
-    """Write `page` to a path that `check_page` takes, whole or not at all.
+    """Write `page` to a path that `check_page` accepts, completely or not at all.
 
     Raises:
         UserError: no cell is finished, or the disk does not take the page.
@@ -114,12 +110,12 @@ def write_page(source: Source, path: Path) -> None:
 
 
 def figure(panel: Panel) -> dict[str, Any]:
-    """Return a panel as plotly's data and layout; colors of paper and grid come from the page."""
+    """Return a panel as plotly's data and layout. The page adds the colors of its theme."""
     x: dict[str, Any] = {"title": {"text": html.escape(panel.x.label, quote=False)}}
     y: dict[str, Any] = {"title": {"text": html.escape(panel.y.label, quote=False)}}
     for axis, made in ((panel.x, x), (panel.y, y)):
         made["type"] = axis.kind
-        made["automargin"] = axis.kind == "category"  # it lays out twice
+        made["automargin"] = axis.kind == "category"  # costs a second layout
         if axis.percent:
             made["tickformat"] = ".1~%"
         if axis.span:
@@ -131,7 +127,7 @@ def figure(panel: Panel) -> dict[str, Any]:
     if panel.heat is not None:
         y["autorange"] = "reversed"
         layout["height"] = 80 + HEAT_ROW * len(panel.heat.rows)
-        return {"data": [_heat(panel)], "layout": layout}
+        return {"data": [_heat(panel.heat)], "layout": layout}
     if panel.kind == "bars":
         y["autorange"] = "reversed"
         layout |= {"barmode": "stack", "height": 90 + BAR_ROW * len(panel.series[0].y)}
@@ -153,7 +149,7 @@ def _scatter(panel: Panel, series: Series) -> dict[str, Any]:
         if there
     ]
     label = html.escape(series.label, quote=False)
-    values = [_told(axis, letter) for axis, letter in ((panel.y, "y"), (panel.x, "x"))]
+    values = [_hover_value(axis, letter) for axis, letter in ((panel.y, "y"), (panel.x, "x"))]
     trace: dict[str, Any] = {
         "type": "scatter",
         "name": label,
@@ -165,7 +161,7 @@ def _scatter(panel: Panel, series: Series) -> dict[str, Any]:
         "hovertemplate": f"{label}<br>{'<br>'.join(values)}<extra></extra>",
     }
     if series.dash:
-        width = 2 if series.marker or series.label.endswith("front") else 1.2
+        width = 1.2 if series.thin else 2
         trace["line"] = {"color": series.color, "dash": series.dash, "width": width}
     if series.marker:
         trace["marker"] = {"color": series.color, "symbol": series.marker, "size": series.size}
@@ -178,13 +174,16 @@ def _scatter(panel: Panel, series: Series) -> dict[str, Any]:
     return trace
 
 
-def _told(axis: Any, letter: str) -> str:
+def _hover_value(axis: Axis, letter: str) -> str:
     name = html.escape(axis.label, quote=False)
     return f"{name} %{{{letter}{':.2%' if axis.percent else ''}}}".strip()
 
 
 def _band(series: Series) -> list[dict[str, Any]]:
-    """Return the band from the lowest seed to the highest, where they differ."""
+    """Return the band from the lowest seed to the highest; nothing if they are equal.
+
+    The page has no whiskers: all its series with a range have a line.
+    """
     ends = [
         (x, low, high)
         for x, low, high in zip(series.x, series.low, series.high, strict=False)
@@ -209,14 +208,7 @@ def _band(series: Series) -> list[dict[str, Any]]:
     ]
 
 
-def _heat(panel: Panel) -> dict[str, Any]:
-    heat = panel.heat
-    assert heat is not None
-    text = [
-        ["" if v is None else f"{v * 100:.1f}{' ' + MARKED if m else ''}"
-         for v, m in zip(values, marked, strict=True)]
-        for values, marked in zip(heat.shares, heat.marked, strict=True)
-    ]  # fmt: skip
+def _heat(heat: Heat) -> dict[str, Any]:
     return {
         "type": "heatmap",
         "x": heat.columns,
@@ -224,7 +216,7 @@ def _heat(panel: Panel) -> dict[str, Any]:
         "z": heat.shares,
         "zmin": heat.span[0],
         "zmax": heat.span[1],
-        "text": text,
+        "text": heat.texts(),
         "texttemplate": "%{text}",
         "colorscale": "Viridis",
         "showscale": False,
@@ -257,7 +249,7 @@ def _bar(series: Series) -> dict[str, Any]:
 
 
 def _array(values: list[Any]) -> Any:
-    """Return long arrays of floats in plotly's binary form: every bit, in a third of the space."""
+    """Return a long array of floats in plotly's binary form: exact, in a third of the space."""
     if len(values) < 50 or None in values:
         return values
     packed = np.asarray(values, dtype="<f8")
@@ -273,11 +265,15 @@ def _json(value: Any) -> str:
 
 
 def _table(table: pd.DataFrame, names: list[str]) -> dict[str, Any]:
-    """Return columns, rows and choices of the table: every cell, its names and its numbers."""
+    """Return the columns and rows of the table of all cells, and the menus of its filter.
+
+    table: from `named_cells`.
+    names: the columns of coordinates.
+    """
     table = table.assign(**{m: float("nan") for m in METRIC_COLUMNS if m not in table})
     metrics = metric_columns(table)
     shown = readable(table[[*names, *metrics, "marks"]])
-    # No cell has it: `alpha` belongs to one rule alone.
+    # Columns that are empty for every cell are left out, such as `alpha`, which one rule uses.
     names = [name for name in names if (shown[name] != "-").any()]
     shown = shown.drop(columns=[c for c in shown if c in table and c not in
                                 (*names, *metrics, "marks")])  # fmt: skip
@@ -309,7 +305,7 @@ def _table(table: pd.DataFrame, names: list[str]) -> dict[str, Any]:
 
 
 def _exact(value: Any) -> str:
-    """Return a value with all its digits; empty where there is none."""
+    """Return a value with all its digits; empty if there is none."""
     if value is None or value != value:
         return ""
     return repr(float(value)) if isinstance(value, float | np.floating) else str(value)
@@ -323,7 +319,7 @@ def _when(records: list[dict[str, Any]]) -> str:
 
 
 def _versions(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Return what the results were computed with: every value that occurs."""
+    """Return every value of the tags that name what the results were computed with."""
     found = []
     for name in VERSIONS:
         tags: list[Mapping[str, Any]] = [record.get("tags") or {} for record in records]
@@ -334,7 +330,7 @@ def _versions(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _swatch(series: Series) -> str:
-    """Return a legend's sample of a series as SVG."""
+    """Return the sample of a series for the legend, as SVG."""
     color = series.color
     dashes = {"solid": "", "dash": "6 3", "dot": "2 3", "dashdot": "7 3 2 3"}
     parts = []
@@ -381,7 +377,7 @@ def _asset(name: str) -> str:
 
 @cache
 def _plotly() -> str:
-    """Return plotly.js compressed, as text: a third of its size."""
+    """Return plotly.js, compressed and as text: a third of its size."""
     from plotly.offline import get_plotlyjs
 
     packed = gzip.compress(get_plotlyjs().encode(), 9, mtime=0)

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from orchestrator.report import marks
-from orchestrator.report.charts import cell_table
+from orchestrator.report.charts import named_cells
 from orchestrator.report.figures import write_figures
 from orchestrator.report.html import page
 from orchestrator.report.table import (
@@ -134,7 +134,7 @@ def coordinate_columns(columns: Collection[str]) -> list[str]:
 
 def cells_csv(records: Sequence[Mapping[str, Any]]) -> bytes:
     """Return a row per cell: coordinates, metrics, marks, the cell's key and its run."""
-    table = cell_table(list(records))
+    table = named_cells(list(records))
     names = [*coordinates(records).columns, *metric_columns(table), MARKS, "key", "run_id"]
     return table.reindex(columns=names).to_csv(index=False).encode()
 

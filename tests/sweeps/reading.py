@@ -1,4 +1,4 @@
-"""Pages as their readers have them: rows by cell key, text, embedded figures."""
+"""A parsed page: rows by cell key, text, embedded figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 class Read(HTMLParser):
     """A page: its table by cell key, its text, what it links to, its embedded figures.
 
-    told: what those hear of a chart's first panel who do not see it.
+    labels: the label of each chart's first panel, which a screen reader reads out.
     """
 
     def __init__(self, text: str) -> None:
@@ -19,7 +19,7 @@ class Read(HTMLParser):
         self.heads: list[str] = []
         self.links: list[str] = []
         self.panels: list[tuple[str, int]] = []
-        self.told: dict[str, str] = {}
+        self.labels: dict[str, str] = {}
         self.words, self.json, self.policy = "", "", ""
         self._row: list[str] = []
         self._in: str | None = None
@@ -39,7 +39,7 @@ class Read(HTMLParser):
             self._row.append(given.get("data-v", ""))
             self._exact = given.get("data-v")
         if "data-panel" in given:
-            self.told.setdefault(given["data-chart"], given["aria-label"])
+            self.labels.setdefault(given["data-chart"], given["aria-label"])
             self.panels.append((given["data-chart"], int(given["data-panel"])))
         self._in = given.get("id", "code") if tag in ("script", "style") else tag
 

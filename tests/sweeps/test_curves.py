@@ -16,9 +16,10 @@ import pytest
 from shelf import Stored
 from synthetic import config, logged, saved, shelve
 
+from btu.drawing import draw
 from btu.errors import UserError
 from btu.rules.base import RULES
-from orchestrator.report.curve_figure import check_path, curve_figure, curve_plot
+from orchestrator.report.curve_figure import check_path, curve_panels, curve_plot
 from orchestrator.report.curves import (
     MEASURES,
     Saved,
@@ -276,27 +277,26 @@ def test_a_figure_has_a_panel_for_each_attack_and_rate(tmp_path: Path) -> None:
         asr=0.2,
         cacc=0.9,
     )
-    panels = curve_figure(table).axes
+    panels = draw(curve_panels(table)).axes
     assert [axes.get_title() for axes in panels] == [
         "badnets, rate 0", "badnets, rate 0.1", "style, rate 0", "style, rate 0.1",
     ]  # fmt: skip
     lines = {line.get_label(): line for line in panels[1].lines}
     mean = table[(table.attack == "badnets") & (table.poison_rate == 0.1)]
-    recall = mean.groupby("threshold")["recall"].mean() * 100
+    recall = mean.groupby("threshold")["recall"].mean()
     assert lines["recall"].get_xdata().tolist() == recall.index.tolist()
     assert lines["recall"].get_ydata().tolist() == pytest.approx(recall.tolist())
     # Without fixed trigger tokens there are the rows.
     assert "recall of rows" in {line.get_label() for line in panels[3].lines}
-    points = {entry.get_label(): entry for entry in panels[1].containers}
-    ((x, y),) = points["ASR (trained)"].lines[0].get_xydata()
-    assert (x, y) == (4.5, pytest.approx(20))
+    ((x, y),) = lines["ASR (trained)"].get_xydata()
+    assert (x, y) == (4.5, pytest.approx(0.2))
 
 
 def test_a_figure_of_several_rules_names_them_and_where_they_are_approximate(
     tmp_path: Path,
 ) -> None:
     table = sweep_of(tmp_path, config(), config(rule="top_fraction", threshold=0.01))
-    first, second = curve_figure(table).axes
+    first, second = draw(curve_panels(table)).axes
     # The rounds differ as well, but go with the rule.
     assert first.get_title() == "badnets, rate 0.1\nrule contrast"
     assert second.get_title() == "badnets, rate 0.1\nrule top_fraction"

@@ -1,4 +1,4 @@
-"""The page and the figures of a sweep, read as files; in a browser: `browser/test_page.py`."""
+"""The page and the figures of a sweep as files; `browser/test_page.py` opens the page."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ import pytest
 from likely import drifts, measured, settings, shelve_sweep
 from reading import Read
 
+from btu.drawing import draw
 from btu.errors import UserError
+from btu.panels import Series
 from btu.paths import check_folder
 from orchestrator.cli.shared import open_source
 from orchestrator.report import charts as charts_module
 from orchestrator.report import figures as figures_module
-from orchestrator.report.charts import BULK, Chart, Series, charts, front, stage_seconds
+from orchestrator.report.charts import BULK, Chart, charts, front, stage_seconds
 from orchestrator.report.figures import write_figures
 from orchestrator.report.html import check_page, figure, page, write_page
 from orchestrator.report.table import METRIC_COLUMNS
@@ -33,10 +35,10 @@ from orchestrator.results.source import Source
 CHARTS = ["curves", "heatmaps", "pareto", "drift", "cost"]
 
 
-class Held:
-    """A source of records that a test holds in its hands."""
+class Given:
+    """A source with the records that a test gives it."""
 
-    name = "held"
+    name = "given"
 
     def __init__(
         self, records: list[dict[str, Any]], failures: list[dict[str, Any]] | None = None
@@ -57,7 +59,7 @@ class Held:
 
 
 def records_of(*cells: tuple[Any, ...]) -> list[dict[str, Any]]:
-    """Return records of cells: attack, rate, seed, rule, threshold, and metrics of its own."""
+    """Return a record per cell: attack, rate, seed, rule, threshold, and its own metrics."""
     made = []
     for number, (attack, rate, seed, rule, threshold, *own) in enumerate(cells):
         config = settings(attack, rate, seed, rule, threshold)
@@ -100,7 +102,7 @@ def test_every_cell_is_in_the_table_with_all_its_digits(source: Source, read: Re
     for record in records:
         for name in METRIC_COLUMNS:
             shown, value = read.value(record["key"], name), record["metrics"].get(name, math.nan)
-            # Written by repr, a float is read back to the last bit.
+            # repr writes a float with all its digits.
             assert (float(shown) if shown else math.nan) == pytest.approx(value, abs=0, nan_ok=True)
 
 
@@ -110,7 +112,7 @@ def test_a_page_fetches_nothing(read: Read) -> None:
     assert "connect-src" not in read.policy
 
 
-def test_every_chart_is_there_and_every_panel_has_its_figure(read: Read) -> None:
+def test_the_page_has_every_chart_and_a_figure_for_every_panel(read: Read) -> None:
     figures = read.figures
     assert list(figures) == CHARTS
     assert read.panels == [(name, i) for name in CHARTS for i in range(len(figures[name]))]
@@ -119,10 +121,11 @@ def test_every_chart_is_there_and_every_panel_has_its_figure(read: Read) -> None
 
 
 def test_a_chart_says_where_its_numbers_are(read: Read) -> None:
-    here = [name for name, told in read.told.items() if told.endswith("the table has its numbers")]
+    labels = read.labels
+    here = [name for name, text in labels.items() if text.endswith("the table has its numbers")]
     assert here == ["curves", "heatmaps", "pareto"]
-    assert read.told["drift"].endswith("the token table among the cell's results has its numbers")
-    assert read.told["cost"].endswith("as seconds/STAGE")
+    assert labels["drift"].endswith("the token table among the cell's results has its numbers")
+    assert labels["cost"].endswith("as seconds/STAGE")
 
 
 def test_plotly_knows_every_property_of_the_figures(read: Read) -> None:
@@ -130,7 +133,7 @@ def test_plotly_knows_every_property_of_the_figures(read: Read) -> None:
 
     for several in read.figures.values():
         for made in several:
-            go.Figure(made)  # raises ValueError at what its schema does not have
+            go.Figure(made)  # raises ValueError for a property that plotly does not have
 
 
 def test_the_same_results_are_the_same_page(source: Source) -> None:
@@ -145,7 +148,7 @@ def test_a_page_names_its_sweep_its_versions_and_how_to_make_it(read: Read) -> N
     assert "btu launch SWEEP.yaml btu report likely --html likely.html" in words
 
 
-def test_marks_are_told_with_the_numbers_of_their_cells(read: Read) -> None:
+def test_marks_are_listed_with_the_numbers_of_their_cells(read: Read) -> None:
     words = " ".join(read.words.split())
     # At rate 0.01 the made attacks reach 1 - exp(-0.6) = 0.45.
     assert re.search(r"16 cells: attack failed \(undefended ASR under 0\.5", words)
@@ -156,40 +159,40 @@ def test_names_are_text_and_no_markup() -> None:
     (record,) = records_of(("badnets", 0.1, 0, "contrast", 4.5))
     record["config"]["attack"]["name"] = "</script><script>alert(1)</script>"
     record["tags"] = {"code": "<img src=http://x>"}
-    text = page(Held([record]))
+    text = page(Given([record]))
     assert "<script>alert" not in text
     assert "<img" not in text
     read = Read(text)
     assert "</script><script>alert(1)" in read.words
     (bar,) = [y for trace in read.figures["cost"][0]["data"][:1] for y in trace["y"]]
-    assert bar.startswith("&lt;/script&gt;")  # plotly takes a part of HTML
+    assert bar.startswith("&lt;/script&gt;")  # plotly interprets some HTML
 
 
 def test_failed_cells_are_counted_by_reason() -> None:
     failed = [{"reason": "loss became nan\nepoch 2"}] * 2 + [{"reason": "out of memory"}]
     records = records_of(("badnets", 0.1, 0, "contrast", 4.5))
-    words = " ".join(Read(page(Held(records, failed))).words.split())
+    words = " ".join(Read(page(Given(records, failed))).words.split())
     assert "3 failed" in words
     assert "2: loss became nan 1: out of memory" in words
 
 
-def test_run_ids_are_shown_where_there_are_some() -> None:
+def test_run_ids_are_shown_if_any_cell_has_one() -> None:
     records = records_of(("badnets", 0.1, 0, "contrast", 4.5), ("badnets", 0.1, 1, "contrast", 4.5))
-    assert "run_id" not in Read(page(Held(records))).heads
+    assert "run_id" not in Read(page(Given(records))).heads
     records[0]["run_id"] = "abc"
-    read = Read(page(Held(records)))
+    read = Read(page(Given(records)))
     assert [read.value(key, "run_id") for key in ("0000", "0001")] == ["abc", ""]
 
 
 def test_without_a_finished_cell_there_is_no_page() -> None:
-    with pytest.raises(UserError, match="sweep 'held' has no finished cell yet; launch it first"):
-        page(Held([]))
+    with pytest.raises(UserError, match="sweep 'given' has no finished cell yet; launch it first"):
+        page(Given([]))
 
 
 # What is drawn ---------------------------------------------------------------------------------
 
 
-def test_a_curve_of_one_seed_has_the_records_own_numbers() -> None:
+def test_a_curve_of_one_seed_has_exactly_the_numbers_of_its_records() -> None:
     records = records_of(*(("badnets", 0.1, 0, "contrast", bar) for bar in (9.0, 2.0, 4.5)))
     (panel,) = chart("curves", records).panels
     assert panel.title == "badnets, rate 0.1"
@@ -223,7 +226,7 @@ def test_without_fixed_trigger_tokens_the_rows_are_counted() -> None:
     assert "token precision" not in labels
 
 
-def test_rules_have_panels_of_their_own() -> None:
+def test_each_rule_has_its_own_panel() -> None:
     records = records_of(*(("badnets", 0.1, 0, rule, bar) for rule in ("contrast", "mad")
                            for bar in (2.0, 4.5)))  # fmt: skip
     titles = [panel.title for panel in chart("curves", records).panels]
@@ -242,8 +245,8 @@ def test_settings_that_differ_are_not_averaged() -> None:
     ]
 
 
-def test_versions_of_a_stage_are_of_the_defense_and_not_of_the_place() -> None:
-    # btu at 4.5 was computed again at rate 0.1. Recipes differ by defense, and at rate 0.
+def test_versions_of_a_stage_distinguish_defenses_and_not_places() -> None:
+    # btu at 4.5 has two versions at rate 0.1. Recipes also differ by defense and at rate 0.
     records = records_of(
         *(("badnets", 0.1, 0, "contrast", bar) for bar in (2.0, 4.5, 4.5)),
         ("badnets", 0.1, 0, None, None),
@@ -269,16 +272,16 @@ def test_versions_of_a_stage_are_of_the_defense_and_not_of_the_place() -> None:
     assert all(panel.heat is not None and panel.heat.rows == ["badnets"] for panel in maps)
 
 
-def test_what_cannot_be_drawn_is_said() -> None:
+def test_a_chart_without_data_has_a_note() -> None:
     made = charts(records_of(("badnets", 0.1, 0, None, None)), lambda key: None)
     notes = {one.name: " ".join(one.notes) for one in made if not one.panels}
     assert set(notes) == {"curves", "heatmaps", "drift"}
     assert "1 cells of no known detection rule have no threshold" in notes["curves"]
-    assert "One attack at one rate is no map" in notes["heatmaps"]
+    assert "All cells have one attack and one rate" in notes["heatmaps"]
     assert "No defense here measures a drift" in notes["drift"]
 
 
-def test_other_defenses_are_drawn_where_they_have_numbers() -> None:
+def test_other_defenses_are_drawn_in_the_charts_that_they_have_numbers_for() -> None:
     records = records_of(("badnets", 0.1, 0, "contrast", 4.5), ("badnets", 0.1, 0, None, None),
                          ("badnets", 0.05, 0, None, None))  # fmt: skip
     records[1]["config"]["defense"] = {"name": "onion", "bar": 0.5}
@@ -292,7 +295,7 @@ def test_other_defenses_are_drawn_where_they_have_numbers() -> None:
 
 
 def test_a_map_has_the_mean_of_its_seeds_and_marks_it() -> None:
-    # 0.2 and 0.4 at rate 0.1: mean 0.3, whose second seed lost more than 0.05 of its accuracy.
+    # 0.2 and 0.4 at rate 0.1: mean 0.3. The second seed lost more than 0.05 of its accuracy.
     fine, lost = {"cacc": 0.9, "tuned_cacc": 0.9}, {"cacc": 0.8, "tuned_cacc": 0.9}
     records = records_of(
         ("badnets", 0.1, 0, "contrast", 4.5, {"asr": 0.2, **fine}),
@@ -308,9 +311,9 @@ def test_a_map_has_the_mean_of_its_seeds_and_marks_it() -> None:
     assert trace["text"] == [["", "70.0"], ["30.0 \N{DAGGER}", ""]]
 
 
-def test_a_seed_with_more_cells_weighs_no_more_in_what_all_cells_have() -> None:
+def test_a_seed_with_more_cells_has_no_more_weight_in_metrics_that_all_cells_have() -> None:
     # Undefended 0.9 at seed 0, in three cells, and 0.5 at seed 1, in one: 0.7 over seeds, not the
-    # 0.8 over cells. Tuned likewise 0.8 and 0.4: 0.6, not 0.7.
+    # 0.8 over cells. Tuned, in the same way: 0.8 and 0.4 give 0.6, not 0.7.
     first = {"undefended_asr": 0.9, "undefended_cacc": 0.9, "tuned_asr": 0.8, "tuned_cacc": 0.8}
     second = {"undefended_asr": 0.5, "undefended_cacc": 0.5, "tuned_asr": 0.4, "tuned_cacc": 0.4}
     records = records_of(
@@ -327,7 +330,7 @@ def test_a_seed_with_more_cells_weighs_no_more_in_what_all_cells_have() -> None:
         assert (drawn.x, drawn.y) == ([pytest.approx(mean)], [pytest.approx(mean)])
 
 
-def test_a_front_holds_what_nothing_else_beats() -> None:
+def test_a_front_has_the_points_that_no_other_beats() -> None:
     # (0.1, 0.8), (0.2, 0.9), (0.5, 0.95) improve in turn; (0.3, 0.85) and the second (0.2, 0.9)
     # do not, and (0.1, 0.7) has the ASR of the first with less accuracy.
     asr, cacc = [0.5, 0.1, 0.3, 0.2, 0.2, 0.1], [0.95, 0.8, 0.85, 0.9, 0.9, 0.7]
@@ -381,7 +384,7 @@ def test_long_arrays_keep_every_bit() -> None:
     assert packed.tolist() == series(panel, "not flagged").y
 
 
-def test_more_flags_than_a_page_carries_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flagged_tokens_that_are_not_drawn_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(charts_module, "MOST_FLAGGED", 10)
     tokens = drifts("badnets", 0.1, 0, 600).assign(flagged=lambda t: t["token_id"] < 50)
     made = drift_chart(tokens)
@@ -396,25 +399,25 @@ def test_markup_in_a_token_is_shown_as_it_is() -> None:
     (panel,) = drift_chart(tokens).panels
     (trace,) = [t for t in figure(panel)["data"] if t["name"] == "trigger, flagged"]
     assert trace["text"] == ["&lt;b&gt;$x$&lt;/b&gt;"]
-    figures_module.chart_figure([panel])  # matplotlib would raise at mathematics that is none
+    draw([panel])  # matplotlib would raise on invalid mathematics
 
 
 def test_tokens_of_infinite_drift_are_counted_and_not_drawn() -> None:
     tokens = drifts("badnets", 0.1, 0, 600).assign(flagged=lambda t: t["token_id"] < 50)
     tokens.loc[tokens.index[:2], ["drift_3", "count"]] = [math.inf, 7]
     made = drift_chart(tokens)
-    assert "2 tokens of infinite drift are not drawn" in " ".join(made.notes)
+    assert "2 tokens with infinite drift are not drawn" in " ".join(made.notes)
     drawn = [y for one in made.panels[0].series for y in one.y]
     assert drawn
     assert all(math.isfinite(y) for y in drawn)
-    json.dumps(figure(made.panels[0]), allow_nan=False)  # raises at what a page cannot hold
+    json.dumps(figure(made.panels[0]), allow_nan=False)  # raises on what JSON lacks
 
 
 # Cost ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", ["contrast", None])
-def test_the_stages_of_a_cell_make_its_seconds(rule: str | None) -> None:
+def test_the_seconds_of_a_cell_are_the_sum_of_its_stages(rule: str | None) -> None:
     # Without a defense one evaluation has two names.
     (record,) = records_of(("badnets", 0.1, 0, rule, 4.5 if rule else None))
     assert sum(stage_seconds(record).values()) == pytest.approx(record["metrics"]["seconds"])
@@ -422,8 +425,8 @@ def test_the_stages_of_a_cell_make_its_seconds(rule: str | None) -> None:
 
 @pytest.mark.parametrize(("total", "counted"), [(11.0, False), (13.5, True)])
 def test_clean_tuning_is_evaluated_once_under_two_names(total: float, counted: bool) -> None:
-    # 2.6 + 2.5 + 5.9 = 11: there the defended model is the tuned one. At 13.5 another model took
-    # 2.5 seconds too.
+    # 2.6 + 2.5 + 5.9 = 11: the defended model is the tuned one. 13.5: the two are different models
+    # that took equally long.
     took = {"evaluate undefended": 2.6, "evaluate tuned": 2.5, "evaluate defended": 2.5,
             "poisoned fine-tune": 5.9}  # fmt: skip
     metrics = {f"seconds/{name}": seconds for name, seconds in took.items()}
@@ -450,10 +453,10 @@ def test_figures_are_the_pages_charts_as_files(source: Source, tmp_path: Path) -
 
 
 def test_figures_of_the_same_results_are_the_same_bytes(tmp_path: Path) -> None:
-    held = Held(records_of(*(("badnets", 0.1, 0, "contrast", bar) for bar in (2.0, 4.5))))
+    source = Given(records_of(*(("badnets", 0.1, 0, "contrast", bar) for bar in (2.0, 4.5))))
     for suffix in ("png", "svg", "pdf"):
         first, again = (
-            write_figures(held, tmp_path / name, (suffix,))[0].read_bytes() for name in "ab"
+            write_figures(source, tmp_path / name, (suffix,))[0].read_bytes() for name in "ab"
         )
         assert first == again
 
@@ -462,24 +465,24 @@ def test_many_panels_go_on_in_further_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(figures_module, "MOST_PANELS", 2)
-    held = Held(records_of(*(("badnets", rate, 0, "contrast", bar) for rate in (0.01, 0.05, 0.1)
+    source = Given(records_of(*(("badnets", rate, 0, "contrast", bar) for rate in (0.01, 0.05, 0.1)
                              for bar in (2.0, 4.5))))  # fmt: skip
-    names = [path.name for path in write_figures(held, tmp_path, ("pdf",))]
+    names = [path.name for path in write_figures(source, tmp_path, ("pdf",))]
     assert names[:2] == ["curves.pdf", "curves-2.pdf"]
 
 
-def test_figures_refuse_what_they_cannot_do(tmp_path: Path) -> None:
-    held = Held(records_of(("badnets", 0.1, 0, "contrast", 4.5)))
+def test_figures_refuse_what_they_cannot_write(tmp_path: Path) -> None:
+    source = Given(records_of(("badnets", 0.1, 0, "contrast", 4.5)))
     with pytest.raises(UserError, match=r"unknown figure format 'jpg'.*known: pdf, png, svg"):
-        write_figures(held, tmp_path, ("jpg",))
+        write_figures(source, tmp_path, ("jpg",))
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(UserError, match="is a file; name a folder for the figures"):
-        write_figures(held, file)
+        write_figures(source, file)
     with pytest.raises(UserError, match=r"file/in cannot be written \(Not a directory\)"):
-        write_figures(held, file / "in")
+        write_figures(source, file / "in")
     with pytest.raises(UserError, match="no finished cell yet"):
-        write_figures(Held([]), tmp_path)
+        write_figures(Given([]), tmp_path)
 
 
 def test_a_page_that_the_disk_does_not_take_leaves_nothing_behind(
@@ -489,10 +492,10 @@ def test_a_page_that_the_disk_does_not_take_leaves_nothing_behind(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "replace", full)
-    held = Held(records_of(("badnets", 0.1, 0, "contrast", 4.5)))
-    told = r"--html \S+page\.html cannot be written \(No space left on device\)"
-    with pytest.raises(UserError, match=told):
-        write_page(held, tmp_path / "page.html")
+    source = Given(records_of(("badnets", 0.1, 0, "contrast", 4.5)))
+    error = r"--html \S+page\.html cannot be written \(No space left on device\)"
+    with pytest.raises(UserError, match=error):
+        write_page(source, tmp_path / "page.html")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -515,7 +518,7 @@ def test_report_writes_page_and_figures_beside_the_table(
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "error"),
     [
         ("page.pdf", r"page\.pdf must end in \.html or \.htm"),
         ("absent/page.html", r"the folder \S+absent does not exist; make it first"),
@@ -523,12 +526,12 @@ def test_report_writes_page_and_figures_beside_the_table(
     ],
 )
 def test_a_page_that_cannot_be_written_is_refused_first(
-    path: str, told: str, tmp_path: Path, run_cli: Callable[..., Any]
+    path: str, error: str, tmp_path: Path, run_cli: Callable[..., Any]
 ) -> None:
     (tmp_path / "folder.html").mkdir()
     ran = run_cli("report", "no-such-sweep", "--output", tmp_path, "--html", tmp_path / path)
     assert ran.code == 2
-    assert re.search(told, ran.err)
+    assert re.search(error, ran.err)
 
 
 @pytest.mark.parametrize("option", ["--figures", "--paper"])
@@ -538,14 +541,14 @@ def test_a_folder_that_cannot_be_written_is_refused_first(
     (tmp_path / "file").touch()
     ran = run_cli("report", "no-such-sweep", "--output", tmp_path, option, tmp_path / "file" / "x")
     assert ran.code == 2
-    told = rf"{option} \S+file/x cannot be written: \S+file is no folder"
-    assert re.search(told, ran.err)
+    error = rf"{option} \S+file/x cannot be written: \S+file is no folder"
+    assert re.search(error, ran.err)
 
 
 def test_folders_without_permission_are_refused_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Root may write anywhere, so the answer is given here.
+    # Root may write anywhere, so os.access is replaced.
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(UserError, match=r"page\.html: the folder \S+ must be writable"):
         check_page(tmp_path / "page.html")

@@ -9,8 +9,8 @@
   const heads = all("th", byId("table"));
   const names = heads.map((head) => head.dataset.name);
   const scales = heads.map((head) => Number(head.dataset.scale));
-  // A cell's digits, or what it shows where that is all there is. Cells are read when they are asked
-  // for: to read all of a thousand rows takes half a second.
+  // The number with all digits, or the text if the cell has no more digits. Cells are read on demand,
+  // because reading a thousand rows takes half a second.
   const valueOf = (entry, column) =>
     entry.cells[column].getAttribute("data-v") ?? textOf(entry, column);
   const textOf = (entry, column) => entry.cells[column].textContent;
@@ -41,7 +41,7 @@
       return { entry, text, absent: text === "" || text === "-",
         number: isNumber(text) ? Number(text) : null };
     });
-    // What is undefined stands last either way.
+    // Undefined values come last in both directions.
     keyed.sort((a, b) => (a.absent || b.absent ? a.absent - b.absent : sign * compare(a, b)));
     entries = keyed.map(({ entry }) => entry);
     body.append(...entries.map(({ row }) => row));
@@ -58,7 +58,7 @@
     if (column < 0) return (entry) => allOf(entry).includes(word);
     if (!isNumber(parts[3]))
       return (entry) => parts[2] === "=" && textOf(entry, column).toLowerCase() === parts[3];
-    // Nobody types all the digits: equal is what is shown as that number.
+    // Compare with the rounded number, because users type what the table shows.
     if (parts[2] === "=")
       return (entry) => isNumber(textOf(entry, column))
         && Number(textOf(entry, column)) === Number(parts[3]);
@@ -87,7 +87,7 @@
   form.addEventListener("reset", () => setTimeout(filter));
   form.addEventListener("submit", (event) => event.preventDefault());
 
-  // A row that a filter hides cannot be gone to: the filters give way.
+  // Clear the filters if they hide the row that a link goes to.
   const show = (hash) => {
     const row = hash.startsWith("#cell-") ? byId(hash.slice(1)) : null;
     if (!row?.hidden) return null;
@@ -95,7 +95,7 @@
     filter();
     return row;
   };
-  // Before the browser goes there: going to the same row again changes no hash.
+  // On click, because a second link to the same row does not change the hash.
   document.addEventListener("click", ({ target }) => show(target.closest("a")?.hash ?? ""));
   addEventListener("hashchange", () => show(location.hash)?.scrollIntoView());
 
@@ -165,10 +165,10 @@
       if (hidden.has(seriesKey(chart, labelOf(trace)))) trace.visible = false;
     drawn.add(plot);
     return window.Plotly.newPlot(plot, data, layoutOf(layout), {
-      // Its buttons would be seven stops of the tab key in every chart.
+      // The buttons of the bar would add seven tab stops to every chart.
       displayModeBar: false, responsive: true });
   };
-  // One that fails says so, and leaves the others to be drawn.
+  // Report a chart that fails and draw the others.
   const attempt = async (plot) => {
     try {
       await draw(plot);
@@ -210,11 +210,11 @@
     const plots = all(".plot");
     if (plots.length) {
       if (!("DecompressionStream" in window)) {
-        trouble("This browser is too old to draw the charts; the table works.");
+        trouble("This browser cannot unpack the charts (it lacks DecompressionStream); use a newer one. The table works.");
         return;
       }
       await unpack();
-      // One at a time, so that the page answers in between.
+      // Draw one chart at a time, so that the page responds between two.
       const queue = [];
       let busy = false;
       const next = async () => {

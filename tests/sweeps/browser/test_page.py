@@ -61,7 +61,7 @@ def test_the_page_opens_from_disk_and_draws_every_chart(
     tab = open_tab(file.as_uri(), scheme)
     draw_all(tab.page)
     assert tab.page.locator(".plot .main-svg").count() > 0
-    # Marks of every kind: lines with points, maps, bars.
+    # Each kind of drawing: lines with points, maps, bars.
     for part in ("curves .scatterlayer .js-line", "curves .points path", "heatmaps .hm image, "
                  "#heatmaps .heatmaplayer", "pareto .points path", "drift .points path",
                  "drift .textpoint", "cost .barlayer .point"):  # fmt: skip
@@ -108,14 +108,14 @@ def test_sorting_sorts_by_value_both_ways(
     head.locator("button").click()
     assert [float(text) for text in shown(page, "asr")] == expected[::-1]
     assert head.get_attribute("aria-sort") == "descending"
-    # What is undefined stands last either way: no defense flags nothing and nothing wrong.
+    # Undefined values are last in both directions: cells without a defense have no flagged tokens.
     for _ in range(2):
         page.locator('th[data-name="flagged"] button').click()
         assert shown(page, "flagged")[-8:] == [""] * 8
     assert head.get_attribute("aria-sort") == "none"
 
 
-def test_filters_leave_the_rows_that_they_name(
+def test_filters_keep_the_rows_that_match(
     file: Path, source: Source, open_tab: Callable[..., Any]
 ) -> None:
     page = open_tab(file.as_uri()).page
@@ -162,14 +162,14 @@ def test_a_series_can_be_hidden(file: Path, open_tab: Callable[..., Any]) -> Non
     button = tab.page.locator('#curves .legend button[data-series="token recall"]')
     button.click()
     assert button.get_attribute("aria-pressed") == "false"
-    # One in each of four panels, and bands where the seeds differ.
+    # Each of four panels has one line, and a band where the seeds differ.
     assert lines.count() <= before - 4
     button.click()
     assert lines.count() == before
     assert tab.errors == []
 
 
-def test_the_page_is_used_by_keyboard(file: Path, open_tab: Callable[..., Any]) -> None:
+def test_the_page_can_be_used_by_keyboard(file: Path, open_tab: Callable[..., Any]) -> None:
     tab = open_tab(file.as_uri())
     page = tab.page
     focused = "document.activeElement"
@@ -197,7 +197,7 @@ def test_the_page_is_used_by_keyboard(file: Path, open_tab: Callable[..., Any]) 
 
 def test_a_mark_leads_to_its_cell(file: Path, open_tab: Callable[..., Any]) -> None:
     page = open_tab(file.as_uri()).page
-    # So low that most of the table is beyond its frame, so narrow that its header has three lines.
+    # The frame shows only a part of the table, and the header has three lines.
     page.set_viewport_size({"width": 600, "height": 500})
     page.get_by_text("Each marked cell").click()
     links = page.locator(".marked a")
@@ -206,7 +206,7 @@ def test_a_mark_leads_to_its_cell(file: Path, open_tab: Callable[..., Any]) -> N
     link = links.nth(keys.index(middle))
 
     def seen() -> bool:
-        """Return whether the row is below the header and above the frame's lower end."""
+        """Return whether the row is visible between the header and the lower end of the frame."""
         row, head, frame = (page.locator(one).bounding_box() for one in
                             ("tr:target", "th >> nth=0", ".scroll"))  # fmt: skip
         if row is None:
@@ -218,7 +218,7 @@ def test_a_mark_leads_to_its_cell(file: Path, open_tab: Callable[..., Any]) -> N
     assert page.evaluate("document.querySelector('tr:target').id") == f"cell-{middle}"
     assert re.fullmatch(r"[0-9a-f]{24}", middle)
     assert seen()
-    # A filter that hides it gives way, also where the address has it already.
+    # Filters that hide the row are cleared, even if the address names the row already.
     for go in (link.click, links.first.click, page.go_back):
         page.fill("#search", "no such cell")
         page.wait_for_selector("#count:text('0 of 32 cells')")
@@ -226,7 +226,7 @@ def test_a_mark_leads_to_its_cell(file: Path, open_tab: Callable[..., Any]) -> N
         page.wait_for_selector("#count:text('32 of 32 cells')")
         assert page.input_value("#search") == ""
         assert seen()
-    # One that shows it stays.
+    # A filter that shows the row is kept.
     page.fill("#search", middle)
     link.click()
     assert page.locator("#count").inner_text() == "1 of 32 cells"
