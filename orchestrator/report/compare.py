@@ -18,7 +18,8 @@ from orchestrator.report.table import CONFIG_COLUMNS, PLAIN, in_order
 from orchestrator.sweep.sections import CONTROL
 from orchestrator.sweep.tree import flatten
 
-COMPARED = ("asr", "cacc", "ftr", "detection_precision", "seconds")
+# The metrics that are compared unless others are named.
+COMPARED = tuple(name for name, entry in METRICS.items() if entry.compared)
 # What a cell is of. Cells that differ here are never the same cell; elsewhere a setting that each
 # side has one value of is what the comparison is about.
 OF_THE_CELL = ("seed", "attack.", "data.", "victim.")

@@ -25,7 +25,7 @@ import pandas as pd
 from btu.attacks.poisoning import ATTACKS, PoisonSpec
 from btu.defenses.base import DEFENSES
 from btu.errors import UserError
-from btu.metrics import METRICS
+from btu.metrics import GROUPS, METRICS
 from orchestrator.report import latex
 from orchestrator.report.marks import GUARDS, joined, marks
 from orchestrator.report.statistics import ties_with_best
@@ -49,43 +49,32 @@ if TYPE_CHECKING:
 # What tells the rows that compete with each other apart: the defense and its settings.
 # The versions of its stages are of it too: the recipe is that of all stages of a cell.
 OF_THE_DEFENSE = ("defense", "alpha", CONTROL, RECIPE)
-# Metrics of which the best is bold. Marks with which a row does not compete: its numbers mislead.
-COMPETED = ("asr", "ftr", "cacc", "detection_precision", "detection_recall")
+# A row with one of these marks does not compete for the best value: its numbers mislead.
 OUT_OF_COMPETITION = ("attack failed", "cacc collapse")
-HEADS = {
-    "asr": "ASR",
-    "cacc": "CACC",
-    "ftr": "FTR",
-    "undefended_asr": "ASR",
-    "undefended_cacc": "CACC",
-    "tuned_asr": "ASR",
-    "tuned_cacc": "CACC",
-    "detection_precision": "precision",
-    "detection_recall": "recall",
-    "flagged": "flagged",
-    "sample_precision": "precision",
-    "sample_recall": "recall",
-    "target_found": "found",
-    "frr": "FRR",
-    "far": "FAR",
-    "trigger_removed": "removed",
-    "seconds_defense": "defense",
-    "seconds": "seconds",
-}
-EFFECT = {
-    "undefended": ("undefended_asr", "undefended_cacc"),
-    "clean-tuned": ("tuned_asr", "tuned_cacc"),
-    "defended": ("asr", "ftr", "cacc"),
-}
-# Those of other defenses than btu are shown where `metric_columns` has them.
-DETECTION = {
-    "flagged tokens": ("detection_precision", "detection_recall", "flagged"),
-    "flagged rows": ("sample_precision", "sample_recall"),
-    "target": ("target_found",),
-    "screening": ("frr", "far", "trigger_removed"),
-    "cost": ("seconds_defense", "seconds"),
-}
-_TOLD = {
+# The groups of metrics in the first table; the second table has all others.
+SCORES = ("undefended", "clean-tuned", "defended")
+
+
+def _metrics_of(group: str) -> tuple[str, ...]:
+    """Return the metrics of a group with a column: those of which a lower value is better first."""
+    found = [name for name, entry in METRICS.items() if entry.group == group]
+    if group in SCORES:
+        found.sort(key=lambda name: METRICS[name].higher_is_better is not False)
+    return tuple(found)
+
+
+EFFECT = {group: _metrics_of(group) for group in SCORES}
+# Metrics that not every table has are shown where `metric_columns` has them.
+DETECTION = {group: _metrics_of(group) for group in GROUPS if group not in SCORES}
+# Metrics of which the best value is bold. Seconds depend on the hardware as well.
+COMPETED = tuple(
+    name
+    for part in (*EFFECT.values(), *DETECTION.values())
+    for name in part
+    if METRICS[name].always and METRICS[name].fraction
+    if METRICS[name].higher_is_better is not None
+)
+_CAPTIONS = {
     "flagged rows": "Flagged rows: against the poisoned training rows.",
     "target": "Target: cells in which the defense names the target class.",
     "screening": "Screening: clean rows turned away (FRR), triggered rows let through (FAR), and "
@@ -229,7 +218,7 @@ def effect_table(means: pd.DataFrame) -> str:
     """Return the table of what the attack and the defense do, in LaTeX."""
     what = "Attack success rate (ASR), false trigger rate (FTR) and clean accuracy (CACC) of the "
     what += "poisoned model, of the same model after clean tuning alone, and of the defended one."
-    return _results("effect", what, EFFECT, means)
+    return _results("effect", what, _shown(EFFECT, means), means)
 
 
 def detection_table(means: pd.DataFrame) -> str:
@@ -237,13 +226,15 @@ def detection_table(means: pd.DataFrame) -> str:
     what = "Flagged tokens against the tokens of the trigger, and wall time of a cell in seconds, "
     what += "with the stages that it shares with others"
     what += " (defense: its own stages)." if "seconds_defense" in means else "."
-    groups = {
-        title: shown
-        for title, part in DETECTION.items()
-        if (shown := [metric for metric in part if metric in means])
-    }
-    what = " ".join((what, *(told for title, told in _TOLD.items() if title in groups)))
+    groups = _shown(DETECTION, means)
+    what = " ".join((what, *(text for title, text in _CAPTIONS.items() if title in groups)))
     return _results("detection", what, groups, means)
+
+
+def _shown(groups: Mapping[str, Sequence[str]], means: pd.DataFrame) -> dict[str, Sequence[str]]:
+    """Return the groups with the metrics that `mean_table` has, without empty groups."""
+    found = {title: [name for name in part if name in means] for title, part in groups.items()}
+    return {title: part for title, part in found.items() if part}
 
 
 def _results(name: str, what: str, groups: Mapping[str, Sequence[str]], means: pd.DataFrame) -> str:
@@ -269,7 +260,7 @@ def _results(name: str, what: str, groups: Mapping[str, Sequence[str]], means: p
         rules.append(rf"\cmidrule(lr){{{column}-{column + len(part) - 1}}}")
         column += len(part)
     names = [_NAMES.get(c, latex.escaped(c.removeprefix("defense."))) for c in shown]
-    names += [HEADS[metric] for metric in metrics] + ["marks"] * marked
+    names += [METRICS[metric].head for metric in metrics] + ["marks"] * marked
     head = [
         " & ".join(spans) + " &" * marked + r" \\",
         "".join(rules),
@@ -331,7 +322,7 @@ def _notes(means: pd.DataFrame, metrics: Sequence[str]) -> list[str]:
     undefined = [name for name in metrics if means[name].isna().any()]
     if not undefined:
         return []
-    names = latex.listed(list(dict.fromkeys(HEADS[name] for name in undefined)))
+    names = latex.listed(list(dict.fromkeys(METRICS[name].head for name in undefined)))
     return [
         f"{FOOTNOTE}: {names} undefined: the attack has no fixed trigger tokens, there is nothing "
         "to find, nothing was flagged, or no defense of the kind that has it."

@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from btu.metrics import METRICS
 from orchestrator.report import marks
 from orchestrator.report.charts import cell_table
 from orchestrator.report.figures import write_figures
@@ -32,8 +33,8 @@ from orchestrator.results.folder import MEANS_TABLE, SWEEP
 from orchestrator.results.source import Snapshot, Source
 from orchestrator.sweep.sections import CONTROL
 
-# The metrics of a group of seeds that the summary run shows as its own; its tables have all.
-SHOWN = ("asr", "cacc", "detection_precision", "detection_recall")
+# The metrics that the summary run has for each group of seeds; its tables have all metrics.
+SHOWN = tuple(name for name, entry in METRICS.items() if entry.summarized)
 # Of a metric's name; MLflow takes 250.
 LABEL_CHARACTERS = 200
 MEANS, CELLS = "means.csv", "cells.csv"

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from btu.errors import unknown
-from btu.metrics import METRICS
+from btu.metrics import COUNT, METRICS
 from orchestrator.report.marks import GUARDS, joined, marks
 from orchestrator.report.statistics import half_width
 from orchestrator.sweep.sections import CONTROL, NAMED_SECTIONS
@@ -24,34 +24,15 @@ CONFIG_COLUMNS = {
     "alpha": "defense.alpha",
     "seed": "seed",
 }
-METRIC_COLUMNS = (
-    "asr",
-    "cacc",
-    "ftr",
-    "detection_precision",
-    "detection_recall",
-    "flagged",
-    "undefended_asr",
-    "undefended_cacc",
-    "tuned_asr",
-    "tuned_cacc",
-    "seconds",
-)
-# Shown where a table compares defenses, if any of its cells has them.
-DEFENSE_COLUMNS = (
-    "sample_precision",
-    "sample_recall",
-    "target_found",
-    "frr",
-    "far",
-    "trigger_removed",
-    "seconds_defense",
-)
+METRIC_COLUMNS = tuple(name for name, entry in METRICS.items() if entry.always)
+# Shown only in tables that compare defenses, if one of their cells has the metric.
+DEFENSE_COLUMNS = tuple(name for name, entry in METRICS.items() if entry.head and not entry.always)
 ALL_METRICS = (*METRIC_COLUMNS, *DEFENSE_COLUMNS)
 MARKS = "marks"
 RECIPE = "revision.recipe"
-# Shown as they are; every other metric is a fraction and is shown in percent.
+# Shown as they are. Every other metric is a fraction and is shown in percent.
 PLAIN = frozenset(name for name, entry in METRICS.items() if not entry.fraction)
+COUNTS = frozenset(name for name, entry in METRICS.items() if entry.unit == COUNT)
 
 
 def results_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -246,7 +227,7 @@ def reading(metric: str, value: float, *, half: bool = False) -> str:
     if pd.isna(value):
         return "-"
     shown = value if metric in PLAIN else value * 100
-    whole = metric == "flagged" and not half and float(shown).is_integer()
+    whole = metric in COUNTS and not half and float(shown).is_integer()
     return f"{shown:.0f}" if whole else f"{shown:.1f}"
 
 
