@@ -60,7 +60,15 @@ from btu.defenses.base import CLEAN_ROWS, POISONED_MODEL, Given
 from btu.errors import UserError, unknown
 from btu.findings import Suspects
 from btu.foundation import Foundation, tune
-from btu.rules.base import DEFAULT_RULE, RULES, Evidence, flag, suspicion, suspicion_bar
+from btu.rules.base import (
+    DEFAULT_RULE,
+    RULES,
+    TOP_FRACTION,
+    Evidence,
+    flag,
+    suspicion,
+    suspicion_bar,
+)
 from btu.seeding import derive_seed
 from btu.settings import SCHEDULES, TrainSettings, check_positive
 from btu.stage_files import (
@@ -84,7 +92,6 @@ if TYPE_CHECKING:
 
 DRIFT = "drift.safetensors"
 ROUNDS = (1, 2, 3)
-TOP_FRACTION = "top_fraction"
 # Training rows that tell what a cut does; more would tell it hardly better and take longer.
 FLIP_ROWS = 512
 CHOICES = {

@@ -15,7 +15,13 @@ import pandas as pd
 
 from btu.rules.base import RULES
 from orchestrator.report.marks import joined, marks
-from orchestrator.report.table import CONFIG_COLUMNS, RECIPE, coordinates, in_order
+from orchestrator.report.table import (
+    CONFIG_COLUMNS,
+    RECIPE,
+    THRESHOLD_COLUMNS,
+    coordinates,
+    in_order,
+)
 from orchestrator.report.thresholds import threshold_cells
 
 # Okabe-Ito without yellow and black, which vanish on white and on black: told apart by the
@@ -147,15 +153,16 @@ def cell_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     if table.empty:
         return table.assign(setting="", family="", variant="", place="")
     own = [n for n in names if n.startswith("defense.")]
-    knobs = ("alpha", "defense.threshold")
     further = (*CONFIG_COLUMNS, "control", RECIPE)
     places = [name for name in names if name not in further and name not in own]
     table["place"] = table["attack"].map(_short) + _words(table, ["attack"], places)
     rates = [f", rate {_short(rate)}" for rate in table["poison_rate"]]
     table["setting"] = table["place"] + rates
     defenses = table["defense"].map(_short)
-    table["family"] = defenses + _words(table, ["defense"], [n for n in own if n not in knobs])
-    bars = _words(table, ["family"], [n for n in knobs if n in names])
+    table["family"] = defenses + _words(
+        table, ["defense"], [n for n in own if n not in THRESHOLD_COLUMNS]
+    )
+    bars = _words(table, ["family"], [n for n in THRESHOLD_COLUMNS if n in names])
     # Other attacks and rates have other stages: a recipe tells versions apart within a setting.
     recipes = _words(table, ["setting", "family"], [n for n in names if n == RECIPE])
     table["family"] += recipes

@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 
 from btu.errors import UserError
-from btu.rules.base import RULES, Rule
+from btu.rules.base import RULES, THRESHOLD_IN_WORDS, Rule
 from btu.seeding import derive_seed
 from btu.types import FloatArray
 from orchestrator.report.marks import ATTACK_BAR, attack_failed
-from orchestrator.report.thresholds import Cells, falls
+from orchestrator.report.thresholds import ThresholdCells, falls
 
 # Losses are differences of fractions: 0.9 - 0.89 is above 0.01 by rounding.
 ROUNDING = 1e-9
@@ -89,7 +89,7 @@ def oracle(group: pd.DataFrame, rule: Rule, loss: float) -> int | None:
     return int(min(within, key=lambda i: (asr[i], -cacc[i], flagged[i], -mildness[i])))
 
 
-def choices(cells: Cells, loss: float) -> tuple[pd.DataFrame, list[str]]:
+def choices(cells: ThresholdCells, loss: float) -> tuple[pd.DataFrame, list[str]]:
     """Return both choices for every group of at least two thresholds, and what was left out.
 
     Columns: the coordinates; thresholds (how many); deployable with what it flags, its cut_cost,
@@ -104,7 +104,7 @@ def choices(cells: Cells, loss: float) -> tuple[pd.DataFrame, list[str]]:
         raise UserError(
             f"no two of {len(cells.table) + sum(cells.left_out.values())} finished cells differ "
             "only in the detection threshold: there is nothing to choose from; vary "
-            "defense.threshold (defense.alpha with rule top_fraction) in the grid and launch again."
+            f"{THRESHOLD_IN_WORDS} in the grid and launch again."
         )
     notes = [f"{count} cells {reason} are left out." for reason, count in cells.left_out.items()]
     single = sum(len(group) < 2 for group in cells.groups())
@@ -113,7 +113,7 @@ def choices(cells: Cells, loss: float) -> tuple[pd.DataFrame, list[str]]:
     return pd.DataFrame(rows), notes
 
 
-def _several(cells: Cells) -> list[pd.DataFrame]:
+def _several(cells: ThresholdCells) -> list[pd.DataFrame]:
     """Return the groups of at least two thresholds, each with rows 0, 1, ..."""
     return [group.reset_index(drop=True) for group in cells.groups() if len(group) > 1]
 
@@ -141,7 +141,7 @@ def _choose(group: pd.DataFrame, coordinates: list[str], loss: float) -> dict[st
     return {**row, "note": "; ".join(filter(None, (note, missing)))}
 
 
-def recommended(cells: Cells, chosen: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+def recommended(cells: ThresholdCells, chosen: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """Return one threshold per rule, its interval, and what it gives.
 
     chosen: of `choices`. The threshold is the trained one next to the median of what a defender

@@ -12,6 +12,7 @@ import pandas as pd
 
 from btu.errors import UserError, did_you_mean
 from btu.metrics import METRICS, metric
+from btu.rules.base import THRESHOLD_KEYS
 from orchestrator.report.marks import marks
 from orchestrator.report.statistics import LEVEL, ROUNDING, paired
 from orchestrator.report.table import CONFIG_COLUMNS, PLAIN, in_order
@@ -366,7 +367,7 @@ def _table(
     shown = [key for key in CONFIG_COLUMNS.values() if key in matched and key != "seed"]
     varying = [k for k in matched if len({one[1].get(k) for one, _ in pairs}) > 1]
     # A column of one value, but for what every table begins with, tells nothing.
-    shown = [k for k in shown if k in varying or k != "defense.alpha"]
+    shown = [k for k in shown if k in varying or k not in THRESHOLD_KEYS]
     shown += [k for k in varying if k not in shown and k != "seed"]
     columns = [_NAMES.get(key, key) for key in shown]
     further = [

@@ -17,7 +17,7 @@ from btu.metrics import average_precision
 from btu.rules.base import RULES, Rule
 from btu.types import FloatArray, IntArray
 from orchestrator.report.table import means
-from orchestrator.report.thresholds import LOGGED, Cells, falls
+from orchestrator.report.thresholds import ThresholdCells, falls
 from orchestrator.results.source import Source
 
 # The share of the candidates that a default curve flags at its deepest threshold.
@@ -28,6 +28,12 @@ ABOVE = 0.02
 DETECTION = ("flagged", "precision", "recall", "f1")
 SAMPLES = ("sample_precision", "sample_recall", "sample_f1")
 MEASURES = (*DETECTION, *SAMPLES, "auprc", "asr", "cacc")
+# A measure of a curve -> the metric that a cell logs at its own threshold.
+LOGGED = {"flagged": "flagged"} | {
+    f"{ours}{name}": f"{theirs}_{name}"
+    for ours, theirs in (("", "detection"), ("sample_", "sample"))
+    for name in ("precision", "recall", "f1")
+}
 
 
 class Saved(NamedTuple):
@@ -119,7 +125,7 @@ def read_saved(source: Source) -> Callable[[str], Saved | None]:
 
 
 def sweep_curves(
-    cells: Cells, read: Callable[[str], Saved | None], count: int
+    cells: ThresholdCells, read: Callable[[str], Saved | None], count: int
 ) -> tuple[pd.DataFrame, list[str]]:
     """Return the curve of every group of cells, a row per threshold, and what to know of them.
 

@@ -277,7 +277,7 @@ def _table(table: pd.DataFrame, names: list[str]) -> dict[str, Any]:
     table = table.assign(**{m: float("nan") for m in METRIC_COLUMNS if m not in table})
     metrics = metric_columns(table)
     shown = readable(table[[*names, *metrics, "marks"]])
-    # No cell has it: `alpha` belongs to one rule alone.
+    # A column may be empty: the threshold of a rule that no cell has.
     names = [name for name in names if (shown[name] != "-").any()]
     shown = shown.drop(columns=[c for c in shown if c in table and c not in
                                 (*names, *metrics, "marks")])  # fmt: skip

@@ -30,6 +30,7 @@ from orchestrator.report import latex
 from orchestrator.report.marks import GUARDS, joined, marks
 from orchestrator.report.statistics import ties_with_best
 from orchestrator.report.table import (
+    CONFIG_COLUMNS,
     MARKS,
     METRIC_COLUMNS,
     PLAIN,
@@ -46,9 +47,13 @@ from orchestrator.sweep.tree import flatten
 if TYPE_CHECKING:
     from orchestrator.results.source import Source
 
-# What tells the rows that compete with each other apart: the defense and its settings.
-# The versions of its stages are of it too: the recipe is that of all stages of a cell.
-OF_THE_DEFENSE = ("defense", "alpha", CONTROL, RECIPE)
+# The columns in which competing rows differ: the defense and its settings. The recipe is one of
+# them, as it is the version of all stages of a cell, the defense's included.
+OF_THE_DEFENSE = (
+    *(name for name, key in CONFIG_COLUMNS.items() if key.startswith("defense.")),
+    CONTROL,
+    RECIPE,
+)
 # A row with one of these marks does not compete for the best value: its numbers mislead.
 OUT_OF_COMPETITION = ("attack failed", "cacc collapse")
 # The groups of metrics in the first table; the second table has all others.

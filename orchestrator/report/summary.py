@@ -23,6 +23,7 @@ from orchestrator.report.table import (
     ALL_METRICS,
     CONFIG_COLUMNS,
     MARKS,
+    THRESHOLD_COLUMNS,
     coordinates,
     mean_over_seeds,
     metric_columns,
@@ -116,7 +117,7 @@ def _label(row: Mapping[str, Any], used: Collection[str]) -> str:
             continue
         text = f"{value:g}" if isinstance(value, float) else str(value)
         # The names of attacks, rates, defenses and controls speak for themselves.
-        alone = (name in CONFIG_COLUMNS and name != "alpha") or name == CONTROL
+        alone = name == CONTROL or (name in CONFIG_COLUMNS and name not in THRESHOLD_COLUMNS)
         parts.append(text if alone else f"{name.rpartition('.')[2]} {text}")
     exact = " ".join(parts)
     label = re.sub(r"[^\w.\- ]+", "_", exact, flags=re.ASCII)[:LABEL_CHARACTERS].strip()

@@ -10,6 +10,7 @@ import pandas as pd
 
 from btu.errors import unknown
 from btu.metrics import COUNT, METRICS
+from btu.rules.base import THRESHOLD_KEYS
 from orchestrator.report.marks import GUARDS, joined, marks
 from orchestrator.report.statistics import half_width
 from orchestrator.sweep.sections import CONTROL, NAMED_SECTIONS
@@ -24,6 +25,11 @@ CONFIG_COLUMNS = {
     "alpha": "defense.alpha",
     "seed": "seed",
 }
+# The columns that are a threshold. A threshold without a fixed column has one where it varies.
+THRESHOLD_COLUMNS = (
+    *(name for name, key in CONFIG_COLUMNS.items() if key in THRESHOLD_KEYS),
+    *(key for key in THRESHOLD_KEYS if key not in CONFIG_COLUMNS.values()),
+)
 METRIC_COLUMNS = tuple(name for name, entry in METRICS.items() if entry.always)
 # Shown only in tables that compare defenses, if one of their cells has the metric.
 DEFENSE_COLUMNS = tuple(name for name, entry in METRICS.items() if entry.head and not entry.always)
@@ -274,7 +280,7 @@ def _plain(value: Any) -> Any:
 
 
 def _sortable(column: pd.Series[Any]) -> pd.Series[Any]:
-    """Return a key by which numbers sort as numbers, before texts (alpha: 0.001, or a list)."""
+    """Return a key by which numbers sort as numbers, before texts (a threshold may be a list)."""
 
     def key(value: Any) -> tuple[bool, float, str]:
         if isinstance(value, int | float) and value == value:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlflow.entities import Metric, Param
 
+from btu.rules.base import THRESHOLD_KEYS, THRESHOLD_NAMES
 from orchestrator.report.marks import joined, marks
 from orchestrator.sweep.sections import CONTROL, pins, settings, shown_coordinates
 from orchestrator.sweep.tree import flatten
 
-if TYPE_CHECKING:
-    pass
 # Of a run. MLflow's UI lists no tag that begins with "mlflow.", and these are not for people: which
 # record of the cell it is, and its settings, in as many numbered tags as they need.
 RECORD_TAG, CELL_TAG = "mlflow.btu.record", "mlflow.btu.cell."
@@ -38,8 +37,7 @@ PARAMS = {
     "defense.name": "defense",
     "defense.preset": "preset",
     "defense.rule": "rule",
-    "defense.threshold": "threshold",
-    "defense.alpha": "alpha",
+    **dict(zip(THRESHOLD_KEYS, THRESHOLD_NAMES, strict=True)),
     "train.epochs": "epochs",
     "train.learning_rate": "learning_rate",
     "train.batch_size": "batch_size",
@@ -104,7 +102,7 @@ def _in_words(config: Mapping[str, Any]) -> str:
     attack, defense = config["attack"], config.get("defense", {})
     knobs = [
         f"{name} {defense[name]}"
-        for name in ("preset", "rule", "threshold", "alpha")
+        for name in ("preset", "rule", *THRESHOLD_NAMES)
         if defense.get(name) not in (None, "")
     ]
     where = [f"{role} {config[role]['name']}" for role in ("data", "victim") if role in config]
