@@ -11,7 +11,7 @@ import numpy as np
 from btu.errors import UserError, unknown
 from btu.paths import is_open, nearest
 from orchestrator.report.charts import MARKED, Axis, Chart, Panel, Series, charts
-from orchestrator.results.source import Source
+from orchestrator.results.source import Source, records_or_refuse
 
 FORMATS = ("png", "svg", "pdf")
 # More panels than a page holds go to further files.
@@ -37,9 +37,7 @@ def write_figures(source: Source, folder: Path, formats: Iterable[str] = ("pdf",
     for name in formats:
         if name not in FORMATS:
             raise unknown("figure format", name, FORMATS)
-    records = source.records()
-    if not records:
-        raise UserError(f"sweep '{source.name}' has no finished cell yet; launch it first.")
+    records = records_or_refuse(source)
     if folder.is_file():
         raise UserError(f"{folder} is a file; name a folder for the figures.")
     drawn = charts(records, source.tokens)

@@ -29,7 +29,7 @@ from orchestrator.report.charts import MARKED, Panel, Series, cell_table, charts
 from orchestrator.report.figures import check_file
 from orchestrator.report.marks import GUARDS, marks, summary
 from orchestrator.report.table import METRIC_COLUMNS, PLAIN, coordinates, metric_columns, readable
-from orchestrator.results.source import Source
+from orchestrator.results.source import Source, records_or_refuse
 
 SUFFIXES = (".html", ".htm")
 # Values of a column that are offered as a choice; more are for the text filter.
@@ -50,9 +50,7 @@ def page(source: Source) -> str:
     Raises:
         UserError: no cell is finished.
     """
-    records = source.records()
-    if not records:
-        raise UserError(f"sweep '{source.name}' has no finished cell yet; launch it first.")
+    records = records_or_refuse(source)
     drawn = charts(records, source.tokens)
     failed = Counter(record["reason"].splitlines()[0] for record in source.failures())
     table = cell_table(records)

@@ -1,4 +1,4 @@
-"""What a run shows: its name, tags, params and metrics."""
+"""The name, tags, params and metrics of a run."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from orchestrator.report.marks import joined, marks
 from orchestrator.sweep.sections import CONTROL, pins, settings, shown_coordinates
 from orchestrator.sweep.tree import flatten
 
-# Of a run. MLflow's UI lists no tag that begins with "mlflow.", and these are not for people: which
-# record of the cell it is, and its settings, in as many numbered tags as they need.
+# Tags of a run for our own use: the record's id, and the cell's settings, split over numbered tags.
+# MLflow's UI hides tags with the prefix "mlflow.".
 RECORD_TAG, CELL_TAG = "mlflow.btu.record", "mlflow.btu.cell."
-# The folder that a run was written from: people may launch sweeps of one name to one server, and
-# the same cell has the same key for all of them. Nobody's runs are another's to remove.
+# The folder that a run was written from, whose owner alone may remove the run: several people may
+# launch sweeps with the same name to one server, and a cell has the same key for all of them.
 ORIGIN_TAG = "mlflow.btu.origin"
-# On our summary run alone: the highest step that it has metrics at.
+# Tag of a summary run: the highest step of its metrics.
 STEP_TAG = "mlflow.btu.step"
 KIND_TAG, TRIAL, SUMMARY = "kind", "trial", "summary"
-# Of an experiment: ids of SQLite begin at 1 again in a new file, and a URI changes with a move.
+# Tag of an experiment with an id of our own: MLflow's ids start at 1 again in a new SQLite file,
+# and a URI changes if the file is moved.
 ID_TAG = "btu.id"
-# MLflow refuses longer values of params and tags.
+# MLflow refuses longer values.
 PARAM_CHARACTERS, TAG_CHARACTERS = 6000, 5000
-# The params of a run, short names for columns; beside them there are those that the sweep varies.
-# All other settings are in its config.yaml: forty columns that never change hide those that do.
+# Setting -> its param, a short name for the column. Settings that a sweep varies are params too.
+# Other settings are only in the run's config.yaml: forty constant columns would hide the rest.
 PARAMS = {
     "data.name": "data",
     "victim.name": "victim",
@@ -43,14 +44,14 @@ PARAMS = {
     "train.batch_size": "batch_size",
     "seed": "seed",
 }
-# First parts of the names of metrics that are notes on the data, and curves over epochs.
+# First part of the names of metrics: for notes on the data, and for curves over epochs.
 NOTES, CURVES = "data", ("loss", "accuracy")
-# Tags that are made here; all others of a run are the record's own.
+# Tags that are made here; all other tags of a run are from the record.
 OWN_TAGS = ("cell", KIND_TAG, CONTROL, "marks", "reason")
 
 
 def run_name(record: Mapping[str, Any]) -> str:
-    """Return what tells the cell from its siblings: ``badnets poison_rate=0.1 seed=0``."""
+    """Return a name with the cell's coordinates: ``badnets poison_rate=0.1 seed=0``."""
     config, varied = record["config"], shown_coordinates(record["varied"])
     parts = [
         f"{key.split('.')[-1]}={value}" for key, value in varied.items() if key != "attack.name"
@@ -59,7 +60,7 @@ def run_name(record: Mapping[str, Any]) -> str:
 
 
 def run_tags(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a run is told apart and found by, and what speaks against reading it."""
+    """Return the tags by which a run is identified and found, its note and its marks."""
     varied, found = record["varied"], marks(record)
     return {
         "mlflow.source.name": "btu",
@@ -74,7 +75,7 @@ def run_tags(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cell_tags(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return what `MlflowSource` needs of a cell and neither params nor metrics hold exactly."""
+    """Return the parts of a record that `MlflowSource` needs and params and metrics lack."""
     names = {_metric_name(name): name for name in record.get("metrics", {})}
     cell = {
         "config": record["config"],
@@ -98,7 +99,7 @@ def _run_note(record: Mapping[str, Any]) -> str:
 
 
 def _in_words(config: Mapping[str, Any]) -> str:
-    """Return what a cell is: ``Attack **badnets** at rate 0.1, defense **btu** (...), seed 0``."""
+    """Return a cell in words: ``Attack **badnets** at rate 0.1, defense **btu** (...), seed 0``."""
     attack, defense = config["attack"], config.get("defense", {})
     knobs = [
         f"{name} {defense[name]}"
@@ -118,7 +119,7 @@ def _in_words(config: Mapping[str, Any]) -> str:
 def run_params(record: Mapping[str, Any]) -> list[Param]:
     flat = flatten(record["config"])
     names = {**PARAMS, **{key: PARAMS.get(key, key) for key in settings(record["varied"])}}
-    # A key that is not set would only be an empty column in the runs table.
+    # A key without a value would be an empty column in the runs table.
     return [
         Param(name, str(flat[key])[:PARAM_CHARACTERS])
         for key, name in names.items()
