@@ -15,10 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """What every model of a trial is scored on.
+    """The rows that every model of a cell is scored on.
 
-    clean: all evaluation rows. triggered, plain: the same non-target rows with and without the
-    trigger, with their true labels. target: class index the attack aims at.
+    clean: all evaluation rows.
+    triggered: the evaluation rows of other classes than the target, with the trigger and their true
+        labels.
+    plain: the same rows without the trigger.
+    target: index of the attack's target class.
     """
 
     clean: Encoded
@@ -29,14 +32,14 @@ class EvalSet:
 
 @dataclass(frozen=True)
 class Scores:
-    """cacc over all rows; asr and ftr over the non-target rows (see `EvalSet`)."""
+    """The scores of a model: cacc over all rows, asr and ftr over the non-target rows."""
 
     cacc: Proportion
     asr: Proportion
     ftr: Proportion
 
     def as_metrics(self, prefix: str = "") -> dict[str, float]:
-        """Return each value with its Wilson interval and n, every name led by `prefix`."""
+        """Return each value with its Wilson interval and n, every name prefixed by `prefix`."""
         return (
             self.cacc.as_metrics(f"{prefix}cacc")
             | self.asr.as_metrics(f"{prefix}asr")
@@ -52,7 +55,7 @@ def evaluate(
     device: torch.device,
     batch_size: int = PREDICT_BATCH,
 ) -> Scores:
-    """Score a model. Its weights are not changed."""
+    """Score a model without changing its weights."""
 
     def hits(data: Encoded, wanted: object) -> Proportion:
         predicted = predict(model, data, precision=precision, device=device, batch_size=batch_size)

@@ -1,6 +1,6 @@
-"""Metrics: what is logged, which way is better, and the arithmetic behind it.
+"""Metrics: what is logged, which direction is better, where it is shown, and the arithmetic.
 
-Fractions everywhere. What is not defined is NaN with n = 0, never 0.0.
+Shares are fractions everywhere. An undefined metric is NaN with n = 0, never 0.0.
 """
 
 from __future__ import annotations
@@ -14,66 +14,209 @@ import numpy as np
 from btu.errors import unknown
 from btu.types import BoolArray, FloatArray
 
+# Units. Reports show fractions in percent, and counts and seconds as they are.
+FRACTION, COUNT, SECONDS = "fraction", "count", "seconds"
+
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric's meaning. higher_is_better: None where neither direction is good in itself.
+    """What a metric means, and where reports show it.
 
-    fraction: of 1, which reports show in percent; False of counts and seconds.
+    A metric with a `head` has a column in tables, pages and papers. A metric without one is only in
+    the records, in MLflow and in the CSV of a paper.
+
+    summary: what it measures, in one line.
+    higher_is_better: None where neither direction is good in itself.
+    unit: `FRACTION`, `COUNT` or `SECONDS`.
+    interval: a proportion of rows or tokens, logged with the ends of its Wilson interval and n.
+    head: the column's head in a paper; "" for no column.
+    group: the group of columns in a paper that it belongs to (`GROUPS`); needed with a head.
+    always: whether every table has the column. Otherwise only tables that compare defenses have
+        it, if one of their cells has the metric.
+    compared: whether `btu compare` shows it unless other metrics are named.
+    summarized: whether a sweep's summary run in MLflow has its means as metrics; needs `always`.
     """
 
     summary: str
     higher_is_better: bool | None
-    fraction: bool = True
+    unit: str = FRACTION
+    interval: bool = False
+    head: str = ""
+    group: str = ""
+    always: bool = False
+    compared: bool = False
+    summarized: bool = False
+
+    def __post_init__(self) -> None:
+        if bool(self.head) != (self.group in GROUPS):
+            raise ValueError(
+                f"metric '{self.summary}' has head '{self.head}' and group '{self.group}'; give "
+                f"both or neither, and as group one of: {', '.join(GROUPS)}."
+            )
+        if (self.always and not self.head) or (self.summarized and not self.always):
+            raise ValueError(
+                f"metric '{self.summary}' has no column to show; always needs a head, and "
+                "summarized needs always."
+            )
+
+    @property
+    def fraction(self) -> bool:
+        """Whether reports show it in percent."""
+        return self.unit == FRACTION
 
 
+# Groups of columns, in the order of a paper: the scores of three models, then detection and cost.
+GROUPS = (
+    "undefended",
+    "clean-tuned",
+    "defended",
+    "flagged tokens",
+    "flagged rows",
+    "target",
+    "screening",
+    "cost",
+)
 METRICS: dict[str, Metric] = {
-    "asr": Metric("attack success rate: triggered non-target rows predicted as target", False),
-    "cacc": Metric("clean accuracy on the evaluation rows", True),
-    "ftr": Metric("false trigger rate: the same rows as asr, without the trigger", False),
-    "detection_precision": Metric("flagged tokens that belong to the trigger", True),
-    "detection_recall": Metric("trigger tokens that were flagged", True),
+    "asr": Metric(
+        "attack success rate: triggered non-target rows predicted as the target",
+        False,
+        interval=True,
+        head="ASR",
+        group="defended",
+        always=True,
+        compared=True,
+        summarized=True,
+    ),
+    "cacc": Metric(
+        "clean accuracy: evaluation rows predicted correctly",
+        True,
+        interval=True,
+        head="CACC",
+        group="defended",
+        always=True,
+        compared=True,
+        summarized=True,
+    ),
+    "ftr": Metric(
+        "false trigger rate: the rows of asr without the trigger, predicted as the target",
+        False,
+        interval=True,
+        head="FTR",
+        group="defended",
+        always=True,
+        compared=True,
+    ),
+    "detection_precision": Metric(
+        "flagged tokens that belong to the trigger",
+        True,
+        interval=True,
+        head="precision",
+        group="flagged tokens",
+        always=True,
+        compared=True,
+        summarized=True,
+    ),
+    "detection_recall": Metric(
+        "trigger tokens that are flagged",
+        True,
+        interval=True,
+        head="recall",
+        group="flagged tokens",
+        always=True,
+        summarized=True,
+    ),
     "detection_f1": Metric("harmonic mean of token precision and recall", True),
     "detection_auprc": Metric(
         "average precision of the token ranking by score, over all thresholds", True
     ),
-    "sample_precision": Metric("training rows holding a flagged token that are poisoned", True),
-    "sample_recall": Metric("poisoned training rows that hold a flagged token", True),
-    "sample_f1": Metric("harmonic mean of sample precision and recall", True),
-    "sample_auroc": Metric("poisoned rows are more suspicious than others: area under ROC", True),
-    "suspicion_precision": Metric(
-        "training rows over the bar of suspicion that are poisoned", True
+    "sample_precision": Metric(
+        "flagged training rows that are poisoned",
+        True,
+        interval=True,
+        head="precision",
+        group="flagged rows",
     ),
-    "suspicion_recall": Metric("poisoned training rows that are over the bar of suspicion", True),
+    "sample_recall": Metric(
+        "poisoned training rows that are flagged",
+        True,
+        interval=True,
+        head="recall",
+        group="flagged rows",
+    ),
+    "sample_f1": Metric("harmonic mean of row precision and recall", True),
+    "sample_auroc": Metric(
+        "area under the ROC curve of the training rows' suspicion, poisoned rows against others",
+        True,
+    ),
+    "suspicion_precision": Metric(
+        "training rows above the suspicion bar that are poisoned", True, interval=True
+    ),
+    "suspicion_recall": Metric(
+        "poisoned training rows that are above the suspicion bar", True, interval=True
+    ),
     "suspicion_f1": Metric("harmonic mean of suspicion precision and recall", True),
     "cut_cost": Metric("accuracy on the reserved clean rows that the cut alone costs", False),
     "cut_flips": Metric(
-        "up to 512 training rows with a flagged token: leave their label by the cut", None
+        "up to 512 training rows with a flagged token and predicted as labelled: predicted "
+        "differently after the cut",
+        None,
     ),
-    "flagged": Metric("tokens flagged", None, fraction=False),
-    "undefended_asr": Metric("asr of the poisoned model, nothing done", None),
-    "undefended_cacc": Metric("cacc of the poisoned model, nothing done", None),
-    "undefended_ftr": Metric("ftr of the poisoned model, nothing done", None),
-    "tuned_asr": Metric("asr of the poisoned model after the sweep's clean tuning", None),
-    "tuned_cacc": Metric("cacc of the poisoned model after the sweep's clean tuning", None),
-    "tuned_ftr": Metric("ftr of the poisoned model after the sweep's clean tuning", None),
+    "flagged": Metric(
+        "tokens flagged", None, COUNT, head="flagged", group="flagged tokens", always=True
+    ),
+    "undefended_asr": Metric(
+        "asr of the poisoned model, without a defense",
+        None,
+        interval=True,
+        head="ASR",
+        group="undefended",
+        always=True,
+    ),
+    "undefended_cacc": Metric(
+        "cacc of the poisoned model, without a defense",
+        None,
+        interval=True,
+        head="CACC",
+        group="undefended",
+        always=True,
+    ),
+    "undefended_ftr": Metric("ftr of the poisoned model, without a defense", None, interval=True),
+    "tuned_asr": Metric(
+        "asr of the poisoned model after the sweep's clean tuning",
+        None,
+        interval=True,
+        head="ASR",
+        group="clean-tuned",
+        always=True,
+    ),
+    "tuned_cacc": Metric(
+        "cacc of the poisoned model after the sweep's clean tuning",
+        None,
+        interval=True,
+        head="CACC",
+        group="clean-tuned",
+        always=True,
+    ),
+    "tuned_ftr": Metric(
+        "ftr of the poisoned model after the sweep's clean tuning", None, interval=True
+    ),
     "poison_rate_reached": Metric("poisoned rows over training rows", None),
-    "poisoned_rows": Metric("training rows that carry the trigger", None, fraction=False),
-    "relabeled_rows": Metric("poisoned rows whose label the attack changed", None, fraction=False),
+    "poisoned_rows": Metric("training rows with the trigger", None, COUNT),
+    "relabeled_rows": Metric("poisoned rows whose label the attack changed", None, COUNT),
     "triggers_cut_train": Metric(
-        "poisoned rows that max_length left without a trigger", None, fraction=False
+        "poisoned rows that have no trigger left after the cut to max_length", None, COUNT
     ),
     "triggers_cut_eval": Metric(
-        "triggered test rows that max_length left without a trigger", None, fraction=False
+        "triggered evaluation rows that have no trigger left after the cut to max_length",
+        None,
+        COUNT,
     ),
-    "truncated_rows": Metric(
-        "training rows as long as max_length or cut to it", None, fraction=False
+    "truncated_rows": Metric("training rows as long as max_length, or cut to it", None, COUNT),
+    "rows_flagged": Metric("training rows that the defense isolates or removes", None, COUNT),
+    "rows_kept": Metric("training rows that the defense keeps", None, COUNT),
+    "isolated_purity": Metric(
+        "isolated (lowest-loss) rows that belong to their most frequent class", None
     ),
-    "rows_flagged": Metric(
-        "training rows that the defense isolates or removes", None, fraction=False
-    ),
-    "rows_kept": Metric("training rows that the defense leaves in", None, fraction=False),
-    "isolated_purity": Metric("lowest losses that belong to the class of most of them", None),
     "isolated_kept_before": Metric(
         "up to 128 isolated rows: predicted as labelled before unlearning", None
     ),
@@ -81,47 +224,76 @@ METRICS: dict[str, Metric] = {
         "up to 128 isolated rows: predicted as labelled after unlearning", None
     ),
     "rest_cost": Metric(
-        "accuracy lost by unlearning on up to 512 other training rows, poison left there included",
+        "accuracy that unlearning costs on up to 512 rows that were not isolated, poisoned ones "
+        "included",
         None,
     ),
-    "unlearning_steps": Metric(
-        "steps of gradient ascent on the isolated rows", None, fraction=False
+    "unlearning_steps": Metric("steps of gradient ascent on the isolated rows", None, COUNT),
+    "target_found": Metric(
+        "1 if the defense names the attack's target class, else 0",
+        True,
+        head="found",
+        group="target",
     ),
-    "target_found": Metric("1 where the defense names the attack's target class, else 0", True),
-    "frr": Metric("clean evaluation rows that an inference-time defense turns away", False),
-    "far": Metric("triggered rows that an inference-time defense lets through", False),
-    "changed_clean": Metric("clean evaluation rows that a defense changes on their way", False),
-    "changed_triggered": Metric("triggered rows that a defense changes on their way", None),
-    "tokens_removed_clean": Metric("tokens of clean rows that a defense takes out", False),
-    "trigger_removed": Metric("triggered rows in which nothing of the trigger is left", True),
+    "frr": Metric(
+        "false rejection rate: clean evaluation rows that an inference-time defense rejects",
+        False,
+        interval=True,
+        head="FRR",
+        group="screening",
+    ),
+    "far": Metric(
+        "false acceptance rate: triggered rows that an inference-time defense accepts",
+        False,
+        interval=True,
+        head="FAR",
+        group="screening",
+    ),
+    "changed_clean": Metric(
+        "clean evaluation rows that an inference-time defense changes", False, interval=True
+    ),
+    "changed_triggered": Metric(
+        "triggered rows that an inference-time defense changes", None, interval=True
+    ),
+    "tokens_removed_clean": Metric(
+        "tokens of clean evaluation rows that an inference-time defense removes", False
+    ),
+    "trigger_removed": Metric(
+        "triggered rows from which the whole trigger is removed",
+        True,
+        interval=True,
+        head="removed",
+        group="screening",
+    ),
     "unlearned_accuracy": Metric(
         "rnp: accuracy on all reserved clean rows after unlearning some of them", None
     ),
-    "recovered_accuracy": Metric("rnp: accuracy on the unlearned rows, masks learned", None),
-    "neurons_pruned": Metric(
-        "rnp: feed-forward units and attention heads pruned", None, fraction=False
+    "recovered_accuracy": Metric(
+        "rnp: accuracy on the unlearned rows after learning the masks", None
     ),
-    "prune_threshold": Metric("rnp: masks up to this were pruned; none where none was", None),
+    "neurons_pruned": Metric("rnp: feed-forward units and attention heads pruned", None, COUNT),
+    "prune_threshold": Metric(
+        "rnp: masks up to this value were pruned; none if nothing was pruned", None
+    ),
     "prune_cost": Metric("rnp: accuracy on held-out clean rows that pruning costs", False),
-    "clean_rows_used": Metric(
-        "reserved clean rows at the defense's disposal", False, fraction=False
+    "clean_rows_used": Metric("reserved clean rows that the defense may use", False, COUNT),
+    "seconds_defense": Metric(
+        "wall time of the defense's own stages", False, SECONDS, head="defense", group="cost"
     ),
-    "seconds_defense": Metric("wall time of the defense's own stages", False, fraction=False),
-    "seconds": Metric("wall time of the trial", False, fraction=False),
+    "seconds": Metric(
+        "wall time of the cell, shared stages included",
+        False,
+        SECONDS,
+        head="seconds",
+        group="cost",
+        always=True,
+        compared=True,
+    ),
 }
-_PROPORTIONS = (
-    [f"{state}{name}" for state in ("", "undefended_", "tuned_") for name in ("asr", "cacc", "ftr")]
-    + [
-        f"{what}_{name}"
-        for what in ("detection", "sample", "suspicion")
-        for name in ("precision", "recall")
-    ]
-    + ["frr", "far", "changed_clean", "changed_triggered", "trigger_removed"]
-)
-for _name in _PROPORTIONS:
+for _name in [name for name, entry in METRICS.items() if entry.interval]:
     METRICS[f"{_name}_low"] = Metric(f"lower end of the 95 % Wilson interval of {_name}", None)
     METRICS[f"{_name}_high"] = Metric(f"upper end of the 95 % Wilson interval of {_name}", None)
-    METRICS[f"{_name}_n"] = Metric(f"rows or tokens behind {_name}", None, fraction=False)
+    METRICS[f"{_name}_n"] = Metric(f"number of rows or tokens behind {_name}", None, COUNT)
 
 
 def metric(name: str) -> Metric:
@@ -137,14 +309,14 @@ def metric(name: str) -> Metric:
 
 @dataclass(frozen=True)
 class Proportion:
-    """A count over a count, with its 95 % Wilson score interval. NaN where n is 0."""
+    """A count over a count, with its 95 % Wilson score interval. NaN if n is 0."""
 
     hits: int
     n: int
 
     @classmethod
     def of(cls, mask: BoolArray) -> Proportion:
-        """Count a mask's True."""
+        """Return the proportion of True in a mask."""
         return cls(int(mask.sum()), len(mask))
 
     @property
@@ -168,10 +340,11 @@ class Proportion:
 
 @dataclass(frozen=True)
 class DetectionScore:
-    """How well a flagged set matches the true one, from its counts. NaN where undefined.
+    """How well a flagged set matches the true set, from their counts. NaN where undefined.
 
-    hits: flagged and true. flagged, true: all of each; `true` is None where no set is the true
-    one, and everything is undefined.
+    hits: how many are flagged and true.
+    flagged: how many are flagged.
+    true: how many are true; None if there is no true set, which leaves everything undefined.
     """
 
     hits: int
@@ -191,7 +364,7 @@ class DetectionScore:
         if math.isnan(self.recall):
             return math.nan
         if self.hits == 0:
-            return 0.0  # there was something to find and nothing right was flagged
+            return 0.0  # there is something to find, and none of it is flagged
         return 2 * self.precision * self.recall / (self.precision + self.recall)
 
     @property
@@ -203,7 +376,7 @@ class DetectionScore:
         return Proportion(self.hits, self.true or 0)
 
     def as_metrics(self, prefix: str) -> dict[str, float]:
-        """Return precision and recall with Wilson intervals and n, and f1, led by `prefix`."""
+        """Return precision and recall with Wilson intervals and n, and f1, prefixed by `prefix`."""
         return {
             **self._precision.as_metrics(f"{prefix}_precision"),
             **self._recall.as_metrics(f"{prefix}_recall"),
@@ -214,8 +387,8 @@ class DetectionScore:
 def token_detection(flagged: Collection[int], truth: Collection[int] | None) -> DetectionScore:
     """Score flagged tokens against the trigger's tokens.
 
-    Precision is undefined where nothing is flagged, recall where there is nothing to find, and
-    everything where `truth` is None: the trigger is not made of fixed tokens.
+    Precision is undefined if nothing is flagged, recall if there is nothing to find. Everything is
+    undefined if `truth` is None: the trigger is not made of fixed tokens.
     """
     if truth is None:
         return DetectionScore(0, len(flagged), None)
@@ -230,9 +403,11 @@ def row_detection(flagged: BoolArray, poisoned: BoolArray) -> DetectionScore:
 def average_precision(scores: FloatArray, truth: Collection[int] | None) -> float:
     """Return the area under the precision-recall curve of a token ranking.
 
-    scores: (vocabulary,) higher is more suspicious, NaN where a token is no candidate.
-    NaN where no candidate is a trigger token. Trigger tokens that are no candidates count as found
-    by no threshold.
+    scores: (vocabulary,) higher is more suspicious, NaN for tokens that are not candidates.
+    truth: the trigger's tokens; None if the trigger is not made of fixed tokens.
+
+    NaN if no candidate is a trigger token. Trigger tokens that are not candidates count as never
+    found, at any threshold.
     """
     if truth is None:
         return math.nan
@@ -247,7 +422,7 @@ def average_precision(scores: FloatArray, truth: Collection[int] | None) -> floa
 
 
 def area_under_roc(scores: FloatArray, truth: BoolArray) -> float:
-    """Return the chance that a true row scores higher than another; NaN where one kind is missing.
+    """Return the probability that a true row outscores another row; NaN if either kind is missing.
 
     scores, truth: (rows,).
     """

@@ -1,6 +1,6 @@
-"""What is reported of a cell: its last stage, where the hidden mask and the defense meet.
+"""The last stage of a cell: it scores the defense's findings against the hidden mask.
 
-Declared with every cell, so that importing this imports no torch.
+Planning declares this stage for every cell, so importing this module imports no torch.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ SCORED = {"": "evaluate defended", "undefended_": "evaluate undefended", "tuned_
 
 @stage(version=4, id="orchestrator.trial:score_cell")
 def score_cell(run: StageRun) -> dict[str, Any]:
-    """Put a cell's result together from its stages: the only place where mask and defense meet.
+    """Assemble a cell's result from its stages; only here do findings meet the hidden mask.
 
-    Writes ``result.json`` (metrics, history and tags), the tokens as a table and as a plot, the
-    rows as a table, and the config.
+    Writes ``result.json`` (metrics, history and tags), a table and a plot of the tokens, a table of
+    the rows, and the config.
     """
     records = {name: read_record(folder) for name, folder in run.inputs.items()}
     facts = {name: record["facts"] for name, record in records.items()}
@@ -51,7 +51,7 @@ def score_cell(run: StageRun) -> dict[str, Any]:
     train = load_encoded(run.inputs["training rows"] / "train.safetensors")
     trigger = facts["evaluation rows"]["trigger"]
     trigger_ids = None if trigger is None else frozenset(trigger)
-    # Without poisoned rows the trigger's words are ordinary words: there is nothing to find.
+    # Without poisoned rows there is nothing to find: the trigger's words are ordinary words.
     truth = trigger_ids if trigger_ids is None or mask.any() else frozenset()
     defended = run.config["defended"]
     suspects = Suspects.load(run.inputs[defended], facts[defended])
@@ -61,13 +61,15 @@ def score_cell(run: StageRun) -> dict[str, Any]:
         metrics |= scores_of(facts[scored]).as_metrics(prefix)
     metrics |= detection_metrics(suspects, mask, truth, train)
     if suspects is not None and suspects.target is not None:
-        # Without poison there is no target to name.
+        # Without poison there is no target.
         named = float(suspects.target == facts["evaluation rows"]["target"])
         metrics["target_found"] = named if mask.any() else math.nan
-    # What the defense measured of itself on rows that it may see, then the scorer of its screen.
+    # What the defense measured on rows that it may see, then what its screen did.
     measured = facts[defended].get("measured", {})
     if known := sorted(measured.keys() & metrics.keys()):
-        raise ValueError(f"stage '{defended}' measures {known}, which are the scorer's to say.")
+        raise ValueError(
+            f"stage '{defended}' measures {known}, which only the scorer may; rename them there."
+        )
     metrics |= measured
     metrics |= facts[SCORED[""]].get("measured", {})
     metrics |= {
@@ -77,13 +79,13 @@ def score_cell(run: StageRun) -> dict[str, Any]:
         "truncated_rows": facts["training rows"]["truncated_rows"],
     }
     if trigger_ids is not None:
-        # A trigger beyond max_length is not there for the victim: say so beside the numbers.
+        # The victim does not see a trigger beyond max_length; these counts tell how many it misses.
         triggered = load_encoded(run.inputs["evaluation rows"] / "triggered.safetensors")
         metrics["triggers_cut_train"] = int((mask & ~train.holds(list(trigger_ids))).sum())
         metrics["triggers_cut_eval"] = int((~triggered.holds(list(trigger_ids))).sum())
     metrics |= {f"seconds/{name}": record["seconds"] for name, record in records.items()}
-    # What the cell costs alone: shared stages are counted in every cell that rests on them.
-    # By key: without a defense one evaluation has two names.
+    # The cost of the cell alone: a shared stage counts in every cell that needs it. Stages are
+    # counted by key, because without a defense one evaluation has two names.
     metrics["seconds"] = sum({r["key"]: r["seconds"] for r in records.values()}.values())
     cost = run.where["cost"]
     metrics["seconds_defense"] = sum(
@@ -122,7 +124,7 @@ def score_cell(run: StageRun) -> dict[str, Any]:
 def detection_metrics(
     suspects: Suspects | None, mask: BoolArray, truth: frozenset[int] | None, train: Encoded
 ) -> dict[str, float]:
-    """Score what a defense flagged, tokens against the trigger and their rows against the mask."""
+    """Score a defense's findings: tokens against the trigger, rows against the hidden mask."""
     if suspects is None:
         return {}
     found: dict[str, float] = {}
@@ -130,7 +132,7 @@ def detection_metrics(
     if suspects.flagged is not None:
         found["flagged"] = len(suspects.flagged)
         found |= token_detection(suspects.flagged, truth).as_metrics("detection")
-        # Where a defense takes tokens, it takes the rows that hold them.
+        # A defense that flags tokens flags the rows with these tokens.
         taken = train.holds(suspects.flagged) if taken is None else taken
     if taken is not None:
         found |= row_detection(taken, mask).as_metrics("sample")
@@ -142,17 +144,21 @@ def detection_metrics(
         found["sample_auroc"] = area_under_roc(suspects.rows, mask)
         over = row_detection(suspects.rows >= suspects.row_bar, mask)
         if math.isnan(suspects.row_bar):
-            over = DetectionScore(0, 0, None)  # where there is no bar, nothing was missed
+            over = DetectionScore(0, 0, None)  # without a bar no row can be missed
         found |= over.as_metrics("suspicion")
     return found
 
 
 def row_table(suspects: Suspects | None, mask: BoolArray, train: Encoded) -> pd.DataFrame:
-    """Return what is known of each training row, as a table.
+    """Return a table with a row per training row.
 
-    poisoned: the hidden mask. suspicion: the defense's score of the row. taken: whether it was
-    isolated or removed. top: the highest score
-    among its tokens; at a threshold, rows of at least its score hold a flagged token.
+    Columns, those after the first only if the defense provides them:
+
+    poisoned: the hidden mask.
+    suspicion: the defense's score of the row.
+    taken: whether the defense isolated or removed the row.
+    top: the highest score among the row's tokens. A row has a flagged token if its `top` reaches
+        the bar of the threshold.
     """
     import pandas as pd
 
@@ -173,7 +179,7 @@ def row_table(suspects: Suspects | None, mask: BoolArray, train: Encoded) -> pd.
 def token_table(
     suspects: Suspects | None, victim: Victim, truth: frozenset[int] | None
 ) -> pd.DataFrame:
-    """Return what the defense knows of each candidate or flagged token, as a table."""
+    """Return a table with a row per candidate or flagged token, from what the defense found."""
     import pandas as pd
 
     found = suspects or Suspects()
@@ -203,7 +209,7 @@ def flagged_table(tokens: pd.DataFrame) -> pd.DataFrame:
 
 
 def _environment(records: Any) -> dict[str, str]:
-    """Return what the stages were computed with; several values where they differ."""
+    """Return what the stages were computed with; several values if stages differ."""
     values: dict[str, dict[str, None]] = {}
     for record in records:
         for name, value in record["environment"].items():
@@ -212,5 +218,5 @@ def _environment(records: Any) -> dict[str, str]:
 
 
 def _precisions(records: Iterable[Mapping[str, Any]]) -> str:
-    """Return what was trained and scored in; several where stages ran on different hardware."""
+    """Return the precision of the stages; several if they ran on different hardware."""
     return ", ".join(sorted({name for record in records for name in record["precisions"]}))

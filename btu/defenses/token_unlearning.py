@@ -61,7 +61,15 @@ from btu.defenses.base import CLEAN_ROWS, POISONED_MODEL, Given
 from btu.errors import UserError, unknown
 from btu.findings import Suspects
 from btu.foundation import Foundation, tune
-from btu.rules.base import DEFAULT_RULE, RULES, Evidence, flag, suspicion, suspicion_bar
+from btu.rules.base import (
+    DEFAULT_RULE,
+    RULES,
+    TOP_FRACTION,
+    Evidence,
+    flag,
+    suspicion,
+    suspicion_bar,
+)
 from btu.seeding import derive_seed
 from btu.settings import SCHEDULES, TrainSettings, check_count, check_positive, is_number
 from btu.stage_files import (
@@ -85,7 +93,6 @@ if TYPE_CHECKING:
 
 DRIFT = "drift.safetensors"
 ROUNDS = (1, 2, 3)
-TOP_FRACTION = "top_fraction"
 # Training rows on which the effect of a cut is measured; more would add little precision.
 FLIP_ROWS = 512
 CHOICES = {

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -163,7 +163,46 @@ RULES: Registry[Rule] = Registry(
         ("top_fraction", "btu.rules.top_fraction:RULE", "a fixed share of the vocabulary (paper)"),
     ],
 )
-DEFAULT_RULE = "contrast"
+DEFAULT_RULE, TOP_FRACTION = "contrast", "top_fraction"
+# The settings of a defense that are the threshold of a rule: `top_fraction` has its own.
+THRESHOLD_NAMES = ("threshold", "alpha")
+THRESHOLD_KEYS = tuple(f"defense.{name}" for name in THRESHOLD_NAMES)
+THRESHOLD_IN_WORDS = f"{THRESHOLD_KEYS[0]} ({THRESHOLD_KEYS[1]} with rule {TOP_FRACTION})"
+
+
+def threshold_name(rule: str) -> str:
+    """Return which of the `THRESHOLD_NAMES` is the threshold of a rule."""
+    return "alpha" if rule == TOP_FRACTION else "threshold"
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The threshold of a rule, as the settings of a defense give it.
+
+    rule: the rule's name.
+    values: of each exposure round, or one for all of them.
+    exact: whether the saved scores give the flags at every threshold. They do not with round 2 of
+        ``top_fraction``, whose drift depends on what round 1 flagged.
+    """
+
+    rule: str
+    values: tuple[float, ...]
+    exact: bool
+
+    @property
+    def value(self) -> float | None:
+        """The threshold of all rounds; None if they differ in it."""
+        return self.values[0] if len(set(self.values)) == 1 else None
+
+
+def threshold_of(defense: Mapping[str, Any]) -> Threshold | None:
+    """Return the threshold in a defense's resolved settings; None without a known rule."""
+    rule = defense.get("rule")
+    if rule is None or rule not in RULES:
+        return None
+    given = defense[threshold_name(rule)]
+    values = tuple(map(float, given if isinstance(given, list | tuple) else [given]))
+    return Threshold(rule, values, exact=rule != TOP_FRACTION or 2 not in defense["rounds"])
 
 
 def flag(scores: FloatArray, bar: float) -> tuple[int, ...]:

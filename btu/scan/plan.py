@@ -23,7 +23,6 @@ from btu.data.spec import DATASETS, SUFFIXES, DataSpec
 from btu.data.suspects import SuspectCorpus
 from btu.defenses.base import Given
 from btu.defenses.token_unlearning import (
-    TOP_FRACTION,
     TokenUnlearning,
     candidate_tokens,
     tokens_flagged,
@@ -31,7 +30,14 @@ from btu.defenses.token_unlearning import (
 from btu.errors import UserError
 from btu.foundation import Foundation
 from btu.recipe import TrainingInputs, foundation
-from btu.rules.base import DEFAULT_RULE, RULES, surplus_by_class
+from btu.rules.base import (
+    DEFAULT_RULE,
+    RULES,
+    TOP_FRACTION,
+    surplus_by_class,
+    threshold_name,
+    threshold_of,
+)
 from btu.scan.stages import loaded_suspects, suspect_rows, trusted_rows
 from btu.settings import TrainSettings, TuningSettings
 from btu.stage_files import (
@@ -76,11 +82,8 @@ class ScanPlan:
 
     @property
     def threshold(self) -> float:
-        """The rule's threshold, which `top_fraction` calls alpha."""
-        defense = self.defense
-        value = defense.alpha if defense.rule == TOP_FRACTION else defense.threshold
-        assert value is not None  # resolved by the defense
-        return float(value)
+        """The threshold of the rule."""
+        return _threshold(self.defense)
 
     def load_victim(self) -> Victim:
         """Return the victim, loaded once per process."""
@@ -155,7 +158,7 @@ def prepare_scan(
     """
     rule = rule or DEFAULT_RULE
     RULES.load(rule)  # an unknown name, before anything is read
-    limit: dict[str, Any] = {"alpha" if rule == TOP_FRACTION else "threshold": threshold}
+    limit: dict[str, Any] = {threshold_name(rule): threshold}
     defense = TokenUnlearning(rule=rule, exposure_epochs=epochs, **limit)
     spec = _find_data(str(data), text, label, split)
     clean_file = None
@@ -174,7 +177,7 @@ def prepare_scan(
     vocabulary = found.vocabulary_size
     defense.check(Given(vocabulary, len(corpus.label_names), len(corpus.train), len(corpus.clean)))
     if rule == TOP_FRACTION and vocabulary is not None:
-        _check_alpha(defense, found, corpus.train, vocabulary)
+        _check_share(defense, found, corpus.train, vocabulary)
     base = _foundation(spec, clean_file, corpus, found, train, tuning, seed)
     return ScanPlan(spec, loaded, victim_spec, found.source.identity, defense, base, least)
 
@@ -256,10 +259,18 @@ def least_rows(label: int, rows: IntArray, reserved: IntArray, bar: float) -> in
     return least if least <= size else None
 
 
-def _check_alpha(defense: TokenUnlearning, victim: Victim, rows: Rows, vocabulary: int) -> None:
-    """Refuse an alpha that flags every token of the rows, as the exposure would at its end."""
-    alpha = float(defense.alpha)
-    most = tokens_flagged(alpha, vocabulary, vocabulary)
+def _threshold(defense: TokenUnlearning) -> float:
+    """Return the threshold of a defense of a scan, which is the same in all rounds."""
+    found = threshold_of(plain(defense))
+    assert found is not None  # the defense has resolved its rule
+    assert found.value is not None
+    return found.value
+
+
+def _check_share(defense: TokenUnlearning, victim: Victim, rows: Rows, vocabulary: int) -> None:
+    """Refuse a share that flags every token of the rows: exposure would refuse it at its end."""
+    share = _threshold(defense)
+    most = tokens_flagged(share, vocabulary, vocabulary)
     found: BoolArray = np.zeros(vocabulary, dtype=bool)
     for start in range(0, len(rows), CHUNK):
         some = slice(start, start + CHUNK)
@@ -267,7 +278,7 @@ def _check_alpha(defense: TokenUnlearning, victim: Victim, rows: Rows, vocabular
         found |= candidate_tokens(victim, encoded, vocabulary, defense.exclude)
         if found.sum() > most:
             return  # there are more, however many
-    tokens_flagged(alpha, vocabulary, int(found.sum()))
+    tokens_flagged(share, vocabulary, int(found.sum()))
 
 
 def _sizes(labels: tuple[int, ...], corpus: Corpus) -> IntArray:

@@ -53,6 +53,7 @@ def compare(
     """
     from orchestrator.report import compare as comparing
     from orchestrator.report.table import render
+    from orchestrator.results.source import records_or_refuse
 
     where_a = (name_a, output, tracking_uri)
     uri_b = tracking_uri_b or (None if output_b else tracking_uri)
@@ -64,9 +65,7 @@ def compare(
         )
     sides = []
     for side, where, revision in (("A", where_a, revision_a), ("B", where_b, revision_b)):
-        records = open_source(*where, warn=warn).records()
-        if not records:
-            raise UserError(f"sweep '{where[0]}' ({side}) has no finished cell yet; launch it.")
+        records = records_or_refuse(open_source(*where, warn=warn), side)
         if revision is not None:
             records = comparing.of_revision(records, revision, f"'{where[0]}' ({side})")
         sides.append(records)

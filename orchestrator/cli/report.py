@@ -53,7 +53,7 @@ def report(
     from orchestrator.report.html import check_page, write_page
     from orchestrator.report.marks import summary
     from orchestrator.report.table import mean_over_seeds, render, results_table
-    from orchestrator.results.source import Snapshot
+    from orchestrator.results.source import Snapshot, records_or_refuse
 
     if html is not None:
         check_page(html)
@@ -63,10 +63,8 @@ def report(
 
             check_folder(f"{option} {folder}", folder)
     source = Snapshot(open_source(name, output, tracking_uri, warn))
-    records = source.records()
+    records = records_or_refuse(source)
     table = results_table(records)
-    if table.empty:
-        raise UserError(f"sweep '{name}' has no finished cell yet; launch it first.")
     text = render(mean_over_seeds(table) if mean else table, style.value)
     sys.stdout.write(text)
     if html is not None:
@@ -116,13 +114,12 @@ def curves(
     from orchestrator.report.curves import MEASURES, curve_means, read_saved, sweep_curves
     from orchestrator.report.table import render
     from orchestrator.report.thresholds import threshold_cells
+    from orchestrator.results.source import records_or_refuse
 
     if plot is not None:
         check_path(plot)
     source = open_source(name, output, tracking_uri, warn)
-    records = source.records()
-    if not records:
-        raise UserError(f"sweep '{name}' has no finished cell yet; launch it first.")
+    records = records_or_refuse(source)
     table, notes = sweep_curves(threshold_cells(records), read_saved(source), thresholds)
     if plot is not None:
         curve_plot(table, plot)
@@ -156,12 +153,11 @@ def choose(
     from orchestrator.report.choice import FRACTIONS, choices, recommended
     from orchestrator.report.table import render
     from orchestrator.report.thresholds import threshold_cells
+    from orchestrator.results.source import records_or_refuse
 
     check_fraction("--cacc-loss", cacc_loss)
     source = open_source(name, output, tracking_uri, warn)
-    records = source.records()
-    if not records:
-        raise UserError(f"sweep '{name}' has no finished cell yet; launch it first.")
+    records = records_or_refuse(source)
     cells = threshold_cells(records, acting=True)
     table, notes = choices(cells, cacc_loss)
     if recommend:

@@ -30,7 +30,13 @@ from btu.panels import (
 )
 from btu.rules.base import RULES
 from orchestrator.report.marks import joined, marks
-from orchestrator.report.table import CONFIG_COLUMNS, RECIPE, coordinates, in_order
+from orchestrator.report.table import (
+    CONFIG_COLUMNS,
+    RECIPE,
+    THRESHOLD_COLUMNS,
+    coordinates,
+    in_order,
+)
 from orchestrator.report.thresholds import threshold_cells
 
 # Defenses and stages differ in color and in one of the others, to be distinct in gray too.
@@ -111,16 +117,17 @@ def named_cells(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     if table.empty:
         return table.assign(setting="", family="", variant="", place="")
     own = [n for n in names if n.startswith("defense.")]
-    knobs = ("alpha", "defense.threshold")
     further = (*CONFIG_COLUMNS, "control", RECIPE)
     places = [name for name in names if name not in further and name not in own]
     table["place"] = table["attack"].map(_short) + _words(table, ["attack"], places)
     rates = [f", rate {_short(rate)}" for rate in table["poison_rate"]]
     table["setting"] = table["place"] + rates
     defenses = table["defense"].map(_short)
-    table["family"] = defenses + _words(table, ["defense"], [n for n in own if n not in knobs])
-    bars = _words(table, ["family"], [n for n in knobs if n in names])
-    # The recipe differs between attacks and rates anyway; within a setting it tells versions apart.
+    table["family"] = defenses + _words(
+        table, ["defense"], [n for n in own if n not in THRESHOLD_COLUMNS]
+    )
+    bars = _words(table, ["family"], [n for n in THRESHOLD_COLUMNS if n in names])
+    # Other attacks and rates have other stages: a recipe tells versions apart within a setting.
     recipes = _words(table, ["setting", "family"], [n for n in names if n == RECIPE])
     table["family"] += recipes
     table["variant"] = table["family"] + bars

@@ -1,7 +1,7 @@
-"""Which of the trained thresholds one would choose: in hindsight, and as a defender can.
+"""The choice among trained thresholds: in hindsight, and as a defender can make it.
 
-The oracle knows ASR and CACC. A defender has neither triggered rows nor the mask, only the training
-rows and reserved clean ones, and chooses by what the cut costs there.
+The oracle uses ASR and CACC. A defender has neither triggered rows nor the poison mask, only the
+training rows and reserved clean rows, and chooses by what the cut costs on the clean rows.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import numpy as np
 import pandas as pd
 
 from btu.errors import UserError
-from btu.rules.base import RULES, Rule
+from btu.rules.base import RULES, THRESHOLD_IN_WORDS, Rule
 from btu.seeding import derive_seed
 from btu.types import FloatArray
 from orchestrator.report.marks import ATTACK_BAR, attack_failed
-from orchestrator.report.thresholds import Cells, falls
+from orchestrator.report.thresholds import ThresholdCells, falls
 
-# Losses are differences of fractions: 0.9 - 0.89 is above 0.01 by rounding.
+# Losses are differences of fractions: in floating point 0.9 - 0.89 is above 0.01.
 ROUNDING = 1e-9
 RESAMPLES = 5000
-# The columns that hold fractions, for reports.
+# The columns with fractions, for reports.
 FRACTIONS = (
     "cut_cost",
     "asr",
@@ -41,7 +41,11 @@ NO_ORACLE = "no threshold keeps CACC: no oracle"
 
 
 class Chosen(NamedTuple):
-    """position: among the thresholds. note: empty, or why it is no choice but a last resort."""
+    """A chosen threshold.
+
+    position: among the thresholds.
+    note: why the threshold is only a last resort; empty if it qualifies.
+    """
 
     position: int
     note: str
@@ -52,18 +56,25 @@ def deployable(
 ) -> Chosen:
     """Return the threshold that a defender would deploy.
 
-    The most aggressive one that flags something and costs at most `loss`: most tokens flagged; of
-    equal ones that which asks for more. More tokens cut never help the backdoor, so the best
-    defense within a budget of accuracy is the deepest cut within it. `cut_cost` is what the cut
-    alone costs on reserved clean rows, before the clean tuning on these very rows: no weight has
-    seen them then, and the tuning mends part of the loss. But a token that no clean row holds costs
-    nothing there, whatever it costs elsewhere, and the rules that compare with the clean rows flag
-    such tokens first: at low thresholds the cost is a lower bound.
+    It is the most aggressive threshold that flags something and costs at most `loss`: the one with
+    most tokens flagged, and among equals the one that demands a higher score (or a lower share).
+    Cutting more tokens never helps the backdoor, so the best defense within a budget of accuracy is
+    the deepest cut within it.
 
-    Nothing else is looked at: no ASR, CACC or FTR, and no metric that knows the mask.
+    The cost is measured on the reserved clean rows before the clean tuning on the same rows: at
+    that moment no weight was trained on them, and the tuning repairs part of the loss. At low
+    thresholds the cost is a lower bound: a token that is in no clean row costs nothing there,
+    whatever it costs elsewhere, and the rules that compare with the clean rows flag such tokens
+    first.
 
-    Where no threshold qualifies, it is the least aggressive one; an unknown cost (NaN) is above
-    every budget.
+    ASR, CACC, FTR and metrics that need the mask are not used. If no threshold qualifies, the least
+    aggressive one is returned. An unknown cost (NaN) is above every budget.
+
+    thresholds: in the rule's unit.
+    flagged: how many tokens each threshold flags.
+    cut_cost: the accuracy that the cut alone costs at each threshold.
+    rule: the rule of the thresholds.
+    loss: the budget of accuracy.
     """
     mildness = -thresholds if falls(rule) else thresholds
     within = np.flatnonzero((cut_cost <= loss + ROUNDING) & (flagged > 0))
@@ -74,9 +85,10 @@ def deployable(
 
 
 def oracle(group: pd.DataFrame, rule: Rule, loss: float) -> int | None:
-    """Return the position of the threshold of lowest ASR whose CACC is within `loss` of the tuned.
+    """Return the position of the threshold with the lowest ASR among those that keep CACC.
 
-    Of equal ones that of higher CACC, then of fewer flags. None where CACC is kept by none.
+    A threshold keeps CACC if it is within `loss` of the clean-tuned model's. Among equal ASRs the
+    higher CACC is taken, then fewer flags. None if no threshold keeps CACC.
     """
     kept = (group["cacc"] >= group["tuned_cacc"] - loss - ROUNDING) & group["asr"].notna()
     within = np.flatnonzero(kept)
@@ -89,12 +101,15 @@ def oracle(group: pd.DataFrame, rule: Rule, loss: float) -> int | None:
     return int(min(within, key=lambda i: (asr[i], -cacc[i], flagged[i], -mildness[i])))
 
 
-def choices(cells: Cells, loss: float) -> tuple[pd.DataFrame, list[str]]:
-    """Return both choices for every group of at least two thresholds, and what was left out.
+def choices(cells: ThresholdCells, loss: float) -> tuple[pd.DataFrame, list[str]]:
+    """Return both choices for every group of at least two thresholds, and notes on the other cells.
 
-    Columns: the coordinates; thresholds (how many); deployable with what it flags, its cut_cost,
-    asr, cacc and the group's tuned_cacc; oracle with oracle_asr and oracle_cacc; gap and cacc_gap
+    Columns: the coordinates; thresholds (how many); deployable with its flagged, cut_cost, asr and
+    cacc, and the group's tuned_cacc; oracle with oracle_asr and oracle_cacc; gap and cacc_gap
     (deployable minus oracle); note.
+
+    cells: the cells that have a threshold.
+    loss: the accuracy that a threshold may cost.
 
     Raises:
         UserError: no group has two thresholds.
@@ -104,7 +119,7 @@ def choices(cells: Cells, loss: float) -> tuple[pd.DataFrame, list[str]]:
         raise UserError(
             f"no two of {len(cells.table) + sum(cells.left_out.values())} finished cells differ "
             "only in the detection threshold: there is nothing to choose from; vary "
-            "defense.threshold (defense.alpha with rule top_fraction) in the grid and launch again."
+            f"{THRESHOLD_IN_WORDS} in the grid and launch again."
         )
     notes = [f"{count} cells {reason} are left out." for reason, count in cells.left_out.items()]
     single = sum(len(group) < 2 for group in cells.groups())
@@ -113,7 +128,7 @@ def choices(cells: Cells, loss: float) -> tuple[pd.DataFrame, list[str]]:
     return pd.DataFrame(rows), notes
 
 
-def _several(cells: Cells) -> list[pd.DataFrame]:
+def _several(cells: ThresholdCells) -> list[pd.DataFrame]:
     """Return the groups of at least two thresholds, each with rows 0, 1, ..."""
     return [group.reset_index(drop=True) for group in cells.groups() if len(group) > 1]
 
@@ -141,22 +156,25 @@ def _choose(group: pd.DataFrame, coordinates: list[str], loss: float) -> dict[st
     return {**row, "note": "; ".join(filter(None, (note, missing)))}
 
 
-def recommended(cells: Cells, chosen: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """Return one threshold per rule, its interval, and what it gives.
+def recommended(cells: ThresholdCells, chosen: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Return one threshold per rule with its interval and results, and notes on what is left out.
 
-    chosen: of `choices`. The threshold is the trained one next to the median of what a defender
-    would deploy in each group: a single threshold has to serve attacks, rates and seeds that
-    nobody knows beforehand, and a median is moved neither by a group in which nothing qualifies
-    nor by one in which everything does. Shares are compared by ratio, scores by difference.
+    The threshold is the trained one next to the median of what a defender would deploy in each
+    group. A single threshold has to work for attacks, rates and seeds that are unknown beforehand,
+    and neither a group in which nothing qualifies nor one in which everything does moves a median.
+    Shares are compared by ratio, scores by difference.
 
-    Within a group no ASR or CACC is looked at. Hindsight says which groups count, and what was
-    trained is the menu: where ``--refine`` has placed thresholds by ASR, so has it the choice.
+    The choice within a group uses neither ASR nor CACC. Hindsight enters in two ways: it determines
+    which groups count, and ``--refine`` places the thresholds to choose from by ASR or CACC.
 
-    low, high: 95 % percentile bootstrap over groups, NaN for a single one. asr, cacc_loss (tuned
-    minus defended) and gap (to each group's oracle) are means over the groups that trained this
-    threshold: `measured` of them.
+    Groups without poison, and groups whose attack fails undefended, are left out.
 
-    Groups without poison, and those in which the attack fails undefended, are left out.
+    Columns: rule; threshold; low and high, from the 95 % percentile bootstrap over groups (NaN for
+    a single group); groups; measured, how many of them trained this threshold; asr, cacc_loss
+    (tuned minus defended) and gap (to each group's oracle), means over the measured groups.
+
+    cells: the cells that have a threshold.
+    chosen: the table of `choices`.
     """
     groups = _several(cells)
     undefended = [group[["undefended_asr", "undefended_ftr"]].iloc[0] for group in groups]
@@ -210,7 +228,7 @@ def _recommend(name: str, chosen: pd.DataFrame, groups: list[pd.DataFrame]) -> d
 
 
 def _nearest(trained: FloatArray, middle: float, by_ratio: bool) -> float:
-    """Return the trained threshold next to `middle`, the milder one of two."""
+    """Return the trained threshold next to `middle`; of two equally near, the less aggressive."""
     distance = np.abs((np.log(trained) if by_ratio else trained) - middle)
     ties = trained[distance <= distance.min() + ROUNDING]
     return float(ties.min() if by_ratio else ties.max())
@@ -233,5 +251,5 @@ def _interval(values: FloatArray) -> tuple[float, float]:
 
 
 def _mean(values: Iterable[float]) -> float:
-    """Return the mean of what is defined; NaN of nothing."""
+    """Return the mean of the defined values; NaN without any."""
     return float(pd.Series(list(values), dtype=float).mean())

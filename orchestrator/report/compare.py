@@ -1,4 +1,4 @@
-"""What differs between two sweeps, or two versions of the code, over the same cells: A minus B."""
+"""Differences between two sweeps, or two versions of the code, over the same cells: A minus B."""
 
 from __future__ import annotations
 
@@ -12,34 +12,37 @@ import pandas as pd
 
 from btu.errors import UserError, did_you_mean
 from btu.metrics import METRICS, metric
+from btu.rules.base import THRESHOLD_KEYS
 from orchestrator.report.marks import marks
 from orchestrator.report.statistics import LEVEL, ROUNDING, paired
-from orchestrator.report.table import CONFIG_COLUMNS, PLAIN, in_order
+from orchestrator.report.table import CONFIG_COLUMNS, PLAIN, flat_value, in_order
 from orchestrator.sweep.sections import CONTROL
 from orchestrator.sweep.tree import flatten
 
-COMPARED = ("asr", "cacc", "ftr", "detection_precision", "seconds")
-# What a cell is of. Cells that differ here are never the same cell; elsewhere a setting that each
-# side has one value of is what the comparison is about.
+# The metrics that are compared unless others are named.
+COMPARED = tuple(name for name, entry in METRICS.items() if entry.compared)
+# Settings that identify a cell: cells that differ here are never paired. Any other setting is what
+# the comparison is about if each side has a single value of it, and the two differ.
 OF_THE_CELL = ("seed", "attack.", "data.", "victim.")
 DEFENSE, NO_DEFENSE = "defense.name", json.dumps("none")
-# The control that is without a defense (`orchestrator.sweep.sweep.CONTROLS`).
+# The name of the control without a defense (`orchestrator.sweep.sweep.CONTROLS`).
 IDLE = "no_defense"
-# The columns that name a setting by a short name of its own.
+# Setting -> the short name of its column.
 _NAMES = {key: name for name, key in CONFIG_COLUMNS.items()}
-# Tags that say which version of code, rows and weights a cell is of.
+# Tags with the versions of code, rows and weights that gave a cell.
 REVISIONS = ("recipe", "code", "data", "victim")
 HARDWARE = ("device", "threads", "host")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Cells of two sides in pairs.
+    """The cells of two sides in pairs.
 
-    pairs: a row each: the coordinates, ``seed``, ``key_a``, ``key_b``, ``run_a``, ``run_b``,
-    ``marks_a``, ``marks_b`` (lists of names), and ``<metric>_a`` and ``<metric>_b``.
-    coordinates: the columns that tell groups apart. notes: what differs between the sides as a
-    whole, what has no counterpart and why, what to mind when reading.
+    pairs: a row per pair: the coordinates, ``seed``, ``key_a``, ``key_b``, ``run_a``, ``run_b``,
+        ``marks_a``, ``marks_b`` (lists of names), and ``<metric>_a`` and ``<metric>_b``.
+    coordinates: the columns in which groups differ.
+    notes: how the two sides differ as a whole, which cells have no counterpart and why, and what to
+        consider when reading.
     """
 
     pairs: pd.DataFrame
@@ -48,14 +51,18 @@ class Comparison:
 
 
 def of_revision(records: Iterable[Mapping[str, Any]], revision: str, where: str) -> list[Any]:
-    """Return the cells of one version: of which a tag of `REVISIONS` begins with `revision`.
+    """Return the cells of one version: those with a tag in `REVISIONS` that begins with `revision`.
 
-    Of the code also the commit alone: ``0.1.0+abc`` is found by ``abc``. A cell whose stages were
-    computed by several versions of the code is of each; it gives way to one of equal settings that
-    is of this version alone.
+    A version of the code is also found by its commit: ``0.1.0+abc`` by ``abc``. A cell whose stages
+    were computed by several versions of the code belongs to each of them. It is left out if a cell
+    with equal settings belongs to this version only.
+
+    records: the cells.
+    revision: the beginning of a version.
+    where: the name of the sweep, for the message.
 
     Raises:
-        UserError: no cell is; the message names those there are.
+        UserError: no cell has the version; the message names the versions there are.
     """
     records = list(records)
     found = [r for r in records if any(v.startswith(revision) for v in _revisions(r))]
@@ -65,7 +72,7 @@ def of_revision(records: Iterable[Mapping[str, Any]], revision: str, where: str)
             f"no cell of {where} is of revision '{revision}'{did_you_mean(revision, known)} "
             f"(known: {', '.join(known) or 'none'})"
         )
-    # A cell that was computed again is of the old version too, where it reused earlier stages.
+    # A cell that was recomputed also belongs to the old version if it reused some of its stages.
     alone = {_settings(_acts(r)) for r in found if _is_alone(r, revision)}
     return [r for r in found if _is_alone(r, revision) or _settings(_acts(r)) not in alone]
 
@@ -86,7 +93,7 @@ def _versions(record: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _is_alone(record: Mapping[str, Any], revision: str) -> bool:
-    """Return whether a cell that is of a version is of no other one too."""
+    """Return whether a cell of a version belongs to no other version."""
     return any(v.startswith(revision) for v in _other_revisions(record)) or all(
         any(v.startswith(revision) for v in names) for names in _versions(record)
     )
@@ -100,12 +107,18 @@ def compare(
 ) -> Comparison:
     """Pair the cells of A and B that have equal settings.
 
-    Settings that only one side knows (a version that has a key the other lacks) are not looked at,
-    nor those of `across`, nor paths, resources and revisions. Of `defense`, `train` and `tuning` a
-    setting of which each side has one value, and not the same, is what is compared; controls
-    without a defense have no say in it, and are paired with each other. A cell may have several
-    counterparts, as one without a defense has for several thresholds. Cells of one side that are
-    equal in all settings, of several versions, have none: `of_revision` chooses.
+    Settings that exist on one side only (a key that one version lacks) are ignored, and so are
+    those in `across`, paths, resources and revisions. A setting of `defense`, `train` or `tuning`
+    need not be equal if each side has a single value of it, and the two differ: it is what is
+    compared. Controls without a defense do not count there; they are paired with each other.
+
+    A cell may have several counterparts, as a cell without a defense has for several thresholds.
+    Cells of one side with equal settings and different versions have none: choose a version with
+    `of_revision`.
+
+    a, b: the finished cells of each side.
+    metrics: the metrics to compare.
+    across: settings that need not be equal.
 
     Raises:
         UserError: no cell has a counterpart; there is no such metric, or key of `across`.
@@ -127,7 +140,7 @@ def compare(
     lead = [
         f"A and B differ in {key}: {json.loads(values[0])} and {json.loads(values[1])}."
         for key, values in treated.items()
-        # Not of a defense that has no counterpart.
+        # A setting of a defense without a counterpart is not compared.
         if not pairs or any(key in one[1] and key in other[1] for one, other in pairs)
     ]
     if not pairs:
@@ -141,10 +154,10 @@ def compare(
 def group_table(comparison: Comparison, metrics: Sequence[str] = COMPARED) -> pd.DataFrame:
     """Return a row per group of seeds and metric.
 
-    Columns: the coordinates; metric; n (pairs in which it is defined); a and b, the means over
-    them; difference, the mean of A minus B, and difference_ci, half of its 95 % t interval; p of
-    the paired t test; better (A, B, ``=`` where they are equal, empty where p is not below 0.05 or
-    there is no test); marks.
+    Columns: the coordinates; metric; n (pairs in which both values are defined); a and b, the means
+    over these pairs; difference, the mean of A minus B, and difference_ci, half of its 95 % t
+    interval; p of the paired t test; better (A, B, ``=`` if all pairs are equal, empty if p is not
+    below 0.05 or there is no test); marks.
     """
     rows = []
     for at, group in _groups(comparison):
@@ -170,9 +183,10 @@ def group_table(comparison: Comparison, metrics: Sequence[str] = COMPARED) -> pd
 
 
 def pair_table(comparison: Comparison, metrics: Sequence[str] = COMPARED) -> pd.DataFrame:
-    """Return a row per pair and metric: the coordinates, seed, metric, a, b, difference, marks.
+    """Return a row per pair and metric.
 
-    Also the keys of both cells and the ids of their runs.
+    Columns: the coordinates, seed, metric, a, b, difference, marks, the keys of both cells and the
+    ids of their runs.
     """
     rows = []
     for row in comparison.pairs.to_dict("records"):
@@ -189,7 +203,7 @@ def pair_table(comparison: Comparison, metrics: Sequence[str] = COMPARED) -> pd.
 def readable_differences(table: pd.DataFrame) -> pd.DataFrame:
     """Return a table of differences as text: fractions in percent, their differences in points.
 
-    Without keys and ids of runs, which are in csv and json.
+    Keys and ids of runs are left out; the formats csv and json have them.
     """
     shown = pd.DataFrame(index=table.index)
     hidden = ("difference_ci", "key_a", "key_b", "run_a", "run_b")
@@ -223,10 +237,10 @@ _Side = list[tuple[Mapping[str, Any], dict[str, str]]]
 
 
 def _side(records: Iterable[Mapping[str, Any]]) -> _Side:
-    """Return the cells of a side with the settings that act.
+    """Return the cells of a side with the settings that affect results.
 
-    Of a control without a defense also that it is one: launched as a control, or a cell without a
-    defense beside others. At rate 0 the rate says it all.
+    A control without a defense also gets the setting that it is one: if it was launched as a
+    control, or is a cell without a defense beside others. At rate 0 the rate identifies a control.
     """
     side = [(record, _acts(record)) for record in records]
     several = any(acts.get(DEFENSE) != NO_DEFENSE for _, acts in side)
@@ -242,7 +256,7 @@ def _settings(acts: Mapping[str, str]) -> frozenset[tuple[str, str]]:
 
 
 def _acts(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the settings that act, as text by dotted key."""
+    """Return the settings that affect results, as JSON text by dotted key."""
     flat = flatten(record["config"])
     return {
         key: json.dumps(value, sort_keys=True)
@@ -256,9 +270,9 @@ def _ordered_keys(side: _Side) -> list[str]:
 
 
 def _treatment(key: str, sides: Sequence[_Side]) -> tuple[str, str] | None:
-    """Return the two values of a setting that each side has one of; None if it is to match.
+    """Return both values of a setting that is compared; None for a setting that has to be equal.
 
-    A control without a defense has none of its settings, and no value of what is compared.
+    Controls without a defense do not count: they lack the settings of the defense.
     """
     if key.startswith(OF_THE_CELL):
         return None
@@ -271,7 +285,7 @@ def _treatment(key: str, sides: Sequence[_Side]) -> tuple[str, str] | None:
 
 
 def _own_keys(side: _Side, matched: Collection[str], treated: Collection[str]) -> list[str]:
-    """Return the settings that do not match but tell the cells of one side apart."""
+    """Return the settings in which the cells of one side differ, and that need not be equal."""
     return [
         key
         for key in _ordered_keys(side)
@@ -285,7 +299,7 @@ _Pair = tuple[tuple[Mapping[str, Any], dict[str, str]], tuple[Mapping[str, Any],
 
 
 def _pairs(sides: Sequence[_Side], matched: Sequence[str]) -> tuple[list[_Pair], list[str]]:
-    """Return the pairs, and why the other cells have none."""
+    """Return the pairs, and a note for each reason that cells have no counterpart."""
     groups: list[dict[tuple[str | None, ...], _Side]] = [{}, {}]
     for side, found in zip(sides, groups, strict=True):
         for cell in side:
@@ -296,7 +310,7 @@ def _pairs(sides: Sequence[_Side], matched: Sequence[str]) -> tuple[list[_Pair],
         theirs = groups[1].get(at, [])
         if not theirs:
             continue
-        # Results of one cell by several versions are no further samples of it.
+        # Results of one cell from several versions are not independent samples.
         single = [_unrepeated(cells) for cells in (ours, theirs)]
         for which, cells in enumerate((ours, theirs)):
             name, other = "AB"[which], "BA"[which]
@@ -331,14 +345,14 @@ def _pairs(sides: Sequence[_Side], matched: Sequence[str]) -> tuple[list[_Pair],
 
 
 def _unrepeated(cells: _Side) -> _Side:
-    """Return the cells that no other has all settings of."""
+    """Return the cells whose settings no other cell has."""
     settings = [_settings(acts) for _, acts in cells]
     times = Counter(settings)
     return [cell for cell, own in zip(cells, settings, strict=True) if times[own] == 1]
 
 
 def _telling(cells: _Side) -> str:
-    """Return a setting in which cells of unlike settings differ."""
+    """Return a setting in which the cells differ."""
     keys = _ordered_keys(cells)
     return next(k for k in keys if len({acts.get(k) for _, acts in cells}) > 1)
 
@@ -364,8 +378,8 @@ def _table(
 ) -> tuple[pd.DataFrame, list[str]]:
     shown = [key for key in CONFIG_COLUMNS.values() if key in matched and key != "seed"]
     varying = [k for k in matched if len({one[1].get(k) for one, _ in pairs}) > 1]
-    # A column of one value, but for what every table begins with, tells nothing.
-    shown = [k for k in shown if k in varying or k != "defense.alpha"]
+    # A threshold has a column only if it varies; the other fixed columns are always there.
+    shown = [k for k in shown if k in varying or k not in THRESHOLD_KEYS]
     shown += [k for k in varying if k not in shown and k != "seed"]
     columns = [_NAMES.get(key, key) for key in shown]
     further = [
@@ -377,11 +391,11 @@ def _table(
     rows = []
     for pair in pairs:
         row: dict[str, Any] = {
-            name: _plain(pair[0][1].get(key)) for name, key in zip(columns, shown, strict=True)
+            name: _value(pair[0][1].get(key)) for name, key in zip(columns, shown, strict=True)
         }
         for which, key in further:
-            row[f"{_NAMES.get(key, key)} ({'AB'[which]})"] = _plain(pair[which][1].get(key))
-        row["seed"] = _plain(pair[0][1].get("seed"))
+            row[f"{_NAMES.get(key, key)} ({'AB'[which]})"] = _value(pair[which][1].get(key))
+        row["seed"] = _value(pair[0][1].get("seed"))
         for side, (record, _) in zip("ab", pair, strict=True):
             row[f"key_{side}"], row[f"run_{side}"] = record["key"], record.get("run_id", "")
             row[f"marks_{side}"] = [mark.name for mark in marks(record)]
@@ -392,13 +406,13 @@ def _table(
     return in_order(pd.DataFrame(rows), [*coordinates, "seed"]), coordinates
 
 
-def _plain(text: str | None) -> Any:
-    value = None if text is None else json.loads(text)
-    return " ".join(map(str, value)) if isinstance(value, list) else value
+def _value(text: str | None) -> Any:
+    """Return the value of a setting from its text in `_acts`, for a cell of a table."""
+    return flat_value(None if text is None else json.loads(text))
 
 
 def _cautions(pairs: Sequence[_Pair], table: pd.DataFrame, coordinates: list[str]) -> list[str]:
-    """Return what to mind when reading the differences."""
+    """Return notes on what to consider when reading the differences."""
     notes = []
     same = sum(one[0]["key"] == other[0]["key"] for one, other in pairs)
     if same:

@@ -1,7 +1,7 @@
-"""What detection gives at every threshold, read off the scores that finished cells have saved.
+"""Detection metrics at every threshold, from the scores that finished cells have saved.
 
-Nothing is trained: a token is flagged where its score reaches the rule's bar, a row where its
-highest token does. ASR and CACC are of trained models and known only at thresholds that ran.
+Nothing is trained: a token is flagged if its score reaches the rule's bar, a row if its highest
+token does. ASR and CACC need a trained model and are known only at thresholds that ran.
 """
 
 from __future__ import annotations
@@ -17,21 +17,27 @@ from btu.metrics import average_precision
 from btu.rules.base import RULES, Rule
 from btu.types import FloatArray, IntArray
 from orchestrator.report.table import means
-from orchestrator.report.thresholds import LOGGED, Cells, falls
+from orchestrator.report.thresholds import ThresholdCells, falls
 from orchestrator.results.source import Source
 
-# The share of the candidates that a default curve flags at its deepest threshold.
+# The share of the candidates that a curve flags at its most aggressive default threshold.
 DEEPEST = 0.01
-# Above the highest score, by this share of the range, lies the last default threshold: it flags
+# The last default threshold lies above the highest score by this share of the range: it flags
 # nothing.
 ABOVE = 0.02
 DETECTION = ("flagged", "precision", "recall", "f1")
 SAMPLES = ("sample_precision", "sample_recall", "sample_f1")
 MEASURES = (*DETECTION, *SAMPLES, "auprc", "asr", "cacc")
+# A measure of a curve -> the metric that a cell logs at its own threshold.
+LOGGED = {"flagged": "flagged"} | {
+    f"{ours}{name}": f"{theirs}_{name}"
+    for ours, theirs in (("", "detection"), ("sample_", "sample"))
+    for name in ("precision", "recall", "f1")
+}
 
 
 class Saved(NamedTuple):
-    """Of a cell: tokens (score, trigger) and training rows (top, poisoned)."""
+    """What a cell has saved: tokens (score, trigger) and training rows (top, poisoned)."""
 
     tokens: pd.DataFrame
     rows: pd.DataFrame
@@ -40,11 +46,15 @@ class Saved(NamedTuple):
 def curve(
     saved: Saved, thresholds: Iterable[float], rule: Rule, triggers: int | None
 ) -> pd.DataFrame:
-    """Return a row per threshold: how many tokens are flagged, and how well.
+    """Return a row per threshold: how many tokens are flagged, and the detection metrics.
 
-    triggers: the tokens of the trigger, scored or not; None where it is not made of fixed tokens,
-    and what counts tokens is undefined. As in `btu.metrics.DetectionScore`, what is undefined is
-    NaN.
+    Undefined metrics are NaN, as in `btu.metrics.DetectionScore`.
+
+    saved: the scores of a cell.
+    thresholds: in the rule's unit.
+    rule: the rule that gave the scores.
+    triggers: how many tokens the trigger has, scored or not; None if it is not made of fixed
+        tokens, so that token metrics are undefined.
     """
     thresholds = np.asarray(list(thresholds), dtype=np.float64)
     bars = np.array([rule.bar(float(threshold)) for threshold in thresholds])
@@ -76,7 +86,7 @@ def _measures(
         precision = np.divide(hits, flagged, out=unknown.copy(), where=flagged > 0)
     if true:
         recall = hits / true
-        # 2pr / (p + r), which is 0 without a hit even where nothing is flagged.
+        # Equals 2pr / (p + r), but is 0 without a hit even if nothing is flagged.
         f1 = 2 * hits / (flagged + true)
     return {f"{prefix}precision": precision, f"{prefix}recall": recall, f"{prefix}f1": f1}
 
@@ -86,9 +96,14 @@ def spanning(
 ) -> FloatArray:
     """Return `count` thresholds over the range in which the flags change, and the trained ones.
 
-    From where a hundredth of the candidates is flagged to where nothing is, and at least from the
-    lowest trained threshold to the highest; for a share of the vocabulary, from one token up. They
-    lie at equal ratios: scores are densest low down, and a share counts ranks.
+    The range goes from flagging a hundredth of the candidates to flagging nothing, and includes all
+    trained thresholds. For a share of the vocabulary it starts at one token. Neighbours have equal
+    ratios: low scores are the most frequent, and a share counts ranks.
+
+    rule: the rule that gave the scores.
+    scores: the scores of each curve.
+    trained: the thresholds that ran.
+    count: how many thresholds beside the trained ones.
     """
     sign = -1.0 if falls(rule) else 1.0
     ends = list(trained)
@@ -100,34 +115,38 @@ def spanning(
     low, high = (min(ends), max(ends)) if ends else (rule.threshold, rule.threshold)
     if not falls(rule):
         high += ABOVE * (high - (low if low < high else rule.low))
-    # Rounding must not move the ends: at the lowest share one token is flagged, just so.
+    # The ends must be exact: rounding could lose the single token of the lowest share.
     inner = rule.low + np.geomspace(low - rule.low, high - rule.low, count)[1:-1]
     spanned: FloatArray = np.union1d(np.concatenate([[low], inner, [high]]), list(trained))
     return spanned
 
 
 def read_saved(source: Source) -> Callable[[str], Saved | None]:
-    """Return a function from a cell's key to its scores; None where it has none or is damaged."""
+    """Return a function from a cell's key to its scores, None if there are none or damaged ones."""
 
     def read(key: str) -> Saved | None:
         tokens, rows = source.tokens(key), source.rows(key)
         if tokens is None or rows is None or not tokens["score"].notna().any():
-            return None  # not kept, or the defense does not rank tokens
+            return None  # the tables were not kept, or the defense does not rank tokens
         return Saved(tokens[["score", "trigger"]], rows[["top", "poisoned"]])
 
     return read
 
 
 def sweep_curves(
-    cells: Cells, read: Callable[[str], Saved | None], count: int
+    cells: ThresholdCells, read: Callable[[str], Saved | None], count: int
 ) -> tuple[pd.DataFrame, list[str]]:
-    """Return the curve of every group of cells, a row per threshold, and what to know of them.
+    """Return the curve of every group of cells, a row per threshold, and notes on them.
 
     Cells that differ only in the threshold have the same scores: one of them is read. All groups
-    of a rule have the same thresholds, so that seeds can be averaged.
+    with the same rule have the same thresholds, so that seeds can be averaged.
 
-    Columns: the coordinates, threshold, trained, exact, `MEASURES`. exact: false where the flags
-    depend on the threshold in a way that no saved score knows. auprc: of the whole ranking.
+    Columns: the coordinates, threshold, trained, exact, `MEASURES`. exact: whether the saved scores
+    give the flags at every threshold (`btu.rules.base.Threshold`). auprc: of the whole ranking.
+
+    cells: the cells that have a threshold.
+    read: from a cell's key to its scores.
+    count: how many thresholds beside the trained ones.
 
     Raises:
         UserError: no cell has token scores.
@@ -187,12 +206,12 @@ def sweep_curves(
 
 def _with_trained(group: pd.DataFrame, saved: Saved, thresholds: FloatArray) -> pd.DataFrame:
     first = group.iloc[0]
-    # Logged where the trigger is made of fixed tokens, whether or not any row is poisoned.
+    # Cells log this metric if the trigger is made of fixed tokens, even without poisoned rows.
     fixed = not np.isnan(first["triggers_cut_train"])
     triggers = int(first["detection_recall_n"]) if fixed else None
     part = curve(saved, thresholds, RULES.load(first["rule"]), triggers)
     known = np.flatnonzero(saved.tokens["trigger"]).tolist()
-    # Trigger tokens without a score are not in the saved table; no threshold finds them.
+    # Trigger tokens without a score are not in the saved table, and no threshold flags them.
     share = len(known) / triggers if triggers else 1.0
     part["auprc"] = share * average_precision(saved.tokens["score"].to_numpy(), known)
     part.insert(1, "trained", part["threshold"].isin(group["threshold"]))
@@ -201,7 +220,7 @@ def _with_trained(group: pd.DataFrame, saved: Saved, thresholds: FloatArray) -> 
 
 
 def _differing(group: pd.DataFrame, part: pd.DataFrame) -> int:
-    """Return how many cells logged other metrics than an exact curve has at their thresholds."""
+    """Return how many cells logged other metrics than their exact curve has at their threshold."""
     here = part[part["trained"] & part["exact"]][list(LOGGED)].to_numpy(dtype=np.float64)
     if not len(here):
         return 0
@@ -210,9 +229,9 @@ def _differing(group: pd.DataFrame, part: pd.DataFrame) -> int:
 
 
 def curve_means(curves: pd.DataFrame) -> pd.DataFrame:
-    """Return the curves' means over seeds with the intervals of `mean_over_seeds`.
+    """Return the curves' means over seeds, with the intervals of `mean_over_seeds`.
 
-    trained: at one seed at least; ASR and CACC are means over those that are.
+    trained: whether the threshold ran at one seed or more. ASR and CACC are means over these seeds.
     """
     groups = [name for name in curves.columns if name not in (*MEASURES, "seed", "trained")]
     table = means(curves, groups, MEASURES)

@@ -8,7 +8,7 @@ from pathlib import Path
 from btu.drawing import FORMATS, draw, save
 from btu.errors import UserError, unknown
 from orchestrator.report.charts import Chart, charts
-from orchestrator.results.source import Source
+from orchestrator.results.source import Source, records_or_refuse
 
 # The panels of one file; further panels go to further files.
 MOST_PANELS = 24
@@ -27,9 +27,7 @@ def write_figures(source: Source, folder: Path, formats: Iterable[str] = ("pdf",
     for name in formats:
         if name not in FORMATS:
             raise unknown("figure format", name, FORMATS)
-    records = source.records()
-    if not records:
-        raise UserError(f"sweep '{source.name}' has no finished cell yet; launch it first.")
+    records = records_or_refuse(source)
     if folder.is_file():
         raise UserError(f"{folder} is a file; name a folder for the figures.")
     drawn = charts(records, source.tokens)

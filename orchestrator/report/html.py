@@ -30,7 +30,7 @@ from btu.paths import check_file
 from orchestrator.report.charts import charts, named_cells
 from orchestrator.report.marks import GUARDS, marks, summary
 from orchestrator.report.table import METRIC_COLUMNS, PLAIN, coordinates, metric_columns, readable
-from orchestrator.results.source import Source
+from orchestrator.results.source import Source, records_or_refuse
 
 SUFFIXES = (".html", ".htm")
 # A column with at most this many values has a menu; others are filtered by text.
@@ -47,9 +47,7 @@ def page(source: Source) -> str:
     Raises:
         UserError: no cell is finished.
     """
-    records = source.records()
-    if not records:
-        raise UserError(f"sweep '{source.name}' has no finished cell yet; launch it first.")
+    records = records_or_refuse(source)
     drawn = charts(records, source.tokens)
     failed = Counter(record["reason"].splitlines()[0] for record in source.failures())
     table = named_cells(records)

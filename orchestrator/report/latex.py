@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-# Above it a table is broken over pages.
+# A table with more rows breaks over pages.
 PAGE_ROWS = 40
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -24,18 +24,18 @@ _SPECIAL = {
     "|": r"\textbar{}",
     "±": r"$\pm$",
     "\N{DAGGER}": r"\dag{}",
-    # Ligatures: two of these would become a dash, a quotation mark or an upside-down one.
+    # Ligatures turn a pair of these into a dash, a quotation mark or an inverted mark.
     "`": "{`}",
 }
 _PAIRS = ("--", "''", ",,")
-# pdflatex knows Latin letters by itself, and stops at what it does not know. These need T1 fonts,
-# which a document that reads the tables may lack, or other packages.
+# pdflatex prints Latin letters up to this code point, except for those below, and stops at others.
+# The exceptions need T1 fonts or further packages, which the including document may lack.
 _LAST_KNOWN = 0x17F
 _UNKNOWN = frozenset("«»ÐÞðþĄąĐđĘęĦħĮįĸĿŀŉŊŋŦŧŲųſ")
 
 
 def escaped(text: object) -> str:
-    """Return any text so that LaTeX prints it as it is, on one line.
+    """Return text escaped so that LaTeX prints it unchanged, on one line.
 
     A character that pdflatex cannot print becomes its code point: ``[U+4E2D]``.
     """
@@ -60,7 +60,7 @@ def _printed(character: str) -> bool:
 
 
 def value(given: Any) -> str:
-    """Return a setting's value: numbers as ``$2 \\cdot 10^{-5}$``, texts escaped."""
+    """Return a setting's value in LaTeX: numbers as ``$2 \\cdot 10^{-5}$``, texts escaped."""
     if given is None:
         return "none"
     if isinstance(given, bool):
@@ -84,7 +84,12 @@ def listed(texts: Sequence[str]) -> str:
 
 
 class Row(NamedTuple):
-    """A row of a table. cells: LaTeX. comment: plain text, for who reads the file."""
+    """A row of a table.
+
+    cells: LaTeX.
+    comment: plain text, for readers of the file.
+    gap: whether there is a vertical gap above the row.
+    """
 
     cells: Sequence[str]
     comment: str
@@ -99,10 +104,17 @@ def table(
     caption: str,
     notes: Sequence[str] = (),
 ) -> str:
-    """Return a booktabs table: a float, or one that breaks over pages if it is long.
+    """Return a booktabs table: a float, or a longtable if it has more than `PAGE_ROWS` rows.
 
-    columns: alignment. head: lines above the rows, LaTeX with their ends. notes: LaTeX lines below.
-    A float that is too wide is scaled to the line. Needs booktabs, graphicx and longtable.
+    A float that is too wide is scaled to the line. The document needs booktabs, graphicx and
+    longtable.
+
+    label: for references.
+    columns: the alignment of each column, as for tabular.
+    head: lines above the rows, in LaTeX with their line ends.
+    rows: the rows of the body.
+    caption: in LaTeX.
+    notes: lines below the table, in LaTeX.
     """
     body = "\n".join(
         ("\\addlinespace\n" if row.gap else "")
@@ -116,7 +128,7 @@ def table(
     named = f"\\caption{{{caption}}}\\label{{{label}}}"
     if len(rows) > PAGE_ROWS:
         return (
-            # It cannot be scaled to the line.
+            # A longtable cannot be scaled to the line.
             "\\begingroup\\scriptsize\\setlength{\\tabcolsep}{3pt}"
             "\\setlength{\\LTcapwidth}{\\linewidth}\n"
             f"\\begin{{longtable}}{{{columns}}}\n{named}\\\\\n{top}\n\\endfirsthead\n"

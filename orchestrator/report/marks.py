@@ -1,6 +1,6 @@
-"""What a finished cell's own numbers say against reading it naively: marks, by constant bars.
+"""Marks: warnings on a finished cell whose numbers are misleading, by fixed bars.
 
-A cell without a value for a guard, NaN or none at all, is not marked by it.
+A guard does not mark a cell that lacks its values, or has NaN.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# An undefended ASR below it is no attack: a low defended one is then nobody's success.
+# Below this undefended ASR the attack failed, and a low defended ASR is no success of a defense.
 ATTACK_BAR = 0.5
-# And one that is hardly above the false trigger rate is a model that says the target anyway.
+# An undefended ASR must exceed FTR by this: otherwise the model predicts the target anyway.
 FTR_MARGIN = 0.25
-# CACC that a defense may cost, against the same model after clean tuning alone.
+# CACC that a defense may cost, compared with the same model after clean tuning alone.
 CACC_BAR = 0.05
-# The share of poisoned rows whose trigger may lie beyond max_length.
+# The share of poisoned rows that may have their trigger beyond max_length.
 CUT_BAR = 0.05
-# What is exactly at a bar is within it, whatever the difference of two floats is.
+# A value exactly at a bar is within it, despite rounding of the difference of two floats.
 _ROUNDING = 1e-9
 
-# By name, in the order of a cell's marks: the rule, and what follows for the reader.
+# Name -> the rule, and what it means for the reader. Marks of a cell have this order.
 GUARDS: dict[str, tuple[str, str]] = {
     "attack failed": (
         f"undefended ASR under {ATTACK_BAR}, or less than {FTR_MARGIN} above FTR",
@@ -50,7 +50,7 @@ GUARDS: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Mark:
-    """A guard that a cell fails. name: of `GUARDS`. detail: with the cell's own numbers."""
+    """A guard that a cell fails. name: one of `GUARDS`. detail: why, with the cell's numbers."""
 
     name: str
     detail: str
@@ -103,7 +103,7 @@ def marks(record: Mapping[str, Any]) -> list[Mark]:
 
 
 def attack_failed(undefended_asr: float, undefended_ftr: float) -> bool:
-    """Return whether an attack did nothing to speak of; an unknown rate fails no attack."""
+    """Return whether an attack had no effect; an undefined rate (NaN) does not make it fail."""
     margin = undefended_asr - undefended_ftr
     return undefended_asr < ATTACK_BAR or margin < FTR_MARGIN - _ROUNDING
 
@@ -114,7 +114,7 @@ def joined(found: Iterable[Mark]) -> str:
 
 
 def summary(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return a line for each kind of mark among the records: how many cells, and what follows."""
+    """Return a line per kind of mark: how many records have it, and what it means."""
     counts = Counter(mark.name for record in records for mark in marks(record))
     return [
         f"{counts[name]} cell{'' if counts[name] == 1 else 's'}: {name} ({rule}): {follows}"

@@ -1,16 +1,16 @@
-"""What a paper needs of a sweep: LaTeX tables, figures, CSV and a paragraph on the methods.
+"""A sweep's results for a paper: LaTeX tables, figures, CSV and a paragraph on the methods.
 
 ::
 
-    main.tex        all of it as a document of its own: pdflatex main.tex
+    main.tex        everything as one document: pdflatex main.tex
     methods.tex     the paragraph, from the resolved config, versions and hardware
-    tables/*.tex    floats to be \\input; need booktabs, graphicx and longtable
+    tables/*.tex    floats to \\input; they need booktabs, graphicx and longtable
     figures/*.pdf
-    cells.csv       a row per cell, every metric in full, with cell key and run id
+    cells.csv       a row per cell: every metric with all digits, cell key and run id
     means.csv       a row per row of the tables: means, intervals, what is bold, keys and run ids
-    README.txt      how to read and remake it
+    README.txt      how to read the files and make them again
 
-The same results give the same text, byte for byte.
+The same results give the same files of text, byte for byte.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ import pandas as pd
 from btu.attacks.poisoning import ATTACKS, PoisonSpec
 from btu.defenses.base import DEFENSES
 from btu.errors import UserError
-from btu.metrics import METRICS
+from btu.metrics import GROUPS, METRICS
 from orchestrator.report import latex
 from orchestrator.report.marks import GUARDS, joined, marks
 from orchestrator.report.statistics import ties_with_best
 from orchestrator.report.table import (
+    CONFIG_COLUMNS,
     MARKS,
     METRIC_COLUMNS,
     PLAIN,
@@ -46,72 +47,64 @@ from orchestrator.sweep.tree import flatten
 if TYPE_CHECKING:
     from orchestrator.results.source import Source
 
-# What tells the rows that compete with each other apart: the defense and its settings.
-# The versions of its stages are of it too: the recipe is that of all stages of a cell.
-OF_THE_DEFENSE = ("defense", "alpha", CONTROL, RECIPE)
-# Metrics of which the best is bold. Marks with which a row does not compete: its numbers mislead.
-COMPETED = ("asr", "ftr", "cacc", "detection_precision", "detection_recall")
+# The columns in which competing rows may differ: the defense and its settings. The recipe is one of
+# them: it is the version of all stages of a cell, the defense's included.
+OF_THE_DEFENSE = (
+    *(name for name, key in CONFIG_COLUMNS.items() if key.startswith("defense.")),
+    CONTROL,
+    RECIPE,
+)
+# A row with one of these marks does not compete for the best value: its numbers mislead.
 OUT_OF_COMPETITION = ("attack failed", "cacc collapse")
-HEADS = {
-    "asr": "ASR",
-    "cacc": "CACC",
-    "ftr": "FTR",
-    "undefended_asr": "ASR",
-    "undefended_cacc": "CACC",
-    "tuned_asr": "ASR",
-    "tuned_cacc": "CACC",
-    "detection_precision": "precision",
-    "detection_recall": "recall",
-    "flagged": "flagged",
-    "sample_precision": "precision",
-    "sample_recall": "recall",
-    "target_found": "found",
-    "frr": "FRR",
-    "far": "FAR",
-    "trigger_removed": "removed",
-    "seconds_defense": "defense",
-    "seconds": "seconds",
-}
-EFFECT = {
-    "undefended": ("undefended_asr", "undefended_cacc"),
-    "clean-tuned": ("tuned_asr", "tuned_cacc"),
-    "defended": ("asr", "ftr", "cacc"),
-}
-# Those of other defenses than btu are shown where `metric_columns` has them.
-DETECTION = {
-    "flagged tokens": ("detection_precision", "detection_recall", "flagged"),
-    "flagged rows": ("sample_precision", "sample_recall"),
-    "target": ("target_found",),
-    "screening": ("frr", "far", "trigger_removed"),
-    "cost": ("seconds_defense", "seconds"),
-}
-_TOLD = {
+# The groups of metrics in the first table; the second table has all others.
+SCORES = ("undefended", "clean-tuned", "defended")
+
+
+def _metrics_of(group: str) -> tuple[str, ...]:
+    """Return the metrics of a group. Among scores, those for which lower is better come first."""
+    found = [name for name, entry in METRICS.items() if entry.group == group]
+    if group in SCORES:
+        found.sort(key=lambda name: METRICS[name].higher_is_better is not False)
+    return tuple(found)
+
+
+EFFECT = {group: _metrics_of(group) for group in SCORES}
+# Metrics that not every table has are shown if `metric_columns` has them.
+DETECTION = {group: _metrics_of(group) for group in GROUPS if group not in SCORES}
+# Metrics whose best value is bold. Seconds are not among them: they depend on the hardware too.
+COMPETED = tuple(
+    name
+    for part in (*EFFECT.values(), *DETECTION.values())
+    for name in part
+    if METRICS[name].always
+    and METRICS[name].fraction
+    and METRICS[name].higher_is_better is not None
+)
+_CAPTIONS = {
     "flagged rows": "Flagged rows: against the poisoned training rows.",
     "target": "Target: cells in which the defense names the target class.",
     "screening": "Screening: clean rows turned away (FRR), triggered rows let through (FAR), and "
     "triggered rows that are left without the trigger (removed).",
 }
-# Defenses that end with the clean tuning of the control; others tune in their own way, or not.
+# Defenses that end with the same clean tuning as the control. Others tune differently, or not.
 TUNED_ALIKE = ("btu", "random_cut", "frequency_cut")
 FOOTNOTE = "n/a"
 _NAMES = {"poison_rate": r"rate (\%)", "seeds": "seeds", MARKS: "marks"}
 
 
 def write_pack(source: Source, folder: Path) -> list[Path]:
-    """Write the pack of a sweep, and return its files. What is there under their names is replaced.
+    """Write the pack of a sweep, and return its files. It replaces files with these names.
 
     Raises:
         UserError: no cell is finished; the folder cannot be written.
     """
     from orchestrator.report.charts import charts
     from orchestrator.report.figures import write_figures
-    from orchestrator.results.source import Snapshot
+    from orchestrator.results.source import Snapshot, records_or_refuse
 
     source = Snapshot(source)
-    records = source.records()
-    if not records:
-        raise UserError(f"sweep '{source.name}' has no finished cell yet; launch it first.")
-    cells = cell_table(records)
+    records = records_or_refuse(source)
+    cells = paper_cells(records)
     means = mean_table(cells)
     texts = {
         "cells.csv": cells.to_csv(index=False),
@@ -122,8 +115,8 @@ def write_pack(source: Source, folder: Path) -> list[Path]:
         "methods.tex": methods(source.name, records),
         "README.txt": _readme(source.name),
     }
-    # Without tokens: only what the charts are called.
-    told = {
+    # Only titles and descriptions are needed, so the tokens are not read.
+    captions = {
         chart.name: f"{chart.title}. {chart.about}" for chart in charts(records, lambda _: None)
     }
     try:
@@ -132,7 +125,7 @@ def write_pack(source: Source, folder: Path) -> list[Path]:
         figures = write_figures(source, folder / "figures", formats=("pdf",))
         texts["main.tex"] = _main(
             source.name,
-            {figure.relative_to(folder): told.get(figure.stem, "") for figure in figures},
+            {figure.relative_to(folder): captions.get(figure.stem, "") for figure in figures},
         )
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -146,8 +139,8 @@ def write_pack(source: Source, folder: Path) -> list[Path]:
 # Numbers ----------------------------------------------------------------------------------------
 
 
-def cell_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return a row per cell: coordinates, every metric that a cell has, marks, key and run_id."""
+def paper_cells(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return a row per cell: coordinates, every metric of any cell, marks, key and run_id."""
     where = coordinates(records)
     names = list(
         dict.fromkeys((*METRIC_COLUMNS, *sorted({m for r in records for m in r["metrics"]})))
@@ -164,13 +157,12 @@ def cell_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def mean_table(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return a row per cell without its seed.
+    """Return a row per group of seeds, with more columns than `mean_over_seeds`.
 
-    Beside what `mean_over_seeds` gives: ``<metric>_n``, the seeds at which it is defined;
-    ``<metric>_bold`` of the metrics that rows compete in: ``best``, ``tie`` or empty; keys and
-    run_ids, separated by spaces.
+    The further columns: ``<metric>_n``, at how many seeds it is defined; ``<metric>_bold`` for the
+    metrics in `COMPETED`: ``best``, ``tie`` or empty; keys and run_ids, separated by spaces.
     """
-    where = _coordinates(cells)
+    where = _settings_columns(cells)
     metrics = metric_columns(cells)
     table = mean_over_seeds(cells[[*where, "seed", *metrics, MARKS]])
     groups = [group for _, group in cells.groupby(where, sort=False, dropna=False)]
@@ -183,20 +175,20 @@ def mean_table(cells: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([table, pd.DataFrame(further)], axis=1)
 
 
-def _coordinates(cells: pd.DataFrame) -> list[str]:
-    """Return the columns before the seed, which is the last of them."""
+def _settings_columns(cells: pd.DataFrame) -> list[str]:
+    """Return the columns with settings: those before the seed."""
     return list(cells.columns[: list(cells.columns).index("seed")])
 
 
 def _blocks(table: pd.DataFrame) -> list[int]:
-    """Return which rows compete: those that are equal but for the defense and its settings."""
+    """Return a number per row; rows with equal numbers compete: only their defenses differ."""
     where = list(table.columns[: list(table.columns).index("seeds")])
     block = [c for c in where if c not in OF_THE_DEFENSE and not c.startswith("defense.")]
     return [int(n) for n in table.groupby(block, sort=False, dropna=False).ngroup()]
 
 
 def _bold(table: pd.DataFrame, groups: Sequence[pd.DataFrame], name: str) -> list[str]:
-    """Return of each row whether its mean of a metric is the best, or not told from it."""
+    """Return for each row whether its mean is the ``best`` of its block, a ``tie`` or neither."""
     higher = METRICS[name].higher_is_better
     assert higher is not None
     found = [""] * len(table)
@@ -226,30 +218,32 @@ def _competes(row: Mapping[Any, Any]) -> bool:
 
 
 def effect_table(means: pd.DataFrame) -> str:
-    """Return the table of what the attack and the defense do, in LaTeX."""
+    """Return the table of the scores of the three models, in LaTeX."""
     what = "Attack success rate (ASR), false trigger rate (FTR) and clean accuracy (CACC) of the "
     what += "poisoned model, of the same model after clean tuning alone, and of the defended one."
-    return _results("effect", what, EFFECT, means)
+    return _results("effect", what, _shown(EFFECT, means), means)
 
 
 def detection_table(means: pd.DataFrame) -> str:
-    """Return the table of what the defense flags and what a cell costs, in LaTeX."""
+    """Return the table of the defense's detection and a cell's cost, in LaTeX."""
     what = "Flagged tokens against the tokens of the trigger, and wall time of a cell in seconds, "
     what += "with the stages that it shares with others"
     what += " (defense: its own stages)." if "seconds_defense" in means else "."
-    groups = {
-        title: shown
-        for title, part in DETECTION.items()
-        if (shown := [metric for metric in part if metric in means])
-    }
-    what = " ".join((what, *(told for title, told in _TOLD.items() if title in groups)))
+    groups = _shown(DETECTION, means)
+    what = " ".join((what, *(text for title, text in _CAPTIONS.items() if title in groups)))
     return _results("detection", what, groups, means)
+
+
+def _shown(groups: Mapping[str, Sequence[str]], means: pd.DataFrame) -> dict[str, Sequence[str]]:
+    """Return the groups with the metrics that `mean_table` has, without empty groups."""
+    found = {title: [name for name in part if name in means] for title, part in groups.items()}
+    return {title: part for title, part in found.items() if part}
 
 
 def _results(name: str, what: str, groups: Mapping[str, Sequence[str]], means: pd.DataFrame) -> str:
     metrics = [metric for part in groups.values() for metric in part]
     seeds = sorted(set(means["seeds"]))
-    # A control is told by its rate or its defense.
+    # The rate or the defense identifies a control.
     where = [c for c in means.columns[: list(means.columns).index("seeds")] if c != CONTROL]
     shown = [c for c in where if c in ("attack", "poison_rate") or _differs(means[c])]
     shown += ["seeds"] * (len(seeds) > 1)
@@ -269,7 +263,7 @@ def _results(name: str, what: str, groups: Mapping[str, Sequence[str]], means: p
         rules.append(rf"\cmidrule(lr){{{column}-{column + len(part) - 1}}}")
         column += len(part)
     names = [_NAMES.get(c, latex.escaped(c.removeprefix("defense."))) for c in shown]
-    names += [HEADS[metric] for metric in metrics] + ["marks"] * marked
+    names += [METRICS[metric].head for metric in metrics] + ["marks"] * marked
     head = [
         " & ".join(spans) + " &" * marked + r" \\",
         "".join(rules),
@@ -308,7 +302,7 @@ def _number(metric: str, row: Mapping[Any, Any]) -> str:
 
 
 def _letters(marked: str) -> str:
-    """Return a row's marks by letter: ``a 2/3``."""
+    """Return a row's marks as letters with their share of seeds: ``a 2/3``."""
     letters = dict(zip(GUARDS, "abcdefgh", strict=False))
     found = []
     for one in filter(None, marked.split("; ")):
@@ -331,7 +325,7 @@ def _notes(means: pd.DataFrame, metrics: Sequence[str]) -> list[str]:
     undefined = [name for name in metrics if means[name].isna().any()]
     if not undefined:
         return []
-    names = latex.listed(list(dict.fromkeys(HEADS[name] for name in undefined)))
+    names = latex.listed(list(dict.fromkeys(METRICS[name].head for name in undefined)))
     return [
         f"{FOOTNOTE}: {names} undefined: the attack has no fixed trigger tokens, there is nothing "
         "to find, nothing was flagged, or no defense of the kind that has it."
@@ -370,19 +364,19 @@ def _bolding(means: pd.DataFrame, metrics: Sequence[str], seeds: Sequence[int]) 
 
 
 def settings_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return every setting of the resolved configs, with all values that it takes, in LaTeX."""
+    """Return the table of every setting of the resolved configs with all its values, in LaTeX."""
     rows = []
     for key, values in _values(records).items():
         shown = latex.listed([latex.value(v) for v in values])
         rows.append(latex.Row([rf"\texttt{{{latex.escaped(key)}}}", shown], ""))
     caption = "Every setting, with all values that it takes."
-    # A long value breaks within its column.
+    # The second column has a fixed width, so that long values break.
     head = [r"setting & values \\"]
     return latex.table("tab:settings", r"lp{0.6\linewidth}", head, rows, caption)
 
 
 def _values(records: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Return all values of each setting, in order, but for paths and resources."""
+    """Return all values of each setting, sorted, without paths and resources."""
     found: dict[str, dict[str, Any]] = {}
     for record in records:
         for key, given in flatten(record["config"]).items():
@@ -400,9 +394,10 @@ def _sorted(values: list[Any]) -> list[Any]:
 
 
 def methods(name: str, records: Sequence[Mapping[str, Any]]) -> str:
-    """Return a paragraph on how the results came about, in LaTeX, from configs and tags alone.
+    """Return a paragraph on how the results were made, in LaTeX, from configs and tags only.
 
-    What the records do not say is left out, but for versions and hardware: of them it says so.
+    Facts that the records lack are left out, except for versions and hardware: the paragraph states
+    that these were not recorded.
     """
     values = _values(records)
     sentences = [
@@ -427,7 +422,7 @@ def _all(
 
 
 def _tag(records: Iterable[Mapping[str, Any]], name: str) -> list[str]:
-    """Return all values of a tag, of cells whose stages differ in it too."""
+    """Return all values of a tag. A cell has several if its stages differ in it."""
     found: dict[str, None] = {}
     for record in records:
         for one in filter(None, str((record.get("tags") or {}).get(name, "")).split(", ")):
@@ -544,7 +539,14 @@ def _defenses(
 def _part(
     records: Sequence[Mapping[str, Any]], section: str, name: str, but: Iterable[str], summary: str
 ) -> str:
-    """Return an attack or a defense with what it is and its own settings."""
+    """Return an attack or a defense with its summary and its own settings.
+
+    records: all cells.
+    section: attack or defense.
+    name: the name of the attack or defense.
+    but: settings that are left out.
+    summary: what it is; may be empty.
+    """
     own = [r for r in records if r["config"][section]["name"] == name]
     settings = {
         key: shown
@@ -589,7 +591,11 @@ def _provenance(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _main(name: str, figures: Mapping[Path, str]) -> str:
-    """Return the document. figures: paths from it, with what they show; empty where one goes on."""
+    """Return the main document.
+
+    name: the sweep's name.
+    figures: path from the document -> caption; empty for the continuation of a figure.
+    """
     drawn = "\n".join(
         "\\begin{figure}[htbp]\n\\centering\n"
         "\\includegraphics[width=\\linewidth,height=0.85\\textheight,keepaspectratio]"

@@ -10,15 +10,18 @@ import numpy as np
 from btu.types import FloatArray
 
 LEVEL = 0.05
-# Differences of fractions that are equal on paper: 0.9 - 0.8 is not 0.8 - 0.7 by rounding.
+# Differences up to this are equal: in floating point 0.9 - 0.8 is not 0.8 - 0.7.
 ROUNDING = 1e-9
 
 
 class Paired(NamedTuple):
-    """Differences over seeds. n: pairs in which both are defined. half_width: of the 95 % interval.
+    """The mean difference within pairs, over seeds.
 
-    mean: NaN of no pair. half_width: NaN of fewer than two. p: of the two-sided paired t test; NaN
-    of fewer than two pairs, and where all differences are equal: without spread there is no test.
+    n: how many pairs have both values.
+    mean: the mean difference; NaN without a pair.
+    half_width: half of its 95 % interval; NaN with fewer than two pairs.
+    p: of the two-sided paired t test; NaN with fewer than two pairs, and if all differences are
+        equal, since the test needs a spread.
     """
 
     n: int
@@ -28,21 +31,18 @@ class Paired(NamedTuple):
 
     @property
     def tie(self) -> bool:
-        """Whether the two cannot be told apart: equal, or p at least 0.05.
-
-        Without a test only what is equal is a tie.
-        """
+        """Whether both sides tie: p is at least 0.05, or, without a test, they are equal."""
         if np.isnan(self.p):
             return abs(self.mean) <= ROUNDING
         return self.p >= LEVEL
 
 
 def half_width(values: Iterable[float]) -> float:
-    """Return half of Student's 95 % interval of the mean; NaN of fewer than two values.
+    """Return half of Student's 95 % interval of the mean; NaN with fewer than two values.
 
     Undefined values (NaN) are left out.
     """
-    # Student's t from here: scipy.stats takes a second to import, in every command that reports.
+    # Not scipy.stats: every command that reports would take a second to import it.
     from scipy.special import stdtrit
 
     known = _known(values)
@@ -54,7 +54,7 @@ def half_width(values: Iterable[float]) -> float:
 def paired(differences: Iterable[float]) -> Paired:
     """Return the mean of differences within pairs, its 95 % t interval and the t test against 0.
 
-    Pairs in which one side is undefined have the difference NaN and are left out.
+    A difference of NaN, where one side is undefined, is left out.
     """
     from scipy.special import stdtr
 
@@ -76,11 +76,13 @@ def paired(differences: Iterable[float]) -> Paired:
 def ties_with_best(
     values: Mapping[int, Mapping[int, float]], higher_is_better: bool
 ) -> tuple[int | None, set[int]]:
-    """Return which row has the best mean, and all that cannot be told from it.
+    """Return the row with the best mean, and all rows that tie with it, itself included.
 
-    values: by row, the value of each seed. A row ties if a paired test over the seeds that both
-    have does not tell it from the best (`Paired.tie`). Rows without a defined value neither win nor
-    tie; None and nothing where all are.
+    A row ties if a paired test over the seeds of both rows finds no difference (`Paired.tie`). Rows
+    without a defined value neither win nor tie. Without any value there is no best row (None).
+
+    values: by row, the value of each seed.
+    higher_is_better: whether the best mean is the highest.
     """
     means = {row: float(_known(found.values()).mean()) for row, found in values.items()
              if len(_known(found.values()))}  # fmt: skip

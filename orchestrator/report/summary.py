@@ -1,4 +1,4 @@
-"""What a sweep comes to, for its summary run in MLflow: means over seeds, tables, plots, a text."""
+"""The summary of a sweep, for its run in MLflow: means over seeds, tables, plots, a note."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from btu.metrics import METRICS
 from orchestrator.report import marks
 from orchestrator.report.charts import named_cells
 from orchestrator.report.figures import write_figures
@@ -22,6 +23,7 @@ from orchestrator.report.table import (
     ALL_METRICS,
     CONFIG_COLUMNS,
     MARKS,
+    THRESHOLD_COLUMNS,
     coordinates,
     mean_over_seeds,
     metric_columns,
@@ -32,9 +34,9 @@ from orchestrator.results.folder import MEANS_TABLE, SWEEP
 from orchestrator.results.source import Snapshot, Source
 from orchestrator.sweep.sections import CONTROL
 
-# The metrics of a group of seeds that the summary run shows as its own; its tables have all.
-SHOWN = ("asr", "cacc", "detection_precision", "detection_recall")
-# Of a metric's name; MLflow takes 250.
+# The metrics that the summary run has for each group of seeds; its tables have all metrics.
+SHOWN = tuple(name for name, entry in METRICS.items() if entry.summarized)
+# Limit of a group's label in a metric's name; MLflow allows 250 characters for the whole name.
 LABEL_CHARACTERS = 200
 MEANS, CELLS = "means.csv", "cells.csv"
 PAGE = "report.html"
@@ -42,7 +44,13 @@ PAGE = "report.html"
 
 @dataclass(frozen=True)
 class Summary:
-    """metrics: fractions, by names that MLflow takes. note: Markdown. files: by name."""
+    """What the summary run gets.
+
+    finished: how many cells are finished.
+    metrics: fractions, by names that MLflow accepts.
+    note: the description, in Markdown.
+    files: the artifacts, by name.
+    """
 
     finished: int
     metrics: Mapping[str, float]
@@ -53,7 +61,10 @@ class Summary:
 def summarize(source: Source, launched: int, sweep: str, limit: int) -> Summary:
     """Return a sweep's summary.
 
-    launched: how many cells the sweep has. sweep: its file. limit: characters of the note.
+    source: the sweep's results.
+    launched: how many cells the sweep has.
+    sweep: the content of its file.
+    limit: how many characters the note may have.
     """
     source = Snapshot(source)
     records, failures = source.records(), source.failures()
@@ -75,7 +86,7 @@ def summarize(source: Source, launched: int, sweep: str, limit: int) -> Summary:
     note = _note(source.name, records, failures, launched)
     if table:
         more = "\n\nMean ± 95 % t interval over seeds"
-        # Longer than a description may be: the artifact has it whole.
+        # A table that would make the description too long is only in the artifact.
         fits = len(note) + len(more) + len(table) + 10 < limit
         note += f"{more}:\n\n{table}" if fits else f"{more}: artifact `{MEANS}`."
     return Summary(len(records), metrics, note[:limit], files)
@@ -92,7 +103,9 @@ def pages(source: Source) -> dict[str, bytes]:
 def group_metrics(means: pd.DataFrame) -> dict[str, float]:
     """Return means and half widths by name: ``asr/badnets 0.1 btu``, ``asr_ci/badnets 0.1 btu``.
 
-    means: of `mean_over_seeds`. What is undefined is left out.
+    Undefined values are left out.
+
+    means: the result of `mean_over_seeds`.
     """
     found: dict[str, float] = {}
     used: set[str] = set()
@@ -107,40 +120,40 @@ def group_metrics(means: pd.DataFrame) -> dict[str, float]:
 
 
 def _label(row: Mapping[str, Any], used: Collection[str]) -> str:
-    """Return what tells a row of means from the others, in characters that MLflow takes."""
+    """Return a label that only this row of means has, in characters that MLflow accepts."""
     parts = []
     for name in coordinate_columns(row):
         value = row[name]
         if value is None or value != value or value == "":
             continue
         text = f"{value:g}" if isinstance(value, float) else str(value)
-        # The names of attacks, rates, defenses and controls speak for themselves.
-        alone = (name in CONFIG_COLUMNS and name != "alpha") or name == CONTROL
+        # Attacks, rates, defenses and controls are clear without the name of the column.
+        alone = name == CONTROL or (name in CONFIG_COLUMNS and name not in THRESHOLD_COLUMNS)
         parts.append(text if alone else f"{name.rpartition('.')[2]} {text}")
     exact = " ".join(parts)
     label = re.sub(r"[^\w.\- ]+", "_", exact, flags=re.ASCII)[:LABEL_CHARACTERS].strip()
     if label != exact or label in used:
-        # Others may have become the same.
-        told = json.dumps([str(row[name]) for name in coordinate_columns(row)])
-        label += f" {hashlib.sha256(told.encode()).hexdigest()[:8]}"
+        # Replaced or cut characters may have made two labels equal.
+        given = json.dumps([str(row[name]) for name in coordinate_columns(row)])
+        label += f" {hashlib.sha256(given.encode()).hexdigest()[:8]}"
     return label
 
 
 def coordinate_columns(columns: Collection[str]) -> list[str]:
-    """Return the columns of `mean_over_seeds` that say which cells a row is the mean of."""
+    """Return the columns of `mean_over_seeds` that identify the cells that a row averages."""
     measured = {part for name in ALL_METRICS for part in (name, f"{name}_ci")}
     return [name for name in columns if name not in (*measured, "seeds", "seed", MARKS)]
 
 
 def cells_csv(records: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return a row per cell: coordinates, metrics, marks, the cell's key and its run."""
+    """Return a CSV with a row per cell: coordinates, metrics, marks, the cell's key and its run."""
     table = named_cells(list(records))
     names = [*coordinates(records).columns, *metric_columns(table), MARKS, "key", "run_id"]
     return table.reindex(columns=names).to_csv(index=False).encode()
 
 
 def table_json(table: pd.DataFrame) -> str:
-    """Return a table as MLflow's UI shows it; fractions, with every digit."""
+    """Return a table in the JSON that MLflow's UI shows; fractions, with all digits."""
     known = table.astype(object).where(table.notna(), None)
     return json.dumps({"columns": list(table.columns), "data": known.to_numpy().tolist()})
 

@@ -1,4 +1,4 @@
-"""A row per cell, or per group of seeds, in the formats that people paste."""
+"""Tables of results: a row per cell, or per group of seeds, in all formats of `btu report`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from btu.errors import unknown
-from btu.metrics import METRICS
+from btu.metrics import COUNT, METRICS
+from btu.rules.base import THRESHOLD_KEYS
 from orchestrator.report.marks import GUARDS, joined, marks
 from orchestrator.report.statistics import half_width
 from orchestrator.sweep.sections import CONTROL, NAMED_SECTIONS
@@ -24,50 +25,36 @@ CONFIG_COLUMNS = {
     "alpha": "defense.alpha",
     "seed": "seed",
 }
-METRIC_COLUMNS = (
-    "asr",
-    "cacc",
-    "ftr",
-    "detection_precision",
-    "detection_recall",
-    "flagged",
-    "undefended_asr",
-    "undefended_cacc",
-    "tuned_asr",
-    "tuned_cacc",
-    "seconds",
+# The columns that are a threshold. A threshold without a fixed column has one where it varies.
+THRESHOLD_COLUMNS = (
+    *(name for name, key in CONFIG_COLUMNS.items() if key in THRESHOLD_KEYS),
+    *(key for key in THRESHOLD_KEYS if key not in CONFIG_COLUMNS.values()),
 )
-# Shown where a table compares defenses, if any of its cells has them.
-DEFENSE_COLUMNS = (
-    "sample_precision",
-    "sample_recall",
-    "target_found",
-    "frr",
-    "far",
-    "trigger_removed",
-    "seconds_defense",
-)
+METRIC_COLUMNS = tuple(name for name, entry in METRICS.items() if entry.always)
+# Shown only in tables that compare defenses, if one of their cells has the metric.
+DEFENSE_COLUMNS = tuple(name for name, entry in METRICS.items() if entry.head and not entry.always)
 ALL_METRICS = (*METRIC_COLUMNS, *DEFENSE_COLUMNS)
 MARKS = "marks"
 RECIPE = "revision.recipe"
-# Shown as they are; every other metric is a fraction and is shown in percent.
+# Shown as they are. Every other metric is a fraction and is shown in percent.
 PLAIN = frozenset(name for name, entry in METRICS.items() if not entry.fraction)
+COUNTS = frozenset(name for name, entry in METRICS.items() if entry.unit == COUNT)
 
 
 def results_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Return a row per cell: its coordinates, then its metrics as fractions.
 
-    Beside the fixed columns there is one for every further key that the sweep varies, or that
-    differs between its cells because it was launched with other settings before: rows of
-    different settings must not look alike, nor be averaged. So is a control told from other cells.
-    The last column says what speaks against reading a row (`orchestrator.report.marks`).
+    Beside the fixed columns there is a column for every other key that differs between cells:
+    because the sweep varies it, because the cell is a control, or because the sweep was launched
+    before with other settings. Rows with different settings must not look alike, nor be averaged.
+    The last column has the marks of a row (`orchestrator.report.marks`).
     """
     records = [_with_revisions(record) for record in records]
     extra = _further_keys(records)
     rows = []
     for record in records:
-        row = {name: _plain(_lookup(record, key)) for name, key in CONFIG_COLUMNS.items()}
-        row |= {key: _plain(_lookup(record, key)) for key in extra}
+        row = {name: flat_value(_lookup(record, key)) for name, key in CONFIG_COLUMNS.items()}
+        row |= {key: flat_value(_lookup(record, key)) for key in extra}
         metrics = record.get("metrics") or {}
         row |= {name: metrics.get(name, float("nan")) for name in ALL_METRICS}
         row[MARKS] = joined(marks(record))
@@ -79,10 +66,12 @@ def results_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def metric_columns(table: pd.DataFrame) -> list[str]:
-    """Return the metrics that a table of cells shows, in their order.
+    """Return the metrics that a table of cells shows, in order.
 
-    table: a row per cell, with the column ``defense``. Those of other kinds of defenses are shown
-    where there is one beside btu, and a cell that has them.
+    Metrics that not every table has (`DEFENSE_COLUMNS`) are shown if the table has several defenses
+    and a cell has the metric.
+
+    table: a row per cell, with the column ``defense``.
     """
     several = len(set(table["defense"]) - {"none"}) > 1
     further = (name for name in DEFENSE_COLUMNS if several and name in table)
@@ -90,11 +79,11 @@ def metric_columns(table: pd.DataFrame) -> list[str]:
 
 
 def coordinates(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return the settings that `results_table` shows: a row per record, in their order."""
+    """Return the settings that `results_table` shows: a row per record, in the records' order."""
     records = [_with_revisions(record) for record in records]
     keys = {**CONFIG_COLUMNS, **{key: key for key in _further_keys(records)}}
     keys["seed"] = keys.pop("seed")
-    rows = [{name: _plain(_lookup(r, key)) for name, key in keys.items()} for r in records]
+    rows = [{name: flat_value(_lookup(r, key)) for name, key in keys.items()} for r in records]
     return pd.DataFrame(rows, columns=list(keys))
 
 
@@ -104,19 +93,20 @@ def in_order(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 def _further_keys(records: Collection[Mapping[str, Any]]) -> list[str]:
-    """Return the dotted keys beside the fixed ones that tell the records apart."""
+    """Return the dotted keys, without the fixed ones, in which the records differ."""
     keys = dict.fromkeys(key for record in records for key in record["varied"])
     keys |= dict.fromkeys(_differing([record["config"] for record in records]))
     if not _recomputed(records):
-        # Cells of other defenses have other stages too; their settings tell them apart.
+        # Recipes differ between defenses anyway, and other columns show which defense it is.
         keys.pop(RECIPE, None)
     return [key for key in keys if key not in CONFIG_COLUMNS.values()]
 
 
 def _differing(configs: list[Mapping[str, Any]]) -> list[str]:
-    """Return the dotted keys whose values differ, and act, among the configs that have them.
+    """Return the dotted keys that affect results and differ among the configs that have them.
 
-    Keys of an attack or a defense are its own: two defenses may each have a learning rate.
+    Keys of an attack or a defense are compared within it: two defenses may each have a learning
+    rate.
     """
     flat = [flatten(config) for config in configs]
     values: dict[str, dict[Any, set[str]]] = {}
@@ -136,7 +126,7 @@ def _differing(configs: list[Mapping[str, Any]]) -> list[str]:
 
 
 def _recomputed(records: Iterable[Mapping[str, Any]]) -> bool:
-    """Return whether cells of equal settings were computed by different versions of a stage."""
+    """Return whether cells with equal settings were computed by different versions of a stage."""
     recipes: dict[str, set[Any]] = {}
     for record in records:
         flat = flatten(record["config"])
@@ -160,10 +150,11 @@ def _with_revisions(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mean_over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a row per cell without its seed: n, and mean and 95 % interval of each metric.
+    """Return a row per group of seeds: how many, and mean and 95 % interval of each metric.
 
     The interval is Student's t over seeds, as a half width in ``<metric>_ci``; NaN for one seed.
-    Seeds at which a metric is undefined are left out of its mean. A mark says of how many seeds.
+    Seeds at which a metric is undefined are left out of its mean. Each mark comes with the number
+    of seeds that have it.
     """
     groups = [c for c in table.columns if c not in (*ALL_METRICS, "seed", MARKS)]
     result = means(table, groups, [c for c in ALL_METRICS if c in table.columns])
@@ -195,12 +186,14 @@ def means(table: pd.DataFrame, groups: list[str], metrics: Iterable[str]) -> pd.
 def render(table: pd.DataFrame, style: str, metrics: Collection[str] = ALL_METRICS) -> str:
     """Return the table as text.
 
-    metrics: the columns that hold fractions, or `PLAIN` numbers; others are shown as they are.
-    csv and json keep fractions and every digit; table, markdown and latex are for reading, in
-    percent with one decimal, intervals as ``mean ± half width``.
+    The formats csv and json have fractions with all digits. The formats table, markdown and latex
+    have percent with one decimal, and intervals as ``mean ± half width``.
+
+    style: one of `FORMATS`.
+    metrics: the columns with fractions or `PLAIN` numbers; other columns are shown as they are.
 
     Raises:
-        UserError: `style` is no format.
+        UserError: `style` is not a format.
     """
     if style not in FORMATS:
         raise unknown("format", style, FORMATS)
@@ -239,20 +232,20 @@ def readable(table: pd.DataFrame, metrics: Collection[str] = ALL_METRICS) -> pd.
 
 
 def reading(metric: str, value: float, *, half: bool = False) -> str:
-    """Return a metric's value as people read it, rounded once: ``12.3`` for 0.12345, ``-`` for NaN.
+    """Return a metric's value for reading, rounded once: ``12.3`` for 0.12345, ``-`` for NaN.
 
-    half: it is the half width of an interval.
+    half: whether the value is the half width of an interval.
     """
     if pd.isna(value):
         return "-"
     shown = value if metric in PLAIN else value * 100
-    whole = metric == "flagged" and not half and float(shown).is_integer()
+    whole = metric in COUNTS and not half and float(shown).is_integer()
     return f"{shown:.0f}" if whole else f"{shown:.1f}"
 
 
 def _text(value: Any) -> str:
     if value is None or value != value or value == "":
-        return "-"  # the cell's attack or defense has no such key, or nothing marks the cell
+        return "-"  # the cell's attack or defense does not have the key, or the cell has no mark
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -262,7 +255,7 @@ def _rich(shown: pd.DataFrame) -> str:
 
     table = Table(header_style="bold")
     for name in shown.columns:
-        # Headers break at underscores, so that the table fits a terminal.
+        # Column heads break at underscores, so that the table fits a terminal.
         table.add_column(
             name.replace("_", "\n").replace(" %", "\n%"),
             justify="left" if name in (*CONFIG_COLUMNS, CONTROL, MARKS) else "right",
@@ -270,7 +263,7 @@ def _rich(shown: pd.DataFrame) -> str:
         )
     for row in shown.itertuples(index=False):
         table.add_row(*map(str, row))
-    # As wide as it gets: a number cut short would be another one.
+    # Wide enough for any table: a truncated number would be a different number.
     console = Console(width=10_000)
     with console.capture() as capture:
         console.print(table)
@@ -288,12 +281,13 @@ def _lookup(record: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def _plain(value: Any) -> Any:
+def flat_value(value: Any) -> Any:
+    """Return a setting's value for a cell of a table: a list as text, other values unchanged."""
     return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _sortable(column: pd.Series[Any]) -> pd.Series[Any]:
-    """Return a key by which numbers sort as numbers, before texts (alpha: 0.001, or a list)."""
+    """Return sort keys: numbers sort by value, before texts. A threshold may be a list, as text."""
 
     def key(value: Any) -> tuple[bool, float, str]:
         if isinstance(value, int | float) and value == value:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import pandas as pd
 
+from btu.errors import UserError
 from btu.result_files import ROWS, TOKENS
 from orchestrator.results.folder import Results, record_id
 from orchestrator.store.store import Damaged, Missing
@@ -109,6 +110,21 @@ class Snapshot:
 
     def rows(self, key: str) -> pd.DataFrame | None:
         return self._source.rows(key)
+
+
+def records_or_refuse(source: Source, side: str = "") -> list[dict[str, Any]]:
+    """Return the finished cells of a sweep.
+
+    side: which one of several sweeps it is, for the message.
+
+    Raises:
+        UserError: no cell is finished.
+    """
+    records = source.records()
+    if not records:
+        which = f" ({side})" if side else ""
+        raise UserError(f"sweep '{source.name}'{which} has no finished cell yet; launch it first.")
+    return records
 
 
 def read_table(path: Path) -> pd.DataFrame | None:

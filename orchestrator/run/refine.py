@@ -16,12 +16,12 @@ from typing import Any
 
 from btu.defenses.base import is_control
 from btu.errors import UserError
+from btu.rules.base import THRESHOLD_KEYS
 from orchestrator.run.progress import label
 from orchestrator.run.study import Suggestion
 from orchestrator.sweep.sections import CONTROL
 from orchestrator.sweep.sweep import Cell, Sweep
 
-THRESHOLD_KEYS = ("defense.threshold", "defense.alpha")
 # How far neighbours have to differ to be worth a cell. On SST-2's test split a rate has a standard
 # error of 0.017 (ASR of 0.5 on 912 triggered rows) or 0.007 (CACC of 0.9 on 1,821 rows), the
 # difference of two about 1.4 times that: below these floors a change may be the rows' alone.
@@ -60,7 +60,7 @@ def threshold_key(sweep: Sweep) -> str:
         raise UserError(
             f"--refine needs an axis of thresholds, and sweep '{sweep.name}' varies neither "
             f"{' nor '.join(THRESHOLD_KEYS)}; give one at least two values, e.g. "
-            "'grid.defense.alpha=[0.0001,0.01]'."
+            f"'grid.{THRESHOLD_KEYS[-1]}=[0.0001,0.01]'."
         )
     return keys[0]
 

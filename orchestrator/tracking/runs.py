@@ -1,4 +1,4 @@
-"""What a run shows: its name, tags, params and metrics."""
+"""The name, tags, params and metrics of a run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from mlflow.entities import Metric, Param
 
+from btu.rules.base import THRESHOLD_KEYS, THRESHOLD_NAMES
 from orchestrator.report.marks import joined, marks
 from orchestrator.sweep.sections import CONTROL, pins, settings, shown_coordinates
 from orchestrator.sweep.tree import flatten
@@ -36,8 +37,7 @@ PARAMS = {
     "defense.name": "defense",
     "defense.preset": "preset",
     "defense.rule": "rule",
-    "defense.threshold": "threshold",
-    "defense.alpha": "alpha",
+    **dict(zip(THRESHOLD_KEYS, THRESHOLD_NAMES, strict=True)),
     "train.epochs": "epochs",
     "train.learning_rate": "learning_rate",
     "train.batch_size": "batch_size",
@@ -102,7 +102,7 @@ def _in_words(config: Mapping[str, Any]) -> str:
     attack, defense = config["attack"], config.get("defense", {})
     knobs = [
         f"{name} {defense[name]}"
-        for name in ("preset", "rule", "threshold", "alpha")
+        for name in ("preset", "rule", *THRESHOLD_NAMES)
         if defense.get(name) not in (None, "")
     ]
     where = [f"{role} {config[role]['name']}" for role in ("data", "victim") if role in config]

@@ -10,7 +10,9 @@ import pytest
 
 from btu.errors import UserError
 from btu.metrics import (
+    GROUPS,
     METRICS,
+    Metric,
     Proportion,
     area_under_roc,
     average_precision,
@@ -180,3 +182,18 @@ def test_counts_and_seconds_are_no_fractions() -> None:
         "triggers_cut_train",
         "triggers_cut_eval",
     }
+
+
+def test_every_group_of_columns_has_a_metric() -> None:
+    assert {entry.group for entry in METRICS.values() if entry.head} == set(GROUPS)
+
+
+def test_a_column_needs_a_head_and_a_group() -> None:
+    with pytest.raises(ValueError, match="has head 'X' and group ''; give both or neither"):
+        Metric("made", None, head="X")
+    with pytest.raises(ValueError, match="has head 'X' and group 'flaged'"):
+        Metric("made", None, head="X", group="flaged")
+    with pytest.raises(ValueError, match="always needs a head"):
+        Metric("made", None, always=True)
+    with pytest.raises(ValueError, match="summarized needs always"):
+        Metric("made", None, head="X", group="cost", summarized=True)

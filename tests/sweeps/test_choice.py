@@ -23,7 +23,7 @@ from orchestrator.report.choice import (
     deployable,
     recommended,
 )
-from orchestrator.report.thresholds import Cells, threshold_cells
+from orchestrator.report.thresholds import ThresholdCells, threshold_cells
 
 CONTRAST, SHARE = RULES.load("contrast"), RULES.load("top_fraction")
 NAN = float("nan")
@@ -194,7 +194,9 @@ def test_nothing_to_choose_from_is_an_error_that_says_what_to_vary() -> None:
 # One threshold for a sweep ---------------------------------------------------------------------
 
 
-def recommendation(records: list[dict[str, Any]]) -> tuple[dict[str, Any], list[str], Cells]:
+def recommendation(
+    records: list[dict[str, Any]],
+) -> tuple[dict[str, Any], list[str], ThresholdCells]:
     cells = threshold_cells(records)
     table, notes = recommended(cells, choices(cells, 0.01)[0])
     (row,) = table.to_dict("records")

@@ -21,6 +21,7 @@ from btu.errors import UserError
 from btu.rules.base import RULES
 from orchestrator.report.curve_figure import check_path, curve_panels, curve_plot
 from orchestrator.report.curves import (
+    LOGGED,
     MEASURES,
     Saved,
     curve,
@@ -30,7 +31,7 @@ from orchestrator.report.curves import (
     sweep_curves,
 )
 from orchestrator.report.table import render
-from orchestrator.report.thresholds import LOGGED, threshold_cells
+from orchestrator.report.thresholds import threshold_cells
 from orchestrator.results.source import StoreSource
 
 NAN = float("nan")

@@ -19,11 +19,11 @@ from orchestrator.cli.shared import open_source
 from orchestrator.report import latex
 from orchestrator.report.html import page
 from orchestrator.report.paper import (
-    cell_table,
     detection_table,
     effect_table,
     mean_table,
     methods,
+    paper_cells,
     settings_table,
     write_pack,
 )
@@ -75,7 +75,7 @@ def over_seeds(key: str, values: Iterable[float], name: str = "asr", **more: Any
 
 
 def bold(records: list[Any], name: str = "asr") -> list[str]:
-    return list(mean_table(cell_table(records))[f"{name}_bold"])
+    return list(mean_table(paper_cells(records))[f"{name}_bold"])
 
 
 # Escaping ---------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def test_defenses_compete_whatever_versions_of_their_stages() -> None:
         record("a", asr=0.3, tags={"recipe": "1a"}), record("b", asr=0.2, tags={"recipe": "2b"}),
         record("c", asr=0.1, defense="onion", tags={"recipe": "3c"}),
     ]  # fmt: skip
-    means = mean_table(cell_table(records))
+    means = mean_table(paper_cells(records))
     assert list(means["revision.recipe"]) == ["1a", "2b", "3c"]
     assert list(means["asr_bold"]) == ["", "", "best"]
     # One block: no gap between its rows.
@@ -168,12 +168,12 @@ def test_undefined_values_neither_win_nor_lose() -> None:
 
 
 def test_rows_say_where_their_numbers_are_from() -> None:
-    text = effect_table(mean_table(cell_table(over_seeds("k", (0.1, 0.2)))))
+    text = effect_table(mean_table(paper_cells(over_seeds("k", (0.1, 0.2)))))
     assert "\\\\ % cells k0 k1; runs run-k0 run-k1\n" in text
 
 
 def test_one_seed_has_no_interval_and_says_so() -> None:
-    text = effect_table(mean_table(cell_table([record("a", asr=0.12345)])))
+    text = effect_table(mean_table(paper_cells([record("a", asr=0.12345)])))
     assert "One seed: no interval." in text
     (row,) = rows_of(text)
     assert "12.3" in row
@@ -182,17 +182,17 @@ def test_one_seed_has_no_interval_and_says_so() -> None:
 
 def test_several_seeds_have_their_interval() -> None:
     # 0.1, 0.2, 0.6: mean 0.3 with 0.6572410, derived in test_report.py.
-    text = effect_table(mean_table(cell_table(over_seeds("a", (0.1, 0.2, 0.6)))))
+    text = effect_table(mean_table(paper_cells(over_seeds("a", (0.1, 0.2, 0.6)))))
     assert "interval over 3 seeds." in text
     assert r"30.0 $\pm$ 65.7" in rows_of(text)[0]
 
 
 def test_undefined_is_told_in_a_footnote() -> None:
     records = [record("a", detection_precision=NAN)]
-    text = detection_table(mean_table(cell_table(records)))
+    text = detection_table(mean_table(paper_cells(records)))
     assert "n/a" in rows_of(text)[0]
     assert "n/a: precision undefined: the attack has no fixed trigger tokens" in text
-    assert "n/a" not in effect_table(mean_table(cell_table(records)))
+    assert "n/a" not in effect_table(mean_table(paper_cells(records)))
 
 
 def test_other_kinds_of_defenses_have_their_own_columns() -> None:
@@ -203,7 +203,7 @@ def test_other_kinds_of_defenses_have_their_own_columns() -> None:
         record("b", defense="cube", sample_precision=0.75, sample_recall=0.5, **nothing),
         record("c", defense="strip", **screens, **nothing),
     ]
-    means = mean_table(cell_table(records))
+    means = mean_table(paper_cells(records))
     assert list(means["frr_n"]) == [0, 0, 1]
     text = detection_table(means)
     # Badnets, rate and defense lead; precision, recall and number of tokens, precision and recall
@@ -217,13 +217,13 @@ def test_other_kinds_of_defenses_have_their_own_columns() -> None:
     assert "turned away (FRR)" in text
     assert "target class" not in text
     # btu alone has none of them.
-    assert "screening" not in detection_table(mean_table(cell_table(records[:1])))
+    assert "screening" not in detection_table(mean_table(paper_cells(records[:1])))
 
 
 def test_marks_come_along_with_their_meaning() -> None:
     records = over_seeds("a", (0.1, 0.2), undefended_asr=0.2)
     records[1]["metrics"]["undefended_asr"] = 0.9
-    text = effect_table(mean_table(cell_table(records)))
+    text = effect_table(mean_table(paper_cells(records)))
     assert rows_of(text)[0][-1] == "a 1/2"
     assert "a: attack failed (undefended ASR under 0.5" in text
 
@@ -232,7 +232,7 @@ def test_what_does_not_vary_stands_in_the_caption() -> None:
     records = [record("a", 2.0), record("b", 2.0, rate=0.05)]
     for one in records:
         one["config"]["defense"]["alpha"] = 0.0005
-    text = effect_table(mean_table(cell_table(records)))
+    text = effect_table(mean_table(paper_cells(records)))
     assert "Throughout: defense btu, alpha 0.0005." in text
     assert "alpha &" not in text
     assert [row[:2] for row in rows_of(text)] == [["badnets", "5"], ["badnets", "10"]]
@@ -240,8 +240,8 @@ def test_what_does_not_vary_stands_in_the_caption() -> None:
 
 def test_long_tables_break_over_pages() -> None:
     records = [record(f"k{n}", float(n)) for n in range(latex.PAGE_ROWS + 1)]
-    assert r"\begin{longtable}" in effect_table(mean_table(cell_table(records)))
-    assert r"\begin{tabular}" in effect_table(mean_table(cell_table(records[1:])))
+    assert r"\begin{longtable}" in effect_table(mean_table(paper_cells(records)))
+    assert r"\begin{tabular}" in effect_table(mean_table(paper_cells(records[1:])))
 
 
 # The same numbers everywhere --------------------------------------------------------------------
@@ -465,8 +465,8 @@ def test_numbers_are_those_of_mlflow_to_the_last_digit(
     assert sync.sync(uri, experiment, results, lambda key: False).missing == 0
     client = MlflowClient(tracking_uri=uri)
     here, there = open_source("likely", results.output), open_source("likely", "nowhere", uri)
-    cells = cell_table(there.records())
-    assert cells.to_csv() == cell_table(here.records()).to_csv()
+    cells = paper_cells(there.records())
+    assert cells.to_csv() == paper_cells(here.records()).to_csv()
     for row in cells.to_dict("records"):
         logged = client.get_run(row["run_id"]).data.metrics
         for name in ("asr", "cacc", "ftr", "flagged", "undefended_asr", "tuned_cacc"):
@@ -480,7 +480,7 @@ def test_numbers_are_those_of_mlflow_to_the_last_digit(
     table = results_table(there.records())
     assert sorted(table["asr"]) == sorted(cells["asr"])
     means = mean_table(cells)
-    assert effect_table(means) == effect_table(mean_table(cell_table(here.records())))
+    assert effect_table(means) == effect_table(mean_table(paper_cells(here.records())))
     # The mean of two seeds in the LaTeX, from what MLflow has.
     defended = means[means["defense"] == "btu"].index[0]
     one, other = (
@@ -498,7 +498,7 @@ def test_the_pack_compiles(pack: Path, tmp_path: Path) -> None:
     odd = record("a_%", 2.0, attack="x_y & 50% #1 {~^\\} <中>" + LATIN)
     cells = [odd, *(record(f"k{n}", float(n)) for n in range(latex.PAGE_ROWS + 1))]
     tables = tmp_path / "pack" / "tables"
-    (tables / "effect.tex").write_text(effect_table(mean_table(cell_table(cells))))
+    (tables / "effect.tex").write_text(effect_table(mean_table(paper_cells(cells))))
     (tables / "settings.tex").write_text(settings_table(cells))
     for _ in range(2):
         done = subprocess.run(
