@@ -329,7 +329,7 @@ def test_the_same_results_give_the_same_files(
 
 def test_everything_in_a_pack_can_be_printed(pack: Path) -> None:
     texts = {path: path.read_text() for path in pack.rglob("*.tex")}
-    assert r"\dag{} marks means" in texts[pack / "main.tex"]
+    assert r"\dag{} follows the mean" in texts[pack / "main.tex"]
     for path, text in texts.items():
         assert "[U+" not in text, path
 
