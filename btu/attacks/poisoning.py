@@ -38,7 +38,9 @@ class Attack(Protocol):
     """How a trigger gets into a text.
 
     Attacks are frozen dataclasses: the fields are the hyperparameters that a config may set,
-    the methods take the data.
+    the methods take the data. A field with the metadata ``path`` may name a folder. An attack that
+    reads its triggered texts has a class attribute `sources`: the fields that name where from. Two
+    attacks with one source would be the same attack.
     """
 
     def candidates(self, rows: Rows) -> IntArray:

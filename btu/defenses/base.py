@@ -117,7 +117,8 @@ class Defense(Protocol):
 
     KIND: when it acts (`KINDS`). NEEDS: what it cannot do without (`NEEDS`): planning refuses cells
     that do not have it. A class attribute ``PRESETS`` (name -> values by field) lets a config name
-    sets of hyperparameters; one of the names is ``default``.
+    sets of hyperparameters; one of the names is ``default``. A field with the metadata ``path`` may
+    name a folder.
     """
 
     KIND: ClassVar[str]

@@ -63,7 +63,7 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
     names = _names_in_use(config, search, pinned)
     check_keys(config, names)
     search.check(_swept(names))
-    _check_shared_paraphrase(config, search)
+    _check_shared_sources(config, search, names["attack"])
     name, written = config.pop("name"), config.pop("output", "runs")
     output = _output(written)
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
@@ -121,16 +121,10 @@ def resolve(config: Mapping[str, Any]) -> TrialSpec:
         # Workers start in folders of their own.
         data = dataclasses.replace(data, path=str(Path(data.path).expanduser().resolve()))
     victim: VictimSpec = sections["victim"]
-    if victim.name not in VICTIMS and Path(victim.name).expanduser().is_dir():
-        victim = dataclasses.replace(victim, name=str(Path(victim.name).expanduser().resolve()))
+    if victim.name not in VICTIMS:
+        victim = dataclasses.replace(victim, name=_as_folder(victim.name))
     poison, attack_params, _ = named_section("attack", config.get("attack") or {})
-    model = attack_params.get("model")
-    if model is not None and Path(model).expanduser().is_dir():
-        attack_params["model"] = str(Path(model).expanduser().resolve())
     defense, defense_params, preset = named_section("defense", config.get("defense") or {})
-    lm = defense_params.get("lm")
-    if isinstance(lm, str) and Path(lm).expanduser().is_dir():
-        defense_params["lm"] = str(Path(lm).expanduser().resolve())
     seed = config.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise UserError(f"seed must be an integer, got {seed!r}.")
@@ -138,15 +132,32 @@ def resolve(config: Mapping[str, Any]) -> TrialSpec:
         data=data,
         victim=victim,
         poison=poison,
-        attack_params=attack_params,
+        attack_params=_with_folders("attack", poison.name, attack_params),
         defense=defense,
         preset=preset,
-        defense_params=defense_params,
+        defense_params=_with_folders("defense", defense.name, defense_params),
         train=sections["train"],
         tuning=sections["tuning"],
         seed=seed,
         resources=sections["resources"],
     )
+
+
+def _with_folders(section: str, name: str, params: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters of an attack or a defense with absolute folders.
+
+    A field may name a folder if the class marks it with the metadata ``path``.
+    """
+    part = NAMED_SECTIONS[section][1].load(name)
+    marked = [field.name for field in dataclasses.fields(part) if field.metadata.get("path")]
+    return params | {key: _as_folder(params[key]) for key in marked}
+
+
+def _as_folder(value: Any) -> Any:
+    """Return the absolute path of a folder, and any other value, e.g. a hub name, unchanged."""
+    if isinstance(value, str) and Path(value).expanduser().is_dir():
+        return str(Path(value).expanduser().resolve())
+    return value
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -233,16 +244,30 @@ def _names_in_use(
     return names
 
 
-def _check_shared_paraphrase(config: Mapping[str, Any], search: Search) -> None:
-    """Refuse one paraphrase source for several paraphrase attacks: they would be the same one."""
+def _check_shared_sources(
+    config: Mapping[str, Any], search: Search, attacks: Iterable[str]
+) -> None:
+    """Check that no two attacks read their texts from one source: they would be the same attack.
+
+    An attack class names the keys of its sources (`sources`).
+
+    config: the settings of all cells.
+    search: the searches of the sweep.
+    attacks: the names of the attacks that cells use.
+
+    Raises:
+        UserError: one source would serve several attacks.
+    """
+    sources = {
+        name: [f"attack.{key}" for key in getattr(ATTACKS.load(name), "sources", ())]
+        for name in attacks
+    }
+    keys = {key for own in sources.values() for key in own}
     readers: dict[tuple[str, str], dict[str, None]] = {}
-    sources = ("attack.column", "attack.model")
-    for point in search.points(("attack.name", *sources)):
+    for point in search.points({"attack.name", *keys}):
         name = point.get("attack.name", lookup(config, "attack.name"))
         name = PoisonSpec().name if name is ABSENT else str(name)
-        if not hasattr(ATTACKS.load(name), "default_column"):
-            continue
-        for key in sources:
+        for key in sources[name]:
             value = point.get(key, lookup(config, key))
             if value is not ABSENT and value is not None:
                 readers.setdefault((key, repr(value)), {})[name] = None
