@@ -102,7 +102,7 @@ class Sweep:
     def cells(self) -> Iterator[Cell]:
         """Yield every point of the product of the modes: random draws x list x zip x grid.
 
-        Coordinates stand in that order, those of a section as in the file, and the last one varies
+        Coordinates are in that order, those of a section as in the file, and the last one varies
         fastest. A sweep with a sequential mode yields nothing: `expand` gives the cells of a
         suggestion.
         """

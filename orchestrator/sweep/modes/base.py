@@ -22,7 +22,7 @@ class SearchMode(ABC):
     name: the key of the section.
     where: what errors call the place of the varied keys.
     form: how the section is written.
-    excluded: the sections that cannot stand beside this one.
+    excluded: the sections that a sweep with this one cannot have.
     """
 
     name: ClassVar[str]
