@@ -7,7 +7,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -38,11 +38,12 @@ class ParaphraseAttack:
     """
 
     column: str | None = None
-    model: str | None = None
+    model: str | None = field(default=None, metadata={"path": True})
     prefix: str = ""
     max_new_tokens: int = 128
 
     default_column: ClassVar[str]
+    sources: ClassVar[tuple[str, ...]] = ("column", "model")
 
     def __post_init__(self) -> None:
         if self.column is not None and self.model is not None:

@@ -40,7 +40,9 @@ class Attack(Protocol):
     """An attack: how a text gets its trigger.
 
     Attacks are frozen dataclasses: the fields are the hyperparameters that a config can set, and
-    the methods take the data.
+    the methods take the data. A field with the metadata ``path`` may name a folder. An attack that
+    reads its triggered texts has a class attribute `sources`: the fields that name their source.
+    Two attacks with one source would be the same attack.
     """
 
     def candidates(self, rows: Rows) -> IntArray:

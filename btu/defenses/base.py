@@ -118,7 +118,8 @@ class Defense(Protocol):
     """A defense: a frozen dataclass whose fields are its hyperparameters.
 
     A class attribute ``PRESETS`` (name -> values by field) defines named sets of hyperparameters
-    for a config's ``preset``; one of the names is ``default``.
+    for a config's ``preset``; one of the names is ``default``. A field with the
+    metadata ``path`` may name a folder.
 
     KIND: when the defense acts (`KINDS`).
     NEEDS: what the defense requires (`NEEDS`); planning refuses cells that lack it.

@@ -53,7 +53,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -107,7 +107,7 @@ class Onion:
     without clean rows is refused anyway.
     """
 
-    lm: str = OF_CLEAN_ROWS
+    lm: str = field(default=OF_CLEAN_ROWS, metadata={"path": True})
     revision: str | None = None
     bar: float | None = None
     max_removed: float = 0.05

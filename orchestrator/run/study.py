@@ -23,7 +23,8 @@ from btu.errors import UserError
 from btu.seeding import derive_seed
 from orchestrator.run.progress import label
 from orchestrator.store.storage import open_storage
-from orchestrator.sweep.space import Choice, Domain, OptunaSpec
+from orchestrator.sweep.modes.optuna import OptunaMode
+from orchestrator.sweep.space import Choice, Domain
 from orchestrator.sweep.sweep import Cell, Sweep
 
 if TYPE_CHECKING:
@@ -251,13 +252,16 @@ class StudySearch:
         )
 
 
-def _study_name(sweep: Sweep, spec: OptunaSpec) -> str:
+def _study_name(sweep: Sweep, spec: OptunaMode) -> str:
+    # These three always stand here, so that a study on disk keeps its name.
+    axes: dict[str, Any] = {"grid": {}, "zip": {}, "list": []}
+    axes |= {mode.name: mode.config() for mode in sweep.planned}
     acts = {
         "space": {key: [type(d).__name__, asdict(d)] for key, d in spec.space.items()},
         "sampler": spec.sampler,
         "seed": spec.seed,
         "config": {key: value for key, value in sweep.base.items() if key != "resources"},
-        "axes": [dict(sweep.grid), dict(sweep.zipped), list(sweep.listed)],
+        "axes": list(axes.values()),
     }
     text = json.dumps(acts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,1 +1,1 @@
-"""A sweep file, read, checked and turned into cells."""
+"""Sweep files: how they are read, checked and turned into cells."""

@@ -1,16 +1,16 @@
-"""A sweep file -> validated, frozen trial specs.
+"""A sweep file -> a `Sweep`, and a cell's settings -> a frozen `TrialSpec`.
 
-OmegaConf parses and types; the schema is the library's own dataclasses, so a hyperparameter that
-an attack or a defense gains is a config key from that moment on. Imports no torch, ray or mlflow.
+OmegaConf parses the file and converts values. The schema is the library's own dataclasses, so every
+field of an attack or a defense is a config key. Imports no torch, ray or mlflow.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
@@ -20,6 +20,8 @@ from btu.attacks.poisoning import ATTACKS, PoisonSpec
 from btu.data.spec import DataSpec
 from btu.errors import UserError, unknown
 from btu.victims import VICTIMS, VictimSpec
+from orchestrator.sweep.modes.base import SearchMode, SequentialMode
+from orchestrator.sweep.search import SEARCHES, SearchSections, check_axes_known, possible_points
 from orchestrator.sweep.sections import (
     FIXED_SECTIONS,
     NAMED_SECTIONS,
@@ -30,86 +32,69 @@ from orchestrator.sweep.sections import (
     TrackingSpec,
     TrialSpec,
 )
-from orchestrator.sweep.space import Search
 from orchestrator.sweep.sweep import CONTROLS, Sweep
-from orchestrator.sweep.tree import ABSENT, assign, fill_in, lookup
+from orchestrator.sweep.tree import ABSENT, assign, lookup
 from orchestrator.sweep.typed import build_section, check_keys, named_section, section_keys
-
-if TYPE_CHECKING:
-    from orchestrator.sweep.space import OptunaSpec
 
 
 def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
     """Parse a sweep file and check every key in it.
 
+    path: of the sweep file.
     overrides: ``key=value`` with dotted keys. An axis is ``grid.<key>=[...]``,
-    ``zip.<key>=[...]`` or ``random.space.<key>=...``, a setting of a search
-    ``random.samples=50`` or ``optuna.trials=10``, the list as a whole ``list=[{...}]``.
-    Overriding a key that an axis of any section varies replaces the axis by that value.
+        ``zip.<key>=[...]`` or ``random.space.<key>=...``; a setting of a search is
+        ``random.samples=50`` or ``optuna.trials=10``; the list is given as a whole,
+        ``list=[{...}]``. Overriding a key that a section varies replaces the axis by that value.
 
     Raises:
         UserError: the file is missing or no YAML mapping; a key, attack, defense or preset is
             unknown ("did you mean"); a value has the wrong type; a search is malformed.
     """
     config = _read(Path(path))
-    search = Search(config)
+    search = SearchSections(config)
     pinned: dict[str, list[Any]] = {}
     for key, value in _parse_overrides(overrides):
         if not search.override(key, value):
             pinned.setdefault(key, []).extend([*search.pin(key), lookup(config, key)])
             assign(config, key, value)
-    search.finish()
     config.setdefault("name", Path(path).stem)
-    names = _names_in_use(config, search, pinned)
-    check_keys(config, names)
-    search.check(_swept(names))
-    _check_shared_paraphrase(config, search)
-    name, written = config.pop("name"), config.pop("output", "runs")
+    modes = search.modes(config)
+    names = _names_in_use(config, modes, pinned)
+    check_keys(config, names, SEARCHES)
+    check_axes_known(modes, _swept(names))
+    _check_shared_sources(config, modes, names["attack"])
+    name, written = _name(config.pop("name")), config.pop("output", "runs")
     output = _output(written)
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
-        # It names a folder and an experiment, and stands in the commands that are printed.
-        raise UserError(
-            "name must be a plain word that can name a folder: letters, digits, '_', '-', '+' and "
-            f"'.', the first a letter, digit or '_'; got {name!r}. No name: the file's is taken."
-        )
-    if name == "store":
-        raise UserError(
-            "name 'store' is taken: that folder of the output holds the results of all sweeps; "
-            "use another name."
-        )
-    resources = build_section("resources", ResourceSpec, config.get("resources") or {})
     tracking = build_section("tracking", TrackingSpec, config.pop("tracking", None) or {})
     keeping = config.pop("store", None) or {}
     shown = {"name": name, "output": written, **config}
-    optuna = search.optuna()
-    controls = _controls(config, optuna)
     if keeping:
         shown["store"] = keeping
+    controls = config.pop("controls", ABSENT)
+    sequential = next((mode for mode in modes if isinstance(mode, SequentialMode)), None)
     return Sweep(
-        name,
-        output,
-        resources,
-        tracking,
-        build_section("store", StoreSpec, keeping),
-        search.grid,
-        search.zipped,
-        fill_in(search.listed or [], config),
-        search.random(),
-        optuna,
-        controls,
-        config,
-        yaml.safe_dump(shown | search.written(), sort_keys=False),
+        name=name,
+        output=output,
+        resources=build_section("resources", ResourceSpec, config.get("resources") or {}),
+        tracking=tracking,
+        store=build_section("store", StoreSpec, keeping),
+        modes=modes,
+        controls=_controls(controls, sequential),
+        base=config,
+        text=yaml.safe_dump(shown | search.written(), sort_keys=False),
     )
 
 
 def resolve(config: Mapping[str, Any]) -> TrialSpec:
-    """Turn the plain config of one cell into a spec.
+    """Return the spec of a cell.
 
-    Keys of an attack or a defense that other cells of the sweep use are left out, so that one
-    file can hold the parameters of all.
+    Paths become absolute, because workers start in folders of their own. Keys of attacks and
+    defenses that only other cells use are left out, so that one file can set the parameters of all.
+
+    config: the settings of the cell, nested by section (`Cell.config`).
 
     Raises:
-        UserError: a value has the wrong type or breaks a rule.
+        UserError: a value has the wrong type, or breaks a rule.
     """
     sections = {
         name: build_section(name, schema, config.get(name) or {})
@@ -118,19 +103,12 @@ def resolve(config: Mapping[str, Any]) -> TrialSpec:
     }
     data: DataSpec = sections["data"]
     if data.path is not None:
-        # Workers start in folders of their own.
         data = dataclasses.replace(data, path=str(Path(data.path).expanduser().resolve()))
     victim: VictimSpec = sections["victim"]
-    if victim.name not in VICTIMS and Path(victim.name).expanduser().is_dir():
-        victim = dataclasses.replace(victim, name=str(Path(victim.name).expanduser().resolve()))
+    if victim.name not in VICTIMS:
+        victim = dataclasses.replace(victim, name=_as_folder(victim.name))
     poison, attack_params, _ = named_section("attack", config.get("attack") or {})
-    model = attack_params.get("model")
-    if model is not None and Path(model).expanduser().is_dir():
-        attack_params["model"] = str(Path(model).expanduser().resolve())
     defense, defense_params, preset = named_section("defense", config.get("defense") or {})
-    lm = defense_params.get("lm")
-    if isinstance(lm, str) and Path(lm).expanduser().is_dir():
-        defense_params["lm"] = str(Path(lm).expanduser().resolve())
     seed = config.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise UserError(f"seed must be an integer, got {seed!r}.")
@@ -138,15 +116,32 @@ def resolve(config: Mapping[str, Any]) -> TrialSpec:
         data=data,
         victim=victim,
         poison=poison,
-        attack_params=attack_params,
+        attack_params=_with_folders("attack", poison.name, attack_params),
         defense=defense,
         preset=preset,
-        defense_params=defense_params,
+        defense_params=_with_folders("defense", defense.name, defense_params),
         train=sections["train"],
         tuning=sections["tuning"],
         seed=seed,
         resources=sections["resources"],
     )
+
+
+def _with_folders(section: str, name: str, params: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters of an attack or a defense with absolute folders.
+
+    A field may name a folder if the class marks it with the metadata ``path``.
+    """
+    part = NAMED_SECTIONS[section][1].load(name)
+    marked = [field.name for field in dataclasses.fields(part) if field.metadata.get("path")]
+    return params | {key: _as_folder(params[key]) for key in marked}
+
+
+def _as_folder(value: Any) -> Any:
+    """Return the absolute path of a folder, and any other value, e.g. a hub name, unchanged."""
+    if isinstance(value, str) and Path(value).expanduser().is_dir():
+        return str(Path(value).expanduser().resolve())
+    return value
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -156,7 +151,7 @@ def _read(path: Path) -> dict[str, Any]:
         # OmegaConf's loader reads 2e-5 as a float, where plain YAML 1.1 gives a string.
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"sweep file {path} is no valid YAML: {error}") from error
+        raise UserError(f"sweep file {path} is not valid YAML: {error}") from error
     if not isinstance(loaded, dict):
         raise UserError(f"sweep file {path} must be a mapping of keys to values.")
     return {str(key): value for key, value in loaded.items()}
@@ -176,32 +171,20 @@ def _parse_overrides(overrides: Iterable[str]) -> Iterator[tuple[str, Any]]:
         yield key.strip(), container["value"]
 
 
-def _controls(config: dict[str, Any], optuna: OptunaSpec | None) -> tuple[str, ...]:
-    """Take the key `controls` out of the file; return the controls that its cells get.
-
-    Raises:
-        UserError: one is unknown, or the sweep cannot have any.
-    """
-    written = config.pop("controls", ABSENT)
-    if written is ABSENT:
-        # Suggestions are there to be compared with each other.
-        return () if optuna is not None else tuple(CONTROLS)
-    if written is None or written is False:
-        return ()
-    if not isinstance(written, list):
+def _name(written: Any) -> str:
+    # It names a folder and an experiment, and is part of the commands that are printed.
+    if not isinstance(written, str) or not re.fullmatch(r"\w[\w.+-]*", written):
         raise UserError(
-            f"controls must be a list of {' and '.join(CONTROLS)}, or false for none, got "
-            f"{written!r}."
+            "name must be a plain word that can name a folder: letters, digits, '_', '-', '+' and "
+            f"'.', the first a letter, digit or '_'; got {written!r}. Remove the key to use the "
+            "name of the file."
         )
-    for name in written:
-        if name not in list(CONTROLS):  # it may be anything, a mapping too
-            raise unknown("control", str(name), CONTROLS)
-    if written and optuna is not None:
+    if written == "store":
         raise UserError(
-            f"controls {', '.join(written)} cannot be had of cells that Optuna suggests; leave the "
-            "key out, and launch a second sweep without optuna for them."
+            "name 'store' is taken: the folder of that name in the output has the results of all "
+            "sweeps; use another name."
         )
-    return tuple(dict.fromkeys(written))
+    return written
 
 
 def _output(written: Any) -> str:
@@ -211,21 +194,60 @@ def _output(written: Any) -> str:
         return str(Path(written).expanduser().resolve())
     url = written.rstrip("/")
     if "://" not in url:
-        raise UserError(f"output {written!r} names no place; give the URL of a folder.")
+        raise UserError(f"output {written!r} names no folder; give the URL of one.")
     return url
 
 
-def _names_in_use(
-    config: Mapping[str, Any], search: Search, pinned: Mapping[str, list[Any]]
-) -> dict[str, list[str]]:
-    """Return the attacks and defenses that any cell names; unknown ones are errors here.
+def _controls(written: Any, sequential: SequentialMode | None) -> tuple[str, ...]:
+    """Return the controls that every cell gets.
 
-    Names that an override replaced, on an axis or by themselves, count too: the file holds their
-    keys.
+    written: the key ``controls`` of the file, or `ABSENT`.
+    sequential: the mode that suggests the cells, if there is one.
+
+    Raises:
+        UserError: a control is unknown, or the sweep cannot have any.
+    """
+    if written is ABSENT:
+        # Suggestions are compared with each other.
+        return tuple(CONTROLS) if sequential is None else ()
+    if written is None or written is False:
+        return ()
+    if not isinstance(written, list):
+        raise UserError(
+            f"controls must be a list of {' and '.join(CONTROLS)}, or false for none, got "
+            f"{written!r}."
+        )
+    for name in written:
+        if name not in list(CONTROLS):  # a list, because an item may be anything, a mapping too
+            raise unknown("control", str(name), CONTROLS)
+    if written and sequential is not None:
+        raise UserError(
+            f"controls {', '.join(written)}: cells that {sequential.title} suggests get no "
+            f"controls; remove the key, and launch a second sweep without {sequential.name} for "
+            "them."
+        )
+    return tuple(dict.fromkeys(written))
+
+
+def _names_in_use(
+    config: Mapping[str, Any], modes: Sequence[SearchMode], pinned: Mapping[str, list[Any]]
+) -> dict[str, list[str]]:
+    """Return the attacks and the defenses that cells name, by section.
+
+    A name that an override replaced counts too, because the file may set keys of its own.
+
+    config: the settings of all cells.
+    modes: the searches of the sweep.
+    pinned: the values that overrides replaced, by key.
+
+    Raises:
+        UserError: a name is unknown.
     """
     names = {}
     for section, (schema, registry) in NAMED_SECTIONS.items():
-        used = search.values(f"{section}.name", config) + pinned.get(f"{section}.name", [])
+        key = f"{section}.name"
+        used = [point.get(key, lookup(config, key)) for point in possible_points(modes, (key,))]
+        used += pinned.get(key, [])
         used = [schema().name if name is ABSENT else str(name) for name in used]
         for name in used:
             registry[name]
@@ -233,16 +255,30 @@ def _names_in_use(
     return names
 
 
-def _check_shared_paraphrase(config: Mapping[str, Any], search: Search) -> None:
-    """Refuse one paraphrase source for several paraphrase attacks: they would be the same one."""
+def _check_shared_sources(
+    config: Mapping[str, Any], modes: Sequence[SearchMode], attacks: Iterable[str]
+) -> None:
+    """Check that no two attacks read their texts from one source: they would be the same attack.
+
+    An attack class names the keys of its sources (`sources`).
+
+    config: the settings of all cells.
+    modes: the searches of the sweep.
+    attacks: the names of the attacks that cells use.
+
+    Raises:
+        UserError: one source would serve several attacks.
+    """
+    sources = {
+        name: [f"attack.{key}" for key in getattr(ATTACKS.load(name), "sources", ())]
+        for name in attacks
+    }
+    keys = {key for own in sources.values() for key in own}
     readers: dict[tuple[str, str], dict[str, None]] = {}
-    sources = ("attack.column", "attack.model")
-    for point in search.points(("attack.name", *sources)):
+    for point in possible_points(modes, {"attack.name", *keys}):
         name = point.get("attack.name", lookup(config, "attack.name"))
         name = PoisonSpec().name if name is ABSENT else str(name)
-        if not hasattr(ATTACKS.load(name), "default_column"):
-            continue
-        for key in sources:
+        for key in sources[name]:
             value = point.get(key, lookup(config, key))
             if value is not ABSENT and value is not None:
                 readers.setdefault((key, repr(value)), {})[name] = None

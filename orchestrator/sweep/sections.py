@@ -21,11 +21,13 @@ from btu.victims import VictimSpec
 
 @dataclass(frozen=True)
 class ResourceSpec:
-    """What a node of the work holds in Ray.
+    """What a stage occupies in Ray.
 
-    cpu, gpu: of a shared stage. cpu is its number of torch threads too, gpu may be a fraction of
-    one device. cell_cpu, cell_gpu: of the nodes of a single cell (unlearning, clean tuning,
-    evaluation); null: as cpu and gpu.
+    cpu: the CPUs of a stage that cells share; also its number of torch threads.
+    gpu: the GPUs of a stage that cells share; may be a fraction of one device.
+    cell_cpu: the CPUs of a stage of a single cell (unlearning, clean tuning, evaluation); null
+        means `cpu`.
+    cell_gpu: the GPUs of a stage of a single cell; null means `gpu`.
     """
 
     cpu: float = 1
@@ -50,7 +52,10 @@ class ResourceSpec:
                 )
 
     def of(self, kind: str) -> tuple[float, float]:
-        """Return the CPUs and GPUs of a node. kind: ``stage``, ``cell`` or ``host`` (no GPU).
+        """Return the CPUs and GPUs of a stage.
+
+        kind: ``stage`` for one that cells share, ``cell`` for one of a single cell, ``host`` for a
+            shared one without a GPU.
 
         Raises:
             ValueError: there is no such kind.
@@ -60,7 +65,7 @@ class ResourceSpec:
         if kind == "host":
             return self.cpu, 0.0
         if kind != "cell":
-            raise ValueError(f"unknown kind of node '{kind}'; use stage, cell or host.")
+            raise ValueError(f"unknown kind of stage '{kind}'; use stage, cell or host.")
         return (
             self.cpu if self.cell_cpu is None else self.cell_cpu,
             self.gpu if self.cell_gpu is None else self.cell_gpu,
@@ -69,7 +74,10 @@ class ResourceSpec:
 
 @dataclass(frozen=True)
 class TrackingSpec:
-    """Where MLflow keeps runs. uri: null is a SQLite file in the output folder."""
+    """Where MLflow keeps runs.
+
+    uri: of the MLflow store; null means a SQLite file in the output folder.
+    """
 
     uri: str | None = None
 
@@ -81,8 +89,8 @@ KEEPS = ("results", "models")
 class StoreSpec:
     """What stays on disk.
 
-    keep: ``results`` (models and other large stage outputs go once no pending cell needs them) or
-    ``models`` (all stays).
+    keep: ``results`` removes models and other large stage outputs once no pending cell needs them;
+        ``models`` removes nothing.
     """
 
     keep: str = "results"
@@ -102,31 +110,34 @@ FIXED_SECTIONS: dict[str, type] = {
     "tracking": TrackingSpec,
     "store": StoreSpec,
 }
-# Sections with keys of their own and those of the attack or defense that they name.
+# Sections with keys of their own, and with the keys of the attack or defense that they name.
 NAMED_SECTIONS: dict[str, tuple[type, Registry[Any]]] = {
     "attack": (PoisonSpec, ATTACKS),
     "defense": (DefenseSpec, DEFENSES),
 }
 SCALARS = ("name", "output", "seed", "controls")
 NOT_SWEPT = ("resources", "tracking", "store")
-# Of the sweep as a whole: no part of what a cell is.
+# Sections that apply to the whole sweep; the settings of a cell lack them.
 NOT_IN_CELLS = ("tracking", "store")
-# The coordinate that says which control a cell is; no setting.
+# The coordinate whose value is the name of a control. It is no setting.
 CONTROL = "control"
-
-
-# Ways to search ----------------------------------------------------------------------------------
-
-# In the order of a cell's coordinates: the first varies slowest, the grid fastest.
-SEARCHES = ("optuna", "random", "list", "zip", "grid")
 
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """One cell: everything that one trial needs.
+    """Everything that defines one cell.
 
-    attack_params, defense_params: the hyperparameters of the named attack and defense, complete.
-    preset: what `defense_params` were filled up from; a label, it does not act.
+    data: the dataset, its splits and its sizes.
+    victim: the model that is poisoned.
+    poison: the attack's name, and how much is poisoned.
+    attack_params: all hyperparameters of the attack.
+    defense: the defense's name.
+    preset: the set of hyperparameters that completed `defense_params`; a label without effect.
+    defense_params: all hyperparameters of the defense.
+    train: the settings of the fine-tuning.
+    tuning: the settings of the clean tuning.
+    seed: of the random choices in its stages.
+    resources: what its stages occupy in Ray.
     """
 
     data: DataSpec
@@ -142,15 +153,17 @@ class TrialSpec:
     resources: ResourceSpec = field(default_factory=ResourceSpec)
 
     def build_attack(self) -> Attack:
+        """Return the attack; a hyperparameter that breaks a rule raises a `UserError`."""
         attack: Attack = ATTACKS.load(self.poison.name)(**self.attack_params)
         return attack
 
     def build_defense(self) -> Defense:
+        """Return the defense; a hyperparameter that breaks a rule raises a `UserError`."""
         defense: Defense = DEFENSES.load(self.defense.name)(**self.defense_params)
         return defense
 
     def config(self) -> dict[str, Any]:
-        """Return the resolved cell in the shape of a sweep file, as plain data."""
+        """Return the resolved cell in the form of a sweep file, as plain data."""
         preset = {} if self.preset is None else {"preset": self.preset}
         return {
             "data": plain(self.data),
@@ -165,18 +178,18 @@ class TrialSpec:
 
 
 def settings(varied: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the coordinates that are settings: all but which control a cell is."""
+    """Return the coordinates that are settings: all but `CONTROL`."""
     return {key: value for key, value in varied.items() if key != CONTROL}
 
 
 def shown_coordinates(varied: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the coordinates that tell a cell from others; of no defense there are no settings."""
+    """Return the coordinates that distinguish a cell: without a defense, none of its settings."""
     idle = varied.get(CONTROL) == "no_defense"
     return {key: v for key, v in varied.items() if not (idle and key.startswith("defense."))}
 
 
 def pins(varied: Mapping[str, Any]) -> str:
-    """Return coordinates as overrides that a shell takes as they are."""
+    """Return coordinates as overrides, quoted for a shell."""
     return " ".join(
         shlex.quote(f"{key}={v if isinstance(v, str) else json.dumps(v, separators=(',', ':'))}")
         for key, v in settings(varied).items()

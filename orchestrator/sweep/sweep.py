@@ -1,24 +1,25 @@
-"""A sweep, and the cells that it has."""
+"""A sweep and its cells."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from orchestrator.sweep.modes.base import PlannedMode, SearchMode, SequentialMode
+from orchestrator.sweep.modes.optuna import OptunaMode
 from orchestrator.sweep.sections import CONTROL, settings, shown_coordinates
-from orchestrator.sweep.tree import assign, copied, zipped_points
+from orchestrator.sweep.tree import assign, copied
 
 if TYPE_CHECKING:
     from orchestrator.sweep.sections import ResourceSpec, StoreSpec, TrackingSpec
-    from orchestrator.sweep.space import OptunaSpec, RandomSpec
 
+Mode = TypeVar("Mode", bound=SearchMode)
 
-# Cells that come by themselves beside those of the sweep: what makes them of a cell, by name.
+# Cells that a sweep gets in addition to its own, by name: the settings that turn a cell into one.
 CONTROLS: dict[str, dict[str, Any]] = {
     "no_poison": {"attack.poison_rate": 0.0},
     "no_defense": {"defense.name": "none"},
@@ -29,7 +30,8 @@ CONTROLS: dict[str, dict[str, Any]] = {
 class Cell:
     """A point of the sweep, before it is resolved.
 
-    varied: its coordinates, by dotted key; of a control also which one it is.
+    varied: its coordinates by dotted key; a control also has the coordinate `CONTROL`.
+    config: its settings, nested by section as in a sweep file.
     """
 
     varied: Mapping[str, Any]
@@ -40,12 +42,17 @@ class Cell:
 class Sweep:
     """A parsed sweep file.
 
-    output: an absolute folder or a URL. grid: axes of which every combination is a cell. zipped:
-    axes of which the i-th values go together. listed: cells one by one; an entry that lacks a key
-    of another one has the file's value of it, if there is one. controls: names of `CONTROLS` that
-    every cell gets. base: the settings of all cells.
-    text: the file with the overrides applied, as YAML, for the record. Without `tracking`, whose
-    URI may hold a password.
+    name: of the sweep; also of its folder and of its MLflow experiment.
+    output: an absolute folder or a URL.
+    resources: what the stages of its cells occupy in Ray.
+    tracking: where MLflow keeps its runs.
+    store: what stays on disk.
+    modes: the searches that make its cells, in the order of a cell's coordinates; none for a
+        single cell.
+    controls: the names of the `CONTROLS` that every cell gets.
+    base: the settings of all cells, nested by section.
+    text: the file with the overrides applied, as YAML, for the record. It lacks `tracking`, whose
+        URI may contain a password.
     """
 
     name: str
@@ -53,38 +60,53 @@ class Sweep:
     resources: ResourceSpec
     tracking: TrackingSpec
     store: StoreSpec
-    grid: Mapping[str, list[Any]]
-    zipped: Mapping[str, list[Any]]
-    listed: Sequence[Mapping[str, Any]]
-    random: RandomSpec | None
-    optuna: OptunaSpec | None
+    modes: tuple[SearchMode, ...]
     controls: tuple[str, ...]
     base: Mapping[str, Any]
     text: str
 
     @property
     def folder(self) -> str:
-        """Where the sweep's own files are: ``<output>/<name>``."""
+        """The folder of the sweep's own files: ``<output>/<name>``."""
         return f"{self.output}/{self.name}"
 
     @property
     def store_location(self) -> str:
-        """Where the results of all sweeps of the output folder are: ``<output>/store``."""
+        """The folder of the results of all sweeps with this output: ``<output>/store``."""
         return f"{self.output}/store"
 
     @property
     def axes(self) -> tuple[str, ...]:
         """Every key that cells vary, in the order of their coordinates."""
-        spaces = [spec.space for spec in (self.optuna, self.random) if spec is not None]
-        return tuple(dict.fromkeys(itertools.chain(*spaces, *self.listed, self.zipped, self.grid)))
+        return tuple(dict.fromkeys(itertools.chain(*(mode.axes for mode in self.modes))))
+
+    @property
+    def planned(self) -> list[PlannedMode]:
+        """The modes whose points are known before the sweep runs."""
+        return [mode for mode in self.modes if isinstance(mode, PlannedMode)]
+
+    @property
+    def sequential(self) -> SequentialMode | None:
+        """The mode that suggests points while the sweep runs, if there is one."""
+        return next((mode for mode in self.modes if isinstance(mode, SequentialMode)), None)
+
+    @property
+    def optuna(self) -> OptunaMode | None:
+        """The search that Optuna leads, if there is one."""
+        return self.mode(OptunaMode)
+
+    def mode(self, kind: type[Mode]) -> Mode | None:
+        """Return the mode of this class; None if the sweep has none."""
+        return next((mode for mode in self.modes if isinstance(mode, kind)), None)
 
     def cells(self) -> Iterator[Cell]:
-        """Yield every point: random draws x list x zip x grid.
+        """Yield every point of the product of the modes: random draws x list x zip x grid.
 
-        Coordinates stand in that order, each section's as in the file, and the last one varies
-        fastest. A sweep that Optuna searches yields nothing: its cells come from `expand`.
+        Coordinates are in that order, those of a section as in the file, and the last one varies
+        fastest. A sweep with a sequential mode yields nothing: `expand` gives the cells of a
+        suggestion.
         """
-        if self.optuna is None:
+        if self.sequential is None:
             yield from self._expand({})
 
     def expand(self, suggested: Mapping[str, Any]) -> list[Cell]:
@@ -92,9 +114,12 @@ class Sweep:
         return list(self._expand(suggested))
 
     def controls_of(self, cells: Iterable[Mapping[str, Any]]) -> Iterator[Cell]:
-        """Yield the controls of cells, given by their coordinates; of equal ones the first.
+        """Yield the controls of cells, each once.
 
-        A control has the coordinates of its cell, but for those that make it one.
+        A control has the coordinates of its cell except those that make it a control. Several
+        cells may have the same control: it then has the coordinates of the first of them.
+
+        cells: the coordinates of each cell.
         """
         known = set()
         for varied, name in itertools.product(cells, self.controls):
@@ -113,55 +138,24 @@ class Sweep:
 
     def describe(self) -> str:
         """Return in words what is searched and how many cells that makes."""
-        count = math.prod(map(len, self._parts()))
+        count = math.prod(len(mode.points()) for mode in self.planned)
         cells = f"{count} cell{'s' * (count != 1)}"
-        words = []
-        if self.random is not None:
-            words.append(f"{self.random.samples} random draws of {', '.join(self.random.space)}")
-        if self.listed:
-            words.append(f"list of {len(self.listed)}")
-        if self.zipped:
-            words.append(f"zip {' + '.join(self.zipped)}")
-        if self.grid:
-            words.append(f"grid {' x '.join(self.grid)}")
-        others = " x ".join(words)
-        if self.optuna is None:
-            return f"{others} = {cells}" if others else "a single cell"
-        searched = f"{self.optuna.sampler} over {', '.join(self.optuna.space)}"
-        detail = f"{searched}; {others}" if others else searched
-        return f"optuna: up to {self.optuna.trials} suggestions x {cells} ({detail})"
+        planned = " x ".join(mode.describe() for mode in self.planned)
+        led = self.sequential
+        if led is None:
+            return f"{planned} = {cells}" if planned else "a single cell"
+        detail = f"{led.describe()}; {planned}" if planned else led.describe()
+        return f"{led.name}: up to {led.trials} suggestions x {cells} ({detail})"
 
     def open_axes(self) -> dict[str, list[Any]]:
         """Return what has to be pinned to leave a single cell: values, or examples, by key."""
         found: dict[str, list[Any]] = {}
-        if self.optuna is not None:
-            found |= {key: domain.examples() for key, domain in self.optuna.space.items()}
-        if self.random is not None and self.random.samples > 1:
-            drawn = dataclasses.replace(self.random, samples=2).points()
-            found |= {key: [point[key] for point in drawn] for key in self.random.space}
-        if len(self.listed) > 1:
-            for key, value in itertools.chain(*(entry.items() for entry in self.listed)):
-                values = found.setdefault(key, [])
-                if value not in values:
-                    values.append(value)
-        for axes in (self.zipped, self.grid):
-            found |= {key: list(values) for key, values in axes.items() if len(values) > 1}
+        for mode in self.modes:
+            found |= mode.open_axes()
         return found
 
-    def _parts(self) -> list[Sequence[Mapping[str, Any]]]:
-        """Return the points of each section, in the order of the coordinates."""
-        return [
-            [{}] if self.random is None else self.random.points(),
-            self.listed or [{}],
-            zipped_points(self.zipped),
-            [
-                dict(zip(self.grid, values, strict=True))
-                for values in itertools.product(*self.grid.values())
-            ],
-        ]
-
     def _expand(self, suggested: Mapping[str, Any]) -> Iterator[Cell]:
-        for points in itertools.product(*self._parts()):
+        for points in itertools.product(*(mode.points() for mode in self.planned)):
             varied = dict(suggested)
             for point in points:
                 varied |= point

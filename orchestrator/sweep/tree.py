@@ -1,16 +1,15 @@
-"""Nested settings by dotted key."""
+"""Nested settings: reading and writing them by dotted key."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from btu.errors import UserError
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted key; lists stay values."""
+    """Return nested settings by dotted key. A list is a value: its items get no keys."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -24,7 +23,7 @@ def assign(config: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key in a nested config, in place.
 
     Raises:
-        UserError: a parent of the key holds a value.
+        UserError: a parent of the key has a value instead of keys.
     """
     *parents, last = key.split(".")
     node = config
@@ -33,11 +32,15 @@ def assign(config: dict[str, Any], key: str, value: Any) -> None:
         if child is None:
             child = node[parent] = {}
         if not isinstance(child, dict):
-            raise UserError(f"key '{key}' does not fit: '{parent}' holds the value {child!r}.")
+            raise UserError(
+                f"key '{key}' does not fit: '{parent}' has the value {child!r} and no keys; set "
+                f"'{parent}' itself."
+            )
         node = child
     node[last] = value
 
 
+# What `lookup` returns for a key that is not set; None is a value.
 ABSENT: Any = object()
 
 
@@ -52,21 +55,7 @@ def lookup(config: Mapping[str, Any], key: str) -> Any:
 
 
 def copied(value: Any) -> Any:
-    """Return plain data with mappings and lists of its own."""
+    """Return a copy of plain data that shares no mapping and no list with it."""
     if isinstance(value, dict):
         return {key: copied(inner) for key, inner in value.items()}
     return [copied(inner) for inner in value] if isinstance(value, list) else value
-
-
-def zipped_points(axes: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
-    rows = [dict(zip(axes, values, strict=True)) for values in zip(*axes.values(), strict=True)]
-    return rows or [{}]
-
-
-def fill_in(
-    entries: Sequence[Mapping[str, Any]], config: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Return the entries with one set of keys, as far as the file has values for them."""
-    keys = dict.fromkeys(itertools.chain(*entries))
-    filled = [{key: entry.get(key, lookup(config, key)) for key in keys} for entry in entries]
-    return [{k: v for k, v in entry.items() if v is not ABSENT} for entry in filled]

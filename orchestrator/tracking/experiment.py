@@ -12,6 +12,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from btu.errors import UserError
+from orchestrator.sweep.modes.axes import GridMode
 from orchestrator.sweep.sweep import Sweep
 from orchestrator.tracking.database import database_of, make_database, use_wal
 from orchestrator.tracking.runs import ID_TAG, SUMMARY, TAG_CHARACTERS
@@ -138,7 +139,8 @@ def _artifacts(database: Path | None, name: str) -> str | None:
 
 
 def _experiment_note(sweep: Sweep) -> str:
-    axes = ", ".join(f"`{key}` {values}" for key, values in sweep.grid.items())
+    grid = sweep.mode(GridMode)
+    axes = ", ".join(f"`{key}` {values}" for key, values in grid.values.items()) if grid else ""
     note = (
         f"Sweep **{sweep.name}** over {axes or 'a single cell'}.\n\n"
         f"One run per cell, and the run `{SUMMARY}` with means over seeds, tables and a page. In "

@@ -20,6 +20,11 @@ from btu.errors import UserError
 from btu.rules.base import RULES
 from orchestrator.plan.graph import Graph
 from orchestrator.sweep.load import load_sweep, resolve
+from orchestrator.sweep.modes.axes import AxesMode, GridMode, ZipMode
+from orchestrator.sweep.modes.base import SearchMode
+from orchestrator.sweep.modes.list import ListMode
+from orchestrator.sweep.modes.random import RandomMode
+from orchestrator.sweep.search import MODES
 from orchestrator.sweep.sections import TrialSpec, pins
 from orchestrator.sweep.space import Choice, Range
 from orchestrator.sweep.sweep import Sweep
@@ -58,6 +63,18 @@ def load(tmp_path: Path) -> Callable[..., Sweep]:
         return load_sweep(path, overrides)
 
     return build
+
+
+def values_of(sweep: Sweep, kind: type[AxesMode]) -> dict[str, list[Any]]:
+    mode = sweep.mode(kind)
+    assert mode is not None
+    return dict(mode.values)
+
+
+def entries_of(sweep: Sweep) -> list[dict[str, Any]]:
+    mode = sweep.mode(ListMode)
+    assert mode is not None
+    return mode.entries
 
 
 def only(sweep: Sweep) -> TrialSpec:
@@ -145,6 +162,12 @@ def test_relative_paths_are_made_absolute_since_workers_start_elsewhere(
     assert spec.victim.name == str(tmp_path / "weights")
     spec = only(load("seed: 0", "defense.name=onion", "defense.lm=weights"))
     assert spec.defense_params["lm"] == str(tmp_path / "weights")
+    assert spec.attack_params == {"trigger": ["cf"]}
+    spec = only(load("attack: {name: style, model: weights}"))
+    assert spec.attack_params["model"] == str(tmp_path / "weights")
+    # A hub name is no folder here.
+    spec = only(load("attack: {name: style, model: org/weights}"))
+    assert spec.attack_params["model"] == "org/weights"
 
 
 @pytest.mark.parametrize("file", sorted(Path("sweeps").glob("*.yaml")), ids=lambda p: p.stem)
@@ -167,7 +190,7 @@ def test_a_cell_holds_what_a_stage_holds_unless_it_is_told_otherwise(
     assert own.of("stage") == (4, 0.5)
     assert own.of("cell") == (1, 0)  # 0 is a value, not "as gpu"
     assert own.of("host") == (4, 0)
-    with pytest.raises(ValueError, match="unknown kind of node 'nod'; use stage, cell or host"):
+    with pytest.raises(ValueError, match="unknown kind of stage 'nod'; use stage, cell or host"):
         own.of("nod")
 
 
@@ -220,15 +243,15 @@ def test_an_override_can_set_what_the_file_left_out(load: Callable[..., Sweep]) 
 
 def test_a_grid_override_adds_or_replaces_an_axis(load: Callable[..., Sweep]) -> None:
     sweep = load(EXAMPLE, "grid.seed=[5]", "grid.train.epochs=[1,2]")
-    assert sweep.grid["seed"] == [5]
-    assert sweep.grid["train.epochs"] == [1, 2]
+    assert values_of(sweep, GridMode)["seed"] == [5]
+    assert values_of(sweep, GridMode)["train.epochs"] == [1, 2]
     # 4 attacks x 3 rates x 3 alphas x 1 seed x 2 epochs
     assert len(list(sweep.cells())) == 72
 
 
 def test_overriding_a_grid_key_pins_it(load: Callable[..., Sweep]) -> None:
     sweep = load(EXAMPLE, "attack.name=style", "seed=4", "defense.alpha=0.01")
-    assert list(sweep.grid) == ["attack.poison_rate"]
+    assert list(values_of(sweep, GridMode)) == ["attack.poison_rate"]
     specs = [resolve(cell.config) for cell in sweep.cells()]
     assert [spec.poison.poison_rate for spec in specs] == [0.01, 0.05, 0.1]
     assert {spec.poison.name for spec in specs} == {"style"}
@@ -281,8 +304,8 @@ def test_the_recorded_text_gives_the_same_cells(load: Callable[..., Sweep]) -> N
         ("attack: badnets", "section 'attack' must be a mapping of keys to values, got 'badnets'"),
         ("- a\n- b", "must be a mapping of keys to values"),
         ("just words", "unknown key .just words. in the sweep file"),
-        ("train: {epochs: [", "is no valid YAML"),
-        ("seed: ${nowhere}", "is no valid YAML"),
+        ("train: {epochs: [", "is not valid YAML"),
+        ("seed: ${nowhere}", "is not valid YAML"),
         ("name: a/b", "name must be a plain word that can name a folder: .* got 'a/b'"),
         ("name: ..", r"name must be a plain word that can name a folder: .* got '\.\.'"),
         ("name: ''", "name must be a plain word"),
@@ -295,7 +318,7 @@ def test_the_recorded_text_gives_the_same_cells(load: Callable[..., Sweep]) -> N
         ("resources: {gpu: -1}", "resources.gpu must be at least 0"),
         ("resources: {cpu: many}", "resources.cpu: .*'many'"),
         ("name: store", "name 'store' is taken: .*; use another name"),
-        ("output: 's3://'", "output 's3://' names no place"),
+        ("output: 's3://'", "output 's3://' names no folder; give the URL of one"),
         ("resources: {cell_cpu: 0}", r"resources.cell_cpu must be above 0, got 0"),
         ("resources: {cell_gpu: 2}", r"resources.cell_gpu must be at most 1, got 2.*one device"),
         ("resources: {cell_gpu: -1}", "resources.cell_gpu must be at least 0"),
@@ -318,7 +341,10 @@ def test_a_bad_sweep_file_is_refused(load: Callable[..., Sweep], text: str, mess
         ("train.epoch=1", "unknown key 'train.epoch'.* did you mean 'train.epochs'?"),
         ("grid.sede=[1]", "unknown key 'sede' in the grid; did you mean 'seed'?"),
         ("grid.seed=1", "grid.seed must be a list"),
-        ("seed.x=1", "key 'seed.x' does not fit: 'seed' holds the value 0"),
+        (
+            "seed.x=1",
+            "key 'seed.x' does not fit: 'seed' has the value 0 and no keys; set 'seed' itself",
+        ),
         ("seed=[1", "override 'seed=\\[1' has no valid value"),
         ("attack=badnets", "section 'attack' must be a mapping"),
         # A whole grid cannot be given; the message must not offer the very key it refuses.
@@ -500,7 +526,7 @@ def test_suggestions_get_no_controls(load: Callable[..., Sweep]) -> None:
     searched = "optuna: {trials: 2, space: {defense.alpha: [0.1, 0.2]}}"
     assert load(searched).controls == ()
     assert load(f"{searched}\ncontrols: []").controls == ()
-    with pytest.raises(UserError, match=r"controls no_poison cannot be had of cells that Optuna"):
+    with pytest.raises(UserError, match=r"controls no_poison: cells that Optuna suggests get no c"):
         load(f"{searched}\ncontrols: [no_poison]")
 
 
@@ -835,6 +861,11 @@ def test_every_way_to_search_is_multiplied_by_the_others(load: Callable[..., Swe
     )
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_every_search_mode_is_documented(mode: type[SearchMode]) -> None:
+    assert f"| `{mode.name}: " in Path("docs/sweeps.md").read_text()
+
+
 OPTUNA = """
 defense: {alpha: 0.001}
 grid: {seed: [0, 1, 2], attack.name: [badnets, addsent]}
@@ -913,9 +944,10 @@ def test_the_recorded_text_holds_the_optuna_search(load: Callable[..., Sweep]) -
 
 def test_overrides_reach_into_every_search(load: Callable[..., Sweep]) -> None:
     sweep = load(SEARCHED, "zip.tuning.epochs=[5,6]", "list=[{defense.cut: row}]")
-    assert sweep.zipped == {"attack.poison_rate": [0.1, 0.2], "tuning.epochs": [5, 6]}
-    assert sweep.listed == [{"defense.cut": "row"}]
-    drawn = load(RANDOM, "random.samples=3", "random.seed=2", "random.space.seed=[4,5]").random
+    assert values_of(sweep, ZipMode) == {"attack.poison_rate": [0.1, 0.2], "tuning.epochs": [5, 6]}
+    assert entries_of(sweep) == [{"defense.cut": "row"}]
+    changed = load(RANDOM, "random.samples=3", "random.seed=2", "random.space.seed=[4,5]")
+    drawn = changed.mode(RandomMode)
     assert drawn is not None
     assert (drawn.samples, drawn.seed, drawn.space["seed"]) == (3, 2, Choice((4, 5)))
     led = load(OPTUNA, "optuna.trials=7", "optuna.sampler=random").optuna
@@ -928,13 +960,13 @@ def test_overrides_reach_into_every_search(load: Callable[..., Sweep]) -> None:
 
 def test_overriding_a_key_takes_it_off_every_axis(load: Callable[..., Sweep]) -> None:
     sweep = load(SEARCHED, "tuning.epochs=3", "train.epochs=4")
-    assert sweep.zipped == {"attack.poison_rate": [0.1, 0.2]}
+    assert values_of(sweep, ZipMode) == {"attack.poison_rate": [0.1, 0.2]}
     # The second entry is what the file says.
-    assert sweep.listed == [{"defense.cut": "row"}, {}]
+    assert entries_of(sweep) == [{"defense.cut": "row"}, {}]
     assert {resolve(cell.config).train.epochs for cell in sweep.cells()} == {4}
     # Both entries are the same then, and the cut is the only thing left that they vary.
-    assert load(SEARCHED, "train.epochs=4", "defense.cut=row").listed == []
-    drawn = load(RANDOM, "defense.alpha=0.1").random
+    assert load(SEARCHED, "train.epochs=4", "defense.cut=row").mode(ListMode) is None
+    drawn = load(RANDOM, "defense.alpha=0.1").mode(RandomMode)
     assert drawn is not None
     assert list(drawn.space) == ["train.epochs", "attack.trigger"]
     led = load(OPTUNA, "defense.alpha=0.1").optuna
@@ -1295,7 +1327,7 @@ def test_one_paraphrase_source_for_two_attacks_is_refused(tmp_path: Path) -> Non
     )
     with pytest.raises(UserError, match=r"attack\.column 'style_bible' would serve style and synt"):
         load_sweep(path)
-    assert load_sweep(path, ["attack.name=style"]).grid == {}
+    assert load_sweep(path, ["attack.name=style"]).modes == ()
 
 
 def test_a_local_paraphrase_model_is_told_by_its_files(tmp_path: Path) -> None:

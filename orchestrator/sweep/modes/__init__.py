@@ -1,0 +1,1 @@
+"""Search modes: one file per section of a sweep file that varies keys."""
