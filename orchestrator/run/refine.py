@@ -17,7 +17,7 @@ from typing import Any
 from btu.defenses.base import is_control
 from btu.errors import UserError
 from orchestrator.run.progress import label
-from orchestrator.run.study import Suggestion
+from orchestrator.run.study import Study, Suggestion
 from orchestrator.sweep.sections import CONTROL
 from orchestrator.sweep.sweep import Cell, Sweep
 
@@ -173,7 +173,7 @@ class _Step:
     width: float
 
 
-class Refinement:
+class Refinement(Study):
     """Suggests thresholds, each with the cells of all seeds of its group.
 
     A group is asked about only when all its thresholds have ended; meanwhile the others go on.

@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from btu.errors import UserError
 from btu.seeding import derive_seed
+from orchestrator.plan.planner import Plan, PlannedCell, Planner
+from orchestrator.plan.work import blocked
+from orchestrator.results.folder import Results
 from orchestrator.run.progress import label
 from orchestrator.store.storage import open_storage
 from orchestrator.sweep.space import Choice, Domain, OptunaSpec
@@ -77,7 +80,119 @@ class Study(Protocol):
         """Return what came of it, in lines for people."""
 
 
-class StudySearch:
+class NoStudy(Study):
+    """Of a sweep whose cells are all known: suggests nothing."""
+
+    open = 0
+    exhausted = True
+
+    def asked(self) -> list[Suggestion]:
+        return []
+
+    def untold(self) -> set[int]:
+        return set()
+
+    def ask(self) -> Suggestion | None:
+        return None
+
+    def tell(self, number: int, results: Sequence[Mapping[str, float]]) -> None:
+        raise KeyError(f"suggestion {number} was never asked for.")
+
+    def findings(self) -> list[str]:
+        return []
+
+
+class Suggestions:
+    """A study during one launch: the cells of its suggestions, and what it is told of them."""
+
+    def __init__(
+        self,
+        study: Study,
+        plan: Plan,
+        planner: Planner,
+        results: Results,
+        note: Callable[[str], None],
+    ) -> None:
+        """Lead a launch by a study.
+
+        study: what suggests cells.
+        plan: takes the cells in.
+        planner: checks them.
+        results: where their metrics are read.
+        note: prints a line for people.
+        """
+        self.study = study
+        self._plan, self._planner, self._results, self._note = plan, planner, results, note
+        # By number, until all their cells have ended.
+        self._waiting: dict[int, list[PlannedCell]] = {}
+        self._own: set[int] = set()  # those of them that this launch asked for
+
+    @property
+    def searching(self) -> bool:
+        """Whether further suggestions may come."""
+        return not self.study.exhausted
+
+    @property
+    def running(self) -> int:
+        """How many suggestions this launch asked for whose cells have not all ended."""
+        return len(self._own)
+
+    def resume(self) -> None:
+        """Take in the cells of every suggestion of earlier launches."""
+        untold = self.study.untold()
+        for suggestion in self.study.asked():
+            cells = self._planned(suggestion)
+            if cells and suggestion.number in untold:
+                self._waiting[suggestion.number] = cells
+
+    def ask(self) -> list[PlannedCell] | None:
+        """Take in the cells of a new suggestion and return them.
+
+        Returns [] if the suggestion cannot run, None if the study has none now.
+        """
+        suggestion = self.study.ask() if self.searching else None
+        if suggestion is None:
+            return None
+        cells = self._planned(suggestion)
+        if cells:
+            self._waiting[suggestion.number] = cells
+            self._own.add(suggestion.number)
+        return cells
+
+    def tell(
+        self, committed: Collection[str], failed: Mapping[str, str], key: str | None = None
+    ) -> None:
+        """Tell the study of every suggestion whose cells have all ended.
+
+        committed: keys with a result.
+        failed: reasons by key.
+        key: a cell that has just ended; only its suggestions are looked at. None: all are.
+        """
+        for number, cells in list(self._waiting.items()):
+            if key is not None and all(cell.key != key for cell in cells):
+                continue
+            if any(c.key not in committed and blocked(c.stage, failed) is None for c in cells):
+                continue
+            records = [self._results.record(cell.key, cell.varied) for cell in cells]
+            # A suggestion with a failed cell has no mean over its cells: it counts as failed.
+            told = [record["metrics"] for record in records if record is not None]
+            self.study.tell(number, told if len(told) == len(cells) else [])
+            del self._waiting[number]
+            self._own.discard(number)
+
+    def _planned(self, suggestion: Suggestion) -> list[PlannedCell]:
+        """Take a suggestion's cells into the plan; [] if one of them cannot run."""
+        found = Plan()
+        cells = self._planner.add(found, suggestion.cells)
+        if found.refused:
+            # Without one of its cells a suggestion has no mean over them.
+            self._note(f"suggestion refused: {found.refused[0].reason}")
+            self.study.tell(suggestion.number, [])
+            return []
+        return [self._plan.cells.setdefault(cell.key, cell) for cell in cells]
+
+
+class StudySearch(Study):
     """The study of one search space, sampler, seed and config.
 
     Another number of trials goes on with the same study; whatever else changes starts a new one.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import gc
+import json
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -18,11 +20,14 @@ from btu.errors import UserError
 from btu.provenance import code_version
 from btu.stages import run_stage
 from btu.types import ProgressCallback, silent
+from orchestrator.results.folder import Results
 from orchestrator.store.store import Damaged, Missing, Store
 
 # Full disks, by any of their names. No worker elsewhere would fare better.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REASON_CHARACTERS = 2000
+# Seconds for which a stage that another launch computes is left to it.
+WAIT_SECONDS = 3.0
 
 
 class Outcome(StrEnum):
@@ -41,11 +46,58 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True)
-class Report:
-    """An outcome with what the driver needs to know of it.
+class Launch:
+    """What workers have to know of a launch.
 
-    seconds: that it took, 0 where it was there already. lost: keys of inputs to compute again.
-    facts: small results to show. untracked: why MLflow does not have the cell, if it should.
+    id: names it, in leases.
+    store: where the store is.
+    output: the sweep's output folder or URL.
+    sweep: the sweep's name.
+    tracking: URI and experiment id; None if MLflow does not answer.
+    """
+
+    id: str
+    store: str
+    output: str
+    sweep: str
+    tracking: Mapping[str, str] | None
+
+
+@dataclass(frozen=True)
+class StageCall:
+    """A stage as it travels to a worker.
+
+    node: from `Stage.node`.
+    cpus: how many CPUs it may use.
+    gpus: how many GPUs, or which share of one.
+    accumulation: into how many parts each batch is cut, to save memory.
+    varied: the coordinates of a cell, by dotted key.
+    """
+
+    node: Mapping[str, Any]
+    cpus: float = 1
+    gpus: float = 0
+    accumulation: int = 1
+    varied: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(vars(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> StageCall:
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of a stage, and its details for the driver.
+
+    seconds: how long it took; 0 if the result was there already.
+    reason: why there is no result, for people.
+    lost: keys of inputs to compute again.
+    facts: small results to show.
+    untracked: why MLflow does not have the cell, if it should.
+    device: where it was computed.
     """
 
     outcome: Outcome
@@ -55,6 +107,63 @@ class Report:
     facts: Mapping[str, float] = field(default_factory=dict)
     untracked: str = ""
     device: str = "cpu"
+
+    def to_json(self) -> str:
+        return json.dumps(vars(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        facts = json.loads(text)
+        return cls(**{**facts, "outcome": Outcome(facts["outcome"]), "lost": tuple(facts["lost"])})
+
+
+_stores: dict[str, Store] = {}
+
+
+def _store(location: str) -> Store:
+    # Kept for what it remembers: files that were verified already.
+    return _stores.setdefault(location, Store(location))
+
+
+def compute_call(call: StageCall, launch: Launch) -> Report:
+    """Compute a stage of a launch, and write the run of a cell to MLflow."""
+    store = _store(launch.store)
+    results = Results(launch.output, launch.sweep, store)
+
+    def track(key: str, folder: Path) -> None:
+        from orchestrator.tracking.writer import Tracker
+
+        where = launch.tracking
+        record = results.record(key, call.varied)
+        if where is not None and record is not None:
+            Tracker(where["uri"], where["id"], results).log(record, folder)
+
+    def begin() -> None:
+        with suppress(OSError):  # the journal of a full disk; the stage will report it
+            results.note("compute", key=call.node["key"], launch=launch.id)
+
+    report = run_node(
+        call.node,
+        store,
+        owner=launch.id,
+        cpus=call.cpus,
+        gpus=call.gpus,
+        accumulation=call.accumulation,
+        track=track,
+        begin=begin,
+    )
+    free_memory()
+    store.trim_cache()
+    return report
+
+
+def wait_for_others(location: str) -> None:
+    """Wait until another launch has released a lease of a store, or for WAIT_SECONDS."""
+    store = _store(location)
+    before = store.leased()
+    until = time.monotonic() + WAIT_SECONDS
+    while time.monotonic() < until and before <= store.leased():
+        time.sleep(0.2)
 
 
 def run_node(
