@@ -1,8 +1,9 @@
-"""One launch as a state machine: what runs next, what became of it, what people read of it.
+"""One launch as a state machine: which stage runs next, and what follows from how it ended.
 
-No Ray: whoever runs the stages asks `Driver.next_task` for work, says when a worker starts it
-(`started`), and reports how it ended (`ended`, or `worker_lost`). The store is the truth: a stage
-that has a result there is not run again, so a launch may end at any moment and be given again.
+Without Ray. Whoever runs the stages asks `Driver.next_task` for work, and reports when a worker
+starts it (`started`) and how it ended (`ended`, or `worker_lost` if its workers died). The store is
+the truth: a stage with a result there is not run again. So a launch may be killed at any moment,
+and the same command resumes it.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from orchestrator.store.lease import HEARTBEAT_S
 from orchestrator.store.store import Damaged, Missing, Store
 from orchestrator.sweep.sweep import Cell, Sweep
 
-# How often a stage is tried again whose worker died (killed, node lost). An error that the stage
-# itself raises is a result.
+# How often a stage is tried again after its worker died (killed, node lost). An error that a stage
+# raises is a result, and not tried again.
 WORKER_RETRIES = 2
-# After so many stages in a row without a living worker, the machines are at fault.
+# When the workers of so many stages in a row die, the machines are at fault, not the stages.
 GIVEN_UP_IN_A_ROW = 3
 # Seconds between listings of the leases.
 LEASES_SECONDS = 1.0
-# Why a launch ended whose work was not done and that nothing else stopped.
+# `LaunchResult.stopped` of a launch that ended before its work did, with no other reason.
 INTERRUPTED = "interrupted"
 
 
@@ -68,9 +69,9 @@ class LaunchResult:
 class Idle(StrEnum):
     """Why there is no task to run.
 
-    later: none is ready before one of those that run has ended.
-    elsewhere: another launch has all that is left. Call `Driver.waited`, after a while.
-    finished: nothing is left, or the launch was stopped and nothing runs.
+    later: nothing can start before a running stage has ended.
+    elsewhere: another launch computes all that is left. Wait a while, then call `Driver.waited`.
+    finished: nothing is left to run, or the launch was stopped and nothing runs any more.
     """
 
     later = "later"
@@ -82,8 +83,8 @@ class Driver:
     """The state of one launch.
 
     id: names the launch, in leases and in the journal.
-    stopped: why nothing more is run; empty while it is.
-    slots: how many stages run at once, about.
+    stopped: why no further task is handed out; empty while tasks are.
+    slots: how many stages run at once, about. Set it once the nodes are known.
     """
 
     def __init__(
@@ -100,12 +101,12 @@ class Driver:
         cell_ended: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start nothing yet.
+        """Read and write nothing yet.
 
         sweep: what is launched.
-        plan: its cells. Those that a study suggests are added to it.
+        plan: its cells. It grows by those that a study suggests.
         planner: checks suggested cells.
-        progress: where people read what happens.
+        progress: what people see.
         results: of the sweep, with the store that the stages are published in.
         max_failures: stop after so many failed stages.
         refine: place further thresholds where the plan's cells differ.
@@ -144,9 +145,12 @@ class Driver:
 
     @contextmanager
     def underway(self) -> Iterator[None]:
-        """Be a launch that others see, with a schedule; on leaving it has ended."""
+        """Register the launch, keep it alive for others to see, and schedule its stages.
+
+        On leaving, the launch has ended.
+        """
         self._results.write_plan(self._sweep, self._plan.cells.values(), self._plan.refused)
-        # Before looking at what is there: from now on nobody removes what this launch needs.
+        # Before looking at the store: from now on nobody removes what this launch needs.
         self._register()
         try:
             with self._heartbeat():
@@ -160,7 +164,7 @@ class Driver:
 
     @property
     def has_work(self) -> bool:
-        """Whether a stage is left to run, or may yet be suggested."""
+        """Whether stages are left to run, or may still be suggested."""
         return bool(self._schedule.unfinished) or self._suggestions.searching
 
     @property
@@ -218,9 +222,10 @@ class Driver:
         self._check_space(work)
 
     def _verified(self) -> set[str]:
-        """Return the committed keys; results of this sweep's cells are read through and checked.
+        """Return the committed keys, after reading and checking the results of this sweep's cells.
 
-        Not on an object store, which checks its own files and would have to send all of them.
+        An object store checks its own files, and would have to send all of them: there the results
+        are not read.
         """
         committed = self._store.committed()
         for key in self._plan.cells:
@@ -232,7 +237,7 @@ class Driver:
         return committed
 
     def _check_space(self, work: Work) -> None:
-        """Warn where the disk may become full; how much is really needed is an estimate."""
+        """Warn if the disk may become full. Only a warning: the bytes needed are an estimate."""
         free = self._store.storage.free_bytes()
         models = work.models if self._sweep.store.keep == "models" else work.model_bytes
         if free is not None and free < work.small + models:
@@ -312,22 +317,22 @@ class Driver:
         return StageCall(task.stage.node(), cpus, gpus, task.accumulation, varied)
 
     def put_back(self, task: Task) -> None:
-        """A task could not be given to a worker: it is ready again."""
+        """A task could not be passed on to a worker: it is ready again."""
         self._running.discard(task.stage.key)
         self._schedule.again(task.stage.key)
 
     def waited(self) -> None:
-        """The wait for another launch is over: the other one let go, or it took long enough."""
+        """The wait after `Idle.elsewhere` is over."""
         self._waiting = False
 
     def started(self, task: Task) -> None:
-        """A worker begins, for the first time or after the one before it died."""
+        """A worker starts a task, for the first time or after the previous worker died."""
         self._schedule.begin(task.stage.key)
         self._journal("start", task)
         self._progress.refresh(self._schedule)
 
     def stop(self, reason: str) -> None:
-        """Hand out nothing more; what runs may end."""
+        """Hand out no further task; running stages may end. The first reason stands."""
         if not self.stopped:
             self.stopped = reason
             self._progress.note(f"stopping: {reason}.")
@@ -350,7 +355,7 @@ class Driver:
         self._progress.refresh(self._schedule)
 
     def worker_lost(self, task: Task, error: str) -> None:
-        """All workers of a task died, one after the other. error: what is known of it, a text."""
+        """Every worker of a task died. error: the error of the last one, empty if unknown."""
         self._running.discard(task.stage.key)
         self._journal("end", task, outcome=Outcome.failed.value)
         last = error.strip().splitlines()[-1].strip() if error.strip() else "its worker died"
@@ -423,7 +428,7 @@ class Driver:
         self._fail(task, report.reason)  # its worker has recorded it
 
     def _record_failure(self, task: Task, reason: str, error: str = "") -> None:
-        """Record a failure that no worker recorded, and count it. error: a traceback."""
+        """Record a failure that no worker has recorded. error: a traceback, if there is one."""
         stage = task.stage
         now = time.time()
         failure = {
@@ -437,7 +442,7 @@ class Driver:
         }
         try:
             self._store.fail(stage.key, failure)
-        except OSError as problem:  # a full disk; raised here, it would end the sweep
+        except OSError as problem:  # a full disk; raised here, it would end the launch
             self._progress.note(f"the failure of {stage.key} was not recorded: {problem}")
         self._fail(task, reason)
 
@@ -454,14 +459,14 @@ class Driver:
             self.stop(f"{self._failures} stages failed (--max-failures {self._max_failures})")
 
     def _journal(self, event: str, task: Task, **facts: str) -> None:
-        with suppress(OSError):  # a full disk stops the sweep by itself, and in good order
+        with suppress(OSError):  # a full disk: the stages report it, and stop the launch in order
             stage = task.stage
             self._results.note(event, key=stage.key, stage=stage.name, launch=self.id, **facts)
 
     # What a study suggests ----------------------------------------------------------------------
 
     def _ask_study(self) -> bool:
-        """Take in a suggestion's cells, if there is room and the study has more."""
+        """Schedule a suggestion's cells, if there is room; return whether the study had one."""
         if self._suggestions.running >= self.slots:
             return False
         cells = self._suggestions.ask()
@@ -474,13 +479,13 @@ class Driver:
         return cells is not None
 
     def _tell_study(self, key: str | None = None) -> None:
-        """Tell the study what has ended. key: look only at the suggestions with this cell."""
+        """Tell the study of the suggestions that have ended. key: only of those with this cell."""
         self._suggestions.tell(self._schedule.committed, self._schedule.failed, key)
 
     # Models that nobody needs -------------------------------------------------------------------
 
     def _drop(self, key: str) -> None:
-        """Remove a stage's model, unless somebody else may need it."""
+        """Remove a stage's model, unless it may be needed elsewhere or later."""
         if self._sweep.store.keep == "models" or key in self._wanted_elsewhere:
             return
         if self._suggestions.searching and self._schedule.stage(key).kind != "cell":
@@ -499,7 +504,7 @@ class Driver:
         return self._results.wanted_elsewhere(self._store.committed())
 
     def drop_models(self) -> None:
-        """Remove the models that an earlier, interrupted launch left and no cell needs now."""
+        """Remove models that an earlier, interrupted launch has left and no cell needs."""
         if self._sweep.store.keep == "models" or self.has_work:
             return
         committed = self._store.committed()
@@ -515,17 +520,17 @@ class Driver:
     # After --------------------------------------------------------------------------------------
 
     def save_timings(self) -> None:
-        """Keep what the stages of this launch took, for later estimates."""
-        with suppress(OSError):  # a full disk: only the estimates would have profited
+        """Save how long the stages of this launch took, for later estimates."""
+        with suppress(OSError):  # a full disk: the estimates can do without
             self._store.add_timings(self.id, _condensed(self._rows))
 
     def all_ended(self) -> None:
-        """Nothing runs any more, and nothing will: what is left was interrupted."""
+        """No stage runs any more, and none will. What is left then was interrupted."""
         if not self.stopped and self._schedule.unfinished:
             self.stopped = INTERRUPTED
 
     def result(self) -> LaunchResult:
-        """Return how the launch ended, and print what a study found."""
+        """Return how the launch ended, and print the findings of its study."""
         committed = self._store.committed()
         reasons = {record["key"]: record["reason"] for record in self._store.failures()}
         failed = {}
@@ -535,7 +540,7 @@ class Driver:
                 if reason is not None:
                     failed[cell.key] = reason
         done = sum(key in committed for key in self._plan.cells)
-        # Of a study: not asked for yet, or in the hands of another launch.
+        # Suggestions may be missing too: not asked for yet, or computed by another launch.
         missing = len(self._plan.cells) - done - len(failed) + self._suggestions.study.open
         for line in self._suggestions.study.findings():
             self._progress.note(line)
@@ -543,9 +548,9 @@ class Driver:
 
 
 class _Elsewhere:
-    """Which stages other launches compute right now.
+    """Looks up which stages other launches compute right now.
 
-    owner: the launch that asks. clock: monotonic seconds.
+    owner: id of the launch that asks. clock: monotonic seconds.
     """
 
     def __init__(self, store: Store, owner: str, clock: Callable[[], float]) -> None:
@@ -564,15 +569,15 @@ class _Elsewhere:
             return False
         if now < self._busy_until.get(key, 0.0) or self._store.held_by_other(key, self._owner):
             return True
-        # The lease has expired, and was watched from here for long enough to know; a worker would
-        # have to watch it for as long again.
+        # The lease has expired. This process has watched it for long enough to know; a worker would
+        # have to watch it from the start. So it is removed here: taken over, and released.
         with suppress(OSError), self._store.lease(key, self._owner) as lease:
             lease.acquire()
         self._leased.discard(key)
         return False
 
     def found(self, key: str) -> None:
-        """A worker found that another launch computes a stage."""
+        """A worker has found that another launch computes a stage."""
         self._listed = -math.inf
         self._busy_until[key] = self._clock() + WAIT_SECONDS
 

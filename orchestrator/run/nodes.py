@@ -1,9 +1,11 @@
-"""What a launch asks of the nodes that it runs on: an address, resources, the store, the code."""
+"""The nodes that a launch runs on: whether they can take part, and what is passed on to them."""
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from btu.errors import UserError
@@ -11,6 +13,18 @@ from btu.provenance import code_version
 from orchestrator.store.storage import Storage
 from orchestrator.store.store import Store
 from orchestrator.sweep.sections import ResourceSpec
+
+# Environment variables that act in a trial; a remote worker inherits none of the driver's.
+PASSED_PREFIXES = ("MLFLOW_", "HF_", "BTU_", "AWS_", "TRANSFORMERS_", "RAY_ACCEL_")
+
+
+def passed_environment() -> dict[str, str]:
+    """Return the variables that workers get from this process."""
+    environment = {k: v for k, v in os.environ.items() if k.startswith(PASSED_PREFIXES)}
+    if environment.get("BTU_CACHE"):
+        # Workers start in folders of their own.
+        environment["BTU_CACHE"] = str(Path(environment["BTU_CACHE"]).expanduser().resolve())
+    return environment
 
 
 def check_answers(address: str | None) -> None:

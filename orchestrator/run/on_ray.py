@@ -1,7 +1,7 @@
 """A launch's stages as Ray Tune trials. The only file that imports ray.
 
-`Driver` decides what runs; a searcher and a callback of Tune pass on what it asks and answers.
-`Tuner.restore` is not used: it reruns finished trials and cannot take a grown grid.
+`Driver` decides what runs. Tune asks for it through a searcher, and reports through a callback.
+`Tuner.restore` is not used: it reruns finished trials, and cannot continue with a larger grid.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import wraps
-from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 # Read by ray when it is imported.
@@ -26,7 +25,7 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 # Stages report no common metric.
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
-# Tune would write the state of all trials again and again; nothing here ever reads it.
+# Tune would write the state of all trials again and again, and nothing here reads it.
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1000000000")
 # Ray lowers its workers' priority: next to a busy process a stage would get 3 % of the CPU (Linux
 # weighs niceness 15 as 36, 0 as 1,024). On a cluster, set this on each node (docs/cluster.md).
@@ -52,7 +51,7 @@ from orchestrator.run.driver import (
     Idle,
     LaunchResult,
 )
-from orchestrator.run.nodes import check_answers, probe, slots, unseen
+from orchestrator.run.nodes import check_answers, passed_environment, probe, slots, unseen
 from orchestrator.run.progress import SweepProgress
 from orchestrator.run.publish import Publisher
 from orchestrator.run.refine import RefineSpec
@@ -65,13 +64,11 @@ from orchestrator.sweep.sweep import Sweep
 
 # Tune prints a page when a worker dies; our progress line says the same.
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-# Environment variables that act in a trial; a remote worker inherits none of the driver's.
-PASSED_PREFIXES = ("MLFLOW_", "HF_", "BTU_", "AWS_", "TRANSFORMERS_", "RAY_ACCEL_")
 # Ray gives its own processes half a minute to start, which a busy machine may exceed.
 START_TRIES = 3
-# Seconds a node has to answer whether it sees the store: a fresh worker has to start.
+# Seconds that a node has to answer whether it sees the store: a new worker has to start there.
 NODE_SECONDS = 120
-# CPUs of a trial that only waits: next to none, but Ray places nothing without a demand.
+# CPUs that a waiting trial reserves: nearly none, but Ray places no trial without a demand.
 WAIT_CPUS = 0.001
 
 P = ParamSpec("P")
@@ -155,7 +152,7 @@ def _compute(
     attached = ray.is_initialized()
     if not attached:
         check_answers(address)
-        connect(address, _environment())
+        connect(address, passed_environment())
     # Tune wants one folder that all nodes see; nothing here reads what it writes there.
     scratch = f"{sweep.folder}/.tune-{driver.id}"
     state = scratch if address is not None else tempfile.mkdtemp(prefix="btu-tune-")
@@ -165,7 +162,7 @@ def _compute(
         driver.slots = slots(nodes, sweep.resources)
         if address is not None or len(nodes) > 1:
             _check_nodes(nodes, launch, results.store.storage)
-        # Once more: ray.init has replaced the handler that `launch` has set.
+        # Again: ray.init has replaced the handler that `launch` has set.
         with _sigterm_as_interrupt():
             _tuner(trials, launch, driver.slots, state).fit()
     finally:
@@ -188,9 +185,9 @@ def _tuner(trials: Trials, launch: Launch, at_once: int, state: str) -> Tuner:
         tune_config=TuneConfig(
             search_alg=_Gate(trials),
             num_samples=-1,
-            # One more than run: the next one is ready to take over a worker.
+            # One more than run at once: the next one can take over a worker without delay.
             max_concurrent_trials=at_once + 1,
-            # A fresh worker pays 5 s of imports per stage.
+            # A new worker imports for 5 s; a reused one does not.
             reuse_actors=True,
             trial_dirname_creator=lambda trial: f"stage_{trial.trial_id}",
         ),
@@ -210,7 +207,7 @@ def _tuner(trials: Trials, launch: Launch, at_once: int, state: str) -> Tuner:
 def _guarded(
     method: Callable[Concatenate[Trials, P], R],
 ) -> Callable[Concatenate[Trials, P], R | None]:
-    """Let an exception end the sweep in good order: raised inside Tune it would hang or kill it."""
+    """Stop the launch in order at an exception: raised inside Tune, it would hang or kill it."""
 
     @wraps(method)
     def call(self: Trials, /, *args: P.args, **kwargs: P.kwargs) -> R | None:
@@ -225,14 +222,15 @@ def _guarded(
 
 
 class Trials:
-    """Tells the driver's tasks by the ids of Tune's trials.
+    """Translates between Tune, which knows trials, and the driver, which knows tasks.
 
-    error: the first that was raised here; it has stopped the driver.
+    error: the first exception that was raised here; it has stopped the driver.
     """
 
     def __init__(self, driver: Driver, resources: ResourceSpec) -> None:
         self._driver, self._resources = driver, resources
-        self._tasks: dict[str, Task | None] = {}  # that have not ended; None only waits
+        # The trials that have not ended. None is one that only waits.
+        self._tasks: dict[str, Task | None] = {}
         self.error: Exception | None = None
 
     @_guarded
@@ -244,22 +242,28 @@ class Trials:
         if task is Idle.finished:
             return Searcher.FINISHED
         if task is Idle.elsewhere:
-            # Tune would sleep for minutes without a trial to look after, deaf to Ctrl-C.
+            # Without any trial, Tune would sleep for minutes, and not react to Ctrl-C.
             self._tasks[trial_id] = None
             return {"task": "", "held": {"cpu": WAIT_CPUS, "gpu": 0.0}}
-        try:
+        with self._or_back(task):
             config = {"task": self._driver.call(task).to_json(), "held": self._held(task)}
+        self._tasks[trial_id] = task
+        return config
+
+    @contextmanager
+    def _or_back(self, task: Task) -> Iterator[None]:
+        """Put a task back on an error: otherwise the driver would wait for its end."""
+        try:
+            yield
         except Exception:
             self._driver.put_back(task)
             raise
-        self._tasks[trial_id] = task
-        return config
 
     def _held(self, task: Task) -> dict[str, float]:
         """Return the resources that Ray reserves for a task."""
         cpu, gpu = self._resources.of(task.stage.kind)
         if task.alone:
-            # After running out of memory: nothing beside it on its device, or on its node.
+            # It ran out of memory: nothing else may run on its device, or on its node.
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             if gpu > 0:
                 gpu = 1.0
@@ -269,25 +273,27 @@ class Trials:
 
     @_guarded
     def started(self, trial_id: str) -> None:
-        """A worker begins, for the first time or after the one before it died."""
+        """A worker starts a trial, for the first time or after the previous worker died."""
         task = self._tasks.get(trial_id)
         if task is not None:
             self._driver.started(task)
 
     @_guarded
     def ended(self, trial_id: str, result: Mapping[str, Any]) -> None:
-        """A trial came to its end and reported."""
+        """A trial has ended and reported."""
         if trial_id not in self._tasks:
             return
         task = self._tasks.pop(trial_id)
         if task is None:
             self._driver.waited()
-        else:
-            self._driver.ended(task, Report.from_json(result["report"]))
+            return
+        with self._or_back(task):
+            report = Report.from_json(result["report"])
+        self._driver.ended(task, report)
 
     @_guarded
     def gave_up(self, trial_id: str, error: str) -> None:
-        """A trial's workers died, one after the other."""
+        """Every worker of a trial died."""
         if trial_id not in self._tasks:
             return
         task = self._tasks.pop(trial_id)
@@ -298,14 +304,14 @@ class Trials:
 
 
 class _Gate(Searcher):  # type: ignore[misc]  # ray is untyped
-    """Hands Tune the stages whose inputs are there."""
+    """Gives Tune the trials to run."""
 
     def __init__(self, trials: Trials) -> None:
         super().__init__(metric=None, mode=None)
         self._trials = trials
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its searcher into a state that nothing reads.
+        # Tune pickles its searcher into a file that nothing reads.
         return {}
 
     def suggest(self, trial_id: str) -> Any:
@@ -314,7 +320,7 @@ class _Gate(Searcher):  # type: ignore[misc]  # ray is untyped
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        # The callback is told more of errors.
+        # `_Events` gets the errors, with their text.
         if not error and result is not None:
             self._trials.ended(trial_id, result)
 
@@ -326,13 +332,13 @@ class _Gate(Searcher):  # type: ignore[misc]  # ray is untyped
 
 
 class _Events(Callback):  # type: ignore[misc]  # ray is untyped
-    """Passes Tune's events on."""
+    """Receives Tune's events."""
 
     def __init__(self, trials: Trials) -> None:
         self._trials: Trials | None = trials
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its callbacks; a live terminal display cannot be.
+        # Tune pickles its callbacks, and a live terminal display cannot be pickled.
         return {"_trials": None}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -353,7 +359,7 @@ def _resources(config: Mapping[str, Any]) -> dict[str, float]:
 
 
 def compute_stage(config: dict[str, Any], launch: Launch) -> None:
-    """Compute one stage in a Ray worker, or wait; report to Tune last of all."""
+    """Compute one stage in a Ray worker, or wait. The report to Tune comes last."""
     if config["task"]:
         report = compute_call(StageCall.from_json(config["task"]), launch)
         tune.report({"report": report.to_json()})
@@ -366,7 +372,7 @@ def compute_stage(config: dict[str, Any], launch: Launch) -> None:
 
 
 def _check_nodes(nodes: list[Any], launch: Launch, storage: Storage) -> None:
-    """Let every node write to the store and read what the others wrote, before any work.
+    """Check that every node can read and write the store, and runs the same code, before any work.
 
     Raises:
         UserError: a node does not see the store, or runs other code.
@@ -401,15 +407,6 @@ def _check_nodes(nodes: list[Any], launch: Launch, storage: Storage) -> None:
 # Coming and going -------------------------------------------------------------------------------
 
 
-def _environment() -> dict[str, str]:
-    """Return the variables that workers get from this process."""
-    environment = {k: v for k, v in os.environ.items() if k.startswith(PASSED_PREFIXES)}
-    if environment.get("BTU_CACHE"):
-        # Workers start in folders of their own.
-        environment["BTU_CACHE"] = str(Path(environment["BTU_CACHE"]).expanduser().resolve())
-    return environment
-
-
 def connect(address: str | None, environment: dict[str, str]) -> None:
     """Start a local Ray, or join a cluster.
 
@@ -434,10 +431,10 @@ def connect(address: str | None, environment: dict[str, str]) -> None:
                 "or leave it out for a local run."
             ) from error
         except Exception as error:
-            # A bare Exception is how ray says that its processes did not start in time.
+            # Ray raises a bare Exception if its processes did not start in time.
             if type(error) is not Exception:
                 raise
-            # Ray leaves those that did start until this process ends.
+            # Ray leaves the processes that did start running until this one ends.
             for process in set(psutil.Process().children()) - before:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
@@ -449,11 +446,11 @@ def connect(address: str | None, environment: dict[str, str]) -> None:
 
 
 def leave() -> None:
-    """Shut Ray down, with no garbage of it for another thread to collect meanwhile.
+    """Shut Ray down, with no garbage of it left for another thread to collect meanwhile.
 
-    What Tune leaves behind refers to objects of Ray. Where one of them is freed while Ray goes
-    down, say by the thread that draws the summary, Ray ends this process, at once and without a
-    word (a "quick exit": github.com/ray-project/ray/pull/19115).
+    What Tune leaves behind refers to objects of Ray. If another thread, such as the one that draws
+    the summary, frees one of them while Ray shuts down, Ray ends this process at once and silently
+    (a "quick exit": github.com/ray-project/ray/pull/19115).
     """
     gc.collect()
     gc.disable()
@@ -465,7 +462,7 @@ def leave() -> None:
 
 @contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM, which batch systems send, stop Tune as cleanly as Ctrl-C does."""
+    """Let SIGTERM, which batch systems send, stop Tune as Ctrl-C does."""
     before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         yield

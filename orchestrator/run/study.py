@@ -1,9 +1,9 @@
-"""What a launch may be led by (`Study`), and a study of Optuna: ask and tell, on disk.
+"""Where the cells of a launch come from while it runs: a `Study`, and that of Optuna on disk.
 
 ``search/<study>/<number>.asked.json`` in the sweep's folder is a suggestion, ``.told.json`` beside
-it what came of it. Each is written once, atomically, so a process may be killed at any time and
-launches may run side by side. Optuna's model is built anew from these files for every suggestion:
-it depends on them and on the seed, never on a process.
+it the result of it. Each is written once, atomically, so a process may be killed at any time and
+launches may run side by side. Optuna's model is rebuilt from these files for every suggestion: it
+depends on them and on the seed, never on a process.
 """
 
 from __future__ import annotations
@@ -34,16 +34,22 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
 
-# Metrics of a cell: the first is to be low, the second high.
+# Metrics of a cell: the first is minimized, the second maximized.
 OBJECTIVES = ("asr", "cacc")
 ASKED, TOLD = ".asked.json", ".told.json"
-# Optuna's own 50 would leave a sweep of tens of suggestions in the random first generation.
+# With Optuna's default of 50, a sweep of tens of suggestions would not get beyond the first
+# generation, which is random.
 POPULATION = 20
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """number: in the study, from 0. values: of the searched keys. cells: to be measured for it."""
+    """Values to try.
+
+    number: its place in the study, from 0.
+    values: by searched key.
+    cells: what has to be measured for it.
+    """
 
     number: int
     values: Mapping[str, Any]
@@ -55,33 +61,33 @@ class Study(Protocol):
 
     @property
     def open(self) -> int:
-        """How many suggestions are missing, as far as that is known."""
+        """How many suggestions have no result yet, as far as that is known."""
 
     @property
     def exhausted(self) -> bool:
         """Whether `ask` gives nothing more, whatever is told."""
 
     def asked(self) -> list[Suggestion]:
-        """Return the suggestions made so far, by this launch and by earlier ones."""
+        """Return the suggestions made so far, by this launch and by others."""
 
     def untold(self) -> set[int]:
-        """Return the numbers of those of which nothing was told: interrupted, or going on."""
+        """Return the numbers of the suggestions without a result: interrupted, or running."""
 
     def ask(self) -> Suggestion | None:
-        """Return a new suggestion; None if there is none before more is told, or none at all."""
+        """Return a new suggestion; None if there is none until more is told, or none at all."""
 
     def tell(self, number: int, results: Sequence[Mapping[str, float]]) -> None:
-        """Say what a suggestion's cells measured: all of them, or nothing if one has failed.
+        """Record what a suggestion's cells measured; an earlier record stands.
 
-        What was told of it earlier stands.
+        results: metrics of every cell; none if one has failed.
         """
 
     def findings(self) -> list[str]:
-        """Return what came of it, in lines for people."""
+        """Return the results of the study, in lines for people."""
 
 
 class NoStudy(Study):
-    """Of a sweep whose cells are all known: suggests nothing."""
+    """Suggests nothing: for a sweep whose cells are all known."""
 
     open = 0
     exhausted = True
@@ -103,7 +109,7 @@ class NoStudy(Study):
 
 
 class Suggestions:
-    """A study during one launch: the cells of its suggestions, and what it is told of them."""
+    """A study during one launch: the cells of its suggestions, and the results it is told."""
 
     def __init__(
         self,
@@ -113,11 +119,11 @@ class Suggestions:
         results: Results,
         note: Callable[[str], None],
     ) -> None:
-        """Lead a launch by a study.
+        """Take in nothing yet.
 
-        study: what suggests cells.
-        plan: takes the cells in.
-        planner: checks them.
+        study: suggests cells.
+        plan: grows by the cells.
+        planner: checks the cells.
         results: where their metrics are read.
         note: prints a line for people.
         """
@@ -134,7 +140,7 @@ class Suggestions:
 
     @property
     def running(self) -> int:
-        """How many suggestions this launch asked for whose cells have not all ended."""
+        """How many suggestions of this launch have cells that have not ended."""
         return len(self._own)
 
     def resume(self) -> None:
@@ -195,7 +201,7 @@ class Suggestions:
 class StudySearch(Study):
     """The study of one search space, sampler, seed and config.
 
-    Another number of trials goes on with the same study; whatever else changes starts a new one.
+    A different number of trials continues the same study; any other change starts a new one.
     """
 
     def __init__(self, sweep: Sweep, folder: str | Path) -> None:
@@ -214,19 +220,20 @@ class StudySearch(Study):
         self._read()
 
     def asked(self) -> list[Suggestion]:
-        """Return the suggestions made so far, told or not, as far as `trials` goes."""
+        """Return the suggestions made so far, with or without a result, up to `trials`."""
         return [self._suggestion(n) for n in sorted(self._asked) if n < self._spec.trials]
 
     def untold(self) -> set[int]:
-        """Return the numbers of those that were never told.
+        """Return the numbers of the suggestions without a result.
 
-        Left by a process that was interrupted, or, to no harm, in the hands of another launch.
+        They were left by a process that was interrupted, or, which does no harm, another launch
+        computes them.
         """
         return {n for n in self._asked if n < self._spec.trials and n not in self._told}
 
     @property
     def open(self) -> int:
-        """How many of the `trials` have not been told yet, asked for or not."""
+        """How many of the `trials` have no result yet, asked for or not."""
         self._read()
         return sum(number not in self._told for number in range(self._spec.trials))
 
@@ -236,13 +243,13 @@ class StudySearch(Study):
         return all(number in self._asked for number in range(self._spec.trials))
 
     def retry_failed(self) -> None:
-        """Take what was told as failed as never told."""
+        """Forget which suggestions have failed: they have no result any more."""
         for number in [n for n, told in self._told.items() if told is None]:
             self._storage.remove(self._path(number, TOLD))
             del self._told[number]
 
     def ask(self) -> Suggestion | None:
-        """Return the next suggestion that nobody has; None when all are used up.
+        """Return the next suggestion that no launch has; None when all are used up.
 
         Raises:
             UserError: a file of the study is damaged.
@@ -253,16 +260,16 @@ class StudySearch(Study):
             if number >= self._spec.trials:
                 return None
             record = self._suggest(number)
-            # False: another launch has taken this number meanwhile.
+            # False: another launch has just taken this number.
             if self._storage.create(self._path(number, ASKED), json.dumps(record).encode()):
                 self._asked[number] = record
                 return self._suggestion(number)
 
     def tell(self, number: int, results: Sequence[Mapping[str, float]]) -> None:
-        """Record what a suggestion's cells measured; what was told of it earlier stands.
+        """Record what a suggestion's cells measured; an earlier record stands.
 
         results: metrics of every cell. If there are none, or an ``asr`` or ``cacc`` is missing or
-        not finite, the suggestion counts as failed.
+            not finite, the suggestion counts as failed.
 
         Raises:
             KeyError: there is no such suggestion.
@@ -278,7 +285,7 @@ class StudySearch(Study):
     def best(self) -> list[dict[str, Any]]:
         """Return the Pareto front: ``number``, ``values`` and the mean ``asr`` and ``cacc``.
 
-        By rising ASR. No other suggestion is at least as good in both and better in one.
+        Sorted by ASR. No other suggestion is at least as good in both and better in one.
         """
         self._read()
         done = [(number, told) for number, told in sorted(self._told.items()) if told is not None]
@@ -297,7 +304,7 @@ class StudySearch(Study):
         ]
 
     def _read(self) -> None:
-        """Take in the files that are not known yet."""
+        """Read the files that were not read before."""
         for name in self._storage.names(self._folder):
             number = int(name.partition(".")[0])
             known: dict[int, Any] = self._asked if name.endswith(ASKED) else self._told
@@ -319,9 +326,13 @@ class StudySearch(Study):
         return Suggestion(number, values, self._sweep.expand(values))
 
     def _suggest(self, number: int) -> dict[str, Any]:
-        """Let Optuna suggest. params: in its own terms. system: what its sampler noted."""
+        """Let Optuna suggest.
+
+        Returns ``values`` by key, ``params``, the same in Optuna's terms, and ``system``, the notes
+        of its sampler.
+        """
         with warnings.catch_warnings():
-            # Announcements of what is new or experimental, on import and on use.
+            # Optuna announces new and experimental features, on import and on use.
             warnings.simplefilter("ignore")
             import optuna
 
@@ -347,7 +358,7 @@ class StudySearch(Study):
             return samplers.RandomSampler(seed=seed)
         if self._spec.sampler == "nsga2":
             return samplers.NSGAIISampler(seed=seed, population_size=POPULATION)
-        # Several suggestions are out at once: they keep a distance from each other.
+        # Several suggestions run at once; this keeps them apart from each other.
         return samplers.TPESampler(seed=seed, constant_liar=True)
 
     def _trial(self, number: int, space: Mapping[str, BaseDistribution]) -> FrozenTrial:
@@ -382,7 +393,7 @@ def _distribution(domain: Domain) -> BaseDistribution:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if isinstance(domain, Choice):
-        # By position: Optuna takes no lists, and takes 1 and true for the same.
+        # By position: Optuna accepts no lists, and treats 1 and true as equal.
         return CategoricalDistribution(range(len(domain.values)))
     if domain.whole:
         low, high, step = int(domain.low), int(domain.high), int(domain.step or 1)

@@ -216,6 +216,14 @@ def test_a_task_that_cannot_be_handed_to_tune_keeps_nothing_waiting(
     assert trials.suggest("a") == FINISHED
 
 
+def test_a_trial_without_a_report_keeps_nothing_waiting(hand: ByHand, trials: Any) -> None:
+    trials.suggest("a")
+    trials.ended("a", {})
+    assert hand.driver.stopped == "KeyError: 'report'"
+    assert isinstance(trials.error, KeyError)
+    assert trials.suggest("b") == FINISHED
+
+
 # Nodes -----------------------------------------------------------------------------------------
 
 
@@ -249,6 +257,20 @@ def test_resources_that_no_node_has_are_refused(asked: dict[str, float], named: 
     there = r"nodes: 4 CPU / 0 GPU, 2 CPU / 0\.5 GPU"
     with pytest.raises(UserError, match=rf"no node can hold .* {named} \({there}\); lower"):
         nodes.slots([node(4), node(2, 0.5)], ResourceSpec(**asked))
+
+
+def test_workers_get_the_variables_that_act_on_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    monkeypatch.setenv("BTU_CACHE", "cache")
+    monkeypatch.setenv("SECRET_OF_ANOTHER_PROGRAM", "x")
+    passed = nodes.passed_environment()
+    assert passed["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "5"
+    # They start in folders of their own.
+    assert passed["BTU_CACHE"] == str(tmp_path / "cache")
+    assert "SECRET_OF_ANOTHER_PROGRAM" not in passed
 
 
 def test_an_address_that_does_not_answer_is_refused(free_port: int) -> None:
