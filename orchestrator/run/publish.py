@@ -1,4 +1,4 @@
-"""What MLflow shows of a launch: the experiment, the summary while cells end, missed runs."""
+"""What a launch writes to MLflow itself: the experiment, the summary, and runs that are missing."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SUMMARY_LOOK = 1.0
 
 
 class Publisher:
-    """Keeps MLflow up to date with one launch. A server that does not answer ends no sweep.
+    """Keeps MLflow up to date with one launch. No failure of MLflow ends the launch.
 
-    tracking: the URI and the experiment's id, for workers, which write the runs of cells. None
-    while the server does not answer.
+    tracking: URI and experiment id, for the workers, which write the runs of cells; None while the
+    server does not answer.
     """
 
     def __init__(self, sweep: Sweep, results: Results, note: Callable[[str], None]) -> None:
@@ -60,15 +60,15 @@ class Publisher:
             self.tracking = {"uri": uri, "id": experiment_id}
 
     def start(self) -> None:
-        """From now on, update the summary while cells end.
+        """Start to update the summary whenever cells have ended.
 
-        In a thread: neither drawing nor a slow server may delay the scheduling.
+        It happens in a thread: neither drawing nor a slow server may delay the scheduling.
         """
         if self.tracking is None:
             return
         from orchestrator.tracking.sync import Pace
 
-        # A store of its own: an object of it is for one thread.
+        # A store of its own: a `Store` serves one thread.
         store = Store(self._sweep.store_location, warn=self._note)
         results = Results(self._sweep.output, self._sweep.name, store)
         pace = Pace()
@@ -77,21 +77,21 @@ class Publisher:
         self._thread.start()
 
     def cell_ended(self) -> None:
-        """The summary is out of date."""
+        """A cell has ended: the summary is out of date."""
         self._due.set()
 
     def stop(self, *, wait: bool) -> None:
-        """Update the summary no longer. wait: until an update that has begun is over."""
+        """Stop updating the summary. wait: until an update that has started is over."""
         self._done.set()
         if wait and self._thread is not None:
             self._thread.join()
 
     def synchronize(self, owner: str, *, interrupted: bool) -> None:
-        """Write the runs that MLflow has missed, and the summary; report what is still missing.
+        """Write the runs that MLflow lacks, and the summary; print how many are still missing.
 
-        owner: id of the launch; the leases of its own workers do not count as another's.
-        interrupted: somebody waits for the launch to stop. Then nothing is drawn, and no server is
-        asked: the next launch writes what is missing.
+        owner: id of the launch. Its own leases do not keep a run from being written.
+        interrupted: whether somebody waits for the launch to stop. Then no server is asked and
+            nothing is drawn; the next launch does it.
         """
         from orchestrator.tracking import experiment, server, sync
 
@@ -126,7 +126,7 @@ class Publisher:
                 pace.took(began, time.monotonic())
 
     def _summarize(self, results: Results) -> None:
-        """Bring the summary run up to date; report only the first failure."""
+        """Update the summary run; print the first failure only."""
         from orchestrator.tracking import server, sync
 
         if self.tracking is None:
