@@ -1,4 +1,4 @@
-"""What a person sees while something long runs."""
+"""What people see while a sweep or a trial runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def duration(seconds: float) -> str:
 
 
 def label(varied: Mapping[str, Any]) -> str:
-    """Return a cell's coordinates in short: ``badnets poison_rate=0.1 seed=0``."""
+    """Return a cell's coordinates in a short form: ``badnets poison_rate=0.1 seed=0``."""
     if not varied:
         return "the cell"
     return " ".join(
@@ -40,7 +40,7 @@ def label(varied: Mapping[str, Any]) -> str:
 
 
 class SweepProgress:
-    """Two live lines per sweep, stages and cells; in a log, a line per ended cell."""
+    """Two live lines for a sweep, stages and cells; without a terminal, a line per ended cell."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -56,9 +56,12 @@ class SweepProgress:
         self._total = self._cached = 0
 
     def begin(self, work: Work, schedule: Schedule, total: int, searching: bool = False) -> None:
-        """Say what there is to do, and what is there already.
+        """Print what there is to do and what is done already, and start the live lines.
 
-        total: cells of the sweep, done ones included. searching: more of them come as it goes.
+        work: what the plan has left.
+        schedule: of the launch.
+        total: how many cells the sweep has, with those that are done.
+        searching: whether more cells are suggested while it runs.
         """
         self._total, self._cached = total, work.done
         if work.done:
@@ -87,7 +90,7 @@ class SweepProgress:
         self._total = total
 
     def refresh(self, schedule: Schedule) -> None:
-        """Show where the sweep stands."""
+        """Update the live lines."""
         begun = [schedule.running[key].name for key in schedule.begun]
         for task, cells in ((self._stages, False), (self._cells, True)):
             counts = schedule.counts[cells]
@@ -123,18 +126,24 @@ class SweepProgress:
     def failed(
         self, stage: str, cells: Sequence[Mapping[str, Any]], reason: str, path: str
     ) -> None:
-        """A stage failed, and with it the cells that rest on it."""
+        """A stage failed, and with it the cells that depend on it.
+
+        stage: its name.
+        cells: coordinates of the cells.
+        reason: why it failed; its first line is printed.
+        path: where the failure is recorded.
+        """
         named = ", ".join(map(label, cells[:3]))
         more = f" and {len(cells) - 3} more cells" if len(cells) > 3 else ""
         what = named + more if stage == CELL else f"stage '{stage}' of {named}{more}"
         self.note(f"FAILED: {what}: {_first(reason)} ({path})")
 
     def untracked(self, varied: Mapping[str, Any], reason: str) -> None:
-        """A cell has its result, but MLflow does not have it."""
+        """A cell has its result, but MLflow has no run of it."""
         self.note(f"not in MLflow yet: {label(varied)} ({_first(reason)})")
 
     def note(self, text: str) -> None:
-        """Print a line above the live ones."""
+        """Print a line above the live lines."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def end(self) -> None:
@@ -148,7 +157,7 @@ class SweepProgress:
 
 
 def _running(schedule: Schedule) -> str:
-    """Return what is computed right now: ``: 2 x unlearn, poisoned fine-tune``."""
+    """Return which stages run right now: ``: 2 x unlearn, poisoned fine-tune``."""
     begun = [schedule.running[key].name for key in schedule.begun]
     names = Counter(name for name in begun if name != CELL)
     shown = [f"{count} x {name}" if count > 1 else name for name, count in sorted(names.items())]
@@ -161,9 +170,9 @@ def _first(reason: str) -> str:
 
 
 class StageProgress:
-    """Lines for one trial in this process: every stage and epoch as it ends, long ones on the way.
+    """Lines for a trial in this process: one for every stage and epoch that ends.
 
-    What is on the way says when its stage will be done, at the pace so far.
+    Long ones report in between, with the time that is left for the stage at the pace so far.
     """
 
     def __init__(self, console: Console) -> None:

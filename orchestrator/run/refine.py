@@ -1,7 +1,7 @@
-"""Where further detection thresholds go: where ASR falls or CACC breaks, by bisection.
+"""Place further detection thresholds where ASR falls or CACC breaks, by bisection.
 
-What comes next depends on what was measured and on what was launched before, never on a process:
-the same command goes on where an interrupted one stopped, and finds nothing to do after its end.
+The next threshold depends on what was measured and launched before, never on a process: the same
+command continues an interrupted one, and has nothing to do after a finished one.
 """
 
 from __future__ import annotations
@@ -18,22 +18,26 @@ from btu.defenses.base import is_control
 from btu.errors import UserError
 from btu.rules.base import THRESHOLD_KEYS
 from orchestrator.run.progress import label
-from orchestrator.run.study import Suggestion
+from orchestrator.run.study import Study, Suggestion
 from orchestrator.sweep.sections import CONTROL
 from orchestrator.sweep.sweep import Cell, Sweep
 
-# How far neighbours have to differ to be worth a cell. On SST-2's test split a rate has a standard
-# error of 0.017 (ASR of 0.5 on 912 triggered rows) or 0.007 (CACC of 0.9 on 1,821 rows), the
-# difference of two about 1.4 times that: below these floors a change may be the rows' alone.
+# How much neighbours have to differ to be worth a cell. On SST-2's test split a rate has a standard
+# error of 0.017 (ASR of 0.5 on 912 triggered rows) or 0.007 (CACC of 0.9 on 1,821 rows), and the
+# difference of two rates about 1.4 times that: a change below these floors may be chance.
 FLOORS = {"asr": 0.02, "cacc": 0.01}
-# Neighbours within 2 % are one threshold to a reader, and flag nearly the same tokens.
+# Neighbours within 2 % look like one threshold to a reader, and flag nearly the same tokens.
 NARROW = 1.02
 VERBS = {"asr": "falls", "cacc": "breaks"}
 
 
 @dataclass(frozen=True)
 class RefineSpec:
-    """metrics: of `FLOORS`, whose change is located. trials: how many further cells at most."""
+    """What to refine.
+
+    metrics: names in `FLOORS` whose change is located.
+    trials: how many cells may be added at most.
+    """
 
     metrics: tuple[str, ...]
     trials: int
@@ -67,9 +71,10 @@ def threshold_key(sweep: Sweep) -> str:
 
 @dataclass
 class _Point:
-    """A threshold of a group. means: by metric, {} where it has none, None until its cells ended.
+    """A threshold of a group.
 
-    refined: whether it is none of the grid's.
+    refined: whether the grid lacks it.
+    means: by metric; {} if it has none, None until its cells have ended.
     """
 
     number: int
@@ -83,9 +88,10 @@ class _Point:
 class _Group:
     """Cells that are equal in everything but threshold and seed.
 
-    seeds: coordinates of a cell for each of its seeds. partial: how many cells were launched of
-    thresholds that lack others, of seeds that came later. refused: why a threshold cannot run,
-    None if it can.
+    seeds: for each seed the coordinates of one cell.
+    points: the thresholds whose cells have all been launched.
+    partial: for a threshold that lacks the cells of later seeds, how many have been launched.
+    refused: why a threshold cannot run, None if it can.
     """
 
     name: str
@@ -105,7 +111,7 @@ class _Group:
         return sum(len(point.cells) for point in self.points.values() if point.refined)
 
     def pairs(self, metric: str) -> list[_Pair]:
-        """Return the neighbours that have a metric, those that differ most first."""
+        """Return the pairs of neighbours that have a metric, the largest difference first."""
         curve = sorted(
             (point.threshold, point.means[metric])
             for point in self.points.values()
@@ -116,18 +122,18 @@ class _Group:
         return sorted(pairs, key=lambda pair: (-pair.change, pair.low))
 
     def cost(self, threshold: float) -> int:
-        """Return how many cells a threshold adds to those launched."""
+        """Return how many cells of a threshold have not been launched."""
         return len(self.seeds) - self.partial.get(threshold, 0)
 
     @property
     def least(self) -> int:
-        """The lowest cost of a threshold."""
+        """The lowest possible cost of a threshold."""
         return len(self.seeds) - max(self.partial.values(), default=0)
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """Neighbouring thresholds with a metric at each. span: of all thresholds of the group."""
+    """Neighbouring thresholds with a metric at each. span: between the group's outermost ones."""
 
     low: float
     at_low: float
@@ -141,18 +147,18 @@ class _Pair:
 
     @property
     def width(self) -> float:
-        """Distance on the scale of thresholds, which is logarithmic where it can be."""
+        """The distance between the thresholds: logarithmic, infinite if one is not positive."""
         return math.log(self.high / self.low) if self.low > 0 else math.inf
 
     @property
     def wide(self) -> bool:
         if self.low > 0:
             return self.high / self.low > NARROW
-        # Around 0 ratios never come to an end.
+        # Around 0, a bisection by ratios would not end.
         return self.high - self.low > (NARROW - 1) * self.span
 
     def middle(self) -> float | None:
-        """Return a short number in the middle, None where nothing short lies between."""
+        """Return a number of few digits in the middle, None if no such number lies between."""
         middle = (self.low + self.high) / 2
         if self.low > 0:
             middle = math.sqrt(self.low) * math.sqrt(self.high)
@@ -165,7 +171,11 @@ class _Pair:
 
 @dataclass(frozen=True)
 class _Step:
-    """The threshold that a group would have next. change: in floors of its metric."""
+    """The next threshold of a group.
+
+    change: of the metric around it, in floors.
+    width: of the pair that it bisects.
+    """
 
     group: _Group
     threshold: float
@@ -173,10 +183,11 @@ class _Step:
     width: float
 
 
-class Refinement:
+class Refinement(Study):
     """Suggests thresholds, each with the cells of all seeds of its group.
 
-    A group is asked about only when all its thresholds have ended; meanwhile the others go on.
+    A group gets its next threshold when all its thresholds have ended; the groups do not wait for
+    each other.
     """
 
     def __init__(
@@ -187,12 +198,15 @@ class Refinement:
         launched: Mapping[str, Mapping[str, Any]],
         key_of: Callable[[Cell], str],
     ) -> None:
-        """cells: coordinates of the cells that the sweep itself has. Controls are left out, also
-        those of the grid: what they do between two thresholds answers no question of the sweep's.
+        """Recall what earlier launches have refined.
 
-        launched: coordinates by key, of all cells ever launched under the sweep's name. Those of
-        `cells` but for a threshold that is not theirs count as refined. key_of: gives the key of a
-        cell, or raises the `UserError` for which it cannot run.
+        sweep: whose thresholds are refined.
+        cells: coordinates of the sweep's own cells. Controls are left out, also those of the grid:
+            nobody asks what they do between two thresholds.
+        spec: what to refine.
+        launched: coordinates by key, of all cells ever launched under the sweep's name. Cells that
+            differ from those of `cells` only in the threshold count as refined.
+        key_of: gives the key of a cell, or raises the `UserError` for which it cannot run.
 
         Raises:
             UserError: no cells differ in a threshold alone.
@@ -217,21 +231,21 @@ class Refinement:
 
     @property
     def exhausted(self) -> bool:
-        """Whether nothing more is suggested, whatever is told."""
+        """Whether no further threshold is suggested, whatever is measured."""
         left = self._left()
         waits = any(group.waiting and group.least <= left for group in self._groups)
         return not waits and not self._next()
 
     def asked(self) -> list[Suggestion]:
-        """Return the thresholds that there are: of the grid, and those refined so far."""
+        """Return all thresholds so far: those of the grid, and the refined ones."""
         return [self._suggestion(point) for point in self._points]
 
     def untold(self) -> set[int]:
-        """Return the numbers of those whose cells have not ended."""
+        """Return the numbers of the thresholds whose cells have not ended."""
         return {point.number for point in self._points if point.means is None}
 
     def ask(self) -> Suggestion | None:
-        """Return the next threshold; None if there is none, or none before more is told."""
+        """Return the next threshold; None if there is none, or none until more is told."""
         steps = self._next()
         if not steps:
             return None
@@ -239,10 +253,10 @@ class Refinement:
         return self._suggestion(point)
 
     def tell(self, number: int, results: Sequence[Mapping[str, float]]) -> None:
-        """Say what a threshold's cells measured; what was said of it earlier stands.
+        """Record what a threshold's cells measured; an earlier record stands.
 
         results: metrics of every cell, none if one has failed. A metric that a cell lacks, or that
-        is not finite, counts as not measured.
+            is not finite, counts as not measured.
 
         Raises:
             KeyError: there is no such suggestion.
@@ -260,7 +274,7 @@ class Refinement:
         self._steps = None
 
     def findings(self) -> list[str]:
-        """Return a line for each group and metric: where it changes most, and how that is known."""
+        """Return a line for each group and metric: where it changes most, and how precisely."""
         lines = []
         for group in self._groups:
             if group.waiting:
@@ -280,12 +294,12 @@ class Refinement:
         return lines
 
     def _grouped(self, cells: Iterable[Mapping[str, Any]]) -> list[_Group]:
-        """Return the groups that have thresholds to bisect between."""
+        """Return the groups that have at least two thresholds."""
         groups: dict[str, _Group] = {}
         grids: dict[str, dict[float, dict[Any, Cell]]] = {}
         for varied in cells:
             if self._key not in varied:
-                continue  # of a list whose other entries have one
+                continue  # an entry of the list without a threshold, where others have one
             cell = self._sweep.cell(varied)
             if is_control((cell.config.get("defense") or {}).get("name")):
                 continue
@@ -298,7 +312,7 @@ class Refinement:
             grid.setdefault(threshold, {})[seed] = cell
         found = []
         for known, group in groups.items():
-            # Without one of its seeds, which was refused, a threshold has no mean over them.
+            # A threshold with a refused seed has no mean over the seeds.
             whole = [t for t, by_seed in grids[known].items() if len(by_seed) == len(group.seeds)]
             if len(whole) < 2:
                 continue
@@ -319,10 +333,10 @@ class Refinement:
         return float(value)
 
     def _recall(self, launched: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take in what earlier launches refined.
+        """Take in the thresholds that earlier launches refined.
 
-        By key: coordinates may be written in other ways, and the same ones stand for another cell
-        where an override acted.
+        Cells are compared by key: coordinates may be written differently, and with another override
+        the same coordinates are another cell.
         """
         values = [varied.get(self._key) for varied in launched.values()]
         seen = {float(v) for v in values if isinstance(v, int | float) and math.isfinite(v)}
@@ -357,16 +371,16 @@ class Refinement:
         return Suggestion(point.number, {self._key: point.threshold}, point.cells)
 
     def _left(self) -> int:
-        """Return how many cells may still be refined, below 0 after a launch with more trials."""
+        """Return how many cells may still be added, below 0 after a launch with more trials."""
         return self._spec.trials - sum(
             group.refined_cells + sum(group.partial.values()) for group in self._groups
         )
 
     def _next(self) -> list[_Step]:
-        """Return the next threshold of every group that can have one, whose turn it is first.
+        """Return the next threshold of every group that can have one, in the order of their turns.
 
-        Groups take turns, in order of their change: else the first would be known to the last
-        digit before the second is looked at.
+        Groups take turns, the largest change first. Without turns, the first group would be located
+        to the last digit before the second one starts.
         """
         if self._steps is None:
             left = self._left()
@@ -378,7 +392,7 @@ class Refinement:
     def _step(self, group: _Group) -> _Step | None:
         """Return a group's next threshold.
 
-        Of several metrics, that whose change is the least located has its turn.
+        Of several metrics, the one whose change is located least precisely has its turn.
         """
         if group.waiting:
             return None
@@ -393,12 +407,12 @@ class Refinement:
             threshold = pair.middle()
             if not pair.wide or threshold is None:
                 continue
-            # One that is known and no neighbour of these has failed, and would fail again.
+            # A threshold that is in the group and no end of this pair has failed, and would again.
             if threshold not in group.points and self._runs(group, threshold):
                 yield _Step(group, threshold, pair.change / FLOORS[metric], pair.width)
 
     def _runs(self, group: _Group, threshold: float) -> bool:
-        """Return whether a threshold's cells can run; keep the reason if they cannot."""
+        """Return whether a threshold's cells can run, and keep the reason if they cannot."""
         if threshold not in group.refused:
             try:
                 for cell in self._cells(group, threshold):

@@ -1,6 +1,6 @@
-"""Which stage runs next: those whose inputs are there, the longest chain first.
+"""Which stage runs next: one whose inputs are there, at the head of the longest chain.
 
-Plain bookkeeping, without Ray: the launcher asks for work and reports what became of it.
+Bookkeeping only: the driver asks for work and reports what became of it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import TypeAlias
 from btu.stages import Stage
 from orchestrator.plan.work import Group, Timings, group_of, needed
 
-# What a stage that ran out of memory is tried with: alone on its device, then in smaller parts.
+# Into how many parts a batch is cut at each try of a stage that ran out of memory. From the second
+# try on, the stage is alone on its device.
 LADDER = (1, 1, 2, 4, 8)
 CELL = "cell"
 
 
 class State(StrEnum):
-    """Where a stage stands. cached: its result was there before this launch."""
+    """The state of a stage. cached: its result was there before this launch."""
 
     waiting = "waiting"
     ready = "ready"
@@ -42,7 +43,7 @@ class _Node:
     group: Group  # what timings are kept by
     state: State = State.waiting
     missing: set[str] = field(default_factory=set)  # inputs that are not there yet
-    # In order: equal chains go as they came, in every process.
+    # An ordered set: equal chains run in the order of arrival, in every process.
     children: dict[str, None] = field(default_factory=dict)
     rank: float = 0.0  # seconds of the longest chain that starts here
     rung: int = 0  # of LADDER
@@ -51,7 +52,11 @@ class _Node:
 
 @dataclass(frozen=True)
 class Task:
-    """A stage to run now. alone: with a device of its own. accumulation: parts of a batch."""
+    """A stage to run now.
+
+    alone: whether nothing else may run on its device, or on its node if it uses no GPU.
+    accumulation: into how many parts each batch is cut.
+    """
 
     stage: Stage
     alone: bool
@@ -61,9 +66,9 @@ class Task:
 class Schedule:
     """The stages that are left to compute, and their order.
 
-    timings: expected times; they may learn as stages end. slots: how many run at once, about: with
-    `most_models` of them on disk that are still needed, or being written, stages that write none
-    go first, then those that also read one: they lead to where a model is not needed any more.
+    Once `most_models` models are on disk and still needed, or are being written, the order changes:
+    first the stages that write no model, then those that also read one. Both lead to where a model
+    is no longer needed.
     """
 
     def __init__(
@@ -76,20 +81,29 @@ class Schedule:
         timings: Timings,
         slots: int = 1,
     ) -> None:
+        """Schedule cells and the stages that they need.
+
+        cells: the stages that cells end with.
+        committed: keys with a complete result.
+        dropped: keys whose models were removed; the rest of their results is there.
+        failed: reasons by key.
+        timings: expected times. They may improve as stages end.
+        slots: how many stages run at once, about.
+        """
         self.committed = set(committed)
         self.dropped = set(dropped)
         self.failed = dict(failed)
         self.running: dict[str, Stage] = {}  # handed out; some may still wait for a worker
-        self.begun: set[str] = set()  # those of them that a worker is at
+        self.begun: set[str] = set()  # those of them that a worker computes
         self.slots = slots
         self._timings = timings
         self._nodes: dict[str, _Node] = {}
-        # By what a stage adds to the models on disk: minus rank, order of arrival, key.
+        # See `_queue_of`. An entry is minus rank, order of arrival, key.
         self._ready: tuple[_Queue, ...] = ([], [], [])
         self._order = itertools.count()
-        self._models: set[str] = set()  # on disk, and still read by a stage to come
-        self._released: set[str] = set()  # of these, what a reader let go since `done` was asked
-        # Kept up to date, since a sweep may have many thousands of stages.
+        self._models: set[str] = set()  # on disk, and read by a stage that has not ended
+        self._released: set[str] = set()  # those with a reader that ended since the last `done`
+        # Updated at each change: a sweep may have many thousands of stages to count.
         self.counts = {True: dict.fromkeys(State, 0), False: dict.fromkeys(State, 0)}
         self._left: dict[Group, list[int]] = {}  # by group: stages and their units
         self.add(cells)
@@ -103,7 +117,7 @@ class Schedule:
                 self._insert(cell, State.cached)
 
     def _open(self, stages: Mapping[str, Stage]) -> None:
-        """Put stages on the list, also those that were done once and are needed again.
+        """Schedule stages, also those that were done and are needed again.
 
         stages: inputs before what reads them.
         """
@@ -119,13 +133,13 @@ class Schedule:
                 fresh.append(key)
         for key in fresh:
             self._connect(key)
-        # Children stand after their inputs, so that backwards every child's rank is known.
+        # In reverse, children come before their inputs: every child's rank is known.
         for key in reversed(list(stages)):
             self._rank(key)
         for key in fresh:
             node = self._nodes[key]
             if node.state is State.failed:
-                continue  # with one of its inputs
+                continue  # it failed together with one of its inputs
             broken = [k for k in (key, *node.missing) if k in self.failed]
             if broken:
                 self._fail(key, self.failed[broken[0]])
@@ -133,7 +147,7 @@ class Schedule:
                 self._settle(node)
 
     def _settle(self, node: _Node) -> None:
-        """Let a stage that has not begun be ready exactly if all its inputs are there."""
+        """Make a stage that has not begun ready if and only if all its inputs are there."""
         if node.state is State.waiting and not node.missing:
             self._make_ready(node.stage.key)
         elif node.state is State.ready and node.missing:
@@ -151,7 +165,7 @@ class Schedule:
         left[1] += sign * node.stage.units
 
     def _connect(self, key: str) -> None:
-        """Tell a node's inputs of it, and it of those that are not there yet."""
+        """Link a node with its inputs, and note which of them are not there yet."""
         heavy = _heavy(self._nodes[key].stage)
         for before in self._nodes[key].stage.inputs.values():
             if before.key not in self._nodes:
@@ -173,20 +187,20 @@ class Schedule:
 
     def _rank(self, key: str) -> None:
         node = self._nodes[key]
-        # A stage without a measured time still makes its chain longer.
+        # A stage that was never measured still makes its chain longer.
         own = self._timings.estimate(node.group, 1, node.stage.units) or 1.0
         node.rank = own + max((self._nodes[child].rank for child in node.children), default=0.0)
 
     def _make_ready(self, key: str) -> None:
         node = self._nodes[key]
         self._set(node, State.ready)
-        # A result that only has to be put together costs next to nothing and is what people wait
-        # for; everything else goes by the length of its chain.
+        # A cell only puts its result together: it costs next to nothing, and people wait for it.
+        # Everything else goes by the length of its chain.
         rank = math.inf if node.stage.name == CELL else node.rank
         heapq.heappush(self._queue_of(node), (-rank, next(self._order), key))
 
     def _queue_of(self, node: _Node) -> _Queue:
-        """Return the queue of stages that write no model, that read one too, or that only write."""
+        """Return the queue of a stage: those that write no model, read and write, or only write."""
         stage = node.stage
         reads = any(before.model for before in _heavy(stage))
         return self._ready[0 if not stage.model else 1 if reads else 2]
@@ -194,14 +208,14 @@ class Schedule:
     def next(self, busy: Callable[[str], bool] = lambda key: False) -> Task | None:
         """Return the next stage to run, marked as running; None if none is ready.
 
-        busy: whether someone else computes a stage right now; such stages are passed over.
+        busy: whether another launch computes a stage right now; such stages are passed over.
         """
         passed = []
         chosen = None
         while chosen is None and (queue := self._next_queue()):
             entry = heapq.heappop(queue)
             if self._nodes[entry[2]].state is not State.ready:
-                continue  # failed meanwhile with one of its inputs
+                continue  # failed since, with one of its inputs
             if busy(entry[2]):
                 passed.append(entry)
             else:
@@ -215,17 +229,17 @@ class Schedule:
         return Task(chosen.stage, chosen.rung > 0, LADDER[chosen.rung])
 
     def _next_queue(self) -> _Queue:
-        """Return the queue to take from; empty if all are."""
+        """Return the queue to take from, an empty one if all are empty."""
         queues = [queue for queue in self._ready if queue]
         if not queues:
             return []
-        # Evaluations free models: without this, chains of equal length pile them up.
+        # Evaluations free models. Without this rule, chains of equal length would pile models up.
         written = sum(stage.model for stage in self.running.values())
         crowded = len(self._models) + written >= most_models(self.slots)
         return queues[0] if crowded else min(queues, key=lambda queue: queue[0])
 
     def begin(self, key: str) -> None:
-        """A worker is at a stage that was handed out."""
+        """A worker computes a stage that was handed out."""
         if key in self.running:
             self.begun.add(key)
 
@@ -234,7 +248,7 @@ class Schedule:
         self.begun.discard(key)
 
     def done(self, key: str) -> list[str]:
-        """A stage has its result. Returns the keys whose models nobody here needs any more."""
+        """A stage has its result. Returns the keys whose models no stage here needs any more."""
         node = self._nodes[key]
         self._ended(key)
         self._set(node, State.done)
@@ -277,7 +291,7 @@ class Schedule:
         todo = [key]
         while todo:
             node = self._nodes[todo.pop()]
-            # If this was a repair: what has its result keeps it, and what runs has its inputs.
+            # If a repair failed: what has its result keeps it, and what runs has its inputs.
             spared = (State.failed,) if node.stage.key == key else (*ENDED, State.running)
             if node.state in spared:
                 continue
@@ -299,7 +313,7 @@ class Schedule:
         return True
 
     def again(self, key: str) -> None:
-        """A stage did not get to run, through no fault of its own: it is ready again."""
+        """A stage could not run, for reasons outside of it: it is ready again."""
         self._ended(key)
         self._set(self._nodes[key], State.waiting)
         self._settle(self._nodes[key])
@@ -323,7 +337,7 @@ class Schedule:
         self._ended(key)
         self._set(node, State.waiting)
         self._open(again)
-        # Whatever else reads them waits as well.
+        # The other stages that read them wait as well.
         for before in gone:
             for child in self._nodes[before].children:
                 other = self._nodes[child]
@@ -359,13 +373,13 @@ class Schedule:
 
 
 def most_models(slots: int) -> int:
-    """Return from how many needed models on, on disk or being written, none is begun afresh.
+    """Return how many needed models, on disk or being written, are enough to begin no other.
 
-    `slots` more may be there for a moment: models that wait for their turn to be evaluated.
+    Up to `slots` more may be there for a moment: models that wait to be evaluated.
     """
     return max(4, 2 * slots)
 
 
 def _heavy(stage: Stage) -> list[Stage]:
-    """Return the inputs whose models a stage reads."""
+    """Return the inputs of which a stage reads all files, the model included."""
     return [before for role, before in stage.inputs.items() if role not in stage.light]

@@ -1,9 +1,9 @@
-"""What a launch may be led by (`Study`), and a study of Optuna: ask and tell, on disk.
+"""Where the cells of a launch come from while it runs: a `Study`, and that of Optuna on disk.
 
 ``search/<study>/<number>.asked.json`` in the sweep's folder is a suggestion, ``.told.json`` beside
-it what came of it. Each is written once, atomically, so a process may be killed at any time and
-launches may run side by side. Optuna's model is built anew from these files for every suggestion:
-it depends on them and on the seed, never on a process.
+it the result of it. Each is written once, atomically, so a process may be killed at any time and
+launches may run side by side. Optuna's model is rebuilt from these files for every suggestion: it
+depends on them and on the seed, never on a process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from btu.errors import UserError
 from btu.seeding import derive_seed
+from orchestrator.plan.planner import Plan, PlannedCell, Planner
+from orchestrator.plan.work import blocked
+from orchestrator.results.folder import Results
 from orchestrator.run.progress import label
 from orchestrator.store.storage import open_storage
 from orchestrator.sweep.modes.optuna import OptunaMode
@@ -32,16 +35,22 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
 
-# Metrics of a cell: the first is to be low, the second high.
+# Metrics of a cell: the first is minimized, the second maximized.
 OBJECTIVES = ("asr", "cacc")
 ASKED, TOLD = ".asked.json", ".told.json"
-# Optuna's own 50 would leave a sweep of tens of suggestions in the random first generation.
+# With Optuna's default of 50, a sweep of tens of suggestions would not get beyond the first
+# generation, which is random.
 POPULATION = 20
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """number: in the study, from 0. values: of the searched keys. cells: to be measured for it."""
+    """Values to try.
+
+    number: its place in the study, from 0.
+    values: by searched key.
+    cells: what has to be measured for it.
+    """
 
     number: int
     values: Mapping[str, Any]
@@ -53,35 +62,147 @@ class Study(Protocol):
 
     @property
     def open(self) -> int:
-        """How many suggestions are missing, as far as that is known."""
+        """How many suggestions have no result yet, as far as that is known."""
 
     @property
     def exhausted(self) -> bool:
         """Whether `ask` gives nothing more, whatever is told."""
 
     def asked(self) -> list[Suggestion]:
-        """Return the suggestions made so far, by this launch and by earlier ones."""
+        """Return the suggestions made so far, by this launch and by others."""
 
     def untold(self) -> set[int]:
-        """Return the numbers of those of which nothing was told: interrupted, or going on."""
+        """Return the numbers of the suggestions without a result: interrupted, or running."""
 
     def ask(self) -> Suggestion | None:
-        """Return a new suggestion; None if there is none before more is told, or none at all."""
+        """Return a new suggestion; None if there is none until more is told, or none at all."""
 
     def tell(self, number: int, results: Sequence[Mapping[str, float]]) -> None:
-        """Say what a suggestion's cells measured: all of them, or nothing if one has failed.
+        """Record what a suggestion's cells measured; an earlier record stands.
 
-        What was told of it earlier stands.
+        results: metrics of every cell; none if one has failed.
         """
 
     def findings(self) -> list[str]:
-        """Return what came of it, in lines for people."""
+        """Return the results of the study, in lines for people."""
 
 
-class StudySearch:
+class NoStudy(Study):
+    """Suggests nothing: for a sweep whose cells are all known."""
+
+    open = 0
+    exhausted = True
+
+    def asked(self) -> list[Suggestion]:
+        return []
+
+    def untold(self) -> set[int]:
+        return set()
+
+    def ask(self) -> Suggestion | None:
+        return None
+
+    def tell(self, number: int, results: Sequence[Mapping[str, float]]) -> None:
+        raise KeyError(f"suggestion {number} was never asked for.")
+
+    def findings(self) -> list[str]:
+        return []
+
+
+class Suggestions:
+    """A study during one launch: the cells of its suggestions, and the results it is told."""
+
+    def __init__(
+        self,
+        study: Study,
+        plan: Plan,
+        planner: Planner,
+        results: Results,
+        note: Callable[[str], None],
+    ) -> None:
+        """Take in nothing yet.
+
+        study: suggests cells.
+        plan: grows by the cells.
+        planner: checks the cells.
+        results: where their metrics are read.
+        note: prints a line for people.
+        """
+        self.study = study
+        self._plan, self._planner, self._results, self._note = plan, planner, results, note
+        # By number, until all their cells have ended.
+        self._waiting: dict[int, list[PlannedCell]] = {}
+        self._own: set[int] = set()  # those of them that this launch asked for
+
+    @property
+    def searching(self) -> bool:
+        """Whether further suggestions may come."""
+        return not self.study.exhausted
+
+    @property
+    def running(self) -> int:
+        """How many suggestions of this launch have cells that have not ended."""
+        return len(self._own)
+
+    def resume(self) -> None:
+        """Take in the cells of every suggestion of earlier launches."""
+        untold = self.study.untold()
+        for suggestion in self.study.asked():
+            cells = self._planned(suggestion)
+            if cells and suggestion.number in untold:
+                self._waiting[suggestion.number] = cells
+
+    def ask(self) -> list[PlannedCell] | None:
+        """Take in the cells of a new suggestion and return them.
+
+        Returns [] if the suggestion cannot run, None if the study has none now.
+        """
+        suggestion = self.study.ask() if self.searching else None
+        if suggestion is None:
+            return None
+        cells = self._planned(suggestion)
+        if cells:
+            self._waiting[suggestion.number] = cells
+            self._own.add(suggestion.number)
+        return cells
+
+    def tell(
+        self, committed: Collection[str], failed: Mapping[str, str], key: str | None = None
+    ) -> None:
+        """Tell the study of every suggestion whose cells have all ended.
+
+        committed: keys with a result.
+        failed: reasons by key.
+        key: a cell that has just ended; only its suggestions are looked at. None: all are.
+        """
+        for number, cells in list(self._waiting.items()):
+            if key is not None and all(cell.key != key for cell in cells):
+                continue
+            if any(c.key not in committed and blocked(c.stage, failed) is None for c in cells):
+                continue
+            records = [self._results.record(cell.key, cell.varied) for cell in cells]
+            # A suggestion with a failed cell has no mean over its cells: it counts as failed.
+            told = [record["metrics"] for record in records if record is not None]
+            self.study.tell(number, told if len(told) == len(cells) else [])
+            del self._waiting[number]
+            self._own.discard(number)
+
+    def _planned(self, suggestion: Suggestion) -> list[PlannedCell]:
+        """Take a suggestion's cells into the plan; [] if one of them cannot run."""
+        found = Plan()
+        cells = self._planner.add(found, suggestion.cells)
+        if found.refused:
+            # Without one of its cells a suggestion has no mean over them.
+            self._note(f"suggestion refused: {found.refused[0].reason}")
+            self.study.tell(suggestion.number, [])
+            return []
+        return [self._plan.cells.setdefault(cell.key, cell) for cell in cells]
+
+
+class StudySearch(Study):
     """The study of one search space, sampler, seed and config.
 
-    Another number of trials goes on with the same study; whatever else changes starts a new one.
+    A different number of trials continues the same study; any other change starts a new one.
     """
 
     def __init__(self, sweep: Sweep, folder: str | Path) -> None:
@@ -100,19 +221,20 @@ class StudySearch:
         self._read()
 
     def asked(self) -> list[Suggestion]:
-        """Return the suggestions made so far, told or not, as far as `trials` goes."""
+        """Return the suggestions made so far, with or without a result, up to `trials`."""
         return [self._suggestion(n) for n in sorted(self._asked) if n < self._spec.trials]
 
     def untold(self) -> set[int]:
-        """Return the numbers of those that were never told.
+        """Return the numbers of the suggestions without a result.
 
-        Left by a process that was interrupted, or, to no harm, in the hands of another launch.
+        They were left by a process that was interrupted, or, which does no harm, another launch
+        computes them.
         """
         return {n for n in self._asked if n < self._spec.trials and n not in self._told}
 
     @property
     def open(self) -> int:
-        """How many of the `trials` have not been told yet, asked for or not."""
+        """How many of the `trials` have no result yet, asked for or not."""
         self._read()
         return sum(number not in self._told for number in range(self._spec.trials))
 
@@ -122,13 +244,13 @@ class StudySearch:
         return all(number in self._asked for number in range(self._spec.trials))
 
     def retry_failed(self) -> None:
-        """Take what was told as failed as never told."""
+        """Forget which suggestions have failed: they have no result any more."""
         for number in [n for n, told in self._told.items() if told is None]:
             self._storage.remove(self._path(number, TOLD))
             del self._told[number]
 
     def ask(self) -> Suggestion | None:
-        """Return the next suggestion that nobody has; None when all are used up.
+        """Return the next suggestion that no launch has; None when all are used up.
 
         Raises:
             UserError: a file of the study is damaged.
@@ -139,16 +261,16 @@ class StudySearch:
             if number >= self._spec.trials:
                 return None
             record = self._suggest(number)
-            # False: another launch has taken this number meanwhile.
+            # False: another launch has just taken this number.
             if self._storage.create(self._path(number, ASKED), json.dumps(record).encode()):
                 self._asked[number] = record
                 return self._suggestion(number)
 
     def tell(self, number: int, results: Sequence[Mapping[str, float]]) -> None:
-        """Record what a suggestion's cells measured; what was told of it earlier stands.
+        """Record what a suggestion's cells measured; an earlier record stands.
 
         results: metrics of every cell. If there are none, or an ``asr`` or ``cacc`` is missing or
-        not finite, the suggestion counts as failed.
+            not finite, the suggestion counts as failed.
 
         Raises:
             KeyError: there is no such suggestion.
@@ -164,7 +286,7 @@ class StudySearch:
     def best(self) -> list[dict[str, Any]]:
         """Return the Pareto front: ``number``, ``values`` and the mean ``asr`` and ``cacc``.
 
-        By rising ASR. No other suggestion is at least as good in both and better in one.
+        Sorted by ASR. No other suggestion is at least as good in both and better in one.
         """
         self._read()
         done = [(number, told) for number, told in sorted(self._told.items()) if told is not None]
@@ -183,7 +305,7 @@ class StudySearch:
         ]
 
     def _read(self) -> None:
-        """Take in the files that are not known yet."""
+        """Read the files that were not read before."""
         for name in self._storage.names(self._folder):
             number = int(name.partition(".")[0])
             known: dict[int, Any] = self._asked if name.endswith(ASKED) else self._told
@@ -205,9 +327,13 @@ class StudySearch:
         return Suggestion(number, values, self._sweep.expand(values))
 
     def _suggest(self, number: int) -> dict[str, Any]:
-        """Let Optuna suggest. params: in its own terms. system: what its sampler noted."""
+        """Let Optuna suggest.
+
+        Returns ``values`` by key, ``params``, the same in Optuna's terms, and ``system``, the notes
+        of its sampler.
+        """
         with warnings.catch_warnings():
-            # Announcements of what is new or experimental, on import and on use.
+            # Optuna announces new and experimental features, on import and on use.
             warnings.simplefilter("ignore")
             import optuna
 
@@ -233,7 +359,7 @@ class StudySearch:
             return samplers.RandomSampler(seed=seed)
         if self._spec.sampler == "nsga2":
             return samplers.NSGAIISampler(seed=seed, population_size=POPULATION)
-        # Several suggestions are out at once: they keep a distance from each other.
+        # Several suggestions run at once; this keeps them apart from each other.
         return samplers.TPESampler(seed=seed, constant_liar=True)
 
     def _trial(self, number: int, space: Mapping[str, BaseDistribution]) -> FrozenTrial:
@@ -271,7 +397,7 @@ def _distribution(domain: Domain) -> BaseDistribution:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if isinstance(domain, Choice):
-        # By position: Optuna takes no lists, and takes 1 and true for the same.
+        # By position: Optuna accepts no lists, and treats 1 and true as equal.
         return CategoricalDistribution(range(len(domain.values)))
     if domain.whole:
         low, high, step = int(domain.low), int(domain.high), int(domain.step or 1)

@@ -1,14 +1,16 @@
-"""What a worker does with one stage: lease, inputs, compute, publish, track. No Ray."""
+"""What a worker does with one stage: lease, inputs, compute, publish, track. Without Ray."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import gc
+import json
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -18,18 +20,25 @@ from btu.errors import UserError
 from btu.provenance import code_version
 from btu.stages import run_stage
 from btu.types import ProgressCallback, silent
+from orchestrator.results.folder import Results
+from orchestrator.run.schedule import CELL
 from orchestrator.store.store import Damaged, Missing, Store
 
-# Full disks, by any of their names. No worker elsewhere would fare better.
+# What a full disk raises. Another worker would find it full as well.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REASON_CHARACTERS = 2000
+# Seconds for which a stage that another launch computes is left to it.
+WAIT_SECONDS = 3.0
 
 
 class Outcome(StrEnum):
-    """What became of a stage.
+    """How a stage ended.
 
-    done: its result is in the store. busy: someone else computes it. inputs: results that it
-    reads are damaged or gone. memory, disk: there was too little. failed: it would fail again.
+    done: its result is in the store.
+    busy: another launch computes it.
+    inputs: results that it reads are damaged or gone.
+    memory, disk: there was too little.
+    failed: it raised an error, and would again.
     """
 
     done = "done"
@@ -41,11 +50,58 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True)
-class Report:
-    """An outcome with what the driver needs to know of it.
+class Launch:
+    """What workers have to know of a launch.
 
-    seconds: that it took, 0 where it was there already. lost: keys of inputs to compute again.
-    facts: small results to show. untracked: why MLflow does not have the cell, if it should.
+    id: names it, in leases.
+    store: where the store is.
+    output: the sweep's output folder or URL.
+    sweep: the sweep's name.
+    tracking: URI and experiment id; None if MLflow does not answer.
+    """
+
+    id: str
+    store: str
+    output: str
+    sweep: str
+    tracking: Mapping[str, str] | None
+
+
+@dataclass(frozen=True)
+class StageCall:
+    """A stage as it travels to a worker.
+
+    node: from `Stage.node`.
+    cpus: how many CPUs it may use.
+    gpus: how many GPUs, or which share of one.
+    accumulation: into how many parts each batch is cut, to save memory.
+    varied: the coordinates of a cell, by dotted key.
+    """
+
+    node: Mapping[str, Any]
+    cpus: float = 1
+    gpus: float = 0
+    accumulation: int = 1
+    varied: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(vars(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> StageCall:
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of a stage, and its details for the driver.
+
+    seconds: how long it took; 0 if the result was there already.
+    reason: why there is no result, for people.
+    lost: keys of inputs to compute again.
+    facts: small results to show.
+    untracked: why MLflow does not have the cell, if it should.
+    device: where it was computed.
     """
 
     outcome: Outcome
@@ -55,6 +111,63 @@ class Report:
     facts: Mapping[str, float] = field(default_factory=dict)
     untracked: str = ""
     device: str = "cpu"
+
+    def to_json(self) -> str:
+        return json.dumps(vars(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        facts = json.loads(text)
+        return cls(**{**facts, "outcome": Outcome(facts["outcome"]), "lost": tuple(facts["lost"])})
+
+
+_stores: dict[str, Store] = {}
+
+
+def _store(location: str) -> Store:
+    # Kept for the next stage: it remembers which files were verified.
+    return _stores.setdefault(location, Store(location))
+
+
+def compute_call(call: StageCall, launch: Launch) -> Report:
+    """Compute a stage of a launch, and write the run of a cell to MLflow."""
+    store = _store(launch.store)
+    results = Results(launch.output, launch.sweep, store)
+
+    def track(key: str, folder: Path) -> None:
+        from orchestrator.tracking.writer import Tracker
+
+        where = launch.tracking
+        record = results.record(key, call.varied)
+        if where is not None and record is not None:
+            Tracker(where["uri"], where["id"], results).log(record, folder)
+
+    def begin() -> None:
+        with suppress(OSError):  # the journal of a full disk; the stage will report it
+            results.note("compute", key=call.node["key"], launch=launch.id)
+
+    report = run_node(
+        call.node,
+        store,
+        owner=launch.id,
+        cpus=call.cpus,
+        gpus=call.gpus,
+        accumulation=call.accumulation,
+        track=track,
+        begin=begin,
+    )
+    free_memory()
+    store.trim_cache()
+    return report
+
+
+def wait_for_others(location: str) -> None:
+    """Wait until another launch has released a lease of a store, or for WAIT_SECONDS."""
+    store = _store(location)
+    before = store.leased()
+    until = time.monotonic() + WAIT_SECONDS
+    while time.monotonic() < until and before <= store.leased():
+        time.sleep(0.2)
 
 
 def run_node(
@@ -71,16 +184,24 @@ def run_node(
 ) -> Report:
     """Compute a stage under its lease and publish its result, unless it is there already.
 
-    node: from `Stage.node`. owner: names the launch, in leases. track: called with a cell's key
-    and folder once its result is published, still under the lease, so that a cell is written to
-    MLflow by one process only. begin: called when computing really begins.
+    node: from `Stage.node`.
+    store: where inputs are read and the result goes.
+    owner: names the launch, in leases.
+    cpus: how many threads torch uses.
+    gpus: above 0 computes on CUDA.
+    accumulation: into how many parts each batch is cut, to save memory.
+    track: called with a cell's key and folder once its result is published, still under the lease,
+        so that only one process writes a cell to MLflow.
+    begin: called when computing really begins.
+    progress: called while it computes.
 
     Raises:
         Exception: of machines, not of the stage: an unusable device, a file system that is gone.
             A fresh worker may do better.
     """
+    call = StageCall(node, cpus, gpus, accumulation)
     try:
-        return _run_node(node, store, owner, cpus, gpus, accumulation, track, begin, progress)
+        return _Attempt(call, store, track, begin, progress).run(owner)
     except Exception as error:
         # Leases, notes and copies of inputs take room as well as results do.
         if _is_full(error):
@@ -88,99 +209,103 @@ def run_node(
         raise
 
 
-def _run_node(
-    node: Mapping[str, Any],
-    store: Store,
-    owner: str,
-    cpus: float,
-    gpus: float,
-    accumulation: int,
-    track: Callable[[str, Path], None] | None,
-    begin: Callable[[], None],
-    progress: ProgressCallback,
-) -> Report:
-    key = node["key"]
-    if store.is_committed(key):
-        return Report(Outcome.done)
-    lease = store.lease(key, owner)
-    try:
+@dataclass(frozen=True)
+class _Attempt:
+    """One try at a stage. Attributes as the arguments of `run_node`."""
+
+    call: StageCall
+    store: Store
+    track: Callable[[str, Path], None] | None
+    begin: Callable[[], None]
+    progress: ProgressCallback
+
+    @property
+    def key(self) -> str:
+        return str(self.call.node["key"])
+
+    def run(self, owner: str) -> Report:
+        """Take the lease and compute, unless the stage has ended or somebody else has the lease."""
+        if self.store.is_committed(self.key):
+            return Report(Outcome.done)
+        lease = self.store.lease(self.key, owner)
         if not lease.acquire():
             return Report(Outcome.busy)
-    except OSError as error:
-        if _is_full(error):
-            return Report(Outcome.disk, reason=str(error))
-        raise
-    with lease:
-        if store.is_committed(key):  # published while this waited
-            return Report(Outcome.done)
-        failure = store.failure(key)
-        if failure is not None:  # another launch has found out meanwhile
-            return Report(Outcome.failed, reason=failure["reason"])
-        lost: dict[str, str] = {}
+        with lease:
+            if self.store.is_committed(self.key):  # published while this waited
+                return Report(Outcome.done)
+            failure = self.store.failure(self.key)
+            if failure is not None:  # another launch ran it meanwhile
+                return Report(Outcome.failed, reason=failure["reason"])
+            inputs, lost = self._inputs()
+            if lost:
+                return Report(Outcome.inputs, reason=", ".join(lost.values()), lost=tuple(lost))
+            self.begin()
+            return self._compute(inputs)
+
+    def _inputs(self) -> tuple[dict[str, Path], dict[str, str]]:
+        """Return the folders of the inputs by role, and what is wrong with the lost ones by key."""
+        node = self.call.node
         inputs: dict[str, Path] = {}
+        lost: dict[str, str] = {}
         for role, before in node["inputs"].items():
             try:
-                inputs[role] = store.fetch(before, light=role in node["light"])
+                inputs[role] = self.store.fetch(before, light=role in node["light"])
             except (Damaged, Missing) as error:
                 lost[before] = f"{role} ({error})"
-        if lost:
-            return Report(Outcome.inputs, reason=", ".join(lost.values()), lost=tuple(lost))
-        begin()
-        return _compute(node, inputs, store, cpus, gpus, accumulation, track, progress)
+        return inputs, lost
 
+    def _compute(self, inputs: Mapping[str, Path]) -> Report:
+        from btu.training import use_threads
 
-def _compute(
-    node: Mapping[str, Any],
-    inputs: Mapping[str, Path],
-    store: Store,
-    cpus: float,
-    gpus: float,
-    accumulation: int,
-    track: Callable[[str, Path], None] | None,
-    progress: ProgressCallback,
-) -> Report:
-    from btu.training import use_threads
-
-    started = time.time()
-    key = node["key"]
-    folder: Path | None = None
-    try:
-        # Inside the try: a full disk may refuse the folder already.
-        folder = store.begin(key)
-        use_threads(cpus)
-        record = run_stage(
-            node, inputs, folder, gpus=gpus, accumulation=accumulation, progress=progress
-        )
-        facts = {
-            "stage": node["name"],
-            "units": node["units"],
-            "seconds": record["seconds"],
-            "device": record["environment"]["device"],
-        }
-        store.publish(key, folder, node["name"], facts)
-    except BaseException as error:
-        if folder is not None:
-            store.discard(folder)
-        report = _judge(error)
-        if report is None:
-            raise
-        if report.outcome is Outcome.failed:
-            store.fail(key, _failure(node, report.reason, started))
-        return report
-    untracked = ""
-    if track is not None and node["name"] == "cell":
+        started = time.time()
+        call, node, store = self.call, self.call.node, self.store
+        folder: Path | None = None
         try:
-            track(key, store.fetch(key))
+            # Inside the try: a full disk may refuse the folder already.
+            folder = store.begin(self.key)
+            use_threads(call.cpus)
+            record = run_stage(
+                node,
+                inputs,
+                folder,
+                gpus=call.gpus,
+                accumulation=call.accumulation,
+                progress=self.progress,
+            )
+            facts = {
+                "stage": node["name"],
+                "units": node["units"],
+                "seconds": record["seconds"],
+                "device": record["environment"]["device"],
+            }
+            store.publish(self.key, folder, node["name"], facts)
+        except BaseException as error:
+            if folder is not None:
+                store.discard(folder)
+            report = _judge(error)
+            if report is None:
+                raise
+            if report.outcome is Outcome.failed:
+                store.fail(self.key, _failure(node, report.reason, started))
+            return report
+        return Report(
+            Outcome.done,
+            record["seconds"],
+            facts={k: v for k, v in record["facts"].items() if isinstance(v, int | float)},
+            untracked=self._track(),
+            device=record["environment"]["device"],
+        )
+
+    def _track(self) -> str:
+        """Write the run of a cell to MLflow; return why that did not work."""
+        if self.track is None or self.call.node["name"] != CELL:
+            return ""
+        try:
+            self.track(self.key, self.store.fetch(self.key))
         except Exception as error:
-            # The result is safe; the driver says so and `btu sync` writes the run later.
-            untracked = f"{type(error).__name__}: {str(error)[:200]}"
-    return Report(
-        Outcome.done,
-        record["seconds"],
-        facts={k: v for k, v in record["facts"].items() if isinstance(v, int | float)},
-        untracked=untracked,
-        device=record["environment"]["device"],
-    )
+            # The result is safe; the driver reports it, and `btu sync` writes the run later.
+            return f"{type(error).__name__}: {str(error)[:200]}"
+        return ""
 
 
 def _judge(error: BaseException) -> Report | None:
@@ -189,13 +314,13 @@ def _judge(error: BaseException) -> Report | None:
 
     from btu.training import NonFiniteLossError
 
-    # Of a CPU's memory torch says so in words alone.
+    # When a CPU runs out of memory, only torch's message says so.
     told = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     if told or isinstance(error, torch.OutOfMemoryError | MemoryError):
         return Report(Outcome.memory, reason=str(error)[:REASON_CHARACTERS] or "out of memory")
     if _is_full(error):
         return Report(Outcome.disk, reason=str(error)[:REASON_CHARACTERS])
-    # After an error of the device its process is of no more use.
+    # After an error of the device, its process is of no more use.
     if isinstance(error, OSError | torch.AcceleratorError) or not isinstance(error, Exception):
         return None
     if isinstance(error, UserError | NonFiniteLossError):
@@ -240,11 +365,12 @@ def free_memory() -> None:
 
 
 def _collect() -> None:
-    """Collect garbage, and what stages have imported only once.
+    """Collect garbage, but look at the objects of imported modules only once.
 
     A million objects of torch, transformers and MLflow take a third of a second to walk through,
-    more than a small stage computes. What outlives a stage is nearly all theirs, so it is frozen
-    whenever modules have come; what else was caught is looked at again the next time they do.
+    longer than a small stage computes. Nearly all objects that outlive a stage are theirs, so
+    whenever modules were imported, all objects are frozen. Other objects that this freezes are
+    looked at again after the next import.
     """
     global _modules_frozen
     if len(sys.modules) > _modules_frozen:

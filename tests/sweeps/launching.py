@@ -1,4 +1,4 @@
-"""Launches as processes of their own, faults on demand, and what has to hold after either."""
+"""Launches in processes of their own, faults on demand, and checks of what is left afterwards."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from orchestrator.results.folder import Results, find_sweep
 # A cold start of Ray with two workers that import torch, on a busy machine.
 LIMIT = 300.0
 FAULTS = Path(__file__).parent / "faults"
-# Two cells that share eleven stages; four more are each one's own.
+# Two cells that share eleven stages; each has four more of its own.
 ALPHAS = [0.01, 0.02]
 GRID: dict[str, list[Any]] = {"defense.alpha": ALPHAS}
 SHARED, OWN = 11, 4
 
 
 class Done:
-    """A command that ended. out, err: white space as single spaces."""
+    """A command that has ended. out, err: runs of white space are one space."""
 
     def __init__(self, code: int, out: str, err: str, seconds: float) -> None:
         self.code, self.seconds = code, seconds
@@ -39,11 +39,11 @@ class Done:
 
 
 class Command:
-    """A ``btu`` command that runs."""
+    """A running ``btu`` command."""
 
     def __init__(self, arguments: list[str], folder: Path, environment: Mapping[str, str]) -> None:
         self.started = time.monotonic()
-        # Files: a pipe would stay open as long as any process of a dead driver lives.
+        # Files, not pipes: a pipe stays open while any process of a dead driver lives.
         self._logs = [folder / f"{time.time_ns()}.{name}" for name in ("out", "err")]
         with self._logs[0].open("wb") as out, self._logs[1].open("wb") as err:
             self.process = subprocess.Popen(
@@ -74,9 +74,9 @@ class Command:
 
 
 class Workplace:
-    """Starts commands in a folder and ends what is left of them.
+    """Starts commands in a folder, and ends those that still run.
 
-    output: where the sweeps' results go. faulty: whether `fault` acts on what is started.
+    output: where the sweeps' results go. faulty: whether `fault` acts on the commands.
     """
 
     def __init__(self, folder: Path, database: Path | None = None, *, faulty: bool = False) -> None:
@@ -84,7 +84,7 @@ class Workplace:
         self.environment = {
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "200",
-            # One worker: each imports for ten seconds of a CPU, far longer than it computes here.
+            # One worker: each spends ten CPU seconds on imports, far more than it computes here.
             "RAY_OVERRIDE_RESOURCES": '{"CPU": 1}',
         }
         self._faults: dict[str, dict[str, Any]] = {}
@@ -100,14 +100,16 @@ class Workplace:
             shutil.copy(database, self.output / "mlflow.db")
 
     def fault(self, stage: str = "", **what: Any) -> None:
-        """Say what befalls a stage, by name or key, from now on; nothing without `what`.
+        """Set the fault of a stage from now on. Without `what`, the stage has none.
 
-        held: it computes, and then waits until this changes. raises: a RuntimeError with that
-        text. parts: it runs out of memory until batches are cut into so many. A stage named
-        "tracking" is the writing of a run: held after MLflow has it, before it is told anything.
+        stage: its name or key. "tracking" is the writing of a run: it is held after MLflow has
+            created the run, before anything is logged to it.
+        held: the stage computes, and then waits until this changes.
+        raises: the text of a RuntimeError that the stage raises.
+        parts: the stage runs out of memory until batches are cut into so many parts.
         """
         if what.get("held"):
-            # It keeps its worker: whatever is to go on meanwhile needs another.
+            # It keeps its worker: other stages need a second one.
             self.environment.pop("RAY_OVERRIDE_RESOURCES", None)
         self._faults[stage] = what
         staged = self.folder / "faults.new"
@@ -132,7 +134,7 @@ class Workplace:
 
 
 def end_tree(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process of ours that still runs, and its children."""
+    """Kill a process of this test that still runs, and its children."""
     if process.poll() is None:
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
@@ -147,7 +149,7 @@ def end_tree(process: subprocess.Popen[bytes]) -> None:
 
 
 def wait_for(what: Callable[[], Any], command: Command | None = None, limit: float = LIMIT) -> Any:
-    """Return what a function gives, once that is something; fail where the command ends first."""
+    """Return a function's first true value; fail if the command ends before, or after `limit`."""
     until = time.monotonic() + limit
     while time.monotonic() < until:
         ended = command is not None and command.process.poll() is not None
@@ -160,14 +162,14 @@ def wait_for(what: Callable[[], Any], command: Command | None = None, limit: flo
 
 
 def _planned(output: Path, name: str) -> bool:
-    """Return whether a sweep has a plan. Its folder is there a moment earlier."""
+    """Return whether a sweep has a plan. Its folder exists a moment earlier."""
     return any((output / name / "plans").glob("[!.]*"))
 
 
 def holder(place: Workplace, stage: str, but: int = 0) -> psutil.Process | None:
-    """Return the process that has computed a stage and not committed it.
+    """Return the process that has computed a stage but not committed it.
 
-    stage: its name or key. but: a process id to leave out.
+    stage: its name or key. but: a process id to ignore.
     """
     if not _planned(place.output, "tiny"):
         return None
@@ -187,9 +189,9 @@ def own_stages(results: Results, cell: str) -> dict[str, str]:
 
 
 class Server:
-    """An MLflow server that can be stopped and started again.
+    """An MLflow server that can be stopped and restarted.
 
-    database: its SQLite file. folder: of its log and its artifacts.
+    database: its SQLite file. folder: where its log and its artifacts go.
     """
 
     def __init__(self, database: Path, folder: Path, port: int) -> None:
@@ -231,7 +233,7 @@ class Server:
 
 
 def journal(output: Path, name: str = "tiny") -> list[dict[str, Any]]:
-    """Return a sweep's journal, nothing of one that has not begun."""
+    """Return a sweep's journal; an empty one if the sweep has not begun."""
     path = output / name / "journal.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines]
@@ -246,7 +248,7 @@ def names_by_key(results: Results) -> dict[str, str]:
 
 
 def computed(output: Path, name: str = "tiny") -> Counter[str]:
-    """Return how often stages were begun, by their name."""
+    """Return by name how often stages were begun."""
     if not _planned(output, name):
         return Counter()
     names = names_by_key(find_sweep(output, name))
@@ -255,10 +257,10 @@ def computed(output: Path, name: str = "tiny") -> Counter[str]:
 
 
 def measured(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return metrics and losses, but for those of the clock; repr, so that NaN equals NaN."""
+    """Return metrics and losses, without times, as their repr: then NaN equals NaN."""
     found = {k: repr(v) for k, v in record["metrics"].items() if not k.startswith("seconds")}
     for epoch in record["history"]:
-        # Rates are coarse; a loss differs whenever anything does.
+        # Rates are coarse; a loss shows every difference.
         found[f"loss of {epoch['stage']} {epoch['epoch']}"] = repr(epoch["loss"])
     return found
 
@@ -268,7 +270,7 @@ def all_measured(results: Results) -> dict[str, dict[str, str]]:
 
 
 def runs_at(uri: str, name: str = "tiny") -> list[Any]:
-    """Return the runs of a sweep that are not deleted, but for its summary."""
+    """Return the runs of a sweep that are not deleted, without its summary."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=uri)
@@ -285,10 +287,12 @@ def check(
     again: Mapping[str, int] | None = None,
     uri: str | None = None,
 ) -> None:
-    """Check that a sweep ended as if nothing had happened to it.
+    """Check that a sweep ended as an undisturbed one does.
 
-    expected: metrics by cell, of an undisturbed sweep. again: by name, how often stages were begun
-    more than once.
+    output: its output folder.
+    expected: metrics by cell, of an undisturbed sweep.
+    again: by name, how often stages were begun after their first time.
+    uri: of the MLflow store; None is the one in the output folder.
     """
     results = find_sweep(output, "tiny")
     assert all_measured(results) == expected
@@ -305,8 +309,8 @@ def check(
     for key, count in Counter(event["key"] for event in begun).items():
         more[names[key]] += count - 1
     assert +more == (again or {})
-    # Nothing half-written is left behind, and nobody holds anything.
+    # No half-written entry is left, and no lease.
     entries = {(p.parent.name, p.name) for p in (output / "store" / "entries").glob("*/*")}
     assert {key for key, _ in entries} == set(committed)
-    # What was killed leaves its lease or its launch as a file, but they count for nothing.
+    # A killed process leaves its lease or launch as a file, which has expired.
     assert results.store.in_use() == set()

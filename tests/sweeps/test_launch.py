@@ -5,19 +5,12 @@ Most run in this process, on one Ray that all tests share. What breaks is in ``t
 
 from __future__ import annotations
 
-import gc
-import io
 import itertools
 import json
 import re
 import signal
-import subprocess
-import sys
-import time
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +28,6 @@ from launching import (
     wait_for,
 )
 
-from btu.provenance import code_version
 from orchestrator.results.folder import find_sweep
 
 # Both CPUs of the shared Ray for every stage: where it does not matter how many stages run at once,
@@ -68,9 +60,9 @@ def place(tmp_path: Path, database: Path) -> Iterator[Workplace]:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """Ray in this process, which a launch in this process uses: two workers at once."""
+    # First: it sets what ray reads when it is imported.
+    import orchestrator.run.on_ray  # noqa: F401, I001
     import ray
-
-    # Imported first: it sets what ray reads on import.
 
     ray.init(
         address="local",
@@ -514,53 +506,6 @@ def test_a_cluster_that_does_not_answer_is_named(
     assert "is Ray Client, which sweeps do not use" in client.err
 
 
-@pytest.mark.parametrize(
-    ("failures", "tries", "refused"),
-    [
-        (2, 3, None),  # a busy machine; the third time it is up
-        (9, 3, r"Ray did not start, 3 times: timed out.* give the same command again"),
-    ],
-)
-def test_a_ray_that_does_not_start_in_time_is_started_again(
-    monkeypatch: pytest.MonkeyPatch, failures: int, tries: int, refused: str | None
-) -> None:
-    from btu.errors import UserError
-    from orchestrator.run import on_ray as launching
-
-    asked: list[str] = []
-    started: list[subprocess.Popen[bytes]] = []
-
-    def init(*, address: str, **_: Any) -> None:
-        asked.append(address)
-        if len(asked) <= failures:
-            started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]))
-            raise Exception("timed out.")
-
-    monkeypatch.setattr(launching.ray, "init", init)
-    expected = pytest.raises(UserError, match=refused) if refused else nullcontext()
-    with expected:
-        launching._connect(None, {})
-    assert asked == ["local"] * tries
-    # What came up of Ray in vain does not burden the next try.
-    assert [process.wait(60) for process in started] == [-signal.SIGKILL] * min(failures, tries)
-
-
-def test_a_cluster_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from btu.errors import UserError
-    from orchestrator.run import on_ray as launching
-
-    asked: list[str] = []
-
-    def init(*, address: str, **_: Any) -> None:
-        asked.append(address)
-        raise ConnectionError("nobody there.")
-
-    monkeypatch.setattr(launching.ray, "init", init)
-    with pytest.raises(UserError, match="Ray cluster head:6379 cannot be reached: nobody there"):
-        launching._connect("head:6379", {})
-    assert asked == ["head:6379"]
-
-
 def test_a_dry_run_touches_nothing(
     make_sweep: Callable[..., Path], run_cli: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -570,307 +515,3 @@ def test_a_dry_run_touches_nothing(
     assert done.code == 0, done
     assert "3 cells: 0 done, 3 to run, 0 failed earlier; 0 refused, 0 duplicates" in done.out
     assert sorted(tmp_path.rglob("*")) == sorted([*before, sweep])
-
-
-# The driver by itself --------------------------------------------------------------------------
-
-
-@pytest.fixture
-def driver(make_sweep: Callable[..., Path], tmp_path: Path) -> Iterator[Any]:
-    """A driver that has planned one cell and started nothing, with what it prints: `told`."""
-    from rich.console import Console
-
-    from orchestrator.plan.planner import Planner, plan_sweep
-    from orchestrator.run.on_ray import _Driver
-    from orchestrator.run.progress import SweepProgress
-    from orchestrator.sweep.load import load_sweep
-
-    sweep = load_sweep(make_sweep())
-    planner = Planner()
-    told = io.StringIO()
-    made = _Driver(
-        sweep, plan_sweep(sweep, planner), planner, SweepProgress(Console(file=told)), None
-    )
-    made.store.prepare()
-    made._prepare_schedule(retry_failed=False)
-    made.told = told  # type: ignore[attr-defined]
-    return made
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("error", "last"),
-    [("", "its worker died"), ("  \n", "its worker died"), ("OSError: a\nb", "b")],
-)
-def test_a_stage_that_is_given_up_is_a_failure(driver: Any, error: str, last: str) -> None:
-    from orchestrator.run.on_ray import WORKER_RETRIES
-
-    driver.suggest("t")
-    driver.gave_up("t", error)
-    (record,) = driver.store.failures()
-    assert record["code"] == code_version()
-    # It is over: `btu status` counts what began and has no end as running at once.
-    (event,) = (event for event in driver.results.journal() if event["event"] == "end")
-    assert (event["key"], event["outcome"]) == (record["key"], "failed")
-    assert record["stage"] == "poison"
-    assert record["reason"] == f"gave up after {WORKER_RETRIES + 1} tries: {last}"
-    assert f"FAILED: stage 'poison' of the cell: gave up after 3 tries: {last}" in " ".join(
-        driver.told.getvalue().split()
-    )
-    # Its cell fails with it, and there is nothing else to do.
-    (cell,) = driver._result(0.0).failed.values()
-    assert cell.startswith("stage 'poison' failed: gave up")
-
-
-@pytest.mark.slow
-def test_a_failure_that_cannot_be_recorded_is_told_and_does_not_end_the_sweep(
-    driver: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(driver.store, "fail", full)
-    driver.suggest("t")
-    driver.gave_up("t", "")
-    told = " ".join(driver.told.getvalue().split())
-    assert "was not recorded: [Errno 28] No space left" in told
-    assert driver.error is None
-
-
-@pytest.mark.slow
-def test_a_summary_is_written_while_cells_end_and_its_failure_is_told_once(
-    driver: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from orchestrator.run import on_ray
-    from orchestrator.tracking import sync
-
-    monkeypatch.setattr(on_ray, "SUMMARY_LOOK", 0.001)
-    monkeypatch.setattr(sync.Pace, "due", lambda self, now: True)
-    asked: list[tuple[str, str]] = []
-
-    def refuse(uri: str, experiment: str, results: Any) -> bool:
-        asked.append((uri, experiment))
-        raise ConnectionError("http://me:secret@host is away")
-
-    monkeypatch.setattr(sync, "summarize", refuse)
-    driver.tracking = {"uri": "sqlite:///x.db", "id": "7"}
-    with driver._summaries():
-        time.sleep(0.05)
-        assert asked == []  # no cell has ended
-        for count in (1, 2):
-            driver._unsummarized.set()
-            wait_for(lambda count=count: len(asked) == count, limit=10)
-    assert asked == [("sqlite:///x.db", "7")] * 2
-    told = " ".join(driver.told.getvalue().split())
-    assert told.count("summary in MLflow is not up to date (ConnectionError: http://host is") == 1
-    assert "btu sync tiny" in told
-    assert driver.error is None
-    assert not driver.stopped
-
-
-@pytest.mark.slow
-def test_ray_goes_down_with_nothing_left_to_collect(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Freed by another thread at that moment, a reference of Ray's ends the process."""
-    from orchestrator.run import on_ray
-
-    class Part:
-        me: Any
-
-    part = Part()
-    part.me = part
-    alive = weakref.ref(part)
-    del part
-    seen = []
-    monkeypatch.setattr(
-        on_ray.ray, "shutdown", lambda: seen.append((alive() is None, gc.isenabled()))
-    )
-    on_ray._leave()
-    assert seen == [(True, False)]
-    assert gc.isenabled()
-
-
-@pytest.mark.slow
-def test_workers_that_die_in_a_row_stop_the_sweep(driver: Any) -> None:
-    from orchestrator.run.on_ray import GIVEN_UP_IN_A_ROW
-
-    # Not the stages, the machines: whatever is tried dies.
-    for number in range(GIVEN_UP_IN_A_ROW):
-        assert not driver.stopped
-        driver._tasks[f"t{number}"] = None
-        driver.gave_up(f"t{number}", "")
-    assert not driver.stopped  # nodes that only wait do not count
-    task = driver.schedule.next()
-    for number in range(GIVEN_UP_IN_A_ROW):
-        driver._tasks[f"s{number}"] = task
-        driver.gave_up(f"s{number}", "")
-    assert "the workers of 3 stages in a row died" in driver.stopped
-
-
-@pytest.fixture
-def refining(
-    make_sweep: Callable[..., Path], planner: Any, trial_result: Any
-) -> Callable[..., Any]:
-    """A function that begins a driver which refines, on a sweep whose grid is done.
-
-    ASR is 1 at 0.01 and 0 at 0.04. Called again, it is the next launch of the same sweep.
-    """
-    from rich.console import Console
-    from shelf import publish_cell
-
-    from orchestrator.plan.planner import plan_sweep
-    from orchestrator.run.on_ray import _Driver
-    from orchestrator.run.progress import SweepProgress
-    from orchestrator.run.refine import RefineSpec
-    from orchestrator.sweep.load import load_sweep
-
-    def build(trials: int) -> Any:
-        sweep = load_sweep(make_sweep(grid={"defense.alpha": [0.01, 0.04]}))
-        told = io.StringIO()
-        made = _Driver(
-            sweep,
-            plan_sweep(sweep, planner),
-            planner,
-            SweepProgress(Console(file=told, width=500)),
-            None,
-            RefineSpec(("asr",), trials),
-        )
-        made.store.prepare()
-        for cell in made.plan.cells.values():
-            if cell.key not in made.store.committed():
-                metrics = {"asr": float(cell.varied["defense.alpha"] < 0.02), "cacc": 0.9}
-                result = {**trial_result.result, "metrics": metrics}
-                publish_cell(made.store, cell.key, trial_result.folder, result)
-        made._begin_study(retry_failed=False)
-        made.results.write_plan(made.sweep, made.plan.cells.values())
-        made._prepare_schedule(retry_failed=False)
-        made.told = told  # type: ignore[attr-defined]
-        return made
-
-    return build
-
-
-@pytest.mark.slow
-def test_a_driver_asks_for_a_threshold_and_the_next_launch_knows_it(
-    refining: Callable[..., Any],
-) -> None:
-    driver = refining(1)
-    assert driver._searching()
-    assert not driver.schedule.unfinished
-    assert driver.suggest("t")["task"]
-    (asked,) = (
-        cell for cell in driver.results.cells().values() if cell.varied["defense.alpha"] == 0.02
-    )
-    assert asked.key in driver.plan.cells  # sqrt(0.01 x 0.04)
-    assert driver.schedule.unfinished
-    assert not driver._searching()  # the budget is used up
-    # As after kill -9: its cell is to be run, and nothing else.
-    again = refining(1)
-    assert set(again.plan.cells) == set(driver.plan.cells)
-    assert again.schedule.unfinished == driver.schedule.unfinished
-    assert not again._searching()
-
-
-@pytest.mark.slow
-def test_shared_models_stay_while_thresholds_may_follow(refining: Callable[..., Any]) -> None:
-    dropped: list[str] = []
-    for trials, kept in ((2, True), (1, False)):
-        driver = refining(trials)
-        driver.suggest("t")
-        shared = next(
-            stage.key
-            for cell in driver.plan.cells.values()
-            for stage in cell.stage.inputs.values()
-            if stage.model and stage.kind != "cell"
-        )
-        driver.store.drop = dropped.append
-        dropped.clear()
-        driver._drop(shared)
-        assert dropped == ([] if kept else [shared]), trials
-        driver.store.release_launch(driver.id)
-
-
-@pytest.mark.slow
-def test_a_failed_threshold_is_told_and_ends_the_search(refining: Callable[..., Any]) -> None:
-    driver = refining(9)
-    driver.suggest("t")
-    driver.gave_up("t", "")  # the first stage of the new cell
-    assert not driver._searching()
-    result = driver._result(0.0)
-    assert (result.done, len(result.failed), result.missing) == (2, 1, 0)
-    assert "between 0.01 and 0.04 (refined with 1 cell; 0.02 between them has no asr)" in (
-        driver.told.getvalue()
-    )
-    assert not refining(9)._searching()
-
-
-@pytest.mark.slow
-def test_a_refused_threshold_ends_the_search_with_a_note(
-    refining: Callable[..., Any], planner: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from orchestrator.plan.planner import Planner, RefusedCell
-
-    add = Planner.add
-
-    def refuse(self: Any, plan: Any, cells: Any) -> Any:
-        cells = list(cells)
-        for cell in cells:
-            if cell.varied["defense.alpha"] == 0.02:
-                plan.refused.append(RefusedCell(cell.varied, "no such threshold."))
-        return add(self, plan, [c for c in cells if c.varied["defense.alpha"] != 0.02])
-
-    monkeypatch.setattr(Planner, "add", refuse)
-    driver = refining(9)
-    assert not driver._searching()
-    assert driver._result(0.0).complete
-    assert "defense.alpha=0.02 is refused" in driver.told.getvalue()
-
-
-@pytest.mark.slow
-def test_the_live_lines_end_when_the_launch_fails(
-    make_sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Otherwise the terminal is left without a cursor.
-    from rich.console import Console
-
-    from btu.errors import UserError
-    from orchestrator.plan.planner import Planner, plan_sweep
-    from orchestrator.run import on_ray as launching
-    from orchestrator.run.progress import SweepProgress
-    from orchestrator.sweep.load import load_sweep
-    from orchestrator.tracking import experiment as experiment_module
-
-    def refuse(*_: object) -> None:
-        raise UserError("no node can hold a stage.")
-
-    monkeypatch.setattr(launching._Driver, "_compute", refuse)
-    monkeypatch.setattr(experiment_module, "prepare", lambda _: ("0", ""))
-    sweep = load_sweep(make_sweep())
-    planner = Planner()
-    screen = io.StringIO()
-    progress = SweepProgress(Console(file=screen, width=120, force_terminal=True))
-    try:
-        with pytest.raises(UserError, match="no node"):
-            launching.launch(sweep, plan_sweep(sweep, planner), planner, progress)
-        assert screen.getvalue().count("\x1b[?25h") == screen.getvalue().count("\x1b[?25l") == 1
-    finally:
-        progress.end()
-
-
-def test_a_wait_for_another_launch_ends_when_that_lets_go(tmp_path: Path) -> None:
-    from orchestrator.run import on_ray as launching
-    from orchestrator.store.store import Store
-
-    store = Store(tmp_path)
-    store.prepare()
-    lease = store.lease("k", "other")
-    assert lease.acquire()
-    reported: list[dict[str, bool]] = []
-    patch = pytest.MonkeyPatch()
-    with patch.context() as context:
-        context.setattr(launching.tune, "report", reported.append)
-        began = time.monotonic()
-        launching._wait({"store": str(tmp_path)})
-        waited = time.monotonic() - began
-        assert launching.WAIT_SECONDS <= waited < launching.WAIT_SECONDS + 20
-        lease.release()
-    assert reported == [{"waited": True}]

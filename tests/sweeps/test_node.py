@@ -6,6 +6,7 @@ import errno
 import gc
 import json
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from btu.stages import stage as stage_function
 from btu.training import NonFiniteLossError
 from btu.types import Progress
 from orchestrator.run import worker
-from orchestrator.run.worker import Outcome, Report, free_memory, run_node
+from orchestrator.run.worker import Outcome, Report, free_memory, run_node, wait_for_others
 from orchestrator.store.store import Store
 
 # What the stage functions below did: their labels, and whatever they are told to raise.
@@ -504,3 +505,35 @@ def test_garbage_goes_though_what_was_imported_is_frozen(monkeypatch: pytest.Mon
         assert caught() is None
     finally:
         gc.unfreeze()
+
+
+# Waiting ---------------------------------------------------------------------------------------
+
+
+def test_a_wait_for_another_launch_ends_after_a_while(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "WAIT_SECONDS", 0.3)
+    with shop.store.lease("k", "other") as lease:
+        assert lease.acquire()
+        began = time.monotonic()
+        wait_for_others(shop.store.location)
+        assert 0.3 <= time.monotonic() - began < 20
+
+
+def test_a_wait_for_another_launch_ends_when_that_lets_go(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "WAIT_SECONDS", 600.0)
+    lease = shop.store.lease("k", "other")
+    assert lease.acquire()
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 2:
+            lease.release()
+
+    monkeypatch.setattr(worker.time, "sleep", sleep)
+    wait_for_others(shop.store.location)
+    assert len(slept) == 2

@@ -1,0 +1,106 @@
+"""The nodes that a launch runs on: whether they can take part, and what is passed on to them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from btu.errors import UserError
+from btu.provenance import code_version
+from orchestrator.store.storage import Storage
+from orchestrator.store.store import Store
+from orchestrator.sweep.sections import ResourceSpec
+
+# Environment variables that act in a trial; a remote worker inherits none of the driver's.
+PASSED_PREFIXES = ("MLFLOW_", "HF_", "BTU_", "AWS_", "TRANSFORMERS_", "RAY_ACCEL_")
+
+
+def passed_environment() -> dict[str, str]:
+    """Return the variables that workers get from this process."""
+    environment = {k: v for k, v in os.environ.items() if k.startswith(PASSED_PREFIXES)}
+    if environment.get("BTU_CACHE"):
+        # Workers start in folders of their own.
+        environment["BTU_CACHE"] = str(Path(environment["BTU_CACHE"]).expanduser().resolve())
+    return environment
+
+
+def check_answers(address: str | None) -> None:
+    """Raise a `UserError` where nothing listens at HOST:PORT: ray itself tries for minutes."""
+    if address is not None and address.startswith("ray://"):
+        raise UserError(
+            f"--address {address} is Ray Client, which sweeps do not use; run btu launch on a node "
+            "of the cluster with --address auto."
+        )
+    host, _, port = (address or "").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise UserError(
+            f"Ray cluster {address} cannot be reached: {error}. Check --address, or leave it out "
+            "for a local run."
+        ) from error
+
+
+def slots(nodes: list[Mapping[str, Any]], resources: ResourceSpec) -> int:
+    """Return how many stages run at once.
+
+    Raises:
+        UserError: no node has the resources of one.
+    """
+    demands = [resources.of(kind) for kind in ("stage", "cell")]
+    for cpu, gpu in demands:
+        if not any(_holds(node, cpu, gpu) for node in nodes):
+            have = ", ".join(
+                f"{n['Resources'].get('CPU', 0):g} CPU / {n['Resources'].get('GPU', 0):g} GPU"
+                for n in nodes
+            )
+            raise UserError(
+                f"no node can hold a stage with resources cpu={cpu:g} gpu={gpu:g} (nodes: "
+                f"{have}); lower resources, or use --address."
+            )
+    return max(1, sum(max(_holds(node, cpu, gpu) for cpu, gpu in demands) for node in nodes))
+
+
+def _holds(node: Mapping[str, Any], cpu: float, gpu: float) -> int:
+    """Return how many stages with such a demand fit on a node."""
+    resources = node["Resources"]
+    fits = resources.get("CPU", 0) / cpu
+    if gpu > 0:
+        fits = min(fits, resources.get("GPU", 0) / gpu)
+    return int(fits + 1e-9)
+
+
+def probe(location: str, folder: str, node: str, token: str) -> str:
+    """Return what keeps this node from taking part, empty if nothing does.
+
+    location: of the store.
+    folder: in the store, where the driver and the nodes write for each other.
+    node: id of this node.
+    token: what the driver wrote.
+    """
+    try:
+        storage = Store(location).storage
+        if storage.read(f"{folder}/driver").decode() != token:
+            return f"at {location} it sees another folder"
+        storage.write(f"{folder}/{node}", code_version().encode())
+    except FileNotFoundError:
+        return f"it does not see {location}"
+    except Exception as error:  # each client of an object store has its own
+        return f"it cannot write to {location} ({error})"
+    return ""
+
+
+def unseen(storage: Storage, path: str) -> str:
+    """Return what is wrong with the version that a node wrote, empty if nothing is."""
+    try:
+        written = storage.read(path).decode()
+    except FileNotFoundError:
+        return "what it writes there is not seen here"
+    if written != code_version():
+        return f"it runs code {written}, the driver {code_version()}"
+    return ""

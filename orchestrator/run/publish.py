@@ -1,0 +1,153 @@
+"""What a launch writes to MLflow itself: the experiment, the summary, and runs that are missing."""
+
+from __future__ import annotations
+
+import shlex
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.results.folder import Results
+from orchestrator.store.store import Store
+from orchestrator.sweep.sweep import Sweep
+
+if TYPE_CHECKING:
+    from orchestrator.tracking.sync import Pace
+
+# Seconds between checks for a due summary.
+SUMMARY_LOOK = 1.0
+
+
+class Publisher:
+    """Keeps MLflow up to date with one launch. No failure of MLflow ends the launch.
+
+    tracking: URI and experiment id, for the workers, which write the runs of cells; None while the
+    server does not answer.
+    """
+
+    def __init__(self, sweep: Sweep, results: Results, note: Callable[[str], None]) -> None:
+        """Ask no server yet.
+
+        sweep: whose experiment it is.
+        results: where `synchronize` reads the sweep's results.
+        note: prints a line for people.
+        """
+        self._sweep, self._results, self._note = sweep, results, note
+        self.tracking: dict[str, str] | None = None
+        self._due = threading.Event()  # a cell has ended since the last summary
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._summary_failed = False
+
+    def prepare(self) -> None:
+        """Create store and experiment where they are missing.
+
+        Raises:
+            UserError: the URI cannot work, whoever answers.
+        """
+        from orchestrator.tracking import experiment, server
+
+        uri = server.tracking_uri(self._sweep)
+        experiment_id, reason = experiment.prepare(self._sweep)
+        if experiment_id is None:
+            self._note(
+                f"MLflow at {server.shown(uri)} does not answer ({reason[:150]}); the sweep runs "
+                f"all the same. Results wait on disk: {self._sync_command()} writes them."
+            )
+        else:
+            self.tracking = {"uri": uri, "id": experiment_id}
+
+    def start(self) -> None:
+        """Start to update the summary whenever cells have ended.
+
+        It happens in a thread: neither drawing nor a slow server may delay the scheduling.
+        """
+        if self.tracking is None:
+            return
+        from orchestrator.tracking.sync import Pace
+
+        # A store of its own: a `Store` serves one thread.
+        store = Store(self._sweep.store_location, warn=self._note)
+        results = Results(self._sweep.output, self._sweep.name, store)
+        pace = Pace()
+        pace.took(time.monotonic(), time.monotonic())
+        self._thread = threading.Thread(target=self._update, args=(results, pace), daemon=True)
+        self._thread.start()
+
+    def cell_ended(self) -> None:
+        """A cell has ended: the summary is out of date."""
+        self._due.set()
+
+    def stop(self, *, wait: bool) -> None:
+        """Stop updating the summary. wait: until an update that has started is over."""
+        self._done.set()
+        if wait and self._thread is not None:
+            self._thread.join()
+
+    def synchronize(self, owner: str, *, interrupted: bool) -> None:
+        """Write the runs that MLflow lacks, and the summary; print how many are still missing.
+
+        owner: id of the launch. Its own leases do not keep a run from being written.
+        interrupted: whether somebody waits for the launch to stop. Then no server is asked and
+            nothing is drawn; the next launch does it.
+        """
+        from orchestrator.tracking import experiment, server, sync
+
+        uri = server.tracking_uri(self._sweep)
+        if interrupted and uri.startswith(("http://", "https://")):
+            return
+        experiment_id = self.tracking["id"] if self.tracking else None
+        if experiment_id is None:
+            experiment_id, _ = experiment.prepare(self._sweep)
+            if experiment_id is None:
+                return
+
+        def live(key: str) -> bool:
+            return self._results.store.held_by_other(key, owner)
+
+        synced = sync.sync(uri, experiment_id, self._results, live, owner)
+        if synced.missing:
+            self._note(
+                f"{synced.missing} results are on disk but not in MLflow ({synced.reason}); "
+                f"{self._sync_command()} writes them once {server.shown(uri)} answers."
+            )
+        self.tracking = {"uri": uri, "id": experiment_id}
+        if not interrupted:
+            self._summarize(self._results)
+
+    def _update(self, results: Results, pace: Pace) -> None:
+        while not self._done.wait(SUMMARY_LOOK):
+            began = time.monotonic()
+            if self._due.is_set() and pace.due(began):
+                self._due.clear()
+                self._summarize(results)
+                pace.took(began, time.monotonic())
+
+    def _summarize(self, results: Results) -> None:
+        """Update the summary run; print the first failure only."""
+        from orchestrator.tracking import server, sync
+
+        if self.tracking is None:
+            return
+        try:
+            sync.summarize(self.tracking["uri"], self.tracking["id"], results)
+        except Exception as error:  # of a server, of a disk or of a plot
+            if not self._summary_failed:
+                self._note(
+                    f"the sweep's summary in MLflow is not up to date ({server.brief(error)}); "
+                    f"{self._sync_command()} writes it."
+                )
+            self._summary_failed = True
+
+    def _sync_command(self) -> str:
+        """Return the command that writes what MLflow misses."""
+        from orchestrator.tracking.server import shown
+
+        words = ["btu", "sync", self._sweep.name]
+        if self._sweep.output != str(Path("runs").resolve()):
+            words += ["--output", self._sweep.output]
+        if self._sweep.tracking.uri is not None:
+            words += ["--uri", shown(self._sweep.tracking.uri)]
+        return shlex.join(words)

@@ -1,0 +1,307 @@
+"""What stands between Ray and a launch, without a Ray that runs."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+from driving import ByHand, ToyPlanner, begin
+
+from btu.errors import UserError
+from btu.provenance import code_version
+from orchestrator.run import nodes
+from orchestrator.run.worker import Outcome, Report, StageCall
+from orchestrator.store.store import Store
+from orchestrator.sweep.sections import ResourceSpec
+
+FINISHED = "FINISHED"  # of ray's Searcher
+
+
+# Coming and going ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("failures", "tries", "refused"),
+    [
+        (2, 3, None),  # a busy machine; the third time it is up
+        (9, 3, r"Ray did not start, 3 times: timed out.* give the same command again"),
+    ],
+)
+def test_a_ray_that_does_not_start_in_time_is_started_again(
+    monkeypatch: pytest.MonkeyPatch, failures: int, tries: int, refused: str | None
+) -> None:
+    from orchestrator.run import on_ray
+
+    asked: list[str] = []
+    started: list[subprocess.Popen[bytes]] = []
+
+    def init(*, address: str, **_: Any) -> None:
+        asked.append(address)
+        if len(asked) <= failures:
+            started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]))
+            raise Exception("timed out.")
+
+    monkeypatch.setattr(on_ray.ray, "init", init)
+    expected = pytest.raises(UserError, match=refused) if refused else nullcontext()
+    with expected:
+        on_ray.connect(None, {})
+    assert asked == ["local"] * tries
+    # What came up of Ray in vain does not burden the next try.
+    assert [process.wait(60) for process in started] == [-signal.SIGKILL] * min(failures, tries)
+
+
+def test_a_cluster_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestrator.run import on_ray
+
+    asked: list[str] = []
+
+    def init(*, address: str, **_: Any) -> None:
+        asked.append(address)
+        raise ConnectionError("nobody there.")
+
+    monkeypatch.setattr(on_ray.ray, "init", init)
+    with pytest.raises(UserError, match="Ray cluster head:6379 cannot be reached: nobody there"):
+        on_ray.connect("head:6379", {})
+    assert asked == ["head:6379"]
+
+
+def test_ray_goes_down_with_nothing_left_to_collect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Freed by another thread at that moment, a reference of Ray's ends the process."""
+    from orchestrator.run import on_ray
+
+    class Part:
+        me: Any
+
+    part = Part()
+    part.me = part
+    alive = weakref.ref(part)
+    del part
+    seen = []
+    monkeypatch.setattr(
+        on_ray.ray, "shutdown", lambda: seen.append((alive() is None, gc.isenabled()))
+    )
+    on_ray.leave()
+    assert seen == [(True, False)]
+    assert gc.isenabled()
+
+
+# Trials ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hand(tmp_path: Path) -> Iterator[ByHand]:
+    """A launch of one toy cell, in which nothing has run."""
+    made = begin(tmp_path, "grid: {defense.alpha: [0.01]}\n", ToyPlanner())
+    yield made
+    made.leave()
+
+
+@pytest.fixture
+def trials(hand: ByHand) -> Any:
+    """The trials of that launch, of two CPUs each."""
+    from orchestrator.run.on_ray import Trials
+
+    return Trials(hand.driver, ResourceSpec(cpu=2))
+
+
+def answer(outcome: Outcome, **facts: Any) -> dict[str, str]:
+    """Return a trial's result as its worker reports it."""
+    return {"report": Report(outcome, **facts).to_json()}
+
+
+def name_in(config: dict[str, Any]) -> str:
+    """Return the name of the stage that a trial is to compute."""
+    return str(StageCall.from_json(config["task"]).node["name"])
+
+
+def test_trials_of_tune_are_tasks_of_the_driver(hand: ByHand, trials: Any) -> None:
+    config = trials.suggest("a")
+    assert config["held"] == {"cpu": 2, "gpu": 0.0}
+    assert name_in(config) == "rows"
+    trials.started("a")
+    assert trials.suggest("b") is None  # until its input is there
+    (cell,) = hand.plan.cells.values()
+    hand.publish(cell.stage.inputs["rows"])
+    trials.ended("a", answer(Outcome.done, seconds=1.0))
+    # Tune may report an end twice.
+    trials.ended("a", answer(Outcome.failed, reason="late"))
+    trials.gave_up("a", "late")
+    trials.started("a")
+    assert name_in(trials.suggest("b")) == "train"
+    trials.gave_up("b", "ActorDiedError: killed")
+    assert trials.suggest("c") == FINISHED
+    assert [event["stage"] for event in hand.events("start")] == ["rows"]
+    ends = [(event["stage"], event["outcome"]) for event in hand.events("end")]
+    assert ends == [("rows", "done"), ("train", "failed")]
+    (record,) = hand.store.failures()
+    assert record["reason"] == "gave up after 3 tries: ActorDiedError: killed"
+    assert trials.error is None
+
+
+@pytest.mark.parametrize("end", ["ended", "gave_up"])
+def test_a_trial_that_waits_needs_next_to_nothing(hand: ByHand, trials: Any, end: str) -> None:
+    (cell,) = hand.plan.cells.values()
+    lease = Store(hand.store.location).lease(cell.stage.inputs["rows"].key, "other")
+    assert lease.acquire()
+    assert trials.suggest("a") == {"task": "", "held": {"cpu": 0.001, "gpu": 0.0}}
+    assert trials.suggest("b") is None
+    trials.started("a")
+    lease.release()
+    trials.ended("a", {"waited": True}) if end == "ended" else trials.gave_up("a", "killed")
+    hand.now += 2
+    assert name_in(trials.suggest("b")) == "rows"
+    assert not hand.events("end")
+    assert not list(hand.store.failures())
+
+
+@pytest.mark.parametrize(("gpu", "held"), [(0.0, (16, 0.0)), (0.25, (2, 1.0))])
+def test_a_stage_that_ran_out_of_memory_has_a_device_of_its_own(
+    hand: ByHand, monkeypatch: pytest.MonkeyPatch, gpu: float, held: tuple[float, float]
+) -> None:
+    from orchestrator.run import on_ray
+
+    there = [
+        {"Alive": True, "Resources": {"CPU": 16.0}},
+        {"Alive": True, "Resources": {"CPU": 8.0}},
+        {"Alive": False, "Resources": {"CPU": 99.0}},
+    ]
+    monkeypatch.setattr(on_ray.ray, "nodes", lambda: there)
+    trials = on_ray.Trials(hand.driver, ResourceSpec(cpu=2, gpu=gpu))
+    trials.suggest("a")
+    (cell,) = hand.plan.cells.values()
+    hand.publish(cell.stage.inputs["rows"])
+    trials.ended("a", answer(Outcome.done, seconds=1.0))
+    assert trials.suggest("b")["held"] == {"cpu": 2, "gpu": gpu}
+    trials.ended("b", answer(Outcome.memory))
+    assert trials.suggest("c")["held"] == dict(zip(("cpu", "gpu"), held, strict=True))
+
+
+def test_an_error_between_tune_and_the_driver_stops_the_launch(
+    hand: ByHand, trials: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Raised inside Tune it would hang the launch or kill it.
+    assert trials.suggest("a") is not None
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("bad disk")
+
+    monkeypatch.setattr(hand.results, "note", broken)
+    trials.ended("a", answer(Outcome.done))
+    assert str(trials.error) == "bad disk"
+    assert hand.driver.stopped == "RuntimeError: bad disk"
+    assert trials.suggest("b") == FINISHED
+    # The first one stands.
+    monkeypatch.setattr(hand.driver, "next_task", lambda: 1 / 0)
+    assert trials.suggest("c") is None
+    assert str(trials.error) == "bad disk"
+
+
+def test_a_task_that_cannot_be_handed_to_tune_keeps_nothing_waiting(
+    hand: ByHand, trials: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no such node")
+
+    monkeypatch.setattr(hand.driver, "call", broken)
+    assert trials.suggest("a") is None
+    assert hand.driver.stopped == "RuntimeError: no such node"
+    assert trials.suggest("a") == FINISHED
+
+
+def test_a_trial_without_a_report_keeps_nothing_waiting(hand: ByHand, trials: Any) -> None:
+    trials.suggest("a")
+    trials.ended("a", {})
+    assert hand.driver.stopped == "KeyError: 'report'"
+    assert isinstance(trials.error, KeyError)
+    assert trials.suggest("b") == FINISHED
+
+
+# Nodes -----------------------------------------------------------------------------------------
+
+
+def node(cpu: float, gpu: float | None = None) -> dict[str, Any]:
+    return {"Resources": {"CPU": cpu, **({} if gpu is None else {"GPU": gpu})}}
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "count"),
+    [
+        ([node(2)], {}, 2),
+        ([node(4), node(3)], {"cpu": 2}, 3),
+        ([node(8, 1)], {"gpu": 0.25}, 4),
+        ([node(0), node(2)], {}, 2),  # a head that runs nothing
+        # Where the stages of a cell need less, more of them run.
+        ([node(4)], {"cpu": 4, "cell_cpu": 1}, 4),
+        ([node(3)], {"cpu": 0.3}, 10),  # 3 / 0.3 is 9.999... or 10.000...
+    ],
+)
+def test_slots_are_the_stages_that_fit_at_once(
+    there: list[dict[str, Any]], asked: dict[str, float], count: int
+) -> None:
+    assert nodes.slots(there, ResourceSpec(**asked)) == count
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [({"cpu": 5}, "cpu=5 gpu=0"), ({"gpu": 1}, "cpu=1 gpu=1"), ({"cell_cpu": 5}, "cpu=5 gpu=0")],
+)
+def test_resources_that_no_node_has_are_refused(asked: dict[str, float], named: str) -> None:
+    there = r"nodes: 4 CPU / 0 GPU, 2 CPU / 0\.5 GPU"
+    with pytest.raises(UserError, match=rf"no node can hold .* {named} \({there}\); lower"):
+        nodes.slots([node(4), node(2, 0.5)], ResourceSpec(**asked))
+
+
+def test_workers_get_the_variables_that_act_on_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    monkeypatch.setenv("BTU_CACHE", "cache")
+    monkeypatch.setenv("SECRET_OF_ANOTHER_PROGRAM", "x")
+    passed = nodes.passed_environment()
+    assert passed["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "5"
+    # They start in folders of their own.
+    assert passed["BTU_CACHE"] == str(tmp_path / "cache")
+    assert "SECRET_OF_ANOTHER_PROGRAM" not in passed
+
+
+def test_an_address_that_does_not_answer_is_refused(free_port: int) -> None:
+    with pytest.raises(UserError, match=rf"Ray cluster 127\.0\.0\.1:{free_port} cannot be reached"):
+        nodes.check_answers(f"127.0.0.1:{free_port}")
+    with pytest.raises(UserError, match="is Ray Client, which sweeps do not use"):
+        nodes.check_answers("ray://127.0.0.1:10001")
+    # Without a port there is nothing to ask.
+    for address in (None, "auto", "local"):
+        nodes.check_answers(address)
+
+
+def test_a_node_takes_part_that_sees_the_store_and_runs_the_same_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "store")
+    store.prepare()
+    store.storage.write("probes/x/driver", b"token")
+    ask = (store.location, "probes/x", "n1", "token")
+    assert nodes.probe(*ask) == ""
+    assert nodes.unseen(store.storage, "probes/x/n1") == ""
+    assert "is not seen here" in nodes.unseen(store.storage, "probes/x/n2")
+    store.storage.write("probes/x/n3", b"0.0.0")
+    told = f"it runs code 0.0.0, the driver {code_version()}"
+    assert nodes.unseen(store.storage, "probes/x/n3") == told
+    # A folder of the same name, but not the same one; none at all; one that cannot be written.
+    assert "it sees another folder" in nodes.probe(*ask[:3], "another")
+    assert nodes.probe(str(tmp_path / "none"), *ask[1:]) == f"it does not see {tmp_path / 'none'}"
+    monkeypatch.setattr(type(store.storage), "write", full)
+    assert nodes.probe(*ask).startswith(f"it cannot write to {store.location} ([Errno 30]")
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(30, "Read-only file system")

@@ -1,0 +1,183 @@
+"""What MLflow is given of a launch, and what is said when it cannot be; no server is asked."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from launching import wait_for
+
+from orchestrator.results.folder import Results
+from orchestrator.run import publish
+from orchestrator.run.publish import Publisher
+from orchestrator.sweep.load import load_sweep
+
+
+class Desk:
+    """A publisher whose MLflow is made up, and what is asked of that.
+
+    answers: the experiment's id, None for a server that is away. missing: how many runs cannot be
+    written. refuses: what a summary raises.
+    """
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+        from orchestrator.tracking import experiment, sync
+
+        file = folder / "tiny.yaml"
+        file.write_text(f"name: tiny\noutput: {folder / 'runs'}\ntracking: {{uri: '{uri}'}}\n")
+        sweep = load_sweep(file)
+        self.answers: str | None = "7"
+        self.missing = 0
+        self.refuses: Exception | None = None
+        self.prepared = 0
+        self.synced: list[tuple[str, str, str]] = []
+        self.live: Callable[[str], bool]
+        self.summaries: list[tuple[str, str]] = []
+        self.notes: list[str] = []
+        self.results = Results(sweep.output, sweep.name)
+        self.results.store.prepare()
+        self.publisher = Publisher(sweep, self.results, self.notes.append)
+
+        def prepare(sweep: Any) -> tuple[str | None, str]:
+            self.prepared += 1
+            return self.answers, "" if self.answers else "Connection refused"
+
+        def write(uri: str, id: str, results: Any, live: Any, owner: str) -> Any:
+            assert results is self.results
+            self.synced.append((uri, id, owner))
+            self.live = live
+            return SimpleNamespace(missing=self.missing, reason="ConnectionError: away")
+
+        def summarize(uri: str, id: str, results: Any) -> None:
+            self.summaries.append((uri, id))
+            if self.refuses is not None:
+                raise self.refuses
+
+        monkeypatch.setattr(experiment, "prepare", prepare)
+        monkeypatch.setattr(sync, "sync", write)
+        monkeypatch.setattr(sync, "summarize", summarize)
+        monkeypatch.setattr(sync.Pace, "due", lambda self, now: True)
+        monkeypatch.setattr(publish, "SUMMARY_LOOK", 0.001)
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Desk]]:
+    made: list[Desk] = []
+
+    def build(uri: str = "http://me:secret@host") -> Desk:
+        made.append(Desk(tmp_path, monkeypatch, uri))
+        return made[-1]
+
+    yield build
+    for one in made:
+        one.publisher.stop(wait=True)
+
+
+def test_a_summary_is_written_while_cells_end_and_its_failure_is_told_once(
+    desk: Callable[..., Desk],
+) -> None:
+    made = desk()
+    made.refuses = ConnectionError("http://me:secret@host is away")
+    made.publisher.prepare()
+    made.publisher.start()
+    for count in (1, 2):
+        assert len(made.summaries) == count - 1  # no further cell has ended
+        made.publisher.cell_ended()
+        wait_for(lambda count=count: len(made.summaries) == count, limit=60)
+    made.publisher.stop(wait=True)
+    assert made.summaries == [("http://me:secret@host", "7")] * 2
+    (note,) = made.notes
+    assert note.startswith("the sweep's summary in MLflow is not up to date (ConnectionError: http")
+    assert "btu sync tiny" in note
+    assert "secret" not in note
+    # Once it has stopped, nothing is written.
+    made.publisher.cell_ended()
+    time.sleep(0.02)  # it looked every 0.001 s
+    assert len(made.summaries) == 2
+
+
+def test_whoever_stops_a_launch_need_not_wait_for_a_summary(
+    desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator.tracking import sync
+
+    drawing, go_on = threading.Event(), threading.Event()
+
+    def draw(*_: object) -> None:
+        drawing.set()
+        assert go_on.wait(60)
+        raise RuntimeError("bad plot")
+
+    made = desk()
+    monkeypatch.setattr(sync, "summarize", draw)
+    made.publisher.prepare()
+    made.publisher.start()
+    made.publisher.cell_ended()
+    assert drawing.wait(60)
+    made.publisher.stop(wait=False)
+    assert made.notes == []  # it still draws
+    go_on.set()
+    made.publisher.stop(wait=True)
+    assert "is not up to date (RuntimeError: bad plot)" in made.notes[0]
+
+
+def test_a_server_that_is_away_is_named_and_asked_again_at_the_end(
+    desk: Callable[..., Desk], tmp_path: Path
+) -> None:
+    made = desk()
+    made.answers = None
+    made.publisher.prepare()
+    assert made.publisher.tracking is None
+    command = f"btu sync tiny --output {tmp_path / 'runs'} --uri http://host"
+    assert made.notes == [
+        "MLflow at http://host does not answer (Connection refused); the sweep runs all the same. "
+        f"Results wait on disk: {command} writes them."
+    ]
+    # Nothing is drawn meanwhile.
+    made.publisher.start()
+    made.publisher.cell_ended()
+    made.publisher.stop(wait=True)
+    made.publisher.synchronize("me", interrupted=False)
+    assert (made.prepared, made.synced, made.summaries) == (2, [], [])
+    # Back again, it gets what it missed.
+    made.answers = "8"
+    made.publisher.synchronize("me", interrupted=False)
+    assert made.synced == [("http://me:secret@host", "8", "me")]
+    assert made.summaries == [("http://me:secret@host", "8")]
+    assert made.publisher.tracking == {"uri": "http://me:secret@host", "id": "8"}
+
+
+def test_results_that_mlflow_misses_are_counted(desk: Callable[..., Desk], tmp_path: Path) -> None:
+    made = desk()
+    made.missing = 3
+    made.publisher.prepare()
+    made.publisher.synchronize("me", interrupted=False)
+    assert made.notes == [
+        "3 results are on disk but not in MLflow (ConnectionError: away); btu sync tiny --output "
+        f"{tmp_path / 'runs'} --uri http://host writes them once http://host answers."
+    ]
+    # The leases of other launches are live, its own are not: its workers have ended.
+    with made.results.store.lease("k", "other") as lease:
+        assert lease.acquire()
+        assert made.live("k")
+    with made.results.store.lease("k", "me") as lease:
+        assert lease.acquire()
+        assert not made.live("k")
+
+
+@pytest.mark.parametrize(
+    ("uri", "synced"), [("http://host", 0), ("https://host", 0), ("sqlite:////tmp/x.db", 1)]
+)
+def test_an_interrupted_launch_asks_no_server_and_draws_nothing(
+    desk: Callable[..., Desk], uri: str, synced: int
+) -> None:
+    made = desk(uri)
+    made.publisher.prepare()
+    made.publisher.synchronize("me", interrupted=True)
+    assert len(made.synced) == synced
+    assert made.summaries == []
