@@ -17,9 +17,9 @@ from btu.defenses.token_unlearning import TokenUnlearning
 from btu.errors import UserError
 from btu.stages import Stage, StageFunction
 from btu.types import Corpus
+from orchestrator.plan import planner as planning
 from orchestrator.plan import work as work_module
 from orchestrator.plan.planner import Plan, PlannedCell, Planner, plan_sweep
-from orchestrator.plan.planner import planner as planning
 from orchestrator.plan.work import Group, Timings, Work, blocked, needed, survey, victim_name
 from orchestrator.sweep.load import load_sweep
 from orchestrator.sweep.sections import TrialSpec
