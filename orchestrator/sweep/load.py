@@ -20,6 +20,7 @@ from btu.attacks.poisoning import ATTACKS, PoisonSpec
 from btu.data.spec import DataSpec
 from btu.errors import UserError, unknown
 from btu.victims import VICTIMS, VictimSpec
+from orchestrator.sweep.output import DEFAULT_OUTPUT, STORE, output_location
 from orchestrator.sweep.sections import (
     FIXED_SECTIONS,
     NAMED_SECTIONS,
@@ -64,7 +65,7 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
     check_keys(config, names)
     search.check(_swept(names))
     _check_shared_paraphrase(config, search)
-    name, written = config.pop("name"), config.pop("output", "runs")
+    name, written = config.pop("name"), config.pop("output", DEFAULT_OUTPUT)
     output = _output(written)
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
         # It names a folder and an experiment, and stands in the commands that are printed.
@@ -72,7 +73,7 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
             "name must be a plain word that can name a folder: letters, digits, '_', '-', '+' and "
             f"'.', the first a letter, digit or '_'; got {name!r}. No name: the file's is taken."
         )
-    if name == "store":
+    if name == STORE:
         raise UserError(
             "name 'store' is taken: that folder of the output holds the results of all sweeps; "
             "use another name."
@@ -207,12 +208,10 @@ def _controls(config: dict[str, Any], optuna: OptunaSpec | None) -> tuple[str, .
 def _output(written: Any) -> str:
     if not isinstance(written, str) or not written.strip():
         raise UserError(f"output must be a folder or a URL, got {written!r}.")
-    if "://" not in written:
-        return str(Path(written).expanduser().resolve())
-    url = written.rstrip("/")
-    if "://" not in url:
+    location = output_location(written)
+    if "://" in written and "://" not in location:
         raise UserError(f"output {written!r} names no place; give the URL of a folder.")
-    return url
+    return location
 
 
 def _names_in_use(

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.sweep.output import store_location
 from orchestrator.sweep.sections import CONTROL, settings, shown_coordinates
 from orchestrator.sweep.tree import assign, copied, zipped_points
 
@@ -70,7 +71,7 @@ class Sweep:
     @property
     def store_location(self) -> str:
         """Where the results of all sweeps of the output folder are: ``<output>/store``."""
-        return f"{self.output}/store"
+        return store_location(self.output)
 
     @property
     def axes(self) -> tuple[str, ...]:
