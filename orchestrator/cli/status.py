@@ -21,7 +21,7 @@ from orchestrator.cli.shared import EXIT_INCOMPLETE, Output, console
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from orchestrator.run.status import Launch, Status, Work
+    from orchestrator.run.status import Computation, Launch, Status
 
 EXIT_RUNNING = 3
 WATCH_SECONDS = 5.0
@@ -184,7 +184,7 @@ def _launch_line(launch: Launch) -> str:
     return f"{where} {'is gone' if launch.lost else 'runs'}{silent}."
 
 
-def _work_table(work: list[Work]) -> Table:
+def _work_table(work: list[Computation]) -> Table:
     from orchestrator.run.progress import duration
 
     now = time.time()
@@ -205,6 +205,11 @@ def _time_left(stand: Status) -> str:
     from orchestrator.run.progress import duration
     from orchestrator.run.status import SweepState
 
+    if stand.unlisted:
+        return (
+            "Time left: unknown, since the plan is of an earlier version; the next launch of the "
+            "sweep writes it again."
+        )
     if stand.eta is None or stand.seconds_left is None:
         some = ", ".join(stand.untimed[:4]) + (" ..." if len(stand.untimed) > 4 else "")
         return f"Time left: unknown until each kind of stage has run once ({some})."

@@ -15,10 +15,10 @@ from rich.table import Table
 
 from btu.errors import UserError
 from orchestrator.cli.shared import console, errors
-from orchestrator.results.reachable import output_location, reachable
+from orchestrator.results.reachable import reachable
 from orchestrator.store import gc as housekeeping
-from orchestrator.store.storage import below
 from orchestrator.store.store import Store
+from orchestrator.sweep.output import output_location, store_location
 
 EXIT_DAMAGED = 1
 _SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -242,7 +242,7 @@ def _open(output: str) -> Store:
     def warn(sentence: str) -> None:
         errors.print(sentence, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
-    store = Store(below(output_location(output), "store"), warn=warn)
+    store = Store(store_location(output_location(output)), warn=warn)
     if not store.exists():
         raise UserError(
             f"{store.location} does not exist: no sweep has run with this output folder "

@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from btu.errors import UserError
 from btu.stages import Stage
 from btu.victims import VictimSpec, find_victim, weight_files
+from orchestrator.plan.listed import ListedPlan, ListedStage, victim_of
 from orchestrator.sweep.sections import ResourceSpec
 
 if TYPE_CHECKING:
     from orchestrator.plan.planner import Plan
 
-# What a stage takes on disk beside models: tables, token ids, records. Measured on SST-2.
+# The size of a stage's files beside models: tables, token ids, records. Measured on SST-2.
 SMALL_BYTES = 300_000
+
+AnyStage: TypeAlias = Stage | ListedStage
+S = TypeVar("S", bound=AnyStage)
 
 
 # What is left to do ------------------------------------------------------------------------------
 
 
 def needed(
-    cells: Iterable[Stage], committed: Collection[str], dropped: Collection[str]
-) -> dict[str, Stage]:
+    cells: Iterable[S], committed: Collection[str], dropped: Collection[str]
+) -> dict[str, S]:
     """Return the stages that have to be computed for `cells`, inputs first.
 
-    committed: keys with a complete result. dropped: keys whose models were removed since; what
-    reads no model from them still can.
+    cells: the stages that cells end with.
+    committed: keys with a complete result.
+    dropped: keys whose models were removed; a stage that reads no model can still read them.
     """
-    found: dict[str, Stage] = {}
+    found: dict[str, Any] = {}
 
-    def visit(stage: Stage) -> None:
+    def visit(stage: AnyStage) -> None:
         found_key = stage.key
         if found_key in found:
             return
@@ -92,7 +98,7 @@ class Timings:
         seconds, known_units, known_count = sums
         return seconds / known_units * units if known_units else seconds / known_count * count
 
-    def seconds(self, stage: Stage) -> float | None:
+    def seconds(self, stage: AnyStage) -> float | None:
         """Return the expected seconds of one stage."""
         return self.estimate(group_of(stage), 1, stage.units)
 
@@ -105,7 +111,7 @@ class Group(NamedTuple):
     kind: str = "stage"
 
 
-def group_of(stage: Stage) -> Group:
+def group_of(stage: AnyStage) -> Group:
     """Return the group of a stage."""
     return Group(stage.name, victim_name(stage), stage.kind)
 
@@ -116,9 +122,9 @@ def timings_for(rows: Iterable[Mapping[str, Any]], resources: ResourceSpec) -> T
     return Timings(rows, shared, own)
 
 
-def victim_name(stage: Stage) -> str:
-    """Return what timings are told apart by: the victim's name, empty where none acts."""
-    victim = stage.where.get("victim") or stage.where.get("config", {}).get("victim", {})
+def victim_name(stage: AnyStage) -> str:
+    """Return the victim's name, by which timings are kept; empty if no victim acts."""
+    victim = victim_of(stage)
     if victim:
         return str(victim["name"])
     return next(filter(None, map(victim_name, stage.inputs.values())), "")
@@ -128,11 +134,17 @@ def victim_name(stage: Stage) -> str:
 class Work:
     """What is left of a sweep, and what it would be without sharing.
 
-    stages: distinct ones to compute, by name; naive: the same if every cell computed its own.
+    done: cells with a result.
+    failed: reasons by key, for the cells that rest on a failure.
+    stages: distinct stages to compute, by name.
+    naive: the same if every cell computed its own.
     seconds, naive_seconds: of computing, over all workers; None without timings.
-    longest: the longest chain of stages that wait for each other. unmeasured: names of stages
-    without timings. models, small: bytes of all models and of everything else. model_bytes: of the
-    largest model. unsized: victims whose models are in neither, since their size is not known.
+    longest: seconds of the longest chain of stages that wait for each other.
+    unmeasured: names of stages without timings.
+    models, small: bytes of all models, and of everything else.
+    model_bytes: bytes of the largest model.
+    unsized: victims of unknown size, whose models are in neither of the two.
+    todo: keys of the stages to compute.
     """
 
     done: int
@@ -147,10 +159,11 @@ class Work:
     model_bytes: int
     small: int
     unsized: tuple[str, ...] = ()
+    todo: frozenset[str] = frozenset()
 
 
 def survey(
-    plan: Plan,
+    plan: Plan | ListedPlan,
     *,
     committed: Collection[str],
     dropped: Collection[str],
@@ -159,7 +172,7 @@ def survey(
 ) -> Work:
     """Count what a plan still has to compute.
 
-    failed: reasons by key, of stages and cells: what rests on one is not run.
+    failed: reasons by key, of stages and cells; a cell that rests on one is not run.
     """
     reasons = {
         cell.key: reason
@@ -170,51 +183,53 @@ def survey(
     done = sum(cell.key in committed for cell in cells)
     missing = [cell for cell in cells if cell.key not in committed]
     todo = needed(missing, committed, dropped)
-    stages: dict[str, int] = {}
-    naive: dict[str, int] = {}
     seconds = _by_key(timings.seconds)
-    total = naive_total = 0.0
-    unmeasured: dict[str, None] = {}
-    chain: dict[str, float] = {}
-    models = largest = 0
-    unsized: dict[str, None] = {}
-    for stage in todo.values():
-        stages[stage.name] = stages.get(stage.name, 0) + 1
-        took = seconds(stage)
-        if took is None:
-            unmeasured[stage.name] = None
-        total += took or 0.0
-        before = [chain.get(i.key, 0.0) for i in stage.inputs.values()]
-        chain[stage.key] = (took or 0.0) + max(before, default=0.0)
-        if stage.model:
-            size = _model_bytes(stage.where["victim"])
-            if size is None:
-                unsized[stage.where["victim"]["name"]] = None
-            models += size or 0
-            largest = max(largest, size or 0)
-    for cell in missing:
-        # By key: without a defense one evaluation has two names.
-        for stage in {s.key: s for s in (*cell.inputs.values(), cell)}.values():
-            naive[stage.name] = naive.get(stage.name, 0) + 1
-            naive_total += seconds(stage) or 0.0
+    # By key: without a defense one evaluation has two names.
+    naive = [
+        stage
+        for cell in missing
+        for stage in {s.key: s for s in (*cell.inputs.values(), cell)}.values()
+    ]
+    unmeasured = tuple(dict.fromkeys(s.name for s in todo.values() if seconds(s) is None))
     known = not unmeasured
+    sizes = {s.key: _model_bytes(victim_of(s)) for s in todo.values() if s.model}
+    models = [size for size in sizes.values() if size is not None]
     return Work(
         done,
         reasons,
-        stages,
-        naive,
-        total if known else None,
-        naive_total if known else None,
-        max(chain.values(), default=0.0) if known else None,
-        tuple(unmeasured),
-        models,
-        largest,
+        dict(Counter(stage.name for stage in todo.values())),
+        dict(Counter(stage.name for stage in naive)),
+        _total(todo.values(), seconds) if known else None,
+        _total(naive, seconds) if known else None,
+        _longest_chain(todo.values(), seconds) if known else None,
+        unmeasured,
+        sum(models),
+        max(models, default=0),
         len(todo) * SMALL_BYTES,
-        tuple(unsized),
+        tuple(dict.fromkeys(victim_name(todo[key]) for key in sizes if sizes[key] is None)),
+        frozenset(todo),
     )
 
 
-def blocked(cell: Stage, failed: Mapping[str, str]) -> str | None:
+def _total(stages: Iterable[AnyStage], seconds: Callable[[AnyStage], float | None]) -> float:
+    return sum((seconds(stage) or 0.0 for stage in stages), 0.0)
+
+
+def _longest_chain(
+    stages: Iterable[AnyStage], seconds: Callable[[AnyStage], float | None]
+) -> float:
+    """Return the seconds of the longest chain of stages that wait for each other.
+
+    stages: inputs before the stages that read them.
+    """
+    chain: dict[str, float] = {}
+    for stage in stages:
+        before = [chain.get(i.key, 0.0) for i in stage.inputs.values()]
+        chain[stage.key] = (seconds(stage) or 0.0) + max(before, default=0.0)
+    return max(chain.values(), default=0.0)
+
+
+def blocked(cell: AnyStage, failed: Mapping[str, str]) -> str | None:
     """Return why a cell cannot be had: its own failure, or that of a stage it rests on."""
     if not failed:
         return None
@@ -226,11 +241,11 @@ def blocked(cell: Stage, failed: Mapping[str, str]) -> str | None:
     return None
 
 
-def _by_key(function: Callable[[Stage], float | None]) -> Callable[[Stage], float | None]:
+def _by_key(function: Callable[[AnyStage], float | None]) -> Callable[[AnyStage], float | None]:
     """Return `function` with its answers kept by key."""
     known: dict[str, float | None] = {}
 
-    def cached(stage: Stage) -> float | None:
+    def cached(stage: AnyStage) -> float | None:
         if stage.key not in known:
             known[stage.key] = function(stage)
         return known[stage.key]

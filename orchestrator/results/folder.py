@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from btu.errors import UserError, unknown
 from btu.result_files import FLAGGED, RESULT, loads, with_nan
-from orchestrator.store.storage import Storage, open_storage
+from orchestrator.plan.listed import ListedStage, StageList, list_stages
+from orchestrator.store.storage import Storage, below, open_storage
 from orchestrator.store.store import Damaged, Missing, Store
 from orchestrator.sweep.load import resolve
+from orchestrator.sweep.output import STORE, output_location, store_location
 from orchestrator.sweep.sections import CONTROL, settings
 from orchestrator.sweep.sweep import Sweep
 from orchestrator.sweep.tree import assign
@@ -39,12 +41,27 @@ SWEEP, MEANS_TABLE = "sweep.yaml", "means.json"
 
 @dataclass(frozen=True)
 class Launched:
-    """A cell as it was launched. stages: name by key. base: the sweep's settings without varied."""
+    """A cell as it was launched.
+
+    varied: its coordinates.
+    stages: the names of the stages it rests on, by key.
+    base: the settings of the sweep, without the coordinates.
+    listed: the stages of all plans of the sweep.
+    """
 
     key: str
     varied: Mapping[str, Any]
     stages: Mapping[str, str]
     base: Mapping[str, Any]
+    listed: StageList
+
+    @property
+    def stage(self) -> ListedStage | None:
+        """The stage that it ends with, to count and time what is left.
+
+        None where only plans of the version before, which listed names alone, have the cell.
+        """
+        return self.listed.cell(self.key, self.stages)
 
     def config(self) -> dict[str, Any]:
         """Return the resolved config of the cell."""
@@ -65,25 +82,27 @@ class Results:
     def write_plan(
         self, sweep: Sweep, cells: Iterable[PlannedCell], refused: Iterable[RefusedCell] = ()
     ) -> None:
-        """Note which cells a launch has, and which it refused.
+        """Write which cells a launch has, and which it refused.
 
-        The same cells again are the same file.
+        Stages that cells share are listed once. The same cells again are the same file.
         """
+        cells = list(cells)
         plan = {
             "sweep": self.name,
             "keep": sweep.store.keep,
             "base": sweep.base,
+            "stages": list_stages(cell.stage for cell in cells),
             "cells": [
                 {
                     "key": cell.key,
                     "varied": dict(cell.varied),
-                    "stages": {s.key: s.name for s in cell.stage.inputs.values()},
+                    "stages": list(dict.fromkeys(s.key for s in cell.stage.inputs.values())),
                 }
                 for cell in cells
             ],
             "refused": [{"varied": dict(r.varied), "reason": r.reason} for r in refused],
         }
-        text = json.dumps(plan)
+        text = json.dumps(plan, separators=(",", ":"))
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
         path = f"{self.name}/{PLANS}/{name}.json"
         if not self.storage.exists(path):
@@ -96,27 +115,33 @@ class Results:
 
     def cells(self) -> dict[str, Launched]:
         """Return every cell that was ever launched under this name, by key."""
+        plans = list(read_plans(self.storage, self.name))
+        listed = StageList()
+        for plan in plans:
+            listed.add(plan.get("stages", {}))
         found: dict[str, Launched] = {}
-        for name in self.storage.names(f"{self.name}/{PLANS}"):
-            plan = json.loads(self.storage.read(f"{self.name}/{PLANS}/{name}"))
+        for plan in plans:
             for cell in plan["cells"]:
-                # What one launch had as a control, another asked for by itself.
+                # A cell that is a control in one plan may be a cell of its own in another.
                 if cell["key"] in found and CONTROL in cell["varied"]:
                     continue
+                stages = cell["stages"]
+                if not isinstance(stages, dict):  # a dict, of names: the version before
+                    stages = {key: listed.names[key] for key in stages}
                 found[cell["key"]] = Launched(
-                    cell["key"], cell["varied"], cell["stages"], plan["base"]
+                    cell["key"], cell["varied"], stages, plan["base"], listed
                 )
         return dict(sorted(found.items()))
 
     def refused(self) -> list[RefusedCell]:
-        """Return the cells that launches refused, but for those that a launch took since."""
+        """Return the cells that launches refused, without those that a launch took since."""
         from orchestrator.plan.planner import RefusedCell
 
-        launched = {json.dumps(cell.varied) for cell in self.cells().values()}
+        plans = list(read_plans(self.storage, self.name))
+        launched = {json.dumps(cell["varied"]) for plan in plans for cell in plan["cells"]}
         found: dict[str, RefusedCell] = {}
-        for name in self.storage.names(f"{self.name}/{PLANS}"):
-            plan = json.loads(self.storage.read(f"{self.name}/{PLANS}/{name}"))
-            for cell in plan.get("refused", ()):  # plans of before lack it
+        for plan in plans:
+            for cell in plan["refused"]:
                 if json.dumps(cell["varied"]) not in launched:
                     found[json.dumps(cell)] = RefusedCell(cell["varied"], cell["reason"])
         return list(found.values())
@@ -128,11 +153,10 @@ class Results:
         finished.
         """
         wanted: set[str] = set()
-        for sweep in self.storage.names(""):
+        for sweep in sweep_names(self.storage):
             if sweep == self.name:
                 continue
-            for name in self.storage.names(f"{sweep}/{PLANS}"):
-                plan = json.loads(self.storage.read(f"{sweep}/{PLANS}/{name}"))
+            for plan in read_plans(self.storage, sweep):
                 for cell in plan["cells"]:
                     if plan["keep"] == "models" or cell["key"] not in committed:
                         wanted.update(cell["stages"])
@@ -182,8 +206,8 @@ class Results:
         own = failure["key"] == cell.key
         lead = "" if own else f"stage '{failure['stage']}' failed: "
         known = dict(failure)
-        # Of the code that failed, which is not that which reads this; earlier versions noted none.
-        code = known.pop("code", None)
+        # The version of the code that failed, not of the code that reads this.
+        code = known.pop("code")
         return {
             **known,
             "key": cell.key,
@@ -193,7 +217,7 @@ class Results:
             "config": cell.config(),
             "reason": lead + failure["reason"],
             "failed": failure["key"],
-            "tags": {} if code is None else {"code": code},
+            "tags": {"code": code},
         }
 
     def origin(self) -> str:
@@ -247,27 +271,49 @@ def record_id(record: Mapping[str, Any]) -> str:
     return "-".join(map(str, parts))
 
 
-def store_location(output: str) -> str:
-    """Return where the store of an output folder is."""
-    return f"{output.rstrip('/')}/store"
-
-
 def read_result(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return a cell's result and its flagged tokens, most suspicious first, from its folder."""
     flagged: list[dict[str, Any]] = json.loads((folder / FLAGGED).read_text())
     return loads((folder / RESULT).read_text()), flagged
 
 
+def sweep_names(storage: Storage) -> list[str]:
+    """Return the names of the sweeps that were launched with an output."""
+    return [
+        name for name in storage.names("") if name != STORE and storage.names(f"{name}/{PLANS}")
+    ]
+
+
+def read_plans(storage: Storage, sweep: str) -> Iterator[dict[str, Any]]:
+    """Yield the plans of all launches of a sweep.
+
+    Raises:
+        UserError: a file is no plan.
+    """
+    for name in storage.names(f"{sweep}/{PLANS}"):
+        path = f"{sweep}/{PLANS}/{name}"
+        try:
+            plan = json.loads(storage.read(path))
+            for cell in plan["cells"]:
+                cell["key"], cell["stages"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{below(storage.location, path)} is no plan, so what sweep '{sweep}' needs is "
+                "not known; remove the file and launch the sweep, which writes it again."
+            ) from error
+        yield plan
+
+
 def find_sweep(output: str | Path, name: str, warn: Callable[[str], None] | None = None) -> Results:
-    """Return the results of a sweep. warn: told when a damaged result is set aside.
+    """Return the results of a sweep. warn: called when a damaged result is set aside.
 
     Raises:
         UserError: no sweep of that name was launched ("did you mean").
     """
-    location = str(output) if "://" in str(output) else str(Path(output).expanduser().resolve())
+    location = output_location(output)
     storage = open_storage(location)
-    if not storage.names(f"{name}/{PLANS}"):
-        known = [n for n in storage.names("") if n != "store" and storage.names(f"{n}/{PLANS}")]
+    if name == STORE or not storage.names(f"{name}/{PLANS}"):
+        known = sweep_names(storage)
         raise UserError(f"{unknown(f'sweep in {output}', name, known)}; launch it first.")
     store = Store(store_location(location), warn=warn) if warn else None
     return Results(location, name, store)

@@ -1,7 +1,7 @@
-"""How a sweep stands, running or dead, from what is on disk. Looks only, and changes nothing.
+"""How a sweep stands, running or dead, from what is on disk. Only reads.
 
-Cells and what they rest on are in the plans, results and failures in the store, who works in leases
-and registered launches, and when each stage began and ended in the journal.
+Cells and their stages are in the plans, results and failures in the store. Leases and registered
+launches show who computes; the journal has when each stage began and ended.
 """
 
 from __future__ import annotations
@@ -11,22 +11,20 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from btu.errors import UserError
-from orchestrator.plan.graph import Graph
+from orchestrator.plan.listed import ListedCell, ListedPlan, ListedStage
 from orchestrator.plan.planner import RefusedCell
-from orchestrator.plan.work import needed
-from orchestrator.results.folder import PLANS, Launched, Results, find_sweep, store_location
+from orchestrator.plan.work import Timings, Work, survey, timings_for, victim_name
+from orchestrator.results.folder import Launched, Results, find_sweep, sweep_names
 from orchestrator.run.progress import label
 from orchestrator.run.schedule import CELL
 from orchestrator.store.lease import Holder
-from orchestrator.store.storage import is_url, open_storage
+from orchestrator.store.storage import open_storage
 from orchestrator.store.store import Store
-from orchestrator.sweep.load import resolve
+from orchestrator.sweep.output import output_location, store_location
 from orchestrator.sweep.sections import ResourceSpec
 
 if TYPE_CHECKING:
@@ -36,8 +34,9 @@ if TYPE_CHECKING:
 class CellState(StrEnum):
     """Where a cell stands.
 
-    running: it, or a stage that it rests on, is computed right now. orphaned: whoever computed it
-    is gone. open: neither has a result nor is anybody at it.
+    running: the cell, or a stage that it rests on, is being computed.
+    orphaned: the process that computed it is gone.
+    open: it has no result, and no process computes it.
     """
 
     done = "done"
@@ -50,8 +49,8 @@ class CellState(StrEnum):
 class SweepState(StrEnum):
     """Where a sweep stands.
 
-    failed: cells failed and none are left, or all were refused. stopped: cells are left, or none
-    was launched yet, and no launch is at it.
+    failed: cells failed and none are left, or all were refused.
+    stopped: no launch runs, and cells are left or none was launched yet.
     """
 
     done = "done"
@@ -69,11 +68,13 @@ class Cell(NamedTuple):
     reason: str
 
 
-class Work(NamedTuple):
-    """A stage that somebody computes, or did until he was gone.
+class Computation(NamedTuple):
+    """A stage that a process computes, or computed until it died.
 
-    cells: how many rest on it. since: Unix time at which computing began, None where no journal
-    has it. silent: seconds since the last sign of life, None where unknown.
+    cells: how many rest on it.
+    since: Unix time at which computing began; None where no journal has it.
+    silent: seconds since the last sign of life; None where unknown.
+    lost: the process is gone.
     """
 
     key: str
@@ -101,17 +102,22 @@ class Launch(NamedTuple):
 class Status:
     """How a sweep stands.
 
-    stages: distinct ones, as (done, all); one whose model was removed and is read again is not
-    done. seconds_left: of computing, over all workers; None where a kind of stage that is left was
-    never timed (`untimed`). at_once: how many stages the last launch ran at a time. optuna: its
-    cells are chosen as it goes. held: keys with a live lease. untracked: why there are no `runs`,
-    or why they are those of an earlier look.
+    work: the stages that are being computed, or were until their process died.
+    stages: distinct ones, as (done, all). A stage whose model was removed and is needed again is
+        not done.
+    seconds_left: of computing, over all workers; None where a kind of stage that is left was never
+        timed (`untimed`), or where it is not known which stages are left (`unlisted`).
+    at_once: how many stages the last launch ran at a time.
+    optuna: Optuna suggests the cells as the sweep goes.
+    held: keys with a live lease.
+    untracked: why there are no `runs`, or why they are those of an earlier look.
+    unlisted: how many of the cells that are left have their stages in no plan of this version.
     """
 
     name: str
     cells: list[Cell]
     refused: list[RefusedCell]
-    work: list[Work]
+    work: list[Computation]
     launches: list[Launch]
     stages: tuple[int, int]
     seconds_left: float | None
@@ -121,6 +127,7 @@ class Status:
     held: frozenset[str] = frozenset()
     runs: Runs | None = None
     untracked: str = ""
+    unlisted: int = 0
 
     @property
     def counts(self) -> dict[CellState, int]:
@@ -144,16 +151,16 @@ class Status:
 
     @property
     def eta(self) -> float | None:
-        """Seconds until all is done, as long as that many stages run at once; None if unknown."""
+        """Seconds until all is done if `at_once` stages run at a time; None if unknown."""
         if self.seconds_left is None:
             return None
         ended = (CellState.done, CellState.failed)
         left = sum(cell.state not in ended for cell in self.cells)
-        # The stages of one cell mostly wait for each other.
+        # At most one stage per cell: the stages of a cell mostly wait for each other.
         return self.seconds_left / max(1, min(self.at_once, left))
 
     def facts(self) -> dict[str, Any]:
-        """Return all of it as plain data, for JSON. Times are Unix seconds."""
+        """Return the status as plain data, for JSON. Times are Unix seconds."""
         return {
             "sweep": self.name,
             "state": self.state.value,
@@ -177,8 +184,8 @@ class Status:
 class Runs:
     """What MLflow has of a sweep.
 
-    orphaned: ids of runs that are RUNNING while nobody is at their cell. missing: cells with a
-    result, or failed, and no run that says so.
+    orphaned: ids of runs that are RUNNING although no process computes their cell.
+    missing: how many finished and failed cells have no run that ended.
     """
 
     uri: str
@@ -200,24 +207,21 @@ def sweep_status(output: str, name: str, now: float | None = None) -> Status:
 
 def all_statuses(output: str, now: float | None = None) -> list[Status]:
     """Return how every sweep of an output folder stands."""
-    location = output if is_url(output) else str(Path(output).expanduser().resolve())
-    storage, store = open_storage(location), Store(store_location(location))
+    location = output_location(output)
+    store = Store(store_location(location))
     return [
-        _status(Results(location, name, store), now)
-        for name in storage.names("")
-        if name != "store" and storage.names(f"{name}/{PLANS}")
+        _status(Results(location, name, store), now) for name in sweep_names(open_storage(location))
     ]
 
 
 def _status(results: Results, now: float | None) -> Status:
     now = time.time() if now is None else now
     store = results.store
-    # Before the results: what ends meanwhile is then seen as done, not as not started.
+    # Leases before results: a stage that ends in between is then done, not "not started".
     leases = store.holders("leases", now)
     launches = store.holders("launches", now)
     cells = results.cells()
     committed, dropped = store.committed(), store.dropped()
-    ready = committed | dropped
     reasons = {record["key"]: record["reason"] for record in results.failures()}
     journal = results.journal()
 
@@ -235,32 +239,36 @@ def _status(results: Results, now: float | None) -> Status:
     alive = {w.key for w in work if not w.lost}
     lost = {w.key for w in work if w.lost}
     found = [_cell(cell, committed, reasons, alive, lost) for cell in cells.values()]
-    open_ = [c for c in found if c.state not in (CellState.done, CellState.failed)]
-    left: dict[str, None] = {}
-    graph = Graph()
-    for cell in open_:
-        stages = cells[cell.key].stages
-        again = {k for k in stages if k in dropped}
-        if again:
-            again &= alive | _read_again(cells[cell.key], graph, committed, dropped)
-        left |= dict.fromkeys(k for k in stages if k not in ready or k in again)
-        left[cell.key] = None
-    victims = {key: _victim(cell) for cell in cells.values() for key in (*cell.stages, cell.key)}
-    timings = _Timings(journal, names, victims, store.timings(), _on_gpu(cells.values()))
-    seconds, untimed = _left(left, names, victims, timings, work, now)
-    done = sum(key in ready and key not in left for key in names)
+    listed = {
+        stage.key: stage
+        for last in (cell.stage for cell in cells.values())
+        if last is not None
+        for stage in (*last.inputs.values(), last)
+    }
+    timings = _timings(journal, listed, store.timings(), _resources(cells.values()))
+    open_ = [c.key for c in found if c.state not in (CellState.done, CellState.failed)]
+    left = survey(
+        ListedPlan({key: ListedCell(listed[key]) for key in open_ if key in listed}),
+        committed=committed,
+        dropped=dropped,
+        failed={},
+        timings=timings,
+    )
+    ready = (committed | dropped) - left.todo
+    unlisted = sum(key not in listed for key in open_)
     return Status(
         results.name,
         found,
         results.refused(),
         work,
         [_launch(holder) for holder in launches if holder.facts.get("sweep") == results.name],
-        (done, len(names)),
-        seconds,
-        untimed,
+        (sum(key in ready for key in names), len(names)),
+        None if unlisted else _seconds_left(left, listed, timings, work, now),
+        left.unmeasured,
         max(_peak(journal), len(alive)),
         "optuna" in (yaml.safe_load(_sweep_text(results)) or {}),
         frozenset(holder.name for holder in leases if not holder.lost),
+        unlisted=unlisted,
     )
 
 
@@ -291,10 +299,10 @@ def _work(
     names: Mapping[str, str],
     users: Mapping[str, int],
     journal: Iterable[Mapping[str, Any]],
-) -> Work:
+) -> Computation:
     facts = holder.facts
     since = [e["time"] for e in journal if e["event"] == "compute" and e["key"] == holder.name]
-    return Work(
+    return Computation(
         holder.name,
         names[holder.name],
         max(1, users[holder.name]),
@@ -319,7 +327,7 @@ def _journal_of(
     journals: dict[str, list[dict[str, Any]]],
     holder: Holder,
 ) -> list[dict[str, Any]]:
-    """Return the journal of the sweep whose launch holds a lease: stages are shared by sweeps."""
+    """Return the journal of the sweep whose launch has a lease: sweeps share stages."""
     sweep = sweeps.get(str(holder.facts.get("owner")), results.name)
     if sweep not in journals:
         journals[sweep] = Results(results.output, sweep, results.store).journal()
@@ -335,86 +343,40 @@ def _sweep_text(results: Results) -> str:
 
 # What is left -----------------------------------------------------------------------------------
 
-# In the place of what a cell's data and weights are in its keys: who reads what does not depend on
-# it, and they may be on another machine.
-_ANY_DATA, _ANY_VICTIM = {"train": "train", "clean": "clean", "eval": "eval"}, "any"
 
-
-def _read_again(
-    cell: Launched, graph: Graph, committed: Collection[str], dropped: Collection[str]
-) -> set[str]:
-    """Return the stages of a cell that have to be computed, also again for the sake of their model.
-
-    A plan does not keep who reads models: that is told by the stages which this version has for
-    such a cell. Nothing where they are not those of the plan, since another version computes
-    another cell, or cannot be had, as without a language model that a defense names.
-    """
-    try:
-        stage = graph.cell(resolve(cell.config()), _ANY_DATA, _ANY_VICTIM, {})
-    except (UserError, ValueError, OSError):
-        return set()
-    names = {part.key: part.name for part in stage.inputs.values()}
-    keys = {name: key for key, name in cell.stages.items()}
-    if sorted(names.values()) != sorted(keys) or len(keys) != len(cell.stages):
-        return set()
-    done, gone = (
-        {k for k, name in names.items() if keys[name] in of} for of in (committed, dropped)
-    )
-    return {keys[names[key]] for key in needed([stage], done, gone) if key in names}
-
-
-def _victim(cell: Launched) -> str:
-    base = cell.base.get("victim") or {}
-    return str(cell.varied.get("victim.name", base.get("name", "")))
-
-
-def _on_gpu(cells: Iterable[Launched]) -> bool:
+def _resources(cells: Iterable[Launched]) -> ResourceSpec:
     cell = next(iter(cells), None)
-    return cell is not None and ResourceSpec(**(cell.base.get("resources") or {})).gpu > 0
+    return ResourceSpec(**({} if cell is None else cell.base.get("resources") or {}))
 
 
-class _Timings:
-    """Mean seconds of a stage: of this sweep's own, else of any in the store.
+def _timings(
+    journal: Iterable[Mapping[str, Any]],
+    listed: Mapping[str, ListedStage],
+    rows: Iterable[Mapping[str, Any]],
+    resources: ResourceSpec,
+) -> Timings:
+    """Return the times of this sweep's stages, and the store's of stages it has not timed yet.
 
-    A plan does not keep how many rows a stage passes over, so stages of one name count alike.
+    listed: stages by key. rows: the timings of the store.
     """
-
-    def __init__(
-        self,
-        journal: Iterable[Mapping[str, Any]],
-        names: Mapping[str, str],
-        victims: Mapping[str, str],
-        rows: Iterable[Mapping[str, Any]],
-        gpu: bool,
-    ) -> None:
-        # By order of preference: seconds and count by stage and victim, or by stage alone.
-        self._sums: list[dict[tuple[str, str | None], list[float]]] = [{}, {}, {}]
-        for key, seconds in _durations(journal):
-            if key in names:
-                self._add(0, names[key], victims[key], seconds, 1)
-        for row in rows:
-            # Of work on a GPU a CPU's times are at least a bound.
-            level = 1 if (row["device"] != "cpu") == gpu else 2
-            if level == 1 or gpu:
-                self._add(level, row["stage"], row["victim"], row["seconds"], row["count"])
-
-    def _add(self, level: int, stage: str, victim: str, seconds: float, count: float) -> None:
-        for known in ((stage, victim), (stage, None)):
-            sums = self._sums[level].setdefault(known, [0.0, 0.0])
-            sums[0] += seconds
-            sums[1] += count
-
-    def seconds(self, stage: str, victim: str) -> float | None:
-        """Return the expected seconds of a stage; None where none like it was timed."""
-        for sums in self._sums:
-            found = sums.get((stage, victim)) or sums.get((stage, None))
-            if found is not None:
-                return found[0] / found[1]
-        return None
+    own = [
+        {
+            "stage": stage.name,
+            "victim": victim_name(stage),
+            "device": "cpu" if resources.of(stage.kind)[1] == 0 else "cuda",
+            "units": stage.units,
+            "seconds": seconds,
+            "count": 1,
+        }
+        for key, seconds in _durations(journal)
+        if (stage := listed.get(key)) is not None
+    ]
+    names = {row["stage"] for row in own}
+    return timings_for([*own, *(row for row in rows if row["stage"] not in names)], resources)
 
 
 def _durations(journal: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, float]]:
-    """Yield key and seconds of every stage that a journal saw computed to its end."""
+    """Yield the key and the seconds of every stage that was computed to its end."""
     begun: dict[tuple[str, str], float] = {}
     for event in journal:
         at = (event.get("key", ""), event.get("launch", ""))
@@ -427,7 +389,7 @@ def _durations(journal: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, floa
 
 
 def _peak(journal: Iterable[Mapping[str, Any]]) -> int:
-    """Return how many stages the last launch in a journal computed at once, at most."""
+    """Return how many stages the last launch in a journal computed at a time, at most."""
     events = [event for event in journal if event["event"] in ("compute", "end")]
     last = [event for event in events if event.get("launch") == events[-1].get("launch")]
     running: set[str] = set()
@@ -441,38 +403,41 @@ def _peak(journal: Iterable[Mapping[str, Any]]) -> int:
     return peak
 
 
-def _left(
-    left: Iterable[str],
-    names: Mapping[str, str],
-    victims: Mapping[str, str],
-    timings: _Timings,
-    work: Iterable[Work],
+def _seconds_left(
+    left: Work,
+    listed: Mapping[str, ListedStage],
+    timings: Timings,
+    work: Iterable[Computation],
     now: float,
-) -> tuple[float | None, tuple[str, ...]]:
-    """Return the seconds of computing that are left, and names of stages that were never timed."""
+) -> float | None:
+    """Return the seconds of computing that are left, without those that running stages have had.
+
+    left: the stages to compute.
+    listed: stages by key.
+    work: the stages that are being computed.
+    now: Unix seconds.
+    """
+    if left.seconds is None:
+        return None
     elapsed = {w.key: now - w.since for w in work if w.since is not None and not w.lost}
-    total = 0.0
-    untimed: dict[str, None] = {}
-    for key in left:
-        seconds = timings.seconds(names[key], victims[key])
-        if seconds is None:
-            untimed[names[key]] = None
-        else:
-            total += max(0.0, seconds - elapsed.get(key, 0.0))
-    return (None if untimed else total), tuple(untimed)
+    return left.seconds - sum(
+        min(seconds, timings.seconds(listed[key]) or 0.0)
+        for key, seconds in elapsed.items()
+        if key in left.todo
+    )
 
 
 # MLflow -----------------------------------------------------------------------------------------
 
 
 def tracked(status: Status, uri: str, states: Iterable[RunState]) -> Runs:
-    """Return what MLflow says of a sweep's cells beside what is on disk.
+    """Return what MLflow has of a sweep's cells, compared with what is on disk.
 
-    states: of its runs, from `orchestrator.tracking.reader.MlflowSource`.
+    states: those of its runs, from `orchestrator.tracking.reader.MlflowSource`.
     """
     states = [run for run in states if run.cell]
     by_status = Counter(run.status for run in states)
-    told = {run.cell for run in states if run.status in ("FINISHED", "FAILED")}
+    recorded = {run.cell for run in states if run.status in ("FINISHED", "FAILED")}
     ended = [c.key for c in status.cells if c.state in (CellState.done, CellState.failed)]
     return Runs(
         uri,
@@ -480,5 +445,5 @@ def tracked(status: Status, uri: str, states: Iterable[RunState]) -> Runs:
         by_status["FAILED"],
         by_status["RUNNING"],
         [run.run_id for run in states if run.status == "RUNNING" and run.cell not in status.held],
-        sum(key not in told for key in ended),
+        sum(key not in recorded for key in ended),
     )

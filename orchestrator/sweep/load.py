@@ -21,6 +21,7 @@ from btu.data.spec import DataSpec
 from btu.errors import UserError, unknown
 from btu.victims import VICTIMS, VictimSpec
 from orchestrator.sweep.modes.base import SearchMode, SequentialMode
+from orchestrator.sweep.output import DEFAULT_OUTPUT, STORE, output_location
 from orchestrator.sweep.search import SEARCHES, SearchSections, check_axes_known, possible_points
 from orchestrator.sweep.sections import (
     FIXED_SECTIONS,
@@ -63,7 +64,7 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
     check_keys(config, names, SEARCHES)
     check_axes_known(modes, _swept(names))
     _check_shared_sources(config, modes, names["attack"])
-    name, written = _name(config.pop("name")), config.pop("output", "runs")
+    name, written = _name(config.pop("name")), config.pop("output", DEFAULT_OUTPUT)
     output = _output(written)
     tracking = build_section("tracking", TrackingSpec, config.pop("tracking", None) or {})
     keeping = config.pop("store", None) or {}
@@ -179,9 +180,9 @@ def _name(written: Any) -> str:
             f"'.', the first a letter, digit or '_'; got {written!r}. Remove the key to use the "
             "name of the file."
         )
-    if written == "store":
+    if written == STORE:
         raise UserError(
-            "name 'store' is taken: the folder of that name in the output has the results of all "
+            f"name '{STORE}' is taken: the folder of that name in the output has the results of all "
             "sweeps; use another name."
         )
     return written
@@ -190,12 +191,10 @@ def _name(written: Any) -> str:
 def _output(written: Any) -> str:
     if not isinstance(written, str) or not written.strip():
         raise UserError(f"output must be a folder or a URL, got {written!r}.")
-    if "://" not in written:
-        return str(Path(written).expanduser().resolve())
-    url = written.rstrip("/")
-    if "://" not in url:
+    location = output_location(written)
+    if "://" in written and "://" not in location:
         raise UserError(f"output {written!r} names no folder; give the URL of one.")
-    return url
+    return location
 
 
 def _controls(written: Any, sequential: SequentialMode | None) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator.sweep.modes.base import PlannedMode, SearchMode, SequentialMode
 from orchestrator.sweep.modes.optuna import OptunaMode
+from orchestrator.sweep.output import store_location
 from orchestrator.sweep.sections import CONTROL, settings, shown_coordinates
 from orchestrator.sweep.tree import assign, copied
 
@@ -72,8 +73,8 @@ class Sweep:
 
     @property
     def store_location(self) -> str:
-        """The folder of the results of all sweeps with this output: ``<output>/store``."""
-        return f"{self.output}/store"
+        """Where the results of all sweeps of the output folder are: ``<output>/store``."""
+        return store_location(self.output)
 
     @property
     def axes(self) -> tuple[str, ...]:

@@ -165,9 +165,12 @@ def shelve_sweep(
         results.store.publish(key, folder, "cell", {})
         varied = {"attack.name": attack, "attack.poison_rate": rate, "seed": seed}
         varied |= {"control": "no_defense"} if bar is None else {"defense.threshold": bar}
-        planned.append({"key": key, "varied": varied, "stages": {}})
+        planned.append({"key": key, "varied": varied, "stages": []})
     base = settings("badnets", 0.1, 0, "contrast", 4.5)
-    plan = {"sweep": name, "keep": "results", "base": base, "cells": planned}
+    plan = {
+        "sweep": name, "keep": "results", "base": base, "stages": {}, "cells": planned,
+        "refused": [],
+    }  # fmt: skip
     results.storage.write(f"{name}/{PLANS}/plan.json", json.dumps(plan).encode())
     results.storage.write(f"{name}/{SWEEP}", f"name: {name}\n".encode())
     return results

@@ -130,8 +130,11 @@ def shelve(
         }
         (made / RESULT).write_text(dumps(result))
         results.store.publish(key, made, "cell", {})
-        planned.append({"key": key, "varied": {}, "stages": {}})
-    plan = {"sweep": name, "keep": "results", "base": {}, "cells": planned}
+        planned.append({"key": key, "varied": {}, "stages": []})
+    plan = {
+        "sweep": name, "keep": "results", "base": {}, "stages": {}, "cells": planned,
+        "refused": [],
+    }  # fmt: skip
     results.storage.write(f"{name}/{PLANS}/plan.json", json.dumps(plan).encode())
     results.storage.write(f"{name}/{SWEEP}", f"name: {name}\n".encode())
     return results

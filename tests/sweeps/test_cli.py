@@ -615,6 +615,7 @@ def test_a_report_as_json_is_json_alone(
         "key": shared.key,
         "stage": "unlearn",
         "reason": "bad [1] luck\nmore",
+        "code": "0.1+then",
         "started": 0.0,
     }
     stored.store.fail(shared.key, failure)

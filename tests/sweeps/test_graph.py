@@ -350,8 +350,8 @@ def test_a_screen_reads_what_comes_in_and_not_where_it_comes_from(
 def test_a_defense_that_would_poison_again_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     # Of another version, the stage is another one, but it writes the same mask.
     poison = cell().inputs["poison"]
-    other = replace(poison.function, version=99)
-    defense = Reads(replace(poison, function=other, name="again"))
+    again = replace(poison, function=replace(poison.function, version=99), name="again")
+    defense = Reads(again)
     monkeypatch.setattr(TrialSpec, "build_defense", lambda _: defense)
     with pytest.raises(ValueError, match="stage 'again' says where the data or the attack are"):
         cell()

@@ -16,9 +16,10 @@ from shelf import Stored, publish_cell
 from btu.errors import UserError
 from btu.result_files import RESULT
 from orchestrator.plan.planner import Plan, Planner, plan_sweep
-from orchestrator.results.folder import Results, find_sweep, read_result, store_location
+from orchestrator.results.folder import Results, find_sweep, read_result
 from orchestrator.store.store import Store
 from orchestrator.sweep.load import load_sweep
+from orchestrator.sweep.output import store_location
 
 if TYPE_CHECKING:
     from orchestrator.plan.planner import PlannedCell

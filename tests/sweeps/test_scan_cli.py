@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from btu.data.demo import generate
-from orchestrator.cli import scan
+from orchestrator.cli import scan, shared
 
 # A random model of 400 tokens tells a trigger from the rest far less clearly than a pretrained
 # one: with these settings cf scores 3.3 to 3.7, for the ids of the tiny tokenizer differ from one
@@ -56,8 +56,9 @@ def run(
 ) -> Callable[..., Any]:
     """A function that scans a file of `data`, with the options that a tiny model asks for."""
     # As wide as the longest line: what is cut off cannot be compared.
-    monkeypatch.setattr(scan, "console", Console(width=200))
-    monkeypatch.setattr(scan, "errors", Console(width=200, stderr=True))
+    for module in (scan, shared):
+        monkeypatch.setattr(module, "console", Console(width=200))
+        monkeypatch.setattr(module, "errors", Console(width=200, stderr=True))
     given = ("--text", "review", "--label", "verdict", "--max-length", "64", "--cpus", "1")
     tiny = ("--victim", victim_folder("bert"), "--epochs", EPOCHS, "--threshold", THRESHOLD)
 

@@ -171,7 +171,7 @@ def write(tmp_path: Path, uri: str, cell: dict[str, Any]) -> Written:
     plan.write_text(json.dumps(launched))
     failure = {
         "key": FAILED, "stage": "unlearn", "reason": "loss became nan\nin epoch 2",
-        "traceback": "Traceback: x", "started": 1000.1234, "ended": 1001.5678,
+        "traceback": "Traceback: x", "code": "0.1+then", "started": 1000.1234, "ended": 1001.5678,
     }  # fmt: skip
     results.store.fail(FAILED, failure)
     experiment = experiment_module.experiment(uri, results.name)

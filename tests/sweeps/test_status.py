@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from btu.errors import UserError
+from orchestrator.plan.listed import ListedCell, ListedPlan
 from orchestrator.plan.planner import Plan, RefusedCell, plan_sweep
-from orchestrator.plan.work import needed
+from orchestrator.plan.work import Timings, needed, survey, victim_name
 from orchestrator.results.folder import Results
 from orchestrator.run.status import (
     CellState,
@@ -100,7 +101,8 @@ def test_a_finished_sweep_is_done(made: Made) -> None:
 def test_a_failed_stage_fails_its_cell_with_its_reason(made: Made) -> None:
     first, *others = made.cells
     stage = stage_of(first, "poisoned fine-tune")
-    made.store.fail(stage, {"key": stage, "stage": "poisoned fine-tune", "reason": "loss is NaN"})
+    failure = {"stage": "poisoned fine-tune", "reason": "loss is NaN", "code": "0.1+then"}
+    made.store.fail(stage, {"key": stage, **failure})
     assert made.state_of(first) is CellState.failed
     (reason,) = [cell.reason for cell in made.status().cells if cell.reason]
     assert reason == "stage 'poisoned fine-tune' failed: loss is NaN"
@@ -237,7 +239,7 @@ def test_timings_of_the_store_serve_until_there_are_own(made: Made) -> None:
     stages = {stage.name for stage in made.cells[0].stage.closure()}
     # 20 s for 2 stages: 10 s each.
     rows = [
-        {"stage": s, "victim": "x", "device": "cpu", "units": 5, "seconds": 20.0, "count": 2}
+        {"stage": s, "victim": "x", "device": "cpu", "units": 0, "seconds": 20.0, "count": 2}
         for s in stages
     ]
     made.store.add_timings("old", rows)
@@ -279,22 +281,96 @@ def test_what_is_left_is_what_a_launch_would_compute(made: Made, missing: tuple[
     assert made.status().seconds_left == pytest.approx(10.0 * len(todo))
 
 
-def test_a_removed_model_that_is_being_computed_is_left(
-    made: Made, monkeypatch: pytest.MonkeyPatch
+def test_stages_take_as_long_as_their_rows(made: Made) -> None:
+    stages = list(made.cells[0].stage.closure())
+    # A second for each row, and for each stage without rows.
+    rows = [
+        {"stage": s.name, "victim": "x", "device": "cpu", "units": s.units,
+         "seconds": float(s.units or 1), "count": 1}
+        for s in stages
+    ]  # fmt: skip
+    made.store.add_timings("old", rows)
+    work = survey(made.plan, committed=(), dropped=(), failed={}, timings=Timings(rows, "cpu"))
+    assert made.status().seconds_left == work.seconds
+    assert work.seconds is not None
+    assert work.seconds > 3 * len(stages)
+
+
+def test_a_plan_that_was_read_is_surveyed_like_the_plan_itself(made: Made) -> None:
+    first = made.cells[0].stage
+    dropped = {stage.key for stage in first.closure() if stage.model}
+    committed = {stage.key for stage in made.cells[1].stage.closure()} - dropped
+    rows = [{"stage": s.name, "victim": victim_name(s), "device": "cpu", "units": s.units,
+             "seconds": 3.0, "count": 1} for s in first.closure()]  # fmt: skip
+    known: dict[str, Any] = {
+        "committed": committed, "dropped": dropped, "timings": Timings(rows, "cpu"),
+        "failed": {stage_of(made.cells[2], "unlearn"): "bad luck"},
+    }  # fmt: skip
+    read = {key: cell.stage for key, cell in made.results.cells().items()}
+    plan = ListedPlan({key: ListedCell(read[key]) for key in made.plan.cells if read[key]})
+    found = survey(plan, **known)
+    assert found == survey(made.plan, **known)
+    assert found.seconds
+    assert found.model_bytes
+    assert len(found.failed) == 1
+
+
+# A plan of the version before --------------------------------------------------------------------
+
+
+def write_old_plan(made: Made) -> None:
+    """Write the plan as the version before did: of a stage it has the name alone."""
+    (name,) = made.results.storage.names("tiny/plans")
+    path = f"tiny/plans/{name}"
+    plan = json.loads(made.results.storage.read(path))
+    stages = plan.pop("stages")
+    for cell in plan["cells"]:
+        cell["stages"] = {key: stages[key]["name"] for key in cell["stages"]}
+    made.results.storage.write(path, json.dumps(plan).encode())
+
+
+def test_of_an_old_plan_all_but_the_time_is_known(
+    made: Made, run_cli: Callable[..., Ran], tmp_path: Path
+) -> None:
+    time_all(made, 10.0)
+    drop(made, "poisoned fine-tune")
+    made.finish(made.cells[1].key)
+    made.leave(f"leases/{made.cells[2].key}.json", "tiny-1")
+    new = made.status()
+    write_old_plan(made)
+    old = made.status()
+    assert (old.cells, old.work, old.stages[1]) == (new.cells, new.work, new.stages[1])
+    # Whether the removed model is needed again is not known: it counts as done.
+    assert (new.stages[0], old.stages[0]) == (1, 2)
+    assert (old.seconds_left, old.eta, old.unlisted) == (None, None, 2)
+    done = run_cli("status", "tiny", "--output", tmp_path / "runs")
+    assert done.code == 1
+    assert "the plan is of an earlier version; the next launch" in " ".join(done.out.split())
+
+
+def test_the_next_launch_lists_the_stages_of_an_old_plan(
+    made: Made, make_sweep: Callable[..., Path]
 ) -> None:
     time_all(made, 10.0)
     before = made.status()
-    drop(made, "poisoned fine-tune")
-    # Of a cell that this version does not know nobody can tell what reads a model.
-    monkeypatch.setattr("orchestrator.run.status.resolve", unknown_defense)
-    assert made.status().stages == (1, before.stages[1])
-    with made.store.lease(stage_of(made.cells[0], "poisoned fine-tune"), "l") as lease:
-        assert lease.acquire()
-        assert made.status().stages == (0, before.stages[1])
+    write_old_plan(made)
+    (name,) = made.results.storage.names("tiny/plans")
+    # Whichever of the two plans is read first.
+    for moved in ("tiny/plans/0.json", "tiny/plans/z.json"):
+        made.results.storage.write(moved, made.results.storage.read(f"tiny/plans/{name}"))
+    made.results.storage.remove(f"tiny/plans/{name}")
+    made.results.write_plan(
+        load_sweep(make_sweep(grid={"seed": [0, 1, 2]})), made.plan.cells.values()
+    )
+    assert made.status() == before
 
 
-def unknown_defense(config: object) -> None:
-    raise UserError("unknown defense")
+def test_a_finished_sweep_of_an_old_plan_is_done(made: Made) -> None:
+    write_old_plan(made)
+    for cell in made.cells:
+        made.finish(cell.key)
+    status = made.status()
+    assert (status.state, status.unlisted, status.eta) == (SweepState.done, 0, 0.0)
 
 
 # MLflow -----------------------------------------------------------------------------------------

@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 from btu.errors import UserError
 from orchestrator.cli import store as store_module
-from orchestrator.results import reachable
 from orchestrator.store import lease as lease_module
 from orchestrator.store import store as module
 from orchestrator.store.lease import LEFTOVER_S
 from orchestrator.store.storage import below
 from orchestrator.store.store import Store
+from orchestrator.sweep.output import output_location
 
 DAY = 86400.0
 
@@ -293,5 +293,5 @@ def test_the_help_teaches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert reachable.output_location("~/runs") == str(tmp_path / "runs")
-    assert reachable.output_location("s3://b/~") == "s3://b/~"
+    assert output_location("~/runs") == str(tmp_path / "runs")
+    assert output_location("s3://b/~/") == "s3://b/~"
