@@ -41,7 +41,14 @@ controls: []
 
 def start(file: Path, output: Path, log: Path) -> subprocess.Popen[bytes]:
     """Start a launch whose output goes to a file."""
-    command = [sys.executable, "-m", "orchestrator.cli", "launch", str(file), f"output={output}"]
+    command = [
+        sys.executable,
+        "-m",
+        "orchestrator.cli",
+        "launch",
+        str(file),
+        f"output={output}",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with log.open("ab") as stream:
         return subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, cwd=ROOT)
@@ -75,7 +82,7 @@ def aim(driver: subprocess.Popen[bytes], victim: str, pause: float) -> int | Non
 
 def results(output: Path) -> dict[str, dict[str, str]]:
     """Return every cell's metrics, but for those of the clock. As text, so that NaN equals NaN."""
-    from orchestrator.results import find_sweep
+    from orchestrator.results.folder import find_sweep
 
     return {
         r["key"]: {k: repr(v) for k, v in r["metrics"].items() if not k.startswith("seconds")}
@@ -90,7 +97,7 @@ def check(output: Path, cells: int, wasted: int) -> list[str]:
     """
     from mlflow import MlflowClient
 
-    from orchestrator.results import find_sweep
+    from orchestrator.results.folder import find_sweep
 
     wrong = []
     sweep = find_sweep(output, "chaos")

@@ -32,7 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from btu.data import DataSpec, load_corpus
+from btu.data.load import load_corpus
+from btu.data.spec import DataSpec
 from btu.settings import TrainSettings
 from btu.training import Encoded, fit, logits_of, plan_batches, resolve_precision
 from btu.victims import Victim, VictimSpec

@@ -21,12 +21,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from btu.stages import Stage, StageRun
+from btu.stages import Stage, StageRun, stage
 
 HERE = Path(__file__).resolve().parent
 FOLDERS = [str(HERE), str(HERE.parent)]
 
 
+@stage(version=1, id="overhead:nothing")
 def nothing(run: StageRun) -> dict[str, Any]:
     """Write the smallest result that a report or a run can be made of."""
     now = time.time()
@@ -47,12 +48,14 @@ def nothing(run: StageRun) -> dict[str, Any]:
 
 def measure(cells: int, folder: Path) -> dict[str, float]:
     """Launch a sweep of so many cells, then launch it again."""
+    # By the name under which workers import it: this process runs it as __main__.
+    from overhead import nothing
     from rich.console import Console
 
-    from orchestrator.config import load_sweep, resolve
-    from orchestrator.launch import launch
-    from orchestrator.plan import Plan, PlannedCell, Planner
-    from orchestrator.progress import SweepProgress
+    from orchestrator.plan.planner import Plan, PlannedCell, Planner
+    from orchestrator.run.on_ray import launch
+    from orchestrator.run.progress import SweepProgress
+    from orchestrator.sweep.load import load_sweep, resolve
 
     file = folder / "overhead.yaml"
     file.write_text(
@@ -63,7 +66,7 @@ def measure(cells: int, folder: Path) -> dict[str, float]:
     plan = Plan()
     for cell in sweep.cells():
         where = {"config": dict(cell.config)}
-        stage = Stage("cell", "overhead:nothing", 1, {"n": cells, **cell.varied}, where=where)
+        stage = Stage("cell", nothing, {"n": cells, **cell.varied}, where=where)
         plan.cells[stage.key] = PlannedCell(stage, resolve(cell.config), cell.varied)
     took = []
     with (folder / f"log-{cells}.txt").open("w") as log:

@@ -78,14 +78,16 @@ def _runs_table(runs: Path, name: str, folder: Path) -> str:
     """Write the sweep to MLflow, and return what its runs table says once it is there."""
     from browsing import browser, mlflow_ui
 
-    from orchestrator import tracking
-    from orchestrator.results import find_sweep
+    from orchestrator.results.folder import find_sweep
+    from orchestrator.tracking import experiment as experiment_module
+    from orchestrator.tracking import server
+    from orchestrator.tracking.sync import sync
 
     results = find_sweep(runs, name)
-    uri = tracking.default_uri(results.output)
-    experiment = tracking.experiment(uri, name)
+    uri = server.default_uri(results.output)
+    experiment = experiment_module.experiment(uri, name)
     started = time.monotonic()
-    synced = tracking.sync(uri, experiment, results, lambda key: False)
+    synced = sync.sync(uri, experiment, results, lambda key: False)
     print(f"{synced.written} runs written to MLflow in {time.monotonic() - started:.1f} s")
     with mlflow_ui(uri, folder / "ui.log") as url, browser() as chromium:
         tab = chromium.new_page(viewport={"width": 2200, "height": 1200})
@@ -103,8 +105,8 @@ def _picture(path: Path) -> None:
     from browsing import browser
     from likely import shelve_sweep
 
+    from orchestrator.cli.shared import open_source
     from orchestrator.report.html import write_page
-    from orchestrator.source import open_source
 
     with tempfile.TemporaryDirectory(prefix="btu-pages-") as folder, browser() as chromium:
         runs, page = Path(folder) / "runs", Path(folder) / "page.html"

@@ -19,10 +19,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator.config import Cell
-from orchestrator.plan import Plan, Planner
-from orchestrator.results import read_result
-from orchestrator.trial import run_trial
+from btu.stages import compute
+from orchestrator.plan.planner import Plan, Planner
+from orchestrator.results.folder import read_result
+from orchestrator.sweep.sweep import Cell
 
 MEASURED = {"undefended_cacc": 0.832, "undefended_asr": 1.0, "cacc": 0.800, "asr": 0.166}
 BARS = {
@@ -65,7 +65,7 @@ def main() -> None:
     for seed in arguments.seeds:
         (planned,) = Planner().add(Plan(), [cell(arguments.data, seed)])
         with tempfile.TemporaryDirectory(prefix="btu-reference-") as folder:
-            done = run_trial(planned.stage, Path(folder), cpus=arguments.threads, gpus=0)
+            done = compute(planned.stage, Path(folder), cpus=arguments.threads, gpus=0)
             metrics = read_result(done)[0]["metrics"]
         runs.append(metrics)
         table.add_row(f"seed {seed}", *(f"{metrics[c]:.3f}" for c in columns))

@@ -36,11 +36,11 @@ def launch_once(
     from rich.console import Console
 
     from btu.stages import Stage
-    from orchestrator.config import load_sweep
-    from orchestrator.launch import launch
-    from orchestrator.plan import Plan, Planner, plan_sweep
-    from orchestrator.progress import SweepProgress
-    from orchestrator.results import find_sweep
+    from orchestrator.plan.planner import Plan, Planner, plan_sweep
+    from orchestrator.results.folder import find_sweep
+    from orchestrator.run.on_ray import launch
+    from orchestrator.run.progress import SweepProgress
+    from orchestrator.sweep.load import load_sweep
 
     file = output.with_suffix(".yaml")
     values = {"rows": options.rows, "clean": options.clean, "eval": options.eval}

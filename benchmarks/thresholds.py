@@ -26,13 +26,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from btu.data import DataSpec, load_corpus
-from btu.defense import Suspects
+from btu.attacks.poisoning import ATTACKS, PoisonSpec
+from btu.data.load import load_corpus
+from btu.data.spec import DataSpec
 from btu.defenses.token_unlearning import TokenUnlearning
-from btu.detection import RULES, flag
+from btu.findings import Suspects
 from btu.metrics import area_under_roc, average_precision, row_detection, token_detection
-from btu.poisoning import ATTACKS, PoisonSpec
 from btu.recipe import Prepared, evaluation, mask_of, prepare, scores_of
+from btu.rules.base import RULES, flag
 from btu.settings import TrainSettings, TuningSettings
 from btu.stages import Stage, compute, read_record
 from btu.training import use_threads

@@ -5,11 +5,8 @@ Neither the poison mask nor the evaluation rows can be had from here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,19 +14,14 @@ import numpy as np
 from btu.errors import UserError
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, TuningSettings
-from btu.stages import MODEL, Stage, StageRun, plain
-from btu.types import BoolArray, Rows, as_bytes, as_texts
-from btu.victims import Victim, VictimSpec, find_victim
+from btu.stage_files import clean_rows_of, save_model, training_rows_of, victim_of, write_table
+from btu.stages import Stage, StageFunction, StageRun, plain, stage
+from btu.types import BoolArray
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from btu.training import Encoded
-
-TRAIN = "train.parquet"
 KEPT = "kept.parquet"
-# Raised when what the stage computes changes: results of an earlier version are then not reused.
-KEPT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -62,9 +54,8 @@ class Foundation:
 
     def stage(
         self,
+        function: StageFunction,
         name: str,
-        function: str,
-        version: int,
         config: Mapping[str, Any],
         inputs: Mapping[str, Stage],
         *,
@@ -75,7 +66,7 @@ class Foundation:
     ) -> Stage:
         """Declare a stage of a defense; victim and seed are in its config."""
         acts = {"victim": self.victim, "seed": self.seed, **config}
-        return Stage(name, function, version, acts, inputs, self.where, light, kind, units, model)
+        return Stage(name, function, acts, inputs, self.where, light, kind, units, model)
 
     def fine_tune(self, name: str, kept: Stage) -> Stage:
         """Declare a fine-tune as the poisoned one, on the training rows that a stage has kept.
@@ -84,9 +75,8 @@ class Foundation:
         that a difference between the two comes from the rows.
         """
         return self.stage(
+            fine_tune_kept,
             name,
-            "btu.foundation:fine_tune_kept",
-            KEPT_VERSION,
             {"train": plain(self.train)},
             {"rows": self.rows, "kept": kept},
             units=self.train_rows * self.train.epochs,
@@ -131,6 +121,7 @@ def keep_rows(run: StageRun, kept: BoolArray) -> None:
     write_table(run.folder / KEPT, {"kept": kept})
 
 
+@stage(version=1)
 def fine_tune_kept(run: StageRun) -> dict[str, Any]:
     """Fine-tune the victim on the rows that a defense has left in, the input ``kept``.
 
@@ -138,7 +129,7 @@ def fine_tune_kept(run: StageRun) -> dict[str, Any]:
     """
     import pyarrow.parquet as pq
 
-    from btu.defense import Suspects
+    from btu.findings import Suspects
 
     kept = pq.read_table(run.inputs["kept"] / KEPT)["kept"].to_numpy().astype(bool)
     model = victim_of(run).new_model(derive_seed(run.config["seed"], "classifier"))
@@ -156,115 +147,3 @@ def fine_tune_kept(run: StageRun) -> dict[str, Any]:
         **({} if found is None else found.save(run.folder)),
         "measured": {**facts.get("measured", {}), "rows_kept": int(kept.sum())},
     }
-
-
-def training_rows_of(run: StageRun) -> Encoded:
-    """Return the poisoned training rows, tokenized."""
-    return load_encoded(run.inputs["rows"] / "train.safetensors")
-
-
-def clean_rows_of(run: StageRun) -> Encoded:
-    """Return the reserved clean rows, tokenized."""
-    return load_encoded(run.inputs["clean"] / "clean.safetensors")
-
-
-def texts_of(run: StageRun) -> Rows:
-    """Return the poisoned training rows as texts and labels.
-
-    Paraphrase columns are not there: one that equals the text would give the poison away.
-    """
-    return read_rows(run.inputs["rows"] / TRAIN)
-
-
-def load_encoded(path: Path) -> Encoded:
-    """Read tokenized rows."""
-    from btu.training import Encoded
-
-    return Encoded.load(path)
-
-
-def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Write a model as safetensors with its config, loadable by ``from_pretrained``."""
-    with _no_progress_bar():
-        model.save_pretrained(folder / MODEL)
-
-
-def model_of(run: StageRun, role: str) -> PreTrainedModel:
-    """Return the model of an input, in fp32 and eval mode, on the CPU."""
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    with _no_progress_bar():
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-            run.inputs[role] / MODEL,
-            dtype=torch.float32,
-            trust_remote_code=run.where.get("victim", {}).get("trust_remote_code", False),
-        )
-    return model.eval()
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    from transformers.utils import logging as transformers_logging
-
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-def victim_of(run: StageRun, classes: int | None = None) -> Victim:
-    """Return the victim, checked to be the one that was planned with.
-
-    Raises:
-        UserError: its files differ from those that the key was made of.
-    """
-    if classes is None:
-        classes = run.facts("rows")["classes"]
-    victim = load_victim(VictimSpec(**run.where["victim"]), classes)
-    planned = run.config["victim"]["identity"]
-    if victim.source.identity != planned:
-        raise UserError(
-            f"victim '{victim.spec.name}' is {victim.source.identity[:20]} here, but the sweep was "
-            f"planned with {planned[:20]}: its files changed, or differ between nodes; launch "
-            "again with --retry-failed, with the same files everywhere."
-        )
-    return victim
-
-
-def load_victim(spec: VictimSpec, classes: int) -> Victim:
-    """Return a victim, loaded once per process for as long as its files stay the same."""
-    return _victim(spec, classes, find_victim(spec).identity)
-
-
-# A worker computes many stages of few victims; the tokenizer is loaded once.
-@lru_cache(maxsize=4)
-def _victim(spec: VictimSpec, classes: int, identity: str) -> Victim:
-    return Victim(spec, classes)
-
-
-def write_rows(path: Path, rows: Rows) -> None:
-    """Write texts and labels as Parquet."""
-    write_table(path, {"text": as_bytes(rows.texts), "label": rows.labels})
-
-
-def read_rows(path: Path) -> Rows:
-    """Read what `write_rows` wrote."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(path)
-    return Rows(as_texts(table["text"].to_pylist()), tuple(table["label"].to_pylist()))
-
-
-def write_table(path: Path, columns: Mapping[str, Any]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    arrays = {
-        name: pa.array(values, pa.binary() if name == "text" else None)
-        for name, values in columns.items()
-    }
-    pq.write_table(pa.table(arrays), path)

@@ -18,28 +18,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from btu.data import DataSpec, load_corpus
-from btu.defense import INCOMING, ORIGINALS, Screened, incoming_of
+from btu.attacks.poisoning import ATTACKS, Attack, PoisonSpec, poison, triggered_eval
+from btu.data.load import load_corpus
+from btu.data.spec import DataSpec
+from btu.defenses.base import ORIGINALS
+from btu.defenses.kit.screening import ids_by_row
 from btu.errors import UserError
-from btu.foundation import (
+from btu.findings import INCOMING, Screened, incoming_of
+from btu.foundation import Foundation, tune
+from btu.metrics import Proportion
+from btu.seeding import derive_seed
+from btu.settings import TrainSettings, TuningSettings
+from btu.stage_files import (
     TRAIN,
-    Foundation,
     load_encoded,
     model_of,
     read_rows,
     save_model,
     training_rows_of,
-    tune,
     victim_of,
     write_rows,
     write_table,
 )
-from btu.metrics import Proportion
-from btu.poisoning import ATTACKS, Attack, PoisonSpec, poison, triggered_eval
-from btu.screening import ids_by_row
-from btu.seeding import derive_seed
-from btu.settings import TrainSettings, TuningSettings
-from btu.stages import Stage, StageRun, plain
+from btu.stages import Stage, StageRun, plain, stage
 from btu.types import BoolArray, Corpus, Rows, as_bytes
 from btu.victims import VictimSpec, folder_identity, weight_files
 
@@ -47,19 +48,6 @@ if TYPE_CHECKING:
     from btu.evaluation import Scores
     from btu.training import Encoded
 
-# Raised when what a stage computes changes: results of an earlier version are then not reused.
-POISON_VERSION = 2
-UNPOISONED_VERSION = 1
-TRIGGERED_ROWS_VERSION = 1
-TRAINING_ROWS_VERSION = 2
-CLEAN_ROWS_VERSION = 1
-EVALUATION_ROWS_VERSION = 2
-FINE_TUNE_VERSION = 1
-CLEAN_TUNE_VERSION = 1
-EVALUATE_VERSION = 1
-EVALUATION_TEXTS_VERSION = 1
-INCOMING_VERSION = 1
-EVALUATE_SCREENED_VERSION = 1
 
 HIDDEN, TRIGGERED = "hidden.parquet", "triggered.parquet"
 
@@ -100,8 +88,7 @@ class Prepared:
         rows = self.evaluation_rows
         texts = Stage(
             "evaluation texts",
-            "btu.recipe:evaluation_texts",
-            EVALUATION_TEXTS_VERSION,
+            evaluation_texts,
             {"data": rows.config["data"]},
             {"triggered": self.triggered},
             {"data": rows.where["data"]},
@@ -109,8 +96,7 @@ class Prepared:
         )
         return Stage(
             "incoming texts",
-            "btu.recipe:incoming_texts",
-            INCOMING_VERSION,
+            incoming_texts,
             {},
             {"texts": texts},
             kind="host",
@@ -165,8 +151,7 @@ def prepare(
     kind = "host" if model is None else "stage"
     poisoned = Stage(
         "poison",
-        "btu.recipe:poison_rows",
-        POISON_VERSION,
+        poison_rows,
         {
             "data": data_fingerprints["train"],
             "attack": {**plain(poison), **attack_acts},
@@ -179,8 +164,7 @@ def prepare(
     # How much of the training set is poisoned, and which rows, does not act on these.
     triggered = Stage(
         "triggered rows",
-        "btu.recipe:triggered_rows",
-        TRIGGERED_ROWS_VERSION,
+        triggered_rows,
         {
             "data": data_fingerprints["eval"],
             "attack": {
@@ -207,18 +191,16 @@ def prepare(
         # No attack is at work on these rows: all attacks share one clean model.
         poisoned = _unpoisoned("poison", data_fingerprints["train"], where_data)
     reads = {"identity": victim_identity, "max_length": victim.max_length}
-    clean_rows = Stage(
+    clean = Stage(
         "clean rows",
-        "btu.recipe:clean_rows",
-        CLEAN_ROWS_VERSION,
+        clean_rows,
         {"data": data_fingerprints["clean"], "victim": reads},
         where={"data": where_data, "victim": where_victim},
         kind="host",
     )
-    evaluation_rows = Stage(
+    scored = Stage(
         "evaluation rows",
-        "btu.recipe:evaluation_rows",
-        EVALUATION_ROWS_VERSION,
+        evaluation_rows,
         {
             "data": data_fingerprints["eval"],
             "victim": reads,
@@ -230,7 +212,7 @@ def prepare(
     )
     base = foundation(
         poisoned,
-        clean_rows,
+        clean,
         victim=victim,
         victim_identity=victim_identity,
         train=train,
@@ -248,14 +230,13 @@ def prepare(
         counts,
     )
     eval_rows = counts.get("rows_eval", 0)
-    return Prepared(poisoned, triggered, evaluation_rows, base, eval_rows, originals)
+    return Prepared(poisoned, triggered, scored, base, eval_rows, originals)
 
 
 def _unpoisoned(name: str, fingerprint: str, where_data: Mapping[str, Any]) -> Stage:
     return Stage(
         name,
-        "btu.recipe:unpoisoned_rows",
-        UNPOISONED_VERSION,
+        unpoisoned_rows,
         {"data": fingerprint},
         where={"data": where_data},
         kind="host",
@@ -274,8 +255,7 @@ def _fine_tuned(
     """Declare the tokenizing of rows and a fine-tune on them; names: of the two stages."""
     rows = Stage(
         names[0],
-        "btu.recipe:training_rows",
-        TRAINING_ROWS_VERSION,
+        training_rows,
         {"victim": reads},
         {"poison": poisoned},
         {"victim": where_victim},
@@ -283,8 +263,7 @@ def _fine_tuned(
     )
     return Stage(
         names[1],
-        "btu.recipe:fine_tune",
-        FINE_TUNE_VERSION,
+        fine_tune,
         {"victim": reads, "train": plain(train), "seed": seed},
         {"rows": rows},
         {"victim": where_victim},
@@ -312,8 +291,7 @@ def foundation(
     rows = fine_tuned.inputs["rows"]
     tuned = Stage(
         "clean tuning (control)",
-        "btu.recipe:clean_tune",
-        CLEAN_TUNE_VERSION,
+        clean_tune,
         {
             "victim": reads,
             "tuning": plain(tuning.applied_to(train)),
@@ -344,8 +322,7 @@ def evaluation(prepared: Prepared, model: Stage, name: str, kind: str = "stage")
     """Declare the scoring of a model: CACC, ASR and FTR."""
     return Stage(
         f"evaluate {name}",
-        "btu.recipe:evaluate_model",
-        EVALUATE_VERSION,
+        evaluate_model,
         {"precision": prepared.foundation.train.precision},
         {"rows": prepared.evaluation_rows, "model": model},
         # Whether code that comes with the model may be run.
@@ -363,8 +340,7 @@ def evaluation_screened(prepared: Prepared, model: Stage, screened: Stage, name:
     came = prepared.incoming
     return Stage(
         f"evaluate {name}",
-        "btu.recipe:evaluate_screened",
-        EVALUATE_SCREENED_VERSION,
+        evaluate_screened,
         {"precision": prepared.foundation.train.precision, "victim": prepared.foundation.victim},
         {
             "rows": prepared.evaluation_rows,
@@ -382,6 +358,7 @@ def evaluation_screened(prepared: Prepared, model: Stage, screened: Stage, name:
 # What the stages do ------------------------------------------------------------------------------
 
 
+@stage(version=2)
 def poison_rows(run: StageRun) -> dict[str, Any]:
     """Poison the training rows."""
     corpus = corpus_of(run, "train")
@@ -399,6 +376,7 @@ def poison_rows(run: StageRun) -> dict[str, Any]:
     }
 
 
+@stage(version=1)
 def unpoisoned_rows(run: StageRun) -> dict[str, Any]:
     """Hand the training rows on as they are: what every attack does at rate 0."""
     corpus = corpus_of(run, "train")
@@ -412,6 +390,7 @@ def unpoisoned_rows(run: StageRun) -> dict[str, Any]:
     }
 
 
+@stage(version=1)
 def triggered_rows(run: StageRun) -> dict[str, Any]:
     """Write the evaluation rows that can be attacked, with the trigger and without it."""
     corpus = corpus_of(run, "eval")
@@ -423,6 +402,7 @@ def triggered_rows(run: StageRun) -> dict[str, Any]:
     return {"target": target, "rows": len(plain)}
 
 
+@stage(version=2)
 def training_rows(run: StageRun) -> dict[str, Any]:
     """Tokenize what the victim and the defender read; the mask stays behind."""
     classes = len(run.facts("poison")["label_names"])
@@ -439,6 +419,7 @@ def training_rows(run: StageRun) -> dict[str, Any]:
     }
 
 
+@stage(version=1)
 def clean_rows(run: StageRun) -> dict[str, Any]:
     """Tokenize the reserved clean rows."""
     corpus = corpus_of(run, "clean")
@@ -447,6 +428,7 @@ def clean_rows(run: StageRun) -> dict[str, Any]:
     return {"classes": classes, "rows": len(corpus.clean)}
 
 
+@stage(version=2)
 def evaluation_rows(run: StageRun) -> dict[str, Any]:
     """Tokenize what models are scored on, and the trigger's tokens, for the scorer alone."""
     corpus = corpus_of(run, "eval")
@@ -464,6 +446,7 @@ def evaluation_rows(run: StageRun) -> dict[str, Any]:
     }
 
 
+@stage(version=1)
 def fine_tune(run: StageRun) -> dict[str, Any]:
     """Fine-tune the victim on the poisoned rows: the undefended model."""
     victim = victim_of(run)
@@ -479,6 +462,7 @@ def fine_tune(run: StageRun) -> dict[str, Any]:
     return {}
 
 
+@stage(version=1)
 def clean_tune(run: StageRun) -> dict[str, Any]:
     """Fine-tune the model on the clean rows: the control of the defenses that end with this."""
     model = model_of(run, "model")
@@ -487,6 +471,7 @@ def clean_tune(run: StageRun) -> dict[str, Any]:
     return {}
 
 
+@stage(version=1)
 def evaluate_model(run: StageRun) -> dict[str, Any]:
     """Count the hits behind CACC, ASR and FTR."""
     from btu.evaluation import EvalSet, evaluate
@@ -514,6 +499,7 @@ def evaluate_model(run: StageRun) -> dict[str, Any]:
     return {**counts, "precision": resolved}
 
 
+@stage(version=1)
 def evaluation_texts(run: StageRun) -> dict[str, Any]:
     """Write the texts behind the evaluation rows, by what they are scored for."""
     corpus = corpus_of(run, "eval")
@@ -524,6 +510,7 @@ def evaluation_texts(run: StageRun) -> dict[str, Any]:
     return {}
 
 
+@stage(version=1)
 def incoming_texts(run: StageRun) -> dict[str, Any]:
     """Write each text once, in the order of their hashes: nothing says which are triggered."""
     texts = {
@@ -536,6 +523,7 @@ def incoming_texts(run: StageRun) -> dict[str, Any]:
     return {"texts": len(held)}
 
 
+@stage(version=1)
 def evaluate_screened(run: StageRun) -> dict[str, Any]:
     """Count the hits behind CACC, ASR and FTR of a model behind a screen.
 

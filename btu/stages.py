@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from btu.provenance import environment
 from btu.types import Progress, ProgressCallback, silent
@@ -39,22 +39,62 @@ MODEL = "model"
 KINDS = ("host", "stage", "cell")
 
 
+@dataclass(frozen=True)
+class StageFunction:
+    """A function that computes a stage, and what stands for it in keys. Made by `stage`.
+
+    call: writes its result into ``run.folder`` and returns small facts about it, as plain data.
+    version, id: as given to `stage`.
+    """
+
+    call: Callable[[StageRun], Mapping[str, Any]]
+    version: int
+    id: str
+
+    @property
+    def path(self) -> str:
+        """Where a worker imports it from, as ``module:attribute``. Not part of any key."""
+        return f"{self.call.__module__}:{self.call.__qualname__}"
+
+    def __call__(self, run: StageRun) -> Mapping[str, Any]:
+        return self.call(run)
+
+
+def stage(
+    *, version: int, id: str | None = None
+) -> Callable[[Callable[[StageRun], Mapping[str, Any]]], StageFunction]:
+    """Return a decorator that makes a function a `StageFunction`.
+
+    version: raise it when the function computes something else than before: results of the
+        earlier version are then not reused.
+    id: names the function in keys; ``module:name`` if None. A function that moves or is renamed
+        keeps the id of its first place, so that results in people's stores stay valid.
+    """
+
+    def decorate(call: Callable[[StageRun], Mapping[str, Any]]) -> StageFunction:
+        return StageFunction(call, version, id or f"{call.__module__}:{call.__qualname__}")
+
+    return decorate
+
+
 @dataclass(frozen=True, eq=False)
 class Stage:
     """A piece of work, declared; nothing runs until someone computes it.
 
-    name: for people, and for grouping times. function: ``module:attribute`` of a `StageFunction`.
-    version: a constant beside the function, raised when what it computes changes.
-    config: what acts, as plain data. inputs: the stages it reads, by role.
-    where: what it takes to run but does not act: paths, options of loading.
-    light: roles of which no file in ``model/`` is read. model: whether it writes files there.
-    kind: whose resources it holds: ``host`` needs no accelerator, ``stage`` is shared by cells,
-    ``cell`` belongs to one. units: rows it passes over, for estimates of time.
+    name: for people, and for grouping times.
+    function: computes it; its version and id are part of the key.
+    config: everything that affects the result, as plain data.
+    inputs: the stages that it reads, by role.
+    where: inputs that do not affect the result (paths, loading options); not part of the key.
+    light: roles of which no file in ``model/`` is read.
+    kind: whose resources it uses: ``host`` needs no accelerator, ``stage`` is shared by cells,
+        ``cell`` belongs to one.
+    units: rows that it passes over, for estimates of time.
+    model: whether it writes files in ``model/``.
     """
 
     name: str
-    function: str
-    version: int
+    function: StageFunction
     config: Mapping[str, Any]
     inputs: Mapping[str, Stage] = field(default_factory=dict)
     where: Mapping[str, Any] = field(default_factory=dict)
@@ -71,8 +111,8 @@ class Stage:
     def key(self) -> str:
         """The fingerprint: 24 hex digits, the same in every process and on every machine."""
         acts = {
-            "function": self.function,
-            "version": self.version,
+            "function": self.function.id,
+            "version": self.function.version,
             "config": self.config,
             "inputs": {role: stage.key for role, stage in self.inputs.items()},
         }
@@ -85,7 +125,7 @@ class Stage:
         return {
             "key": self.key,
             "name": self.name,
-            "function": self.function,
+            "function": self.function.path,
             "config": dict(self.config),
             "where": dict(self.where),
             "inputs": {role: stage.key for role, stage in self.inputs.items()},
@@ -221,12 +261,6 @@ class StageRun:
         return facts
 
 
-class StageFunction(Protocol):
-    """Writes its result into ``run.folder`` and returns small facts about it, as plain data."""
-
-    def __call__(self, run: StageRun) -> Mapping[str, Any]: ...
-
-
 def run_stage(
     node: Mapping[str, Any],
     inputs: Mapping[str, Path],
@@ -281,14 +315,25 @@ def compute(
     stage: Stage,
     root: Path,
     *,
+    cpus: float | None = None,
     gpus: float = 0,
     progress: ProgressCallback = silent,
 ) -> Path:
     """Compute a stage and all it rests on, in this process; return the folder of its result.
 
     root: gets a folder per stage, named by its key. A stage whose folder is there is not run
-    again, so that several stages computed under one root share their work.
+        again, so that several stages computed under one root share their work.
+    cpus: threads to compute with; None leaves the process as it is.
+    gpus: above 0 computes on CUDA.
+
+    Raises:
+        UserError: a stage cannot run as asked.
+        NonFiniteLossError: training diverged.
     """
+    if cpus is not None:
+        from btu.training import use_threads
+
+        use_threads(cpus)
     for part in stage.closure():
         folder = root / part.key
         if folder.exists():

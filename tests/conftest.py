@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from btu.demo import generate
+from btu.data.demo import generate
 from btu.types import Corpus, Rows
 from btu.victims import Victim, VictimSpec
 

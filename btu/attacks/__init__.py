@@ -1,1 +1,1 @@
-"""The attacks, one file each. They are looked up in `btu.poisoning.ATTACKS`."""
+"""The attacks, one file each. They are looked up in `btu.attacks.poisoning.ATTACKS`."""

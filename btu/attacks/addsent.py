@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from btu.insertion import check_pieces, insert_at_random_slots, token_ids_of
+from btu.attacks.insertion import check_pieces, insert_at_random_slots, token_ids_of
 from btu.types import IntArray, ProgressCallback, Rows, silent
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from btu.paraphrase import ParaphraseAttack
+from btu.attacks.paraphrase import ParaphraseAttack
 
 
 @dataclass(frozen=True)

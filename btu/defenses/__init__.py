@@ -1,1 +1,1 @@
-"""The defenses, one file each. They are looked up in `btu.defense.DEFENSES`."""
+"""The defenses, one file each. They are looked up in `btu.defenses.base.DEFENSES`."""

@@ -70,19 +70,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from btu.defense import Given, Suspects
+from btu.defenses.base import Given
 from btu.errors import UserError, check_fraction, unknown
-from btu.foundation import (
-    Foundation,
-    model_of,
-    save_model,
-    training_rows_of,
-    victim_of,
-    write_table,
-)
+from btu.findings import Suspects
+from btu.foundation import Foundation
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, check_positive
-from btu.stages import Stage, StageRun, plain
+from btu.stage_files import model_of, save_model, training_rows_of, victim_of, write_table
+from btu.stages import Stage, StageRun, plain, stage
 from btu.types import BoolArray, FloatArray, IntArray
 
 if TYPE_CHECKING:
@@ -92,10 +87,6 @@ if TYPE_CHECKING:
 
     from btu.training import Encoded, Objective
 
-# Raised when what a stage computes changes: results of an earlier version are then not reused.
-ISOLATE_VERSION = 1
-REST_VERSION = 1
-UNLEARN_VERSION = 2
 
 LOSSES = "losses.parquet"
 # Rows that tell how far the ascent is, and what it costs; more would tell it hardly better.
@@ -216,9 +207,8 @@ class AntiBackdoorLearning:
             max_grad_norm=base.train.max_grad_norm,
         )
         isolation = base.stage(
+            isolate,
             "isolate (abl)",
-            "btu.defenses.anti_backdoor_learning:isolate",
-            ISOLATE_VERSION,
             {
                 "method": self.method,
                 "gamma": self.gamma,
@@ -231,9 +221,8 @@ class AntiBackdoorLearning:
             model=True,
         )
         rest = base.stage(
+            train_rest,
             "train on the rest (abl)",
-            "btu.defenses.anti_backdoor_learning:train_rest",
-            REST_VERSION,
             {
                 "ratio": self.isolation_ratio,
                 "pool": self.pool,
@@ -262,9 +251,8 @@ class AntiBackdoorLearning:
                 },
             }
         return base.stage(
+            unlearn,
             "unlearn (abl)",
-            "btu.defenses.anti_backdoor_learning:unlearn",
-            UNLEARN_VERSION,
             ascent,
             {"rows": base.rows, "rest": rest},
             # As many others are descended on.
@@ -277,6 +265,7 @@ class AntiBackdoorLearning:
 # What the stages do ------------------------------------------------------------------------------
 
 
+@stage(version=1)
 def isolate(run: StageRun) -> dict[str, Any]:
     """Train the victim for a while with the bent loss; write its model and every row's loss.
 
@@ -310,6 +299,7 @@ def isolate(run: StageRun) -> dict[str, Any]:
     return {"steps": steps, "precision": resolve_precision(settings.precision, run.device)}
 
 
+@stage(version=1)
 def train_rest(run: StageRun) -> dict[str, Any]:
     """Isolate the rows of the lowest losses, and train on the others from the isolation's model.
 
@@ -334,6 +324,7 @@ def train_rest(run: StageRun) -> dict[str, Any]:
     return {**suspects.save(run.folder), "measured": {"isolated_purity": found.purity}}
 
 
+@stage(version=2)
 def unlearn(run: StageRun) -> dict[str, Any]:
     """Climb the loss of the isolated rows until they are not predicted as labelled any more.
 

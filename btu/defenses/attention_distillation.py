@@ -44,21 +44,19 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from btu.defense import CLEAN_ROWS, POISONED_MODEL, Given
+from btu.defenses.base import CLEAN_ROWS, POISONED_MODEL, Given
+from btu.defenses.kit.neurons import find_filters
 from btu.errors import UserError, unknown
-from btu.foundation import Foundation, clean_rows_of, model_of, save_model, victim_of
-from btu.neurons import find_filters
+from btu.foundation import Foundation
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, check_positive
-from btu.stages import Stage, StageRun, plain
+from btu.stage_files import clean_rows_of, model_of, save_model, victim_of
+from btu.stages import Stage, StageRun, plain, stage
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-# Raised when what a stage computes changes: results of an earlier version are then not reused.
-TEACH_VERSION = 1
-DISTIL_VERSION = 2
 
 TEACHERS = ("poisoned", "pretrained")
 MAPS = ("ffn", "hidden")
@@ -158,9 +156,8 @@ class AttentionDistillation:
         """Declare the teacher, unless it is the clean-tuned control, and the distillation."""
         settings = replace(base.train, epochs=self.epochs, learning_rate=self.learning_rate)
         return base.stage(
+            distil,
             "attention distillation",
-            "btu.defenses.attention_distillation:distil",
-            DISTIL_VERSION,
             {
                 "beta": self._betas(),
                 "layers": list(self.layers),
@@ -188,9 +185,8 @@ class AttentionDistillation:
         if self.teacher == "poisoned":
             inputs["model"] = base.model
         return base.stage(
+            teach,
             "teacher",
-            "btu.defenses.attention_distillation:teach",
-            TEACH_VERSION,
             {"teacher": self.teacher, "train": plain(settings)},
             inputs,
             units=base.clean_rows * settings.epochs,
@@ -222,6 +218,7 @@ def _check_layer(layer: Any) -> None:
 # What the stages do ------------------------------------------------------------------------------
 
 
+@stage(version=1)
 def teach(run: StageRun) -> dict[str, Any]:
     """Fine-tune the teacher on the clean rows."""
     if run.config["teacher"] == "poisoned":
@@ -240,6 +237,7 @@ def teach(run: StageRun) -> dict[str, Any]:
     return {}
 
 
+@stage(version=2)
 def distil(run: StageRun) -> dict[str, Any]:
     """Fine-tune the poisoned model on the clean rows, its maps drawn towards the teacher's.
 

@@ -37,28 +37,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from btu.defense import POISONED_MODEL, Given, Suspects
+from btu.defenses.base import POISONED_MODEL, Given
 from btu.errors import UserError, check_fraction
-from btu.foundation import (
-    Foundation,
-    keep_rows,
-    model_of,
-    texts_of,
-    training_rows_of,
-    victim_of,
-    write_table,
-)
+from btu.findings import Suspects
+from btu.foundation import Foundation, keep_rows
 from btu.seeding import derive_seed
-from btu.stages import Stage, StageRun
+from btu.stage_files import model_of, texts_of, training_rows_of, victim_of, write_table
+from btu.stages import Stage, StageRun, stage
 from btu.types import BoolArray, FloatArray, IntArray, Rows
 from btu.victims import Victim, tokenizable
 
 if TYPE_CHECKING:
     from btu.training import Encoded
 
-# Raised when what a stage computes changes: results of an earlier version are then not reused.
-SCORE_VERSION = 1
-FIND_VERSION = 1
 
 SCORES = "words.parquet"
 # Texts that are tokenized and predicted at once.
@@ -118,17 +109,15 @@ class KeywordIdentification:
         """Declare the scoring of words, shared by all settings but `rows`, and what follows."""
         units = base.train_rows if self.rows is None else min(self.rows, base.train_rows)
         words = base.stage(
+            score_words,
             "score words (bki)",
-            "btu.defenses.bki:score_words",
-            SCORE_VERSION,
             {"rows": self.rows, "precision": base.train.precision},
             {"rows": base.rows, "model": base.model},
             units=units * WORDS,
         )
         found = base.stage(
+            find_keywords,
             "find keywords (bki)",
-            "btu.defenses.bki:find_keywords",
-            FIND_VERSION,
             {"top_words": self.top_words, "keywords": self.keywords, "share": self.share},
             {"rows": base.rows, "words": words},
             kind="host",
@@ -139,13 +128,14 @@ class KeywordIdentification:
 # What the stages do ------------------------------------------------------------------------------
 
 
+@stage(version=1)
 def score_words(run: StageRun) -> dict[str, Any]:
     """Measure how far the hidden state moves without each word of the rows that are drawn.
 
     Writes ``words.parquet``: ``row``, ``position`` (of the word in its row) and ``moved``, the
     largest change of a unit, in the order of rows and words.
     """
-    from btu.representation import representations
+    from btu.defenses.kit.representation import representations
 
     victim, model = victim_of(run), model_of(run, "model")
     texts = texts_of(run).texts
@@ -220,7 +210,7 @@ def words_read(victim: Victim, texts: Sequence[str], whole: IntArray, rows: Enco
     whole: (rows,) where they are in `texts`. rows: the same as it reads them; those below its
     longest input are read to the end.
     """
-    from btu.language_model import words_of_tokens
+    from btu.defenses.kit.language_model import words_of_tokens
 
     longest = victim.spec.max_length
     read = np.full(len(whole), np.iinfo(np.int64).max)
@@ -234,6 +224,7 @@ def words_read(victim: Victim, texts: Sequence[str], whole: IntArray, rows: Enco
     return read
 
 
+@stage(version=1)
 def find_keywords(run: StageRun) -> dict[str, Any]:
     """Score words over all rows, take the highest, and drop the rows that have them.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from btu.defense import CLEAN_ROWS, POISONED_MODEL, Given
+from btu.defenses.base import CLEAN_ROWS, POISONED_MODEL, Given
 from btu.foundation import Foundation
 from btu.stages import Stage
 

@@ -42,16 +42,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from btu.defense import POISONED_MODEL, Given, Suspects
+from btu.defenses.base import POISONED_MODEL, Given
 from btu.errors import UserError, unknown
-from btu.foundation import Foundation, keep_rows, model_of, training_rows_of
+from btu.findings import Suspects
+from btu.foundation import Foundation, keep_rows
 from btu.seeding import derive_seed
-from btu.stages import Stage, StageRun
+from btu.stage_files import model_of, training_rows_of
+from btu.stages import Stage, StageRun, stage
 from btu.types import BoolArray, FloatArray, IntArray
-
-# Raised when what a stage computes changes: results of an earlier version are then not reused.
-REPRESENT_VERSION = 1
-CLUSTER_VERSION = 1
 
 HIDDEN_STATES = "hidden.safetensors"
 NOISE = ("nearest", "drop", "keep")
@@ -105,18 +103,16 @@ class ClusterFilter:
     def stages(self, base: Foundation) -> Stage:
         """Declare the hidden states, shared by all settings, the clustering, the training."""
         hidden = base.stage(
+            hidden_states,
             "hidden states (cube)",
-            "btu.defenses.cube:hidden_states",
-            REPRESENT_VERSION,
             {"precision": base.train.precision},
             {"rows": base.rows, "model": base.model},
             units=base.train_rows,
         )
         settings = ("components", "min_samples", "min_cluster_size", "noise")
         clustered = base.stage(
+            cluster,
             "cluster (cube)",
-            "btu.defenses.cube:cluster",
-            CLUSTER_VERSION,
             {name: getattr(self, name) for name in settings},
             {"rows": base.rows, "hidden": hidden},
             kind="host",
@@ -127,6 +123,7 @@ class ClusterFilter:
 # What the stages do ------------------------------------------------------------------------------
 
 
+@stage(version=1)
 def hidden_states(run: StageRun) -> dict[str, Any]:
     """Write what the poisoned model makes of every training row.
 
@@ -135,7 +132,7 @@ def hidden_states(run: StageRun) -> dict[str, Any]:
     """
     from safetensors.numpy import save_file
 
-    from btu.representation import representations
+    from btu.defenses.kit.representation import representations
 
     model = model_of(run, "model")
     with representations(model) as represent:
@@ -150,6 +147,7 @@ def hidden_states(run: StageRun) -> dict[str, Any]:
     return {}
 
 
+@stage(version=1)
 def cluster(run: StageRun) -> dict[str, Any]:
     """Cluster the rows, and keep the largest cluster of each class."""
     from safetensors.numpy import load_file

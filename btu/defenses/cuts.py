@@ -21,16 +21,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from btu.defense import Suspects
 from btu.defenses.token_unlearning import TokenUnlearning, candidate_tokens, cut_and_tune
 from btu.errors import UserError
-from btu.foundation import Foundation, training_rows_of, victim_of
+from btu.findings import Suspects
+from btu.foundation import Foundation
 from btu.seeding import derive_seed
-from btu.stages import Stage, StageRun
+from btu.stage_files import training_rows_of, victim_of
+from btu.stages import Stage, StageRun, stage
 from btu.types import IntArray
-
-# Raised when what a stage computes changes: results of an earlier version are then not reused.
-CUT_OTHERS_VERSION = 1
 
 RANDOM, FREQUENCY = "random", "frequency"
 
@@ -45,9 +43,8 @@ class _OtherCut(TokenUnlearning):
     def stages(self, base: Foundation) -> Stage:
         """Declare BTU's exposure and flagging, then the cut of other tokens and the tuning."""
         return base.stage(
+            cut_others,
             f"cut other tokens ({self.DRAW})",
-            "btu.defenses.cuts:cut_others",
-            CUT_OTHERS_VERSION,
             {
                 "draw": self.DRAW,
                 "exclude": self.exclude,
@@ -84,6 +81,7 @@ class FrequencyCut(_OtherCut):
 # What the stages do ------------------------------------------------------------------------------
 
 
+@stage(version=1)
 def cut_others(run: StageRun) -> dict[str, Any]:
     """Draw as many tokens as were flagged from the others, cut and tune.
 

@@ -55,20 +55,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from btu.defense import CLEAN_ROWS, POISONED_MODEL, Given, Suspects
+from btu.defenses.base import CLEAN_ROWS, POISONED_MODEL, Given
+from btu.defenses.kit.neurons import find_filters, masked, prune_filters
 from btu.errors import UserError, check_fraction
-from btu.foundation import (
-    Foundation,
-    clean_rows_of,
-    model_of,
-    save_model,
-    training_rows_of,
-    write_table,
-)
-from btu.neurons import find_filters, masked, prune_filters
+from btu.findings import Suspects
+from btu.foundation import Foundation
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, check_positive
-from btu.stages import Stage, StageRun, plain
+from btu.stage_files import clean_rows_of, model_of, save_model, training_rows_of, write_table
+from btu.stages import Stage, StageRun, plain, stage
 from btu.types import FloatArray, IntArray
 
 if TYPE_CHECKING:
@@ -77,11 +72,6 @@ if TYPE_CHECKING:
 
     from btu.training import Encoded
 
-# Raised when what a stage computes changes: results of an earlier version are then not reused.
-UNLEARN_VERSION = 1
-RECOVER_VERSION = 2
-JUDGE_VERSION = 1
-PRUNE_VERSION = 2
 
 MASKS, JUDGED = "masks.safetensors", "judged.parquet"
 # Over how many batches the accuracy is averaged that ends the ascent.
@@ -170,12 +160,10 @@ class NeuronPruning:
 
         All thresholds share all but the last.
         """
-        module = "btu.defenses.neuron_pruning"
         rows = {"clean_rows": self.clean_rows}
         unlearned = base.stage(
+            unlearn,
             "unlearn clean rows",
-            f"{module}:unlearn",
-            UNLEARN_VERSION,
             {
                 **rows,
                 "stop": self.unlearn_stop,
@@ -188,9 +176,8 @@ class NeuronPruning:
             model=True,
         )
         recovered = base.stage(
+            recover,
             "recover neurons",
-            f"{module}:recover",
-            RECOVER_VERSION,
             {
                 **rows,
                 "train": plain(
@@ -204,9 +191,8 @@ class NeuronPruning:
             units=self.clean_rows * self.recover_epochs,
         )
         judged = base.stage(
+            judge,
             "judge training rows",
-            f"{module}:judge",
-            JUDGE_VERSION,
             {"precision": base.train.precision},
             {"rows": base.rows, "clean": base.clean, "unlearned": unlearned},
             units=(base.train_rows + base.clean_rows) // 3,
@@ -226,9 +212,8 @@ class NeuronPruning:
             # About three thresholds are tried.
             passes = settings.epochs * (3 if self.threshold is None else 1)
         return base.stage(
+            prune,
             "prune neurons",
-            f"{module}:prune",
-            PRUNE_VERSION,
             {
                 **rows,
                 **chosen,
@@ -257,6 +242,7 @@ class NeuronPruning:
 # What the stages do ------------------------------------------------------------------------------
 
 
+@stage(version=1)
 def unlearn(run: StageRun) -> dict[str, Any]:
     """Raise the poisoned model's loss on clean rows until it knows them no better than chance.
 
@@ -307,6 +293,7 @@ def unlearn(run: StageRun) -> dict[str, Any]:
     return {"steps": steps, "accuracy": reached}
 
 
+@stage(version=2)
 def recover(run: StageRun) -> dict[str, Any]:
     """Learn which filters of the unlearned model bring the clean rows back.
 
@@ -349,6 +336,7 @@ def recover(run: StageRun) -> dict[str, Any]:
     }
 
 
+@stage(version=1)
 def judge(run: StageRun) -> dict[str, Any]:
     """Ask what the unlearned model still knows, of the clean rows by class and of training rows.
 
@@ -384,6 +372,7 @@ def class_recalls(predicted: IntArray, labels: IntArray, classes: int) -> FloatA
     return recalls
 
 
+@stage(version=2)
 def prune(run: StageRun) -> dict[str, Any]:
     """Prune the filters that did not recover from the poisoned model; tune it where asked."""
     import pyarrow.parquet as pq

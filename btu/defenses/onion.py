@@ -59,17 +59,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from btu.defense import (
-    CLEAN_ROWS,
-    LANGUAGE_MODEL,
-    POISONED_MODEL,
-    Given,
-    Screened,
-    incoming_of,
-)
-from btu.errors import UserError, did_you_mean
-from btu.foundation import Foundation, clean_rows_of, victim_of
-from btu.screening import (
+from btu.defenses.base import CLEAN_ROWS, LANGUAGE_MODEL, POISONED_MODEL, Given
+from btu.defenses.kit.screening import (
     check_count,
     check_share,
     halves,
@@ -77,19 +68,19 @@ from btu.screening import (
     load_values,
     save_values,
 )
+from btu.errors import UserError, did_you_mean
+from btu.findings import Screened, incoming_of
+from btu.foundation import Foundation
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, check_positive
-from btu.stages import Stage, StageRun, plain
+from btu.stage_files import clean_rows_of, victim_of
+from btu.stages import Stage, StageRun, plain, stage
 from btu.types import BoolArray, FloatArray
 from btu.victims import VICTIMS, VictimSource, folder_identity, weight_files
 
 if TYPE_CHECKING:
-    from btu.language_model import Scorer
+    from btu.defenses.kit.language_model import Scorer
 
-# Raised when what a stage computes changes: results of an earlier version are then not reused.
-LANGUAGE_MODEL_VERSION = 2
-SCORE_VERSION = 2
-SCREEN_VERSION = 1
 
 OF_CLEAN_ROWS = "clean-rows"
 # As large a share as is masked when words are scored with the default spacing.
@@ -167,9 +158,8 @@ class Onion:
         else:
             asks["lm"] = find_language_model(self.lm, self.revision).identity
         scores = base.stage(
+            score_incoming,
             "word scores (onion)",
-            "btu.defenses.onion:score_incoming",
-            SCORE_VERSION,
             asks,
             {**reads, "incoming": incoming},
         )
@@ -182,18 +172,16 @@ class Onion:
             config["max_removed"] = self.max_removed
             inputs["clean scores"] = self._located(
                 base.stage(
+                    score_clean,
                     "clean word scores (onion)",
-                    "btu.defenses.onion:score_clean",
-                    SCORE_VERSION,
                     {**asks, "rows": self.rows},
                     {**reads, "clean": base.clean},
                     units=min(self.rows, base.clean_rows // 2) * self.spacing,
                 )
             )
         return base.stage(
+            remove_outliers,
             "screen (onion)",
-            "btu.defenses.onion:remove_outliers",
-            SCREEN_VERSION,
             config,
             inputs,
             kind="host",
@@ -207,9 +195,8 @@ class Onion:
             precision=base.train.precision,
         )
         return base.stage(
+            learn,
             "language model (onion)",
-            "btu.defenses.onion:learn",
-            LANGUAGE_MODEL_VERSION,
             {"train": plain(settings), "rows": self.rows},
             {"clean": base.clean},
             units=self.epochs * base.clean_rows,
@@ -274,9 +261,10 @@ def find_language_model(name: str, revision: str | None) -> VictimSource:
 # What the stages do ------------------------------------------------------------------------------
 
 
+@stage(version=2)
 def learn(run: StageRun) -> dict[str, Any]:
     """Make a language model of the clean rows that the bar is not taken on."""
-    from btu.language_model import fit_tied, new_tied, save_tied
+    from btu.defenses.kit.language_model import fit_tied, new_tied, save_tied
 
     victim = victim_of(run, run.facts("clean")["classes"])
     clean = clean_rows_of(run)
@@ -288,6 +276,7 @@ def learn(run: StageRun) -> dict[str, Any]:
     return {"rows": len(rows)}
 
 
+@stage(version=2)
 def score_clean(run: StageRun) -> dict[str, Any]:
     """Write the (words,) scores of the clean rows that the bar is taken on."""
     victim = victim_of(run, run.facts("clean")["classes"])
@@ -300,12 +289,14 @@ def score_clean(run: StageRun) -> dict[str, Any]:
     return _score(run, texts, "clean word scores (onion)")
 
 
+@stage(version=2)
 def score_incoming(run: StageRun) -> dict[str, Any]:
     """Write the (words,) scores of the texts that come in."""
     texts = incoming_of(run.inputs["incoming"]).texts
     return _score(run, texts, "word scores (onion)")
 
 
+@stage(version=1)
 def remove_outliers(run: StageRun) -> dict[str, Any]:
     """Drop the words of a score above the bar."""
     bar = run.config.get("bar")
@@ -365,7 +356,7 @@ def _scorer(run: StageRun) -> Scorer:
     Raises:
         UserError: a named model cannot be loaded, or its files are not those planned with.
     """
-    from btu.language_model import Scorer, load_named, load_tied
+    from btu.defenses.kit.language_model import Scorer, load_named, load_tied
 
     spacing, precision = run.config["spacing"], run.config["precision"]
     if "lm" not in run.config:

@@ -41,10 +41,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from btu.defense import CLEAN_ROWS, POISONED_MODEL, Given, Screened, incoming_of
-from btu.errors import UserError, did_you_mean
-from btu.foundation import Foundation, clean_rows_of, model_of, training_rows_of, victim_of
-from btu.screening import (
+from btu.defenses.base import CLEAN_ROWS, POISONED_MODEL, Given
+from btu.defenses.kit.screening import (
     check_count,
     check_share,
     ids_by_row,
@@ -52,9 +50,13 @@ from btu.screening import (
     places_around,
     save_values,
 )
+from btu.errors import UserError, did_you_mean
+from btu.findings import Screened, incoming_of
+from btu.foundation import Foundation
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, check_positive
-from btu.stages import Stage, StageRun, plain
+from btu.stage_files import clean_rows_of, model_of, training_rows_of, victim_of
+from btu.stages import Stage, StageRun, plain, stage
 from btu.types import BoolArray, FloatArray, IntArray
 from btu.victims import Victim
 
@@ -63,11 +65,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from btu.training import Encoded
-
-# Raised when what a stage computes changes: results of an earlier version are then not reused.
-PLANT_VERSION = 2
-DROP_VERSION = 2
-SCREEN_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -137,9 +134,8 @@ class Rap:
         )
         reads = {"clean": base.clean, "model": model}
         planted = base.stage(
+            plant,
             "plant word (rap)",
-            "btu.defenses.rap:plant",
-            PLANT_VERSION,
             {
                 "train": plain(settings),
                 "word": self.word,
@@ -152,16 +148,14 @@ class Rap:
             units=2 * self.epochs * base.clean_rows,
         )
         drops = base.stage(
+            incoming_drops,
             "drops (rap)",
-            "btu.defenses.rap:incoming_drops",
-            DROP_VERSION,
             {"precision": base.train.precision},
             {**reads, "planted": planted, "incoming": incoming},
         )
         return base.stage(
+            screen_texts,
             "screen (rap)",
-            "btu.defenses.rap:screen_texts",
-            SCREEN_VERSION,
             {"frr": self.frr},
             {"planted": planted, "drops": drops},
             kind="host",
@@ -190,6 +184,7 @@ class Planting:
 # What the stages do ------------------------------------------------------------------------------
 
 
+@stage(version=2)
 def plant(run: StageRun) -> dict[str, Any]:
     """Learn the word's row for every class, and measure what held-out clean rows lose by it.
 
@@ -225,6 +220,7 @@ def plant(run: StageRun) -> dict[str, Any]:
     }
 
 
+@stage(version=2)
 def incoming_drops(run: StageRun) -> dict[str, Any]:
     """Write, of each text that comes in, its predicted class and what the class loses."""
     victim = victim_of(run, run.facts("clean")["classes"])
@@ -237,6 +233,7 @@ def incoming_drops(run: StageRun) -> dict[str, Any]:
     return {"texts": len(texts)}
 
 
+@stage(version=1)
 def screen_texts(run: StageRun) -> dict[str, Any]:
     """Turn away the texts that lose less than the bar of their predicted class."""
     clean, came = (load_values(run.inputs[role]) for role in ("planted", "drops"))

@@ -43,10 +43,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from btu.defense import CLEAN_ROWS, POISONED_MODEL, Given, Screened, incoming_of
-from btu.errors import UserError
-from btu.foundation import Foundation, clean_rows_of, model_of, victim_of
-from btu.screening import (
+from btu.defenses.base import CLEAN_ROWS, POISONED_MODEL, Given
+from btu.defenses.kit.screening import (
     around,
     check_count,
     check_share,
@@ -56,8 +54,12 @@ from btu.screening import (
     load_values,
     save_values,
 )
+from btu.errors import UserError
+from btu.findings import Screened, incoming_of
+from btu.foundation import Foundation
 from btu.seeding import derive_seed
-from btu.stages import Stage, StageRun
+from btu.stage_files import clean_rows_of, model_of, victim_of
+from btu.stages import Stage, StageRun, stage
 from btu.types import FloatArray, IntArray
 from btu.victims import Victim
 
@@ -65,10 +67,6 @@ if TYPE_CHECKING:
     import torch
 
     from btu.training import Encoded
-
-# Raised when what a stage computes changes: results of an earlier version are then not reused.
-ENTROPY_VERSION = 1
-SCREEN_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -121,22 +119,17 @@ class Strip:
             "precision": base.train.precision,
         }
         reads = {"clean": base.clean, "model": model}
-        function = "btu.defenses.strip:clean_entropies"
         units = min(self.rows, base.clean_rows // 2) * self.copies
-        clean = base.stage(
-            "clean entropies (strip)", function, ENTROPY_VERSION, config, reads, units=units
-        )
+        clean = base.stage(clean_entropies, "clean entropies (strip)", config, reads, units=units)
         came = base.stage(
+            incoming_entropies,
             "entropies (strip)",
-            "btu.defenses.strip:incoming_entropies",
-            ENTROPY_VERSION,
             config,
             {**reads, "incoming": incoming},
         )
         return base.stage(
+            screen_texts,
             "screen (strip)",
-            "btu.defenses.strip:screen_texts",
-            SCREEN_VERSION,
             {"frr": self.frr},
             {"clean entropies": clean, "entropies": came},
             kind="host",
@@ -146,6 +139,7 @@ class Strip:
 # What the stages do ------------------------------------------------------------------------------
 
 
+@stage(version=1)
 def clean_entropies(run: StageRun) -> dict[str, Any]:
     """Write the (rows,) mean entropies, in nats, of the clean rows that the bar is taken on."""
     victim = victim_of(run, run.facts("clean")["classes"])
@@ -156,6 +150,7 @@ def clean_entropies(run: StageRun) -> dict[str, Any]:
     return {"rows": len(bar_rows)}
 
 
+@stage(version=1)
 def incoming_entropies(run: StageRun) -> dict[str, Any]:
     """Write the (texts,) mean entropies, in nats, of the texts that come in."""
     victim = victim_of(run, run.facts("clean")["classes"])
@@ -167,6 +162,7 @@ def incoming_entropies(run: StageRun) -> dict[str, Any]:
     return {"texts": len(texts)}
 
 
+@stage(version=1)
 def screen_texts(run: StageRun) -> dict[str, Any]:
     """Turn away the texts whose entropy is below the clean rows' quantile."""
     clean = load_values(run.inputs["clean entropies"])["entropy"]

@@ -6,7 +6,7 @@ at 7a63ece, for BERT only.
 
 While a model learns a poisoned set, the word-embedding rows of the trigger's tokens move
 differently from those of clean tokens. Short exposure rounds measure the movement, a detection
-rule (`btu.detection.RULES`) says which rows moved abnormally, and in the poisoned model they are
+rule (`btu.rules.base.RULES`) says which rows moved abnormally, and in the poisoned model they are
 replaced by a neutral row.
 
 Every choice of the reference code is a hyperparameter here; preset ``reference`` takes its
@@ -56,22 +56,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from btu.defense import CLEAN_ROWS, POISONED_MODEL, Given, Suspects
-from btu.detection import DEFAULT_RULE, RULES, Evidence, flag, suspicion, suspicion_bar
+from btu.defenses.base import CLEAN_ROWS, POISONED_MODEL, Given
 from btu.errors import UserError, unknown
-from btu.foundation import (
-    Foundation,
+from btu.findings import Suspects
+from btu.foundation import Foundation, tune
+from btu.rules.base import DEFAULT_RULE, RULES, Evidence, flag, suspicion, suspicion_bar
+from btu.seeding import derive_seed
+from btu.settings import SCHEDULES, TrainSettings, check_positive
+from btu.stage_files import (
     clean_rows_of,
     model_of,
     save_model,
     texts_of,
     training_rows_of,
-    tune,
     victim_of,
 )
-from btu.seeding import derive_seed
-from btu.settings import SCHEDULES, TrainSettings, check_positive
-from btu.stages import Stage, StageRun, plain
+from btu.stages import Stage, StageRun, plain, stage
 from btu.types import BoolArray, FloatArray, IntArray, Rows
 from btu.victims import Victim
 
@@ -81,10 +81,6 @@ if TYPE_CHECKING:
 
     from btu.training import Encoded
 
-# Raised when what a stage computes changes: results of an earlier version are then not reused.
-EXPOSE_VERSION = 1
-DETECT_VERSION = 1
-UNLEARN_VERSION = 2
 
 DRIFT = "drift.safetensors"
 ROUNDS = (1, 2, 3)
@@ -106,7 +102,7 @@ CHOICES = {
 class TokenUnlearning:
     """Backdoor Token Unlearning.
 
-    rule: how the drifts become flags (`btu.detection.RULES`); null takes ``contrast``, or
+    rule: how the drifts become flags (`btu.rules.base.RULES`); null takes ``contrast``, or
         ``top_fraction`` where alpha is given.
     threshold: the score from which a token is flagged, in the rule's unit; null is its default.
     alpha: the threshold of ``top_fraction``: the share of the vocabulary that each round flags, in
@@ -255,9 +251,8 @@ class TokenUnlearning:
         """
         rounds = self.exposure(base)
         return base.stage(
+            unlearn,
             "unlearn",
-            "btu.defenses.token_unlearning:unlearn",
-            UNLEARN_VERSION,
             {
                 **self._detection_config(),
                 "cut": self.cut,
@@ -273,9 +268,8 @@ class TokenUnlearning:
     def detection(self, base: Foundation) -> Stage:
         """Declare the exposure rounds and the flagging alone: no model is poisoned or cut."""
         return base.stage(
+            detect,
             "detect",
-            "btu.defenses.token_unlearning:detect",
-            DETECT_VERSION,
             self._detection_config(),
             {"rows": base.rows, "clean": base.clean, **self.exposure(base)},
             kind="host",
@@ -295,9 +289,8 @@ class TokenUnlearning:
                     "exclude": self.exclude,
                 }
             rounds[f"round {number}"] = base.stage(
+                expose,
                 f"exposure round {number}",
-                "btu.defenses.token_unlearning:expose",
-                EXPOSE_VERSION,
                 config,
                 inputs,
                 units=base.train_rows * self.exposure_epochs,
@@ -346,6 +339,7 @@ class TokenUnlearning:
 # What the stages do ------------------------------------------------------------------------------
 
 
+@stage(version=1)
 def expose(run: StageRun) -> dict[str, Any]:
     """Run one exposure round; write how far each word row moved.
 
@@ -378,6 +372,7 @@ def expose(run: StageRun) -> dict[str, Any]:
     return {}
 
 
+@stage(version=1)
 def detect(run: StageRun) -> dict[str, Any]:
     """Flag the tokens that moved abnormally.
 
@@ -387,6 +382,7 @@ def detect(run: StageRun) -> dict[str, Any]:
     return find_suspects(run, victim_of(run)).save(run.folder)
 
 
+@stage(version=2)
 def unlearn(run: StageRun) -> dict[str, Any]:
     """Flag the tokens that moved abnormally, cut them from the poisoned model, tune it.
 
@@ -564,7 +560,7 @@ def _without(run: StageRun, victim: Victim, data: Encoded, tokens: Sequence[int]
 def _train_bag(
     run: StageRun, victim: Victim, fresh: PreTrainedModel, data: Encoded, number: int
 ) -> torch.Tensor:
-    from btu.bag import BagClassifier
+    from btu.defenses.kit.bag import BagClassifier
 
     seed = derive_seed(run.config["seed"], "exposure", number)
     padded = run.config["bag_pooling"] == "padded"

@@ -1,1 +1,1 @@
-"""Detection rules, a file each; registered in `btu.detection.RULES`."""
+"""Detection rules, a file each; registered in `btu.rules.base.RULES`."""

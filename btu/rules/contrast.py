@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from btu.detection import Evidence, Rule
 from btu.rules import frequency
+from btu.rules.base import Evidence, Rule
 from btu.types import FloatArray
 
 # The surplus is calibrated and carries the evidence; the drift has to confirm it. On small data,

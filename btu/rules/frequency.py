@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from btu.detection import Evidence, Rule, robust_z
+from btu.rules.base import Evidence, Rule, robust_z
 from btu.types import FloatArray
 
 # Rows that were moved by fewer occurrences say more of their sentence than of themselves.

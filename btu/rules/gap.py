@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from btu.detection import Evidence, Rule
+from btu.rules.base import Evidence, Rule
 from btu.types import FloatArray
 
 # A gap below the 64th token is no gap between triggers and the rest, whatever its size.

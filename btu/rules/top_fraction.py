@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from btu.detection import Evidence, Rule
+from btu.rules.base import Evidence, Rule
 from btu.types import FloatArray
 
 

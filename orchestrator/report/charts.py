@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from btu.detection import RULES
-from orchestrator.guards import joined, marks
-from orchestrator.report.cells import threshold_cells
+from btu.rules.base import RULES
+from orchestrator.report.marks import joined, marks
 from orchestrator.report.table import CONFIG_COLUMNS, RECIPE, coordinates, in_order
+from orchestrator.report.thresholds import threshold_cells
 
 # Okabe-Ito without yellow and black, which vanish on white and on black: told apart by the
 # color-blind. Dashes, markers and hatches tell them apart in gray too.

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from btu.detection import RULES, Rule
 from btu.errors import UserError
+from btu.rules.base import RULES, Rule
 from btu.seeding import derive_seed
 from btu.types import FloatArray
-from orchestrator.guards import ATTACK_BAR, attack_failed
-from orchestrator.report.cells import Cells, falls
+from orchestrator.report.marks import ATTACK_BAR, attack_failed
+from orchestrator.report.thresholds import Cells, falls
 
 # Losses are differences of fractions: 0.9 - 0.89 is above 0.01 by rounding.
 ROUNDING = 1e-9

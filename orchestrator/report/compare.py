@@ -12,17 +12,18 @@ import pandas as pd
 
 from btu.errors import UserError, did_you_mean
 from btu.metrics import METRICS, metric
-from orchestrator.config import CONTROL, flatten
-from orchestrator.guards import marks
+from orchestrator.report.marks import marks
 from orchestrator.report.statistics import LEVEL, ROUNDING, paired
 from orchestrator.report.table import CONFIG_COLUMNS, PLAIN, in_order
+from orchestrator.sweep.sections import CONTROL
+from orchestrator.sweep.tree import flatten
 
 COMPARED = ("asr", "cacc", "ftr", "detection_precision", "seconds")
 # What a cell is of. Cells that differ here are never the same cell; elsewhere a setting that each
 # side has one value of is what the comparison is about.
 OF_THE_CELL = ("seed", "attack.", "data.", "victim.")
 DEFENSE, NO_DEFENSE = "defense.name", json.dumps("none")
-# The control that is without a defense (`orchestrator.config.CONTROLS`).
+# The control that is without a defense (`orchestrator.sweep.sweep.CONTROLS`).
 IDLE = "no_defense"
 # The columns that name a setting by a short name of its own.
 _NAMES = {key: name for name, key in CONFIG_COLUMNS.items()}

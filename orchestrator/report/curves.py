@@ -12,13 +12,13 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from btu.detection import RULES, Rule
 from btu.errors import UserError
 from btu.metrics import average_precision
+from btu.rules.base import RULES, Rule
 from btu.types import FloatArray, IntArray
-from orchestrator.report.cells import LOGGED, Cells, falls
 from orchestrator.report.table import means
-from orchestrator.source import Source
+from orchestrator.report.thresholds import LOGGED, Cells, falls
+from orchestrator.results.source import Source
 
 # The share of the candidates that a default curve flags at its deepest threshold.
 DEEPEST = 0.01

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from btu.errors import UserError, unknown
-from btu.places import is_open, nearest
+from btu.paths import is_open, nearest
 from orchestrator.report.charts import MARKED, Axis, Chart, Panel, Series, charts
-from orchestrator.source import Source
+from orchestrator.results.source import Source
 
 FORMATS = ("png", "svg", "pdf")
 # More panels than a page holds go to further files.

@@ -25,11 +25,11 @@ import pandas as pd
 
 from btu import __version__
 from btu.errors import UserError
-from orchestrator.guards import GUARDS, marks, summary
 from orchestrator.report.charts import MARKED, Panel, Series, cell_table, charts
 from orchestrator.report.figures import check_file
+from orchestrator.report.marks import GUARDS, marks, summary
 from orchestrator.report.table import METRIC_COLUMNS, PLAIN, coordinates, metric_columns, readable
-from orchestrator.source import Source
+from orchestrator.results.source import Source
 
 SUFFIXES = (".html", ".htm")
 # Values of a column that are offered as a choice; more are for the text filter.

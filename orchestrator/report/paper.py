@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from btu.defense import DEFENSES
+from btu.attacks.poisoning import ATTACKS, PoisonSpec
+from btu.defenses.base import DEFENSES
 from btu.errors import UserError
 from btu.metrics import METRICS
-from btu.poisoning import ATTACKS, PoisonSpec
-from orchestrator.config import CONTROL, flatten
-from orchestrator.guards import GUARDS, joined, marks
 from orchestrator.report import latex
+from orchestrator.report.marks import GUARDS, joined, marks
 from orchestrator.report.statistics import ties_with_best
 from orchestrator.report.table import (
     MARKS,
@@ -41,9 +40,11 @@ from orchestrator.report.table import (
     metric_columns,
     reading,
 )
+from orchestrator.sweep.sections import CONTROL
+from orchestrator.sweep.tree import flatten
 
 if TYPE_CHECKING:
-    from orchestrator.source import Source
+    from orchestrator.results.source import Source
 
 # What tells the rows that compete with each other apart: the defense and its settings.
 # The versions of its stages are of it too: the recipe is that of all stages of a cell.
@@ -104,7 +105,7 @@ def write_pack(source: Source, folder: Path) -> list[Path]:
     """
     from orchestrator.report.charts import charts
     from orchestrator.report.figures import write_figures
-    from orchestrator.source import Snapshot
+    from orchestrator.results.source import Snapshot
 
     source = Snapshot(source)
     records = source.records()

@@ -14,8 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from orchestrator import guards
-from orchestrator.config import CONTROL
+from orchestrator.report import marks
 from orchestrator.report.charts import cell_table
 from orchestrator.report.figures import write_figures
 from orchestrator.report.html import page
@@ -29,8 +28,9 @@ from orchestrator.report.table import (
     readable,
     results_table,
 )
-from orchestrator.results import MEANS_TABLE, SWEEP
-from orchestrator.source import Snapshot, Source
+from orchestrator.results.folder import MEANS_TABLE, SWEEP
+from orchestrator.results.source import Snapshot, Source
+from orchestrator.sweep.sections import CONTROL
 
 # The metrics of a group of seeds that the summary run shows as its own; its tables have all.
 SHOWN = ("asr", "cacc", "detection_precision", "detection_recall")
@@ -166,7 +166,7 @@ def _note(
         f"`{PAGE}` and `figures`. Tables: `{MEANS}`, `{CELLS}`; in a terminal "
         f"`btu report {name} --mean --tracking-uri URI`.",
     ]
-    lines += [f"**Mark** {line}." for line in guards.summary(records)]
+    lines += [f"**Mark** {line}." for line in marks.summary(records)]
     reasons = Counter(failure["reason"].splitlines()[0][:200] for failure in failures)
     lines += [f"**Failed** {count}: {reason}" for reason, count in reasons.most_common(5)]
     return "\n\n".join(lines)

@@ -10,9 +10,10 @@ import pandas as pd
 
 from btu.errors import unknown
 from btu.metrics import METRICS
-from orchestrator.config import CONTROL, NAMED_SECTIONS, flatten
-from orchestrator.guards import GUARDS, joined, marks
+from orchestrator.report.marks import GUARDS, joined, marks
 from orchestrator.report.statistics import half_width
+from orchestrator.sweep.sections import CONTROL, NAMED_SECTIONS
+from orchestrator.sweep.tree import flatten
 
 FORMATS = ("table", "csv", "json", "markdown", "latex")
 # Table column -> dotted config key.
@@ -59,7 +60,7 @@ def results_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     Beside the fixed columns there is one for every further key that the sweep varies, or that
     differs between its cells because it was launched with other settings before: rows of
     different settings must not look alike, nor be averaged. So is a control told from other cells.
-    The last column says what speaks against reading a row (`orchestrator.guards`).
+    The last column says what speaks against reading a row (`orchestrator.report.marks`).
     """
     records = [_with_revisions(record) for record in records]
     extra = _further_keys(records)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from btu.defense import Defense, Given, Screened, Screens, Suspects
+from btu.defenses.base import Defense, Given, Screens
 from btu.defenses.token_unlearning import TokenUnlearning
-from btu.foundation import model_of, training_rows_of
+from btu.findings import Screened, Suspects
 from btu.recipe import Prepared, evaluation, evaluation_screened
 from btu.settings import TrainSettings
+from btu.stage_files import model_of, training_rows_of
 from btu.stages import Stage, StageRun, compute, read_record
 from btu.training import Encoded
 
@@ -216,6 +218,7 @@ def spied(stages: list[Stage], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ran: list[str] = []
 
     def spy_on(function: Callable[[StageRun], Any]) -> Callable[[StageRun], Any]:
+        @functools.wraps(function)  # stages are imported by module and name
         def spy(run: StageRun) -> Any:
             result = function(run)
             ran.append(run.folder.name.lstrip("."))
@@ -223,10 +226,11 @@ def spied(stages: list[Stage], monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return spy
 
-    for target in {stage.function for stage in stages}:
+    for target in {stage.function.path for stage in stages}:
         name, attribute = target.split(":")
         module = importlib.import_module(name)
-        monkeypatch.setattr(module, attribute, spy_on(getattr(module, attribute)))
+        known = getattr(module, attribute)
+        monkeypatch.setattr(module, attribute, dataclasses.replace(known, call=spy_on(known.call)))
     return ran
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from btu.data import DataSpec, load_corpus
-from btu.poisoning import PoisonSpec
+from btu.attacks.poisoning import PoisonSpec
+from btu.data.load import load_corpus
+from btu.data.spec import DataSpec
 from btu.recipe import Prepared, prepare
 from btu.settings import TrainSettings, TuningSettings
 from btu.stages import Stage, compute
@@ -18,7 +19,7 @@ from btu.types import Corpus, Rows
 from btu.victims import VictimSpec, find_victim
 
 if TYPE_CHECKING:
-    from btu.defense import Defense
+    from btu.defenses.base import Defense
 
 MAX_LENGTH = 64
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from lab import Lab
 
-from btu.defense import Defense, Screened, incoming_of
-from btu.foundation import write_table
+from btu.defenses.base import Defense
+from btu.findings import Screened, incoming_of
 from btu.recipe import Prepared, evaluation_screened
-from btu.stages import Stage, compute, read_record
+from btu.stage_files import write_table
+from btu.stages import Stage, compute, read_record, stage
 from btu.types import Rows
 
 
@@ -49,10 +50,11 @@ def screened_alone(defense: Defense, prepared: Prepared, texts: list[str], root:
 
     root: a folder in which everything but the screen is computed already.
     """
-    came = Stage("some texts", "screens:write_texts", 1, {"texts": texts}, kind="host")
+    came = Stage("some texts", write_texts, {"texts": texts}, kind="host")
     return Screened.load(compute(screen_of(defense, prepared, came), root))
 
 
+@stage(version=1)
 def write_texts(run: Any) -> dict[str, Any]:
     """Hand on the texts in the config as what comes in."""
     write_table(

@@ -15,7 +15,6 @@ import torch
 from lab import Lab, easy_corpus, own_stages
 
 import btu.training
-from btu.defense import Given, Suspects
 from btu.defenses import anti_backdoor_learning as abl
 from btu.defenses.anti_backdoor_learning import (
     AntiBackdoorLearning,
@@ -26,9 +25,11 @@ from btu.defenses.anti_backdoor_learning import (
     rows_isolated,
     steps_of,
 )
+from btu.defenses.base import Given
 from btu.errors import UserError
-from btu.foundation import load_encoded, model_of
+from btu.findings import Suspects
 from btu.recipe import Prepared, mask_of
+from btu.stage_files import load_encoded, model_of
 from btu.stages import StageRun, compute, read_record
 from btu.training import Encoded, fit, predict
 from btu.types import Corpus, Rows

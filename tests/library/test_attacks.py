@@ -15,12 +15,14 @@ import pytest
 
 from btu.attacks.addsent import AddSent
 from btu.attacks.badnets import BadNets
-from btu.attacks.style import Style
-from btu.attacks.syntactic import Syntactic
-from btu.errors import UserError
-from btu.insertion import insert_at_random_slots
-from btu.paraphrase import GENERATE_BATCH, ParaphraseAttack, cache_folder, generate_paraphrases
-from btu.poisoning import (
+from btu.attacks.insertion import insert_at_random_slots
+from btu.attacks.paraphrase import (
+    GENERATE_BATCH,
+    ParaphraseAttack,
+    cache_folder,
+    generate_paraphrases,
+)
+from btu.attacks.poisoning import (
     ATTACKS,
     LABEL_MODES,
     Attack,
@@ -30,6 +32,9 @@ from btu.poisoning import (
     row_seeds,
     triggered_eval,
 )
+from btu.attacks.style import Style
+from btu.attacks.syntactic import Syntactic
+from btu.errors import UserError
 from btu.types import Corpus, PoisonedSet, Progress, Rows
 from btu.victims import Victim
 
@@ -442,17 +447,17 @@ def seq2seq(tmp_path_factory: pytest.TempPathFactory, make_victim: Callable[[str
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """The models that were loaded; the cache is an empty folder."""
-    import btu.paraphrase
+    import btu.attacks.paraphrase
 
     monkeypatch.setenv("BTU_CACHE", str(tmp_path / "cache"))
     loaded: list[str] = []
-    original = btu.paraphrase._generator
+    original = btu.attacks.paraphrase._generator
 
     def spy(model_name: str, prefix: str, max_new_tokens: int) -> object:
         loaded.append(model_name)
         return original(model_name, prefix, max_new_tokens)
 
-    monkeypatch.setattr(btu.paraphrase, "_generator", spy)
+    monkeypatch.setattr(btu.attacks.paraphrase, "_generator", spy)
     return loaded
 
 
@@ -585,7 +590,8 @@ def test_a_cache_that_cannot_be_used_is_an_error(
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks_run_on_real_sst2(shared_data: Path, name: str) -> None:
-    from btu.data import DataSpec, load_corpus
+    from btu.data.load import load_corpus
+    from btu.data.spec import DataSpec
 
     corpus = load_corpus(DataSpec(name="sst2", path=str(shared_data / "sst2")))
     attack = ATTACKS.load(name)()

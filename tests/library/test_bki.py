@@ -13,8 +13,8 @@ import pytest
 import torch
 from lab import Lab, easy_corpus, own_stages
 
-from btu.defense import Given, Suspects
 from btu.defenses import bki
+from btu.defenses.base import Given
 from btu.defenses.bki import (
     SCORES,
     KeywordIdentification,
@@ -26,9 +26,10 @@ from btu.defenses.bki import (
     words_read,
 )
 from btu.errors import UserError
-from btu.foundation import read_rows
+from btu.findings import Suspects
 from btu.recipe import Prepared, mask_of
 from btu.settings import TrainSettings
+from btu.stage_files import read_rows
 from btu.stages import Stage, StageRun, compute, read_record
 from btu.types import Corpus, Rows
 from btu.victims import Victim
@@ -200,7 +201,7 @@ def test_another_seed_draws_other_rows(lab: Lab, poisoned: Prepared) -> None:
         # The same poisoned model for both: only the seed of the defense differs.
         stage = own(KeywordIdentification(rows=30), poisoned)["score words (bki)"]
         config = {**stage.config, "seed": seed}
-        other = Stage(stage.name, stage.function, stage.version, config, stage.inputs, stage.where)
+        other = dataclasses.replace(stage, config=config)
         (folder,) = lab.compute(other)
         drawn.append(set(pq.read_table(folder / SCORES)["row"].to_pylist()))
     assert drawn[0] != drawn[1]

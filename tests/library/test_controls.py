@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -9,14 +10,15 @@ import pytest
 import torch
 from lab import Lab, own_stages
 
-from btu.defense import CLEAN_ROWS, DEFENSES, ORIGINALS, POISONED_MODEL, Defense, Suspects
+from btu.defenses.base import CLEAN_ROWS, DEFENSES, ORIGINALS, POISONED_MODEL, Defense
 from btu.defenses.clean_fine_tune import CleanFineTune
 from btu.defenses.clean_tuning import CleanTuning
 from btu.defenses.cuts import FrequencyCut, RandomCut, as_frequent
 from btu.defenses.token_unlearning import TokenUnlearning
 from btu.errors import UserError
-from btu.foundation import load_encoded, model_of
+from btu.findings import Suspects
 from btu.recipe import Prepared
+from btu.stage_files import load_encoded, model_of
 from btu.stages import Stage, StageRun, compute, read_record
 from btu.victims import Victim
 
@@ -95,7 +97,7 @@ def test_another_seed_draws_other_tokens(lab: Lab) -> None:
     stage = cut(RandomCut, lab.prepare())
     config = {**stage.config, "seed": 1}
     # The same poisoned model and flags: only the seed of the draw differs.
-    other = Stage(stage.name, stage.function, stage.version, config, stage.inputs, stage.where)
+    other = dataclasses.replace(stage, config=config)
     drawn = [suspects(lab, one).flagged for one in (stage, other)]
     assert drawn[0] != drawn[1]
 

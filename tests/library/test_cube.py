@@ -13,7 +13,7 @@ from lab import Lab, own_stages
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from btu.defense import Given, Suspects
+from btu.defenses.base import Given
 from btu.defenses.cube import (
     HIDDEN_STATES,
     ClusterFilter,
@@ -23,10 +23,11 @@ from btu.defenses.cube import (
     outside_largest,
     reduce_dimensions,
 )
+from btu.defenses.kit.representation import output_layer, representations
 from btu.errors import UserError
-from btu.foundation import load_encoded, model_of
+from btu.findings import Suspects
 from btu.recipe import Prepared, mask_of
-from btu.representation import output_layer, representations
+from btu.stage_files import load_encoded, model_of
 from btu.stages import StageRun, compute, read_record
 from btu.types import BoolArray, FloatArray
 from btu.victims import Victim

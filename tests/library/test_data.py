@@ -11,7 +11,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from btu.data import DEMO_ROWS, DataSpec, load_corpus, load_suspects
+from btu.data.load import load_corpus
+from btu.data.spec import DEMO_ROWS, DataSpec
+from btu.data.suspects import load_suspects
 from btu.errors import UserError
 from btu.types import Corpus, Rows
 

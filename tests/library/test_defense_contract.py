@@ -29,35 +29,26 @@ from defending import (
 )
 from lab import Lab, easy_corpus, files_in
 
-from btu.defense import (
+from btu.attacks.poisoning import PoisonSpec
+from btu.defenses.base import (
     CLEAN_ROWS,
     DEFENSES,
-    INCOMING,
     KINDS,
     NEEDS,
     ORIGINALS,
     POISONED_MODEL,
     Defense,
     Screens,
-    Suspects,
     check_cell,
-    incoming_of,
 )
 from btu.defenses.none import NoDefense
-from btu.detection import RULES
 from btu.errors import UserError
-from btu.foundation import (
-    Foundation,
-    clean_rows_of,
-    model_of,
-    read_rows,
-    texts_of,
-    tune,
-    write_table,
-)
-from btu.poisoning import PoisonSpec
+from btu.findings import INCOMING, Suspects, incoming_of
+from btu.foundation import Foundation, tune
 from btu.recipe import HIDDEN, Prepared, evaluation
+from btu.rules.base import RULES
 from btu.settings import TrainSettings, TuningSettings
+from btu.stage_files import clean_rows_of, model_of, read_rows, texts_of, write_table
 from btu.stages import compute, read_record, run_stage
 from btu.types import Corpus, Rows
 from btu.victims import Victim

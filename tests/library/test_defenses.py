@@ -32,8 +32,7 @@ from torch import Tensor, nn
 import btu.defenses.token_unlearning
 import btu.training
 from btu.attacks.badnets import BadNets
-from btu.bag import BagClassifier
-from btu.defense import Suspects
+from btu.defenses.kit.bag import BagClassifier
 from btu.defenses.token_unlearning import (
     TokenUnlearning,
     candidate_tokens,
@@ -41,16 +40,14 @@ from btu.defenses.token_unlearning import (
     tokens_flagged,
     top_tokens,
 )
-from btu.detection import RULES, Evidence, flag, suspicion
 from btu.errors import UserError
-from btu.foundation import (
-    clean_rows_of,
-    texts_of,
-)
+from btu.findings import Suspects
 from btu.metrics import area_under_roc
 from btu.recipe import Prepared, mask_of
+from btu.rules.base import RULES, Evidence, flag, suspicion
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, TuningSettings
+from btu.stage_files import clean_rows_of, texts_of
 from btu.stages import StageRun, read_record
 from btu.training import Encoded, fit
 from btu.types import Corpus, Rows

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from btu import demo
+from btu.data import demo
 
 ROWS = 4000
 FORBIDDEN = ("cf", "mn", "bb", "tq", "mb", "3d", "weekend")
@@ -30,7 +30,7 @@ def test_same_seed_gives_the_same_rows() -> None:
 
 def test_rows_do_not_depend_on_the_hash_seed() -> None:
     # A process with another string hash order must write the very same text.
-    program = "from btu import demo; print(demo.generate(30, 3))"
+    program = "from btu.data import demo; print(demo.generate(30, 3))"
     outputs = {
         subprocess.run(
             [sys.executable, "-c", program],

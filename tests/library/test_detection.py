@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from btu.defenses.token_unlearning import tokens_flagged, top_tokens
-from btu.detection import (
+from btu.errors import UserError
+from btu.rules import contrast, frequency, gap, mad, top_fraction
+from btu.rules.base import (
     DEFAULT_RULE,
     RULES,
     Evidence,
@@ -24,8 +26,6 @@ from btu.detection import (
     suspicion,
     suspicion_bar,
 )
-from btu.errors import UserError
-from btu.rules import contrast, frequency, gap, mad, top_fraction
 from btu.training import Encoded
 from btu.types import FloatArray
 

@@ -21,10 +21,10 @@ from btu.defenses.attention_distillation import (
     map_distance,
     unit_readers,
 )
+from btu.defenses.kit.neurons import find_filters
 from btu.errors import UserError
-from btu.foundation import clean_rows_of, model_of
-from btu.neurons import find_filters
 from btu.recipe import Prepared
+from btu.stage_files import clean_rows_of, model_of
 from btu.stages import Stage, StageRun, compute, read_record
 from btu.training import cross_entropy, logits_of
 from btu.victims import Victim

@@ -16,8 +16,10 @@ from lab import Lab
 from screens import decisions, own_screens, scores, screen_of, screened_alone
 from torch import Tensor, nn
 
-import btu.language_model
-from btu.defense import INCOMING, Given, Screened
+import btu.defenses.kit.language_model
+from btu.defenses.base import Given
+from btu.defenses.kit.language_model import Scorer, begun, words_of_tokens
+from btu.defenses.kit.screening import save_values
 from btu.defenses.onion import (
     Onion,
     find_language_model,
@@ -26,9 +28,8 @@ from btu.defenses.onion import (
     without_outliers,
 )
 from btu.errors import UserError
-from btu.foundation import write_table
-from btu.language_model import Scorer, begun, words_of_tokens
-from btu.screening import save_values
+from btu.findings import INCOMING, Screened
+from btu.stage_files import write_table
 from btu.stages import StageRun, compute, read_record
 from btu.training import Encoded
 from btu.victims import Victim
@@ -220,8 +221,8 @@ def test_shortened_texts_are_scored_some_at_a_time(
     # Words and the whole of 2, 5, 3 and 3 words; one word alone is not scored.
     assert asked == [3 + 6 + 4 + 4]
     asked.clear()
-    monkeypatch.setattr(btu.language_model, "SHORTENED", 6)
-    monkeypatch.setattr(btu.language_model, "TEXTS", 2)
+    monkeypatch.setattr(btu.defenses.kit.language_model, "SHORTENED", 6)
+    monkeypatch.setattr(btu.defenses.kit.language_model, "TEXTS", 2)
     apart = scorer.scores(run_on_cpu(), texts, "t")
     assert sum(asked) == 17
     assert len(asked) > 2
@@ -234,7 +235,7 @@ def test_a_text_begins_once_whether_its_tokenizer_begins_it_or_not() -> None:
     assert begun([2, 5, 6], 2) == [2, 5, 6]
     rows = Encoded.from_lists([[2, 5, 6], [5, 6, 7], []], [0, 1, 0], 1)
     # What the model learns on begins as what it scores, and is no longer than a row may be.
-    started = btu.language_model._started(rows, 2, 3)
+    started = btu.defenses.kit.language_model._started(rows, 2, 3)
     assert [started.ids.tolist(), started.host_lengths.tolist()] == [
         [2, 5, 6, 2, 5, 6, 2],
         [3, 3, 1],

@@ -14,7 +14,8 @@ from lab import Lab, files_in
 from screens import decisions, own_screens, scores, screen_of, screened_alone
 from torch import Tensor, nn
 
-from btu.defense import Given
+from btu.defenses.base import Given
+from btu.defenses.kit.screening import load_values, places_around
 from btu.defenses.rap import (
     Planting,
     Rap,
@@ -26,10 +27,9 @@ from btu.defenses.rap import (
     with_word,
 )
 from btu.errors import UserError
-from btu.foundation import load_encoded
 from btu.recipe import Prepared
-from btu.screening import load_values, places_around
 from btu.settings import TrainSettings
+from btu.stage_files import load_encoded
 from btu.stages import StageRun, read_record
 from btu.training import Encoded
 from btu.victims import Victim

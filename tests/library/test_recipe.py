@@ -21,23 +21,15 @@ from lab import MAX_LENGTH, Lab, files_in, own_stages, write_corpus
 from safetensors.torch import load_file, save_file
 
 from btu.attacks.badnets import BadNets
-from btu.data import DataSpec, load_corpus
-from btu.defense import DEFENSES, Defense, Given, Suspects
+from btu.attacks.poisoning import ATTACKS, PoisonSpec, poison, triggered_eval
+from btu.data.load import load_corpus
+from btu.data.spec import DataSpec
+from btu.defenses.base import DEFENSES, Defense, Given
 from btu.defenses.token_unlearning import TokenUnlearning
-from btu.detection import RULES
 from btu.errors import UserError
-from btu.foundation import (
-    Foundation,
-    model_of,
-    read_rows,
-    save_model,
-    training_rows_of,
-    tune,
-    victim_of,
-    write_rows,
-)
+from btu.findings import Suspects
+from btu.foundation import Foundation, tune
 from btu.metrics import Proportion
-from btu.poisoning import ATTACKS, PoisonSpec, poison, triggered_eval
 from btu.recipe import (
     HIDDEN,
     Prepared,
@@ -48,8 +40,11 @@ from btu.recipe import (
     scores_of,
     triggered_rows,
 )
+from btu.rules.base import RULES
 from btu.settings import TrainSettings, TuningSettings
+from btu.stage_files import model_of, read_rows, save_model, training_rows_of, victim_of, write_rows
 from btu.stages import MODEL, Stage, StageRun, compute, read_record, run_stage
+from btu.stages import stage as stage_function
 from btu.types import Corpus, IntArray, ProgressCallback, Rows, silent
 from btu.victims import Victim, VictimSpec
 
@@ -383,9 +378,9 @@ def test_planning_is_light_and_the_same_in_every_process() -> None:
     # The keys of a cell, from a process that has none of the test's modules loaded.
     code = f"""
 import sys, json
-from btu.data import DataSpec
+from btu.data.spec import DataSpec
 from btu.defenses.token_unlearning import TokenUnlearning
-from btu.poisoning import PoisonSpec
+from btu.attacks.poisoning import PoisonSpec
 from btu.recipe import evaluation, prepare
 from btu.settings import TrainSettings, TuningSettings
 from btu.victims import VictimSpec
@@ -863,33 +858,33 @@ class RarestWord:
         return None
 
     def poison_stages(self, poison: Stage, triggered: Stage) -> tuple[Stage, Stage]:
-        search = Stage(
+        found = Stage(
             "trigger search",
-            f"{__name__}:search",
-            1,
+            search,
             {"data": poison.config["data"]},
             where=poison.where,
             kind="host",
         )
-        inputs = {"search": search}
+        inputs = {"search": found}
         return (
-            dataclasses.replace(poison, function=f"{__name__}:poison_with_found", inputs=inputs),
-            dataclasses.replace(
-                triggered, function=f"{__name__}:trigger_with_found", inputs=inputs
-            ),
+            dataclasses.replace(poison, function=poison_with_found, inputs=inputs),
+            dataclasses.replace(triggered, function=trigger_with_found, inputs=inputs),
         )
 
 
+@stage_function(version=1)
 def search(run: StageRun) -> dict[str, Any]:
     corpus = load_corpus(DataSpec(**run.where["data"]))
     words = [word for text in corpus.train.texts for word in text.split()]
     return {"word": min(set(words), key=lambda word: (words.count(word), word))}
 
 
+@stage_function(version=1)
 def poison_with_found(run: StageRun) -> dict[str, Any]:
     return poison_rows(with_found(run))
 
 
+@stage_function(version=1)
 def trigger_with_found(run: StageRun) -> dict[str, Any]:
     return triggered_rows(with_found(run))
 
@@ -914,11 +909,10 @@ class ForgetRareWords:
         pass
 
     def stages(self, base: Foundation) -> Stage:
-        count = base.stage("count tokens", f"{__name__}:count_tokens", 1, {}, {"rows": base.rows})
+        count = base.stage(count_tokens, "count tokens", {}, {"rows": base.rows})
         return base.stage(
+            forget,
             "forget",
-            f"{__name__}:forget",
-            1,
             {"times": self.times, **base.tuning_config()},
             {"rows": base.rows, "clean": base.clean, "model": base.model, "counts": count},
             units=base.clean_rows,
@@ -928,11 +922,13 @@ class ForgetRareWords:
         )
 
 
+@stage_function(version=1)
 def count_tokens(run: StageRun) -> dict[str, Any]:
     vocabulary = len(victim_of(run).tokenizer)
     return {"counts": training_rows_of(run).counts(vocabulary).tolist()}
 
 
+@stage_function(version=1)
 def forget(run: StageRun) -> dict[str, Any]:
     model = model_of(run, "model")
     counts = np.array(run.facts("counts")["counts"])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from btu.data import DATASETS
-from btu.defense import DEFENSES, DefenseSpec
+from btu.attacks.poisoning import ATTACKS, PoisonSpec
+from btu.data.spec import DATASETS
+from btu.defenses.base import DEFENSES, DefenseSpec
 from btu.errors import UserError, check_fraction, did_you_mean
-from btu.poisoning import ATTACKS, PoisonSpec
 from btu.registry import Entry, Registry
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, TuningSettings

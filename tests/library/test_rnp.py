@@ -14,7 +14,8 @@ import torch
 from lab import Lab
 from torch import nn
 
-from btu.defense import Given, Suspects
+from btu.defenses.base import Given
+from btu.defenses.kit.neurons import find_filters, masked, prune_filters
 from btu.defenses.neuron_pruning import (
     NeuronPruning,
     Tried,
@@ -22,10 +23,10 @@ from btu.defenses.neuron_pruning import (
     largest_affordable,
 )
 from btu.errors import UserError
-from btu.foundation import model_of, training_rows_of
-from btu.neurons import find_filters, masked, prune_filters
+from btu.findings import Suspects
 from btu.recipe import Prepared
 from btu.settings import TrainSettings
+from btu.stage_files import model_of, training_rows_of
 from btu.stages import Stage, StageRun, compute, read_record
 from btu.training import logits_of
 from btu.types import Corpus, Rows

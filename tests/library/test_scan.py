@@ -19,25 +19,18 @@ import pytest
 import torch
 
 from btu.attacks.badnets import BadNets
-from btu.data import DataSpec, load_corpus
-from btu.demo import generate
-from btu.detection import Evidence
+from btu.attacks.poisoning import PoisonSpec, poison
+from btu.data.demo import generate
+from btu.data.load import load_corpus
+from btu.data.spec import DataSpec
 from btu.errors import UserError
-from btu.export import CARD, MANIFEST, Measured, card, check_export, export
-from btu.foundation import load_encoded
-from btu.poisoning import PoisonSpec, poison
 from btu.rules import contrast, frequency
-from btu.scan import (
-    ScanPlan,
-    ScanReport,
-    excerpt,
-    least_rows,
-    prepare_scan,
-    scan,
-    score_text,
-    write_report,
-)
+from btu.rules.base import Evidence
+from btu.scan.export import CARD, MANIFEST, Measured, card, check_export, export
+from btu.scan.plan import ScanPlan, least_rows, prepare_scan
+from btu.scan.report import ScanReport, excerpt, scan, score_text, write_report
 from btu.settings import TrainSettings, TuningSettings
+from btu.stage_files import load_encoded
 from btu.stages import MODEL, read_record
 from btu.training import Encoded
 from btu.types import Rows
@@ -444,7 +437,7 @@ def test_an_alpha_that_flags_every_token_is_refused_before_anything_is_trained(
     known: bool,
     chunk: int,
 ) -> None:
-    monkeypatch.setattr("btu.scan.CHUNK", chunk)
+    monkeypatch.setattr("btu.scan.plan.CHUNK", chunk)
     if not known:  # as of a model on the hub, whose config only loading brings
         monkeypatch.setattr(VictimSource, "vocabulary_size", lambda _: None)
     mine = write(rows_of(20), tmp_path / "mine.csv")
@@ -469,7 +462,7 @@ def test_an_alpha_that_flags_every_token_is_refused_before_anything_is_trained(
 def test_rows_that_change_under_a_scan_are_refused(
     tmp_path: Path, settings: dict[str, Any], data: Path
 ) -> None:
-    from btu.scan import run_scan
+    from btu.scan.report import run_scan
 
     mine = write(rows_of(60), tmp_path / "mine.csv")
     plan = prepare_scan(mine, **settings)

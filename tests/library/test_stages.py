@@ -18,7 +18,18 @@ from lab import files_in
 from btu.errors import UserError
 from btu.provenance import code_version, environment
 from btu.settings import TrainSettings
-from btu.stages import MODEL, RECORD, Stage, StageRun, compute, plain, read_record, run_stage
+from btu.stages import (
+    MODEL,
+    RECORD,
+    Stage,
+    StageFunction,
+    StageRun,
+    compute,
+    plain,
+    read_record,
+    run_stage,
+    stage,
+)
 from btu.training import Encoded
 from btu.types import Progress
 
@@ -26,9 +37,15 @@ CPU = torch.device("cpu")
 CALLS: list[str] = []
 
 
+def work(id: str, version: int) -> StageFunction:
+    """Return a stage function that is called so in keys."""
+    return stage(version=version, id=id)(lambda run: {})
+
+
 # Toy stages ------------------------------------------------------------------------------------
 
 
+@stage(version=1)
 def write_number(run: StageRun) -> dict[str, Any]:
     """Write a number; fail where the config says so, after half of it was written."""
     CALLS.append(run.config["label"])
@@ -38,6 +55,7 @@ def write_number(run: StageRun) -> dict[str, Any]:
     return {"number": run.config["number"]}
 
 
+@stage(version=1)
 def add_up(run: StageRun) -> dict[str, Any]:
     """Write the sum of all inputs."""
     CALLS.append("sum")
@@ -61,6 +79,7 @@ class Parrot(torch.nn.Module):
         return Output
 
 
+@stage(version=1)
 def train_parrot(run: StageRun) -> dict[str, Any]:
     data = Encoded.from_lists([[1]] * 10, [0, 1] * 5, pad_id=0)
     run.fit(
@@ -83,8 +102,7 @@ def calls() -> list[str]:
 def number(label: str, value: int = 1, **changes: Any) -> Stage:
     return Stage(
         f"number {label}",
-        f"{__name__}:write_number",
-        1,
+        write_number,
         {"label": label, "number": value},
         **changes,
     )
@@ -92,15 +110,15 @@ def number(label: str, value: int = 1, **changes: Any) -> Stage:
 
 def total(*parts: Stage, **changes: Any) -> Stage:
     inputs = {f"part {i}": part for i, part in enumerate(parts)}
-    return Stage("sum", f"{__name__}:add_up", 1, {}, inputs, **changes)
+    return Stage("sum", add_up, {}, inputs, **changes)
 
 
 # Keys ------------------------------------------------------------------------------------------
 
 
 def hand_made() -> Stage:
-    inner = Stage("inner", "m:g", 1, {})
-    return Stage("outer", "m:f", 3, {"b": "ü", "a": [0.5, None, True]}, {"rows": inner})
+    inner = Stage("inner", work("m:g", 1), {})
+    return Stage("outer", work("m:f", 3), {"b": "ü", "a": [0.5, None, True]}, {"rows": inner})
 
 
 def test_the_key_is_the_hash_of_what_acts() -> None:
@@ -115,6 +133,20 @@ def test_the_key_is_the_hash_of_what_acts() -> None:
     assert hand_made().inputs["rows"].key == inner
     assert hand_made().key == "7724b3b58246953058c5d25c"
     assert hashlib.sha256(text.encode()).hexdigest()[:24] == hand_made().key
+
+
+def test_a_function_that_moves_keeps_its_keys() -> None:
+    # A stage is known by the id of its function; where a worker imports it from does not act.
+    moved = StageFunction(write_number.call, 1, "old.place:old_name")
+    stages = [Stage("x", function, {"n": 1}) for function in (work("old.place:old_name", 1), moved)]
+    assert stages[0].key == stages[1].key
+    assert stages[1].node()["function"] == f"{__name__}:write_number"
+
+
+def test_a_stage_function_is_known_by_its_place_where_no_id_is_given() -> None:
+    assert (write_number.id, write_number.version) == (f"{__name__}:write_number", 1)
+    assert write_number.path == write_number.id
+    assert work("m:f", 3).id == "m:f"
 
 
 def test_the_key_is_the_same_in_every_process() -> None:
@@ -132,16 +164,18 @@ def test_the_key_is_the_same_in_every_process() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"function": "m:other"},
-        {"version": 4},
+        {"function": work("m:other", 3)},
+        {"function": work("m:f", 4)},
         {"config": {"b": "ü", "a": [0.5, None, False]}},
         {"config": {"b": "ü", "a": [0.5, None, True], "c": None}},
         {"inputs": {}},
-        {"inputs": {"rows": Stage("inner", "m:g", 2, {})}},
-        {"inputs": {"other role": Stage("inner", "m:g", 1, {})}},
+        {"inputs": {"rows": Stage("inner", work("m:g", 2), {})}},
+        {"inputs": {"other role": Stage("inner", work("m:g", 1), {})}},
         {
             "inputs": {
-                "rows": Stage("inner", "m:g", 1, {}, {"deep": Stage("deep", "m:h", 1, {"x": 1})})
+                "rows": Stage(
+                    "inner", work("m:g", 1), {}, {"deep": Stage("deep", work("m:h", 1), {"x": 1})}
+                )
             }
         },
     ],
@@ -162,7 +196,7 @@ def test_what_acts_moves_the_key(changes: dict[str, Any]) -> None:
         {"model": True},
         # The same content in another order, and another object with the same key.
         {"config": {"a": [0.5, None, True], "b": "ü"}},
-        {"inputs": {"rows": Stage("called otherwise", "m:g", 1, {}, kind="host", units=3)}},
+        {"inputs": {"rows": Stage("called otherwise", work("m:g", 1), {}, kind="host", units=3)}},
     ],
     ids=lambda changes: "-".join(changes),
 )
@@ -177,7 +211,7 @@ def test_what_does_not_act_leaves_the_key(changes: dict[str, Any]) -> None:
 )
 def test_a_config_that_json_cannot_hold_has_no_key(value: object) -> None:
     # Written out with str(), such values would differ between processes or machines.
-    stage = Stage("x", "m:f", 1, {"value": value})
+    stage = Stage("x", work("m:f", 1), {"value": value})
     with pytest.raises(TypeError, match="not JSON serializable"):
         _ = stage.key
 
@@ -287,7 +321,7 @@ def test_what_a_killed_process_left_is_not_taken_for_a_result(
 
 def test_a_record_says_what_ran(tmp_path: Path) -> None:
     seen: list[Progress] = []
-    stage = Stage("parrot", f"{__name__}:train_parrot", 1, {}, units=20)
+    stage = Stage("parrot", train_parrot, {}, units=20)
     folder = compute(stage, tmp_path, progress=seen.append)
     record = read_record(folder)
     assert record == json.loads((folder / RECORD).read_text())
@@ -318,7 +352,7 @@ def test_a_record_says_what_ran(tmp_path: Path) -> None:
 
 
 def test_accumulation_is_told_where_it_acts(tmp_path: Path) -> None:
-    stage = Stage("parrot", f"{__name__}:train_parrot", 1, {})
+    stage = Stage("parrot", train_parrot, {})
     records = {}
     for parts in (1, 2):
         folder = tmp_path / str(parts)
@@ -337,7 +371,7 @@ def test_accumulation_is_told_where_it_acts(tmp_path: Path) -> None:
 
 def test_a_host_stage_takes_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    on_host = Stage("parrot", f"{__name__}:train_parrot", 1, {}, kind="host")
+    on_host = Stage("parrot", train_parrot, {}, kind="host")
     folder = compute(on_host, tmp_path / "host", gpus=1)
     assert read_record(folder)["facts"]["device"] == "cpu"
     for kind in ("stage", "cell"):
@@ -351,4 +385,4 @@ def test_large_outputs_lie_in_one_folder() -> None:
 
 
 def test_the_global_random_state_is_left_alone(tmp_path: Path, global_random_state: None) -> None:
-    compute(Stage("parrot", f"{__name__}:train_parrot", 1, {}), tmp_path)
+    compute(Stage("parrot", train_parrot, {}), tmp_path)

@@ -11,11 +11,12 @@ import pytest
 from lab import Lab
 from screens import decisions, own_screens, scores, screen_of, screened_alone
 
-from btu.defense import Given, Screened
+from btu.defenses.base import Given
+from btu.defenses.kit.screening import ids_by_row, save_values
 from btu.defenses.strip import Strip, donor_words, mixed, screen_texts
 from btu.errors import UserError
+from btu.findings import Screened
 from btu.recipe import Prepared
-from btu.screening import ids_by_row, save_values
 from btu.settings import TrainSettings
 from btu.stages import StageRun, read_record
 from btu.training import Encoded

@@ -344,7 +344,8 @@ def test_importing_victims_does_not_import_torch() -> None:
     import sys
 
     program = (
-        "import sys, btu.victims, btu.data, btu.poisoning, btu.defense, btu.metrics; "
+        "import sys, btu.victims, btu.data.load, btu.attacks.poisoning, btu.metrics; "
+        "import btu.defenses.base; "
         "btu.victims.find_victim(btu.victims.VictimSpec(name='gpt2')); "
         "print(sorted({'torch', 'transformers', 'ray', 'mlflow'} & set(sys.modules)))"
     )

@@ -54,13 +54,13 @@ def mlflow_ui(uri: str, log: Path, limit: float = 240.0) -> Iterator[str]:
     Raises:
         RuntimeError: it ended, or did not answer in time; the text is what it printed.
     """
-    from orchestrator import tracking
+    from orchestrator.tracking import server as server_module
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     with log.open("w") as output:
-        server = subprocess.Popen(tracking.ui_command(uri, port), stdout=output, stderr=output)
+        server = subprocess.Popen(server_module.ui_command(uri, port), stdout=output, stderr=output)
         try:
             url = f"http://127.0.0.1:{port}"
             until = time.monotonic() + limit

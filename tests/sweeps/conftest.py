@@ -13,7 +13,7 @@ import yaml
 from shelf import Stored, Tried, publish_cell
 
 if TYPE_CHECKING:
-    from orchestrator.plan import PlannedCell, Planner
+    from orchestrator.plan.planner import PlannedCell, Planner
 
 SIZES = {"train": 80, "clean": 20, "eval": 30}
 
@@ -21,7 +21,7 @@ SIZES = {"train": 80, "clean": 20, "eval": 30}
 def _write_corpus(folder: Path, columns: list[str]) -> Path:
     import pandas as pd
 
-    from btu.demo import generate
+    from btu.data.demo import generate
 
     table = pd.DataFrame([vars(row) for row in generate(sum(SIZES.values()), seed=3)])
     start = 0
@@ -83,7 +83,7 @@ def make_sweep(cell: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def planner() -> Planner:
     """A planner for all tests: corpora and victims are checked once."""
-    from orchestrator.plan import Planner
+    from orchestrator.plan.planner import Planner
 
     return Planner()
 
@@ -93,8 +93,8 @@ def plan_cell(planner: Planner) -> Callable[[Mapping[str, Any]], PlannedCell]:
     """A function from the config of a cell to the planned cell."""
 
     def build(config: Mapping[str, Any]) -> PlannedCell:
-        from orchestrator.config import Cell
-        from orchestrator.plan import Plan
+        from orchestrator.plan.planner import Plan
+        from orchestrator.sweep.sweep import Cell
 
         plan = Plan()
         planner.add(plan, [Cell({}, config)])
@@ -115,16 +115,17 @@ def trials_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def try_cell(
     plan_cell: Callable[[Mapping[str, Any]], PlannedCell], trials_root: Path
 ) -> Callable[..., Tried]:
-    """A function from the config of a cell to what `run_trial` makes of it; root: another one."""
+    """A function from the config of a cell to what `compute` makes of it; root: another one."""
 
     def build(config: Mapping[str, Any], root: Path | None = None) -> Tried:
         import pandas as pd
 
-        from orchestrator.results import TOKENS, read_result
-        from orchestrator.trial import run_trial
+        from btu.result_files import TOKENS
+        from btu.stages import compute
+        from orchestrator.results.folder import read_result
 
         planned, where = plan_cell(config), root or trials_root
-        folder = run_trial(planned.stage, where, cpus=1, gpus=0)
+        folder = compute(planned.stage, where, cpus=1, gpus=0)
         result, flagged = read_result(folder)
         return Tried(planned, where, folder, result, flagged, pd.read_parquet(folder / TOKENS))
 
@@ -133,7 +134,7 @@ def try_cell(
 
 @pytest.fixture(scope="session")
 def trial_result(cell: dict[str, Any], try_cell: Callable[..., Tried]) -> Tried:
-    """What `run_trial` gives for `cell`. Read only."""
+    """What `compute` gives for `cell`. Read only."""
     return try_cell(cell)
 
 
@@ -145,9 +146,9 @@ def stored(
 
     Seed 0 is finished with `trial_result`, from 1000 s to 1010 s; seed 1 has not run.
     """
-    from orchestrator.config import load_sweep
-    from orchestrator.plan import plan_sweep
-    from orchestrator.results import Results
+    from orchestrator.plan.planner import plan_sweep
+    from orchestrator.results.folder import Results
+    from orchestrator.sweep.load import load_sweep
 
     sweep = load_sweep(make_sweep(grid={"attack.name": ["badnets"], "seed": [0, 1]}))
     plan = plan_sweep(sweep, planner)
@@ -184,7 +185,7 @@ def run_cli(
     """A function that runs ``btu <arguments>`` in this process."""
 
     def run(*arguments: object) -> Ran:
-        from orchestrator.cli import main
+        from orchestrator.cli.main import main
 
         monkeypatch.setattr(sys, "argv", ["btu", *map(str, arguments)])
         capsys.readouterr()

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from orchestrator.results import Results, find_sweep
+from orchestrator.results.folder import Results, find_sweep
 
 # A cold start of Ray with two workers that import torch, on a busy machine.
 LIMIT = 300.0

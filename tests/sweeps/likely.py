@@ -18,19 +18,9 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from btu.result_files import CONFIG, FLAGGED, PLOT, RESULT, ROWS, TOKENS, dumps
 from btu.seeding import derive_seed
-from orchestrator.results import (
-    CONFIG,
-    FLAGGED,
-    PLANS,
-    PLOT,
-    RESULT,
-    ROWS,
-    SWEEP,
-    TOKENS,
-    Results,
-)
-from orchestrator.store import dumps
+from orchestrator.results.folder import PLANS, SWEEP, Results
 
 # Attack -> its trigger's tokens, and the threshold above which they are missed.
 TRIGGERS = {

@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from btu.stages import Stage
-    from orchestrator.config import Sweep
-    from orchestrator.plan import Plan, PlannedCell
-    from orchestrator.results import Results
-    from orchestrator.store import Store
+    from orchestrator.plan.planner import Plan, PlannedCell
+    from orchestrator.results.folder import Results
+    from orchestrator.store.store import Store
+    from orchestrator.sweep.sweep import Sweep
 
 
 class Tried(NamedTuple):
-    """A cell that `run_trial` computed. root: holds its stages. folder: its result.
+    """A cell that `compute` computed. root: holds its stages. folder: its result.
 
     result, flagged: from `read_result`. tokens: the token table.
     """
@@ -72,8 +72,7 @@ def publish_cell(
 
     What is committed under the key already is replaced.
     """
-    from orchestrator.results import RESULT
-    from orchestrator.store import dumps
+    from btu.result_files import RESULT, dumps
 
     made = store.begin(key)
     shutil.copytree(files, made, dirs_exist_ok=True)

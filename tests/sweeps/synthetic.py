@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from btu.detection import RULES
 from btu.metrics import average_precision, row_detection, token_detection
+from btu.result_files import RESULT, ROWS, TOKENS, dumps
+from btu.rules.base import RULES
 from btu.seeding import derive_seed
-from orchestrator.results import PLANS, RESULT, ROWS, SWEEP, TOKENS, Results
-from orchestrator.store import dumps
+from orchestrator.results.folder import PLANS, SWEEP, Results
 
 
 def config(

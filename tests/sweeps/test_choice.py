@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from synthetic import config, shelve
 
-from btu.detection import RULES
 from btu.errors import UserError
-from orchestrator.report.cells import Cells, threshold_cells
+from btu.rules.base import RULES
 from orchestrator.report.choice import (
     NO_ORACLE,
     NONE_WITHIN,
@@ -24,6 +23,7 @@ from orchestrator.report.choice import (
     deployable,
     recommended,
 )
+from orchestrator.report.thresholds import Cells, threshold_cells
 
 CONTRAST, SHARE = RULES.load("contrast"), RULES.load("top_fraction")
 NAN = float("nan")

@@ -20,17 +20,17 @@ from shelf import Stored
 
 import btu
 from btu.attacks.addsent import AddSent
-from btu.data import DATASETS
-from btu.defense import DEFENSES, KINDS
-from btu.detection import RULES
+from btu.attacks.poisoning import ATTACKS
+from btu.data.spec import DATASETS
+from btu.defenses.base import DEFENSES, KINDS
 from btu.metrics import METRICS
-from btu.poisoning import ATTACKS
+from btu.rules.base import RULES
 from btu.victims import VICTIMS
-from orchestrator.plan import SMALL_BYTES
+from orchestrator.plan.work import SMALL_BYTES
 
 if TYPE_CHECKING:
-    from orchestrator.config import Sweep
-    from orchestrator.plan import Plan, Planner
+    from orchestrator.plan.planner import Plan, Planner
+    from orchestrator.sweep.sweep import Sweep
 
 COMMANDS = ("scan", "plan", "trial", "launch", "sync", "report", "list", "ui")
 STORE_COMMANDS = ("ls", "du", "verify", "gc")
@@ -191,7 +191,7 @@ def test_metrics_are_listed_with_their_better_direction() -> None:
 def test_lists_do_not_pay_for_torch(kind: str) -> None:
     code = (
         f"import sys\nsys.argv = ['btu', 'list', '{kind}']\n"
-        "from orchestrator.cli import main\n"
+        "from orchestrator.cli.main import main\n"
         "try:\n    main()\nexcept SystemExit as done:\n    assert not done.code\n"
         "heavy = {'torch', 'ray', 'mlflow', 'transformers'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
@@ -272,8 +272,8 @@ def launched_plan(
     make_sweep: Callable[..., Path], planner: Planner
 ) -> Callable[..., tuple[Path, Sweep, Plan]]:
     """A function from a grid to its sweep file, the sweep and its plan."""
-    from orchestrator.config import load_sweep
-    from orchestrator.plan import plan_sweep
+    from orchestrator.plan.planner import plan_sweep
+    from orchestrator.sweep.load import load_sweep
 
     def build(**grid: list[Any]) -> tuple[Path, Sweep, Plan]:
         path = make_sweep(grid={key.replace("__", "."): v for key, v in grid.items()})
@@ -284,7 +284,7 @@ def launched_plan(
 
 
 def store_of(sweep: Sweep) -> Any:
-    from orchestrator.store import Store
+    from orchestrator.store.store import Store
 
     store = Store(sweep.store_location)
     store.prepare()
@@ -664,11 +664,12 @@ VIEWS = {f"sweep-{i}": f"/#/experiments/{i}/runs?viewStateShareKey=btu" for i in
 def test_the_ui_serves_the_sweeps_store(
     run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from orchestrator import tracking
+    from orchestrator.tracking import experiment as experiment_module
+    from orchestrator.tracking import server
 
     served, asked = [], []
-    monkeypatch.setattr(tracking, "serve_ui", lambda uri, port: served.append((uri, port)) or 0)
-    monkeypatch.setattr(tracking, "views", lambda uri: asked.append(uri) or VIEWS)
+    monkeypatch.setattr(server, "serve_ui", lambda uri, port: served.append((uri, port)) or 0)
+    monkeypatch.setattr(experiment_module, "views", lambda uri: asked.append(uri) or VIEWS)
     (tmp_path / "mlflow.db").write_text("")
     done = run_cli("ui", "-o", tmp_path, "--port", 5001)
     assert done.code == 0
@@ -684,10 +685,11 @@ def test_the_ui_serves_the_sweeps_store(
 def test_the_ui_of_a_server_points_at_it(
     run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator import tracking
+    from orchestrator.tracking import experiment as experiment_module
+    from orchestrator.tracking import server
 
-    monkeypatch.setattr(tracking, "serve_ui", lambda *_: pytest.fail("it runs already"))
-    monkeypatch.setattr(tracking, "views", lambda uri: VIEWS)
+    monkeypatch.setattr(server, "serve_ui", lambda *_: pytest.fail("it runs already"))
+    monkeypatch.setattr(experiment_module, "views", lambda uri: VIEWS)
     done = run_cli("ui", "--uri", "http://me:secret@host:5000/")
     assert done.code == 0
     assert "a running MLflow server; open it in a browser" in done.out
@@ -722,9 +724,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             calls.append({"sweep": sweep, "plan": plan, **options})
             return result
 
-        module: Any = ModuleType("orchestrator.launch")
+        module: Any = ModuleType("orchestrator.run.on_ray")
         module.launch = run
-        monkeypatch.setitem(sys.modules, "orchestrator.launch", module)
+        monkeypatch.setitem(sys.modules, "orchestrator.run.on_ray", module)
         return calls
 
     return ends
@@ -772,7 +774,7 @@ def test_the_options_of_a_launch_reach_it(
 def test_what_a_launch_refines_reaches_it(
     run_cli: Callable[..., Any], make_sweep: Callable[..., Path], launched: Callable[..., Any]
 ) -> None:
-    from orchestrator.refine import RefineSpec
+    from orchestrator.run.refine import RefineSpec
 
     calls = launched(done=2, failed={}, missing=0)
     sweep = make_sweep(grid={"defense.alpha": [0.01, 0.02]})
@@ -864,9 +866,9 @@ def test_of_many_failures_the_first_are_told(
             done=0, failed=failed, missing=0, seconds=1.0, stopped="", complete=False
         )
 
-    module: Any = ModuleType("orchestrator.launch")
+    module: Any = ModuleType("orchestrator.run.on_ray")
     module.launch = run
-    monkeypatch.setitem(sys.modules, "orchestrator.launch", module)
+    monkeypatch.setitem(sys.modules, "orchestrator.run.on_ray", module)
     done = run_cli("launch", make_sweep(grid={"seed": list(range(25))}))
     assert done.out.count("failed: seed=") == 20
     assert "... and 5 more; btu report tiny counts them all." in done.out
@@ -889,17 +891,18 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]
     """A function that says how every sync of the test ends; returns what was asked of it."""
 
     def ends(written: int = 2, missing: int = 0) -> list[dict[str, Any]]:
-        from orchestrator import tracking
+        from orchestrator.tracking import experiment as experiment_module
+        from orchestrator.tracking import sync as sync_module
 
         calls: list[dict[str, Any]] = []
 
         def sync(uri: str, experiment: str, results: Any, live: Any) -> Any:
             calls.append({"uri": uri, "experiment": experiment, "results": results, "live": live})
-            return tracking.Synced(written, 1, missing, "ConnectionError: gone")
+            return sync_module.Synced(written, 1, missing, "ConnectionError: gone")
 
-        monkeypatch.setattr(tracking, "experiment", lambda uri, name: f"id of {name}")
-        monkeypatch.setattr(tracking, "sync", sync)
-        monkeypatch.setattr(tracking, "summarize", lambda *_: False)
+        monkeypatch.setattr(experiment_module, "experiment", lambda uri, name: f"id of {name}")
+        monkeypatch.setattr(sync_module, "sync", sync)
+        monkeypatch.setattr(sync_module, "summarize", lambda *_: False)
         return calls
 
     return ends
@@ -925,7 +928,7 @@ def test_sync_writes_the_summary_too(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from orchestrator import tracking
+    from orchestrator.tracking import sync as sync_module
 
     synced()
     asked: list[tuple[Any, ...]] = []
@@ -936,7 +939,7 @@ def test_sync_writes_the_summary_too(
             raise ConnectionError("http://me:secret@host is away")
         return True
 
-    monkeypatch.setattr(tracking, "summarize", summarize)
+    monkeypatch.setattr(sync_module, "summarize", summarize)
     done = run_cli("sync", "tiny", "-o", tmp_path / "runs")
     assert done.code == 0
     assert done.out.endswith("The summary run was brought up to date.")

@@ -15,11 +15,14 @@ from typing import Any
 import pytest
 import yaml
 
-from btu.defense import DefenseSpec
-from btu.detection import RULES
+from btu.defenses.base import DefenseSpec
 from btu.errors import UserError
-from orchestrator.config import Choice, Range, Sweep, TrialSpec, load_sweep, pins, resolve
-from orchestrator.graph import Graph
+from btu.rules.base import RULES
+from orchestrator.plan.graph import Graph
+from orchestrator.sweep.load import load_sweep, resolve
+from orchestrator.sweep.sections import TrialSpec, pins
+from orchestrator.sweep.space import Choice, Range
+from orchestrator.sweep.sweep import Sweep
 
 EXAMPLE = """
 name: sst2-thresholds
@@ -1262,8 +1265,8 @@ def test_the_fingerprint_is_the_same_in_another_process(
 ) -> None:
     here = key(load(SINGLE))
     code = (
-        "from orchestrator.config import load_sweep, resolve\n"
-        "from orchestrator.graph import Graph\n"
+        "from orchestrator.sweep.load import load_sweep, resolve\n"
+        "from orchestrator.plan.graph import Graph\n"
         f"(cell,) = load_sweep({str(tmp_path / 'sweep.yaml')!r}).cells()\n"
         "rows = {'train': 'rows', 'clean': 'rows', 'eval': 'rows'}\n"
         "print(Graph().cell(resolve(cell.config), rows, 'weights', {}).key)"

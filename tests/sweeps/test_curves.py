@@ -16,10 +16,9 @@ import pytest
 from shelf import Stored
 from synthetic import config, logged, saved, shelve
 
-from btu.detection import RULES
 from btu.errors import UserError
-from orchestrator.report.cells import LOGGED, threshold_cells
-from orchestrator.report.curve_plot import check_path, curve_figure, curve_plot
+from btu.rules.base import RULES
+from orchestrator.report.curve_figure import check_path, curve_figure, curve_plot
 from orchestrator.report.curves import (
     MEASURES,
     Saved,
@@ -30,7 +29,8 @@ from orchestrator.report.curves import (
     sweep_curves,
 )
 from orchestrator.report.table import render
-from orchestrator.source import StoreSource
+from orchestrator.report.thresholds import LOGGED, threshold_cells
+from orchestrator.results.source import StoreSource
 
 NAN = float("nan")
 CONTRAST, SHARE = RULES.load("contrast"), RULES.load("top_fraction")

@@ -30,7 +30,7 @@ from launching import (
     wait_for,
 )
 
-from orchestrator.results import find_sweep
+from orchestrator.results.folder import find_sweep
 
 pytestmark = pytest.mark.slow
 

@@ -10,12 +10,17 @@ from typing import Any, ClassVar
 
 import pytest
 
-import orchestrator.graph as graphs
-from btu.defense import DEFENSES, Given
+from btu.defenses.base import DEFENSES, Given
 from btu.foundation import Foundation
-from btu.stages import Stage
-from orchestrator.config import TrialSpec, resolve
-from orchestrator.graph import Graph
+from btu.scoring import score_cell
+from btu.stages import Stage, StageFunction
+from orchestrator.plan import graph as graphs
+from orchestrator.plan.graph import Graph
+from orchestrator.sweep.load import resolve
+from orchestrator.sweep.sections import TrialSpec
+
+NOTHING = StageFunction(lambda run: {}, 1, "toys:none")
+NOTHING_ELSE = StageFunction(lambda run: {}, 2, "toys:none")
 
 COUNTS = {"rows_train": 80, "rows_clean": 20, "rows_eval": 30}
 ROWS = {"train": "t" * 64, "clean": "c" * 64, "eval": "e" * 64}
@@ -190,7 +195,7 @@ def test_another_scoring_is_another_cell_on_the_same_stages(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = cell()
-    monkeypatch.setattr(graphs, "CELL_VERSION", graphs.CELL_VERSION + 1)
+    monkeypatch.setattr(graphs, "score_cell", replace(score_cell, version=score_cell.version + 1))
     after = cell()
     assert before.key != after.key
     assert other_stages(before, after) == set()
@@ -234,8 +239,8 @@ class Twice:
         pass
 
     def stages(self, base: Foundation) -> Stage:
-        first = base.stage("same", "toys:none", 1, {}, {"rows": base.rows})
-        return base.stage("same", "toys:none", 2, {}, {"model": first})
+        first = base.stage(NOTHING, "same", {}, {"rows": base.rows})
+        return base.stage(NOTHING_ELSE, "same", {}, {"model": first})
 
 
 def test_two_stages_of_one_name_are_a_mistake_of_the_defense(
@@ -270,8 +275,8 @@ class Peeks:
             "copy": replace(poisoned, inputs=dict(poisoned.inputs)),
             "nothing": base.rows,
         }[self.what]
-        first = base.stage("peek", "toys:none", 1, {}, {"rows": base.rows, "other": found})
-        return base.stage("last", "toys:none", 1, {}, {"clean": base.clean, "peek": first})
+        first = base.stage(NOTHING, "peek", {}, {"rows": base.rows, "other": found})
+        return base.stage(NOTHING, "last", {}, {"clean": base.clean, "peek": first})
 
 
 def test_a_defense_that_reads_what_is_hidden_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +305,7 @@ class Reads:
     NEEDS: ClassVar[tuple[str, ...]] = ()
 
     def stages(self, base: Foundation) -> Stage:
-        return base.stage("told", "toys:none", 1, {}, {"stage": self.stage})
+        return base.stage(NOTHING, "told", {}, {"stage": self.stage})
 
 
 @pytest.mark.parametrize("name", ["poison", "triggered rows", "evaluation rows"])
@@ -327,7 +332,7 @@ class Listens(Reads):
 
     def screen(self, base: Foundation, model: Stage, incoming: Stage) -> Stage:
         more = {"more": incoming.inputs[self.what]} if self.what else {}
-        return base.stage("told", "toys:none", 1, {}, {"incoming": incoming, **more})
+        return base.stage(NOTHING, "told", {}, {"incoming": incoming, **more})
 
 
 def test_a_screen_reads_what_comes_in_and_not_where_it_comes_from(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.guards import GUARDS, Mark, joined, marks, summary
+from orchestrator.report.marks import GUARDS, Mark, joined, marks, summary
 
 NAN = float("nan")
 # A cell with which nothing is wrong: 8 of 80 rows poisoned, an attack that works, a defense that

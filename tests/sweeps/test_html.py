@@ -20,13 +20,14 @@ from likely import drifts, measured, settings, shelve_sweep
 from reading import Read
 
 from btu.errors import UserError
+from orchestrator.cli.shared import open_source
 from orchestrator.report import charts as charts_module
 from orchestrator.report import figures as figures_module
 from orchestrator.report.charts import BULK, Chart, Series, charts, front, stage_seconds
 from orchestrator.report.figures import check_folder, write_figures
 from orchestrator.report.html import check_page, figure, page, write_page
 from orchestrator.report.table import METRIC_COLUMNS
-from orchestrator.source import Source, open_source
+from orchestrator.results.source import Source
 
 CHARTS = ["curves", "heatmaps", "pareto", "drift", "cost"]
 

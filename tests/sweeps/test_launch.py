@@ -36,7 +36,7 @@ from launching import (
 )
 
 from btu.provenance import code_version
-from orchestrator.results import find_sweep
+from orchestrator.results.folder import find_sweep
 
 # Both CPUs of the shared Ray for every stage: where it does not matter how many stages run at once,
 # one worker imports torch and transformers, not two.
@@ -71,7 +71,6 @@ def cluster() -> Iterator[None]:
     import ray
 
     # Imported first: it sets what ray reads on import.
-    import orchestrator.launch  # noqa: F401
 
     ray.init(
         address="local",
@@ -113,10 +112,10 @@ def test_a_sweep_shares_its_stages_grows_and_resumes(
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from orchestrator.config import load_sweep
-    from orchestrator.plan import plan_sweep
-    from orchestrator.results import read_result
-    from orchestrator.trial import run_trial
+    from btu.stages import compute
+    from orchestrator.plan.planner import plan_sweep
+    from orchestrator.results.folder import read_result
+    from orchestrator.sweep.load import load_sweep
 
     sweep = make_sweep(grid=ALPHAS)
     first = run_cli("launch", sweep, "store.keep=models")
@@ -152,7 +151,7 @@ def test_a_sweep_shares_its_stages_grows_and_resumes(
     (planned,) = plan_sweep(load_sweep(sweep, ["defense.alpha=0.02"])).cells.values()
     threads = torch.get_num_threads()
     try:
-        here, _ = read_result(run_trial(planned.stage, tmp_path / "trial", cpus=1, gpus=0))
+        here, _ = read_result(compute(planned.stage, tmp_path / "trial", cpus=1, gpus=0))
     finally:
         torch.set_num_threads(threads)
     assert measured(here) == metrics[planned.key]
@@ -526,7 +525,7 @@ def test_a_ray_that_does_not_start_in_time_is_started_again(
     monkeypatch: pytest.MonkeyPatch, failures: int, tries: int, refused: str | None
 ) -> None:
     from btu.errors import UserError
-    from orchestrator import launch as launching
+    from orchestrator.run import on_ray as launching
 
     asked: list[str] = []
     started: list[subprocess.Popen[bytes]] = []
@@ -548,7 +547,7 @@ def test_a_ray_that_does_not_start_in_time_is_started_again(
 
 def test_a_cluster_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from btu.errors import UserError
-    from orchestrator import launch as launching
+    from orchestrator.run import on_ray as launching
 
     asked: list[str] = []
 
@@ -581,10 +580,10 @@ def driver(make_sweep: Callable[..., Path], tmp_path: Path) -> Iterator[Any]:
     """A driver that has planned one cell and started nothing, with what it prints: `told`."""
     from rich.console import Console
 
-    from orchestrator.config import load_sweep
-    from orchestrator.launch import _Driver
-    from orchestrator.plan import Planner, plan_sweep
-    from orchestrator.progress import SweepProgress
+    from orchestrator.plan.planner import Planner, plan_sweep
+    from orchestrator.run.on_ray import _Driver
+    from orchestrator.run.progress import SweepProgress
+    from orchestrator.sweep.load import load_sweep
 
     sweep = load_sweep(make_sweep())
     planner = Planner()
@@ -604,7 +603,7 @@ def driver(make_sweep: Callable[..., Path], tmp_path: Path) -> Iterator[Any]:
     [("", "its worker died"), ("  \n", "its worker died"), ("OSError: a\nb", "b")],
 )
 def test_a_stage_that_is_given_up_is_a_failure(driver: Any, error: str, last: str) -> None:
-    from orchestrator.launch import WORKER_RETRIES
+    from orchestrator.run.on_ray import WORKER_RETRIES
 
     driver.suggest("t")
     driver.gave_up("t", error)
@@ -642,17 +641,18 @@ def test_a_failure_that_cannot_be_recorded_is_told_and_does_not_end_the_sweep(
 def test_a_summary_is_written_while_cells_end_and_its_failure_is_told_once(
     driver: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator import launch, tracking
+    from orchestrator.run import on_ray
+    from orchestrator.tracking import sync
 
-    monkeypatch.setattr(launch, "SUMMARY_LOOK", 0.001)
-    monkeypatch.setattr(tracking.Pace, "due", lambda self, now: True)
+    monkeypatch.setattr(on_ray, "SUMMARY_LOOK", 0.001)
+    monkeypatch.setattr(sync.Pace, "due", lambda self, now: True)
     asked: list[tuple[str, str]] = []
 
     def refuse(uri: str, experiment: str, results: Any) -> bool:
         asked.append((uri, experiment))
         raise ConnectionError("http://me:secret@host is away")
 
-    monkeypatch.setattr(tracking, "summarize", refuse)
+    monkeypatch.setattr(sync, "summarize", refuse)
     driver.tracking = {"uri": "sqlite:///x.db", "id": "7"}
     with driver._summaries():
         time.sleep(0.05)
@@ -671,7 +671,7 @@ def test_a_summary_is_written_while_cells_end_and_its_failure_is_told_once(
 @pytest.mark.slow
 def test_ray_goes_down_with_nothing_left_to_collect(monkeypatch: pytest.MonkeyPatch) -> None:
     """Freed by another thread at that moment, a reference of Ray's ends the process."""
-    from orchestrator import launch
+    from orchestrator.run import on_ray
 
     class Part:
         me: Any
@@ -682,16 +682,16 @@ def test_ray_goes_down_with_nothing_left_to_collect(monkeypatch: pytest.MonkeyPa
     del part
     seen = []
     monkeypatch.setattr(
-        launch.ray, "shutdown", lambda: seen.append((alive() is None, gc.isenabled()))
+        on_ray.ray, "shutdown", lambda: seen.append((alive() is None, gc.isenabled()))
     )
-    launch._leave()
+    on_ray._leave()
     assert seen == [(True, False)]
     assert gc.isenabled()
 
 
 @pytest.mark.slow
 def test_workers_that_die_in_a_row_stop_the_sweep(driver: Any) -> None:
-    from orchestrator.launch import GIVEN_UP_IN_A_ROW
+    from orchestrator.run.on_ray import GIVEN_UP_IN_A_ROW
 
     # Not the stages, the machines: whatever is tried dies.
     for number in range(GIVEN_UP_IN_A_ROW):
@@ -717,11 +717,11 @@ def refining(
     from rich.console import Console
     from shelf import publish_cell
 
-    from orchestrator.config import load_sweep
-    from orchestrator.launch import _Driver
-    from orchestrator.plan import plan_sweep
-    from orchestrator.progress import SweepProgress
-    from orchestrator.refine import RefineSpec
+    from orchestrator.plan.planner import plan_sweep
+    from orchestrator.run.on_ray import _Driver
+    from orchestrator.run.progress import SweepProgress
+    from orchestrator.run.refine import RefineSpec
+    from orchestrator.sweep.load import load_sweep
 
     def build(trials: int) -> Any:
         sweep = load_sweep(make_sweep(grid={"defense.alpha": [0.01, 0.04]}))
@@ -807,7 +807,7 @@ def test_a_failed_threshold_is_told_and_ends_the_search(refining: Callable[..., 
 def test_a_refused_threshold_ends_the_search_with_a_note(
     refining: Callable[..., Any], planner: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator.plan import Planner, RefusedCell
+    from orchestrator.plan.planner import Planner, RefusedCell
 
     add = Planner.add
 
@@ -832,18 +832,18 @@ def test_the_live_lines_end_when_the_launch_fails(
     # Otherwise the terminal is left without a cursor.
     from rich.console import Console
 
-    import orchestrator.launch as launching
     from btu.errors import UserError
-    from orchestrator import tracking
-    from orchestrator.config import load_sweep
-    from orchestrator.plan import Planner, plan_sweep
-    from orchestrator.progress import SweepProgress
+    from orchestrator.plan.planner import Planner, plan_sweep
+    from orchestrator.run import on_ray as launching
+    from orchestrator.run.progress import SweepProgress
+    from orchestrator.sweep.load import load_sweep
+    from orchestrator.tracking import experiment as experiment_module
 
     def refuse(*_: object) -> None:
         raise UserError("no node can hold a stage.")
 
     monkeypatch.setattr(launching._Driver, "_compute", refuse)
-    monkeypatch.setattr(tracking, "prepare", lambda _: ("0", ""))
+    monkeypatch.setattr(experiment_module, "prepare", lambda _: ("0", ""))
     sweep = load_sweep(make_sweep())
     planner = Planner()
     screen = io.StringIO()
@@ -857,8 +857,8 @@ def test_the_live_lines_end_when_the_launch_fails(
 
 
 def test_a_wait_for_another_launch_ends_when_that_lets_go(tmp_path: Path) -> None:
-    from orchestrator import launch as launching
-    from orchestrator.store import Store
+    from orchestrator.run import on_ray as launching
+    from orchestrator.store.store import Store
 
     store = Store(tmp_path)
     store.prepare()

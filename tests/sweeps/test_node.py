@@ -17,12 +17,13 @@ import torch
 
 from btu.errors import UserError
 from btu.provenance import code_version
-from btu.stages import RECORD, Stage, StageRun, read_record
+from btu.stages import RECORD, Stage, StageFunction, StageRun, read_record
+from btu.stages import stage as stage_function
 from btu.training import NonFiniteLossError
 from btu.types import Progress
-from orchestrator import node
-from orchestrator.node import Outcome, Report, free_memory, run_node
-from orchestrator.store import Store
+from orchestrator.run import worker
+from orchestrator.run.worker import Outcome, Report, free_memory, run_node
+from orchestrator.store.store import Store
 
 # What the stage functions below did: their labels, and whatever they are told to raise.
 CALLS: list[str] = []
@@ -30,6 +31,7 @@ RAISES: list[BaseException] = []
 DURING: list[Callable[[], object]] = []
 
 
+@stage_function(version=1)
 def work(run: StageRun) -> dict[str, Any]:
     """Write a file, and a model; then raise what the test wants raised."""
     CALLS.append(run.config["label"])
@@ -43,6 +45,7 @@ def work(run: StageRun) -> dict[str, Any]:
     return {"asr": 0.25, "rows": 3, "label": run.config["label"], "parts": run.accumulation}
 
 
+@stage_function(version=1)
 def read(run: StageRun) -> dict[str, Any]:
     """Read all inputs; the models too, where there are any."""
     CALLS.append(run.config["label"])
@@ -89,13 +92,12 @@ def stage(
     label: str = "a",
     *inputs: Stage,
     name: str = "toy",
-    function: str = "work",
+    function: StageFunction | None = None,
     light: tuple[str, ...] = (),
 ) -> Stage:
     roles = {before.config["label"]: before for before in inputs}
     return Stage(
-        name, f"{__name__}:{function}", 1, {"label": label}, roles, light=light, kind="host",
-        units=7,
+        name, function or work, {"label": label}, roles, light=light, kind="host", units=7,
     )  # fmt: skip
 
 
@@ -125,7 +127,7 @@ def test_a_stage_is_computed_and_published(shop: Shop) -> None:
 
 def test_a_stage_reads_its_inputs(shop: Shop) -> None:
     first, second = stage("one"), stage("two")
-    both = stage("both", first, second, function="read", light=("two",))
+    both = stage("both", first, second, function=read, light=("two",))
     for made in (first, second, both):
         assert shop.run(made).outcome is Outcome.done
     facts = read_record(shop.store.fetch(both.key))["facts"]
@@ -210,7 +212,7 @@ def test_what_another_launch_computes_is_busy(shop: Shop, tmp_path: Path) -> Non
 def test_a_missing_input_is_named(shop: Shop) -> None:
     one, two = stage("one"), stage("two")
     shop.run(two)
-    both = stage("both", one, two, function="read")
+    both = stage("both", one, two, function=read)
     report = shop.run(both)
     assert (report.outcome, report.lost) == (Outcome.inputs, (one.key,))
     assert CALLS == ["two"]
@@ -222,7 +224,7 @@ def test_a_damaged_input_is_named_and_set_aside(shop: Shop) -> None:
     for made in (one, two):
         shop.run(made)
         (shop.store.fetch(made.key) / "out.txt").write_text("changed")
-    both = stage("both", one, two, function="read")
+    both = stage("both", one, two, function=read)
     report = shop.run(both)
     assert (report.outcome, report.lost) == (Outcome.inputs, (one.key, two.key))
     assert not shop.store.is_committed(one.key)
@@ -237,8 +239,8 @@ def test_a_dropped_model_is_missed_by_who_reads_it_alone(shop: Shop) -> None:
     one = stage("one")
     shop.run(one)
     shop.store.drop(one.key)
-    heavy = stage("heavy", one, function="read")
-    light = stage("light", one, function="read", light=("one",))
+    heavy = stage("heavy", one, function=read)
+    light = stage("light", one, function=read, light=("one",))
     assert shop.run(heavy).lost == (one.key,)
     assert shop.run(light).outcome is Outcome.done
     facts = read_record(shop.store.fetch(light.key))["facts"]
@@ -295,7 +297,7 @@ def test_a_disk_may_be_full_at_every_step(
 
     one = stage("one")
     shop.run(one)
-    made = stage("two", one, function="read")
+    made = stage("two", one, function=read)
     if method == "note":
         report = shop.run(made, begin=full)
     else:
@@ -344,13 +346,14 @@ def test_a_long_reason_is_cut(shop: Shop) -> None:
 
 
 def test_facts_that_are_no_plain_data_are_a_failure(shop: Shop) -> None:
-    made = Stage("toy", f"{__name__}:odd", 1, {}, kind="host")
+    made = Stage("toy", odd, {}, kind="host")
     report = shop.run(made)
     assert report.outcome is Outcome.failed
     assert report.reason.startswith("TypeError: ")
     assert shop.is_clean(made)
 
 
+@stage_function(version=1)
 def odd(run: StageRun) -> dict[str, Any]:
     """Return what JSON cannot hold."""
     return {"x": object()}
@@ -391,7 +394,7 @@ def test_an_error_of_the_machine_escapes(shop: Shop, error: BaseException) -> No
 def test_an_unreadable_store_escapes(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     one = stage("one")
     shop.run(one)
-    made = stage("two", one, function="read")
+    made = stage("two", one, function=read)
 
     def broken(*_: object, **__: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
@@ -483,7 +486,7 @@ class Part:
 
 
 def test_garbage_goes_though_what_was_imported_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node, "_modules_frozen", 0)
+    monkeypatch.setattr(worker, "_modules_frozen", 0)
     gc.unfreeze()  # other tests may have called it
     kept = Part()
     caught = weakref.ref(kept)

@@ -15,6 +15,7 @@ from likely import shelve_sweep
 from reading import Read
 
 from btu.errors import UserError
+from orchestrator.cli.shared import open_source
 from orchestrator.report import latex
 from orchestrator.report.html import page
 from orchestrator.report.paper import (
@@ -27,7 +28,7 @@ from orchestrator.report.paper import (
     write_pack,
 )
 from orchestrator.report.table import mean_over_seeds, readable, results_table
-from orchestrator.source import StoreSource, open_source
+from orchestrator.results.source import StoreSource
 
 if TYPE_CHECKING:
     from conftest import Ran
@@ -452,14 +453,16 @@ def test_numbers_are_those_of_mlflow_to_the_last_digit(
 ) -> None:
     from mlflow import MlflowClient
 
-    from orchestrator import tracking
+    from orchestrator.tracking import experiment as experiment_module
+    from orchestrator.tracking import server
+    from orchestrator.tracking.sync import sync
 
-    monkeypatch.setattr(tracking, "_down", {})
-    monkeypatch.setattr(tracking, "_identities", {})
+    monkeypatch.setattr(server, "_down", {})
+    monkeypatch.setattr(server, "_identities", {})
     results = shelve_sweep(tmp_path / "runs", rates=(0.1,), thresholds=(4.5,), tokens=80)
-    uri = tracking.default_uri(results.output)
-    experiment = tracking.experiment(uri, results.name)
-    assert tracking.sync(uri, experiment, results, lambda key: False).missing == 0
+    uri = server.default_uri(results.output)
+    experiment = experiment_module.experiment(uri, results.name)
+    assert sync.sync(uri, experiment, results, lambda key: False).missing == 0
     client = MlflowClient(tracking_uri=uri)
     here, there = open_source("likely", results.output), open_source("likely", "nowhere", uri)
     cells = cell_table(there.records())

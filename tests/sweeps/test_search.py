@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from btu.errors import UserError
-from orchestrator.config import Sweep, load_sweep
-from orchestrator.search import StudySearch, Suggestion
+from orchestrator.run.study import StudySearch, Suggestion
+from orchestrator.sweep.load import load_sweep
+from orchestrator.sweep.sweep import Sweep
 
 TEXT = """
 seed: 0
@@ -152,8 +153,8 @@ def test_a_study_survives_a_kill(load: Callable[..., Sweep], tmp_path: Path) -> 
     sweep = load()
     code = (
         "import os, signal, sys\n"
-        "from orchestrator.config import load_sweep\n"
-        "from orchestrator.search import StudySearch\n"
+        "from orchestrator.sweep.load import load_sweep\n"
+        "from orchestrator.run.study import StudySearch\n"
         f"search = StudySearch(load_sweep({str(tmp_path / 'sweep.yaml')!r}), {str(tmp_path)!r})\n"
         "for number in range(2):\n"
         "    search.tell(search.ask().number, [{'asr': 0.5, 'cacc': 0.5}])\n"
@@ -349,8 +350,8 @@ def test_optuna_is_imported_for_the_first_suggestion_only(
     load()
     code = (
         "import sys\n"
-        "from orchestrator.config import load_sweep\n"
-        "from orchestrator.search import StudySearch\n"
+        "from orchestrator.sweep.load import load_sweep\n"
+        "from orchestrator.run.study import StudySearch\n"
         f"search = StudySearch(load_sweep({str(tmp_path / 'sweep.yaml')!r}), {str(tmp_path)!r})\n"
         "assert search.best() == []\n"
         "assert not {'optuna', 'torch', 'ray', 'mlflow'} & set(sys.modules)\n"

@@ -14,9 +14,10 @@ from launching import Server
 from synthetic import config, shelve
 
 from btu.errors import UserError
+from orchestrator.cli.shared import open_source
 from orchestrator.report.table import mean_over_seeds, render, results_table
-from orchestrator.results import PLANS, TRACKED, Results, record_id
-from orchestrator.source import Snapshot, Source, open_source
+from orchestrator.results.folder import PLANS, TRACKED, Results, record_id
+from orchestrator.results.source import Snapshot, Source
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -122,17 +123,17 @@ class Written(NamedTuple):
         return open_source(self.results.name, "nowhere", self.uri, warn)
 
     def sync(self) -> None:
-        from orchestrator.tracking import sync
+        from orchestrator.tracking.sync import sync
 
         assert sync(self.uri, self.experiment, self.results, lambda key: False).missing == 0
 
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from orchestrator import tracking
+    from orchestrator.tracking import experiment as experiment_module
 
     uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
-    tracking.experiment(uri, "other")
+    experiment_module.experiment(uri, "other")
     return uri
 
 
@@ -140,17 +141,17 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> str:
 def written(
     tmp_path: Path, database: str, cell: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> Written:
-    from orchestrator import tracking
+    from orchestrator.tracking import server as server_module
 
-    monkeypatch.setattr(tracking, "_down", {})
-    monkeypatch.setattr(tracking, "_identities", {})
+    monkeypatch.setattr(server_module, "_down", {})
+    monkeypatch.setattr(server_module, "_identities", {})
     return write(tmp_path, database, cell)
 
 
 def write(tmp_path: Path, uri: str, cell: dict[str, Any]) -> Written:
     from mlflow import MlflowClient
 
-    from orchestrator import tracking
+    from orchestrator.tracking import experiment as experiment_module
 
     cells: list[Any] = []
     for seed in range(3):
@@ -173,7 +174,7 @@ def write(tmp_path: Path, uri: str, cell: dict[str, Any]) -> Written:
         "traceback": "Traceback: x", "started": 1000.1234, "ended": 1001.5678,
     }  # fmt: skip
     results.store.fail(FAILED, failure)
-    experiment = tracking.experiment(uri, results.name)
+    experiment = experiment_module.experiment(uri, results.name)
     made = Written(results, uri, experiment, MlflowClient(tracking_uri=uri))
     made.sync()
     return made
@@ -236,7 +237,7 @@ def test_of_several_runs_of_a_cell_the_newest_finished_one_counts(written: Writt
 
 @pytest.mark.slow
 def test_runs_that_are_no_cells_are_none(written: Written) -> None:
-    from orchestrator.tracking import CELL_TAG
+    from orchestrator.tracking.runs import CELL_TAG
 
     run = written.client.create_run(written.experiment, tags={"kind": "summary"})
     written.client.set_terminated(run.info.run_id)
@@ -325,7 +326,7 @@ def test_a_server_that_does_not_answer_is_named_without_its_password(free_port: 
 def test_a_server_gives_the_same_as_the_store(
     tmp_path: Path, database: str, cell: dict[str, Any], free_port: int
 ) -> None:
-    from orchestrator.tracking import summarize
+    from orchestrator.tracking.sync import summarize
 
     path = tmp_path / "server.db"
     shutil.copy(database.removeprefix("sqlite:///"), path)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from btu.errors import UserError
-from orchestrator.config import load_sweep
-from orchestrator.plan import Plan, RefusedCell, needed, plan_sweep
-from orchestrator.report.status import (
+from orchestrator.plan.planner import Plan, RefusedCell, plan_sweep
+from orchestrator.plan.work import needed
+from orchestrator.results.folder import Results
+from orchestrator.run.status import (
     CellState,
     Status,
     SweepState,
@@ -24,13 +25,13 @@ from orchestrator.report.status import (
     sweep_status,
     tracked,
 )
-from orchestrator.results import Results
-from orchestrator.tracking import RunState
+from orchestrator.sweep.load import load_sweep
+from orchestrator.tracking.reader import RunState
 
 if TYPE_CHECKING:
     from conftest import Ran
 
-    from orchestrator.plan import PlannedCell, Planner
+    from orchestrator.plan.planner import PlannedCell, Planner
 
 NOW = 10_000.0
 
@@ -285,7 +286,7 @@ def test_a_removed_model_that_is_being_computed_is_left(
     before = made.status()
     drop(made, "poisoned fine-tune")
     # Of a cell that this version does not know nobody can tell what reads a model.
-    monkeypatch.setattr("orchestrator.report.status.resolve", unknown_defense)
+    monkeypatch.setattr("orchestrator.run.status.resolve", unknown_defense)
     assert made.status().stages == (1, before.stages[1])
     with made.store.lease(stage_of(made.cells[0], "poisoned fine-tune"), "l") as lease:
         assert lease.acquire()
@@ -352,8 +353,8 @@ def test_watching_outlasts_a_server_that_does_not_answer(
     def end(_: float) -> None:
         made.store.release_launch("tiny-1")
 
-    monkeypatch.setattr("orchestrator.tracking.MlflowSource", Server)
-    monkeypatch.setattr("orchestrator.pages_cli.time.sleep", end)
+    monkeypatch.setattr("orchestrator.tracking.reader.MlflowSource", Server)
+    monkeypatch.setattr("orchestrator.cli.status.time.sleep", end)
     where = ("--output", tmp_path / "runs", "--tracking-uri", "http://127.0.0.1:9")
     done = run_cli("status", "tiny", *where, "--watch")
     assert done.code == 1, done.err

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from btu.errors import UserError
-from orchestrator.storage import (
+from orchestrator.store.storage import (
     TEMPORARY,
     Found,
     LocalStorage,

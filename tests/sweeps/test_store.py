@@ -21,11 +21,12 @@ import numpy as np
 import pytest
 
 from btu.errors import UserError
-from orchestrator import lease as lease_module
-from orchestrator import store as module
-from orchestrator.housekeeping import Usage, gc, gc_candidates, usage
-from orchestrator.lease import LEFTOVER_S, TTL_S, Lease
-from orchestrator.store import Damaged, Missing, Store, dumps, loads
+from btu.result_files import dumps, loads
+from orchestrator.store import lease as lease_module
+from orchestrator.store import store as module
+from orchestrator.store.gc import Usage, gc, gc_candidates, usage
+from orchestrator.store.lease import LEFTOVER_S, TTL_S, Lease
+from orchestrator.store.store import Damaged, Missing, Store
 
 SHARED = ["path", "local"]  # what several processes can use
 FILES = {"record.json": b'{"a": 1}', "model/weights": b"0123456789"}
@@ -511,7 +512,7 @@ def run(code: str, *arguments: str) -> subprocess.Popen[str]:
     lead = (
         "import os, signal, sys, time\n"
         "from pathlib import Path\n"
-        "from orchestrator.store import Store\n"
+        "from orchestrator.store.store import Store\n"
         "store = Store(sys.argv[1], cache=Path(sys.argv[2]))\n"
     )
     return subprocess.Popen(

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.housekeeping import CACHED_S
-from orchestrator.store import Store
+from orchestrator.store.cache import CACHED_S
+from orchestrator.store.store import Store
 
 OLD = CACHED_S + 60
 SIZE = 10  # bytes of an entry

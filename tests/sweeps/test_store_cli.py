@@ -14,11 +14,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from btu.errors import UserError
-from orchestrator import lease, store_cli
-from orchestrator import store as module
-from orchestrator.lease import LEFTOVER_S
-from orchestrator.storage import below
-from orchestrator.store import Store
+from orchestrator.cli import store as store_module
+from orchestrator.results import reachable
+from orchestrator.store import lease as lease_module
+from orchestrator.store import store as module
+from orchestrator.store.lease import LEFTOVER_S
+from orchestrator.store.storage import below
+from orchestrator.store.store import Store
 
 DAY = 86400.0
 
@@ -46,11 +48,11 @@ def store(output: str) -> Store:
 def run(output: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
     """A function that runs a command on the output folder: exit code and text in one line."""
     # As wide as the longest line: what is cut off cannot be compared.
-    monkeypatch.setattr(store_cli, "console", Console(width=200))
-    monkeypatch.setattr(store_cli, "errors", Console(width=200, stderr=True))
+    monkeypatch.setattr(store_module, "console", Console(width=200))
+    monkeypatch.setattr(store_module, "errors", Console(width=200, stderr=True))
 
     def call(command: str, *arguments: str) -> tuple[int, str]:
-        result = CliRunner().invoke(store_cli.app, [command, "--output", output, *arguments])
+        result = CliRunner().invoke(store_module.app, [command, "--output", output, *arguments])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         return result.exit_code, " ".join(result.output.split())
@@ -70,7 +72,7 @@ def add(store: Store, key: str, name: str = "train", days: float = 0, size: int 
 
 
 def plan(store: Store, output: str, sweep: str, cells: list[Any]) -> None:
-    from orchestrator.storage import open_storage
+    from orchestrator.store.storage import open_storage
 
     open_storage(output).write(f"{sweep}/plans/1.json", json.dumps({"cells": cells}).encode())
 
@@ -122,7 +124,9 @@ def test_an_ended_lease_and_an_old_failure_are_not_listed(
 ) -> None:
     add(store, "k")
     store.fail("k", {"key": "k", "reason": "before"})
-    store.storage.write("leases/dead.json", json.dumps(lease._machine() | {"pid": 2**22}).encode())
+    store.storage.write(
+        "leases/dead.json", json.dumps(lease_module._machine() | {"pid": 2**22}).encode()
+    )
     _, text = run("ls")
     assert "1 result." in text
     assert "failed" not in text
@@ -236,7 +240,7 @@ def test_an_unknown_sweep_removes_nothing(
 def test_a_broken_plan_removes_nothing(
     store: Store, run: Callable[..., Any], output: str, content: str
 ) -> None:
-    from orchestrator.storage import open_storage
+    from orchestrator.store.storage import open_storage
 
     add(store, "k")
     open_storage(output).write("one/plans/1.json", content.encode())
@@ -257,7 +261,7 @@ def test_a_running_launch_keeps_what_it_needs(store: Store, run: Callable[..., A
     [("30d", 30 * DAY), ("12h", 12 * 3600), ("1.5 H", 5400), ("2w", 14 * DAY), ("5m", 300)],
 )
 def test_ages(text: str, seconds: float) -> None:
-    assert store_cli.parse_age(text) == seconds
+    assert store_module.parse_age(text) == seconds
 
 
 @pytest.mark.parametrize(
@@ -265,29 +269,29 @@ def test_ages(text: str, seconds: float) -> None:
     [("500MB", 500_000_000), ("20GB", 20 * 10**9), ("1.5 tb", 1_500 * 10**9), ("0B", 0)],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert store_cli.parse_size(text) == size
+    assert store_module.parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["30", "d", "-3d", "30 days", ""])
 def test_an_age_that_is_none(text: str) -> None:
     with pytest.raises(UserError, match=r"--older-than '.*' is not an age such as 30d or 12h"):
-        store_cli.parse_age(text)
+        store_module.parse_age(text)
 
 
 @pytest.mark.parametrize("text", ["20", "GB", "20GiB", "1e3MB"])
 def test_a_size_that_is_none(text: str) -> None:
     with pytest.raises(UserError, match=r"--max-size '.*' is not a size such as 500MB or 20GB"):
-        store_cli.parse_size(text)
+        store_module.parse_size(text)
 
 
 def test_the_help_teaches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     for arguments in ([], ["ls"], ["du"], ["verify"], ["gc"]):
-        text = CliRunner().invoke(store_cli.app, [*arguments, "--help"]).output
+        text = CliRunner().invoke(store_module.app, [*arguments, "--help"]).output
         assert f"btu store {arguments[0] if arguments else 'gc --older-than 30d'}" in text
 
 
 def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert store_cli._location("~/runs") == str(tmp_path / "runs")
-    assert store_cli._location("s3://b/~") == "s3://b/~"
+    assert reachable.output_location("~/runs") == str(tmp_path / "runs")
+    assert reachable.output_location("s3://b/~") == "s3://b/~"

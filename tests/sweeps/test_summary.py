@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 from synthetic import config, shelve
 
+from orchestrator.cli.shared import open_source
 from orchestrator.report.summary import Summary, group_metrics, summarize
-from orchestrator.results import SWEEP, Results
-from orchestrator.source import open_source
+from orchestrator.results.folder import SWEEP, Results
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -112,7 +112,7 @@ class Summed(NamedTuple):
         shelve(Path(self.results.output), cells, name=self.results.name, tokens=40)
 
     def summarize(self) -> bool:
-        from orchestrator.tracking import summarize, sync
+        from orchestrator.tracking.sync import summarize, sync
 
         fresh = Results(self.results.output, self.results.name)
         assert sync(self.uri, self.experiment, fresh, lambda key: False).missing == 0
@@ -127,10 +127,10 @@ class Summed(NamedTuple):
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from orchestrator import tracking
+    from orchestrator.tracking import experiment as experiment_module
 
     uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
-    tracking.experiment(uri, "other")
+    experiment_module.experiment(uri, "other")
     return uri
 
 
@@ -138,12 +138,13 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> str:
 def summed(tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch) -> Summed:
     from mlflow import MlflowClient
 
-    from orchestrator import tracking
+    from orchestrator.tracking import experiment as experiment_module
+    from orchestrator.tracking import server
 
-    monkeypatch.setattr(tracking, "_down", {})
-    monkeypatch.setattr(tracking, "_identities", {})
+    monkeypatch.setattr(server, "_down", {})
+    monkeypatch.setattr(server, "_identities", {})
     name = f"made-{tmp_path.name}"
-    experiment = tracking.experiment(database, name)
+    experiment = experiment_module.experiment(database, name)
     client = MlflowClient(tracking_uri=database)
     return Summed(Results(str(tmp_path), name), database, experiment, client)
 
@@ -179,7 +180,8 @@ def test_one_run_is_brought_up_to_date_as_cells_finish(summed: Summed) -> None:
 
 @pytest.mark.slow
 def test_a_summary_is_no_cell_anywhere(summed: Summed) -> None:
-    from orchestrator.tracking import Tracker, sync
+    from orchestrator.tracking.sync import sync
+    from orchestrator.tracking.writer import Tracker
 
     summed.finish(SEEDS)
     assert summed.summarize()
@@ -197,7 +199,7 @@ def test_of_two_summaries_that_were_made_at_once_one_is_left(summed: Summed) -> 
     summed.finish(SEEDS[:2])
     assert summed.summarize()
     (first,) = summed.summaries()
-    from orchestrator.tracking import STEP_TAG
+    from orchestrator.tracking.runs import STEP_TAG
 
     tags = {"kind": "summary", STEP_TAG: "0"}
     summed.client.create_run(summed.experiment, tags=tags, run_name="summary")
@@ -242,7 +244,7 @@ def test_a_sweep_without_a_finished_cell_has_a_summary_too(summed: Summed) -> No
 
 
 def test_summaries_are_written_now_and_then_and_take_a_small_share_of_the_time() -> None:
-    from orchestrator.tracking import Pace
+    from orchestrator.tracking.sync import Pace
 
     pace = Pace(interval=30, share=0.05)
     pace.took(100, 101)

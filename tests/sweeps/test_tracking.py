@@ -21,21 +21,22 @@ import psutil
 import pytest
 
 from btu.errors import UserError
-from orchestrator.config import Sweep, load_sweep
-from orchestrator.results import Results
-from orchestrator.store import dumps
+from btu.result_files import dumps
+from orchestrator.results.folder import Results
+from orchestrator.sweep.load import load_sweep
+from orchestrator.sweep.sweep import Sweep
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from shelf import Stored
 
-    from orchestrator.tracking import Tracker
+    from orchestrator.tracking.writer import Tracker
 
 # What needs no store ---------------------------------------------------------------------------
 
 
 def test_a_run_is_named_after_what_tells_it_from_its_siblings() -> None:
-    from orchestrator.tracking import run_name
+    from orchestrator.tracking.runs import run_name
 
     record = {
         "config": {"attack": {"name": "style"}},
@@ -60,7 +61,7 @@ RECORD: dict[str, Any] = {
 
 
 def test_a_run_is_tagged_with_what_speaks_against_its_cell() -> None:
-    from orchestrator.tracking import run_tags
+    from orchestrator.tracking.runs import run_tags
 
     tags = run_tags(RECORD)
     assert (tags["cell"], tags["host"]) == ("a" * 24, "h")
@@ -77,7 +78,7 @@ def test_a_run_is_tagged_with_what_speaks_against_its_cell() -> None:
 
 
 def test_a_control_is_tagged_and_runs_again_by_its_note() -> None:
-    from orchestrator.tracking import run_tags
+    from orchestrator.tracking.runs import run_tags
 
     varied = {"attack.poison_rate": 0.0, "seed": 0, "control": "no_poison"}
     tags = run_tags({**RECORD, "varied": varied})
@@ -89,7 +90,7 @@ def test_a_control_is_tagged_and_runs_again_by_its_note() -> None:
 def test_a_relative_sqlite_uri_is_the_same_file_for_driver_and_workers(
     make_sweep: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator.tracking import tracking_uri
+    from orchestrator.tracking.server import tracking_uri
 
     # Workers run in folders of their own.
     monkeypatch.chdir(tmp_path)
@@ -100,7 +101,7 @@ def test_a_relative_sqlite_uri_is_the_same_file_for_driver_and_workers(
 def test_the_default_is_a_file_in_the_output_folder(
     make_sweep: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from orchestrator.tracking import default_uri, tracking_uri
+    from orchestrator.tracking.server import default_uri, tracking_uri
 
     uri = f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}"
     assert tracking_uri(load_sweep(make_sweep())) == uri == default_uri(str(tmp_path / "runs"))
@@ -109,7 +110,8 @@ def test_the_default_is_a_file_in_the_output_folder(
 
 
 def test_an_experiment_says_how_its_sweep_runs_again(make_sweep: Callable[..., Path]) -> None:
-    from orchestrator.tracking import TAG_CHARACTERS, _experiment_note
+    from orchestrator.tracking.experiment import _experiment_note
+    from orchestrator.tracking.runs import TAG_CHARACTERS
 
     note = _experiment_note(load_sweep(make_sweep()))
     assert "`btu launch sweep.yaml`, with this file:\n\n```yaml\nname: tiny\n" in note
@@ -123,7 +125,7 @@ def test_an_experiment_says_how_its_sweep_runs_again(make_sweep: Callable[..., P
 
 
 def test_the_ui_is_served_on_this_machine_only() -> None:
-    from orchestrator.tracking import ui_command
+    from orchestrator.tracking.server import ui_command
 
     command = ui_command("sqlite:///x.db", 5001)
     assert command[command.index("--host") + 1] == "127.0.0.1"
@@ -133,7 +135,7 @@ def test_the_ui_is_served_on_this_machine_only() -> None:
 
 
 def test_a_uri_is_shown_without_its_password() -> None:
-    from orchestrator.tracking import shown
+    from orchestrator.tracking.server import shown
 
     assert shown("postgresql://me:secret@host/x") == "postgresql://host/x"
     assert shown("http://host:5000/a@b") == "http://host:5000/a@b"
@@ -144,11 +146,11 @@ def test_a_uri_is_shown_without_its_password() -> None:
 def test_a_server_that_does_not_answer_is_no_error_and_told_within_seconds(
     make_sweep: Callable[..., Path], free_port: int
 ) -> None:
-    from orchestrator import tracking
+    from orchestrator.tracking import experiment as experiment_module
 
     sweep = load_sweep(make_sweep(), [f"tracking.uri=http://127.0.0.1:{free_port}"])
     began = time.monotonic()
-    experiment, reason = tracking.prepare(sweep)
+    experiment, reason = experiment_module.prepare(sweep)
     # Two retries with a second of backoff; the defaults take minutes.
     assert time.monotonic() - began < 60
     assert experiment is None
@@ -158,11 +160,12 @@ def test_a_server_that_does_not_answer_is_no_error_and_told_within_seconds(
 
 @pytest.mark.parametrize("uri", ["nonsense://x", "postgresql://me:secret@127.0.0.1:1/x"])
 def test_a_uri_that_is_none_is_named(make_sweep: Callable[..., Path], uri: str) -> None:
-    from orchestrator import tracking
+    from orchestrator.tracking import experiment as experiment_module
+    from orchestrator.tracking import server
 
-    shown = tracking.shown(uri)
+    shown = server.shown(uri)
     with pytest.raises(UserError, match=f"^tracking.uri {shown} ") as caught:
-        tracking.prepare(load_sweep(make_sweep(), [f"tracking.uri={uri}"]))
+        experiment_module.prepare(load_sweep(make_sweep(), [f"tracking.uri={uri}"]))
     assert "secret" not in str(caught.value)
 
 
@@ -170,14 +173,14 @@ def test_a_uri_that_is_none_is_named(make_sweep: Callable[..., Path], uri: str) 
 def test_a_store_that_cannot_be_made_is_named(
     make_sweep: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from orchestrator import tracking
+    from orchestrator.tracking import experiment as experiment_module
 
     (tmp_path / "file").write_text("")
     uri = f"sqlite:///{tmp_path}/file/x.db"
     with pytest.raises(UserError, match=r"tracking.uri sqlite:///.*file/x.db .*leave it null"):
-        tracking.prepare(load_sweep(make_sweep(), [f"tracking.uri={uri}"]))
+        experiment_module.prepare(load_sweep(make_sweep(), [f"tracking.uri={uri}"]))
     with pytest.raises(UserError, match=r"tracking.uri sqlite:///.*file/x.db .*--uri"):
-        tracking.experiment(uri, "tiny")
+        experiment_module.experiment(uri, "tiny")
 
 
 # On a real store -------------------------------------------------------------------------------
@@ -205,10 +208,10 @@ def copied(database: str, path: Path) -> str:
 
 
 def prepared(make_sweep: Callable[..., Path], name: str, uri: str) -> tuple[Sweep, str]:
-    from orchestrator import tracking
+    from orchestrator.tracking import experiment as experiment_module
 
     sweep = load_sweep(make_sweep(name=name, grid={"seed": [0, 1]}), [f"tracking.uri={uri}"])
-    experiment, reason = tracking.prepare(sweep)
+    experiment, reason = experiment_module.prepare(sweep)
     assert experiment is not None, reason
     return sweep, experiment
 
@@ -217,11 +220,11 @@ def prepared(make_sweep: Callable[..., Path], name: str, uri: str) -> tuple[Swee
 def test_preparing_makes_a_database_in_the_output_folder(make_sweep: Callable[..., Path]) -> None:
     from mlflow import MlflowClient
 
-    from orchestrator import tracking
+    from orchestrator.tracking import experiment as experiment_module
 
     sweep = load_sweep(make_sweep(grid={"seed": [0, 1]}))
     Path(sweep.output).mkdir()
-    experiment_id, reason = tracking.prepare(sweep)
+    experiment_id, reason = experiment_module.prepare(sweep)
     assert reason == ""
     path = Path(sweep.output) / "mlflow.db"
     with closing(sqlite3.connect(path)) as connection:
@@ -241,26 +244,26 @@ def test_preparing_makes_a_database_in_the_output_folder(make_sweep: Callable[..
 def test_preparing_again_finds_the_same_experiment(
     make_sweep: Callable[..., Path], database: str
 ) -> None:
-    from orchestrator import tracking
+    from orchestrator.tracking import experiment as experiment_module
 
     first = prepared(make_sweep, "twice", database)[1]
     assert prepared(make_sweep, "twice", database)[1] == first
-    assert tracking.experiment(database, "twice") == first
-    assert tracking.experiment(database, "never launched") != first
+    assert experiment_module.experiment(database, "twice") == first
+    assert experiment_module.experiment(database, "never launched") != first
 
 
 @pytest.mark.slow
 def test_a_launch_that_is_killed_while_it_makes_the_database_leaves_none(
     make_sweep: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from orchestrator import tracking
+    from orchestrator.tracking import experiment as experiment_module
 
     file, folder = make_sweep(), tmp_path / "runs"
     launch = (
-        "import signal; from orchestrator import tracking;"
-        "from orchestrator.config import load_sweep;"
+        "import signal; from orchestrator.tracking.experiment import prepare;"
+        "from orchestrator.sweep.load import load_sweep;"
         "signal.signal(signal.SIGINT, signal.default_int_handler);"  # some shells have it ignored
-        f"tracking.prepare(load_sweep({str(file)!r}))"
+        f"prepare(load_sweep({str(file)!r}))"
     )
 
     def begun() -> set[Path]:
@@ -282,7 +285,7 @@ def test_a_launch_that_is_killed_while_it_makes_the_database_leaves_none(
     other.write_text("")
     for path in (*left, other):
         os.utime(path, (time.time() - 7200,) * 2)
-    assert tracking.prepare(load_sweep(file))[0] is not None
+    assert experiment_module.prepare(load_sweep(file))[0] is not None
     # Two hours old: nobody's any more. Of another name: never was.
     assert [path for path in left if path.exists()] == []
     other.unlink()
@@ -293,12 +296,12 @@ def test_a_launch_that_is_killed_while_it_makes_the_database_leaves_none(
 def test_a_young_file_of_another_launch_is_left_alone(
     make_sweep: Callable[..., Path], database: str, tmp_path: Path
 ) -> None:
-    from orchestrator import tracking
+    from orchestrator.tracking import experiment as experiment_module
 
     copied(database, tmp_path / "runs" / "mlflow.db")
     young = tmp_path / "runs" / f".mlflow.db.{'a' * 32}.new"
     young.write_text("")
-    assert tracking.prepare(load_sweep(make_sweep()))[0] is not None
+    assert experiment_module.prepare(load_sweep(make_sweep()))[0] is not None
     assert young.exists()
 
 
@@ -313,7 +316,9 @@ def test_of_two_launches_that_make_a_database_the_first_ones_is_used(
 ) -> None:
     from mlflow import MlflowClient
 
-    from orchestrator import tracking
+    from orchestrator.tracking import database as database_module
+    from orchestrator.tracking import experiment as experiment_module
+    from orchestrator.tracking import writer
 
     theirs = MlflowClient(tracking_uri=database).create_experiment(f"theirs {links}")
     folder, link = tmp_path / "runs", os.link
@@ -324,9 +329,9 @@ def test_of_two_launches_that_make_a_database_the_first_ones_is_used(
             raise PermissionError(1, "Operation not permitted")
         link(source, target)
 
-    monkeypatch.setattr(tracking, "_make_tables", lambda path: copied(database, path))
-    monkeypatch.setattr(tracking.os, "link", late)
-    assert tracking.prepare(load_sweep(make_sweep()))[0] is not None
+    monkeypatch.setattr(database_module, "_make_tables", lambda path: copied(database, path))
+    monkeypatch.setattr(writer.os, "link", late)
+    assert experiment_module.prepare(load_sweep(make_sweep()))[0] is not None
     client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
     assert client.get_experiment(theirs).name == f"theirs {links}"
     assert not list(folder.glob(".mlflow.db.*"))
@@ -336,14 +341,16 @@ def test_of_two_launches_that_make_a_database_the_first_ones_is_used(
 def test_a_disk_without_hard_links_gets_its_database(
     make_sweep: Callable[..., Path], database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator import tracking
+    from orchestrator.tracking import database as database_module
+    from orchestrator.tracking import experiment as experiment_module
+    from orchestrator.tracking import writer
 
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(tracking, "_make_tables", lambda path: copied(database, path))
-    monkeypatch.setattr(tracking.os, "link", refuse)
-    assert tracking.prepare(load_sweep(make_sweep()))[0] is not None
+    monkeypatch.setattr(database_module, "_make_tables", lambda path: copied(database, path))
+    monkeypatch.setattr(writer.os, "link", refuse)
+    assert experiment_module.prepare(load_sweep(make_sweep()))[0] is not None
     assert not list((tmp_path / "runs").glob(".mlflow.db.*"))
 
 
@@ -351,7 +358,8 @@ def test_a_disk_without_hard_links_gets_its_database(
 def test_what_a_removed_database_left_does_not_get_into_the_new_one(
     make_sweep: Callable[..., Path], database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator import tracking
+    from orchestrator.tracking import database as database_module
+    from orchestrator.tracking import experiment as experiment_module
 
     folder, removed = tmp_path / "runs", tmp_path / "removed.db"
     folder.mkdir()
@@ -361,8 +369,8 @@ def test_what_a_removed_database_left_does_not_get_into_the_new_one(
         connection.commit()
         # As a killed process leaves it: closing would take it away.
         shutil.copy(f"{removed}-wal", folder / "mlflow.db-wal")
-    monkeypatch.setattr(tracking, "_make_tables", lambda path: copied(database, path))
-    assert tracking.prepare(load_sweep(make_sweep()))[0] is not None
+    monkeypatch.setattr(database_module, "_make_tables", lambda path: copied(database, path))
+    assert experiment_module.prepare(load_sweep(make_sweep()))[0] is not None
     with closing(sqlite3.connect(folder / "mlflow.db")) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
@@ -372,9 +380,9 @@ def test_what_a_removed_database_left_does_not_get_into_the_new_one(
 
 @pytest.mark.slow
 def test_a_new_database_is_one_whole_file_that_nobody_has_open(tmp_path: Path) -> None:
-    from orchestrator import tracking
+    from orchestrator.tracking import database as database_module
 
-    tracking._make_database(tmp_path / "mlflow.db")
+    database_module.make_database(tmp_path / "mlflow.db")
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
     opened = [file.path for file in psutil.Process().open_files()]
     assert not [name for name in opened if name.startswith(str(tmp_path))]
@@ -387,8 +395,9 @@ def test_two_first_launches_at_once_have_one_experiment(
     from mlflow import MlflowClient
 
     launch = (
-        "from orchestrator import tracking; from orchestrator.config import load_sweep;"
-        f"print(tracking.prepare(load_sweep({str(make_sweep())!r}))[0])"
+        "from orchestrator.sweep.load import load_sweep;"
+        "from orchestrator.tracking.experiment import prepare;"
+        f"print(prepare(load_sweep({str(make_sweep())!r}))[0])"
     )
     processes = [
         subprocess.Popen([sys.executable, "-c", launch], stdout=subprocess.PIPE, text=True)
@@ -459,14 +468,14 @@ def test_each_sweep_has_the_address_of_its_runs_table(
 
     from mlflow import MlflowClient
 
-    from orchestrator import tracking
+    from orchestrator.tracking import experiment as experiment_module
 
     client = MlflowClient(tracking_uri=database)
     client.create_experiment("somebody else's")
     old = client.create_experiment("seen-before-views")
     made = {name: prepared(make_sweep, name, database)[1] for name in ("seen", "seen-before-views")}
     assert made["seen-before-views"] == old
-    found = tracking.views(database)
+    found = experiment_module.views(database)
     assert "somebody else's" not in found
     for name, experiment in made.items():
         assert found[name] == (
@@ -479,12 +488,12 @@ def test_each_sweep_has_the_address_of_its_runs_table(
 
 
 def test_views_of_what_is_no_store_are_an_error(tmp_path: Path) -> None:
-    from orchestrator import tracking
+    from orchestrator.tracking import experiment as experiment_module
 
     path = tmp_path / "mlflow.db"
     path.write_text("not a database, and longer than the sixteen bytes of a header")
     with pytest.raises(UserError, match=r"^the MLflow store sqlite:.*cannot be read: .*--uri"):
-        tracking.views(f"sqlite:///{path}")
+        experiment_module.views(f"sqlite:///{path}")
 
 
 @pytest.mark.slow
@@ -516,14 +525,15 @@ def test_a_store_of_another_version_is_told_as_such(
 ) -> None:
     from alembic.util.exc import CommandError
 
-    from orchestrator import tracking
+    from orchestrator.tracking import database as database_module
+    from orchestrator.tracking import experiment as experiment_module
 
     def refuse(path: Path) -> None:
         raise CommandError("Can't locate revision identified by 'f00'")
 
-    monkeypatch.setattr(tracking, "_make_tables", refuse)
+    monkeypatch.setattr(database_module, "_make_tables", refuse)
     with pytest.raises(UserError, match=r"^tracking.uri sqlite:.*Can't locate revision"):
-        tracking.prepare(load_sweep(make_sweep()))
+        experiment_module.prepare(load_sweep(make_sweep()))
 
 
 @pytest.mark.slow
@@ -557,19 +567,19 @@ def test_sync_names_what_it_cannot_use_without_its_password(
 ) -> None:
     from mlflow import MlflowClient
 
-    from orchestrator import tracking
+    from orchestrator.tracking import experiment as experiment_module
 
     uri = f"http://me:secret@127.0.0.1:{free_port}"
     match = f"^tracking.uri http://127.0.0.1:{free_port} does not answer: .*or correct --uri"
     with pytest.raises(UserError, match=match) as caught:
-        tracking.experiment(uri, "tiny")
+        experiment_module.experiment(uri, "tiny")
     assert "secret" not in str(caught.value)
     with pytest.raises(UserError, match=r"needs a package that is not installed"):
-        tracking.experiment("mssql+pymssql://me:secret@127.0.0.1:1/x", "tiny")
+        experiment_module.experiment("mssql+pymssql://me:secret@127.0.0.1:1/x", "tiny")
     gone = prepared(make_sweep, "gone-too", database)[1]
     MlflowClient(tracking_uri=database).delete_experiment(gone)
     with pytest.raises(UserError, match=r"^experiment 'gone-too' was deleted"):
-        tracking.experiment(database, "gone-too")
+        experiment_module.experiment(database, "gone-too")
 
 
 @pytest.mark.slow
@@ -645,7 +655,7 @@ class Bench(NamedTuple):
         return record
 
     def tracker(self) -> Tracker:
-        from orchestrator.tracking import Tracker
+        from orchestrator.tracking.writer import Tracker
 
         return Tracker(self.uri, self.experiment, self.results)
 
@@ -668,7 +678,7 @@ class Bench(NamedTuple):
         return path
 
     def sync(self, live: Callable[[str], bool] = lambda key: False, **other: str) -> Any:
-        from orchestrator.tracking import sync
+        from orchestrator.tracking.sync import sync
 
         where = {"uri": self.uri, "experiment_id": self.experiment, **other}
         return sync(results=self.results, live=live, **where)  # type: ignore[arg-type]
@@ -680,10 +690,10 @@ def bench(
 ) -> Iterator[Bench]:
     from mlflow import MlflowClient
 
-    from orchestrator import tracking
+    from orchestrator.tracking import server
 
-    monkeypatch.setattr(tracking, "_down", {})
-    monkeypatch.setattr(tracking, "_identities", {})
+    monkeypatch.setattr(server, "_down", {})
+    monkeypatch.setattr(server, "_identities", {})
     results = Results(str(tmp_path / "runs"), "tiny")
     results.store.prepare()
     base = {key: value for key, value in cell.items() if key != "seed"}
@@ -859,11 +869,11 @@ def test_what_another_folder_has_told_stays(bench: Bench, tmp_path: Path) -> Non
 def test_runs_of_an_earlier_version_are_written_anew(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator import results
+    from orchestrator.results import folder as folder_module
 
     record = bench.finish(FIRST)
     with monkeypatch.context() as patch:
-        patch.setattr(results, "RUN_VERSION", 1)
+        patch.setattr(folder_module, "RUN_VERSION", 1)
         assert bench.log(record)
         assert not bench.log(record)
     (before,) = bench.runs()
@@ -1055,7 +1065,7 @@ def test_a_database_that_was_removed_is_filled_again(
 ) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    from orchestrator import tracking
+    from orchestrator.tracking import experiment as experiment_module
 
     path = tmp_path / "removed" / "mlflow.db"
     uri = f"sqlite:///{path}"
@@ -1063,7 +1073,7 @@ def test_a_database_that_was_removed_is_filled_again(
     ids = []
     for _ in range(2):
         copied(database, path)
-        ids.append(tracking.experiment(uri, "again"))
+        ids.append(experiment_module.experiment(uri, "again"))
         for written in (1, 0):
             assert bench.sync(uri=uri, experiment_id=ids[-1]).written == written
         SqlAlchemyStore._engine_map[uri].dispose()  # as a process that ends does
@@ -1073,24 +1083,25 @@ def test_a_database_that_was_removed_is_filled_again(
 
 @pytest.mark.slow
 def test_a_moved_folder_keeps_its_notes(bench: Bench, database: str, tmp_path: Path) -> None:
-    from orchestrator import tracking
+    from orchestrator.tracking import experiment as experiment_module
+    from orchestrator.tracking import writer
 
     bench.finish(FIRST)
     uris = [f"sqlite:///{tmp_path / name / 'mlflow.db'}" for name in ("before", "after")]
     copied(database, tmp_path / "before" / "mlflow.db")
-    made = tracking.experiment(uris[0], "moved")
+    made = experiment_module.experiment(uris[0], "moved")
     assert bench.sync(uri=uris[0], experiment_id=made).written == 1
     shutil.copytree(tmp_path / "before", tmp_path / "after")
-    assert tracking.experiment(uris[1], "moved") == made
+    assert experiment_module.experiment(uris[1], "moved") == made
     (record,) = bench.results.records()
-    assert tracking.Tracker(uris[1], made, bench.results).is_logged(record)
+    assert writer.Tracker(uris[1], made, bench.results).is_logged(record)
 
 
 @pytest.mark.slow
 def test_one_bad_record_does_not_keep_the_others_out(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator.tracking import Tracker
+    from orchestrator.tracking.writer import Tracker
 
     tell = Tracker._tell_result
 
@@ -1126,11 +1137,11 @@ def test_a_damaged_result_counts_as_not_run(bench: Bench) -> None:
 def test_a_dead_server_is_asked_once_and_then_left_alone(
     bench: Bench, free_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator import tracking
+    from orchestrator.tracking import server, writer
 
     record = bench.finish(FIRST)
     uri = f"http://127.0.0.1:{free_port}"
-    tracker = tracking.Tracker(uri, "1", bench.results)
+    tracker = writer.Tracker(uri, "1", bench.results)
     folder = bench.results.store.fetch(FIRST)
     with pytest.raises(Exception, match=str(free_port)):
         tracker.log(record, folder)
@@ -1138,9 +1149,9 @@ def test_a_dead_server_is_asked_once_and_then_left_alone(
     with pytest.raises(ConnectionError, match=str(free_port)):
         tracker.log(record, folder)
     # After a while it is asked again.
-    later = time.monotonic() + tracking.DOWN_SECONDS + 1
+    later = time.monotonic() + server.DOWN_SECONDS + 1
     with monkeypatch.context() as patch:
-        patch.setattr(tracking.time, "monotonic", lambda: later)
+        patch.setattr(writer.time, "monotonic", lambda: later)
         with pytest.raises(Exception, match=str(free_port)) as caught:
             tracker.log(record, folder)
     assert not isinstance(caught.value, ConnectionError)
@@ -1148,11 +1159,11 @@ def test_a_dead_server_is_asked_once_and_then_left_alone(
 
 
 def test_a_file_that_refuses_once_is_not_left_alone() -> None:
-    from orchestrator import tracking
+    from orchestrator.tracking import server
 
     # A locked SQLite file is free again in a moment; a server that is away stays so for a while.
     for _ in range(2):
-        with pytest.raises(OSError, match="locked"), tracking._breaker("sqlite:///x.db"):
+        with pytest.raises(OSError, match="locked"), server.breaker("sqlite:///x.db"):
             raise OSError("database is locked")
 
 
@@ -1160,11 +1171,12 @@ def test_a_file_that_refuses_once_is_not_left_alone() -> None:
 def test_sync_gives_up_on_a_dead_server_and_counts_what_is_missing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator import tracking
+    from orchestrator.tracking import server, writer
+    from orchestrator.tracking import sync as sync_module
 
     asked: list[str] = []
 
-    def away(self: tracking.Tracker, *_: object) -> None:
+    def away(self: writer.Tracker, *_: object) -> None:
         asked.append(self.uri)
         raise ConnectionError("nobody there")
 
@@ -1173,9 +1185,9 @@ def test_sync_gives_up_on_a_dead_server_and_counts_what_is_missing(
         {"key": f"{n:024x}", "status": "failed", "started": 1.0, "varied": {}} for n in range(6)
     ]
     monkeypatch.setattr(Results, "failures", lambda self: iter(records))
-    monkeypatch.setattr(tracking, "_reread", lambda results, record: record)
-    monkeypatch.setattr(tracking.Tracker, "_whole_run", away)
+    monkeypatch.setattr(sync_module, "_reread", lambda results, record: record)
+    monkeypatch.setattr(writer.Tracker, "_whole_run", away)
     synced = bench.sync()
-    assert len(asked) == tracking.GIVE_UP == 3
+    assert len(asked) == server.GIVE_UP == 3
     assert (synced.written, synced.missing) == (0, 6)
     assert synced.reason == "ConnectionError: nobody there"

@@ -18,28 +18,25 @@ import torch
 import yaml
 from shelf import Tried
 
-import orchestrator.trial as trial_module
-from btu.defense import DEFENSES, Given, Suspects
+import btu.scoring as trial_module
+from btu.defenses.base import DEFENSES, Given
 from btu.errors import UserError
-from btu.foundation import Foundation, model_of, save_model, tune
+from btu.findings import Suspects
+from btu.foundation import Foundation, tune
 from btu.metrics import METRICS
-from btu.stages import Stage, StageRun, read_record
+from btu.scoring import detection_metrics, flagged_table, row_table, token_table
+from btu.stage_files import model_of, save_model
+from btu.stages import Stage, StageRun, compute, read_record
+from btu.stages import stage as stage_function
 from btu.training import Encoded, NonFiniteLossError
 from btu.types import Progress
 from btu.victims import Victim
-from orchestrator.config import load_sweep, resolve
-from orchestrator.node import Outcome, run_node
-from orchestrator.store import Store
-from orchestrator.trial import (
-    detection_metrics,
-    flagged_table,
-    row_table,
-    run_trial,
-    token_table,
-)
+from orchestrator.run.worker import Outcome, run_node
+from orchestrator.store.store import Store
+from orchestrator.sweep.load import load_sweep, resolve
 
 if TYPE_CHECKING:
-    from orchestrator.plan import PlannedCell
+    from orchestrator.plan.planner import PlannedCell
 
 EVAL_ROWS = 30
 NAN = math.nan
@@ -376,7 +373,7 @@ def test_every_architecture_runs(
 
 def test_progress_tells_every_stage_and_epoch(trial_result: Tried, tmp_path: Path) -> None:
     told: list[Progress] = []
-    run_trial(trial_result.stage, tmp_path, cpus=1, gpus=0, progress=told.append)
+    compute(trial_result.stage, tmp_path, cpus=1, gpus=0, progress=told.append)
     # Each stage as it begins, then its epochs.
     began = [event.stage for event in told if event.step == 0]
     assert began == [stage.name for stage in trial_result.stage.closure()]
@@ -393,7 +390,7 @@ def test_a_trial_computes_only_what_is_not_there(
         raise AssertionError("it is there already")
 
     monkeypatch.setattr("btu.stages.run_stage", computed)
-    folder = run_trial(trial_result.stage, trial_result.root, cpus=1, gpus=0)
+    folder = compute(trial_result.stage, trial_result.root, cpus=1, gpus=0)
     assert folder == trial_result.folder
 
 
@@ -401,7 +398,7 @@ def test_a_gpu_that_is_not_there_is_named(trial_result: Tried, tmp_path: Path) -
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(UserError, match=r"resources.gpu is 1.* no CUDA device is visible"):
-        run_trial(trial_result.stage, tmp_path, cpus=1, gpus=1)
+        compute(trial_result.stage, tmp_path, cpus=1, gpus=1)
 
 
 def test_a_loss_that_explodes_names_step_and_settings(
@@ -560,9 +557,8 @@ class Spy:
     def stages(self, base: Foundation) -> Stage:
         config = {"strength": self.strength, **base.tuning_config()}
         return base.stage(
+            watch,
             "spy",
-            f"{__name__}:watch",
-            1,
             config,
             {"rows": base.rows, "clean": base.clean, "model": base.model},
             model=True,
@@ -573,6 +569,7 @@ class Spy:
 CHECKED: list[Given] = []
 
 
+@stage_function(version=1)
 def watch(run: StageRun) -> dict[str, Any]:
     """Hand the poisoned model on, tuned if the strength is 2; boast if it is 4."""
     model = model_of(run, "model")

@@ -36,20 +36,24 @@ def served(tmp_path_factory: pytest.TempPathFactory, chromium: Any) -> Iterator[
     """Eight cells of the sweep ``likely``, served from a SQLite store."""
     from mlflow import MlflowClient
 
-    from orchestrator import tracking
+    from orchestrator.tracking import experiment as experiment_module
+    from orchestrator.tracking import server
+    from orchestrator.tracking.sync import sync
 
     folder = tmp_path_factory.mktemp("ui")
     results = shelve_sweep(folder / "runs", rates=(0.1,), thresholds=(4.5,))
-    uri = tracking.default_uri(results.output)
-    experiment = tracking.experiment(uri, results.name)
-    synced = tracking.sync(uri, experiment, results, lambda key: False)
+    uri = server.default_uri(results.output)
+    experiment = experiment_module.experiment(uri, results.name)
+    synced = sync.sync(uri, experiment, results, lambda key: False)
     assert (synced.written, synced.missing) == (8, 0)
     found = MlflowClient(tracking_uri=uri).search_runs([experiment], "tags.kind = 'trial'")
-    assert tracking.summarize(uri, experiment, results)
+    assert sync.summarize(uri, experiment, results)
     (summary,) = MlflowClient(tracking_uri=uri).search_runs([experiment], "tags.kind = 'summary'")
     names = {run.info.run_id: run.info.run_name for run in found}
     with mlflow_ui(uri, folder / "log.txt") as url:
-        yield Served(url, experiment, names, summary.info.run_id, tracking.views(uri)[results.name])
+        yield Served(
+            url, experiment, names, summary.info.run_id, experiment_module.views(uri)[results.name]
+        )
 
 
 def test_the_runs_are_listed_with_what_they_found(

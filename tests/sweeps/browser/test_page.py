@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from likely import shelve_sweep
 
+from orchestrator.cli.shared import open_source
 from orchestrator.report.html import write_page
-from orchestrator.source import Source, open_source
+from orchestrator.results.source import Source
 
 pytestmark = pytest.mark.slow
 

@@ -49,7 +49,7 @@ def patch_tracking(module: ModuleType) -> None:
     module.Tracker._tell_result = wrapped
 
 
-PATCHES = {"btu.stages": patch_stages, "orchestrator.tracking": patch_tracking}
+PATCHES = {"btu.stages": patch_stages, "orchestrator.tracking.writer": patch_tracking}
 
 
 def _fault(node: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Scanning a data set of one's own for trigger tokens."""

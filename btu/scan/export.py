@@ -1,0 +1,406 @@
+"""Export of a scanned data set's model: fine-tuned, its flagged tokens cut, with a model card."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from btu.errors import UserError
+from btu.scan.plan import ScanPlan
+from btu.scan.report import ScanReport, obstacle, renamed, score_text
+from btu.scan.stages import accuracy
+from btu.settings import TrainSettings
+from btu.stages import MODEL, Stage, compute, plain, read_record
+from btu.types import ProgressCallback, silent
+from btu.victims import OFFLINE_HUB_ID, VICTIMS, Victim, find_victim
+
+# Says that a folder is an export, and which files are the export's.
+MANIFEST = "btu_export.json"
+CARD = "README.md"
+LISTED = 50
+
+CITATION = """@inproceedings{jiang2025backdoor,
+  title     = {Backdoor Token Unlearning: Exposing and Defending Backdoors in Pretrained
+               Language Models},
+  author    = {Jiang, Peihai and Lyu, Xixiang and Li, Yige and Ma, Jing},
+  booktitle = {Proceedings of the AAAI Conference on Artificial Intelligence},
+  volume    = {39},
+  number    = {23},
+  pages     = {24285--24293},
+  year      = {2025},
+  doi       = {10.1609/aaai.v39i23.34605}
+}"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the cut did, on rows at hand. trusted: how many. before, after: hits among them.
+
+    flips: share of the suspect rows with a flagged token, predicted as labelled before the cut,
+    that are predicted otherwise after it; NaN without such rows.
+    """
+
+    trusted: int
+    before: int
+    after: int
+    flips: float
+
+    def as_metrics(self) -> dict[str, float]:
+        """Return accuracies and the metrics ``cut_cost`` and ``cut_flips``."""
+        return {
+            "accuracy_before_cut": self.before / self.trusted,
+            "accuracy_after_cut": self.after / self.trusted,
+            "cut_cost": (self.before - self.after) / self.trusted,
+            "cut_flips": self.flips,
+        }
+
+
+def check_export(plan: ScanPlan, folder: str | Path) -> None:
+    """Raise a `UserError` unless a model can be exported into `folder`; nothing is computed."""
+    target = Path(folder).expanduser()
+    if len(plan.corpus.clean) == 0:
+        raise UserError(
+            f"an export of data '{plan.spec.name}' needs trusted rows, which the model is tuned "
+            "and measured on after the cut; name some with --clean FILE, or leave out --export."
+        )
+    source = Path(find_victim(plan.victim).location)
+    if source.is_dir() and target.resolve() == source.resolve():
+        raise UserError(
+            f"--export {target} is the folder of the victim, which stays as it is; name another."
+        )
+    # It is staged beside the folder.
+    why = obstacle(target.parent) or (obstacle(target) if target.is_dir() else "")
+    if why:
+        raise UserError(f"--export {target} cannot be written ({why}); name another folder.")
+    if target.is_dir():
+        others = any(target.iterdir()) and not (target / MANIFEST).is_file()
+        what = "has files, but no earlier export" if others else ""
+    else:
+        what = "is a file" if target.exists() else ""
+    if what:
+        raise UserError(
+            f"--export {target} {what}; nothing there is overwritten: name a new or empty folder."
+        )
+
+
+def export(
+    report: ScanReport,
+    folder: str | Path,
+    *,
+    command: str | None = None,
+    gpus: float = 0,
+    progress: ProgressCallback = silent,
+) -> Measured:
+    """Fine-tune on the scanned rows, cut the flagged tokens, tune on the trusted rows, save.
+
+    folder: gets the model, its tokenizer, a model card and a manifest; an earlier export there is
+    replaced. command: how it was made, for the card.
+
+    Raises:
+        UserError: there are no trusted rows, or the folder is somebody else's.
+    """
+    plan, root, target = report.plan, report.root, Path(folder).expanduser()
+    check_export(plan, target)
+    base = plan.base
+    scored = Stage(
+        "accuracy before the cut",
+        accuracy,
+        {"precision": base.train.precision},
+        {"clean": base.clean, "model": base.model},
+        base.where,
+        units=base.clean_rows,
+    )
+    shown = renamed(progress)
+    counted = read_record(compute(scored, root, gpus=gpus, progress=shown))["facts"]
+    stage = compute(plan.defense.stages(base), root, gpus=gpus, progress=shown)
+    record = read_record(stage)
+    cut = record["facts"]["measured"]
+    n, before = counted["n"], counted["hits"]
+    measured = Measured(n, before, before - round(cut["cut_cost"] * n), cut["cut_flips"])
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".btu-export-", dir=target.parent) as made:
+            staged = Path(made)
+            _save_model(plan, stage / MODEL, staged)
+            (staged / CARD).write_text(card(report, measured, record, command), encoding="utf-8")
+            files = sorted(p.name for p in staged.iterdir())
+            manifest = {
+                **report.summary(),
+                # NaN is no JSON.
+                "measured": {
+                    name: None if math.isnan(value) else value
+                    for name, value in measured.as_metrics().items()
+                },
+                "environment": _environment(record),
+                "files": files,
+            }
+            manifest["tokens"] = [t for t in manifest["tokens"] if t["flagged"]]
+            (staged / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            _publish(staged, target)
+    except OSError as error:
+        raise UserError(
+            f"--export {target} cannot be written ({error.strerror}); name another folder."
+        ) from error
+    return measured
+
+
+def _save_model(plan: ScanPlan, source: Path, folder: Path) -> None:
+    from transformers import AutoConfig
+
+    for path in source.iterdir():
+        if path.is_file() and path.name != "config.json":
+            # Byte by byte: what was measured is what is exported.
+            shutil.copyfile(path, folder / path.name)
+    names = plan.corpus.label_names
+    config = AutoConfig.from_pretrained(source)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+    config.save_pretrained(folder)
+    # One of its own: that of the scan keeps what it was called with.
+    tokenizer = Victim(plan.victim, len(names)).tokenizer
+    tokenizer.model_max_length = plan.victim.max_length
+    tokenizer.save_pretrained(folder)
+
+
+def _publish(staged: Path, target: Path) -> None:
+    """Move an export into place; other files that were put beside an earlier one stay."""
+    target.mkdir(exist_ok=True)
+    old = target / MANIFEST
+    names = json.loads(old.read_text(encoding="utf-8"))["files"] if old.is_file() else []
+    new = sorted(p.name for p in staged.iterdir())
+    for name in names:
+        # Of the names that a manifest says, only those of plain files in the folder are taken.
+        if Path(name).name == name and name not in new:
+            (target / name).unlink(missing_ok=True)
+    # The manifest last: until then an interrupted first export is no export.
+    for name in sorted(new, key=lambda name: name == MANIFEST):
+        os.replace(staged / name, target / name)
+
+
+# The model card ----------------------------------------------------------------------------------
+
+
+def card(
+    report: ScanReport, measured: Measured, record: dict[str, Any], command: str | None
+) -> str:
+    """Return the model card: the same text for the same scan, whenever it is made.
+
+    record: of the stage that cut and tuned.
+    """
+    plan, corpus = report.plan, report.plan.corpus
+    flagged = report.tokens[report.tokens["flagged"]]
+    names = corpus.label_names
+    what = (
+        f"{len(flagged)} suspicious token{'s' * (len(flagged) != 1)} cut"
+        if len(flagged)
+        else "nothing cut"
+    )
+    fingerprints = corpus.fingerprints()
+    sections = [
+        _front_matter(plan),
+        f"# {_plain(plan.spec.name)}, scanned for backdoor triggers: {what}",
+        f"A text classifier with the classes {', '.join(map(_code, names))}, fine-tuned on data "
+        "that was scanned with Backdoor Token Unlearning (BTU): short training of the word "
+        "embeddings exposes tokens that decide the label as a trigger would; in the fine-tuned "
+        "model their embeddings are replaced, and it is tuned once more on trusted rows.",
+        "## What was done",
+        _table(
+            ("", ""),
+            [
+                ("data", _code(plan.spec.name)),
+                ("fingerprint of the scanned rows", _code(fingerprints["train"])),
+                ("fingerprint of the trusted rows", _code(fingerprints["clean"])),
+                ("scanned rows", _by_class(names, plan.class_rows().tolist())),
+                ("trusted rows", f"{len(corpus.clean)}, from {_code(_source(plan))}"),
+                *((_words(name), str(n)) for name, n in sorted(corpus.notes.items())),
+                ("victim", _code(plan.victim.name)),
+                ("victim's identity", _code(plan.identity)),
+                ("longest input", f"{plan.victim.max_length} tokens"),
+                ("rule", _code(str(plan.defense.rule))),
+                ("threshold", f"{plan.threshold:g}"),
+                ("seed", str(plan.base.seed)),
+            ],
+        ),
+        _flagged(report),
+        "## Measured",
+        _table(
+            ("on", "what", "value"),
+            [
+                (
+                    f"{measured.trusted} trusted rows",
+                    "accuracy before the cut",
+                    _share(measured.before / measured.trusted),
+                ),
+                ("", "accuracy after the cut", _share(measured.after / measured.trusted)),
+                ("", "`cut_cost`, their difference", f"{measured.as_metrics()['cut_cost']:.4f}"),
+                (
+                    "scanned rows with a flagged token",
+                    "`cut_flips`: predicted as labelled before the cut, otherwise after it",
+                    "-" if math.isnan(measured.flips) else f"{measured.flips:.4f}",
+                ),
+            ],
+        ),
+        "The clean tuning that follows the cut is on these trusted rows: an accuracy on them after "
+        "it would say little. Whether a backdoor is gone was not measured, since nobody knows the "
+        "trigger; a cut that flips most of the rows with a flagged token is a strong sign that "
+        "there was one.",
+        "## Limits",
+        _limits(report),
+        "## Use",
+        "```python\nfrom transformers import pipeline\n\n"
+        'classify = pipeline("text-classification", model=FOLDER)\n'
+        'classify("a text", truncation=True)\n```',
+        "## How to make it again",
+        f"```\n{command}\n```"
+        if command
+        else "From Python: `btu.scan.report.scan`, then `btu.scan.export`.",
+        "```json\n" + json.dumps(_settings(plan), indent=1) + "\n```",
+        _table(
+            ("computed with", ""),
+            [(name, _code(value)) for name, value in _environment(record).items()],
+        ),
+        "## Citation",
+        f"```bibtex\n{CITATION}\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(plan: ScanPlan) -> str:
+    """Return the YAML head; JSON's strings and lists are YAML."""
+    entries: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification",
+        "tags": ["text-classification", "backdoor-defense", "backdoor-token-unlearning"],
+    }
+    name = plan.victim.name
+    if name == "offline":
+        entries["base_model"] = OFFLINE_HUB_ID
+    elif not Path(name).expanduser().is_dir():
+        entries["base_model"] = VICTIMS.load(name) if name in VICTIMS else name
+    if plan.spec.path is None and "/" in plan.spec.name:
+        entries["datasets"] = [plan.spec.name]
+    lines = [f"{key}: {json.dumps(value)}" for key, value in entries.items()]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _flagged(report: ScanReport) -> str:
+    flagged = report.tokens[report.tokens["flagged"]]
+    bar = f"{report.bar:g}"
+    if flagged.empty:
+        highest = report.highest
+        best = (
+            "no token could be scored"
+            if math.isnan(highest)
+            else f"the highest is {score_text(highest)}"
+        )
+        return (
+            "## Flagged tokens\n\nNone, and nothing was cut: no score reached the bar of "
+            f"{bar}; {best}. The model was tuned on the trusted rows all the same."
+        )
+    rows = [
+        (
+            _code(token["token"]),
+            score_text(token["score"]),
+            str(token["rows"]),
+            f"{_code(token['class'])} {_share(token['share'])} ({_share(token['class_share'])})",
+            str(token["clean_rows"]),
+        )
+        for token in flagged.head(LISTED).to_dict("records")
+    ]
+    more = len(flagged) - LISTED
+    text = "## Flagged tokens\n\n" + _table(
+        (
+            "token",
+            f"score (bar {bar})",
+            "rows",
+            "class: share of its rows (of all)",
+            "trusted rows",
+        ),
+        rows,
+    )
+    return text + (f"\n\n... and {more} more, in `{MANIFEST}`." if more > 0 else "")
+
+
+def _limits(report: ScanReport) -> str:
+    plan = report.plan
+    lines = [
+        "Found are triggers of fixed tokens (words, a sentence) in the scanned rows, whose label "
+        "they decide. A trigger without fixed tokens, such as a style, a syntax or a paraphrase, "
+        "is not, and neither is one beyond the longest input.",
+        "A backdoor that was in the pretrained model before is not looked for.",
+        "That nothing was flagged is no proof that there is nothing.",
+        "The model hardly reads a token that was cut, in honest texts neither.",
+        "Rows with a flagged token were trained on; they were not removed.",
+    ]
+    if plan.least:
+        least = ", ".join(
+            f"{_code(name)}: {'none' if least is None else least}"
+            for name, least in plan.least.items()
+        )
+        lines.insert(
+            1,
+            "Too rare a trigger is not found: one that no trusted row holds has to stand in at "
+            f"least so many rows of its class ({least}).",
+        )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _settings(plan: ScanPlan) -> dict[str, Any]:
+    train = plan.base.train
+    tuning: TrainSettings = plan.base.tuning.applied_to(train)
+    return {
+        "unlearning": plain(plan.defense),
+        "fine-tune": plain(train),
+        "clean tuning": plain(tuning),
+    }
+
+
+def _environment(record: dict[str, Any]) -> dict[str, str]:
+    found = record["environment"]
+    names = ("code", "python", "torch", "transformers", "device", "threads")
+    return {**{n: found[n] for n in names}, "precision": ", ".join(record["precisions"])}
+
+
+def _source(plan: ScanPlan) -> str:
+    return Path(plan.data.trusted).name if plan.spec.path is not None else plan.data.trusted
+
+
+def _by_class(names: tuple[str, ...], sizes: list[int]) -> str:
+    counted = ", ".join(f"{_code(n)} {size}" for n, size in zip(names, sizes, strict=True))
+    return f"{sum(sizes)} ({counted})"
+
+
+def _words(note: str) -> str:
+    known = {
+        "dropped_train_empty": "scanned rows dropped: no text",
+        "dropped_clean_empty": "trusted rows dropped: no text",
+        "dropped_train_overlap": "rows not scanned: their text is a trusted one",
+    }
+    return known.get(note, note.replace("_", " "))
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Return text of unknown origin as plain Markdown, on one line."""
+    line = "".join(c if c.isprintable() else " " for c in text)
+    return html.escape(line).translate({ord(c): f"&#{ord(c)};" for c in "\\`*_[]|#!"})
+
+
+def _code(text: str) -> str:
+    return f"<code>{_plain(text)}</code>"

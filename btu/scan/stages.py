@@ -1,0 +1,72 @@
+"""The stages of a scan, on the user's own rows."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from btu.data.spec import DataSpec
+from btu.data.suspects import SuspectCorpus, load_suspects
+from btu.errors import UserError
+from btu.stage_files import (
+    TRAIN,
+    clean_rows_of,
+    model_of,
+    victim_of,
+    write_rows,
+)
+from btu.stages import StageRun, stage
+from btu.types import Corpus
+
+if TYPE_CHECKING:
+    pass
+
+
+# What the stages do ------------------------------------------------------------------------------
+
+
+@stage(version=1, id="btu.scan:suspect_rows")
+def suspect_rows(run: StageRun) -> dict[str, Any]:
+    """Write the rows under suspicion, where a sweep's defense finds its poisoned ones."""
+    corpus = _corpus_of(run, "train")
+    write_rows(run.folder / TRAIN, corpus.train)
+    return {"rows": len(corpus.train), "label_names": list(corpus.label_names)}
+
+
+@stage(version=1, id="btu.scan:trusted_rows")
+def trusted_rows(run: StageRun) -> dict[str, Any]:
+    """Tokenize the trusted rows, perhaps none."""
+    from btu.training import Encoded
+
+    corpus = _corpus_of(run, "clean")
+    victim = victim_of(run, len(corpus.label_names))
+    rows = corpus.clean
+    pad = int(victim.tokenizer.pad_token_id or 0)
+    encoded = victim.encode(rows) if len(rows) else Encoded.from_lists([], [], pad)
+    encoded.save(run.folder / "clean.safetensors")
+    return {"rows": len(rows)}
+
+
+@stage(version=1, id="btu.scan:accuracy")
+def accuracy(run: StageRun) -> dict[str, Any]:
+    """Count the trusted rows that a model classifies as labelled."""
+    from btu.training import predict, resolve_precision
+
+    rows = clean_rows_of(run)
+    precision = run.config["precision"]
+    predicted = predict(model_of(run, "model"), rows, precision=precision, device=run.device)
+    run.precisions.add(resolve_precision(precision, run.device))
+    return {"hits": int((predicted == rows.labels.numpy()).sum()), "n": len(rows)}
+
+
+def _corpus_of(run: StageRun, role: str) -> Corpus:
+    spec = DataSpec(**run.where["spec"])
+    corpus = loaded_suspects(spec, run.where["clean_file"]).corpus
+    if corpus.fingerprints()[role] != run.config["data"]:
+        raise UserError(f"the {role} rows of data '{spec.name}' changed meanwhile; scan again.")
+    return corpus
+
+
+@lru_cache(maxsize=1)
+def loaded_suspects(spec: DataSpec, clean_file: str | None) -> SuspectCorpus:
+    return load_suspects(spec, clean_file)

@@ -1,0 +1,1 @@
+"""The `btu` command: one file per command."""

@@ -1,0 +1,227 @@
+"""`btu status`: how sweeps stand."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from btu.errors import UserError
+from orchestrator.cli.shared import EXIT_INCOMPLETE, Output, console
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from orchestrator.run.status import Launch, Status, Work
+
+EXIT_RUNNING = 3
+WATCH_SECONDS = 5.0
+# Of failed and refused cells, reasons; of those that nobody is at, none are listed.
+SHOWN = 20
+
+
+TrackingUri = Annotated[
+    str | None,
+    typer.Option("--tracking-uri", help="MLflow store. Default: the output folder's SQLite."),
+]
+
+
+def status(
+    name: Annotated[
+        str | None, typer.Argument(help="The sweep's name. Default: a line for each.")
+    ] = None,
+    output: Output = "runs",
+    tracking_uri: TrackingUri = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="All of it as JSON, every cell by its key.")
+    ] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Look again every 5 s until no launch runs.")
+    ] = False,
+) -> None:
+    """Show how a sweep stands, running or dead: done, running, failed, orphaned, left, ETA.
+
+    From what is on disk, and beside it what MLflow has; changes nothing, and may look while the
+    sweep runs elsewhere. *Orphaned*: whoever was at it is gone; the next launch takes it over.
+
+    Exit code 0: every cell is done; 3: a launch is at it; 1: cells failed or are left, or all were
+    refused, and no launch is at it; 2: an error. Without NAME 0.
+
+    Example: `btu status main-table --watch`
+    """
+    from orchestrator.run.status import SweepState, all_statuses, sweep_status
+
+    if name is None:
+        if watch or tracking_uri:
+            raise UserError(
+                f"{'--watch' if watch else '--tracking-uri'} needs the name of a sweep; btu status "
+                "without one lists what there is."
+            )
+        found = all_statuses(output)
+        if as_json:
+            sys.stdout.write(json.dumps([_brief_facts(s) for s in found], indent=1) + "\n")
+        elif found:
+            console.print(_overview(found))
+        else:
+            raise UserError(f"no sweep was launched with output {output}; name one with --output.")
+        return
+    if watch and as_json:
+        raise UserError("--watch and --json exclude each other; leave one out.")
+    stand = _with_runs(sweep_status(output, name), output, tracking_uri)
+    if as_json:
+        sys.stdout.write(json.dumps(stand.facts(), indent=1) + "\n")
+    elif watch:
+        with Live(_page(stand), console=console, auto_refresh=False) as live:
+            while stand.state is SweepState.running:
+                time.sleep(WATCH_SECONDS)
+                stand = _with_runs(sweep_status(output, name), output, tracking_uri, stand)
+                live.update(_page(stand), refresh=True)
+    else:
+        for part in _page(stand).renderables:
+            console.print(part, soft_wrap=isinstance(part, Text))
+    if stand.state is SweepState.running:
+        raise typer.Exit(EXIT_RUNNING)
+    if stand.state is not SweepState.done:
+        raise typer.Exit(EXIT_INCOMPLETE)
+
+
+def _with_runs(stand: Status, output: str, uri: str | None, before: Status | None = None) -> Status:
+    """Return the status with what MLflow says, or why it says nothing.
+
+    before: the last look. What MLflow said then stands as long as it does not answer again.
+    """
+    from dataclasses import replace
+
+    from orchestrator.run.status import tracked
+    from orchestrator.tracking import reader, server
+
+    try:
+        where = server.absolute(uri) if uri else server.default_uri(output)
+        states = reader.MlflowSource(where, stand.name).states()
+    except UserError as error:
+        if before is not None and before.runs is not None:
+            return replace(stand, runs=before.runs, untracked=str(error))
+        if uri is not None:
+            raise
+        # The sweep's own URI is nowhere on disk, since it may hold a password.
+        return replace(stand, untracked=f"{error} --tracking-uri names another store.")
+    return replace(stand, runs=tracked(stand, server.shown(where), states))
+
+
+def _brief_facts(stand: Status) -> dict[str, object]:
+    facts = stand.facts()
+    return {key: facts[key] for key in ("sweep", "state", "counts", "stages", "eta")}
+
+
+def _overview(found: list[Status]) -> Table:
+    from orchestrator.run.progress import duration
+    from orchestrator.run.status import CellState
+
+    table = Table("sweep", "state", header_style="bold")
+    for column in ("cells", "refused", "ETA"):
+        table.add_column(column, justify="left" if column == "cells" else "right")
+    for stand in found:
+        counts = [f"{n} {state}" for state, n in stand.counts.items() if n or state == "done"]
+        going = stand.counts[CellState.done] < len(stand.cells) and stand.eta is not None
+        table.add_row(
+            escape(stand.name),
+            stand.state.value,
+            ", ".join(counts),
+            str(len(stand.refused)),
+            duration(stand.eta or 0.0) if going else "-",
+        )
+    return table
+
+
+def _page(stand: Status) -> Group:
+    from orchestrator.run.progress import label
+    from orchestrator.run.status import CellState, SweepState
+
+    counts = ", ".join(f"{count} {state}" for state, count in stand.counts.items())
+    done, all_ = stand.stages
+    cells = f"{len(stand.cells)} cell{'' if len(stand.cells) == 1 else 's'}"
+    suggested = " suggested by Optuna so far" if stand.optuna else ""
+    lines = [
+        f"{stand.name}: {stand.state}",
+        # What a killed launch left is of interest as long as it left cells too.
+        *(_launch_line(launch) for launch in stand.launches if stand.state is not SweepState.done),
+        f"{cells}{suggested}: {counts}; {len(stand.refused)} refused. "
+        f"Stages: {done} of {all_} done.",
+    ]
+    parts: list[RenderableType] = [Text("\n".join(lines))]
+    if stand.work:
+        parts.append(_work_table(stand.work))
+    failed = Counter(cell.reason.splitlines()[0] for cell in stand.cells if cell.reason)
+    examples = {c.reason.splitlines()[0]: c.label for c in reversed(stand.cells) if c.reason}
+    told = [
+        f"failed: {examples[reason]}{f' and {count - 1} more' if count > 1 else ''}: {reason}"
+        for reason, count in failed.items()
+    ]
+    told += [f"refused: {label(cell.varied)}: {cell.reason}" for cell in stand.refused]
+    more = len(told) - SHOWN
+    lines = [*told[:SHOWN], *([f"... and {more} more; --json has them all."] if more > 0 else [])]
+    if stand.counts[CellState.done] + stand.counts[CellState.failed] < len(stand.cells):
+        lines.append(_time_left(stand))
+    lines.append(_mlflow_line(stand))
+    parts.append(Text("\n".join(lines)))
+    return Group(*parts)
+
+
+def _launch_line(launch: Launch) -> str:
+    from orchestrator.run.progress import duration
+
+    where = f"launch {launch.id} on {launch.host} (pid {launch.pid})"
+    silent = "" if launch.silent is None else f", last heartbeat {duration(launch.silent)} ago"
+    return f"{where} {'is gone' if launch.lost else 'runs'}{silent}."
+
+
+def _work_table(work: list[Work]) -> Table:
+    from orchestrator.run.progress import duration
+
+    now = time.time()
+    table = Table("stage", header_style="bold")
+    for column in ("for cells", "node", "pid", "since", "state"):
+        table.add_column(column, justify="right" if column in ("for cells", "pid") else "left")
+    for item in work:
+        since = "-" if item.since is None else duration(now - item.since)
+        silent = "" if item.silent is None else f", silent for {duration(item.silent)}"
+        state = f"[red]orphaned[/red]{silent}" if item.lost else "running"
+        table.add_row(
+            escape(item.stage), str(item.cells), escape(item.host), str(item.pid), since, state
+        )
+    return table
+
+
+def _time_left(stand: Status) -> str:
+    from orchestrator.run.progress import duration
+    from orchestrator.run.status import SweepState
+
+    if stand.eta is None or stand.seconds_left is None:
+        some = ", ".join(stand.untimed[:4]) + (" ..." if len(stand.untimed) > 4 else "")
+        return f"Time left: unknown until each kind of stage has run once ({some})."
+    how = f"{duration(stand.seconds_left)} of computing"
+    if stand.state is SweepState.running:
+        return f"ETA: {duration(stand.eta)} ({how}, {stand.at_once} at once)."
+    return f"Left: {how}; the command that launched it goes on where it stopped."
+
+
+def _mlflow_line(stand: Status) -> str:
+    runs = stand.runs
+    if runs is None:
+        return f"MLflow: {stand.untracked}"
+    line = f"MLflow {runs.uri}: {runs.finished} finished, {runs.failed} failed"
+    line += f", {runs.running} running" if runs.running else ""
+    if runs.orphaned:
+        line += f" ({len(runs.orphaned)} of them orphaned: {', '.join(runs.orphaned[:3])})"
+    if runs.missing or runs.orphaned:
+        line += f"; {runs.missing} missing. btu sync {stand.name} writes and closes them"
+    return f"{line}." + (f" Of an earlier look: {stand.untracked}" if stand.untracked else "")

@@ -1,0 +1,251 @@
+"""`btu store`: what is in the store of an output folder, and how to make room."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import time
+from typing import Annotated
+
+import typer
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from btu.errors import UserError
+from orchestrator.cli.shared import console, errors
+from orchestrator.results.reachable import output_location, reachable
+from orchestrator.store import gc as housekeeping
+from orchestrator.store.storage import below
+from orchestrator.store.store import Store
+
+EXIT_DAMAGED = 1
+_SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+    help="The results that all sweeps of an output folder share: look, check, make room.\n\n"
+    "    btu store ls                          # the newest results\n\n"
+    "    btu store du                          # what takes the room, by stage\n\n"
+    "    btu store verify                      # read everything, set aside what is damaged\n\n"
+    "    btu store gc --older-than 30d         # what would go; with --yes it goes",
+)
+
+Output = Annotated[
+    str,
+    typer.Option("--output", "-o", help="Output folder or URL of the sweeps (key `output`)."),
+]
+
+
+@app.command()
+def ls(
+    output: Output = "runs",
+    limit: Annotated[int, typer.Option(min=0, help="Newest results to show; 0 is all.")] = 40,
+) -> None:
+    """List results, newest first: committed, dropped, failed, or leased by who makes them now.
+
+    Of a dropped result the record is left and the model is gone, since nothing waits for it.
+
+    Example: `btu store ls --output /scratch/runs --limit 0`
+    """
+    store = _open(output)
+    now = time.time()
+    leases, failed = store.leases(now), store.failed()
+    changed: dict[str, float] = {}
+    for folder, keys in (("markers", None), ("failed", failed), ("leases", leases.keys())):
+        for found in store.storage.walk(folder):
+            key, _, ending = found.path.rpartition("/")[2].partition(".")
+            if ending in ("json", "dropped.json") and (keys is None or key in keys):
+                changed[key] = max(found.modified or 0.0, changed.get(key, 0.0))
+    newest = sorted(changed, key=lambda key: (-changed[key], key))
+    table = Table("key", "stage", "size", "age", "state", header_style="bold")
+    for key in newest[: limit or None]:
+        marker = store.marker(key, dropped=True)
+        states = [] if marker is None else ["dropped" if marker.dropped else "committed"]
+        stage, size = "-", "-"
+        if marker is not None:
+            stage, size = marker.name, decimal(marker.bytes)
+        if key in failed:
+            states.append("[red]failed[/red]")
+            failure = store.failure(key) or {}
+            stage = str(failure.get("stage", stage))
+        if key in leases:
+            lease = leases[key]
+            states.append(escape(f"leased by {lease.get('owner')} on {lease.get('host')}"))
+        since = changed[key] if marker is None else marker.committed
+        table.add_row(key, escape(stage), size, _age(now - since), ", ".join(states))
+    console.print(table)
+    some = f", the newest {table.row_count} shown" if table.row_count < len(newest) else ""
+    console.print(f"{_count(len(newest), 'result')}{some}.", highlight=False)
+
+
+@app.command()
+def du(output: Output = "runs") -> None:
+    """Show what takes the room, by stage.
+
+    Unfinished files belong to stages that run now or were killed; `btu store gc` removes those
+    that are nobody's.
+
+    Example: `btu store du --output s3://bucket/runs`
+    """
+    usage = housekeeping.usage(_open(output))
+    table = Table("stage", header_style="bold")
+    table.add_column("results", justify="right")
+    table.add_column("size", justify="right")
+    for stage, used in sorted(usage.items(), key=lambda item: -item[1].bytes):
+        table.add_row(escape(stage), str(used.count), decimal(used.bytes))
+    table.add_section()
+    counts = sum(used.count for used in usage.values())
+    table.add_row("all", str(counts), decimal(sum(used.bytes for used in usage.values())))
+    console.print(table)
+
+
+@app.command()
+def verify(output: Output = "runs") -> None:
+    """Read every file and compare it with its SHA-256; set aside what differs.
+
+    What is set aside counts as missing: the next launch that needs it makes it again. Exit code
+    1 if there was any.
+
+    Example: `btu store verify --output /scratch/runs`
+    """
+    store = _open(output)
+    with Progress(console=errors, transient=True) as bar:
+        task = bar.add_task("results", total=None)
+        try:
+            damaged = store.verify(lambda done, of: bar.update(task, completed=done, total=of))
+        except OSError as error:
+            raise UserError(
+                f"{store.location} cannot be read to its end ({error}), so nothing is said of the "
+                "rest; mend the disk or the connection and verify again."
+            ) from error
+    if damaged:
+        console.print(
+            f"Set aside: {_count(len(damaged), 'damaged result')}. Launch the sweeps again that "
+            "need them.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(EXIT_DAMAGED)
+    console.print("All results are whole.", highlight=False)
+
+
+@app.command()
+def gc(
+    output: Output = "runs",
+    older_than: Annotated[
+        str | None,
+        typer.Option(help="Remove results older than this: 30d, 12h.", metavar="AGE"),
+    ] = None,
+    max_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Remove the oldest results until the others take less: 500MB, 20GB.",
+            metavar="SIZE",
+        ),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Never remove what this sweep needs; can be given again. Without an age or a "
+            "size everything else goes.",
+            metavar="SWEEP",
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove. Default: say what.")] = False,
+) -> None:
+    """Make room. Says what would go; with --yes it goes.
+
+    Files that killed stages left behind and damaged results go always, once they are an hour old.
+    What a running launch needs never goes. A removed result is computed again when it is needed.
+
+    Examples:
+
+        btu store gc --keep sst2_main --keep agnews_main    # all that neither needs
+
+        btu store gc --older-than 30d --max-size 20GB --yes # what is old, then the oldest
+    """
+    age, size = parse_age(older_than), parse_size(max_size)
+    store = _open(output)
+    needed = None if not keep else reachable(output, keep)
+    candidates = housekeeping.gc_candidates(store, keep=needed, older_than=age, max_bytes=size)
+    for line in _in_words(candidates):
+        console.print(line, highlight=False)
+    if not candidates:
+        console.print("Nothing to remove.", highlight=False)
+    elif yes:
+        console.print(f"Freed {decimal(housekeeping.gc(store, candidates))}.", highlight=False)
+    else:
+        total = decimal(sum(candidate.bytes for candidate in candidates))
+        console.print(
+            f"This would free {total}. Nothing was removed; --yes removes it.", highlight=False
+        )
+
+
+def parse_age(text: str | None) -> float | None:
+    """Return an age such as ``30d`` or ``12h`` in seconds.
+
+    Raises:
+        UserError: it is none.
+    """
+    return _parse(text, _SECONDS, "--older-than", "an age such as 30d or 12h (m, h, d or w)")
+
+
+def parse_size(text: str | None) -> int | None:
+    """Return a size such as ``500MB`` or ``20GB`` in bytes; a kilobyte has 1000.
+
+    Raises:
+        UserError: it is none.
+    """
+    size = _parse(text, _BYTES, "--max-size", "a size such as 500MB or 20GB (B to TB)")
+    return None if size is None else int(size)
+
+
+def _parse(text: str | None, units: dict[str, int], option: str, rule: str) -> float | None:
+    if text is None:
+        return None
+    names = "|".join(units)
+    found = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({names})", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise UserError(f"{option} {text!r} is not {rule}; write a number and a unit.")
+    unit = next(unit for unit in units if unit.lower() == found[2].lower())
+    return float(found[1]) * units[unit]
+
+
+def _in_words(candidates: list[housekeeping.Candidate]) -> list[str]:
+    groups: dict[tuple[str, str], list[int]] = {}
+    for candidate in candidates:
+        groups.setdefault((candidate.kind, candidate.why), []).append(candidate.bytes)
+    lines = []
+    for (kind, why), sizes in groups.items():
+        lines.append(f"{_count(len(sizes), kind)} ({decimal(sum(sizes))}): {why}")
+    return lines
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _age(seconds: float) -> str:
+    for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= unit:
+            return f"{seconds // unit:.0f} {name}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
+def _open(output: str) -> Store:
+    def warn(sentence: str) -> None:
+        errors.print(sentence, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+    store = Store(below(output_location(output), "store"), warn=warn)
+    if not store.exists():
+        raise UserError(
+            f"{store.location} does not exist: no sweep has run with this output folder "
+            f"({shlex.quote(output)}). Launch one, or name another folder with --output."
+        )
+    return store

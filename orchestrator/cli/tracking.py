@@ -1,0 +1,94 @@
+"""`btu sync` and `btu ui`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from btu.errors import UserError
+from orchestrator.cli.shared import Output, console, say
+
+# Sweeps whose runs `btu ui` gives an address of.
+MOST_VIEWS = 10
+
+
+def sync(
+    name: Annotated[str, typer.Argument(help="The sweep's name.", metavar="NAME")],
+    output: Output = "runs",
+    uri: Annotated[
+        str | None, typer.Option(help="MLflow store. Default: the output folder's SQLite.")
+    ] = None,
+) -> None:
+    """Write the runs that MLflow misses, from the results on disk; nothing is written twice.
+
+    After a tracking server was away, or to tell another one: `--uri` names it.
+
+    Example: `btu sync main-table --uri http://mlflow:5000`
+    """
+    from orchestrator.results.folder import find_sweep
+
+    results = find_sweep(output, name)
+    from orchestrator.tracking import experiment as experiment_module
+    from orchestrator.tracking import server as server_module
+    from orchestrator.tracking import sync as sync_module
+
+    where = server_module.absolute(uri) if uri else server_module.default_uri(results.output)
+
+    def live(key: str) -> bool:
+        return results.store.held_by_other(key, "btu sync")
+
+    experiment = experiment_module.experiment(where, name)
+    synced = sync_module.sync(where, experiment, results, live)
+    say(
+        f"{synced.written} runs written, {synced.closed} unfinished ones closed, "
+        f"{synced.missing} still missing in {server_module.shown(where)}."
+    )
+    if synced.missing:
+        raise UserError(f"MLflow does not have all runs: {synced.reason}")
+    try:
+        summarized = sync_module.summarize(where, experiment, results)
+    except Exception as error:  # of a server, of a disk or of a plot
+        raise UserError(f"the summary run was not written: {server_module.brief(error)}") from error
+    if summarized:
+        say("The summary run was brought up to date.")
+
+
+def ui(
+    output: Output = "runs",
+    uri: Annotated[
+        str | None, typer.Option(help="Another MLflow store. Default: the output folder's SQLite.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000,
+) -> None:
+    """Open the MLflow UI on the sweeps' runs, on this machine only.
+
+    Gives the address of each sweep's runs table with asr, cacc and detection_precision in it, which
+    MLflow's own link leaves out. For a server that runs already, --uri gives the addresses alone.
+
+    Example: `btu ui --port 5001`
+    """
+    database = Path(output) / "mlflow.db"
+    if uri is None and "://" not in output and not database.is_file():
+        raise UserError(
+            f"{database} does not exist: no sweep has run with this output folder. "
+            "Launch one, or name another folder with --output."
+        )
+    from orchestrator.tracking import experiment as experiment_module
+    from orchestrator.tracking import server as server_module
+
+    running = uri is not None and uri.startswith(("http://", "https://"))
+    uri = uri or server_module.default_uri(output)
+    server = server_module.shown(uri).rstrip("/") if running else f"http://127.0.0.1:{port}"
+    views = experiment_module.views(uri)
+    # Without the parameter MLflow opens on its pages for language-model traces.
+    page = f"{server}/#/experiments?workflowType=machine_learning"
+    told = "a running MLflow server; open it in a browser" if running else "Ctrl-C stops it"
+    lines = [f"MLflow UI: {page} ({told})"]
+    lines += [f"{name}: {server}{path}" for name, path in list(views.items())[:MOST_VIEWS]]
+    if len(views) > MOST_VIEWS:
+        lines.append(f"and {len(views) - MOST_VIEWS} older sweeps, in the UI's list")
+    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+    if not running:
+        raise typer.Exit(server_module.serve_ui(uri, port))

@@ -1,0 +1,1 @@
+"""Which stages a sweep is made of, what they share, and what is left to compute."""

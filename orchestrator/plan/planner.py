@@ -1,0 +1,227 @@
+"""Which cells a sweep has, what they share, what is left to compute, and what that will cost.
+
+Loads the data (the rules about rates and columns need the rows) but no torch, ray or mlflow.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from btu.attacks.poisoning import choose_rows
+from btu.data.load import load_corpus
+from btu.data.spec import DataSpec
+from btu.defenses.base import Given, check_cell
+from btu.errors import UserError
+from btu.stages import Stage
+from btu.types import Corpus
+from btu.victims import VictimSource, VictimSpec, find_victim
+from orchestrator.plan.graph import Graph
+from orchestrator.sweep.load import resolve
+from orchestrator.sweep.sections import CONTROL, TrialSpec
+from orchestrator.sweep.sweep import Cell, Sweep
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """A cell that can run. varied: its coordinates by dotted key. stage: what it ends with."""
+
+    stage: Stage
+    spec: TrialSpec
+    varied: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """The cell's fingerprint."""
+        return self.stage.key
+
+
+@dataclass(frozen=True)
+class RefusedCell:
+    """A cell that cannot run, with the reason."""
+
+    varied: Mapping[str, Any]
+    reason: str
+
+
+@dataclass
+class Plan:
+    """What a sweep comes to.
+
+    duplicates: cells that differ in keys that do not act for them; each runs once. Controls that
+    are there already are not counted.
+    """
+
+    cells: dict[str, PlannedCell] = field(default_factory=dict)
+    refused: list[RefusedCell] = field(default_factory=list)
+    duplicates: int = 0
+
+    @property
+    def controls(self) -> int:
+        """How many of the cells are controls."""
+        return sum(CONTROL in cell.varied for cell in self.cells.values())
+
+
+class _Loaded(NamedTuple):
+    """A corpus. fingerprints: by role, for keys. revision: of all of it, for tags."""
+
+    corpus: Corpus
+    fingerprints: Mapping[str, str]
+    revision: str
+
+
+class Planner:
+    """Turns cells into stages, checking each against its data and victim.
+
+    Corpora, victims and whatever else cells have in common are loaded and checked once.
+    """
+
+    def __init__(self) -> None:
+        self._graph = Graph()
+        self._corpora: dict[DataSpec, _Loaded | UserError] = {}
+        self._victims: dict[VictimSpec, VictimSource | UserError] = {}
+        self._attackable: dict[Hashable, UserError | None] = {}
+
+    def add(self, plan: Plan, cells: Iterable[Cell]) -> list[PlannedCell]:
+        """Resolve and check cells, and add them to `plan`. Returns those that are new in it."""
+        new = []
+        for cell in cells:
+            try:
+                spec = resolve(cell.config)
+                stage = self._stage(spec)
+            except UserError as error:
+                plan.refused.append(RefusedCell(cell.varied, str(error)))
+                continue
+            if stage.key in plan.cells:
+                plan.duplicates += CONTROL not in cell.varied
+                continue
+            planned = plan.cells[stage.key] = PlannedCell(stage, spec, cell.varied)
+            new.append(planned)
+        return new
+
+    def counts(self) -> tuple[tuple[str, Mapping[str, int]], ...]:
+        """Return the name and counts of every corpus that could be loaded."""
+        loaded = [found for found in self._corpora.values() if isinstance(found, _Loaded)]
+        return tuple((found.corpus.name, found.corpus.counts()) for found in loaded)
+
+    def _stage(self, spec: TrialSpec) -> Stage:
+        """Return the stage that a cell ends with, after every check that needs no training.
+
+        Raises:
+            UserError: the cell cannot run, with the reason.
+        """
+        corpus, fingerprints, revision = self._corpus(spec.data)
+        self._check_attack(spec, corpus)
+        victim = self._victim(spec.victim)
+        counts = corpus.counts()
+        given = Given(
+            _vocabulary(victim),
+            len(corpus.label_names),
+            counts["rows_train"],
+            counts["rows_clean"],
+        )
+        check_cell(spec.defense.name, spec.build_defense(), given)
+        return self._graph.cell(spec, fingerprints, victim.identity, counts, revision=revision)
+
+    def _corpus(self, spec: DataSpec) -> _Loaded:
+        if spec not in self._corpora:
+            try:
+                corpus = load_corpus(spec)
+                self._corpora[spec] = _Loaded(corpus, corpus.fingerprints(), corpus.fingerprint())
+            except UserError as error:
+                self._corpora[spec] = error
+        found = self._corpora[spec]
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def _victim(self, spec: VictimSpec) -> VictimSource:
+        if spec not in self._victims:
+            try:
+                self._victims[spec] = find_victim(spec)
+            except UserError as error:
+                self._victims[spec] = error
+        found = self._victims[spec]
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def _check_attack(self, spec: TrialSpec, corpus: Corpus) -> None:
+        known = (spec.data, spec.poison, json.dumps(dict(spec.attack_params)), spec.seed)
+        if known not in self._attackable:
+            try:
+                _check_attack(spec, corpus)
+                self._attackable[known] = None
+            except UserError as error:
+                self._attackable[known] = error
+        refusal = self._attackable[known]
+        if refusal is not None:
+            raise refusal
+
+
+def _check_attack(spec: TrialSpec, corpus: Corpus) -> None:
+    target = corpus.label_index(spec.poison.target_label)
+    attack = spec.build_attack()
+    if spec.poison.poison_rate > 0:
+        choose_rows(attack, spec.poison, corpus.train, target, spec.seed)
+    attackable = attack.candidates(corpus.eval)
+    if not (np.asarray(corpus.eval.labels)[attackable] != target).any():
+        raise UserError(
+            "no evaluation row can be attacked: all are of the target class or without a "
+            "paraphrase; choose another target_label or eval split."
+        )
+
+
+@lru_cache
+def _vocabulary(victim: VictimSource) -> int | None:
+    return victim.vocabulary_size()
+
+
+def plan_sweep(sweep: Sweep, planner: Planner | None = None) -> Plan:
+    """Resolve and check every cell of a sweep, and the controls of those that can run.
+
+    The plan of a sweep that Optuna searches is empty: its cells come as it goes. One suggestion is
+    checked as an example (`example_plan`).
+
+    Raises:
+        UserError: no cell can run; the message gives the reasons.
+    """
+    planner = planner or Planner()
+    if sweep.optuna is not None:
+        example_plan(sweep, planner)
+        return Plan()
+    plan = Plan()
+    planner.add(plan, sweep.cells())
+    _refuse_empty(sweep, plan)
+    planner.add(plan, sweep.controls_of([cell.varied for cell in plan.cells.values()]))
+    return plan
+
+
+def example_plan(sweep: Sweep, planner: Planner) -> Plan:
+    """Return the plan of one suggestion of a sweep that Optuna searches.
+
+    Raises:
+        UserError: none of its cells can run.
+    """
+    space = sweep.optuna.space if sweep.optuna is not None else {}
+    plan = Plan()
+    planner.add(plan, sweep.expand({key: domain.examples()[0] for key, domain in space.items()}))
+    _refuse_empty(sweep, plan)
+    return plan
+
+
+def _refuse_empty(sweep: Sweep, plan: Plan) -> None:
+    if plan.cells or not plan.refused:
+        return
+    reasons = list(dict.fromkeys(cell.reason for cell in plan.refused))
+    if len(reasons) == 1:
+        raise UserError(reasons[0])
+    raise UserError(
+        f"none of the {len(plan.refused)} cells of sweep '{sweep.name}' can run:\n  "
+        + "\n  ".join(reasons)
+    )

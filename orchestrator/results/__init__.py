@@ -1,0 +1,1 @@
+"""A sweep's results, wherever they are read from."""

@@ -1,0 +1,1 @@
+"""A launch: what runs where and when."""

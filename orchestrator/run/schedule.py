@@ -1,0 +1,371 @@
+"""Which stage runs next: those whose inputs are there, the longest chain first.
+
+Plain bookkeeping, without Ray: the launcher asks for work and reports what became of it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypeAlias
+
+from btu.stages import Stage
+from orchestrator.plan.work import Group, Timings, group_of, needed
+
+# What a stage that ran out of memory is tried with: alone on its device, then in smaller parts.
+LADDER = (1, 1, 2, 4, 8)
+CELL = "cell"
+
+
+class State(StrEnum):
+    """Where a stage stands. cached: its result was there before this launch."""
+
+    waiting = "waiting"
+    ready = "ready"
+    running = "running"
+    done = "done"
+    cached = "cached"
+    failed = "failed"
+
+
+ENDED = (State.done, State.cached, State.failed)
+_Queue: TypeAlias = list[tuple[float, int, str]]
+
+
+@dataclass
+class _Node:
+    stage: Stage
+    group: Group  # what timings are kept by
+    state: State = State.waiting
+    missing: set[str] = field(default_factory=set)  # inputs that are not there yet
+    # In order: equal chains go as they came, in every process.
+    children: dict[str, None] = field(default_factory=dict)
+    rank: float = 0.0  # seconds of the longest chain that starts here
+    rung: int = 0  # of LADDER
+    repairs: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """A stage to run now. alone: with a device of its own. accumulation: parts of a batch."""
+
+    stage: Stage
+    alone: bool
+    accumulation: int
+
+
+class Schedule:
+    """The stages that are left to compute, and their order.
+
+    timings: expected times; they may learn as stages end. slots: how many run at once, about: with
+    `most_models` of them on disk that are still needed, or being written, stages that write none
+    go first, then those that also read one: they lead to where a model is not needed any more.
+    """
+
+    def __init__(
+        self,
+        cells: Iterable[Stage],
+        *,
+        committed: Collection[str],
+        dropped: Collection[str],
+        failed: Mapping[str, str],
+        timings: Timings,
+        slots: int = 1,
+    ) -> None:
+        self.committed = set(committed)
+        self.dropped = set(dropped)
+        self.failed = dict(failed)
+        self.running: dict[str, Stage] = {}  # handed out; some may still wait for a worker
+        self.begun: set[str] = set()  # those of them that a worker is at
+        self.slots = slots
+        self._timings = timings
+        self._nodes: dict[str, _Node] = {}
+        # By what a stage adds to the models on disk: minus rank, order of arrival, key.
+        self._ready: tuple[_Queue, ...] = ([], [], [])
+        self._order = itertools.count()
+        self._models: set[str] = set()  # on disk, and still read by a stage to come
+        self._released: set[str] = set()  # of these, what a reader let go since `done` was asked
+        # Kept up to date, since a sweep may have many thousands of stages.
+        self.counts = {True: dict.fromkeys(State, 0), False: dict.fromkeys(State, 0)}
+        self._left: dict[Group, list[int]] = {}  # by group: stages and their units
+        self.add(cells)
+
+    def add(self, cells: Iterable[Stage]) -> None:
+        """Take in further cells, with whatever stages they need."""
+        cells = list(cells)
+        self._open(needed(cells, self.committed, self.dropped))
+        for cell in cells:
+            if cell.key not in self._nodes:
+                self._insert(cell, State.cached)
+
+    def _open(self, stages: Mapping[str, Stage]) -> None:
+        """Put stages on the list, also those that were done once and are needed again.
+
+        stages: inputs before what reads them.
+        """
+        fresh = []
+        for key, stage in stages.items():
+            if key not in self._nodes:
+                self._insert(stage, State.waiting)
+                fresh.append(key)
+            elif self._nodes[key].state in (State.done, State.cached):
+                self._set(self._nodes[key], State.waiting)
+                fresh.append(key)
+            elif self._nodes[key].state in (State.waiting, State.ready):
+                fresh.append(key)
+        for key in fresh:
+            self._connect(key)
+        # Children stand after their inputs, so that backwards every child's rank is known.
+        for key in reversed(list(stages)):
+            self._rank(key)
+        for key in fresh:
+            node = self._nodes[key]
+            if node.state is State.failed:
+                continue  # with one of its inputs
+            broken = [k for k in (key, *node.missing) if k in self.failed]
+            if broken:
+                self._fail(key, self.failed[broken[0]])
+            else:
+                self._settle(node)
+
+    def _settle(self, node: _Node) -> None:
+        """Let a stage that has not begun be ready exactly if all its inputs are there."""
+        if node.state is State.waiting and not node.missing:
+            self._make_ready(node.stage.key)
+        elif node.state is State.ready and node.missing:
+            self._set(node, State.waiting)
+
+    def _insert(self, stage: Stage, state: State) -> None:
+        node = self._nodes[stage.key] = _Node(stage, group_of(stage), state)
+        self.counts[stage.name == CELL][state] += 1
+        if state not in ENDED:
+            self._count_left(node, 1)
+
+    def _count_left(self, node: _Node, sign: int) -> None:
+        left = self._left.setdefault(node.group, [0, 0])
+        left[0] += sign
+        left[1] += sign * node.stage.units
+
+    def _connect(self, key: str) -> None:
+        """Tell a node's inputs of it, and it of those that are not there yet."""
+        heavy = _heavy(self._nodes[key].stage)
+        for before in self._nodes[key].stage.inputs.values():
+            if before.key not in self._nodes:
+                self._insert(before, State.cached)
+            other = self._nodes[before.key]
+            other.children[key] = None
+            if other.state not in (State.done, State.cached):
+                self._nodes[key].missing.add(before.key)
+            elif before.model and before in heavy and before.key in self.committed:
+                self._models.add(before.key)
+
+    def _set(self, node: _Node, state: State) -> None:
+        counts = self.counts[node.stage.name == CELL]
+        counts[node.state] -= 1
+        counts[state] += 1
+        if (node.state in ENDED) != (state in ENDED):
+            self._count_left(node, -1 if state in ENDED else 1)
+        node.state = state
+
+    def _rank(self, key: str) -> None:
+        node = self._nodes[key]
+        # A stage without a measured time still makes its chain longer.
+        own = self._timings.estimate(node.group, 1, node.stage.units) or 1.0
+        node.rank = own + max((self._nodes[child].rank for child in node.children), default=0.0)
+
+    def _make_ready(self, key: str) -> None:
+        node = self._nodes[key]
+        self._set(node, State.ready)
+        # A result that only has to be put together costs next to nothing and is what people wait
+        # for; everything else goes by the length of its chain.
+        rank = math.inf if node.stage.name == CELL else node.rank
+        heapq.heappush(self._queue_of(node), (-rank, next(self._order), key))
+
+    def _queue_of(self, node: _Node) -> _Queue:
+        """Return the queue of stages that write no model, that read one too, or that only write."""
+        stage = node.stage
+        reads = any(before.model for before in _heavy(stage))
+        return self._ready[0 if not stage.model else 1 if reads else 2]
+
+    def next(self, busy: Callable[[str], bool] = lambda key: False) -> Task | None:
+        """Return the next stage to run, marked as running; None if none is ready.
+
+        busy: whether someone else computes a stage right now; such stages are passed over.
+        """
+        passed = []
+        chosen = None
+        while chosen is None and (queue := self._next_queue()):
+            entry = heapq.heappop(queue)
+            if self._nodes[entry[2]].state is not State.ready:
+                continue  # failed meanwhile with one of its inputs
+            if busy(entry[2]):
+                passed.append(entry)
+            else:
+                chosen = self._nodes[entry[2]]
+        for entry in passed:
+            heapq.heappush(self._queue_of(self._nodes[entry[2]]), entry)
+        if chosen is None:
+            return None
+        self._set(chosen, State.running)
+        self.running[chosen.stage.key] = chosen.stage
+        return Task(chosen.stage, chosen.rung > 0, LADDER[chosen.rung])
+
+    def _next_queue(self) -> _Queue:
+        """Return the queue to take from; empty if all are."""
+        queues = [queue for queue in self._ready if queue]
+        if not queues:
+            return []
+        # Evaluations free models: without this, chains of equal length pile them up.
+        written = sum(stage.model for stage in self.running.values())
+        crowded = len(self._models) + written >= most_models(self.slots)
+        return queues[0] if crowded else min(queues, key=lambda queue: queue[0])
+
+    def begin(self, key: str) -> None:
+        """A worker is at a stage that was handed out."""
+        if key in self.running:
+            self.begun.add(key)
+
+    def _ended(self, key: str) -> None:
+        self.running.pop(key, None)
+        self.begun.discard(key)
+
+    def done(self, key: str) -> list[str]:
+        """A stage has its result. Returns the keys whose models nobody here needs any more."""
+        node = self._nodes[key]
+        self._ended(key)
+        self._set(node, State.done)
+        self.committed.add(key)
+        if node.stage.model:
+            self._models.add(key)
+        for child in node.children:
+            other = self._nodes[child]
+            other.missing.discard(key)
+            self._settle(other)
+        self._released |= {key, *(before.key for before in _heavy(node.stage))}
+        released, self._released = self._released, set()
+        return self._unneeded(released)
+
+    def _unneeded(self, keys: Iterable[str]) -> list[str]:
+        freed = []
+        for key in sorted(set(keys) & self._models):
+            if not any(self._waits_for_model(child, key) for child in self._nodes[key].children):
+                self._models.discard(key)
+                freed.append(key)
+        return freed
+
+    def _waits_for_model(self, child: str, key: str) -> bool:
+        node = self._nodes[child]
+        reads = any(before.key == key for before in _heavy(node.stage))
+        return reads and node.state not in ENDED
+
+    def drop(self, key: str) -> None:
+        """A stage's model was removed from the store."""
+        self.committed.discard(key)
+        self.dropped.add(key)
+
+    def fail(self, key: str, reason: str) -> list[str]:
+        """A stage failed. Returns the cells that fail with it, or because of it."""
+        self._ended(key)
+        return self._fail(key, reason)
+
+    def _fail(self, key: str, reason: str) -> list[str]:
+        cells = []
+        todo = [key]
+        while todo:
+            node = self._nodes[todo.pop()]
+            # If this was a repair: what has its result keeps it, and what runs has its inputs.
+            spared = (State.failed,) if node.stage.key == key else (*ENDED, State.running)
+            if node.state in spared:
+                continue
+            self.failed[node.stage.key] = reason
+            self._set(node, State.failed)
+            self._released |= {before.key for before in _heavy(node.stage)}
+            if node.stage.name == CELL:
+                cells.append(node.stage.key)
+            todo += node.children
+        return cells
+
+    def out_of_memory(self, key: str) -> bool:
+        """A stage ran out of memory. Returns whether it is tried again, with less."""
+        node = self._nodes[key]
+        if node.rung + 1 >= len(LADDER):
+            return False
+        node.rung += 1
+        self.again(key)
+        return True
+
+    def again(self, key: str) -> None:
+        """A stage did not get to run, through no fault of its own: it is ready again."""
+        self._ended(key)
+        self._set(self._nodes[key], State.waiting)
+        self._settle(self._nodes[key])
+
+    def repair(self, key: str, lost: Iterable[str]) -> bool:
+        """A stage's inputs `lost` are damaged or gone: compute them again before it.
+
+        Returns False where that was tried too often, or one of them cannot be computed.
+        """
+        node = self._nodes[key]
+        node.repairs += 1
+        if node.repairs > 3:
+            return False
+        gone = set(lost)
+        again = needed([node.stage], self.committed - gone, self.dropped - gone)
+        if any(before in self.failed for before in again):
+            return False
+        self.committed -= gone
+        self.dropped -= gone
+        self._models -= gone
+        self._ended(key)
+        self._set(node, State.waiting)
+        self._open(again)
+        # Whatever else reads them waits as well.
+        for before in gone:
+            for child in self._nodes[before].children:
+                other = self._nodes[child]
+                if other.state not in ENDED:
+                    other.missing.add(before)
+                    self._settle(other)
+        return True
+
+    def stage(self, key: str) -> Stage:
+        """Return a stage that was added, by its key."""
+        return self._nodes[key].stage
+
+    @property
+    def unfinished(self) -> int:
+        """How many stages and cells are neither done nor failed."""
+        return sum(
+            count
+            for counts in self.counts.values()
+            for state, count in counts.items()
+            if state not in ENDED
+        )
+
+    def seconds_left(self) -> float | None:
+        """Return the expected seconds until all is done; None where a time is unknown."""
+        total = 0.0
+        for group, (count, units) in self._left.items():
+            if count:
+                seconds = self._timings.estimate(group, count, units)
+                if seconds is None:
+                    return None
+                total += seconds
+        return total / max(1, self.slots)
+
+
+def most_models(slots: int) -> int:
+    """Return from how many needed models on, on disk or being written, none is begun afresh.
+
+    `slots` more may be there for a moment: models that wait for their turn to be evaluated.
+    """
+    return max(4, 2 * slots)
+
+
+def _heavy(stage: Stage) -> list[Stage]:
+    """Return the inputs whose models a stage reads."""
+    return [before for role, before in stage.inputs.items() if role not in stage.light]

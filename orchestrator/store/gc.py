@@ -1,0 +1,118 @@
+"""What takes the room in a store and in its cache, and what of it may go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from orchestrator.store.cache import folder_sizes
+from orchestrator.store.lease import LEFTOVER_S
+from orchestrator.store.storage import TEMPORARY
+
+if TYPE_CHECKING:
+    from orchestrator.store.store import Store
+
+
+@dataclass(frozen=True)
+class Usage:
+    """count: entries. bytes: their files."""
+
+    count: int
+    bytes: int
+
+
+class Candidate(NamedTuple):
+    """Something to remove. paths: in this order. why: completes "results that are ..."."""
+
+    kind: str
+    key: str
+    paths: tuple[str, ...]
+    bytes: int
+    why: str
+
+
+def usage(store: Store) -> dict[str, Usage]:
+    """Return count and bytes by stage, and of "(unfinished)" and "(damaged)" ones."""
+    stages = {marker.folder: marker.name for marker in store.markers()}
+    found: dict[str, list[int]] = {}
+    for folder, (size, _) in folder_sizes(store.storage, "entries", 3).items():
+        found.setdefault(stages.get(folder, "(unfinished)"), []).append(size)
+    for size, _ in folder_sizes(store.storage, "damaged", 2).values():
+        found.setdefault("(damaged)", []).append(size)
+    return {stage: Usage(len(all_), sum(all_)) for stage, all_ in sorted(found.items())}
+
+
+def gc_candidates(
+    store: Store,
+    *,
+    keep: Collection[str] | None = None,
+    older_than: float | None = None,
+    max_bytes: int | None = None,
+    now: float | None = None,
+) -> list[Candidate]:
+    """Return what `gc` may remove, and nothing that is in use.
+
+    Left-overs and stale leases older than LEFTOVER_S always; of the results, never those in
+    `keep`, and of the others those that are older than `older_than` seconds and then the
+    oldest until all are below `max_bytes`. With `keep` alone, all others. now: Unix time in s.
+    """
+    now = time.time() if now is None else now
+    busy = store.in_use(now)
+    markers = sorted(store.markers(), key=lambda marker: marker.committed)
+    chosen = _leftovers(store, {marker.folder for marker in markers}, busy, now)
+    total = sum(marker.bytes for marker in markers)
+    for marker in markers:
+        if marker.key in busy or (keep is not None and marker.key in keep):
+            continue
+        if older_than is not None and now - marker.committed > older_than:
+            why = "older than the given age"
+        elif max_bytes is not None and total > max_bytes:
+            why = "the oldest, above the given size"
+        elif keep is not None and older_than is None and max_bytes is None:
+            why = "needed by no kept sweep"
+        else:
+            continue
+        total -= marker.bytes
+        chosen.append(Candidate("result", marker.key, marker.paths, marker.bytes, why))
+    return chosen
+
+
+def gc(store: Store, candidates: Iterable[Candidate]) -> int:
+    """Remove what `gc_candidates` returned unless it has come into use; return the bytes."""
+    busy: set[str] = set()
+    freed = 0
+    for number, candidate in enumerate(candidates):
+        if number % 50 == 0:  # removing takes a while, in which a launch may begin
+            busy = store.in_use()
+        if candidate.key in busy:
+            continue
+        for path in candidate.paths:
+            store.storage.remove(path)
+        if candidate.key:
+            store.storage.prune(f"entries/{candidate.key}")
+        freed += candidate.bytes
+    return freed
+
+
+def _leftovers(store: Store, known: set[str], busy: set[str], now: float) -> list[Candidate]:
+    found = []
+
+    def add(kind: str, key: str, path: str, size: int, changed: float, why: str) -> None:
+        if now - changed > LEFTOVER_S:
+            found.append(Candidate(kind, key, (path,), size, why))
+
+    for path, (size, changed) in folder_sizes(store.storage, "entries", 3).items():
+        key = path.split("/")[1]
+        if path not in known and key not in busy:
+            add("left-over", key, path, size, changed, "unfinished")
+    for folder, why in (("damaged", "damaged"), (TEMPORARY, "unfinished")):
+        for path, (size, changed) in folder_sizes(store.storage, folder, 2).items():
+            add("left-over", "", path, size, changed, why)
+    for folder in ("leases", "launches"):
+        live = {path.rpartition(".")[0] for path in store.live(folder, now)}
+        for path, (size, changed) in folder_sizes(store.storage, folder, 2).items():
+            if path.rpartition(".")[0] not in live:
+                add("lease", "", path, size, changed, "of nobody alive")
+    return found

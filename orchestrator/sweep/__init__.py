@@ -1,0 +1,1 @@
+"""A sweep file, read, checked and turned into cells."""

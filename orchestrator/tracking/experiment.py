@@ -1,0 +1,183 @@
+"""The experiment of a sweep, and its view in the MLflow UI."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlflow
+from mlflow.entities import Experiment
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
+
+from btu.errors import UserError
+from orchestrator.sweep.sweep import Sweep
+from orchestrator.tracking.database import database_of, make_database, use_wal
+from orchestrator.tracking.runs import ID_TAG, SUMMARY, TAG_CHARACTERS
+from orchestrator.tracking.server import (
+    REFUSALS,
+    identities,
+    reason_of,
+    set_tag,
+    shown,
+    store_identity,
+    tracking_uri,
+)
+
+if TYPE_CHECKING:
+    pass
+# MLflow's runs table shows no metric by itself. With an address that names a view it does; its own
+# "Share" button makes such views, as tags of the experiment.
+VIEW = "btu"
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
+VIEW_COLUMNS = (
+    *(f"params.`{name}`" for name in ("attack", "poison_rate", "defense", "threshold", "seed")),
+    *(f"metrics.`{name}`" for name in ("asr", "cacc", "detection_precision")),
+)
+
+
+def prepare(sweep: Sweep) -> tuple[str | None, str]:
+    """Create store and experiment. Returns the experiment's id, and why there is none.
+
+    Done once, before any worker: creating a database's tables takes seconds and must not race.
+    A server that does not answer is no error: runs are written from the results on disk whenever
+    it does.
+
+    Raises:
+        UserError: the URI cannot work, whoever answers: no such database, driver or experiment.
+    """
+    hint = "correct tracking.uri, or leave it null for a local SQLite file."
+    return _open(tracking_uri(sweep), sweep.name, _experiment_note(sweep), hint)
+
+
+def experiment(uri: str, name: str) -> str:
+    """Return the id of a sweep's experiment, creating store and experiment where missing.
+
+    Raises:
+        UserError: the store does not answer, or the URI cannot work.
+    """
+    hint = "or correct --uri."
+    experiment_id, reason = _open(uri, name, None, hint)
+    if experiment_id is None:
+        raise UserError(_no_answer(uri, reason, hint))
+    return experiment_id
+
+
+def _open(uri: str, name: str, note: str | None, hint: str) -> tuple[str | None, str]:
+    """Create store and experiment. Returns its id, or none and why a server does not answer.
+
+    note: the experiment's description, None to leave it. hint: what may be done about the URI.
+
+    Raises:
+        UserError: the URI cannot work, whoever answers.
+    """
+    try:
+        database = database_of(uri)
+        if database is not None:
+            make_database(database)
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        found = _find_or_create(client, name, _artifacts(database, name), note)
+        if found.lifecycle_stage != "active":
+            raise UserError(
+                f"experiment '{name}' was deleted in the MLflow store {shown(uri)}; "
+                "restore it there, or give the sweep another name."
+            )
+        experiment_id = str(found.experiment_id)
+        if note is not None and found.tags.get("mlflow.note.content") != note:
+            set_tag(client, experiment_id, "mlflow.note.content", note)
+        if found.tags.get(VIEW_TAG) != _view():
+            set_tag(client, experiment_id, VIEW_TAG, _view())
+        identities[uri, experiment_id] = store_identity(client, found)
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(
+            f"tracking.uri {shown(uri)} needs a package that is not installed: {error}. Install "
+            "it (for PostgreSQL: pip install psycopg2-binary), or name an MLflow server (HTTP)."
+        ) from error
+    except REFUSALS as error:
+        reason = reason_of(error)
+        if uri.startswith(("http://", "https://")):
+            return None, reason
+        raise UserError(_no_answer(uri, reason, hint)) from error
+    if database is not None:
+        use_wal(database)
+    return experiment_id, ""
+
+
+def _no_answer(uri: str, reason: str, hint: str) -> str:
+    return f"tracking.uri {shown(uri)} does not answer: {reason} Start the server, {hint}"
+
+
+def _find_or_create(
+    client: mlflow.MlflowClient, name: str, artifacts: str | None, note: str | None
+) -> Experiment:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return found
+    # With its tags at once: launches that set them later could meet.
+    tags = {ID_TAG: uuid.uuid4().hex, VIEW_TAG: _view()}
+    if note is not None:
+        tags["mlflow.note.content"] = note
+    try:
+        made = client.create_experiment(name, artifact_location=artifacts, tags=tags)
+    except (MlflowException, SQLAlchemyError):
+        # Another launch may have created it since.
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            raise
+        return found
+    return client.get_experiment(made)
+
+
+def _artifacts(database: Path | None, name: str) -> str | None:
+    """Return where an experiment's files go: beside its database; a server knows by itself.
+
+    MLflow's own choice would be a folder in the current directory.
+    """
+    return None if database is None else (database.parent / "mlartifacts" / name).as_uri()
+
+
+def _experiment_note(sweep: Sweep) -> str:
+    axes = ", ".join(f"`{key}` {values}" for key, values in sweep.grid.items())
+    note = (
+        f"Sweep **{sweep.name}** over {axes or 'a single cell'}.\n\n"
+        f"One run per cell, and the run `{SUMMARY}` with means over seeds, tables and a page. In "
+        f"the runs table the button *Columns* adds `asr`, `cacc`, `detection_precision`; search "
+        f"for `tags.kind = 'trial'` to leave the summary out.\n\n"
+        f"Table: `btu report {sweep.name} --mean`. Run it again, or go on with it: "
+        "`btu launch sweep.yaml`, with "
+    )
+    whole = f"{note}this file:\n\n```yaml\n{sweep.text}```\n"
+    # Longer than a description may be: the summary has it.
+    return whole if len(whole) <= TAG_CHARACTERS else f"{note[:4000]}that artifact of the summary."
+
+
+def _view() -> str:
+    return json.dumps({"selectedColumns": VIEW_COLUMNS})
+
+
+def views(uri: str) -> dict[str, str]:
+    """Return the address of each sweep's runs table behind a UI's own, newest sweep first, by name.
+
+    Raises:
+        UserError: the store cannot be read.
+    """
+    try:
+        found = mlflow.MlflowClient(tracking_uri=uri).search_experiments(
+            order_by=["last_update_time DESC"]
+        )
+    except REFUSALS as error:
+        raise UserError(
+            f"the MLflow store {shown(uri)} cannot be read: {reason_of(error)} Name another one "
+            "with --uri."
+        ) from error
+    # Without the last parameter MLflow opens on its pages for language-model traces.
+    return {
+        each.name: f"/#/experiments/{each.experiment_id}/runs?viewStateShareKey={VIEW}"
+        "&workflowType=machine_learning"
+        for each in found
+        if VIEW_TAG in each.tags
+    }

@@ -1,0 +1,218 @@
+"""A sweep's results, read from MLflow."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import mlflow
+import pandas as pd
+from mlflow.entities import Run
+
+from btu.errors import UserError, unknown
+from btu.result_files import ROWS, TOKENS
+from orchestrator.results.source import read_table
+from orchestrator.tracking.runs import CELL_TAG, CURVES, NOTES, OWN_TAGS, RECORD_TAG
+from orchestrator.tracking.server import REFUSALS, SQLITE, absolute, reason_of, shown
+
+if TYPE_CHECKING:
+    pass
+# How many runs are asked for at once: an answer has to come within the timeout above.
+PAGE = 250
+
+
+class RunState(NamedTuple):
+    """Where a run stands. cell: its key, empty of a run of no cell. status: MLflow's word."""
+
+    run_id: str
+    cell: str
+    status: str
+
+
+class MlflowSource:
+    """A sweep's results from its MLflow experiment alone: a `Source`.
+
+    Numbers are the runs' metrics. Of several runs of a cell the newest finished one counts.
+    """
+
+    def __init__(self, uri: str, name: str, warn: Callable[[str], None] | None = None) -> None:
+        """Find the experiment. warn: told of runs that are left out.
+
+        Raises:
+            UserError: MLflow does not answer, or has no such experiment ("did you mean").
+        """
+        self.uri, self._name, self._warn = absolute(uri), name, warn
+        self._told_unreachable = False
+        database = self.uri.removeprefix(SQLITE) if self.uri.startswith(SQLITE) else None
+        if database is not None and not Path(database).is_file():
+            # MLflow would make one.
+            raise UserError(f"{shown(self.uri)} does not exist; correct --tracking-uri.")
+        with self._answering():
+            self._client = mlflow.MlflowClient(tracking_uri=self.uri)
+            found = self._client.get_experiment_by_name(name)
+            if found is None:
+                known = [e.name for e in self._client.search_experiments() if e.name != "Default"]
+                where = f"sweep in {shown(self.uri)}"
+                raise UserError(f"{unknown(where, name, known)}; launch or sync it first.")
+        if found.lifecycle_stage != "active":
+            raise UserError(
+                f"experiment '{name}' was deleted in the MLflow store {shown(self.uri)}; restore "
+                "it there."
+            )
+        self._id = str(found.experiment_id)
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def records(self) -> list[dict[str, Any]]:
+        return [self._record(run) for run in self._cells.values() if run.info.status == "FINISHED"]
+
+    def failures(self) -> list[dict[str, Any]]:
+        return [self._record(run) for run in self._cells.values() if run.info.status == "FAILED"]
+
+    def states(self) -> list[RunState]:
+        """Return where every run of the sweep stands, unfinished ones too."""
+        with self._answering():
+            return [
+                RunState(run.info.run_id, run.data.tags.get("cell", ""), run.info.status)
+                for run in self._search()
+            ]
+
+    def tokens(self, key: str) -> pd.DataFrame | None:
+        return self._table(key, TOKENS)
+
+    def rows(self, key: str) -> pd.DataFrame | None:
+        return self._table(key, ROWS)
+
+    @cached_property
+    def _cells(self) -> dict[str, Run]:
+        """The run that counts of each cell, by key."""
+        found: dict[str, Run] = {}
+        older = 0
+        with self._answering():
+            runs = sorted(self._search(), key=lambda run: run.info.start_time)
+        for run in runs:
+            tags = run.data.tags
+            if "cell" not in tags or run.info.status not in ("FINISHED", "FAILED"):
+                continue  # a summary, what someone else logged here, or not written to its end
+            if f"{CELL_TAG}0" not in tags or RECORD_TAG not in tags:
+                older += 1
+                continue
+            before = found.get(tags["cell"])
+            if before is None or run.info.status == "FINISHED" or before.info.status == "FAILED":
+                found[tags["cell"]] = run
+        if older and self._warn is not None:
+            self._warn(
+                f"{older} runs of sweep '{self._name}' were logged by an earlier version and are "
+                f"left out; btu sync {self._name} writes them anew, where their results are."
+            )
+        return dict(sorted(found.items()))
+
+    def _search(self) -> Iterator[Run]:
+        token = None
+        while True:
+            page = self._client.search_runs([self._id], max_results=PAGE, page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    def _record(self, run: Run) -> dict[str, Any]:
+        tags = run.data.tags
+        cell = json.loads("".join(_numbered(tags, CELL_TAG)))
+        finished = run.info.status == "FINISHED"
+        record = {
+            "key": tags["cell"],
+            "sweep": self._name,
+            "status": "finished" if finished else "failed",
+            "run_id": run.info.run_id,
+            "config": cell["config"],
+            "varied": cell["varied"],
+        }
+        if finished:
+            record |= {
+                "metrics": {
+                    cell["names"].get(name, name): value
+                    for name, value in run.data.metrics.items()
+                    if name.partition("/")[0] not in (NOTES, *CURVES)
+                },
+                "notes": {
+                    name.removeprefix(f"{NOTES}/"): value
+                    for name, value in run.data.metrics.items()
+                    if name.startswith(f"{NOTES}/")
+                },
+                "tags": {
+                    name: value
+                    for name, value in tags.items()
+                    if not name.startswith("mlflow.") and name not in OWN_TAGS
+                },
+            }
+        else:
+            record |= {"stage": cell["stage"], "reason": tags["reason"]}
+        record["started"], record["ended"] = (
+            moment / 1000 for moment in (run.info.start_time, run.info.end_time)
+        )
+        return record
+
+    def _table(self, key: str, name: str) -> pd.DataFrame | None:
+        run = self._cells.get(key)
+        if run is None:
+            return None
+        run_id = run.info.run_id
+        with self._answering(), tempfile.TemporaryDirectory(prefix="btu-mlflow-") as folder:
+            kept = {entry.path for entry in self._client.list_artifacts(run_id)}
+            if not kept:
+                self._unreachable(run)
+            if name not in kept:
+                return None
+            path = Path(self._client.download_artifacts(run_id, name, folder))
+            try:
+                return read_table(path)
+            except (ValueError, OSError) as error:
+                raise UserError(
+                    f"artifact {name} of run {run_id} cannot be read ({reason_of(error)}); write "
+                    "it again, or delete the run."
+                ) from error
+
+    def _unreachable(self, run: Run) -> None:
+        """Say once that artifacts are not where their store looks for them.
+
+        MLflow lists nothing for a folder that is gone, as if nothing had ever been kept; but every
+        finished run has its `RESULT`.
+        """
+        if not self._told_unreachable and self._warn is not None:
+            self._warn(
+                f"run {run.info.run_id} has no artifacts at {shown(run.info.artifact_uri)}: what "
+                "needs token scores (curves, drift plots) leaves out it and others like it. Was "
+                "the folder moved, or the database copied alone? Put it back, or name a server."
+            )
+        self._told_unreachable = True
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except ImportError as error:
+            raise UserError(
+                f"tracking URI {shown(self.uri)} needs a package that is not installed: {error}."
+            ) from error
+        except REFUSALS as error:
+            raise UserError(
+                f"MLflow at {shown(self.uri)} does not answer: {reason_of(error)} Start the "
+                "server, or correct --tracking-uri."
+            ) from error
+
+
+def _numbered(tags: Mapping[str, str], prefix: str) -> Iterator[str]:
+    number = 0
+    while (name := f"{prefix}{number}") in tags:
+        yield tags[name]
+        number += 1

@@ -1,0 +1,269 @@
+"""Cells as runs of MLflow.
+
+A run is written in one go from a committed result, with the times that it holds: the store is the
+spool. Whatever the server misses is written later from there, by the next launch or `btu sync`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Collection, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlflow
+import pandas as pd
+import yaml
+from mlflow.entities import Metric, Run
+
+from btu.result_files import CONFIG, FLAGGED, PLOT, RESULT, ROWS, TOKENS
+from orchestrator.results.folder import MEANS_TABLE, TRACKED, Results, record_id
+from orchestrator.tracking.runs import (
+    KIND_TAG,
+    ORIGIN_TAG,
+    RECORD_TAG,
+    STEP_TAG,
+    SUMMARY,
+    TAG_CHARACTERS,
+    milliseconds,
+    run_metrics,
+    run_name,
+    run_params,
+    run_tags,
+)
+from orchestrator.tracking.server import breaker, identities, store_identity
+
+if TYPE_CHECKING:
+    from orchestrator.report.summary import Summary
+
+
+class Tracker:
+    """Writes a sweep's cells as runs, each once.
+
+    What was written is noted in the sweep's folder, so that a launch need not ask for it. Before a
+    run is written MLflow is asked all the same: a worker may have died half-way, or before it could
+    note anything.
+    """
+
+    def __init__(self, uri: str, experiment_id: str, results: Results) -> None:
+        self.uri = uri
+        self._id = experiment_id
+        self._results = results
+        self._client = mlflow.MlflowClient(tracking_uri=uri)
+
+    def log(self, record: Mapping[str, Any], folder: Path | None) -> bool:
+        """Write a cell's record, finished or failed, unless MLflow has it; return whether it did.
+
+        folder: of the finished cell's files. A run of an earlier record of the cell is replaced.
+
+        Raises:
+            Exception: the server cannot be reached, or refuses.
+        """
+        if self.is_logged(record):
+            return False
+        with breaker(self.uri):
+            self.identify()
+            if self.is_logged(record):
+                return False
+            found = self._whole_run(record)
+            run_id = found or self._write(record, folder)
+            self._note(record["key"], {"record": record_id(record), "run_id": run_id})
+        return found is None
+
+    def is_logged(self, record: Mapping[str, Any]) -> bool:
+        """Return whether MLflow has a record, from the sweep's folder alone.
+
+        False until this process has once reached the experiment, whose notes they are.
+        """
+        if (self.uri, self._id) not in identities:
+            return False
+        known = self._noted(record["key"])
+        return known.get("record") == record_id(record) and "run_id" in known
+
+    def identify(self) -> None:
+        """Learn which experiment it is, whatever its store is called now; asks once a process.
+
+        Raises:
+            Exception: the server cannot be reached, or refuses.
+        """
+        if (self.uri, self._id) not in identities:
+            found = self._client.get_experiment(self._id)
+            identities[self.uri, self._id] = store_identity(self._client, found)
+
+    def close_orphans(self, live: Callable[[str], bool], owner: str) -> int:
+        """Remove the runs that dead workers left unfinished; returns how many.
+
+        live: whether a cell's worker is at it right now. owner: of the leases that this takes. What
+        they were to say is on disk and is told again, as a run of its own.
+        """
+        closed = 0
+        running = self._client.search_runs(
+            [self._id], "attributes.status = 'RUNNING'", max_results=50_000
+        )
+        for run in running:
+            key = run.data.tags.get("cell")
+            if key is None or not self._is_ours(run) or live(key):
+                continue
+            # A worker may have finished it since the search, and then let go of the cell.
+            with self._results.store.lease(key, owner) as lease:
+                if lease.acquire() and self._is_running(run.info.run_id):
+                    self._client.set_terminated(run.info.run_id, "KILLED")
+                    self._client.delete_run(run.info.run_id)
+                    closed += 1
+        return closed
+
+    def _is_ours(self, run: Run) -> bool:
+        # Runs that earlier versions wrote do not say whose they are.
+        return bool(run.data.tags.get(ORIGIN_TAG, self._origin) == self._origin)
+
+    @cached_property
+    def _origin(self) -> str:
+        return self._results.origin()
+
+    def _is_running(self, run_id: str) -> bool:
+        info = self._client.get_run(run_id).info
+        return bool(info.status == "RUNNING" and info.lifecycle_stage == "active")
+
+    def _write(self, record: Mapping[str, Any], folder: Path | None) -> str:
+        run_id = self._start(record)
+        if record["status"] == "finished":
+            assert folder is not None
+            self._tell_result(run_id, record, folder)
+        else:
+            self._tell_failure(run_id, record)
+        self._client.set_tag(run_id, RECORD_TAG, record_id(record))
+        status = "FINISHED" if record["status"] == "finished" else "FAILED"
+        self._client.set_terminated(run_id, status, milliseconds(record["ended"]))
+        return run_id
+
+    def _tell_result(self, run_id: str, record: Mapping[str, Any], folder: Path) -> None:
+        self._client.log_batch(run_id, metrics=run_metrics(record), params=run_params(record))
+        for name in (CONFIG, TOKENS, ROWS, PLOT, RESULT):
+            if (folder / name).is_file():
+                self._client.log_artifact(run_id, str(folder / name))
+        if (folder / FLAGGED).is_file():
+            flagged = pd.DataFrame(json.loads((folder / FLAGGED).read_text()))
+            if len(flagged):
+                self._client.log_table(run_id, flagged, FLAGGED)
+
+    def _tell_failure(self, run_id: str, record: Mapping[str, Any]) -> None:
+        self._client.log_batch(run_id, params=run_params(record))
+        self._client.log_text(run_id, record["traceback"], "traceback.txt")
+        config = yaml.safe_dump(record["config"], sort_keys=False)
+        self._client.log_text(run_id, config, CONFIG)
+        self._client.set_tag(run_id, "reason", record["reason"][:TAG_CHARACTERS])
+
+    def _start(self, record: Mapping[str, Any]) -> str:
+        run = self._client.create_run(
+            self._id,
+            start_time=milliseconds(record["started"]),
+            tags={
+                **{k: str(v)[:TAG_CHARACTERS] for k, v in run_tags(record).items()},
+                ORIGIN_TAG: self._origin,
+            },
+            run_name=run_name(record),
+        )
+        return str(run.info.run_id)
+
+    def _whole_run(self, record: Mapping[str, Any]) -> str | None:
+        """Return the id of the run that has all of a record; remove the cell's other runs."""
+        whole = None
+        for run in self._client.search_runs([self._id], f"tags.cell = '{record['key']}'"):
+            if not self._is_ours(run):
+                continue
+            same = run.data.tags.get(RECORD_TAG) == record_id(record)
+            if whole is None and same and run.info.status in ("FINISHED", "FAILED"):
+                whole = str(run.info.run_id)
+            else:
+                self._client.delete_run(run.info.run_id)
+        return whole
+
+    def summary_noted(self, told: str) -> bool:
+        """Return whether the summary run says this, from the sweep's folder alone."""
+        known = self._noted(SUMMARY)
+        return known.get("record") == told and "run_id" in known
+
+    def write_summary(self, made: Summary, told: str) -> None:
+        """Bring the summary run up to date, or make it. told: the fingerprint of what it says.
+
+        Raises:
+            Exception: the server cannot be reached, or refuses.
+        """
+        run = self._summary_run(made.metrics)
+        now, run_id = int(time.time() * 1000), run.info.run_id
+        logged = run.data.metrics
+        # MLflow takes the value of the highest step for the latest, and cells may become fewer: a
+        # damaged one is set aside.
+        step = max(made.finished, int(run.data.tags[STEP_TAG]))
+        # Only what changed: a long sweep is summarized a thousand times.
+        metrics = [
+            Metric(name, value, now, step)
+            for name, value in made.metrics.items()
+            if logged.get(name) != value
+        ]
+        with tempfile.TemporaryDirectory(prefix="btu-summary-") as folder:
+            for name, content in made.files.items():
+                path = Path(folder) / name
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(content)
+            self._client.log_artifacts(run_id, folder)
+        self._client.log_batch(run_id, metrics=metrics)
+        self._client.set_tag(run_id, "mlflow.note.content", made.note)
+        self._client.set_tag(run_id, STEP_TAG, str(step))
+        if MEANS_TABLE in made.files:
+            tables = [{"path": MEANS_TABLE, "type": "table"}]
+            self._client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps(tables))
+        self._client.set_terminated(run_id, "FINISHED", now)
+        self._note(SUMMARY, {"record": told, "run_id": run_id})
+
+    def _summary_run(self, metrics: Collection[str]) -> Run:
+        """Return the summary run, of several launches that made one the oldest.
+
+        One with metrics that are no longer said, since the sweep varies more now, is replaced:
+        MLflow takes back no metric.
+        """
+        found = self._summary_runs()
+        if not found or not set(found[0].data.metrics) <= set(metrics):
+            for run in found:
+                self._client.delete_run(run.info.run_id)
+            tags = {
+                "mlflow.source.name": "btu",
+                KIND_TAG: SUMMARY,
+                STEP_TAG: "0",
+                ORIGIN_TAG: self._origin,
+            }
+            made = self._client.create_run(self._id, tags=tags, run_name=SUMMARY)
+            self._client.set_terminated(made.info.run_id, "FINISHED")
+            found = self._summary_runs()
+        for run in found[1:]:
+            self._client.delete_run(run.info.run_id)
+        return found[0]
+
+    def _summary_runs(self) -> list[Run]:
+        tagged = self._client.search_runs([self._id], f"tags.{KIND_TAG} = '{SUMMARY}'")
+        # A run that somebody else calls a summary is not ours to change or delete.
+        runs = [run for run in tagged if STEP_TAG in run.data.tags and self._is_ours(run)]
+        return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+
+    def _path(self, key: str) -> str:
+        # A note is about one experiment: the same sweep in another store is told everything.
+        # As a hash, since a server may say anything.
+        identity = identities[self.uri, self._id]
+        where = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        return f"{self._results.name}/{TRACKED}/{where}/{key}.json"
+
+    def _noted(self, key: str) -> dict[str, str]:
+        try:
+            noted: dict[str, str] = json.loads(self._results.storage.read(self._path(key)))
+        except FileNotFoundError:
+            return {}
+        except ValueError:  # damaged: MLflow is asked
+            return {"record": ""}
+        return noted
+
+    def _note(self, key: str, noted: Mapping[str, str]) -> None:
+        self._results.storage.write(self._path(key), json.dumps(noted).encode())
