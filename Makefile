@@ -3,9 +3,9 @@
 # Options:
 #   PYTHON=python3.12       the interpreter that .venv is made with (3.11 or newer)
 #   PYTEST_ARGS='-k data'   passed on to pytest by `make test` and `make slow`
-#   COVERAGE=1              `make test` says which lines ran; tracing them takes half as long again
-#   JOBS=4                  how many tests run at once (2 unless told; 0: in one process, for --pdb)
-#   TORCH_INDEX=...         the index that the first set-up takes torch from (see constraints.txt)
+#   COVERAGE=1              `make test` reports line coverage; tracing takes half as long again
+#   JOBS=4                  how many tests run at once (default 2; 0: in one process, for --pdb)
+#   TORCH_INDEX=...         the index for torch at the first set-up (see constraints.txt)
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -18,10 +18,10 @@ INSTALLED := .venv/.installed
 # -qq: quiet, but errors still show.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 TRACED := $(if $(COVERAGE),--cov=btu --cov=orchestrator --cov-report=term)
-# Neighbours stay together, since they share fixtures; who is done first takes from the other.
+# Neighbouring tests stay together, since they share fixtures; an idle process takes over tests.
 PARALLEL = -n $(JOBS) --dist worksteal
 
-# They would let code from outside into .venv.
+# They would make .venv import code from outside.
 unexport PYTHONHOME PYTHONPATH
 
 .DEFAULT_GOAL := help
@@ -33,7 +33,7 @@ help: ## Show this list
 
 setup: $(INSTALLED) ## Create .venv and install the pinned packages (all other targets do it too)
 
-quickstart: $(INSTALLED) ## Run the demo sweep, print its table, say how to see its runs
+quickstart: $(INSTALLED) ## Run the demo sweep, print its table and how to see its runs
 	$(BIN)/btu launch sweeps/quickstart.yaml
 	$(BIN)/btu report quickstart
 	@echo
@@ -56,13 +56,13 @@ clean: ## Remove .venv, caches and build output; results in runs/ stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# $(1): interpreter. $(2): what to do if it does not serve.
+# $(1): interpreter. $(2): the fix, if the interpreter is missing or too old.
 define require_python
 	@command -v '$(1)' >/dev/null || { echo "error: '$(1)' was not found. $(2)" >&2; exit 1; }
 	@'$(1)' -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "error: Python 3.11 or newer is needed, but $(1) is Python %d.%d.%d. $(2)" % v[:3])'
 endef
 
-# pip is the last thing that venv writes: without it an earlier attempt was cut short.
+# venv writes pip last: if it is missing, an earlier attempt was interrupted.
 $(BIN)/pip:
 	$(call require_python,$(PYTHON),Install Python 3.11 or newer and name it: make PYTHON=python3.11)
 	@echo "Creating .venv with $$('$(PYTHON)' --version)"

@@ -2,7 +2,7 @@
 
     python benchmarks/pages.py
     python benchmarks/pages.py --ui                       # and MLflow's own table of them
-    python benchmarks/pages.py --picture docs/page.png    # the README's picture, nothing else
+    python benchmarks/pages.py --picture docs/page.png    # the picture of docs/pages.md
 
 The runs are made by formula in a temporary folder. Prints seconds of `btu report NAME --html FILE`
 as a process of its own (bar: 20 s), the page's size (bar: 5 MB), and how long headless Chromium
@@ -32,7 +32,7 @@ SEEDS = range(5)  # with the cells without a defense: 4 x 5 x 10 x 5 = 1,000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--keep", type=Path, help="write the page there and keep it")
-    parser.add_argument("--picture", type=Path, help="write the README's picture, and stop")
+    parser.add_argument("--picture", type=Path, help="write the picture of docs/pages.md, and stop")
     parser.add_argument("--ui", action="store_true", help="open MLflow's runs table too")
     options = parser.parse_args()
     sys.path.insert(0, str(TESTS))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from orchestrator.plan.planner import Planner
 
 NAN = float("nan")
-# The columns that the README promises, in their order.
+# The columns that every table has, in their order.
 COLUMNS = [
     "attack", "poison_rate", "defense", "alpha", "seed", "asr", "cacc", "ftr",
     "detection_precision", "detection_recall", "flagged", "undefended_asr", "undefended_cacc",
