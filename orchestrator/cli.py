@@ -375,6 +375,7 @@ def launch(
     # Before the data is read, which may take a while.
     Store(loaded.store_location).prepare()
     planned = plan_sweep(loaded, planner)
+    _say(f"Sweep {loaded.name}; results go to {loaded.folder}")
     _print_data(planner)
     for refused in planned.refused:
         _say(f"refused: {label(refused.varied)}: {refused.reason}")

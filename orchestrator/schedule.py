@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import TypeAlias
 
 from btu.stages import Stage
-from orchestrator.plan import Group, Timings, group_of, needed
+from orchestrator.plan import Basis, Estimate, Group, Timings, group_of, needed
 
 # What a stage that ran out of memory is tried with: alone on its device, then in smaller parts.
 LADDER = (1, 1, 2, 4, 8)
@@ -348,14 +348,20 @@ class Schedule:
 
     def seconds_left(self) -> float | None:
         """Return the expected seconds until all is done; None where a time is unknown."""
-        total = 0.0
+        expected = self.rough_left()
+        return expected.seconds if expected and expected.basis is Basis.measured else None
+
+    def rough_left(self) -> Estimate | None:
+        """Return the same also where times are only estimated by rows; None without any pace."""
+        total, basis = 0.0, Basis.measured
         for group, (count, units) in self._left.items():
             if count:
-                seconds = self._timings.estimate(group, count, units)
-                if seconds is None:
+                expected = self._timings.rough(group, count, units)
+                if expected is None:
                     return None
-                total += seconds
-        return total / max(1, self.slots)
+                total += expected.seconds
+                basis = max(basis, expected.basis)
+        return Estimate(total / max(1, self.slots), basis)
 
 
 def most_models(slots: int) -> int:
