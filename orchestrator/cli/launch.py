@@ -141,6 +141,7 @@ def launch(
     # Before the data is read, which may take a while.
     Store(loaded.store_location).prepare()
     planned = plan_sweep(loaded, planner)
+    say(f"Sweep {loaded.name}; results go to {loaded.folder}")
     print_data(planner)
     for refused in planned.refused:
         say(f"refused: {label(refused.varied)}: {refused.reason}")

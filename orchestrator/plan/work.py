@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 # The size of a stage's files beside models: tables, token ids, records. Measured on SST-2.
 SMALL_BYTES = 300_000
+# The first estimate of a store without timings: rows a second of one CPU core without AMX with this
+# victim. Rows and seconds of the stages of sweeps/quickstart.yaml (their record.json), summed.
+REFERENCE_VICTIM, REFERENCE_ROWS_PER_SECOND = "offline", 50.0
 
 AnyStage: TypeAlias = Stage | ListedStage
 S = TypeVar("S", bound=AnyStage)
@@ -56,6 +60,26 @@ def needed(
     return found
 
 
+class Basis(IntEnum):
+    """What an estimate is based on, the best first.
+
+    measured: stages of the same kind.
+    rows: the rows a second of other stages.
+    reference: `REFERENCE_ROWS_PER_SECOND`.
+    """
+
+    measured = 0
+    rows = 1
+    reference = 2
+
+
+class Estimate(NamedTuple):
+    """Expected seconds, and what they are based on."""
+
+    seconds: float
+    basis: Basis
+
+
 class Timings:
     """How long stages took: the basis of every estimate.
 
@@ -73,6 +97,7 @@ class Timings:
             "cell": (cell_device or device) == "cpu",
         }
         self._sums: dict[tuple[bool, str, str | None], list[float]] = {}
+        self._paces: dict[tuple[bool, str], list[float]] = {}  # seconds and units
         for row in rows:
             self.add(row)
 
@@ -84,6 +109,10 @@ class Timings:
             sums = self._sums.setdefault(known, [0.0, 0.0, 0.0])
             for index, name in enumerate(("seconds", "units", "count")):
                 sums[index] += row[name]
+        if row["units"]:
+            pace = self._paces.setdefault((row["device"] == "cpu", row["victim"]), [0.0, 0.0])
+            pace[0] += row["seconds"]
+            pace[1] += row["units"]
 
     def estimate(self, group: Group, count: int, units: int) -> float | None:
         """Return the expected seconds of stages; None where nothing like them was measured.
@@ -97,6 +126,26 @@ class Timings:
             return None
         seconds, known_units, known_count = sums
         return seconds / known_units * units if known_units else seconds / known_count * count
+
+    def rough(self, group: Group, count: int, units: int) -> Estimate | None:
+        """Return an estimate by rows where no stage of this kind was measured.
+
+        None if the pace is unknown: for a victim without a timed stage, except the reference's on a
+        CPU, and for stages without rows that are not of kind ``host``.
+        """
+        seconds = self.estimate(group, count, units)
+        if seconds is not None:
+            return Estimate(seconds, Basis.measured)
+        if not units:
+            # Tables and token ids: about a second each.
+            return Estimate(float(count), Basis.rows) if group.kind == "host" else None
+        cpu = self._cpu[group.kind]
+        pace = self._paces.get((cpu, group.victim))
+        if pace is not None:
+            return Estimate(pace[0] / pace[1] * units, Basis.rows)
+        if cpu and group.victim == REFERENCE_VICTIM:
+            return Estimate(units / REFERENCE_ROWS_PER_SECOND, Basis.reference)
+        return None
 
     def seconds(self, stage: AnyStage) -> float | None:
         """Return the expected seconds of one stage."""

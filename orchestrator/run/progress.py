@@ -12,11 +12,23 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
 from btu.types import Progress
+from orchestrator.plan.work import REFERENCE_ROWS_PER_SECOND, REFERENCE_VICTIM, Basis
 from orchestrator.run.schedule import CELL, ENDED, Schedule, State
 from orchestrator.sweep.sections import shown_coordinates
 
 if TYPE_CHECKING:
     from orchestrator.plan.work import Work
+
+# A log gets a line on where the sweep stands after so many seconds, then after twice as many, ...
+LOG_SECONDS = 30.0
+BASES = {
+    Basis.measured: "from the times of such stages",
+    Basis.rows: "a rough estimate, from the rows a second of other stages",
+    Basis.reference: (
+        f"a rough estimate: no stage is timed here yet, and {REFERENCE_ROWS_PER_SECOND:g} rows a "
+        f"second are what one CPU core without AMX does with victim '{REFERENCE_VICTIM}'"
+    ),
+}
 
 
 def duration(seconds: float) -> str:
@@ -40,7 +52,11 @@ def label(varied: Mapping[str, Any]) -> str:
 
 
 class SweepProgress:
-    """Two live lines for a sweep, stages and cells; without a terminal, a line per ended cell."""
+    """Two live lines per sweep, stages and cells; in a log, a line per ended cell.
+
+    Both get an estimate of the computing at the start, and of the time when the first stage begins;
+    a log also gets, ever more rarely, a line on where the sweep stands.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -54,6 +70,8 @@ class SweepProgress:
         self._stages = self._bar.add_task("stages", total=None, state="starting Ray", start=False)
         self._cells = self._bar.add_task("cells", total=None, state="", start=False)
         self._total = self._cached = 0
+        self._estimated = self._searching = False
+        self._began, self._pause = 0.0, LOG_SECONDS  # the clock of a log's lines
 
     def begin(self, work: Work, schedule: Schedule, total: int, searching: bool = False) -> None:
         """Print what there is to do and what is done already, and start the live lines.
@@ -63,7 +81,7 @@ class SweepProgress:
         total: how many cells the sweep has, with those that are done.
         searching: whether more cells are suggested while it runs.
         """
-        self._total, self._cached = total, work.done
+        self._total, self._cached, self._searching = total, work.done, searching
         if work.done:
             self.note(f"{work.done} of {total} cells are done already and are not run again.")
         for reason, count in Counter(work.failed.values()).items():
@@ -79,6 +97,7 @@ class SweepProgress:
         todo = sum(count for state, count in stages.items() if state not in ENDED)
         if open_:
             self.note(f"{open_} cells to run, on {todo} stages; results are kept as each one ends.")
+            self._note_computing(schedule)
         if self._console.is_terminal:
             self._bar.start()
         for task in (self._stages, self._cells):
@@ -92,6 +111,7 @@ class SweepProgress:
     def refresh(self, schedule: Schedule) -> None:
         """Update the live lines."""
         begun = [schedule.running[key].name for key in schedule.begun]
+        states = []
         for task, cells in ((self._stages, False), (self._cells, True)):
             counts = schedule.counts[cells]
             ended = sum(counts[state] for state in ENDED)
@@ -104,8 +124,34 @@ class SweepProgress:
             ]
             eta = self._eta(schedule, ", ETA ") if task == self._cells else _running(schedule)
             total = sum(counts.values())
-            state = f"{', '.join(parts)} of {total}{eta}"
-            self._bar.update(task, total=total, completed=ended, state=state)
+            states.append(f"{', '.join(parts)} of {total}{eta}")
+            self._bar.update(task, total=total, completed=ended, state=states[-1])
+        if begun and not self._estimated:
+            self._estimated = True
+            self._began = time.monotonic()
+            self._note_estimate(schedule)
+        elapsed = time.monotonic() - self._began
+        if self._estimated and elapsed >= self._pause and not self._console.is_terminal:
+            while self._pause <= elapsed:
+                self._pause *= 2
+            self.note("stages {}; cells {}".format(*states))
+
+    def _note_estimate(self, schedule: Schedule) -> None:
+        """Say how long the sweep takes, now that it is known how many stages run at once."""
+        expected = schedule.rough_left()
+        if expected is not None and expected.seconds:
+            at_once = f"{schedule.slots} stage{'' if schedule.slots == 1 else 's'} at once"
+            self.note(f"With {at_once}: about {duration(expected.seconds)} to go.")
+
+    def _note_computing(self, schedule: Schedule) -> None:
+        """Say how much there is to compute, and what that rests on."""
+        expected = schedule.rough_left()
+        if expected is None:
+            self.note("The time is estimated once the first stage that trains has ended.")
+        elif expected.seconds:
+            seconds = duration(expected.seconds * max(1, schedule.slots))
+            of = " for the cells suggested so far" if self._searching else ""
+            self.note(f"About {seconds} of computing{of} ({BASES[expected.basis]}).")
 
     def finished(
         self,
@@ -152,8 +198,11 @@ class SweepProgress:
             self._bar.stop()
 
     def _eta(self, schedule: Schedule, lead: str) -> str:
-        left = schedule.seconds_left()
-        return lead + duration(left) if left else ""
+        expected = schedule.rough_left()
+        if expected is None or not expected.seconds:
+            return ""
+        about = "" if expected.basis is Basis.measured else "about "
+        return lead + about + duration(expected.seconds)
 
 
 def _running(schedule: Schedule) -> str:

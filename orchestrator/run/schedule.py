@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import TypeAlias
 
 from btu.stages import Stage
-from orchestrator.plan.work import Group, Timings, group_of, needed
+from orchestrator.plan.work import Basis, Estimate, Group, Timings, group_of, needed
 
 # Into how many parts a batch is cut at each try of a stage that ran out of memory. From the second
 # try on, the stage is alone on its device.
@@ -362,14 +362,20 @@ class Schedule:
 
     def seconds_left(self) -> float | None:
         """Return the expected seconds until all is done; None where a time is unknown."""
-        total = 0.0
+        expected = self.rough_left()
+        return expected.seconds if expected and expected.basis is Basis.measured else None
+
+    def rough_left(self) -> Estimate | None:
+        """Return the same also where times are only estimated by rows; None without any pace."""
+        total, basis = 0.0, Basis.measured
         for group, (count, units) in self._left.items():
             if count:
-                seconds = self._timings.estimate(group, count, units)
-                if seconds is None:
+                expected = self._timings.rough(group, count, units)
+                if expected is None:
                     return None
-                total += seconds
-        return total / max(1, self.slots)
+                total += expected.seconds
+                basis = max(basis, expected.basis)
+        return Estimate(total / max(1, self.slots), basis)
 
 
 def most_models(slots: int) -> int:

@@ -182,8 +182,8 @@ def _name(written: Any) -> str:
         )
     if written == STORE:
         raise UserError(
-            f"name '{STORE}' is taken: the folder of that name in the output has the results of all "
-            "sweeps; use another name."
+            f"name '{STORE}' is taken: the folder of that name in the output has the results of "
+            "all sweeps; use another name."
         )
     return written
 

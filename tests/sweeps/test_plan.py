@@ -20,7 +20,18 @@ from btu.types import Corpus
 from orchestrator.plan import planner as planning
 from orchestrator.plan import work as work_module
 from orchestrator.plan.planner import Plan, PlannedCell, Planner, plan_sweep
-from orchestrator.plan.work import Group, Timings, Work, blocked, needed, survey, victim_name
+from orchestrator.plan.work import (
+    REFERENCE_ROWS_PER_SECOND,
+    REFERENCE_VICTIM,
+    Basis,
+    Group,
+    Timings,
+    Work,
+    blocked,
+    needed,
+    survey,
+    victim_name,
+)
 from orchestrator.sweep.load import load_sweep
 from orchestrator.sweep.sections import TrialSpec
 
@@ -562,6 +573,31 @@ def test_what_was_never_measured_has_no_estimate() -> None:
     assert times.estimate(Group("other", "bert"), 1, 1) is None
     times.add(row("other", 3, 1))
     assert times.estimate(Group("other", "bert"), 2, 2) == pytest.approx(6)
+
+
+def test_what_was_never_measured_is_estimated_by_rows() -> None:
+    times = Timings([row("work", 10, 100), row("more", 50, 100), row("poison", 9, 0)], "cpu")
+    assert times.rough(Group("work", "bert"), 1, 20) == (pytest.approx(2), Basis.measured)
+    # 60 s for 200 rows of any stage: 20 take 6 s.
+    assert times.rough(Group("other", "bert"), 1, 20) == (pytest.approx(6), Basis.rows)
+    # Another victim has another pace.
+    assert times.rough(Group("other", "big"), 1, 20) is None
+
+
+def test_the_reference_stands_in_for_the_pace_of_its_victim_on_a_cpu() -> None:
+    group = Group("other", REFERENCE_VICTIM)
+    rough = Timings([], "cpu").rough(group, 1, 100)
+    assert rough == (100 / REFERENCE_ROWS_PER_SECOND, Basis.reference)
+    assert Timings([], "cuda").rough(group, 1, 100) is None
+    measured = Timings([row("work", 300, 100, victim=REFERENCE_VICTIM)], "cpu")
+    assert measured.rough(group, 1, 100) == (300, Basis.rows)
+
+
+def test_stages_without_rows_take_a_second_where_they_only_prepare() -> None:
+    times = Timings([], "cpu")
+    assert times.rough(Group("poison", "", "host"), 3, 0) == (3, Basis.rows)
+    # A paraphrase model may take hours.
+    assert times.rough(Group("poison", ""), 1, 0) is None
 
 
 def test_the_stages_of_a_cell_may_be_on_another_device() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from typing import Any
 
 import pytest
@@ -56,15 +57,16 @@ def toy(name: str, *inputs: Stage, id: object = None) -> Stage:
     """Return a stage that takes a second; a cell reads no model."""
     named = {f"{before.name} {before.key}": before for before in inputs}
     acts = {"name": name, "id": id}
-    return Stage(name, NOTHING, acts, named, light=tuple(named), kind="host")
+    return Stage(name, NOTHING, acts, named, light=tuple(named), kind="host", units=1)
+
+
+def row(name: str, seconds: float = 1.0) -> dict[str, Any]:
+    return {"stage": name, "victim": "", "device": "cpu", "units": 1, "seconds": seconds,
+            "count": 1}  # fmt: skip
 
 
 def times(*names: str) -> Timings:
-    rows = [
-        {"stage": name, "victim": "", "device": "cpu", "units": 0, "seconds": 1.0, "count": 1}
-        for name in names
-    ]
-    return Timings(rows, "cpu")
+    return Timings(map(row, names), "cpu")
 
 
 class Sweep:
@@ -74,12 +76,13 @@ class Sweep:
         self.shared = toy("shared")
         self.own = [toy("own", self.shared, id=number) for number in range(3)]
         self.cells = [toy(CELL, self.shared, own, id=n) for n, own in enumerate(self.own)]
+        self.timings = times("shared", "own", CELL) if known else times()
         self.schedule = Schedule(
             self.cells,
             committed=(),
             dropped=(),
             failed={},
-            timings=times("shared", "own", CELL) if known else times(),
+            timings=self.timings,
         )
         self.work = Work(
             done=1,
@@ -130,6 +133,7 @@ def test_a_log_says_first_what_there_is_to_do(sweep: Sweep, log: io.StringIO) ->
         "1 of 4 cells are done already and are not run again.",
         # The shared stage, and three of their own.
         "3 cells to run, on 4 stages; results are kept as each one ends.",
+        "About 7 s of computing (from the times of such stages).",
     ]
 
 
@@ -173,6 +177,61 @@ def test_without_measured_times_nothing_is_guessed(log: io.StringIO) -> None:
     sweep.progress.finished({"seed": 1}, FACTS, sweep.schedule)
     assert "asr 0.250 cacc 0.500\n" in log.getvalue()
     assert "ETA" not in log.getvalue()
+
+
+def test_the_first_stage_brings_the_expected_time(sweep: Sweep, log: io.StringIO) -> None:
+    assert "at once" not in log.getvalue()  # how many run at once is not known before
+    sweep.schedule.slots = 2
+    sweep.begin(sweep.shared)
+    # 7 s of work, two at once
+    assert log.getvalue().splitlines()[-1] == "With 2 stages at once: about 4 s to go."
+    sweep.schedule.done(sweep.shared.key)
+    sweep.run(sweep.own[0])
+    assert log.getvalue().count("at once") == 1
+
+
+def test_a_search_is_estimated_as_far_as_it_goes(sweep: Sweep, log: io.StringIO) -> None:
+    sweep.progress.begin(sweep.work, sweep.schedule, 4, searching=True)
+    assert "About 7 s of computing for the cells suggested so far (from" in log.getvalue()
+
+
+def test_a_new_kind_of_stage_is_estimated_by_its_rows(log: io.StringIO) -> None:
+    sweep = Sweep(Console(file=log, width=200), known=False)
+    assert "The time is estimated once the first stage that trains has ended." in log.getvalue()
+    sweep.begin(sweep.shared)
+    sweep.timings.add(row("shared", 5.0))
+    sweep.schedule.done(sweep.shared.key)
+    sweep.progress.finished({"seed": 1}, FACTS, sweep.schedule)
+    # 6 rows are left, at 5 s a row
+    assert "asr 0.250 cacc 0.500, ETA about 30 s\n" in log.getvalue()
+
+
+def test_before_any_timing_the_offline_victim_has_its_reference(log: io.StringIO) -> None:
+    where = {"victim": {"name": "offline"}}
+    stage = Stage(CELL, "toys:none", 1, {}, where=where, units=9000)
+    schedule = Schedule([stage], committed=(), dropped=(), failed={}, timings=times())
+    work = Work(0, {}, {}, {}, None, None, None, (), 0, 0, 0)
+    SweepProgress(Console(file=log, width=300)).begin(work, schedule, 1)
+    # 9,000 rows at 50 a second
+    assert "About 3 min 00 s of computing (a rough estimate: no stage is timed" in log.getvalue()
+    assert "50 rows a second are what one CPU core without AMX does" in log.getvalue()
+
+
+def test_a_long_sweep_logs_where_it_stands_ever_more_rarely(
+    sweep: Sweep, log: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep.begin(sweep.shared)
+    began = time.monotonic()
+    shown = []
+    for seconds in (10, 31, 32, 59, 62, 100, 125):
+        monkeypatch.setattr("orchestrator.progress.time.monotonic", lambda: began + seconds)  # noqa: B023
+        log.truncate(log.seek(0))
+        sweep.progress.refresh(sweep.schedule)
+        if log.getvalue():
+            shown.append(seconds)
+            line = log.getvalue()
+    assert shown == [31, 62, 125]
+    assert line == "stages 0 done, 1 running of 4: shared; cells 0 done of 3, ETA 7 s\n"
 
 
 def test_failed_cells_count_as_ended(sweep: Sweep, log: io.StringIO) -> None:
