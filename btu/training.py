@@ -283,100 +283,70 @@ def fit(
     after_step: Callable[[float], bool] | None = None,
     optimizer_of: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
 ) -> list[Epoch]:
-    """Train whatever of `model` requires gradients, in place, and leave it in eval mode.
+    """Train all parameters of `model` that require gradients, in place; leave it in eval mode.
 
-    seed: draws batches and dropout; the global random state is left as it was. pad_to: width of
-    every batch; None pads each to its own longest row. accumulation: cut every batch into that
-    many parts and add up their gradients: the same steps in less memory, up to rounding and the
-    draws of dropout. objective: what is minimized; one that is no mean over rows (a loss that is
-    bent by its own batch's value) is taken part by part where batches are cut. after_step: called
-    after every step with the accuracy of its batch, in train mode; True ends the training there.
-    optimizer_of: makes another optimizer than AdamW; the learning rate is its own, and the
-    schedule acts on it.
+    model: the model; its other parameters are left as they are.
+    data: the rows.
+    settings: epochs, batch size, optimizer and schedule.
+    seed: draws batches and dropout; the global random state is restored afterwards.
+    stage: names the training in progress, history and errors.
+    device: where to compute.
+    progress: called after each epoch, and every `TELL_SECONDS` within one.
+    pad_to: width of every batch; None pads each batch to its own longest row.
+    accumulation: number of parts that each batch is cut into; their gradients are added up. The
+        steps are the same in less memory, up to rounding and the draws of dropout.
+    objective: what is minimized. If it is not a mean over rows (a loss that is bent by the value
+        of its own batch), it is computed part by part where batches are cut.
+    after_step: called after every step with the accuracy of its batch, in train mode; True ends
+        the training.
+    optimizer_of: makes an optimizer other than AdamW. It sets its own learning rate, which the
+        schedule scales.
 
     Raises:
-        NonFiniteLossError: the loss or, by the last step, a weight became NaN or infinite.
+        NonFiniteLossError: the loss, or a weight after the last step, is NaN or infinite.
         UserError: there are no rows.
     """
     if len(data) == 0:
         raise UserError(f"stage '{stage}' has no rows to train on.")
-    precision = resolve_precision(settings.precision, device)
-    data = data.to(device)
     model.to(device).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = _adamw(parameters, settings) if optimizer_of is None else optimizer_of(parameters)
     steps_per_epoch = math.ceil(len(data) / settings.batch_size)
-    scheduler = _schedule(optimizer, settings, steps_per_epoch * settings.epochs)
-    rng = np.random.default_rng(seed)
+    training = _Training(
+        model=model,
+        data=data.to(device),
+        settings=settings,
+        stage=stage,
+        device=device,
+        bf16=resolve_precision(settings.precision, device) == "bf16",
+        progress=progress,
+        pad_to=pad_to,
+        accumulation=accumulation,
+        objective=objective,
+        after_step=after_step,
+        parameters=parameters,
+        optimizer=optimizer,
+        scheduler=_schedule(optimizer, settings, steps_per_epoch * settings.epochs),
+        rng=np.random.default_rng(seed),
+        steps_per_epoch=steps_per_epoch,
+    )
     history: list[Epoch] = []
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), fast_dropout(model, device):
         torch.manual_seed(seed)
         for epoch in range(1, settings.epochs + 1):
-            started = told = time.perf_counter()
-            plan = plan_batches(data.host_lengths, settings.batch_size, rng)
-            losses = torch.zeros(len(plan), device=device)
-            correct = torch.zeros((), dtype=torch.int64, device=device)
-            parts = _parts(plan, accumulation)
-            batches = _device_batches(data, [rows for rows, _, _ in parts], pad_to)
-            of_batch: list[tuple[Tensor, int]] = []
-            step = seen = 0
-            ended = False
-            for (_, share, last), (ids, mask, labels) in zip(parts, batches, strict=True):
-                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    loss, logits = objective(model, ids, mask, labels)
-                # A whole batch has share 1.0, which changes no bit.
-                loss = loss * share
-                torch.autograd.backward(loss)
-                losses[step] += loss.detach()
-                right = (logits.detach().argmax(1) == labels).sum()
-                correct += right
-                of_batch.append((right, len(labels)))
-                if not last:
-                    continue
-                if settings.max_grad_norm is not None:
-                    nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                scheduler.step()
-                step += 1
-                seen += sum(rows for _, rows in of_batch)
-                if after_step is not None:
-                    # The only wait for the device in a step, and only where somebody asked.
-                    share_right = sum(int(n) for n, _ in of_batch) / sum(n for _, n in of_batch)
-                    ended = after_step(share_right)
-                of_batch = []
-                if step % FINITE_CHECK_STEPS == 0 or step == len(plan):
-                    _check_finite(losses[:step], stage, epoch, steps_per_epoch, settings)
-                if time.perf_counter() - told >= TELL_SECONDS:
-                    told = time.perf_counter()
-                    part = step / steps_per_epoch
-                    progress(Progress(stage, epoch - 1, settings.epochs, part=part))
-                if ended:
-                    _check_finite(losses[:step], stage, epoch, steps_per_epoch, settings)
-                    break
-            sizes = torch.tensor([len(rows) for rows in plan], device=device)
-            record = Epoch(
-                stage,
-                epoch,
-                float((losses * sizes).sum() / seen),
-                float(correct / seen),
-                time.perf_counter() - started,
-                seen,
-            )
+            record, ended = _one_epoch(training, epoch)
             history.append(record)
-            progress(
-                Progress(
-                    stage,
-                    epoch,
-                    settings.epochs,
-                    {"loss": record.loss, "accuracy": record.accuracy, "seconds": record.seconds},
-                )
-            )
+            metrics = {
+                "loss": record.loss,
+                "accuracy": record.accuracy,
+                "seconds": record.seconds,
+            }
+            progress(Progress(stage, epoch, settings.epochs, metrics))
             if ended:
                 break
     model.eval()
-    # The loss of the last step was taken before it: what the step did shows in the weights alone.
+    # The last loss was computed before the last step: only the weights show what that step did.
     if not all(bool(torch.isfinite(p).all()) for p in parameters):
         raise NonFiniteLossError(
             f"weights became NaN or infinite in stage '{stage}' at step "
@@ -386,15 +356,102 @@ def fit(
     return history
 
 
-def _check_finite(
-    losses: Tensor, stage: str, epoch: int, steps_per_epoch: int, settings: TrainSettings
-) -> None:
+@dataclass(frozen=True)
+class _Training:
+    """What stays the same over all epochs of one `fit`: its arguments, resolved."""
+
+    model: nn.Module
+    data: Encoded
+    settings: TrainSettings
+    stage: str
+    device: torch.device
+    bf16: bool
+    progress: ProgressCallback
+    pad_to: int | None
+    accumulation: int
+    objective: Objective
+    after_step: Callable[[float], bool] | None
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    rng: np.random.Generator
+    steps_per_epoch: int
+
+    def backward(
+        self, ids: Tensor, mask: Tensor, labels: Tensor, share: float
+    ) -> tuple[Tensor, Tensor]:
+        """Add the gradients of a part of a batch; return its loss and its correct predictions."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            loss, logits = self.objective(self.model, ids, mask, labels)
+        # A whole batch has share 1.0, which changes no bit.
+        loss = loss * share
+        torch.autograd.backward(loss)
+        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+    def step(self) -> None:
+        """Update the parameters from the gradients, and clear these."""
+        if self.settings.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+
+
+def _one_epoch(training: _Training, epoch: int) -> tuple[Epoch, bool]:
+    """Train one epoch; return what it did, and whether `after_step` ended the training."""
+    settings, device, data = training.settings, training.device, training.data
+    started = told = time.perf_counter()
+    plan = plan_batches(data.host_lengths, settings.batch_size, training.rng)
+    losses = torch.zeros(len(plan), device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    parts = _parts(plan, training.accumulation)
+    batches = _device_batches(data, [rows for rows, _, _ in parts], training.pad_to)
+    rights: list[Tensor] = []
+    step = seen = 0
+    ended = False
+    for (_, share, last), (ids, mask, labels) in zip(parts, batches, strict=True):
+        loss, right = training.backward(ids, mask, labels, share)
+        losses[step] += loss
+        correct += right
+        rights.append(right)
+        if not last:
+            continue
+        training.step()
+        rows = len(plan[step])
+        step += 1
+        seen += rows
+        if training.after_step is not None:
+            # The only wait for the device in a step, and only where a caller asked for it.
+            ended = training.after_step(sum(map(int, rights)) / rows)
+        rights = []
+        if ended or step % FINITE_CHECK_STEPS == 0 or step == len(plan):
+            _check_finite(losses[:step], epoch, training)
+        if time.perf_counter() - told >= TELL_SECONDS:
+            told = time.perf_counter()
+            part = step / training.steps_per_epoch
+            training.progress(Progress(training.stage, epoch - 1, settings.epochs, part=part))
+        if ended:
+            break
+    sizes = torch.tensor([len(rows) for rows in plan], device=device)
+    record = Epoch(
+        training.stage,
+        epoch,
+        float((losses * sizes).sum() / seen),
+        float(correct / seen),
+        time.perf_counter() - started,
+        seen,
+    )
+    return record, ended
+
+
+def _check_finite(losses: Tensor, epoch: int, training: _Training) -> None:
     bad = (~torch.isfinite(losses)).nonzero()
     if len(bad):
-        step = (epoch - 1) * steps_per_epoch + int(bad[0]) + 1
+        step = (epoch - 1) * training.steps_per_epoch + int(bad[0]) + 1
         raise NonFiniteLossError(
-            f"loss became {float(losses[int(bad[0])])} in stage '{stage}' at step {step} (epoch "
-            f"{epoch}) with {settings}; lower the learning rate or use precision fp32."
+            f"loss became {float(losses[int(bad[0])])} in stage '{training.stage}' at step {step} "
+            f"(epoch {epoch}) with {training.settings}; lower the learning rate or use precision "
+            "fp32."
         )
 
 

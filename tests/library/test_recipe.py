@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import os
 import shutil
@@ -210,7 +209,7 @@ def test_the_table_above_has_every_config_key() -> None:
         # threshold of its rule (`test_what_a_rule_without_round_2...`).
         elsewhere = {"defense.rounds", "defense.rule", "defense.threshold"}
         assert keys - listed == (elsewhere if section == "defense" else set())
-    arguments = set(inspect.signature(prepare).parameters)
+    arguments = {field.name for field in dataclasses.fields(CellInputs)}
     assert arguments == {*ARGUMENTS, "data", "victim", "poison", "train", "tuning"}
 
 
