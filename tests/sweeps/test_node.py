@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,8 +23,18 @@ from btu.stages import RECORD, Stage, StageFunction, StageRun, read_record
 from btu.stages import stage as stage_function
 from btu.training import NonFiniteLossError
 from btu.types import Progress
+from orchestrator.results.folder import Results
 from orchestrator.run import worker
-from orchestrator.run.worker import Outcome, Report, free_memory, run_node, wait_for_others
+from orchestrator.run.worker import (
+    Launch,
+    Outcome,
+    Report,
+    StageCall,
+    compute_call,
+    free_memory,
+    run_node,
+    wait_for_others,
+)
 from orchestrator.store.store import Store
 
 # What the stage functions below did: their labels, and whatever they are told to raise.
@@ -505,6 +516,62 @@ def test_garbage_goes_though_what_was_imported_is_frozen(monkeypatch: pytest.Mon
         assert caught() is None
     finally:
         gc.unfreeze()
+
+
+# A worker of a launch --------------------------------------------------------------------------
+
+
+@stage_function(version=1)
+def score(run: StageRun) -> dict[str, Any]:
+    """Write a cell's result."""
+    (run.folder / "result.json").write_text(json.dumps({"metrics": {"asr": 0.5}}))
+    return {"asr": 0.5}
+
+
+def test_a_call_is_computed_written_down_and_tracked(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[tuple[str, str, dict[str, Any], str]] = []
+
+    class Tracker:
+        def __init__(self, uri: str, experiment: str, results: Results) -> None:
+            self.where = uri, experiment
+
+        def log(self, record: dict[str, Any], folder: Path) -> None:
+            logged.append((*self.where, record["varied"], folder.name))
+
+    module: Any = ModuleType("orchestrator.tracking.writer")
+    module.Tracker = Tracker
+    monkeypatch.setitem(sys.modules, "orchestrator.tracking.writer", module)
+    made = stage(name="cell", function=score)
+    call = StageCall.from_json(StageCall(made.node(), varied={"seed": 1}).to_json())
+    launch = Launch("L", str(tmp_path / "store"), str(tmp_path), "tiny", {"uri": "u", "id": "7"})
+    report = compute_call(call, launch)
+    assert (report.outcome, report.facts, report.untracked) == (Outcome.done, {"asr": 0.5}, "")
+    assert logged == [("u", "7", {"seed": 1}, shop.store.fetch(made.key).name)]
+    (event,) = Results(str(tmp_path), "tiny").journal()
+    assert (event["event"], event["key"], event["launch"]) == ("compute", made.key, "L")
+    # Once more it is there already: nothing is computed, and the report is shorter.
+    again = Report.from_json(compute_call(call, launch).to_json())
+    assert again == Report(Outcome.done)
+    assert len(Results(str(tmp_path), "tiny").journal()) == len(logged) == 1
+
+
+def test_a_call_needs_neither_mlflow_nor_a_journal(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(Results, "note", full)
+    launch = Launch("L", str(tmp_path / "store"), str(tmp_path), "tiny", None)
+    report = compute_call(StageCall(stage(name="cell", function=score).node()), launch)
+    assert (report.outcome, report.untracked) == (Outcome.done, "")
+
+
+def test_a_report_travels_as_text() -> None:
+    report = Report(Outcome.inputs, 1.5, "gone", ("a", "b"), {"asr": 0.5}, "away", "cuda")
+    assert Report.from_json(report.to_json()) == report
 
 
 # Waiting ---------------------------------------------------------------------------------------
