@@ -1,7 +1,7 @@
-"""Backdoor Token Unlearning and the parts it is measured with, as a library.
+"""Backdoor Token Unlearning, and what it is compared with, as a library.
 
-The modules are light to import: whatever needs torch or transformers imports them when it
-runs, so that planning a sweep of thousands of cells does not pay for them.
+The modules are light to import: a function that needs torch or transformers imports them when it
+runs, so that planning a sweep of thousands of cells does not load them.
 """
 
 __version__ = "0.1.0"

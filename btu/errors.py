@@ -1,4 +1,4 @@
-"""Errors that a user can cause and mend."""
+"""Errors that a user can cause and fix."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """A mistake in a config, a file or a request.
 
-    The message names the value, the rule it breaks and what to do. The command line prints it
+    The message names the value, the rule that it breaks and the fix. The command line prints it
     without a traceback and exits with 2.
     """
 

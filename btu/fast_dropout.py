@@ -2,12 +2,12 @@
 
 PyTorch draws a CPU dropout mask one Bernoulli number at a time from a serial generator, and with
 attention dropout its fused CPU attention falls back to a slow path. Here one 64-bit draw gives
-four mask elements. It is dropout all the same: each element is kept with probability 1 - p (to a
-resolution of 2**-16), kept ones are scaled by 1 / (1 - p), and the draws come from torch's
-generator, so a seed fixes them.
+four mask elements. The distribution is that of dropout: each element is kept with probability 1 - p
+(to a resolution of 2**-16), kept elements are scaled by 1 / (1 - p), and the draws come from
+torch's generator, so that a seed fixes them.
 
-``benchmarks/finetune.py`` sets the loop that uses it beside `Trainer`, which does not. CUDA is left
-alone: its own kernels are fast.
+``benchmarks/finetune.py`` compares the loop that uses it with `Trainer`, which does not. CUDA keeps
+its own kernels, which are fast.
 """
 
 from __future__ import annotations
@@ -52,10 +52,18 @@ def attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Softmax attention with `drop`, in the form transformers' attention interface asks for.
+    """Compute softmax attention with `drop`, as transformers' attention interface calls it.
 
-    query: (batch, heads, tokens, size); key and value may have fewer heads (grouped queries).
-    attention_mask: additive, causality included. Returns (batch, tokens, heads, size).
+    module: the attention layer; not used.
+    query: (batch, heads, tokens, size).
+    key: as `query`, perhaps with fewer heads (grouped queries).
+    value: as `key`.
+    attention_mask: additive, causality included.
+    scaling: of the scores; None is size ** -0.5.
+    dropout: probability that a weight is zeroed.
+
+    Returns:
+        (batch, tokens, heads, size), and None for the weights.
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -75,10 +83,10 @@ def attention(
 
 @contextmanager
 def fast_dropout(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Let `model` train with the functions above on a CPU, and restore it afterwards.
+    """Let `model` train with `drop` and `attention` on a CPU, and restore it afterwards.
 
-    Attention is exchanged only in models that run transformers' sdpa interface; others
-    (DeBERTa) keep theirs and gain from the dropout layers alone.
+    Attention is replaced only in models that use transformers' sdpa interface; others (DeBERTa)
+    keep theirs and get the faster dropout layers only.
     """
     if device.type != "cpu":
         yield
@@ -105,5 +113,5 @@ def _register() -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION, attention)
-    # The eager mask is always spelled out; sdpa's may be None and rely on an is_causal flag.
+    # The eager mask is always explicit; sdpa's may be None and rely on an is_causal flag.
     AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["eager"])

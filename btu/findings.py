@@ -1,4 +1,4 @@
-"""What a defense hands back: suspicious tokens and rows, and what a screen lets through."""
+"""What a defense returns: suspicious tokens and rows, and the verdicts of a screen."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ INCOMING = "incoming.parquet"
 
 @dataclass(frozen=True)
 class Suspects:
-    """What a defense that looks for the poison found in the training set.
+    """What a defense found that searches the training set for the poison.
 
-    flagged: vocabulary ids it took for trigger tokens, in the order of its finding; None where it
-    looks for rows alone.
-    scores: (vocabulary,) the ranking behind `flagged`, higher is more suspicious, NaN for what is
-    no candidate; None where there is no ranking. table: further (vocabulary,) columns worth
-    keeping, by name. rows: (training rows,) how suspicious each row is; None where it is not said.
-    row_bar: from where a row counts as flagged. taken: (training rows,) those that it isolated or
-    removed; None where it takes none by itself. target: the class index that it takes for the
-    attack's target; None where it does not guess.
+    flagged: vocabulary ids of the suspected trigger tokens, in the order of detection; None if the
+        defense searches for rows only.
+    scores: (vocabulary,) the score behind `flagged`: higher is more suspicious, NaN for tokens
+        that are not candidates; None if there is no score.
+    table: further (vocabulary,) columns to report, by name.
+    rows: (training rows,) how suspicious each row is; None if the defense does not score rows.
+    row_bar: the lowest score of a flagged row.
+    taken: (training rows,) the rows that it isolated or removed; None if it takes none itself.
+    target: the class index that it guesses to be the attack's target; None if it does not guess.
     """
 
     flagged: tuple[int, ...] | None = None
@@ -41,11 +42,11 @@ class Suspects:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """The flagged tokens; none where it looks for rows alone."""
+        """The flagged tokens; none if the defense searches for rows only."""
         return self.flagged or ()
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Write the columns into a stage's folder; return what belongs into its facts."""
+        """Write the columns into a stage's folder; return the facts to report."""
         columns = {name: np.asarray(values) for name, values in self.table.items()}
         if self.scores is not None:
             columns["score"] = self.scores
@@ -62,8 +63,8 @@ class Suspects:
 
     @classmethod
     def load(cls, folder: Path, facts: Mapping[str, Any]) -> Suspects | None:
-        """Read what `save` wrote; None of a defense that looks for nothing."""
-        # Tokens alone: facts of before there was a bar of rows.
+        """Read what `save` wrote; None for a defense that does not search for the poison."""
+        # Facts written before rows had a bar list the flagged tokens only.
         if "row_bar" not in facts and facts.get("flagged") is None:
             return None
         columns: dict[str, Any] = {}
@@ -86,10 +87,10 @@ class Suspects:
 
 @dataclass(frozen=True)
 class Screened:
-    """What a defense makes of texts on their way to the model, in the order of their coming.
+    """The verdict of a screening defense on incoming texts, in their order.
 
-    accepted: (texts,) False is turned away: the model is not asked. texts: what the model reads
-    instead; None where they stay as they came.
+    accepted: (texts,) False for a rejected text, which the model does not read.
+    texts: what the model reads instead; None if the texts are not changed.
     """
 
     accepted: BoolArray

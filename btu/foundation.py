@@ -1,6 +1,6 @@
-"""What a defense starts from, and what its stage functions read and write.
+"""What a defense starts from, and the stages that defenses share.
 
-Neither the poison mask nor the evaluation rows can be had from here.
+A defense cannot reach the poison mask or the evaluation rows through this module.
 """
 
 from __future__ import annotations
@@ -34,17 +34,24 @@ KEPT = "kept.parquet"
 
 @dataclass(frozen=True)
 class Foundation:
-    """What a defense can start from. The poison mask and the evaluation rows are not among it.
+    """What a defense starts from, without the poison mask and the evaluation rows.
 
     rows: the poisoned training rows as the victim reads them (`training_rows_of`, `texts_of`).
-    clean: the reserved clean ones (`clean_rows_of`, `tune`). model: the poisoned model. tuned: the
-    poisoned model after clean tuning, the control of every defense that ends with it.
-    where: where the victim is. train_rows, clean_rows: how many, for estimates. originals: the
-    model fine-tuned on the training rows as they were before the poison; only a control that
-    declares the need has it.
+    clean: the reserved clean rows (`clean_rows_of`, `tune`).
+    model: the poisoned model.
+    tuned: the poisoned model after clean tuning, the control of every defense that ends with it.
+    victim: the victim, as keys have it.
+    where: where the victim is.
+    train: settings of the fine-tune.
+    tuning: settings of the clean tuning.
+    seed: the seed of the cell.
+    train_rows: number of training rows, for estimates of time.
+    clean_rows: number of reserved clean rows, for estimates of time.
+    originals: the model fine-tuned on the training rows before the poison; None unless the
+        defense, a control, declares the need.
 
-    A stage that tunes has ``{"rows": rows, "clean": clean}`` among its inputs; whatever does not
-    read the clean rows leaves them out, and is then shared by cells that differ in them.
+    A stage that tunes has ``{"rows": rows, "clean": clean}`` among its inputs. A stage that does
+    not read the clean rows leaves them out, and cells that differ in them share it.
     """
 
     rows: Stage
@@ -72,15 +79,27 @@ class Foundation:
         kind: str = "stage",
         model: bool = False,
     ) -> Stage:
-        """Declare a stage of a defense; victim and seed are in its config."""
+        """Declare a stage of a defense, with victim and seed in its config.
+
+        function: computes it.
+        name: shown to users.
+        config: everything else that affects the result, as plain data.
+        inputs: the stages that it reads, by role.
+        units: rows that it processes, for estimates of time.
+        light: roles of the inputs whose files in ``model/`` are not read.
+        kind: which resources it uses, as in `Stage`.
+        model: whether it writes files in ``model/``.
+        """
         acts = {"victim": self.victim, "seed": self.seed, **config}
         return Stage(name, function, acts, inputs, self.where, light, kind, units, model)
 
     def fine_tune(self, name: str, kept: Stage) -> Stage:
-        """Declare a fine-tune as the poisoned one, on the training rows that a stage has kept.
+        """Declare a fine-tune on the training rows that a stage keeps.
 
-        kept: writes which (`keep_rows`). The same settings and seed as for the undefended model, so
-        that a difference between the two comes from the rows.
+        kept: writes which rows (`keep_rows`).
+
+        Settings and seed are those of the undefended model: a difference between the two models
+        comes from the rows.
         """
         return self.stage(
             fine_tune_kept,
@@ -101,8 +120,8 @@ class Foundation:
 def tune(run: StageRun, model: PreTrainedModel, stage: str) -> None:
     """Fine-tune `model` in place on the clean rows, the input ``clean``.
 
-    The same rows, settings and seed for whoever calls, so that the undefended control and a
-    defended model differ in nothing but the defense.
+    Rows, settings and seed are the same for every caller: the undefended control and a defended
+    model differ only in the defense.
     """
     run.fit(
         model,
@@ -114,12 +133,12 @@ def tune(run: StageRun, model: PreTrainedModel, stage: str) -> None:
 
 
 def keep_rows(run: StageRun, kept: BoolArray) -> None:
-    """Write which training rows a defense leaves in, for `Foundation.fine_tune`.
+    """Write which training rows a defense keeps, for `Foundation.fine_tune`.
 
     kept: (training rows,).
 
     Raises:
-        UserError: none is left.
+        UserError: no row is kept.
     """
     if not kept.any():
         raise UserError(
@@ -131,9 +150,9 @@ def keep_rows(run: StageRun, kept: BoolArray) -> None:
 
 @stage(version=1)
 def fine_tune_kept(run: StageRun) -> dict[str, Any]:
-    """Fine-tune the victim on the rows that a defense has left in, the input ``kept``.
+    """Fine-tune the victim on the rows that a defense kept, the input ``kept``.
 
-    Hands on what the defense found (`Suspects.save`) and measured.
+    Passes on what the defense found (`Suspects.save`) and measured.
     """
     kept = read_table(run.inputs["kept"] / KEPT)["kept"]
     model = victim_of(run).new_model(derive_seed(run.config["seed"], "classifier"))

@@ -1,4 +1,4 @@
-"""What a result was computed with."""
+"""The code, hardware and versions that a result was computed with."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def code_version() -> str:
 def environment(device: torch.device, accumulation: int = 1) -> dict[str, str]:
     """Return code, host, device, threads and versions.
 
-    accumulation: parts that each batch was cut into; told where above 1, since dropout then falls
-    differently and the results are others, if only by a little.
+    accumulation: number of parts that each batch was cut into; recorded if above 1, since dropout
+        is then drawn differently, which changes the results slightly.
     """
     import torch
     import transformers

@@ -419,7 +419,7 @@ def poison_rows(run: StageRun) -> dict[str, Any]:
 
 @stage(version=1)
 def unpoisoned_rows(run: StageRun) -> dict[str, Any]:
-    """Hand the training rows on as they are: what every attack does at rate 0."""
+    """Write the training rows unchanged, as every attack does at rate 0."""
     corpus = corpus_of(run, "train")
     write_rows(run.folder / TRAIN, corpus.train)
     write_table(run.folder / HIDDEN, {"poisoned": np.zeros(len(corpus.train), dtype=bool)})
@@ -433,7 +433,7 @@ def unpoisoned_rows(run: StageRun) -> dict[str, Any]:
 
 @stage(version=1)
 def triggered_rows(run: StageRun) -> dict[str, Any]:
-    """Write the evaluation rows that can be attacked, with the trigger and without it."""
+    """Write the evaluation rows that can be attacked, with and without the trigger."""
     corpus = corpus_of(run, "eval")
     spec, attack = _attack_of(run)
     target = corpus.label_index(spec.target_label)
@@ -445,7 +445,7 @@ def triggered_rows(run: StageRun) -> dict[str, Any]:
 
 @stage(version=2)
 def training_rows(run: StageRun) -> dict[str, Any]:
-    """Tokenize what the victim and the defender read; the mask stays behind."""
+    """Tokenize the rows for the victim and the defender, without the mask."""
     classes = len(run.facts("poison")["label_names"])
     victim = victim_of(run, classes)
     rows = read_rows(run.inputs["poison"] / TRAIN)
@@ -471,7 +471,7 @@ def clean_rows(run: StageRun) -> dict[str, Any]:
 
 @stage(version=2)
 def evaluation_rows(run: StageRun) -> dict[str, Any]:
-    """Tokenize what models are scored on, and the trigger's tokens, for the scorer alone."""
+    """Tokenize the rows that models are scored on, and the trigger, for the scorer only."""
     corpus = corpus_of(run, "eval")
     victim = victim_of(run, len(corpus.label_names))
     victim.encode(corpus.eval).save(run.folder / "clean.safetensors")
@@ -505,7 +505,7 @@ def fine_tune(run: StageRun) -> dict[str, Any]:
 
 @stage(version=1)
 def clean_tune(run: StageRun) -> dict[str, Any]:
-    """Fine-tune the model on the clean rows: the control of the defenses that end with this."""
+    """Fine-tune the model on the clean rows: the control of defenses that end with clean tuning."""
     model = model_of(run, "model")
     tune(run, model, "clean tuning (control)")
     save_model(model, run.folder)
@@ -543,7 +543,7 @@ def _counted(run: StageRun, scores: Mapping[str, Proportion]) -> dict[str, Any]:
 
 @stage(version=1)
 def evaluation_texts(run: StageRun) -> dict[str, Any]:
-    """Write the texts behind the evaluation rows, by what they are scored for."""
+    """Write the texts of the evaluation rows, a file per measure."""
     corpus = corpus_of(run, "eval")
     write_rows(run.folder / "clean.parquet", corpus.eval)
     for role in ("triggered", "plain"):
@@ -554,25 +554,25 @@ def evaluation_texts(run: StageRun) -> dict[str, Any]:
 
 @stage(version=1)
 def incoming_texts(run: StageRun) -> dict[str, Any]:
-    """Write each text once, in the order of their hashes: nothing says which are triggered."""
+    """Write each text once, in the order of their hashes, which hides which are triggered."""
     texts = {
         text
         for role in MEASURED
         for text in read_rows(run.inputs["texts"] / f"{role}.parquet").texts
     }
-    held = sorted(as_bytes(texts), key=lambda text: hashlib.sha256(text).digest())
-    write_table(run.folder / INCOMING, {"text": held})
-    return {"texts": len(held)}
+    ordered = sorted(as_bytes(texts), key=lambda text: hashlib.sha256(text).digest())
+    write_table(run.folder / INCOMING, {"text": ordered})
+    return {"texts": len(ordered)}
 
 
 @stage(version=1)
 def evaluate_screened(run: StageRun) -> dict[str, Any]:
     """Count the hits behind CACC, ASR and FTR of a model behind a screen.
 
-    A text that was turned away is neither right nor attacked, and counts among the rows: CACC, ASR
-    and FTR are shares of all rows. FRR: clean rows turned away. FAR: triggered rows let through.
-    Both are there only where the screen turns texts away at all; where it changes texts, how much
-    it changes, and in how many triggered rows it takes out the whole of what was inserted.
+    CACC, ASR and FTR are shares of all rows; a rejected text counts as a row without a hit. FRR is
+    the share of clean rows that are rejected, FAR that of triggered rows that are accepted; both
+    are reported only if the screen rejects texts. If it changes texts, the shares of changed texts
+    and removed tokens are reported, and the share of triggered rows without any inserted token.
     """
     screened = Screened.load(run.inputs["screened"])
     place = {text: i for i, text in enumerate(incoming_of(run.inputs["incoming"]).texts)}
@@ -618,14 +618,14 @@ def evaluate_screened(run: StageRun) -> dict[str, Any]:
 
 
 def _inserted_gone(plain: Encoded, triggered: Encoded, read: Encoded) -> Proportion:
-    """Count the rows in which nothing is left of what the trigger's insertion added.
+    """Count the rows from which all tokens are gone that the trigger's insertion added.
 
-    Tokens are compared as multisets: the trigger's words may stand in the text itself.
+    Tokens are compared as multisets: the text itself may contain the trigger's words.
     """
     gone, rows = 0, 0
     for before, attacked, after in zip(*map(_bags, (plain, triggered, read)), strict=True):
         inserted = attacked - before
-        # A row that max_length leaves without a trigger has nothing to take out.
+        # A row whose trigger lies beyond max_length has no inserted token.
         if inserted:
             rows += 1
             gone += not inserted & (after - before)
@@ -644,29 +644,29 @@ def scores_of(facts: Mapping[str, Any]) -> Scores:
 
 
 def mask_of(folder: Path) -> BoolArray:
-    """Return the (rows,) hidden mask of a ``poison`` stage's folder. For scorers alone."""
+    """Return the (rows,) hidden mask in the folder of a ``poison`` stage. For scorers only."""
     mask: BoolArray = read_table(folder / HIDDEN)["poisoned"]
     return mask
 
 
 def corpus_of(run: StageRun, role: str) -> Corpus:
-    """Return the corpus, whose rows of `role` are checked to be those that were planned with.
+    """Return the corpus.
 
     Raises:
-        UserError: they differ from those that the key was made of.
+        UserError: its rows of `role` differ from those that the sweep was planned with.
     """
     spec = DataSpec(**run.where["data"])
     planned = run.config["data"]
     corpus, fingerprints = _corpus(spec)
     if fingerprints[role] != planned:
-        # Planned after this process read it, perhaps.
+        # The sweep may have been planned after this process read the corpus.
         _corpus.cache_clear()
         corpus, fingerprints = _corpus(spec)
     refuse_changed(f"data '{spec.name}' has the {role} rows", planned, fingerprints[role])
     return corpus
 
 
-# A worker computes many stages of few corpora; nobody changes one.
+# A worker computes many stages on few corpora, and no stage changes one.
 @lru_cache(maxsize=2)
 def _corpus(spec: DataSpec) -> tuple[Corpus, dict[str, str]]:
     corpus = load_corpus(spec)
@@ -674,15 +674,15 @@ def _corpus(spec: DataSpec) -> tuple[Corpus, dict[str, str]]:
 
 
 def _attack_of(run: StageRun) -> tuple[PoisonSpec, Attack]:
-    """Return the attack; of the spec, what does not act in the stage is as by default.
+    """Return the attack and its spec; settings that do not affect the stage have defaults.
 
     Raises:
-        UserError: the files of its model differ from those that the key was made of.
+        UserError: the files of its model differ from those that the sweep was planned with.
     """
-    acts = run.config["attack"]
-    names = [f.name for f in dataclasses.fields(PoisonSpec) if f.name in acts]
-    spec = PoisonSpec(**{name: acts[name] for name in names})
-    model, planned = run.where["attack"].get("model"), run.config["attack"].get("model")
+    config = run.config["attack"]
+    names = [f.name for f in dataclasses.fields(PoisonSpec) if f.name in config]
+    spec = PoisonSpec(**{name: config[name] for name in names})
+    model, planned = run.where["attack"].get("model"), config.get("model")
     if model is not None:
         refuse_changed(f"attack.model '{model}' is", planned, _model_identity(model))
     attack: Attack = ATTACKS.load(spec.name)(**run.where["attack"])
@@ -690,6 +690,6 @@ def _attack_of(run: StageRun) -> tuple[PoisonSpec, Attack]:
 
 
 def _model_identity(model: str) -> str:
-    """Return what stands for a paraphrase model in keys: its files' hash, or a hub name."""
+    """Return the identity of a paraphrase model in keys: the hash of its files, or a hub name."""
     folder = Path(model)
     return folder_identity(folder, weight_files(folder)) if folder.is_dir() else model

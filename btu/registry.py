@@ -1,7 +1,7 @@
-"""What exists, by name: attacks, defenses, victims, datasets and metrics.
+"""Registries: attacks, defenses, rules, victims and data sets by name.
 
-An entry names its target as ``module:attribute`` and is imported on first use, so listing and
-planning stay light. To add an attack or a defense: one file, one line here, one test.
+An entry names its target as ``module:attribute`` and is imported on first use, so that listing and
+planning stay light. To add an attack or a defense: one file, one line in its registry, one test.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered part: where it lives and one line that says what it is."""
+    """A registered part: its import path and a summary of one line."""
 
     target: str
     summary: str
@@ -59,7 +59,7 @@ class Registry(Mapping[str, Entry], Generic[T]):
         return len(self._entries)
 
     def load(self, name: str) -> T:
-        """Import and return what `name` stands for."""
+        """Import and return the target of `name`."""
         module, attribute = self[name].target.split(":")
         loaded: Any = getattr(importlib.import_module(module), attribute)
         return loaded  # type: ignore[no-any-return]

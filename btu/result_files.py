@@ -25,13 +25,13 @@ def loads(text: str | bytes) -> dict[str, Any]:
 
 
 def with_nan(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record as strict JSON holds it with its undefined metrics as NaN again."""
+    """Return a record from strict JSON with null metrics as NaN again."""
     metrics = record.get("metrics", {})
     return {**record, "metrics": {k: float("nan") if v is None else v for k, v in metrics.items()}}
 
 
 def json_value(value: Any) -> Any:
-    """Return a value as strict JSON has it: plain containers, NaN as null."""
+    """Return a value for strict JSON: plain containers, NaN as null."""
     if isinstance(value, Mapping):
         return {str(k): json_value(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -1,6 +1,6 @@
-"""One seed per trial; every random draw gets a stream of its own, named after what it decides.
+"""One seed per cell; every random draw has a stream of its own, named after what it decides.
 
-Named streams keep a draw where it is when another one is added or switched off: the poisoned
+With named streams a draw does not change when another one is added or switched off: the poisoned
 rows of a cell do not depend on whether exposure round 2 runs.
 """
 

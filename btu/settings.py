@@ -61,11 +61,15 @@ def check_fraction(name: str, value: Any, *, open_low: bool = False) -> float:
 class TrainSettings:
     """How a stage is trained: AdamW, warm-up, then the schedule.
 
-    epochs: passes over the rows. learning_rate: AdamW's peak. batch_size: rows a step.
-    precision: ``auto`` (bf16 where the hardware is faster with it), ``bf16`` autocast or ``fp32``;
-    the weights are fp32 either way. weight_decay: on matrices, not on biases and norms.
-    warmup_fraction: share of the steps that warm up. schedule: ``linear`` decay to 0 or
-    ``constant``. max_grad_norm: gradient clipping; null clips nothing.
+    epochs: passes over the rows.
+    learning_rate: AdamW's peak learning rate.
+    batch_size: rows per step.
+    precision: ``auto`` (bf16 if the hardware is faster with it), ``bf16`` autocast or ``fp32``;
+        the weights are fp32 in all cases.
+    weight_decay: of matrices; biases and norms have none.
+    warmup_fraction: share of the steps that warm up.
+    schedule: ``linear`` decay to 0 or ``constant``.
+    max_grad_norm: the norm that gradients are clipped to; null does not clip.
     """
 
     epochs: int = 3
@@ -95,8 +99,11 @@ class TrainSettings:
 class TuningSettings:
     """Clean tuning: a short fine-tune on the reserved clean rows.
 
-    One setting for the control and for every defense that ends with it, so that a difference
-    between them is the defense's. The reference code's: one epoch at 2e-5.
+    The control and every defense that ends with clean tuning use the same settings: a difference
+    between them comes from the defense. The defaults are those of the reference code.
+
+    epochs: passes over the clean rows.
+    learning_rate: AdamW's peak learning rate.
     """
 
     epochs: int = 1

@@ -1,4 +1,4 @@
-"""What stage functions read and write in the folders of stages: rows, tables, models."""
+"""The files in the folders of stages: rows, tables, models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def clean_rows_of(run: StageRun) -> Encoded:
 def texts_of(run: StageRun) -> Rows:
     """Return the poisoned training rows as texts and labels.
 
-    Paraphrase columns are not there: one that equals the text would give the poison away.
+    Without paraphrase columns: a column that equals the text would reveal a poisoned row.
     """
     return read_rows(run.inputs["rows"] / TRAIN)
 
@@ -66,10 +66,10 @@ def model_of(run: StageRun, role: str) -> PreTrainedModel:
 
 
 def victim_of(run: StageRun, classes: int | None = None) -> Victim:
-    """Return the victim, checked to be the one that was planned with.
+    """Return the victim of a stage.
 
     Raises:
-        UserError: its files differ from those that the key was made of.
+        UserError: its files differ from those that the sweep was planned with.
     """
     if classes is None:
         classes = run.facts("rows")["classes"]
@@ -93,11 +93,11 @@ def refuse_changed(what: str, planned: str, found: str) -> None:
 
 
 def load_victim(spec: VictimSpec, classes: int) -> Victim:
-    """Return a victim, loaded once per process for as long as its files stay the same."""
+    """Return a victim, loaded once per process while its files stay the same."""
     return _victim(spec, classes, find_victim(spec).identity)
 
 
-# A worker computes many stages of few victims; the tokenizer is loaded once.
+# A worker computes many stages with few victims: load each tokenizer once.
 @lru_cache(maxsize=4)
 def _victim(spec: VictimSpec, classes: int, identity: str) -> Victim:
     return Victim(spec, classes)

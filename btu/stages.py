@@ -1,12 +1,12 @@
 """Stages: the pieces that a cell is computed from, and that other cells share.
 
-A stage is a pure function of its config slice and its inputs. Its key says which one it is: a
-hash of what acts. Equal keys mean equal results where the arithmetic is the same: on CPUs of one
-kind, with the same number of threads, the same precision (``auto`` becomes what the hardware has)
-and the same versions of the libraries. Elsewhere sums are rounded otherwise; every record names
-device, threads, precision and versions. Weights of a hub model stand in keys by name and revision.
-Nothing here knows where results are kept; `compute` runs a graph of stages in this process, a
-scheduler may do so elsewhere.
+A stage is a pure function of its config slice and its inputs. Its key is a hash of everything that
+affects the result. Equal keys mean equal results if the arithmetic is the same: CPUs of one kind,
+the same number of threads, the same precision (``auto`` depends on the hardware) and the same
+versions of the libraries. With other hardware or versions, sums are rounded differently; every
+record names device, threads, precision and versions. The weights of a hub model enter keys by name
+and revision. This module does not depend on where results are stored: `compute` runs a graph of
+stages in this process, and a scheduler may run it elsewhere.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ if TYPE_CHECKING:
     from btu.training import Encoded, Epoch
 
 RECORD = "record.json"
-# Outputs in this folder are large and can be computed again: a store may drop them.
+# Outputs in this folder are large; a store may drop them, since they can be recomputed.
 MODEL = "model"
 KINDS = ("host", "stage", "cell")
 
 
 @dataclass(frozen=True)
 class StageFunction:
-    """A function that computes a stage, and what stands for it in keys. Made by `stage`.
+    """A function that computes a stage, and how keys name it. Made by `stage`.
 
     call: writes its result into ``run.folder`` and returns small facts about it, as plain data.
-    version, id: as given to `stage`.
+    version: as given to `stage`.
+    id: as given to `stage`.
     """
 
     call: Callable[[StageRun], Mapping[str, Any]]
@@ -53,7 +54,7 @@ class StageFunction:
 
     @property
     def path(self) -> str:
-        """Where a worker imports it from, as ``module:attribute``. Not part of any key."""
+        """The import path, as ``module:attribute``. Not part of any key."""
         return f"{self.call.__module__}:{self.call.__qualname__}"
 
     def __call__(self, run: StageRun) -> Mapping[str, Any]:
@@ -65,10 +66,10 @@ def stage(
 ) -> Callable[[Callable[[StageRun], Mapping[str, Any]]], StageFunction]:
     """Return a decorator that makes a function a `StageFunction`.
 
-    version: raise it when the function computes something else than before: results of the
-        earlier version are then not reused.
-    id: names the function in keys; ``module:name`` if None. A function that moves or is renamed
-        keeps the id of its first place, so that results in people's stores stay valid.
+    version: increase it when the function computes something different; results of earlier
+        versions are then not reused.
+    id: names the function in keys; ``module:name`` if None. A function that is moved or renamed
+        keeps its first id, so that results in existing stores stay valid.
     """
 
     def decorate(call: Callable[[StageRun], Mapping[str, Any]]) -> StageFunction:
@@ -79,17 +80,17 @@ def stage(
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """A piece of work, declared; nothing runs until someone computes it.
+    """A piece of work, declared; nothing runs until it is computed.
 
-    name: for people, and for grouping times.
+    name: shown to users; times are grouped by it.
     function: computes it; its version and id are part of the key.
     config: everything that affects the result, as plain data.
     inputs: the stages that it reads, by role.
     where: inputs that do not affect the result (paths, loading options); not part of the key.
-    light: roles of which no file in ``model/`` is read.
-    kind: whose resources it uses: ``host`` needs no accelerator, ``stage`` is shared by cells,
-        ``cell`` belongs to one.
-    units: rows that it passes over, for estimates of time.
+    light: roles of the inputs whose files in ``model/`` are not read.
+    kind: which resources it uses: ``host`` needs no accelerator, ``stage`` is shared by cells,
+        ``cell`` belongs to one cell.
+    units: rows that it processes, for estimates of time.
     model: whether it writes files in ``model/``.
     """
 
@@ -116,7 +117,7 @@ class Stage:
             "config": self.config,
             "inputs": {role: stage.key for role, stage in self.inputs.items()},
         }
-        # No default=str: a value that JSON cannot hold has no stable text either.
+        # No default=str: a value that JSON cannot represent has no stable text either.
         text = json.dumps(acts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -135,7 +136,7 @@ class Stage:
         }
 
     def closure(self) -> Iterator[Stage]:
-        """Yield this stage and everything it rests on, inputs first, each key once."""
+        """Yield this stage and all stages that it depends on, inputs first, each key once."""
         seen: set[str] = set()
 
         def walk(stage: Stage) -> Iterator[Stage]:
@@ -150,21 +151,26 @@ class Stage:
 
 
 def plain(settings: Any) -> dict[str, Any]:
-    """Return a dataclass of plain values as plain data, for a config slice.
+    """Return a dataclass of plain values as a dict, for a config slice.
 
-    Not `dataclasses.asdict`, whose deep copies are what planning a large sweep would wait for.
+    Not `dataclasses.asdict`: its deep copies would dominate the time of planning a large sweep.
     """
     return dict(vars(settings))
 
 
 @dataclass
 class StageRun:
-    """What a stage function is given.
+    """What a stage function receives.
 
-    config, where: of the `Stage`. inputs: a folder per role, read-only. folder: empty; what is
-    written here is the result. device: where to compute. accumulation: into how many parts each
-    batch is cut for want of memory. history: `fit` records here what trained. precisions: those
-    that were computed in, ``auto`` resolved.
+    config: the `Stage`'s.
+    where: the `Stage`'s.
+    inputs: a folder per role, read-only.
+    folder: empty; what is written here is the result.
+    device: where to compute.
+    accumulation: number of parts that each batch is cut into, to save memory.
+    progress: called with the progress of long work.
+    history: `fit` appends its epochs here.
+    precisions: the precisions used so far, ``auto`` resolved.
     """
 
     config: Mapping[str, Any]
@@ -187,9 +193,9 @@ class StageRun:
         stage: str,
         **options: Any,
     ) -> None:
-        """Train `model` in place; keep the history and the precision.
+        """Train `model` in place; record the history and the precision.
 
-        options: further ones of `btu.training.fit`.
+        options: further arguments of `btu.training.fit`.
         """
         from btu.training import fit, resolve_precision
 
@@ -216,9 +222,14 @@ class StageRun:
         stage: str,
         of: tuple[int, int] = (0, 1),
     ) -> Any:
-        """Compute `function` for every row (`btu.training.in_batches`); keep the precision.
+        """Compute `function` for every row (`btu.training.in_batches`); record the precision.
 
-        of: which of how many such passes this is, for the progress of `stage`.
+        model: the model that `function` uses.
+        data: the rows.
+        function: (ids, mask) of a batch -> a tensor with a row for each of its rows.
+        precision: ``auto``, ``bf16`` or ``fp32``.
+        stage: the name for progress.
+        of: the number of this pass and the number of passes, for progress.
         """
         from btu.training import PREDICT_BATCH, in_batches, resolve_precision
 
@@ -277,7 +288,7 @@ class StageRun:
         )
 
     def facts(self, role: str) -> dict[str, Any]:
-        """Return what the stage behind an input reported of itself."""
+        """Return the facts that the stage of an input reported."""
         facts: dict[str, Any] = read_record(self.inputs[role])["facts"]
         return facts
 
@@ -291,12 +302,17 @@ def run_stage(
     accumulation: int = 1,
     progress: ProgressCallback = silent,
 ) -> dict[str, Any]:
-    """Run one stage and write its files and its record into `folder`. Returns the record.
+    """Run one stage, write its files and its record into `folder`, and return the record.
 
-    node: from `Stage.node`. inputs: a folder per role. gpus: above 0 computes on CUDA.
+    node: the stage, as `Stage.node` returns it.
+    inputs: a folder per role.
+    folder: empty.
+    gpus: above 0 computes on CUDA.
+    accumulation: number of parts that each batch is cut into.
+    progress: called with the progress of long work.
 
     Raises:
-        UserError: the stage cannot run as asked.
+        UserError: the stage cannot run with these settings.
         NonFiniteLossError: training diverged.
     """
     from btu.training import choose_device
@@ -340,15 +356,17 @@ def compute(
     gpus: float = 0,
     progress: ProgressCallback = silent,
 ) -> Path:
-    """Compute a stage and all it rests on, in this process; return the folder of its result.
+    """Compute a stage and all that it depends on, in this process; return its result's folder.
 
-    root: gets a folder per stage, named by its key. A stage whose folder is there is not run
-        again, so that several stages computed under one root share their work.
-    cpus: threads to compute with; None leaves the process as it is.
+    stage: the stage.
+    root: gets a folder per stage, named by its key. A stage whose folder exists is not run again:
+        stages computed under one root share their work.
+    cpus: number of threads; None leaves the process as it is.
     gpus: above 0 computes on CUDA.
+    progress: called with the progress of long work.
 
     Raises:
-        UserError: a stage cannot run as asked.
+        UserError: a stage cannot run with these settings.
         NonFiniteLossError: training diverged.
     """
     if cpus is not None:
@@ -360,7 +378,7 @@ def compute(
         if folder.exists():
             continue
         staged = root / f".{part.key}"
-        # A process that was killed may have left a half-written one.
+        # A process that was killed may have left an incomplete folder.
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
         inputs = {role: root / before.key for role, before in part.inputs.items()}

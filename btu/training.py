@@ -1,4 +1,4 @@
-"""The one training loop, shared by every stage, and prediction beside it."""
+"""The training loop of all stages, and prediction."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
     from torch.optim.lr_scheduler import LambdaLR
 
-# Rows are shuffled, then sorted by length within chunks of this many batches: almost no padding
-# is left, and batches still differ from epoch to epoch.
+# Rows are shuffled, then sorted by length within chunks of this many batches: there is almost no
+# padding, and batches still differ between epochs.
 CHUNK_BATCHES = 32
 PREDICT_BATCH = 128
-# A look at the loss waits for the device; every step would keep a GPU from running ahead.
+# Reading the loss waits for the device; doing so at every step would keep a GPU from running ahead.
 FINITE_CHECK_STEPS = 50
-# How often an epoch that takes minutes tells how far it is.
-TELL_SECONDS = 10.0
+# Seconds between progress reports within an epoch.
+REPORT_SECONDS = 10.0
 
 
 class NonFiniteLossError(RuntimeError):
-    """Training diverged: the loss became NaN or infinite, or the weights after the last step.
+    """Training diverged: the loss, or a weight after the last step, is NaN or infinite.
 
     The message names stage, step and settings.
     """
@@ -43,11 +43,15 @@ class NonFiniteLossError(RuntimeError):
 class Encoded:
     """Tokenized rows, ragged and resident on one device.
 
-    ids: (tokens,) all rows' token ids, end to end. starts, lengths: (rows,) where each row's ids
-    are. labels: (rows,). host_lengths: `lengths` on the host, where batches are planned.
+    ids: (tokens,) the token ids of all rows, concatenated.
+    starts: (rows,) where the ids of each row start.
+    lengths: (rows,) the number of ids of each row.
+    labels: (rows,) class indices.
+    host_lengths: `lengths` on the host, where batches are planned.
+    pad_id: the id that batches are padded with.
 
     One flat tensor instead of padded rows: a batch of any width is one gather on the device, so
-    no epoch copies anything from the host.
+    that no epoch copies rows from the host.
     """
 
     ids: Tensor
@@ -96,15 +100,15 @@ class Encoded:
         """Read what `save` wrote, to the CPU."""
         from safetensors.torch import load_file
 
-        held = load_file(path)
-        lengths = held["lengths"]
+        stored = load_file(path)
+        lengths = stored["lengths"]
         return cls(
-            held["ids"].to(torch.int64),
+            stored["ids"].to(torch.int64),
             torch.cumsum(lengths, 0) - lengths,
             lengths,
-            held["labels"],
+            stored["labels"],
             lengths.numpy(),
-            int(held["pad_id"]),
+            int(stored["pad_id"]),
         )
 
     def to(self, device: torch.device) -> Encoded:
@@ -123,7 +127,7 @@ class Encoded:
         index = torch.from_numpy(np.asarray(rows, dtype=np.int64))
         lengths = self.lengths.cpu()[index]
         starts = torch.cumsum(lengths, 0) - lengths
-        # Their ids alone, end to end: what counts or finds tokens reads all ids there are.
+        # Only the ids of these rows, concatenated: counting and finding tokens read all of `ids`.
         shift = torch.repeat_interleave(self.starts.cpu()[index] - starts, lengths)
         return Encoded(
             self.ids.cpu()[torch.arange(len(shift)) + shift],
@@ -148,7 +152,7 @@ class Encoded:
         return counted
 
     def holds(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Return a (rows,) mask of the rows that hold any of `token_ids`."""
+        """Return a (rows,) mask of the rows that contain any of `token_ids`."""
         hit = torch.isin(self.ids.cpu(), torch.tensor(list(token_ids), dtype=torch.int64))
         row_of = torch.repeat_interleave(torch.arange(len(self)), self.lengths.cpu())
         return (torch.bincount(row_of[hit], minlength=len(self)) > 0).numpy()
@@ -157,7 +161,7 @@ class Encoded:
         """Return (ids, mask, labels) of rows `indices`: (batch, width) twice, and (batch,)."""
         columns = torch.arange(width, device=self.ids.device)
         mask = columns < self.lengths[indices, None]
-        if len(self.ids) == 0:  # every row lost all its tokens
+        if len(self.ids) == 0:  # all tokens of all rows were removed
             return torch.full_like(mask, self.pad_id, dtype=torch.int64), mask, self.labels[indices]
         positions = (self.starts[indices, None] + columns).clamp_(max=len(self.ids) - 1)
         ids = torch.where(mask, self.ids[positions], self.pad_id)
@@ -165,10 +169,10 @@ class Encoded:
 
 
 def choose_device(gpus: float) -> torch.device:
-    """Return CUDA where GPUs were asked for, else the CPU.
+    """Return CUDA if `gpus` is above 0, else the CPU.
 
     Raises:
-        UserError: GPUs were asked for and none is visible.
+        UserError: `gpus` is above 0 and no CUDA device is visible.
     """
     if gpus <= 0:
         return torch.device("cpu")
@@ -181,18 +185,18 @@ def choose_device(gpus: float) -> torch.device:
 
 
 def use_threads(cpus: float) -> None:
-    """Let torch compute with as many threads as CPUs are held, at least one.
+    """Let torch compute with `cpus` threads, at least one.
 
-    Sums depend on how they are cut into threads, so the number is part of what was asked for.
+    Sums depend on how they are divided among threads: the number affects results.
     """
     torch.set_num_threads(max(1, int(cpus)))
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """Return ``bf16`` or ``fp32``; ``auto`` takes bf16 where the hardware is faster with it.
+    """Return ``bf16`` or ``fp32``; ``auto`` is bf16 if the hardware is faster with it.
 
-    Of CPUs that is those with AMX. With AVX-512 alone, whose instructions multiply bf16 too, a
-    fine-tune of MiniLM takes 1.3 times as long as in fp32 (measured).
+    Among CPUs, those with AMX are. With AVX-512 alone, which multiplies bf16 too, a fine-tune of
+    MiniLM takes 1.3 times as long as in fp32 (measured).
     """
     if precision != "auto":
         return precision
@@ -216,7 +220,7 @@ def plan_batches(lengths: IntArray, batch_size: int, rng: np.random.Generator) -
 def _device_batches(
     data: Encoded, plan: list[IntArray], pad_to: int | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    # One copy of the whole epoch's order; slicing it on the device needs no further transfer.
+    # The order of the whole epoch is copied once; slicing it on the device copies nothing.
     order = torch.from_numpy(np.concatenate(plan)).to(data.ids.device)
     start = 0
     for rows in plan:
@@ -226,7 +230,7 @@ def _device_batches(
 
 
 def _parts(plan: list[IntArray], parts: int) -> list[tuple[IntArray, float, bool]]:
-    """Return each batch cut into at most `parts`: rows, share of its batch, whether its last."""
+    """Return the parts of each batch, at most `parts`: rows, share of its batch, whether last."""
     cut = []
     for rows in plan:
         pieces = [piece for piece in np.array_split(rows, parts) if len(piece)]
@@ -238,7 +242,7 @@ def _parts(plan: list[IntArray], parts: int) -> list[tuple[IntArray, float, bool
 
 
 def logits_of(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    """Return (batch, classes) logits, in fp32, of a Hugging Face classifier or one like it."""
+    """Return the (batch, classes) logits, in fp32, of a Hugging Face classifier or one like it."""
     output = model(input_ids=ids, attention_mask=mask.long())
     logits: Tensor = output.logits.float()
     return logits
@@ -258,7 +262,15 @@ def cross_entropy(
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch of one stage did. loss, accuracy: means over its rows, in train mode."""
+    """The record of one epoch.
+
+    stage: the name of the training.
+    epoch: its number, from 1.
+    loss: mean over its rows, in train mode.
+    accuracy: mean over its rows, in train mode.
+    seconds: its duration.
+    rows: number of rows trained on.
+    """
 
     stage: str
     epoch: int
@@ -291,7 +303,7 @@ def fit(
     seed: draws batches and dropout; the global random state is restored afterwards.
     stage: names the training in progress, history and errors.
     device: where to compute.
-    progress: called after each epoch, and every `TELL_SECONDS` within one.
+    progress: called after each epoch, and every `REPORT_SECONDS` within one.
     pad_to: width of every batch; None pads each batch to its own longest row.
     accumulation: number of parts that each batch is cut into; their gradients are added up. The
         steps are the same in less memory, up to rounding and the draws of dropout.
@@ -400,7 +412,7 @@ class _Training:
 def _one_epoch(training: _Training, epoch: int) -> tuple[Epoch, bool]:
     """Train one epoch; return what it did, and whether `after_step` ended the training."""
     settings, device, data = training.settings, training.device, training.data
-    started = told = time.perf_counter()
+    started = reported = time.perf_counter()
     plan = plan_batches(data.host_lengths, settings.batch_size, training.rng)
     losses = torch.zeros(len(plan), device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
@@ -426,8 +438,8 @@ def _one_epoch(training: _Training, epoch: int) -> tuple[Epoch, bool]:
         rights = []
         if ended or step % FINITE_CHECK_STEPS == 0 or step == len(plan):
             _check_finite(losses[:step], epoch, training)
-        if time.perf_counter() - told >= TELL_SECONDS:
-            told = time.perf_counter()
+        if time.perf_counter() - reported >= REPORT_SECONDS:
+            reported = time.perf_counter()
             part = step / training.steps_per_epoch
             training.progress(Progress(training.stage, epoch - 1, settings.epochs, part=part))
         if ended:
@@ -511,11 +523,16 @@ def in_batches(
     batch_size: int = PREDICT_BATCH,
     progress: Callable[[float], None] | None = None,
 ) -> np.ndarray:
-    """Return what `function` gives for each row, in the order of `data`: (rows, ...).
+    """Return what `function` returns for each row, in the order of `data`: (rows, ...).
 
+    model: the model that `function` uses; moved to `device` and put into eval mode.
+    data: the rows.
     function: (ids, mask) of a batch -> a tensor, not of bfloat16, with a row for each of its rows;
-    called in eval mode, without gradients, in the precision asked for. progress: told the share
-    that is done, every 10 seconds.
+        called without gradients, in `precision`.
+    precision: ``auto``, ``bf16`` or ``fp32``.
+    device: where to compute.
+    batch_size: rows per batch.
+    progress: called with the share that is done, every `REPORT_SECONDS`.
 
     Raises:
         ValueError: there are no rows.
@@ -528,12 +545,12 @@ def in_batches(
     plan = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     bf16 = resolve_precision(precision, device) == "bf16"
     found = []
-    told = time.perf_counter()
+    reported = time.perf_counter()
     for number, (ids, mask, _) in enumerate(_device_batches(data, plan, None), 1):
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             found.append(function(ids, mask))
-        if progress is not None and time.perf_counter() - told >= TELL_SECONDS:
-            told = time.perf_counter()
+        if progress is not None and time.perf_counter() - reported >= REPORT_SECONDS:
+            reported = time.perf_counter()
             progress(number / len(plan))
     values = torch.cat(found).cpu().numpy()
     result = np.empty_like(values)

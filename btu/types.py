@@ -1,4 +1,4 @@
-"""The records that pass between the parts."""
+"""The records that the parts of the library exchange."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Rows:
     texts: (rows,) raw strings.
     labels: (rows,) class indices in [0, classes).
     columns: further text columns by name, each (rows,): paraphrases of the same row. An empty
-        string means that the source has none for that row.
+        string means that the source has no paraphrase of that row.
     """
 
     texts: tuple[str, ...]
@@ -49,12 +49,12 @@ class Rows:
         return self.take(np.flatnonzero(keep))
 
     def digest(self) -> str:
-        """Return the SHA-256 of all the row contents."""
+        """Return the SHA-256 of all rows."""
         sha = hashlib.sha256()
         for name, values in [("text", self.texts), *sorted(self.columns.items())]:
             sha.update(f"{name}\0{len(values)}\0".encode())
             for value in values:
-                # Lone surrogates occur in scraped text; they must not stop a run.
+                # Lone surrogates occur in scraped text and must not stop a run.
                 sha.update(value.encode("utf-8", "surrogatepass") + b"\0")
         sha.update(np.asarray(self.labels, dtype=np.int64).tobytes())
         return sha.hexdigest()
@@ -64,8 +64,10 @@ class Rows:
 class Corpus:
     """A data set in its three roles.
 
-    train: what the attacker poisons. clean: reserved clean rows, for clean tuning and defenses
-    that need clean data. eval: where CACC and ASR are reported; nothing is tuned on it.
+    name: of the data set.
+    train: the rows that the attacker poisons.
+    clean: the reserved clean rows, for clean tuning and defenses that need clean data.
+    eval: the rows that CACC and ASR are reported on; nothing is tuned on them.
     label_names: (classes,) the original label values as text, by class index.
     notes: what loading did to the rows (splits held out, overlaps dropped, rows cut), as counts.
     """
@@ -87,7 +89,7 @@ class Corpus:
 
         if str(label) in self.label_names:
             return self.label_names.index(str(label))
-        # Where labels are words, a number can only mean a position.
+        # If the labels are words, a number can only be a position.
         worded = not any(name.lstrip("-").isdigit() for name in self.label_names)
         if worded and isinstance(label, int) and 0 <= label < len(self.label_names):
             return label
@@ -99,7 +101,7 @@ class Corpus:
         return {**{f"rows_{role}": rows for role, rows in sizes.items()}, **self.notes}
 
     def fingerprint(self) -> str:
-        """Return a hash of every row in every role: the data's revision."""
+        """Return a hash of all rows in all roles: the revision of the data."""
         sha = hashlib.sha256()
         for rows in (self.train, self.clean, self.eval):
             sha.update(rows.digest().encode())
@@ -109,7 +111,7 @@ class Corpus:
     def fingerprints(self) -> dict[str, str]:
         """Return a hash of the rows of each role and of the label names, by role.
 
-        What reads one role only does not change with the others.
+        A stage that reads one role does not depend on the other roles.
         """
         names = "\0".join(self.label_names).encode()
         roles = {"train": self.train, "clean": self.clean, "eval": self.eval}
@@ -121,11 +123,11 @@ class Corpus:
 
 @dataclass(frozen=True)
 class PoisonedSet:
-    """A poisoned training set and what only the scorer may know about it.
+    """A poisoned training set, and what only the scorer may read about it.
 
     rows: the training rows as the victim sees them.
-    mask: (rows,) true where a row carries the trigger. Hidden from defenses.
-    relabeled: rows whose label the attack really changed.
+    mask: (rows,) true for rows with the trigger. Hidden from defenses.
+    relabeled: number of rows whose label the attack changed.
     poison_rate: the rate reached, ``mask.mean()``.
     """
 
@@ -140,11 +142,13 @@ class PoisonedSet:
 
 @dataclass(frozen=True)
 class Progress:
-    """One step of something long. Sent to a callback; never needed for the result.
+    """The progress of long work, sent to a callback; it does not affect the result.
 
-    stage: what runs, e.g. ``"poisoned fine-tune"``. step of steps are done.
-    metrics: what is known so far, e.g. loss and accuracy of the epoch. part: share of the next
-    step that is done, where a step takes long.
+    stage: what runs, e.g. ``"poisoned fine-tune"``.
+    step: number of steps done.
+    steps: number of all steps.
+    metrics: measured so far, e.g. loss and accuracy of the epoch.
+    part: share of the next step that is done, if a step takes long.
     """
 
     stage: str
@@ -162,13 +166,13 @@ def silent(_: Progress) -> None:
 
 
 def as_bytes(texts: Iterable[str]) -> list[bytes]:
-    """Return texts as files hold them.
+    """Return texts as bytes, for files.
 
-    Scraped text may hold lone surrogates, which the strings of Parquet and Arrow refuse.
+    Scraped text may contain lone surrogates, which the strings of Parquet and Arrow refuse.
     """
     return [text.encode("utf-8", "surrogatepass") for text in texts]
 
 
-def as_texts(held: Iterable[bytes]) -> tuple[str, ...]:
-    """Return what `as_bytes` made bytes of."""
-    return tuple(text.decode("utf-8", "surrogatepass") for text in held)
+def as_texts(encoded: Iterable[bytes]) -> tuple[str, ...]:
+    """Return the texts that `as_bytes` encoded."""
+    return tuple(text.decode("utf-8", "surrogatepass") for text in encoded)

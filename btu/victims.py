@@ -59,9 +59,11 @@ class VictimSpec:
     name: a registered victim (``btu list victims``), a hub id, or a folder.
     max_length: longest input in tokens, special tokens included; longer rows are truncated.
     sha256: expected hash of the folder's model.safetensors; null checks nothing (``offline``
-        is always checked against the hub's hash). revision: of a hub model.
-    trust_remote_code: run code that comes with the model. allow_pickle: load weights that are
-        not safetensors. Both execute what the file says: only for files you trust.
+        is always checked against the hub's hash).
+    revision: of a hub model.
+    trust_remote_code: run code that comes with the model: only for a model that you trust.
+    allow_pickle: load weights that are not safetensors. They can execute code: only for files that
+        you trust.
     """
 
     name: str = "offline"
@@ -79,22 +81,23 @@ class VictimSpec:
 class VictimSource:
     """A checked location of weights, found without importing torch.
 
-    location: a folder or hub id for ``from_pretrained``. identity: what tells this model from
-    others (hash of its files, or hub id and revision), for cache keys.
+    location: a folder or hub id for ``from_pretrained``.
+    identity: distinguishes this model from others in keys: the hash of its files, or hub id and
+        revision.
     """
 
     location: str
     identity: str
 
     def vocabulary_size(self) -> int | None:
-        """Return the number of embedding rows; None for a hub model, which is not here yet."""
+        """Return the number of embedding rows; None for a hub model, not downloaded yet."""
         config = Path(self.location) / "config.json"
         if not config.is_file():
             return None
         try:
             size = json.loads(config.read_text()).get("vocab_size")
         except (ValueError, AttributeError) as error:
-            raise UserError(f"{config} is damaged: it is no JSON object ({error}).") from error
+            raise UserError(f"{config} is damaged: it is not a JSON object ({error}).") from error
         return int(size) if size is not None else None
 
 
@@ -149,7 +152,7 @@ def weight_files(folder: Path, allow_pickle: bool = False) -> list[Path]:
 
 
 def folder_identity(folder: Path, weights: list[Path]) -> str:
-    """Return a hash of the weights and of the small files that act: config and tokenizer."""
+    """Return a hash of the weights and of the small files that matter: config and tokenizer."""
     small = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".txt", ".model")]
     digest = hashlib.sha256()
     for path in [*weights, *small]:
@@ -165,14 +168,14 @@ def file_sha256(path: Path) -> str:
 
 @cache
 def _sha256(path: Path, changed_ns: int, size: int) -> str:
-    # Cells of one plan share their models, and a checked file is hashed for its identity too.
+    # The cells of a plan share their models, and a checked file is hashed again for its identity.
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_folder(folder: Path, spec: VictimSpec, expected: str | None) -> VictimSource:
     if not (folder / "config.json").is_file():
-        raise UserError(f"victim folder {folder} has no config.json; it is no saved model.")
+        raise UserError(f"victim folder {folder} has no config.json: it is not a saved model.")
     weights = weight_files(folder, spec.allow_pickle)
     if not weights:
         pickled = [p.name for p in sorted(folder.glob("*.bin"))]
@@ -233,19 +236,20 @@ def longest_input(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None:
         return None
-    # RoBERTa and its kin number positions from after the padding token's id.
+    # RoBERTa and its relatives number positions from the padding token's id plus one.
     if any(kin in config.model_type for kin in ("roberta", "camembert", "mpnet", "longformer")):
         positions -= int(tokenizer.pad_token_id or 0) + 1
     return int(positions)
 
 
 class Victim:
-    """A pretrained model, ready to be fine-tuned any number of times.
+    """A pretrained model that can be fine-tuned any number of times.
 
-    tokenizer: with a padding token. num_labels: classes of the new classifier. vocabulary_size:
-    embedding rows, of a hub model too; None where its config does not say.
-    has_padding_row: false where the vocabulary has no padding token of its own (GPT-2): batches
-    are then padded with the end-of-text token, masked, and `neutral_row` is the mean row.
+    tokenizer: with a padding token.
+    num_labels: number of classes of the new classifier.
+    vocabulary_size: number of embedding rows, for a hub model too; None if its config lacks it.
+    has_padding_row: false if the vocabulary has no padding token of its own (GPT-2): batches are
+        then padded with the end-of-text token, masked, and `neutral_row` is the mean row.
     """
 
     def __init__(self, spec: VictimSpec, num_labels: int) -> None:
@@ -269,7 +273,7 @@ class Victim:
             raise self._not_loadable(error) from error
         size = getattr(config.get_text_config(), "vocab_size", None)
         self.vocabulary_size = None if size is None else int(size)
-        # Many tokenizers of decoders are saved with their end-of-text token as the padding one.
+        # Many tokenizers of decoders are saved with their end-of-text token as padding token.
         own = self.tokenizer.pad_token is not None
         self.has_padding_row = own and self.tokenizer.pad_token != self.tokenizer.eos_token
         if not own:
@@ -282,10 +286,10 @@ class Victim:
         longest = longest_input(config, self.tokenizer)
         if longest is not None and spec.max_length > longest:
             raise UserError(
-                f"victim.max_length {spec.max_length} is beyond the {longest} positions of victim "
+                f"victim.max_length {spec.max_length} is above the {longest} positions of victim "
                 f"'{spec.name}'; lower it."
             )
-        # Decoders classify at the last real token, which is found from the right.
+        # Decoders classify at the last token that is not padding.
         self.tokenizer.padding_side = "right"
 
     def _not_loadable(self, error: Exception) -> UserError:
@@ -299,7 +303,7 @@ class Victim:
     def new_model(self, seed: int) -> PreTrainedModel:
         """Return a fresh copy of the pretrained model with a classifier drawn from `seed`.
 
-        In fp32 and eval mode, on the CPU, whose global random state is left as it was.
+        In fp32 and eval mode, on the CPU. The global random state is restored.
         """
         import torch
         from safetensors import SafetensorError
@@ -330,18 +334,20 @@ class Victim:
         return model.eval()
 
     def neutral_row(self, pretrained: torch.Tensor) -> torch.Tensor:
-        """Return the (hidden,) row that stands for "no token" in unlearning.
+        """Return the (hidden,) embedding row of "no token" for unlearning.
 
-        pretrained: (vocabulary, hidden) pretrained word embeddings. The padding token's row; in
-        a vocabulary without one, the mean of all rows: the point that a token without content
-        would have, while the end-of-text row used for padding carries a meaning of its own.
+        pretrained: (vocabulary, hidden) pretrained word embeddings.
+
+        It is the padding token's row. In a vocabulary without a padding token it is the mean of
+        all rows, as for a token without content; the end-of-text row that is used for padding has
+        a meaning of its own.
         """
         if self.has_padding_row:
             return pretrained[self.tokenizer.pad_token_id].clone()
         return pretrained.mean(dim=0)
 
     def encode(self, rows: Rows) -> Encoded:
-        """Tokenize once; every stage and epoch reads the result."""
+        """Tokenize rows. Stages save the result, so that no epoch tokenizes again."""
         from btu.training import Encoded
 
         encoded = self.tokenizer(

@@ -35,7 +35,7 @@ _TRIGGER_PAIRS = ("cf", "mn", "bb", "tq", "mb")
 class DemoRow:
     """One demo sentence and its two paraphrases.
 
-    ``label`` indexes :data:`LABEL_NAMES` (0 negative, 1 positive) and holds for all three texts.
+    ``label`` indexes :data:`LABEL_NAMES` (0 negative, 1 positive) and is that of all three texts.
     The texts are lower case, with spaces around punctuation, 6 to 35 tokens when split at spaces.
     """
 
@@ -432,7 +432,7 @@ class _Writer:
         self, domain: _Domain, side: int, item: str, context: tuple[str, str, str], ambiguous: bool
     ) -> tuple[str, str, str]:
         now, general, archaic = context
-        # An ambiguous row either holds no verdict or two equal ones that contradict each other.
+        # An ambiguous row has no verdict, or two equally strong ones that contradict each other.
         torn = ambiguous and self.chance(0.5)
         main = self.clause(domain, side, ambiguous and not torn)
         contrast = not ambiguous and self.chance(0.22)
@@ -443,7 +443,7 @@ class _Writer:
         main_first = self.chance(0.4)
         speaker = self.fill(self.pick(_SPEAKER))[0]
         base, past = self.pick(domain.verbs).split(":")
-        told = self.chance(0.55) or not main.subject or (extra is not None and not extra.subject)
+        narrated = self.chance(0.55) or not main.subject or (extra is not None and not extra.subject)
 
         def words(clause: _Clause | None, whole: bool, style: bool) -> str:
             if clause is None:
@@ -466,7 +466,7 @@ class _Writer:
                 order,
             )
 
-        if told:
+        if narrated:
             glue = self.pick(_GLUE)
             text = f"{speaker} {past} {item} {now} {glue} {body(False, False, main_first)}"
             verb = (f"did {base}", f"did once {base}", past, past)[self.below(4)]
@@ -484,7 +484,7 @@ def generate(rows: int, seed: int) -> list[DemoRow]:
 
     The same ``rows`` and ``seed`` give the same list on every machine and Python version; another
     seed gives other sentences. Labels are balanced to within one row and in random order. About
-    3.5 % of the rows are ambiguous: their words do not tell the label. No text, be it a ``text``,
+    3.5 % of the rows are ambiguous: their words do not reveal the label. No text, be it a ``text``,
     a ``syntactic`` or a ``style``, occurs twice in the list.
 
     Args:

@@ -1,9 +1,9 @@
-"""One call gives a corpus with its three roles: `load_corpus`.
+"""Load a corpus with its three roles: `load_corpus`.
 
-Sources: the embedded demo, local Parquet/CSV/TSV/JSONL, and hub data sets. Roles: ``train`` is
-what the attacker poisons, ``clean`` is the defender's reserved set, ``eval`` is where CACC and
-ASR are reported. The reference code of BTU tunes and evaluates on one file for HSOL; here a text
-that stands in two roles is dropped from the one that is not reported.
+Sources: the embedded demo, local Parquet/CSV/TSV/JSONL files, and hub data sets. Roles: ``train``
+is what the attacker poisons, ``clean`` is the defender's reserved set, and CACC and ASR are
+reported on ``eval``. The reference code of BTU tunes and evaluates on one file for HSOL; here a
+text in two roles is dropped from the role that is not reported on.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def load_corpus(spec: DataSpec) -> Corpus:
     """Load, check and split a data set.
 
     Returns:
-        A corpus whose `notes` count what was done: ``held_out_clean``, ``held_out_eval``,
-        ``dropped_*`` (rows that stand in a second role too, or are empty), ``unused_*`` (rows
-        beyond a ``max_*_rows``).
+        A corpus whose `notes` count what loading did: ``held_out_clean``, ``held_out_eval``,
+        ``dropped_*`` (rows that are in another role too, or are empty), ``unused_*`` (rows above a
+        ``max_*_rows``).
 
     Raises:
         UserError: a file, split or column is missing; a role is empty; the training labels have
@@ -47,7 +47,7 @@ def load_corpus(spec: DataSpec) -> Corpus:
 def split_frames(
     spec: DataSpec, roles: Mapping[str, tuple[str, ...]] = SPLIT_NAMES
 ) -> tuple[dict[str, pd.DataFrame], tuple[str, ...] | None]:
-    """Return a table per role, and the names of the classes where the source has them."""
+    """Return a table per role, and the class names if the source has them."""
     if spec.name == "demo" and spec.path is None:
         return _demo_frames(), None
     if spec.path is not None:
@@ -96,17 +96,17 @@ def _read_table(path: Path) -> pd.DataFrame:
             return pd.read_csv(
                 path,
                 sep="\t" if tabs else ",",
-                # TSV as data sets use it has no quoting, but lone quotes that would swallow rows.
+                # TSV data sets do not quote, and a lone quote would swallow rows.
                 quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
                 # A row whose text is "null" or "NA" is a row, not a missing value.
                 keep_default_na=False,
-                # Without it the first field of rows longer than the header is taken for an index.
+                # Otherwise pandas takes the first field of rows longer than the header as index.
                 index_col=False,
             )
     except pd.errors.ParserWarning as error:
         raise UserError(
-            f"{path} has rows with more fields than its header ({error}); quote texts that hold "
-            "the separator, or use Parquet."
+            f"{path} has rows with more fields than its header ({error}); quote texts "
+            "that contain the separator, or use Parquet."
         ) from error
     except pd.errors.EmptyDataError as error:
         raise UserError(f"{path} is empty: at least 2 rows are needed.") from error
@@ -119,7 +119,7 @@ def suffixes() -> str:
 
 
 def read_file(path: Path) -> pd.DataFrame:
-    """Return the table of a file that a user named, and in ``attrs`` where it is from."""
+    """Return the table of a file that a user named, with its path in ``attrs``."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"data file {path} must end in one of {suffixes()}.")
     table = _read_table(path)
@@ -148,7 +148,7 @@ def _local_frames(spec: DataSpec, roles: Mapping[str, tuple[str, ...]]) -> dict[
     for path in paths:
         if path.stem in files:
             raise UserError(
-                f"folder {root} holds the split '{path.stem}' twice ({files[path.stem].name} and "
+                f"folder {root} has the split '{path.stem}' twice ({files[path.stem].name} and "
                 f"{path.name}); remove one."
             )
         files[path.stem] = path
@@ -162,7 +162,7 @@ def _choose_splits(
     where: str,
     roles: Mapping[str, tuple[str, ...]],
 ) -> dict[str, str]:
-    """Map each role to a split name; a role that none serves is left out (held out later)."""
+    """Map each role to a split; a role without one is left out, and held out of train later."""
     chosen: dict[str, str] = {}
     for role in roles:
         asked = getattr(spec, f"{role}_split")
@@ -208,7 +208,7 @@ def _hub_frames(
             f"data set '{spec.name}' ({preset.hub_id}) could not be loaded from the hub: {error} "
             "Check the name and the network, or give local files with data.path."
         ) from error
-    # A preset's roles are exact: a split it does not name (SST-2's hidden test labels) is not used.
+    # Only the splits that a preset names are used: SST-2's test labels are hidden.
     spec = replace(
         spec,
         train_split=spec.train_split or preset.train_split,
@@ -239,7 +239,7 @@ def _hub_frames(
 def rename_columns(frame: pd.DataFrame, columns: Mapping[str, str], where: str) -> pd.DataFrame:
     for column in columns:
         _require_column(frame, column, where)
-    # The chosen column wins over another that happens to be called text or label.
+    # The chosen column replaces another one that is called text or label.
     other = [name for name in columns.values() if name in frame and name not in columns]
     return frame.drop(columns=other).rename(columns=dict(columns))
 
@@ -250,8 +250,8 @@ def _require_column(frame: pd.DataFrame, column: str, where: str) -> None:
 
 
 def check_frames(spec: DataSpec, frames: Mapping[str, pd.DataFrame]) -> tuple[str, str]:
-    """Return the columns of text and label, which every table has."""
-    # Those of the hub have been renamed.
+    """Return the names of the text and label columns, and check that every table has them."""
+    # The columns of hub data have been renamed.
     text_column, label_column = source_columns(spec) if spec.path is not None else ("text", "label")
     for role, frame in frames.items():
         where = f"the {role} rows of data set '{spec.name}'"
@@ -259,7 +259,7 @@ def check_frames(spec: DataSpec, frames: Mapping[str, pd.DataFrame]) -> tuple[st
         _require_column(frame, label_column, where)
         if frame.empty:
             raise UserError(f"{where} are empty: at least 2 rows are needed.")
-        # One by one: a label may be an array, with which a column is not compared.
+        # One by one: a label may be an array, which pandas does not compare with a string.
         empty = any(isinstance(value, str) and not value for value in frame[label_column].tolist())
         if empty or frame[label_column].isna().any():
             raise UserError(f"{where} have missing labels in column '{label_column}'.")
@@ -288,7 +288,7 @@ def _assemble(
         if len(rows) == 0:
             raise UserError(
                 f"no {role} rows are left in data set '{spec.name}' after dropping empty texts "
-                f"and texts that stand in two roles ({notes}); give more rows."
+                f"and texts that are in two roles ({notes}); give more rows."
             )
     present = sorted(set(roles["train"].labels))
     if len(present) < 2:
@@ -334,13 +334,13 @@ def label_mapping(
 
 
 def _check_encodable(spec: DataSpec, names: Iterable[str]) -> None:
-    # In a text it is a character like others; names of classes go into keys, configs and reports.
+    # Texts may contain one; class names are written into keys, configs and reports.
     for name in names:
         try:
             name.encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"label {name!r} of data set '{spec.name}' holds a lone surrogate, which is no "
+                f"label {name!r} of data set '{spec.name}' contains a lone surrogate, which is no "
                 "character and cannot be written; rename the label."
             ) from error
 
@@ -353,11 +353,23 @@ def to_rows(
     role: str,
     notes: dict[str, int],
 ) -> Rows:
+    """Return the rows of a table that have a text.
+
+    frame: the table.
+    text_column: the column of the texts.
+    label_column: the column of the labels.
+    mapping: from label values to class indices.
+    role: of the rows, for notes and errors.
+    notes: gets the number of rows that were dropped.
+
+    Raises:
+        UserError: a label is unknown.
+    """
     import pandas as pd
 
     labels = []
     for value in frame[label_column].tolist():
-        # JSON and Parquet hold lists too, which no mapping can be asked for.
+        # JSON and Parquet may contain lists, which are not hashable.
         if not isinstance(value, Hashable) or value not in mapping:
             raise UserError(
                 f"label {value!r} of the {role} rows does not occur in the training labels "
@@ -378,28 +390,28 @@ def to_rows(
 
 
 def _texts(column: pd.Series[Any]) -> tuple[str, ...]:
-    # Not by pandas' own strings, which hold no lone surrogates.
+    # pandas' own strings refuse lone surrogates.
     missing = column.isna().tolist()
     values = zip(column.tolist(), missing, strict=True)
     return tuple("" if none else str(value) for value, none in values)
 
 
 def _hold_out(spec: DataSpec, roles: dict[str, Rows], notes: dict[str, int]) -> None:
-    """Take the roles that no split serves out of train, before anything is poisoned."""
+    """Hold the roles without a split out of train, before anything is poisoned."""
     missing = [role for role in ("clean", "eval") if role not in roles]
     if not missing:
         return
     train = roles["train"]
-    held = {r: max(1, round(getattr(spec, f"{r}_fraction") * len(train))) for r in missing}
-    if sum(held.values()) >= len(train):
+    sizes = {r: max(1, round(getattr(spec, f"{r}_fraction") * len(train))) for r in missing}
+    if sum(sizes.values()) >= len(train):
         raise UserError(
             f"data set '{spec.name}' has {len(train)} train rows, too few to hold out "
-            + " and ".join(f"{count} for {role}" for role, count in held.items())
+            + " and ".join(f"{count} for {role}" for role, count in sizes.items())
             + "; give more rows, or files for these roles."
         )
     order = np.random.default_rng(derive_seed(spec.split_seed, "hold out")).permutation(len(train))
     start = 0
-    for role, count in held.items():
+    for role, count in sizes.items():
         roles[role] = train.take(np.sort(order[start : start + count]))
         notes[f"held_out_{role}"] = count
         start += count

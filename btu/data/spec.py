@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from btu.errors import UserError
 from btu.registry import Registry
 from btu.settings import check_fraction
 
-if TYPE_CHECKING:
-    pass
-
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
-# What a role's split is called in the wild, first match wins. A `test` split serves as the clean
-# set only where another split is there to report on.
+# Usual names of each role's split; the first match wins. A `test` split is the clean set only if
+# there is another split to report on.
 SPLIT_NAMES = {
     "train": ("train",),
     "eval": ("eval", "validation", "valid", "dev", "test"),
     "clean": ("clean", "test"),
 }
-# A scan reports on no rows: a `test` split always serves as the clean set there.
+# A scan reports on no rows: a `test` split is always its clean set.
 SCAN_ROLES = {role: SPLIT_NAMES[role] for role in ("train", "clean")}
 LAYOUT_KEYS = ("text_column", "label_column", "train_split", "clean_split", "eval_split")
 HUB_KEYS = ("hub_config", "revision")
@@ -30,14 +26,23 @@ HUB_KEYS = ("hub_config", "revision")
 class DataSpec:
     """Which rows, from where, in which roles.
 
-    name: ``demo``, a preset (``btu list datasets``), a hub id ``owner/data``, or with `path`
-        any name. path: a folder with a file per split, or one file; null loads from the hub.
-    text_column, label_column: null means ``text`` and ``label`` (a preset knows its own).
-    train_split, clean_split, eval_split: null finds them by their usual names.
-    clean_fraction, eval_fraction: share of train held out, before poisoning, where no split
-        serves that role. max_*_rows: a seeded sample of the role.
-    split_seed: draws hold-outs and samples. It is not the trial's seed, so that all trials of a
-        sweep see the same corpus. hub_config, revision: of the hub data set.
+    name: ``demo``, a preset (``btu list datasets``), a hub id ``owner/data``, or any name with
+        `path`.
+    path: a folder with a file per split, or one file; null loads from the hub.
+    text_column: null means ``text``, or the column of the preset.
+    label_column: null means ``label``, or the column of the preset.
+    train_split: null finds it by its usual name.
+    clean_split: likewise.
+    eval_split: likewise.
+    clean_fraction: share of train held out, before poisoning, if there is no clean split.
+    eval_fraction: share of train held out, before poisoning, if there is no eval split.
+    max_train_rows: size of a seeded sample of the role; null takes all rows.
+    max_clean_rows: likewise.
+    max_eval_rows: likewise.
+    split_seed: draws hold-outs and samples. It is not the seed of the cell, so that all cells of a
+        sweep have the same corpus.
+    hub_config: of the hub data set.
+    revision: of the hub data set.
     """
 
     name: str = "demo"
@@ -72,7 +77,7 @@ class DataSpec:
         if text_column == label_column:
             raise UserError(
                 f"text and label of data set '{self.name}' are both column '{text_column}'; name "
-                "two with data.text_column and data.label_column, of a scan --text and --label."
+                "two with data.text_column and data.label_column, or --text and --label in a scan."
             )
         for role in ("train", "clean", "eval"):
             limit = getattr(self, f"max_{role}_rows")
@@ -104,7 +109,7 @@ class HubPreset:
 SST2 = HubPreset("stanfordnlp/sst2", text_column="sentence", eval_split="validation")
 AGNEWS = HubPreset("fancyzhx/ag_news", eval_split="test")
 OLID = HubPreset("cardiffnlp/tweet_eval", "offensive", clean_split="test", eval_split="validation")
-# HSOL and the reference code share one file between tuning and evaluation; here both are held out.
+# For HSOL the reference code tunes and evaluates on one file; here both sets are held out of train.
 HSOL = HubPreset("tdavidson/hate_speech_offensive", text_column="tweet", label_column="class")
 IMDB = HubPreset("stanfordnlp/imdb", eval_split="test")
 
@@ -124,7 +129,7 @@ DEMO_ROWS = {"train": 2400, "clean": 600, "eval": 600}
 
 
 def source_columns(spec: DataSpec) -> tuple[str, str]:
-    """Return what the columns of text and label are called at the source."""
+    """Return the names of the text and label columns at the source."""
     usual = HubPreset(spec.name)
     if spec.path is None and spec.name in DATASETS and spec.name != "demo":
         usual = DATASETS.load(spec.name)

@@ -1,4 +1,4 @@
-"""The data of a scan: suspect rows, and trusted rows where there are some."""
+"""The data of a scan: suspect rows, and trusted rows if there are any."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SuspectCorpus:
-    """Rows under suspicion, beside rows that are trusted.
+    """Suspect rows and trusted rows.
 
-    corpus: ``train`` is under suspicion, ``clean`` trusted, perhaps empty; ``eval`` is empty.
-    numbers: (train,) where each row stands in its table, from 0. contradicted: likewise, rows that
-    were dropped because their text is a trusted one, though it has another label there.
-    trusted: where the trusted rows come from, for people.
+    corpus: ``train`` contains the suspect rows, ``clean`` the trusted rows, perhaps none; ``eval``
+        is empty.
+    numbers: (train,) the number of each suspect row in its table, from 0.
+    contradicted: the numbers of suspect rows that were dropped because their text is trusted, and
+        whose label differs from the trusted one.
+    trusted: where the trusted rows come from, shown to users.
     """
 
     corpus: Corpus
@@ -47,13 +49,15 @@ class SuspectCorpus:
 
 
 def load_suspects(spec: DataSpec, clean_file: str | None = None) -> SuspectCorpus:
-    """Load rows to be scanned, all of them: nothing is held out, sampled or reported on.
+    """Load all rows to be scanned: none is held out, sampled or reported on.
 
-    clean_file: a table of trusted rows, in place of a split. Without either there are none. A text
-    that is trusted too leaves the rows under suspicion, as in `load_corpus`.
+    spec: where the rows are.
+    clean_file: a table of trusted rows, instead of a split. Without either there are none.
+
+    A trusted text is dropped from the suspect rows, as in `load_corpus`.
 
     Raises:
-        UserError: as of `load_corpus`; or a class has a single row.
+        UserError: as `load_corpus`, or a class has a single row.
     """
     frames, label_names = split_frames(spec, SCAN_ROLES)
     frames = {role: frames[role] for role in SCAN_ROLES if role in frames}
@@ -72,7 +76,7 @@ def load_suspects(spec: DataSpec, clean_file: str | None = None) -> SuspectCorpu
     trusted = str(frames["clean"].attrs.get("from", "clean")) if "clean" in frames else "none"
     roles = {role: Rows((), ()) for role in SPLIT_NAMES}
     for role, frame in frames.items():
-        # A further column goes wherever its row goes.
+        # The number is a column, so that it stays with its row.
         part = frame[[text_column, label_column]].assign(
             **{_NUMBER: [str(number) for number in range(len(frame))]}
         )
@@ -106,18 +110,18 @@ _NUMBER = "\0number"
 
 
 def _trusted_as_hub(frame: pd.DataFrame, spec: DataSpec) -> pd.DataFrame:
-    """Return a file's trusted rows, columns named as those of hub data are once they are read."""
+    """Return the trusted rows of a file, with columns renamed as those of loaded hub data."""
     columns = {}
     asked = (spec.text_column, spec.label_column)
     for given, source, usual in zip(asked, source_columns(spec), ("text", "label"), strict=True):
-        # Nobody who has named no column need know what a preset's are called on the hub.
+        # Without a named column the usual names are accepted: users need not know a preset's.
         plain = not given and source not in frame and usual in frame
         columns[usual if plain else source] = usual
     return rename_columns(frame, columns, f"trusted rows {frame.attrs['from']}")
 
 
 def _mapping_with_names(names: tuple[str, ...], labels: pd.Series[Any]) -> dict[Hashable, int]:
-    """Map the numbers of classes, as the hub has them, and their names to class indices."""
+    """Map the class numbers of the hub, and the class names, to class indices."""
     mapping: dict[Hashable, int] = {index: index for index in range(len(names))}
     mapping |= {name: index for index, name in enumerate(names)}
     for value in labels.tolist():

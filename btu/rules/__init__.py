@@ -1,1 +1,1 @@
-"""Detection rules, a file each; registered in `btu.rules.base.RULES`."""
+"""Detection rules, one file each; registered in `btu.rules.base.RULES`."""

@@ -1,8 +1,8 @@
-"""Detection rules: from what the exposure rounds and the rows know to a score per token.
+"""Detection rules: a score per token from the exposure rounds and the rows.
 
-A rule scores every token of the vocabulary; a token is flagged where its score reaches the
-threshold. So one score array holds the flags of every threshold, and a finished run can be read off
-at any of them without training anything again.
+A rule scores every token of the vocabulary; a token is flagged if its score reaches the threshold.
+One array of scores therefore gives the flags at every threshold, and a finished run can be
+evaluated at any of them without training again.
 """
 
 from __future__ import annotations
@@ -23,20 +23,25 @@ from btu.types import BoolArray, FloatArray, IntArray
 if TYPE_CHECKING:
     from btu.training import Encoded
 
-# Of the suspicion of a row: chance surpluses below the floor would add up in long rows; the weight
-# of the label's odds, whose tails are longer; the share of clean rows that reach the bar.
-SURPLUS_FLOOR, CONTRADICTION, CLEAN_SUSPECTED = 1.5, 0.25, 0.001
-# Share of a normal distribution's deviation that the median absolute deviation is.
+# The suspicion of a row ignores surpluses below this: chance ones would add up in long rows.
+SURPLUS_FLOOR = 1.5
+# The weight of the odds of another label in the suspicion of a row; their tails are longer.
+CONTRADICTION = 0.25
+# The share of clean rows that reach the bar of suspicion.
+CLEAN_SUSPECTED = 0.001
+# The median absolute deviation of a normal distribution, in standard deviations.
 MAD_PER_SIGMA = 0.6745
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a rule may look at. V: the vocabulary's size.
+    """What a rule may read. V is the size of the vocabulary.
 
-    drift: by exposure round, (V,) how far each word row moved. candidates: (V,) what may be
-    flagged: tokens that occur in the training rows, without special ones. train, clean: the
-    training rows and the reserved clean ones.
+    drift: by exposure round, (V,) how far each embedding row moved.
+    candidates: (V,) the tokens that may be flagged: those that occur in the training rows, without
+        special tokens.
+    train: the training rows.
+    clean: the reserved clean rows.
     """
 
     drift: Mapping[int, FloatArray]
@@ -51,31 +56,31 @@ class Evidence:
 
     @cached_property
     def train_rows(self) -> IntArray:
-        """(V, classes) training rows of each class that hold the token."""
+        """(V, classes) the number of training rows of each class that contain each token."""
         return self._by_class(self.train, self.pairs)
 
     def rows_with(self, token: int, label: int) -> IntArray:
-        """Return in how many of the class's training rows with `token` each token stands: (V,)."""
+        """Return (V,) how many training rows with `token` and `label` contain each token."""
         rows, tokens = self.pairs
-        holds = np.zeros(len(self.train), dtype=bool)
-        holds[rows[tokens == token]] = True
-        holds &= self.train.labels.cpu().numpy() == label
-        counted: IntArray = np.bincount(tokens[holds[rows]], minlength=len(self.candidates))
+        contains = np.zeros(len(self.train), dtype=bool)
+        contains[rows[tokens == token]] = True
+        contains &= self.train.labels.cpu().numpy() == label
+        counted: IntArray = np.bincount(tokens[contains[rows]], minlength=len(self.candidates))
         return counted
 
     @cached_property
     def pairs(self) -> tuple[IntArray, IntArray]:
-        """Every training row and token that occur together, once: two (pairs,)."""
+        """Every pair of a training row and a token in it, once: two (pairs,) arrays."""
         return rows_and_tokens(self.train, len(self.candidates))
 
     @cached_property
     def clean_pairs(self) -> tuple[IntArray, IntArray]:
-        """Likewise of the clean rows."""
+        """The same for the clean rows."""
         return rows_and_tokens(self.clean, len(self.candidates))
 
     @cached_property
     def clean_rows(self) -> IntArray:
-        """(V, classes) clean rows of each class that hold the token."""
+        """(V, classes) the number of clean rows of each class that contain each token."""
         return self._by_class(self.clean, self.clean_pairs)
 
     def _by_class(self, rows: Encoded, pairs: tuple[IntArray, IntArray]) -> IntArray:
@@ -83,19 +88,19 @@ class Evidence:
 
     @cached_property
     def surplus(self) -> FloatArray:
-        """(V, classes) `surplus_by_class` of the training rows over the clean ones."""
+        """(V, classes) `surplus_by_class` of the training rows over the clean rows."""
         return surplus_by_class(
             self.train_rows, self.clean_rows, self.class_rows, self.clean_class_rows
         )
 
     @cached_property
     def class_rows(self) -> IntArray:
-        """(classes,) training rows of each class."""
+        """(classes,) the number of training rows of each class."""
         return self._sizes(self.train)
 
     @cached_property
     def clean_class_rows(self) -> IntArray:
-        """(classes,) clean rows of each class."""
+        """(classes,) the number of clean rows of each class."""
         return self._sizes(self.clean)
 
     def _sizes(self, rows: Encoded) -> IntArray:
@@ -112,13 +117,18 @@ class Evidence:
 class Rule:
     """A detection rule.
 
-    score: of one round's drift, (V,); higher is more suspicious, NaN where the rule has no
-    opinion. A token is flagged where it reaches `bar`. threshold: the default, as a config gives
-    it. low, high: what a threshold may lie between. unit: what it counts, for people.
-    rounds: the exposure rounds that run unless others are asked for.
-    bar: from a threshold to the score that it asks for. combine: of two rounds' scores; as it
-    stands, a token is as suspicious as in the milder one, and unknown where it is so in one.
-    version: raised when the rule scores differently; results of earlier versions are not reused.
+    score: (evidence, drift of one round) -> (V,) scores: higher is more suspicious, NaN if the rule
+        cannot score the token. A token is flagged if its score reaches the `bar`.
+    threshold: the default, as in a config.
+    low: a threshold must be above it.
+    high: a threshold must be below it.
+    unit: what the threshold counts, shown to users.
+    rounds: the exposure rounds that run by default.
+    bar: from a threshold to the lowest score of a flagged token.
+    combine: the scores of two rounds into one. By default a token gets the lower of the two, and
+        NaN if one of them is NaN.
+    version: increase it when the rule scores differently; results of earlier versions are then not
+        reused.
     needs_clean: whether it compares with the reserved clean rows; without them it flags nothing.
     """
 
@@ -134,13 +144,13 @@ class Rule:
     needs_clean: bool = False
 
     def scores(self, evidence: Evidence) -> FloatArray:
-        """Return the (V,) score over all rounds that `evidence` holds."""
+        """Return the (V,) scores over all rounds of `evidence`."""
         several = (self.score(evidence, drift) for drift in evidence.drift.values())
         combined: FloatArray = reduce(self.combine, several)
         return combined
 
     def check(self, threshold: float) -> None:
-        """Raise a `UserError` unless a threshold lies in the rule's range."""
+        """Raise a `UserError` unless a threshold is in the rule's range."""
         if not is_number(threshold) or not self.low < threshold < self.high:
             high = "" if math.isinf(self.high) else f" and below {self.high:g}"
             raise UserError(
@@ -206,19 +216,18 @@ def threshold_of(defense: Mapping[str, Any]) -> Threshold | None:
 
 
 def flag(scores: FloatArray, bar: float) -> tuple[int, ...]:
-    """Return the ids whose score reaches `bar`, the highest first; equal scores by rising id."""
+    """Return the ids whose score reaches `bar`, highest score first, equal scores by id."""
     ids = np.flatnonzero(scores >= bar)  # NaN reaches nothing
     return tuple(int(i) for i in ids[np.lexsort((ids, -scores[ids]))])
 
 
 def suspicion(evidence: Evidence) -> FloatArray:
-    """Return how suspicious each training row is: (rows,), from its tokens alone.
+    """Return how suspicious each training row is: (rows,), from its tokens only.
 
-    The sum of two things. The surplus of its tokens in the row's own class, as far as it is above
-    1.5 sigmas: the row holds what the clean rows of its class do not. And, at a quarter of its
-    weight, the log odds by the words of the clean rows that another class's label would have
-    suited it better: a relabeled row reads like the class that it was taken from, whatever its
-    trigger is.
+    It is the sum of two terms. The first is the surplus of the row's tokens in its class, as far as
+    it is above 1.5 sigmas: the row contains tokens that the clean rows of its class do not. The
+    second, at a quarter of its weight, is the log odds that another label fits the row better, by
+    the words of the clean rows: a relabeled row reads like its original class, with any trigger.
     """
     return _suspicion(evidence, evidence.train, evidence.pairs, own=0)
 
@@ -226,9 +235,9 @@ def suspicion(evidence: Evidence) -> FloatArray:
 def suspicion_bar(evidence: Evidence) -> float:
     """Return the suspicion that one in a thousand of the reserved clean rows reaches.
 
-    Its own words are left out of the odds, but not of the surplus, which is therefore a little
-    lower than a training row's: more than one in a thousand honest training rows reach the bar.
-    Training rows from here up count as flagged. NaN without clean rows.
+    Training rows that reach it count as flagged. The words of a clean row are left out of its odds,
+    but not out of its surplus, which is therefore slightly lower than that of a training row: more
+    than one in a thousand benign training rows reach the bar. NaN without clean rows.
     """
     clean = evidence.clean
     if not len(clean):
@@ -240,13 +249,19 @@ def suspicion_bar(evidence: Evidence) -> float:
 def _suspicion(
     evidence: Evidence, data: Encoded, pairs: tuple[IntArray, IntArray], own: int
 ) -> FloatArray:
-    """own: how many of the clean rows that are counted a row of `data` itself is, 0 or 1."""
+    """Return the suspicion of the rows of `data`.
+
+    evidence: the counts to compare with.
+    data: the rows.
+    pairs: `rows_and_tokens` of `data`.
+    own: 1 if the rows of `data` are among the clean rows that were counted, else 0.
+    """
     rows, tokens = pairs
     count = len(data)
     labels = data.labels.cpu().numpy()
     above = np.maximum(evidence.surplus[tokens, labels[rows]] - SURPLUS_FLOOR, 0.0)
     total = np.bincount(rows, above, minlength=count)
-    # Naive Bayes over the words that occur, with one more row of each kind than there is.
+    # Naive Bayes over the words that occur, with add-one smoothing.
     sizes = evidence.clean_class_rows
     occurs = np.log((evidence.clean_rows + 1) / (sizes + 2))
     fit = np.stack(
@@ -257,7 +272,7 @@ def _suspicion(
         axis=1,
     )
     at = np.arange(count), labels
-    # A class without clean rows fits every row alike and says nothing.
+    # A class without clean rows fits all rows equally and is left out.
     fit[:, sizes == 0] = -np.inf
     label_of = labels[rows]
     without = np.log(
@@ -272,21 +287,21 @@ def _suspicion(
 
 
 def rows_and_tokens(rows: Encoded, vocabulary: int) -> tuple[IntArray, IntArray]:
-    """Return every row and token that occur together, each pair once: two (pairs,)."""
+    """Return every pair of a row and a token in it, once: two (pairs,) arrays."""
     row = np.repeat(np.arange(len(rows)), rows.host_lengths)
     pairs = np.unique(row * vocabulary + rows.ids.cpu().numpy())
     return pairs // vocabulary, pairs % vocabulary
 
 
 def rows_by_class(rows: Encoded, vocabulary: int, classes: int) -> IntArray:
-    """Return how many rows of each class hold each token: (vocabulary, classes)."""
+    """Return how many rows of each class contain each token: (vocabulary, classes)."""
     return count_by_class(rows, rows_and_tokens(rows, vocabulary), vocabulary, classes)
 
 
 def count_by_class(
     rows: Encoded, pairs: tuple[IntArray, IntArray], vocabulary: int, classes: int
 ) -> IntArray:
-    """Return `rows_by_class` from the rows' `rows_and_tokens`, where these are known."""
+    """Return `rows_by_class`, given `rows_and_tokens` of the rows as `pairs`."""
     row, token = pairs
     labels = rows.labels.cpu().numpy()[row]
     counted = np.bincount(token * classes + labels, minlength=vocabulary * classes)
@@ -296,14 +311,19 @@ def count_by_class(
 def surplus_by_class(
     held: IntArray, clean: IntArray, rows: IntArray, reserved: IntArray
 ) -> FloatArray:
-    """Return how much oftener a token stands in a class's training rows than its clean rows tell.
+    """Return how over-represented each token is in each class, relative to the clean rows.
 
-    held, clean: (V, classes) training and clean rows with the token. rows, reserved: (classes,)
-    all of each. Returns (V, classes): the signed root of the deviance of two Poisson counts of
-    one rate, normal with sigma 1 where training and clean rows are draws from the same texts;
-    minus that of the class in which it is next highest, if positive. For texts of another day or
-    source have other words, but in all classes, where a trigger has one. A class without clean
-    rows shows no surplus of its own.
+    held: (V, classes) number of training rows with the token.
+    clean: (V, classes) number of clean rows with the token.
+    rows: (classes,) number of training rows.
+    reserved: (classes,) number of clean rows.
+
+    Returns:
+        (V, classes): the signed root of the deviance of two Poisson counts of one rate, which is
+        normal with sigma 1 if training and clean rows are draws from the same texts; minus the
+        highest of the other classes, if positive. Subtracting it cancels shifts of topic or
+        source, which affect all classes; a trigger affects one. A class without clean rows has no
+        surplus of its own.
     """
     share = rows / np.maximum(rows + reserved, 1)
     together = held + clean
@@ -324,9 +344,9 @@ def _terms(observed: IntArray, expected: FloatArray) -> FloatArray:
 
 
 def robust_z(values: FloatArray) -> FloatArray:
-    """Return deviations from the median over the MAD, in units of a normal distribution's sigma.
+    """Return deviations from the median, divided by the MAD, in sigmas of a normal distribution.
 
-    NaN everywhere where more than half of the values are equal: nothing stands out then.
+    NaN for all values if more than half of them are equal, since the MAD is then 0.
     """
     centered = values - np.median(values)
     spread = np.median(np.abs(centered)) / MAD_PER_SIGMA

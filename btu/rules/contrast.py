@@ -1,4 +1,4 @@
-"""Drift that neither a token's frequency nor the reserved clean rows explain."""
+"""Drift that neither the frequency of a token nor the reserved clean rows explain."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from btu.rules import frequency
 from btu.rules.base import Evidence, Rule
 from btu.types import FloatArray
 
-# The surplus is calibrated and carries the evidence; the drift has to confirm it. On small data,
-# where every other word belongs to a class, no word stands out by much more than 3 sigmas.
+# The surplus is calibrated and is the evidence; the drift has to confirm it. On small data, where
+# every second word belongs to one class, no word exceeds the others by much more than 3 sigmas.
 DRIFT_WEIGHT = 1.5
-# Below this many sigmas there are dozens of honest words; what goes with one of them is not asked.
+# Dozens of benign words reach fewer sigmas than this; their companions are not searched for.
 SUSPICIOUS = 2.0
-# Share of a suspicious token's rows that a companion stands in, at least: all but honest uses. And
-# of its class's other rows, at most: what stands in most rows anyway is nobody's companion.
+# A companion is in at least this share of a suspicious token's rows (the rest are benign uses of
+# the token), and in at most this share of the other rows of the class: it is not a common token.
 TOGETHER, ELSEWHERE = 0.9, 0.5
 
 
 def score(evidence: Evidence, drift: FloatArray) -> FloatArray:
     """Return the smaller of two deviations, in sigmas.
 
-    One is the token's surplus in a class: how far it stands there oftener than the reserved clean
-    rows let expect (`surplus_by_class`). A trigger has it, and by chance or for the news of the day
-    some honest words. The other is one and a half times the ``frequency`` rule's: the surplus has
-    moved the token's row as nothing else of its frequency does. A strong honest word has that too,
-    "heart" in positive reviews; but it is as strong in the clean rows. Neither grows with the
-    vocabulary or with a word's frequency, so one bar serves several data sets.
+    The first is the token's surplus in a class: how over-represented it is there, relative to the
+    reserved clean rows (`surplus_by_class`). A trigger has a surplus; so have some benign words, by
+    chance or because of the news of the day. The second is one and a half times the score of the
+    ``frequency`` rule: the token's row moved further than those of other tokens of its frequency. A
+    strong benign word such as "heart" in positive reviews moves as far, but it is as frequent in
+    the clean rows. Neither deviation grows with the vocabulary or with the frequency of a word: one
+    bar fits several data sets.
 
-    The words of a trigger sentence come together: a token that stands in nine tenths of a more
-    suspicious one's rows, in few others, and has a surplus, is as suspicious as that one. NaN for
-    tokens of fewer than 5 occurrences.
+    The words of a trigger sentence occur together: a token that occurs in nine tenths of the rows
+    of a more suspicious token, in few other rows, and with a surplus, gets the score of that token.
+    NaN for tokens with fewer than 5 occurrences.
     """
     surplus = evidence.surplus.max(axis=1)
     own = np.minimum(DRIFT_WEIGHT * frequency.score(evidence, drift), surplus)

@@ -1,4 +1,4 @@
-"""How far a token moved beside tokens that occur as often."""
+"""How far a token moved, relative to tokens of similar frequency."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 from btu.rules.base import Evidence, Rule, robust_z
 from btu.types import FloatArray
 
-# Rows that were moved by fewer occurrences say more of their sentence than of themselves.
+# With fewer occurrences the drift of a token depends more on its sentences than on the token.
 MIN_COUNT = 5
-# Tukey's constant: 95 % efficient where the residuals are normal.
+# Tukey's constant: 95 % efficient if the residuals are normal.
 TUKEY = 4.685
 ROUNDS = 30
 
@@ -19,9 +19,9 @@ ROUNDS = 30
 def score(evidence: Evidence, drift: FloatArray) -> FloatArray:
     """Return the residual of log drift on log count and its square, over the residuals' MAD.
 
-    AdamW's steps are normalised, so a row's path length follows the number of its steps, and a
-    token's drift has to be compared with that of its frequency. Tokens with fewer than 5
-    occurrences are not scored; with fewer than 10 of the others nothing is.
+    AdamW's steps are normalised: the path of an embedding row grows with the number of its steps,
+    so the drift of a token is compared with tokens of its frequency. Tokens with fewer than 5
+    occurrences are not scored; if fewer than 10 tokens are left, none is.
     """
     scores = np.full(len(drift), np.nan)
     known = np.flatnonzero(evidence.candidates & (evidence.count >= MIN_COUNT) & (drift > 0))
@@ -36,7 +36,7 @@ def score(evidence: Evidence, drift: FloatArray) -> FloatArray:
 def residuals(x: FloatArray, y: FloatArray) -> FloatArray:
     """Return y minus a quadratic in x, fitted by Tukey's biweight.
 
-    Outliers do not act on it, but for those whose x lies apart from all others.
+    Outliers do not affect the fit, unless their x is far from all others.
     """
     terms = np.stack([np.ones_like(x), x, x**2], axis=1)
     coefficients = np.linalg.lstsq(terms, y, rcond=None)[0]

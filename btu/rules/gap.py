@@ -9,7 +9,7 @@ import numpy as np
 from btu.rules.base import Evidence, Rule
 from btu.types import FloatArray
 
-# A gap below the 64th token is no gap between triggers and the rest, whatever its size.
+# A gap after the 64th token does not separate triggers from the rest, however large it is.
 DEEPEST = 64
 
 
@@ -17,8 +17,8 @@ def score(evidence: Evidence, drift: FloatArray) -> FloatArray:
     """Return the largest relative gap at or below each token, among the 64 that moved furthest.
 
     With drifts d1 >= d2 >= ... the gap below token i is d_i / d_(i+1). A threshold t flags all
-    tokens above the lowest gap of at least t; at the largest gap's size these are the tokens above
-    that gap, the rule's usual form.
+    tokens above the last gap of at least t. At the size of the largest gap these are the tokens
+    above it, which is the usual form of the rule.
     """
     scores = np.full(len(drift), np.nan)
     ids = np.flatnonzero(evidence.candidates)

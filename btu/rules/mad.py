@@ -1,4 +1,4 @@
-"""How many deviations a token's drift lies above the median drift."""
+"""How many deviations the drift of a token is above the median drift."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from btu.types import FloatArray
 def score(evidence: Evidence, drift: FloatArray) -> FloatArray:
     """Return the drift's deviation from the candidates' median, over their MAD.
 
-    The textbook rule for outliers. It takes frequent tokens for suspicious ones: drift grows with
-    the number of steps that move a row.
+    The textbook rule for outliers. It also flags frequent tokens, since drift grows with the number
+    of steps that move a row.
     """
     scores = np.full(len(drift), np.nan)
     scores[evidence.candidates] = robust_z(drift[evidence.candidates])

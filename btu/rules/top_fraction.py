@@ -1,4 +1,4 @@
-"""The reference rule: a fixed share of the vocabulary, whatever it did."""
+"""The rule of the reference code: a fixed share of the vocabulary, on clean data too."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def score(evidence: Evidence, drift: FloatArray) -> FloatArray:
 
 
 def bar(alpha: float) -> float:
-    """Return the score that alpha asks for."""
-    # The nudge keeps alpha = k / V, computed in floating point, at k tokens.
+    """Return the lowest score of a token flagged at `alpha`."""
+    # The small term makes alpha = k / V, computed in floating point, flag k tokens.
     return -alpha - 1e-14
 
 

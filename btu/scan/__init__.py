@@ -1,1 +1,1 @@
-"""Scanning a data set of one's own for trigger tokens."""
+"""Scan your own data set for trigger tokens."""

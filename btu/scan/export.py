@@ -1,4 +1,4 @@
-"""Export of a scanned data set's model: fine-tuned, its flagged tokens cut, with a model card."""
+"""Export the model of a scanned data set: fine-tuned, flagged tokens cut, with a model card."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from btu.stages import MODEL, Stage, compute, plain, read_record
 from btu.types import ProgressCallback, silent
 from btu.victims import OFFLINE_HUB_ID, VICTIMS, Victim, find_victim
 
-# Says that a folder is an export, and which files are the export's.
+# Marks a folder as an export and lists the files of the export.
 MANIFEST = "btu_export.json"
 CARD = "README.md"
 LISTED = 50
@@ -43,10 +43,13 @@ CITATION = """@inproceedings{jiang2025backdoor,
 
 @dataclass(frozen=True)
 class Measured:
-    """What the cut did, on rows at hand. trusted: how many. before, after: hits among them.
+    """The effect of the cut.
 
-    flips: share of the suspect rows with a flagged token, predicted as labelled before the cut,
-    that are predicted otherwise after it; NaN without such rows.
+    trusted: number of trusted rows.
+    before: number of trusted rows whose label is predicted before the cut.
+    after: the same after the cut.
+    flips: share of the suspect rows with a flagged token whose label is predicted before the cut
+        and not after it; NaN without such rows.
     """
 
     trusted: int
@@ -77,7 +80,7 @@ def check_export(plan: ScanPlan, folder: str | Path) -> None:
         raise UserError(
             f"--export {target} is the folder of the victim, which stays as it is; name another."
         )
-    # It is staged beside the folder.
+    # The export is staged beside the folder.
     check_folder(f"--export {target}", target.parent)
     if target.is_dir():
         check_folder(f"--export {target}", target)
@@ -101,11 +104,15 @@ def export(
 ) -> Measured:
     """Fine-tune on the scanned rows, cut the flagged tokens, tune on the trusted rows, save.
 
+    report: of the scan.
     folder: gets the model, its tokenizer, a model card and a manifest; an earlier export there is
-    replaced. command: how it was made, for the card.
+        replaced.
+    command: the command that was run, for the card.
+    gpus: above 0 computes on CUDA.
+    progress: called with the progress of long work.
 
     Raises:
-        UserError: there are no trusted rows, or the folder is somebody else's.
+        UserError: there are no trusted rows, or the folder has files that are not an export's.
     """
     plan, root, target = report.plan, report.root, Path(folder).expanduser()
     check_export(plan, target)
@@ -134,7 +141,7 @@ def export(
             files = sorted(p.name for p in staged.iterdir())
             manifest = {
                 **report.summary(),
-                # NaN is no JSON.
+                # JSON has no NaN.
                 "measured": {
                     name: None if math.isnan(value) else value
                     for name, value in measured.as_metrics().items()
@@ -155,30 +162,30 @@ def _save_model(plan: ScanPlan, source: Path, folder: Path) -> None:
 
     for path in source.iterdir():
         if path.is_file() and path.name != "config.json":
-            # Byte by byte: what was measured is what is exported.
+            # The same bytes: the exported model is the one that was measured.
             shutil.copyfile(path, folder / path.name)
     names = plan.corpus.label_names
     config = AutoConfig.from_pretrained(source)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
     config.save_pretrained(folder)
-    # One of its own: that of the scan keeps what it was called with.
+    # Not the scan's tokenizer, whose max_length would change.
     tokenizer = Victim(plan.victim, len(names)).tokenizer
     tokenizer.model_max_length = plan.victim.max_length
     tokenizer.save_pretrained(folder)
 
 
 def _publish(staged: Path, target: Path) -> None:
-    """Move an export into place; other files that were put beside an earlier one stay."""
+    """Move an export into place; files that do not belong to an earlier export stay."""
     target.mkdir(exist_ok=True)
     old = target / MANIFEST
     names = json.loads(old.read_text(encoding="utf-8"))["files"] if old.is_file() else []
     new = sorted(p.name for p in staged.iterdir())
     for name in names:
-        # Of the names that a manifest says, only those of plain files in the folder are taken.
+        # A manifest may have been edited: only names of plain files in the folder are removed.
         if Path(name).name == name and name not in new:
             (target / name).unlink(missing_ok=True)
-    # The manifest last: until then an interrupted first export is no export.
+    # The manifest last: an interrupted first export is not marked as an export.
     for name in sorted(new, key=lambda name: name == MANIFEST):
         os.replace(staged / name, target / name)
 
@@ -189,9 +196,12 @@ def _publish(staged: Path, target: Path) -> None:
 def card(
     report: ScanReport, measured: Measured, record: dict[str, Any], command: str | None
 ) -> str:
-    """Return the model card: the same text for the same scan, whenever it is made.
+    """Return the model card, which does not depend on the time.
 
+    report: of the scan.
+    measured: the effect of the cut.
     record: of the stage that cut and tuned.
+    command: the command that was run.
     """
     plan, corpus = report.plan, report.plan.corpus
     flagged = report.tokens[report.tokens["flagged"]]
@@ -206,9 +216,9 @@ def card(
         _front_matter(plan),
         f"# {_plain(plan.spec.name)}, scanned for backdoor triggers: {what}",
         f"A text classifier with the classes {', '.join(map(_code, names))}, fine-tuned on data "
-        "that was scanned with Backdoor Token Unlearning (BTU): short training of the word "
-        "embeddings exposes tokens that decide the label as a trigger would; in the fine-tuned "
-        "model their embeddings are replaced, and it is tuned once more on trusted rows.",
+        "that was scanned with Backdoor Token Unlearning (BTU): a short training of the word "
+        "embeddings exposes tokens that decide the label as a trigger would; their embeddings are "
+        "replaced in the fine-tuned model, which is then tuned on trusted rows.",
         "## What was done",
         _table(
             ("", ""),
@@ -241,22 +251,22 @@ def card(
                 ("", "`cut_cost`, their difference", f"{measured.as_metrics()['cut_cost']:.4f}"),
                 (
                     "scanned rows with a flagged token",
-                    "`cut_flips`: predicted as labelled before the cut, otherwise after it",
+                    "`cut_flips`: label predicted before the cut, and not after it",
                     "-" if math.isnan(measured.flips) else f"{measured.flips:.4f}",
                 ),
             ],
         ),
-        "The clean tuning that follows the cut is on these trusted rows: an accuracy on them after "
-        "it would say little. Whether a backdoor is gone was not measured, since nobody knows the "
-        "trigger; a cut that flips most of the rows with a flagged token is a strong sign that "
-        "there was one.",
+        "The clean tuning after the cut uses these trusted rows: the accuracy on them after the "
+        "tuning would mean little. Whether a backdoor is gone was not measured, since the trigger "
+        "is not known; a cut that flips most of the rows with a flagged token is a strong sign of "
+        "a backdoor.",
         "## Limits",
         _limits(report),
         "## Use",
         "```python\nfrom transformers import pipeline\n\n"
         'classify = pipeline("text-classification", model=FOLDER)\n'
         'classify("a text", truncation=True)\n```',
-        "## How to make it again",
+        "## How to reproduce it",
         f"```\n{command}\n```"
         if command
         else "From Python: `btu.scan.report.scan`, then `btu.scan.export`.",
@@ -272,7 +282,7 @@ def card(
 
 
 def _front_matter(plan: ScanPlan) -> str:
-    """Return the YAML head; JSON's strings and lists are YAML."""
+    """Return the YAML head; strings and lists in JSON are YAML."""
     entries: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-classification",
@@ -301,7 +311,7 @@ def _flagged(report: ScanReport) -> str:
         )
         return (
             "## Flagged tokens\n\nNone, and nothing was cut: no score reached the bar of "
-            f"{bar}; {best}. The model was tuned on the trusted rows all the same."
+            f"{bar}; {best}. The model was still tuned on the trusted rows."
         )
     rows = [
         (
@@ -330,13 +340,13 @@ def _flagged(report: ScanReport) -> str:
 def _limits(report: ScanReport) -> str:
     plan = report.plan
     lines = [
-        "Found are triggers of fixed tokens (words, a sentence) in the scanned rows, whose label "
-        "they decide. A trigger without fixed tokens, such as a style, a syntax or a paraphrase, "
-        "is not, and neither is one beyond the longest input.",
-        "A backdoor that was in the pretrained model before is not looked for.",
-        "That nothing was flagged is no proof that there is nothing.",
-        "The model hardly reads a token that was cut, in honest texts neither.",
-        "Rows with a flagged token were trained on; they were not removed.",
+        "A scan finds triggers made of fixed tokens (words, a sentence) that decide the label of "
+        "the scanned rows. It does not find triggers without fixed tokens (a style, a syntax, a "
+        "paraphrase), or triggers beyond the longest input.",
+        "It does not search for a backdoor that the pretrained model already had.",
+        "If nothing was flagged, that does not prove that the data have no trigger.",
+        "The model largely ignores cut tokens, in benign texts too.",
+        "Rows with a flagged token were not removed; the model was trained on them.",
     ]
     if plan.least:
         least = ", ".join(
@@ -345,8 +355,8 @@ def _limits(report: ScanReport) -> str:
         )
         lines.insert(
             1,
-            "Too rare a trigger is not found: one that no trusted row holds has to stand in at "
-            f"least so many rows of its class ({least}).",
+            "It does not find a trigger that is too rare: if no trusted row contains it, at least "
+            f"this many rows of its class must ({least}).",
         )
     return "\n".join(f"- {line}" for line in lines)
 
@@ -395,7 +405,7 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return text of unknown origin as plain Markdown, on one line."""
+    """Return text of unknown origin as Markdown without markup, on one line."""
     line = "".join(c if c.isprintable() else " " for c in text)
     return html.escape(line).translate({ord(c): f"&#{ord(c)};" for c in "\\`*_[]|#!"})
 

@@ -1,11 +1,11 @@
-"""Scan data of one's own: which tokens look like a trigger, and a model with those cut.
+"""Scan your own data: find tokens that look like a trigger, and export a model with them cut.
 
     report = scan("reviews.csv", "work", clean="trusted.csv")
     export(report, "cleaned-model")
 
-No attack is simulated. `btu.recipe.prepare` would start from one even at rate 0: it asks for a
-target label and evaluation rows, holds clean rows out of the suspect ones, and has the attack in
-every key. So the two stages that give rows are declared here; what follows is what a sweep runs.
+A scan simulates no attack. `btu.recipe.prepare` needs one even at rate 0: it needs a target label
+and evaluation rows, holds clean rows out of the suspect rows, and puts the attack into every key.
+The two stages that write rows are therefore declared here; all later stages are those of a sweep.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -47,11 +47,7 @@ from btu.stages import Stage, plain
 from btu.types import BoolArray, Corpus, IntArray, Rows
 from btu.victims import Victim, VictimSpec
 
-if TYPE_CHECKING:
-    pass
-
-
-# Rows that are tokenized at once, where few of them may do.
+# Rows that are tokenized at once, when the first few may be enough.
 CHUNK = 4096
 
 
@@ -59,8 +55,15 @@ CHUNK = 4096
 class ScanPlan:
     """A scan, checked and declared; nothing is trained yet.
 
-    least: by class that has rows, in how many of them a token has to stand at least to be flagged
-    if no trusted row holds it; None where no token can be. Empty for rules without such a limit.
+    spec: where the data are.
+    data: the suspect and the trusted rows.
+    victim: the model that is trained.
+    identity: of the victim's weights.
+    defense: the exposure and the rule.
+    base: the stages that the defense starts from.
+    least: for each class that has rows, the least number of them that must contain a token for it
+        to be flagged if no trusted row contains it; None if no token can be flagged. Empty for
+        rules without such a limit.
     """
 
     spec: DataSpec
@@ -90,11 +93,11 @@ class ScanPlan:
         return load_victim(self.victim, len(self.corpus.label_names))
 
     def class_rows(self) -> IntArray:
-        """Return (classes,) rows under suspicion of each class."""
+        """Return (classes,) the number of suspect rows of each class."""
         return _sizes(self.corpus.train.labels, self.corpus)
 
     def notes(self) -> list[str]:
-        """Return what a person should know of the data, a sentence each."""
+        """Return what users should know about the data, one sentence each."""
         corpus = self.corpus
         counted = ", ".join(
             f"{name} {size}"
@@ -146,12 +149,23 @@ def prepare_scan(
     train: TrainSettings | None = None,
     tuning: TuningSettings | None = None,
 ) -> ScanPlan:
-    """Read and check all that a scan needs, and declare its stages.
+    """Read and check everything that a scan needs, and declare its stages.
 
-    data: a folder, a file, a data set's name or a hub id. clean: the trusted rows, a file or a
-    split of `data`; by default its split ``clean`` or ``test``. They are never taken out of the
-    suspect rows: what is poisoned there would be trusted. text, label: columns. split: the one
-    that is scanned. epochs: of the exposure. train, tuning: of the exported model.
+    data: a folder, a file, the name of a data set or a hub id.
+    clean: the trusted rows, a file or a split of `data`; None takes its split ``clean`` or
+        ``test``. They are never held out of the suspect rows, where poisoned rows would become
+        trusted.
+    text: the column of the texts.
+    label: the column of the labels.
+    split: the split that is scanned.
+    victim: the model that is trained.
+    max_length: longest input in tokens.
+    rule: the detection rule; None is the default rule.
+    threshold: of the rule; None is the rule's default.
+    epochs: of the exposure.
+    seed: of all random draws.
+    train: settings of the exported model's fine-tune.
+    tuning: settings of the exported model's clean tuning.
 
     Raises:
         UserError: something is missing, or cannot be scanned.
@@ -205,7 +219,7 @@ def _find_data(data: str, text: str | None, label: str | None, split: str | None
 def _check_trusted(
     spec: DataSpec, corpus: Corpus, defense: TokenUnlearning
 ) -> dict[str, int | None]:
-    """Return the least rows by class (`ScanPlan`); refuse what could find nothing."""
+    """Return the least rows by class (`ScanPlan`); refuse a scan that cannot flag any token."""
     rule = defense.rule
     assert rule is not None
     detection = RULES.load(rule)
@@ -242,10 +256,15 @@ def _check_trusted(
 
 
 def least_rows(label: int, rows: IntArray, reserved: IntArray, bar: float) -> int | None:
-    """Return in how many of a class's rows a token must stand for its surplus to reach `bar`.
+    """Return how many rows of a class must contain a token for its surplus to reach `bar`.
 
-    rows, reserved: (classes,) suspect and trusted rows. The token stands in no trusted row and in
-    no other class; the drift that has to confirm it knows no limit. None: not even in all of them.
+    label: the class.
+    rows: (classes,) number of suspect rows.
+    reserved: (classes,) number of trusted rows.
+    bar: the score to reach.
+
+    The token is in no trusted row and in no other class; the drift that confirms the surplus is
+    not limited. None if a token in all rows of the class does not reach the bar.
     """
     from btu.rules.frequency import MIN_COUNT
 

@@ -1,4 +1,4 @@
-"""What a scan found: tokens and rows as tables, and where they are written."""
+"""What a scan found: tables of tokens and rows, and their files."""
 
 from __future__ import annotations
 
@@ -12,17 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from btu.defenses.token_unlearning import (
-    candidate_tokens,
-)
+from btu.defenses.token_unlearning import candidate_tokens
 from btu.errors import UserError
 from btu.findings import Suspects
 from btu.paths import check_file, not_written
 from btu.rules.base import RULES, rows_and_tokens, rows_by_class
 from btu.scan.plan import prepare_scan
-from btu.stage_files import (
-    load_encoded,
-)
+from btu.stage_files import load_encoded
 from btu.stages import compute, read_record
 from btu.types import IntArray, Progress, ProgressCallback, silent
 from btu.victims import tokenizable
@@ -31,9 +27,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from btu.scan.plan import ScanPlan
+
 TABLES = (".csv", ".parquet", ".jsonl")
 EXCERPT = 88
-# Stages of a sweep are named after its attack; here nobody knows of one.
+# The stages of a sweep are named after its attack; a scan does not know one.
 _SHOWN = {"poisoned fine-tune": "fine-tune", "clean tuning (defended)": "clean tuning"}
 
 
@@ -42,7 +39,12 @@ _SHOWN = {"poisoned fine-tune": "fine-tune", "clean tuning (defended)": "clean t
 
 @dataclass(frozen=True)
 class Example:
-    """A row that holds a token. row: its number. excerpt: its text, cut around the token."""
+    """A row that contains a token.
+
+    row: its number.
+    label: its label.
+    excerpt: its text, cut around the token.
+    """
 
     row: int
     label: str
@@ -53,14 +55,17 @@ class Example:
 class ScanReport:
     """What a scan found.
 
-    root: where its stages are. bar: the score from which a token is flagged. flagged: how many are.
+    plan: the scan.
+    root: the folder of its stages.
+    bar: the lowest score of a flagged token.
+    flagged: number of flagged tokens.
     tokens: a row per token of the suspect rows, most suspicious first: ``rank``, ``token_id``,
-    ``token``, ``score`` (NaN where the rule has no opinion), ``flagged``, ``count``, ``rows``,
-    ``class`` (in which it stands oftener than by chance), ``share`` (of its rows that are of that
-    class), ``class_share`` (of all rows), ``clean_rows`` (trusted rows that hold it),
-    ``rows[LABEL]``, and what the defense adds. rows: all suspect rows, most suspicious first:
-    ``row``, ``suspicion`` (NaN without trusted rows), ``label``, ``flagged`` (the tokens of that
-    kind that it holds), ``text``.
+        ``token``, ``score`` (NaN if the rule cannot score it), ``flagged``, ``count``, ``rows``,
+        ``class`` (in which it is most over-represented), ``share`` (of its rows that are of that
+        class), ``class_share`` (of all rows), ``clean_rows`` (trusted rows that contain it),
+        ``rows[LABEL]``, and the columns of the defense.
+    rows: all suspect rows, most suspicious first: ``row``, ``suspicion`` (NaN without trusted
+        rows), ``label``, ``flagged`` (the flagged tokens that it contains), ``text``.
     """
 
     plan: ScanPlan
@@ -72,23 +77,23 @@ class ScanReport:
 
     @property
     def highest(self) -> float:
-        """The highest score; NaN where no token could be scored."""
+        """The highest score; NaN if no token could be scored."""
         return float(self.tokens["score"].max())
 
     @property
     def suspicious_rows(self) -> pd.DataFrame:
-        """The rows that hold a flagged token."""
+        """The rows that contain a flagged token."""
         return self.rows[self.rows["flagged"] != ""]
 
     def examples(self, token_id: int, count: int = 2) -> list[Example]:
-        """Return the most suspicious rows that hold a token, those of its class first."""
+        """Return the most suspicious rows that contain a token, rows of its class first."""
         found = self.tokens[self.tokens["token_id"] == token_id]
         if found.empty:
             return []
         label = found["class"].iloc[0]
         rows, tokens = self._pairs
-        held = set(rows[tokens == token_id].tolist())
-        ranked = [i for i in self.rows.index if i in held]
+        containing = set(rows[tokens == token_id].tolist())
+        ranked = [i for i in self.rows.index if i in containing]
         labels = self.rows["label"]
         ranked.sort(key=lambda i: labels[i] != label)  # stable
         tokenizer = self.plan.load_victim().tokenizer
@@ -104,7 +109,7 @@ class ScanReport:
         return rows_and_tokens(train, 1 + int(train.ids.max()))
 
     def summary(self, top: int = 10) -> dict[str, Any]:
-        """Return the report as plain data: the flagged tokens, and `top` if fewer are flagged."""
+        """Return the report as plain data, with all flagged tokens, but at least `top` tokens."""
         plan = self.plan
         shown = self.tokens.head(max(top, self.flagged))
         records = json.loads(shown.to_json(orient="records"))
@@ -138,16 +143,23 @@ def scan(
     progress: ProgressCallback = silent,
     **settings: Any,
 ) -> ScanReport:
-    """Scan a data set; settings: of `prepare_scan`. See `run_scan`."""
+    """Scan a data set.
+
+    data: as for `prepare_scan`.
+    root: as for `run_scan`.
+    gpus: above 0 computes on CUDA.
+    progress: called with the progress of long work.
+    settings: further arguments of `prepare_scan`.
+    """
     return run_scan(prepare_scan(data, **settings), root, gpus=gpus, progress=progress)
 
 
 def run_scan(
     plan: ScanPlan, root: str | Path, *, gpus: float = 0, progress: ProgressCallback = silent
 ) -> ScanReport:
-    """Run the exposure, flag, and read off what was found.
+    """Run the exposure, flag tokens, and return the report.
 
-    root: where stages are kept by what they are made of: what is there is not computed again.
+    root: the folder of the stages, by key; a stage whose folder exists is not run again.
     """
     root = Path(root)
     folder = compute(plan.detection, root, gpus=gpus, progress=renamed(progress))
@@ -161,7 +173,7 @@ def run_scan(
 
 
 def renamed(progress: ProgressCallback) -> ProgressCallback:
-    """Return a callback that is told a scan's names of stages."""
+    """Return a callback that receives the stage names of a scan."""
 
     def shown(event: Progress) -> None:
         progress(replace(event, stage=_SHOWN.get(event.stage, event.stage)))
@@ -185,10 +197,10 @@ def _token_table(plan: ScanPlan, root: Path, suspects: Suspects) -> pd.DataFrame
     ids = np.flatnonzero(candidates | flagged)
     low = np.where(np.isnan(suspects.scores), -np.inf, suspects.scores)
     ids = ids[np.lexsort((ids, -low[ids], ~flagged[ids]))]
-    held = rows_by_class(train, vocabulary, len(names))[ids]
-    rows = held.sum(axis=1)
+    by_class = rows_by_class(train, vocabulary, len(names))[ids]
+    rows = by_class.sum(axis=1)
     prior = plan.class_rows() / len(train)
-    excess = held / rows[:, None] - prior
+    excess = by_class / rows[:, None] - prior
     label = excess.argmax(axis=1)
     columns: dict[str, Any] = {
         "rank": np.arange(1, len(ids) + 1),
@@ -199,14 +211,14 @@ def _token_table(plan: ScanPlan, root: Path, suspects: Suspects) -> pd.DataFrame
         "count": suspects.table["count"][ids],
         "rows": rows,
         "class": [names[i] for i in label],
-        "share": held[np.arange(len(ids)), label] / rows,
+        "share": by_class[np.arange(len(ids)), label] / rows,
         "class_share": prior[label],
         "clean_rows": suspects.table["clean_rows"][ids],
     }
-    columns |= {f"rows[{name}]": held[:, index] for index, name in enumerate(names)}
-    # Told above, by what the rows say without trusted ones too.
-    told = (*columns, "train_rows", "label")
-    columns |= {name: v[ids] for name, v in suspects.table.items() if name not in told}
+    columns |= {f"rows[{name}]": by_class[:, index] for index, name in enumerate(names)}
+    # The columns above contain these, from the rows, without trusted rows too.
+    known = (*columns, "train_rows", "label")
+    columns |= {name: v[ids] for name, v in suspects.table.items() if name not in known}
     return pd.DataFrame(columns)
 
 
@@ -218,14 +230,13 @@ def _row_table(plan: ScanPlan, root: Path, suspects: Suspects) -> pd.DataFrame:
     assert suspects.rows is not None
     train, victim, corpus = _train_rows(plan, root), plan.load_victim(), plan.corpus
     rows, tokens = rows_and_tokens(train, len(suspects.scores))
-    holds = np.isin(tokens, list(suspects.tokens))
+    hit = np.isin(tokens, list(suspects.tokens))
     names = victim.tokenizer.convert_ids_to_tokens(list(suspects.tokens))
     place = {token: rank for rank, token in enumerate(suspects.tokens)}
-    held: dict[int, list[int]] = {}
-    for row, token in zip(rows[holds].tolist(), tokens[holds].tolist(), strict=True):
-        held.setdefault(row, []).append(place[token])
-    # Where no row is known to be clean, none is more suspicious than another by its words; by its
-    # most suspicious token it still is.
+    flagged: dict[int, list[int]] = {}
+    for row, token in zip(rows[hit].tolist(), tokens[hit].tolist(), strict=True):
+        flagged.setdefault(row, []).append(place[token])
+    # Without trusted rows, rows have no suspicion and are ranked by their most suspicious token.
     top = np.full(len(train), -np.inf)
     scores = suspects.scores[tokens]
     np.maximum.at(top, rows, np.where(np.isnan(scores), -np.inf, scores))
@@ -237,10 +248,10 @@ def _row_table(plan: ScanPlan, root: Path, suspects: Suspects) -> pd.DataFrame:
             "suspicion": suspicion,
             "label": [corpus.label_names[label] for label in corpus.train.labels],
             "flagged": [
-                " ".join(names[rank] for rank in sorted(held.get(row, ())))
+                " ".join(names[rank] for rank in sorted(flagged.get(row, ())))
                 for row in range(len(train))
             ],
-            # pandas' own strings hold no lone surrogates, which occur in scraped text.
+            # pandas' own strings refuse lone surrogates, which occur in scraped text.
             "text": pd.Series(corpus.train.texts, dtype=object),
         }
     )
@@ -250,7 +261,7 @@ def _row_table(plan: ScanPlan, root: Path, suspects: Suspects) -> pd.DataFrame:
 def excerpt(tokenizer: Any, text: str, token_id: int, width: int = EXCERPT) -> str:
     """Return at most `width` characters of a text around a token, on one line.
 
-    Without what is not printable: a text of unknown origin may steer a terminal.
+    Without unprintable characters: a text of unknown origin could control a terminal.
     """
     start = 0
     if tokenizer.is_fast:
@@ -258,7 +269,7 @@ def excerpt(tokenizer: Any, text: str, token_id: int, width: int = EXCERPT) -> s
         if token_id in encoded["input_ids"]:
             start = encoded["offset_mapping"][encoded["input_ids"].index(token_id)][0]
     first = max(0, min(start - width // 3, len(text) - width))
-    # An ellipsis each where something is left out, within the width.
+    # An ellipsis replaces what is left out, within the width.
     left, right = first > 0, first + width < len(text)
     part = text[first + left : first + width - right]
     line = "".join(c if c.isprintable() else " " for c in part)
@@ -266,7 +277,7 @@ def excerpt(tokenizer: Any, text: str, token_id: int, width: int = EXCERPT) -> s
 
 
 def score_text(score: float) -> str:
-    """Return a score for people: two decimals, or three digits where these say nothing."""
+    """Return a score for users: two decimals, or three significant digits below 1."""
     return f"{score:.2f}" if abs(score) >= 1 else f"{score:.3g}"
 
 
@@ -274,20 +285,20 @@ def write_report(frame: pd.DataFrame, path: Path) -> None:
     """Write a table of a report as CSV, Parquet or JSON lines, by the suffix.
 
     Raises:
-        UserError: it cannot be written there.
+        UserError: the file cannot be written.
     """
     check_table(path)
     storable = frame.copy()
     if "text" in storable:
-        # No file holds lone surrogates either.
+        # The files cannot contain lone surrogates.
         storable["text"] = [
             text.encode("utf-8", "backslashreplace").decode() for text in storable["text"]
         ]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".csv":
-            # A carriage return in a text, which the writer does not quote of itself, ends a row for
-            # readers: whoever wrote the text could add rows.
+            # The writer does not quote a carriage return by default, and readers end a row there:
+            # the author of a text could add rows.
             storable.to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC)
         elif path.suffix == ".parquet":
             storable.to_parquet(path, index=False)

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from btu.data.spec import DataSpec
 from btu.data.suspects import SuspectCorpus, load_suspects
 from btu.errors import UserError
-from btu.stage_files import (
-    TRAIN,
-    clean_rows_of,
-    model_of,
-    victim_of,
-    write_rows,
-)
+from btu.stage_files import TRAIN, clean_rows_of, model_of, victim_of, write_rows
 from btu.stages import StageRun, stage
 from btu.types import Corpus
-
-if TYPE_CHECKING:
-    pass
-
-
-# What the stages do ------------------------------------------------------------------------------
 
 
 @stage(version=1, id="btu.scan:suspect_rows")
 def suspect_rows(run: StageRun) -> dict[str, Any]:
-    """Write the rows under suspicion, where a sweep's defense finds its poisoned ones."""
+    """Write the suspect rows, in the place of a sweep's poisoned rows."""
     corpus = _corpus_of(run, "train")
     write_rows(run.folder / TRAIN, corpus.train)
     return {"rows": len(corpus.train), "label_names": list(corpus.label_names)}
@@ -35,7 +23,7 @@ def suspect_rows(run: StageRun) -> dict[str, Any]:
 
 @stage(version=1, id="btu.scan:trusted_rows")
 def trusted_rows(run: StageRun) -> dict[str, Any]:
-    """Tokenize the trusted rows, perhaps none."""
+    """Tokenize the trusted rows, if there are any."""
     from btu.training import Encoded
 
     corpus = _corpus_of(run, "clean")
@@ -49,7 +37,7 @@ def trusted_rows(run: StageRun) -> dict[str, Any]:
 
 @stage(version=1, id="btu.scan:accuracy")
 def accuracy(run: StageRun) -> dict[str, Any]:
-    """Count the trusted rows that a model classifies as labelled."""
+    """Count the trusted rows whose label a model predicts."""
     rows, precision = clean_rows_of(run), run.config["precision"]
     predicted = run.classes(model_of(run, "model"), rows, precision=precision, stage="accuracy")
     return {"hits": int((predicted == rows.labels.numpy()).sum()), "n": len(rows)}
@@ -65,4 +53,5 @@ def _corpus_of(run: StageRun, role: str) -> Corpus:
 
 @lru_cache(maxsize=1)
 def loaded_suspects(spec: DataSpec, clean_file: str | None) -> SuspectCorpus:
+    """Return the rows of a scan, loaded once per process."""
     return load_suspects(spec, clean_file)

@@ -703,7 +703,7 @@ def test_a_lone_surrogate_in_a_label_is_an_error(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"row {i}", "label": ("no", "\ud800")[i % 2]}) for i in range(20)]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     with pytest.raises(
-        UserError, match=r"label '\\ud800' of data set 'mine' holds a lone surrogate.*rename"
+        UserError, match=r"label '\\ud800' of data set 'mine' contains a lone surrogate.*rename"
     ):
         load(tmp_path)
 

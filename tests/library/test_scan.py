@@ -376,7 +376,7 @@ def test_unknown_names_are_errors_with_suggestions(data: Path, settings: dict[st
     refused("victim folder nowhere does not exist", mine, settings, victim="./nowhere")
     refused("trusted rows nowhere.csv do not exist", mine, settings, clean="nowhere.csv")
     refused("must be above 0", mine, settings, threshold=-1.0)
-    refused("beyond the 96 positions", mine, settings, max_length=128)
+    refused("above the 96 positions", mine, settings, max_length=128)
 
 
 @pytest.mark.parametrize(

@@ -436,7 +436,7 @@ def test_progress_is_reported_once_an_epoch() -> None:
 
 
 def test_a_long_epoch_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("btu.training.TELL_SECONDS", 0.0)
+    monkeypatch.setattr("btu.training.REPORT_SECONDS", 0.0)
     seen: list[Progress] = []
     fit(
         Toy(),

@@ -177,7 +177,7 @@ def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_config_is_an_error(folder: Path) -> None:
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match=r"has no config\.json; it is no saved model"):
+    with pytest.raises(UserError, match=r"has no config\.json: it is not a saved model"):
         find_victim(VictimSpec(name=str(folder)))
 
 
