@@ -645,7 +645,8 @@ def test_no_defense_is_a_cell_that_adds_nothing(
 def test_a_defense_does_not_say_what_the_scorer_says(
     spied: Callable[..., Any], try_cell: Callable[..., Tried]
 ) -> None:
-    with pytest.raises(ValueError, match=r"stage 'spy' measures \['asr'\], which are the scorer's"):
+    message = r"stage 'spy' measures \['asr'\], which only the scorer may"
+    with pytest.raises(ValueError, match=message):
         try_cell(spied(strength=4.0))
 
 
