@@ -29,6 +29,9 @@ SHARED, OWN = ("rows", "train"), ("unlearn", "evaluate", CELL)
 # A folder that is not there: its size is not known, and no hub is asked.
 WHERE = {"victim": {"name": "/nowhere"}}
 ALPHA = "defense.alpha"
+# Sweep files of one cell and of two.
+ONE = "seed: 0\ngrid: {defense.alpha: [0.01]}\n"
+TWO = "grid: {defense.alpha: [0.01, 0.04]}\n"
 
 
 def toy_cell(varied: Mapping[str, Any]) -> Stage:
@@ -154,3 +157,31 @@ def begin(folder: Path, text: str, planner: ToyPlanner, **options: Any) -> ByHan
     plan = Plan()
     planner.add(plan, sweep.cells())
     return ByHand(sweep, plan, planner, **options)
+
+
+class Launches:
+    """Launches of one sweep, one after the other, with results in `folder`.
+
+    planner: plans their cells.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.planner = ToyPlanner()
+        self._folder = folder
+        self._made: list[ByHand] = []
+
+    def __call__(self, text: str = TWO, **options: Any) -> ByHand:
+        """Begin the next launch. text: of the sweep file. options: of the driver."""
+        self._made.append(begin(self._folder, text, self.planner, **options))
+        return self._made[-1]
+
+    def leave(self) -> None:
+        """End those that were not ended."""
+        for made in self._made:
+            made.leave()
+
+
+def models(hand: ByHand) -> Counter[str]:
+    """Return by stage how many models there are."""
+    names = (marker.name for marker in hand.store.markers() if not marker.dropped)
+    return Counter(name for name in names if name in ("train", "unlearn"))

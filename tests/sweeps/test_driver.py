@@ -1,4 +1,7 @@
-"""A launch without Ray: what runs next, and what becomes of every outcome. Nothing is computed."""
+"""A launch without Ray: what runs next, and what follows from every outcome.
+
+Nothing is computed: tests report what workers would.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,11 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from driving import ALPHA, OWN, SHARED, ByHand, ToyPlanner, begin, metrics
+from driving import ALPHA, ONE, OWN, SHARED, TWO, Launches, ToyPlanner, begin, models
 from rich.console import Console
 
 from btu.errors import UserError
@@ -30,47 +31,24 @@ from orchestrator.run.driver import (
     Idle,
 )
 from orchestrator.run.progress import SweepProgress
-from orchestrator.run.refine import RefineSpec
 from orchestrator.run.schedule import CELL, Task
 from orchestrator.run.worker import WAIT_SECONDS, Outcome, Report, StageCall
 from orchestrator.store.store import Store
 from orchestrator.sweep.load import load_sweep
 
-ONE = "seed: 0\ngrid: {defense.alpha: [0.01]}\n"
-TWO = "grid: {defense.alpha: [0.01, 0.04]}\n"
-SEARCHED = """
-seed: 0
-grid: {seed: [0, 1]}
-optuna:
-  trials: 3
-  sampler: random
-  space: {defense.alpha: {low: 0.01, high: 0.04}}
-"""
-
 
 @pytest.fixture
-def planner() -> ToyPlanner:
-    return ToyPlanner()
-
-
-@pytest.fixture
-def launch(tmp_path: Path, planner: ToyPlanner) -> Iterator[Callable[..., ByHand]]:
+def launch(tmp_path: Path) -> Iterator[Launches]:
     """A function that begins a launch. Called again, it is the next launch of the same sweep."""
-    made: list[ByHand] = []
-
-    def build(text: str = TWO, **options: Any) -> ByHand:
-        made.append(begin(tmp_path, text, planner, **options))
-        return made[-1]
-
-    yield build
-    for hand in made:
-        hand.leave()
+    made = Launches(tmp_path)
+    yield made
+    made.leave()
 
 
 # Done ------------------------------------------------------------------------------------------
 
 
-def test_every_stage_runs_once_after_its_inputs(launch: Callable[..., ByHand]) -> None:
+def test_every_stage_runs_once_after_its_inputs(launch: Launches) -> None:
     ended: list[None] = []
     hand = launch(cell_ended=lambda: ended.append(None))
     assert hand.driver.has_work
@@ -94,7 +72,7 @@ def test_every_stage_runs_once_after_its_inputs(launch: Callable[..., ByHand]) -
     assert {e["outcome"] for e in hand.events("end")} == {"done"}
 
 
-def test_there_is_nothing_to_run_while_an_input_is_computed(launch: Callable[..., ByHand]) -> None:
+def test_there_is_nothing_to_run_while_an_input_is_computed(launch: Launches) -> None:
     hand = launch()
     rows = hand.take("rows")
     assert hand.driver.next_task() is Idle.later
@@ -108,7 +86,7 @@ def test_there_is_nothing_to_run_while_an_input_is_computed(launch: Callable[...
 
 
 def test_a_worker_gets_a_stage_as_plain_data_with_its_resources(
-    launch: Callable[..., ByHand],
+    launch: Launches,
 ) -> None:
     hand = launch(ONE + "resources: {cpu: 2, gpu: 0.5, cell_cpu: 1, cell_gpu: 0}\n")
     calls = {}
@@ -125,7 +103,7 @@ def test_a_worker_gets_a_stage_as_plain_data_with_its_resources(
     assert calls["train"].node["name"] == "train"
 
 
-def test_the_next_launch_runs_what_is_left(launch: Callable[..., ByHand]) -> None:
+def test_the_next_launch_runs_what_is_left(launch: Launches) -> None:
     first = launch()
     while (task := first.take()).stage.name != "evaluate":
         first.finish(task)
@@ -142,7 +120,7 @@ def test_the_next_launch_runs_what_is_left(launch: Callable[..., ByHand]) -> Non
     assert third.driver.result().done == 3
 
 
-def test_what_another_launch_computed_is_shown_as_well(launch: Callable[..., ByHand]) -> None:
+def test_what_another_launch_computed_is_shown_as_well(launch: Launches) -> None:
     hand = launch(ONE)
     while (task := hand.take()).stage.name != CELL:
         hand.finish(task)
@@ -159,7 +137,7 @@ def test_what_another_launch_computed_is_shown_as_well(launch: Callable[..., ByH
     }
 
 
-def test_a_cell_that_mlflow_misses_is_named(launch: Callable[..., ByHand]) -> None:
+def test_a_cell_that_mlflow_misses_is_named(launch: Launches) -> None:
     hand = launch(ONE)
     while (task := hand.take()).stage.name != CELL:
         hand.finish(task)
@@ -168,7 +146,7 @@ def test_a_cell_that_mlflow_misses_is_named(launch: Callable[..., ByHand]) -> No
     assert "not in MLflow yet: alpha=0.01 (ConnectionError: away)" in hand.said
 
 
-def test_a_damaged_result_is_computed_again(launch: Callable[..., ByHand]) -> None:
+def test_a_damaged_result_is_computed_again(launch: Launches) -> None:
     first = launch(ONE)
     first.run_all()
     first.leave()
@@ -179,7 +157,7 @@ def test_a_damaged_result_is_computed_again(launch: Callable[..., ByHand]) -> No
     assert second.run_all() == {CELL: 1}
 
 
-def test_times_are_kept_for_estimates_summed_by_stage(launch: Callable[..., ByHand]) -> None:
+def test_times_are_kept_for_estimates_summed_by_stage(launch: Launches) -> None:
     hand = launch()
     hand.run_all()
     hand.driver.save_timings()
@@ -193,7 +171,7 @@ def test_times_are_kept_for_estimates_summed_by_stage(launch: Callable[..., ByHa
 
 
 def test_a_disk_too_full_for_the_times_is_no_error(
-    launch: Callable[..., ByHand], monkeypatch: pytest.MonkeyPatch
+    launch: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hand = launch(ONE)
     hand.run_all()
@@ -207,7 +185,7 @@ def full(*_: object) -> None:
 
 
 def test_a_full_disk_keeps_nothing_from_the_journal_alone(
-    launch: Callable[..., ByHand], monkeypatch: pytest.MonkeyPatch
+    launch: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hand = launch(ONE)
     monkeypatch.setattr(hand.results.storage, "append", full)
@@ -218,7 +196,7 @@ def test_a_full_disk_keeps_nothing_from_the_journal_alone(
 # Another launch --------------------------------------------------------------------------------
 
 
-def test_what_another_launch_computes_is_passed_over(launch: Callable[..., ByHand]) -> None:
+def test_what_another_launch_computes_is_passed_over(launch: Launches) -> None:
     hand = launch("grid: {seed: [0, 1], defense.alpha: [0.01]}\n")
     other = Store(hand.store.location)
     first = hand.plan.cells[next(iter(hand.plan.cells))].stage.inputs["rows"]
@@ -230,7 +208,7 @@ def test_what_another_launch_computes_is_passed_over(launch: Callable[..., ByHan
 
 
 def test_where_all_is_with_another_launch_a_node_waits_for_it(
-    launch: Callable[..., ByHand],
+    launch: Launches,
 ) -> None:
     hand = launch(ONE)
     (cell,) = hand.plan.cells.values()
@@ -250,7 +228,7 @@ def test_where_all_is_with_another_launch_a_node_waits_for_it(
 
 
 def test_a_stage_that_a_worker_found_busy_is_left_alone_for_a_while(
-    launch: Callable[..., ByHand],
+    launch: Launches,
 ) -> None:
     hand = launch(ONE)
     task = hand.take("rows")
@@ -267,7 +245,7 @@ def test_a_stage_that_a_worker_found_busy_is_left_alone_for_a_while(
     assert hand.driver.result().failed == {}
 
 
-def test_an_expired_lease_is_removed_and_its_stage_runs(launch: Callable[..., ByHand]) -> None:
+def test_an_expired_lease_is_removed_and_its_stage_runs(launch: Launches) -> None:
     hand = launch(ONE)
     (cell,) = hand.plan.cells.values()
     path = f"leases/{cell.stage.inputs['rows'].key}.json"
@@ -282,7 +260,7 @@ def test_an_expired_lease_is_removed_and_its_stage_runs(launch: Callable[..., By
 # Inputs, memory, disk --------------------------------------------------------------------------
 
 
-def test_lost_inputs_are_computed_again(launch: Callable[..., ByHand]) -> None:
+def test_lost_inputs_are_computed_again(launch: Launches) -> None:
     hand = launch(ONE)
     for name in SHARED:
         hand.finish(hand.take(name))
@@ -294,7 +272,7 @@ def test_lost_inputs_are_computed_again(launch: Callable[..., ByHand]) -> None:
 
 
 def test_inputs_that_are_damaged_again_and_again_are_a_failure(
-    launch: Callable[..., ByHand],
+    launch: Launches,
 ) -> None:
     hand = launch(ONE)
     for name in SHARED:
@@ -312,7 +290,7 @@ def test_inputs_that_are_damaged_again_and_again_are_a_failure(
 
 
 def test_an_input_that_cannot_be_had_again_fails_what_reads_it(
-    launch: Callable[..., ByHand],
+    launch: Launches,
 ) -> None:
     hand = launch()
     for name in SHARED:
@@ -328,7 +306,7 @@ def test_an_input_that_cannot_be_had_again_fails_what_reads_it(
     assert (result.done, len(result.failed), result.missing) == (0, 2, 0)
 
 
-def test_without_memory_a_stage_is_tried_alone_and_in_parts(launch: Callable[..., ByHand]) -> None:
+def test_without_memory_a_stage_is_tried_alone_and_in_parts(launch: Launches) -> None:
     hand = launch(ONE)
     hand.finish(hand.take("rows"))
     tries = []
@@ -344,7 +322,7 @@ def test_without_memory_a_stage_is_tried_alone_and_in_parts(launch: Callable[...
     assert len(hand.driver.result().failed) == 1
 
 
-def test_a_full_disk_stops_the_launch_and_fails_nothing(launch: Callable[..., ByHand]) -> None:
+def test_a_full_disk_stops_the_launch_and_fails_nothing(launch: Launches) -> None:
     hand = launch()
     hand.finish(hand.take("rows"))
     hand.finish(hand.take("train"))
@@ -365,7 +343,7 @@ def test_a_full_disk_stops_the_launch_and_fails_nothing(launch: Callable[..., By
 
 
 def test_a_disk_that_may_become_full_is_announced(
-    launch: Callable[..., ByHand], monkeypatch: pytest.MonkeyPatch
+    launch: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hand = launch(ONE)
     assert "GB free" not in hand.said
@@ -382,7 +360,7 @@ def test_a_disk_that_may_become_full_is_announced(
 # Failures --------------------------------------------------------------------------------------
 
 
-def test_a_failure_takes_its_own_cells_alone_and_stays(launch: Callable[..., ByHand]) -> None:
+def test_a_failure_takes_its_own_cells_alone_and_stays(launch: Launches) -> None:
     hand = launch()
     for name in SHARED:
         hand.finish(hand.take(name))
@@ -408,7 +386,7 @@ def test_a_failure_takes_its_own_cells_alone_and_stays(launch: Callable[..., ByH
     assert retried.driver.result().complete
 
 
-def test_so_many_failures_stop_the_launch(launch: Callable[..., ByHand]) -> None:
+def test_so_many_failures_stop_the_launch(launch: Launches) -> None:
     hand = launch("grid: {defense.alpha: [0.01, 0.02, 0.03]}\n", max_failures=2)
     for name in SHARED:
         hand.finish(hand.take(name))
@@ -427,9 +405,7 @@ def test_so_many_failures_stop_the_launch(launch: Callable[..., ByHand]) -> None
     ("error", "last"),
     [("", "its worker died"), ("  \n", "its worker died"), ("OSError: a\nb", "b")],
 )
-def test_a_stage_that_is_given_up_is_a_failure(
-    launch: Callable[..., ByHand], error: str, last: str
-) -> None:
+def test_a_stage_that_is_given_up_is_a_failure(launch: Launches, error: str, last: str) -> None:
     hand = launch(ONE)
     task = hand.take("rows")
     hand.driver.started(task)  # by the worker after the one that died
@@ -451,7 +427,7 @@ def test_a_stage_that_is_given_up_is_a_failure(
 
 
 def test_a_failure_that_cannot_be_recorded_is_told_and_does_not_end_the_sweep(
-    launch: Callable[..., ByHand], monkeypatch: pytest.MonkeyPatch
+    launch: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hand = launch("grid: {seed: [0, 1], defense.alpha: [0.01]}\n")
     monkeypatch.setattr(hand.store, "fail", full)
@@ -461,7 +437,7 @@ def test_a_failure_that_cannot_be_recorded_is_told_and_does_not_end_the_sweep(
     assert hand.run_all()[CELL] == 1
 
 
-def test_workers_that_die_in_a_row_stop_the_sweep(launch: Callable[..., ByHand]) -> None:
+def test_workers_that_die_in_a_row_stop_the_sweep(launch: Launches) -> None:
     # Not the stages, the machines: whatever is tried dies.
     hand = launch("grid: {seed: [0, 1, 2, 3, 4, 5], defense.alpha: [0.01]}\n")
     for _ in range(GIVEN_UP_IN_A_ROW - 1):
@@ -477,7 +453,7 @@ def test_workers_that_die_in_a_row_stop_the_sweep(launch: Callable[..., ByHand])
 # Beginning and ending --------------------------------------------------------------------------
 
 
-def test_a_launch_is_there_for_others_until_it_ends(launch: Callable[..., ByHand]) -> None:
+def test_a_launch_is_there_for_others_until_it_ends(launch: Launches) -> None:
     hand = launch(ONE)
     (cell,) = hand.plan.cells.values()
     keys = {stage.key for stage in cell.stage.closure()}
@@ -488,7 +464,7 @@ def test_a_launch_is_there_for_others_until_it_ends(launch: Callable[..., ByHand
 
 
 def test_a_launch_beats_and_reports_once_that_it_cannot(
-    tmp_path: Path, planner: ToyPlanner, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "HEARTBEAT_S", 0.001)
     beats = threading.Semaphore(0)
@@ -498,7 +474,7 @@ def test_a_launch_beats_and_reports_once_that_it_cannot(
         raise ConnectionError("away")
 
     monkeypatch.setattr(Store, "heartbeat_launch", refused)
-    hand = begin(tmp_path, ONE, planner)
+    hand = begin(tmp_path, ONE, ToyPlanner())
     for _ in range(3):
         assert beats.acquire(timeout=60)
     hand.leave()
@@ -506,12 +482,13 @@ def test_a_launch_beats_and_reports_once_that_it_cannot(
 
 
 def test_a_launch_that_breaks_off_leaves_the_terminal_and_the_store(
-    tmp_path: Path, planner: ToyPlanner
+    tmp_path: Path,
 ) -> None:
     # Otherwise the terminal is left without a cursor.
     file = tmp_path / "toy.yaml"
     file.write_text(f"output: {tmp_path / 'runs'}\ncontrols: []\n{ONE}")
     sweep, plan = load_sweep(file), Plan()
+    planner = ToyPlanner()
     planner.add(plan, sweep.cells())
     screen = io.StringIO()
     progress = SweepProgress(Console(file=screen, width=120, force_terminal=True))
@@ -528,7 +505,7 @@ def test_a_launch_that_breaks_off_leaves_the_terminal_and_the_store(
 
 
 def test_what_nobody_stopped_and_is_not_done_was_interrupted(
-    launch: Callable[..., ByHand],
+    launch: Launches,
 ) -> None:
     hand = launch(ONE)
     hand.take("rows")
@@ -542,7 +519,7 @@ def test_what_nobody_stopped_and_is_not_done_was_interrupted(
     assert done.driver.result().stopped == ""
 
 
-def test_a_task_that_reached_no_worker_is_ready_again(launch: Callable[..., ByHand]) -> None:
+def test_a_task_that_reached_no_worker_is_ready_again(launch: Launches) -> None:
     hand = launch(ONE)
     task = hand.driver.next_task()
     assert isinstance(task, Task)
@@ -568,13 +545,7 @@ def test_no_ray_is_imported() -> None:
 # Models ----------------------------------------------------------------------------------------
 
 
-def models(hand: ByHand) -> Counter[str]:
-    """Return by stage how many models there are."""
-    names = (marker.name for marker in hand.store.markers() if not marker.dropped)
-    return Counter(name for name in names if name in ("train", "unlearn"))
-
-
-def test_models_go_with_their_last_reader(launch: Callable[..., ByHand]) -> None:
+def test_models_go_with_their_last_reader(launch: Launches) -> None:
     hand = launch()
     ran = []
     while isinstance(task := hand.driver.next_task(), Task):
@@ -586,7 +557,7 @@ def test_models_go_with_their_last_reader(launch: Callable[..., ByHand]) -> None
     assert max(sum(there.values()) for _, there in ran) == 2
 
 
-def test_models_stay_where_they_are_to_be_kept(launch: Callable[..., ByHand]) -> None:
+def test_models_stay_where_they_are_to_be_kept(launch: Launches) -> None:
     hand = launch(TWO + "store: {keep: models}\n")
     hand.run_all()
     hand.driver.drop_models()
@@ -598,7 +569,7 @@ def test_models_stay_where_they_are_to_be_kept(launch: Callable[..., ByHand]) ->
     assert models(again) == {}
 
 
-def test_models_stay_while_something_is_left_to_run(launch: Callable[..., ByHand]) -> None:
+def test_models_stay_while_something_is_left_to_run(launch: Launches) -> None:
     hand = launch(TWO + "store: {keep: models}\n")
     hand.run_all()
     hand.leave()
@@ -607,7 +578,7 @@ def test_models_stay_while_something_is_left_to_run(launch: Callable[..., ByHand
     assert models(more) == {"train": 1, "unlearn": 2}
 
 
-def test_models_stay_that_another_launch_needs(launch: Callable[..., ByHand]) -> None:
+def test_models_stay_that_another_launch_needs(launch: Launches) -> None:
     hand = launch(ONE)
     (cell,) = hand.plan.cells.values()
     train = cell.stage.inputs["train"].key
@@ -620,7 +591,7 @@ def test_models_stay_that_another_launch_needs(launch: Callable[..., ByHand]) ->
 
 
 def test_models_stay_that_another_sweep_has_not_finished_with(
-    launch: Callable[..., ByHand],
+    launch: Launches,
 ) -> None:
     # Launched, and stopped before anything ran.
     launch("name: other\ngrid: {defense.alpha: [0.07]}\n").leave()
@@ -631,188 +602,10 @@ def test_models_stay_that_another_sweep_has_not_finished_with(
 
 
 def test_a_model_that_cannot_be_removed_is_named(
-    launch: Callable[..., ByHand], monkeypatch: pytest.MonkeyPatch
+    launch: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hand = launch(ONE)
     monkeypatch.setattr(hand.store, "drop", full)
     hand.run_all()
     assert hand.said.count("was not removed: [Errno 28] No space left on device") == 2
     assert hand.driver.result().complete
-
-
-# A study of Optuna -----------------------------------------------------------------------------
-
-
-def test_a_study_suggests_as_many_at_once_as_run(launch: Callable[..., ByHand]) -> None:
-    hand = launch(SEARCHED)
-    assert "Further cells are suggested as the sweep goes." in hand.said
-    assert hand.driver.has_work
-    assert hand.plan.cells == {}
-    hand.driver.slots = 1
-    tasks = [hand.take("rows"), hand.take("rows")]  # of two seeds
-    assert hand.driver.next_task() is Idle.later
-    assert len(hand.plan.cells) == 2
-    # What was suggested is on disk, and nobody removes what it needs.
-    assert set(hand.results.cells()) == set(hand.plan.cells)
-    assert set(hand.plan.cells) <= hand.store.in_use()
-    hand.driver.slots = 2
-    assert hand.driver.next_task() is Idle.later  # the second shares the stages of both seeds
-    assert len(hand.plan.cells) == 4
-    for task in tasks:
-        hand.finish(task)
-    assert hand.run_all()[CELL] == 6
-    result = hand.driver.result()
-    assert (result.done, result.failed, result.missing) == (6, {}, 0)
-    assert hand.said.count("best: asr ") >= 1
-
-
-def told(folder: Path) -> dict[str, Any]:
-    """Return what the study was told, by number."""
-    files = (folder / "runs" / "toy" / "search").glob("*/*.told.json")
-    return {file.name.partition(".")[0]: json.loads(file.read_text()) for file in files}
-
-
-def test_a_study_is_told_the_means_once_all_cells_have_ended(
-    launch: Callable[..., ByHand], tmp_path: Path
-) -> None:
-    hand = launch(SEARCHED)
-    seen = 0
-    while isinstance(task := hand.driver.next_task(), Task):
-        hand.finish(task)
-        if task.stage.name == CELL:
-            seen += 1
-            assert len(told(tmp_path)) == seen // 2
-    assert sorted(told(tmp_path)) == ["000000", "000001", "000002"]
-    alphas = {cell.varied[ALPHA] for cell in hand.plan.cells.values()}
-    expected = [metrics({ALPHA: alpha}) for alpha in sorted(alphas)]
-    assert sorted(map(str, told(tmp_path).values())) == sorted(map(str, expected))
-
-
-def test_a_suggestion_with_a_failed_cell_has_failed(
-    launch: Callable[..., ByHand], tmp_path: Path
-) -> None:
-    hand = launch(SEARCHED)
-    while (task := hand.take()).stage.name != "unlearn":
-        hand.finish(task)
-    hand.fails(task)
-    hand.run_all()
-    found = told(tmp_path)
-    assert len(found) == 3
-    assert [number for number, values in found.items() if values is None] == ["000000"]
-    result = hand.driver.result()
-    assert (result.done, len(result.failed), result.missing) == (5, 1, 0)
-    hand.leave()
-    # Asked again, it counts as open until its cells have ended.
-    again = launch(SEARCHED, retry_failed=True)
-    assert again.driver.result().missing == 1 + 1  # its cell, and the suggestion
-    again.run_all()
-    assert None not in told(tmp_path).values()
-    assert again.driver.result().complete
-
-
-def test_the_next_launch_goes_on_with_a_study(
-    launch: Callable[..., ByHand], tmp_path: Path
-) -> None:
-    first = launch(SEARCHED)
-    first.finish(first.take("rows"))
-    first.take()
-    first.leave()
-    second = launch(SEARCHED)
-    assert set(second.plan.cells) == set(first.plan.cells)  # of what was suggested
-    assert second.driver.result().missing == 2 + 3  # its cells, and the suggestions
-    second.run_all()
-    assert len(told(tmp_path)) == 3
-    assert second.driver.result().complete
-    second.leave()
-    third = launch(SEARCHED)
-    assert not third.driver.has_work
-    assert third.driver.result().done == 6
-
-
-def test_a_suggestion_that_cannot_run_is_told_as_failed_and_the_next_is_asked_for(
-    launch: Callable[..., ByHand], tmp_path: Path, planner: ToyPlanner
-) -> None:
-    text = SEARCHED.replace("{low: 0.01, high: 0.04}", "[0.01, 0.02]").replace("random", "tpe")
-    planner.refused = {0.01}
-    hand = launch(text.replace("trials: 3", "trials: 8"))
-    hand.run_all()
-    assert "suggestion refused: no such threshold." in hand.said
-    values = list(told(tmp_path).values())
-    assert len(values) == 8
-    assert {str(value) for value in values} == {"None", str(metrics({ALPHA: 0.02}))}
-    assert hand.driver.result().complete  # two cells: all suggestions are the same
-
-
-# Refinement ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def refining(launch: Callable[..., ByHand]) -> Callable[[int], ByHand]:
-    """A function that begins a launch which refines, on a sweep whose grid is done.
-
-    ASR is 1 at 0.01 and 0 at 0.04. Called again, it is the next launch of the same sweep.
-    """
-    grid = launch()
-    grid.run_all()
-    grid.leave()
-    return lambda trials: launch(refine=RefineSpec(("asr",), trials))
-
-
-def test_a_driver_asks_for_a_threshold_and_the_next_launch_knows_it(
-    refining: Callable[[int], ByHand],
-) -> None:
-    hand = refining(1)
-    assert hand.driver.has_work
-    assert "Further cells are suggested as the sweep goes." in hand.said
-    assert hand.take("train").stage  # its model is gone, that of the new cell starts from it
-    (asked,) = (c for c in hand.results.cells().values() if c.varied[ALPHA] == 0.02)
-    assert asked.key in hand.plan.cells  # sqrt(0.01 x 0.04)
-    hand.leave()
-    # As after kill -9: its cell is to be run, and nothing else; the budget is used up.
-    again = refining(1)
-    assert set(again.plan.cells) == set(hand.plan.cells)
-    assert "Further cells" not in again.said
-    assert again.run_all() == {"train": 1, **dict.fromkeys(OWN, 1)}
-    assert again.driver.result().done == 3
-    again.leave()
-    assert not refining(1).driver.has_work
-
-
-def test_shared_models_stay_while_thresholds_may_follow(
-    refining: Callable[[int], ByHand],
-) -> None:
-    hand = refining(2)
-    for name in ("train", "unlearn", "evaluate"):
-        hand.finish(hand.take(name))
-    # Its own model has gone; the shared one stays for the second threshold.
-    assert models(hand) == {"train": 1}
-    assert hand.run_all() == {CELL: 2, "unlearn": 1, "evaluate": 1}
-    assert models(hand) == {}
-
-
-def test_a_failed_threshold_is_told_and_ends_the_search(refining: Callable[[int], ByHand]) -> None:
-    hand = refining(9)
-    hand.driver.worker_lost(hand.take("train"), "")  # the first stage of the new cell
-    assert hand.driver.next_task() is Idle.finished
-    assert not hand.driver.has_work
-    result = hand.driver.result()
-    assert (result.done, len(result.failed), result.missing) == (2, 1, 0)
-    found = "between 0.01 and 0.04 (refined with 1 cell; 0.02 between them has no asr)"
-    assert found in hand.said
-    hand.leave()
-    assert not refining(9).driver.has_work
-
-
-def test_a_refused_threshold_ends_the_search_with_a_note(
-    refining: Callable[[int], ByHand], planner: ToyPlanner
-) -> None:
-    planner.refused = {0.02}
-    hand = refining(9)
-    assert not hand.driver.has_work
-    assert hand.driver.result().complete
-    assert "defense.alpha=0.02 is refused" in hand.said
-
-
-def test_a_sweep_without_thresholds_is_refused(launch: Callable[..., ByHand]) -> None:
-    with pytest.raises(UserError, match="--refine needs an axis of thresholds"):
-        launch("grid: {seed: [0, 1]}\n", refine=RefineSpec(("asr",), 9))
