@@ -69,7 +69,7 @@ DEFENSES: Registry[type[Defense]] = Registry(
 )
 
 # When a defense acts -> what that means.
-KINDS: dict[str, str] = {
+DEFENSE_KINDS: dict[str, str] = {
     "before training": "cleans the training set, and a model is trained on what is left",
     "during training": "trains a model of its own on the poisoned rows",
     "after training": "mends the poisoned model",
@@ -115,8 +115,10 @@ class Given:
 class Defense(Protocol):
     """A defense: a frozen dataclass whose fields are its hyperparameters.
 
-    KIND: when it acts (`KINDS`). NEEDS: what it cannot do without (`NEEDS`): planning refuses cells
-    that do not have it. A class attribute ``PRESETS`` (name -> values by field) lets a config name
+    KIND: when it acts (`DEFENSE_KINDS`).
+    NEEDS: what it cannot do without (`NEEDS`): planning refuses cells that do not have it.
+
+    A class attribute ``PRESETS`` (name -> values by field) lets a config name
     sets of hyperparameters; one of the names is ``default``.
     """
 
