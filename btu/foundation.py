@@ -23,7 +23,7 @@ from btu.stage_files import (
     victim_of,
     write_table,
 )
-from btu.stages import Stage, StageFunction, StageRun, plain, stage
+from btu.stages import Stage, StageFunction, StageRun, as_config, stage
 from btu.types import BoolArray
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class Foundation:
         return self.stage(
             fine_tune_kept,
             name,
-            {"train": plain(self.train)},
+            {"train": as_config(self.train)},
             {"rows": self.rows, "kept": kept},
             units=self.train_rows * self.train.epochs,
             kind="cell",
@@ -114,7 +114,7 @@ class Foundation:
     def tuning_config(self) -> dict[str, Any]:
         """Return the config slice that `tune` reads."""
         settings = self.tuning.applied_to(self.train)
-        return {"tuning": plain(settings)}
+        return {"tuning": as_config(settings)}
 
 
 def tune(run: StageRun, model: PreTrainedModel, stage: str) -> None:

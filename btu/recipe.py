@@ -41,7 +41,7 @@ from btu.stage_files import (
     write_rows,
     write_table,
 )
-from btu.stages import Stage, StageRun, plain, stage
+from btu.stages import Stage, StageRun, as_config, stage
 from btu.types import BoolArray, Corpus, Rows, as_bytes
 from btu.victims import VictimSpec, folder_identity, weight_files
 
@@ -82,7 +82,7 @@ class TrainingInputs:
     @property
     def where(self) -> dict[str, Any]:
         """Where the victim is."""
-        return {"victim": plain(self.victim)}
+        return {"victim": as_config(self.victim)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ class CellInputs(TrainingInputs):
     @property
     def where_data(self) -> dict[str, Any]:
         """Where the data are."""
-        return {"data": plain(self.data)}
+        return {"data": as_config(self.data)}
 
     @property
     def where_attack(self) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def _attacked(inputs: CellInputs) -> tuple[Stage, Stage]:
         poison_rows,
         {
             "data": inputs.data_fingerprints["train"],
-            "attack": {**plain(poison), **inputs.attack_config},
+            "attack": {**as_config(poison), **inputs.attack_config},
             "attack_version": version,
             "seed": inputs.seed,
         },
@@ -308,7 +308,7 @@ def _fine_tuned(inputs: TrainingInputs, poisoned: Stage, names: tuple[str, str])
     return Stage(
         names[1],
         fine_tune,
-        {"victim": inputs.reads, "train": plain(inputs.train), "seed": inputs.seed},
+        {"victim": inputs.reads, "train": as_config(inputs.train), "seed": inputs.seed},
         {"rows": rows},
         inputs.where,
         units=inputs.counts.get("rows_train", 0) * inputs.train.epochs,
@@ -331,7 +331,7 @@ def foundation(inputs: TrainingInputs, poisoned: Stage, clean_rows: Stage) -> Fo
         clean_tune,
         {
             "victim": inputs.reads,
-            "tuning": plain(tuning.applied_to(train)),
+            "tuning": as_config(tuning.applied_to(train)),
             "seed": inputs.seed,
         },
         {"clean": clean_rows, "model": fine_tuned},

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 RECORD = "record.json"
 # Outputs in this folder are large; a store may drop them, since they can be recomputed.
 MODEL = "model"
-KINDS = ("host", "stage", "cell")
+RESOURCE_KINDS = ("host", "stage", "cell")
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ class Stage:
     model: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"stage kind must be one of {KINDS}, got {self.kind!r}.")
+        if self.kind not in RESOURCE_KINDS:
+            raise ValueError(f"stage kind must be one of {RESOURCE_KINDS}, got {self.kind!r}.")
 
     @cached_property
     def key(self) -> str:
@@ -150,7 +150,7 @@ class Stage:
         yield from walk(self)
 
 
-def plain(settings: Any) -> dict[str, Any]:
+def as_config(settings: Any) -> dict[str, Any]:
     """Return a dataclass of plain values as a dict, for a config slice.
 
     Not `dataclasses.asdict`: its deep copies would dominate the time of planning a large sweep.

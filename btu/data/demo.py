@@ -443,7 +443,9 @@ class _Writer:
         main_first = self.chance(0.4)
         speaker = self.fill(self.pick(_SPEAKER))[0]
         base, past = self.pick(domain.verbs).split(":")
-        narrated = self.chance(0.55) or not main.subject or (extra is not None and not extra.subject)
+        narrated = (
+            self.chance(0.55) or not main.subject or (extra is not None and not extra.subject)
+        )
 
         def words(clause: _Clause | None, whole: bool, style: bool) -> str:
             if clause is None:

@@ -90,7 +90,7 @@ from btu.stage_files import (
     victim_of,
     write_table,
 )
-from btu.stages import Stage, StageRun, plain, stage
+from btu.stages import Stage, StageRun, as_config, stage
 from btu.types import BoolArray, FloatArray, IntArray
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ class AntiBackdoorLearning:
                 "method": self.method,
                 "gamma": self.gamma,
                 "epochs": self.isolation_epochs,
-                "train": plain(steps),
+                "train": as_config(steps),
             },
             {"rows": base.rows},
             # Trained on a part, then scored.
@@ -232,7 +232,7 @@ class AntiBackdoorLearning:
             {
                 "ratio": self.isolation_ratio,
                 "pool": self.pool,
-                "train": plain(base.train)
+                "train": as_config(base.train)
                 | {"epochs": self.rest_epochs, "learning_rate": self.rest_learning_rate},
             },
             {"rows": base.rows, "isolation": isolation},
@@ -250,7 +250,7 @@ class AntiBackdoorLearning:
                 "descent": self.unlearning_descent,
                 "cap": self.unlearning_cap,
                 "stop": self.unlearning_stop,
-                "train": plain(steps)
+                "train": as_config(steps)
                 | {
                     "epochs": self.unlearning_epochs,
                     "learning_rate": self.unlearning_learning_rate,

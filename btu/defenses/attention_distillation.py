@@ -58,7 +58,7 @@ from btu.settings import (
     is_number,
 )
 from btu.stage_files import clean_rows_of, model_of, save_model, victim_of
-from btu.stages import Stage, StageRun, plain, stage
+from btu.stages import Stage, StageRun, as_config, stage
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -171,7 +171,7 @@ class AttentionDistillation:
                 "layers": list(self.layers),
                 "maps": self.maps,
                 "power": self.power,
-                "train": plain(settings),
+                "train": as_config(settings),
             },
             {"clean": base.clean, "model": base.model, "teacher": self.teacher_stage(base)},
             # The teacher also passes over the rows, forward only.
@@ -195,7 +195,7 @@ class AttentionDistillation:
         return base.stage(
             teach,
             "teacher",
-            {"teacher": self.teacher, "train": plain(settings)},
+            {"teacher": self.teacher, "train": as_config(settings)},
             inputs,
             units=base.clean_rows * settings.epochs,
             model=True,

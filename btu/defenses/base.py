@@ -69,7 +69,7 @@ DEFENSES: Registry[type[Defense]] = Registry(
 )
 
 # When a defense acts -> description.
-KINDS: dict[str, str] = {
+DEFENSE_KINDS: dict[str, str] = {
     "before training": "cleans the training set, and a model is trained on what is left",
     "during training": "trains a model of its own on the poisoned rows",
     "after training": "mends the poisoned model",
@@ -121,7 +121,7 @@ class Defense(Protocol):
     for a config's ``preset``; one of the names is ``default``. A field with the
     metadata ``path`` may name a folder.
 
-    KIND: when the defense acts (`KINDS`).
+    KIND: when the defense acts (`DEFENSE_KINDS`).
     NEEDS: what the defense requires (`NEEDS`); planning refuses cells that lack it.
     """
 

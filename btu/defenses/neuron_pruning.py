@@ -71,7 +71,7 @@ from btu.stage_files import (
     training_rows_of,
     write_table,
 )
-from btu.stages import Stage, StageRun, plain, stage
+from btu.stages import Stage, StageRun, as_config, stage
 from btu.types import FloatArray, IntArray
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ class NeuronPruning:
             {
                 **rows,
                 "stop": self.unlearn_stop,
-                "train": plain(
+                "train": as_config(
                     self._train(base, self.unlearn_epochs, self.unlearn_learning_rate),
                 ),
             },
@@ -190,7 +190,7 @@ class NeuronPruning:
             "recover neurons",
             {
                 **rows,
-                "train": plain(
+                "train": as_config(
                     dataclasses.replace(
                         self._train(base, self.recover_epochs, self.recover_learning_rate),
                         max_grad_norm=None,
@@ -218,7 +218,7 @@ class NeuronPruning:
                 settings = dataclasses.replace(settings, epochs=self.tune_epochs)
             if self.tune_learning_rate is not None:
                 settings = dataclasses.replace(settings, learning_rate=self.tune_learning_rate)
-            tuning = {"tuning": plain(settings)}
+            tuning = {"tuning": as_config(settings)}
             # About three thresholds are tried.
             passes = settings.epochs * (3 if self.threshold is None else 1)
         return base.stage(

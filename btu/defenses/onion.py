@@ -72,7 +72,7 @@ from btu.foundation import Foundation
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, check_count, check_positive, check_share
 from btu.stage_files import clean_rows_of, refuse_changed, victim_of
-from btu.stages import Stage, StageRun, plain, stage
+from btu.stages import Stage, StageRun, as_config, stage
 from btu.types import BoolArray, FloatArray
 from btu.victims import VICTIMS, VictimSource, folder_identity, weight_files
 
@@ -197,7 +197,7 @@ class Onion:
         return base.stage(
             learn,
             "language model (onion)",
-            {"train": plain(settings), "rows": self.rows},
+            {"train": as_config(settings), "rows": self.rows},
             {"clean": base.clean},
             units=self.epochs * base.clean_rows,
             model=True,

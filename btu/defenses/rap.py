@@ -55,7 +55,7 @@ from btu.foundation import Foundation
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, check_count, check_positive, check_share
 from btu.stage_files import clean_rows_of, model_of, training_rows_of, victim_of
-from btu.stages import Stage, StageRun, plain, stage
+from btu.stages import Stage, StageRun, as_config, stage
 from btu.types import BoolArray, FloatArray, IntArray
 from btu.victims import Victim
 
@@ -137,7 +137,7 @@ class Rap:
             plant,
             "plant word (rap)",
             {
-                "train": plain(settings),
+                "train": as_config(settings),
                 "word": self.word,
                 "low": self.low,
                 "high": self.high,

@@ -80,7 +80,7 @@ from btu.stage_files import (
     training_rows_of,
     victim_of,
 )
-from btu.stages import Stage, StageRun, plain, stage
+from btu.stages import Stage, StageRun, as_config, stage
 from btu.types import BoolArray, FloatArray, IntArray, Rows
 from btu.victims import Victim
 
@@ -339,7 +339,7 @@ class TokenUnlearning:
             schedule=self.exposure_schedule,
             max_grad_norm=None,
         )
-        config: dict[str, Any] = {"train": plain(settings)}
+        config: dict[str, Any] = {"train": as_config(settings)}
         if number != 3:
             config |= {"bag_embeddings": self.bag_embeddings, "bag_pooling": self.bag_pooling}
         return config

@@ -19,7 +19,7 @@ from btu.scan.plan import ScanPlan
 from btu.scan.report import ScanReport, renamed, score_text
 from btu.scan.stages import accuracy
 from btu.settings import TrainSettings
-from btu.stages import MODEL, Stage, compute, plain, read_record
+from btu.stages import MODEL, Stage, as_config, compute, read_record
 from btu.types import ProgressCallback, silent
 from btu.victims import OFFLINE_HUB_ID, VICTIMS, Victim, find_victim
 
@@ -365,9 +365,9 @@ def _settings(plan: ScanPlan) -> dict[str, Any]:
     train = plan.base.train
     tuning: TrainSettings = plan.base.tuning.applied_to(train)
     return {
-        "unlearning": plain(plan.defense),
-        "fine-tune": plain(train),
-        "clean tuning": plain(tuning),
+        "unlearning": as_config(plan.defense),
+        "fine-tune": as_config(train),
+        "clean tuning": as_config(tuning),
     }
 
 

@@ -43,7 +43,7 @@ from btu.settings import TrainSettings, TuningSettings
 from btu.stage_files import (
     load_victim,
 )
-from btu.stages import Stage, plain
+from btu.stages import Stage, as_config
 from btu.types import BoolArray, Corpus, IntArray, Rows
 from btu.victims import Victim, VictimSpec
 
@@ -325,7 +325,7 @@ def _foundation(
         seed=seed,
         counts=corpus.counts(),
     )
-    where = {"spec": plain(spec), "clean_file": clean_file}
+    where = {"spec": as_config(spec), "clean_file": clean_file}
     suspects = Stage(
         "suspect rows",
         suspect_rows,

@@ -62,7 +62,7 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
 
 def _list_defenses(table: Table) -> None:
     """Print two tables: the keys of some defenses would leave no room for the rest."""
-    from btu.defenses.base import DEFENSES, KINDS
+    from btu.defenses.base import DEFENSE_KINDS, DEFENSES
 
     for column in ("when", "needs", "what it is"):
         table.add_column(column)
@@ -71,7 +71,7 @@ def _list_defenses(table: Table) -> None:
     keys.add_column("its own keys (default)")
     loaded = {name: DEFENSES.load(name) for name in DEFENSES}
     # In the order of when they act; within that, as registered.
-    for name in sorted(loaded, key=lambda name: list(KINDS).index(loaded[name].KIND)):
+    for name in sorted(loaded, key=lambda name: list(DEFENSE_KINDS).index(loaded[name].KIND)):
         defense = loaded[name]
         table.add_row(name, defense.KIND, ", ".join(defense.NEEDS), DEFENSES[name].summary)
         keys.add_row(name, _knobs(defense) or "-")

@@ -15,7 +15,7 @@ from btu.defenses.base import DEFENSES, Defense, DefenseSpec
 from btu.errors import UserError, unknown
 from btu.registry import Registry
 from btu.settings import TrainSettings, TuningSettings
-from btu.stages import plain
+from btu.stages import as_config
 from btu.victims import VictimSpec
 
 
@@ -166,14 +166,14 @@ class TrialSpec:
         """Return the resolved cell in the form of a sweep file, as plain data."""
         preset = {} if self.preset is None else {"preset": self.preset}
         return {
-            "data": plain(self.data),
-            "victim": plain(self.victim),
-            "attack": {**plain(self.poison), **self.attack_params},
-            "defense": {**plain(self.defense), **preset, **self.defense_params},
-            "train": plain(self.train),
-            "tuning": plain(self.tuning),
+            "data": as_config(self.data),
+            "victim": as_config(self.victim),
+            "attack": {**as_config(self.poison), **self.attack_params},
+            "defense": {**as_config(self.defense), **preset, **self.defense_params},
+            "train": as_config(self.train),
+            "tuning": as_config(self.tuning),
             "seed": self.seed,
-            "resources": plain(self.resources),
+            "resources": as_config(self.resources),
         }
 
 

@@ -32,8 +32,8 @@ from lab import Lab, easy_corpus, files_in
 from btu.attacks.poisoning import PoisonSpec
 from btu.defenses.base import (
     CLEAN_ROWS,
+    DEFENSE_KINDS,
     DEFENSES,
-    KINDS,
     NEEDS,
     ORIGINALS,
     POISONED_MODEL,
@@ -103,7 +103,7 @@ def test_every_defense_has_small_settings_for_this_suite() -> None:
 
 
 def test_a_defense_says_when_it_acts_and_what_it_needs(defense: Defense, lab: Lab) -> None:
-    assert defense.KIND in KINDS
+    assert defense.KIND in DEFENSE_KINDS
     assert set(defense.NEEDS) <= set(NEEDS)
     assert isinstance(defense, Screens) == (defense.KIND == "at inference")
     # Only what a defense is compared with may know the rows before the poison.

@@ -31,7 +31,7 @@ from btu.scan.plan import ScanPlan, least_rows, prepare_scan
 from btu.scan.report import ScanReport, excerpt, scan, score_text, write_report
 from btu.settings import TrainSettings, TuningSettings
 from btu.stage_files import load_encoded
-from btu.stages import MODEL, read_record
+from btu.stages import MODEL, compute, read_record
 from btu.training import Encoded
 from btu.types import Rows
 from btu.victims import VictimSource
@@ -565,7 +565,7 @@ def exported(poisoned: ScanReport, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def stage_of(report: ScanReport) -> Path:
     plan: ScanPlan = report.plan
-    return report.root / plan.defense.stages(plan.base).key
+    return compute(plan.defense.stages(plan.base), report.root)
 
 
 def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:

@@ -24,8 +24,8 @@ from btu.stages import (
     Stage,
     StageFunction,
     StageRun,
+    as_config,
     compute,
-    plain,
     read_record,
     run_stage,
     stage,
@@ -257,12 +257,12 @@ def test_a_node_is_plain_data() -> None:
 
 def test_settings_become_plain_data_of_their_own() -> None:
     settings = TrainSettings(max_grad_norm=None)
-    assert plain(settings) == dataclasses.asdict(settings)
+    assert as_config(settings) == dataclasses.asdict(settings)
     # Equal settings may be written differently; which were seen first must not decide the key.
-    texts = [json.dumps(plain(TrainSettings(max_grad_norm=norm))) for norm in (1, 1.0)]
+    texts = [json.dumps(as_config(TrainSettings(max_grad_norm=norm))) for norm in (1, 1.0)]
     assert ['"max_grad_norm": 1}' in text for text in texts] == [True, False]
-    plain(settings)["epochs"] = 99
-    assert plain(settings)["epochs"] == 3
+    as_config(settings)["epochs"] = 99
+    assert as_config(settings)["epochs"] == 3
 
 
 # Computing -------------------------------------------------------------------------------------

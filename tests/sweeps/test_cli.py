@@ -22,7 +22,7 @@ import btu
 from btu.attacks.addsent import AddSent
 from btu.attacks.poisoning import ATTACKS
 from btu.data.spec import DATASETS
-from btu.defenses.base import DEFENSES, KINDS
+from btu.defenses.base import DEFENSE_KINDS, DEFENSES
 from btu.metrics import METRICS
 from btu.rules.base import RULES
 from btu.victims import VICTIMS
@@ -155,7 +155,7 @@ def test_defenses_are_listed_with_kind_and_needs() -> None:
         "preset (default|reference), rows (1000), top_words (5), keywords (1), share (0.1)"
     ]
     # When they act: before, during, after training, at inference, control.
-    kinds = [list(KINDS).index(DEFENSES.load(name).KIND) for name in told]
+    kinds = [list(DEFENSE_KINDS).index(DEFENSES.load(name).KIND) for name in told]
     assert kinds == sorted(kinds)
 
 
