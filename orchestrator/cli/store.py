@@ -158,7 +158,7 @@ def gc(
 ) -> None:
     """Make room: list what would be removed, and remove it with --yes.
 
-    Files of killed stages and damaged results are always removed, once they are an hour old. What
+    Files of killed stages and damaged results are always included, once they are an hour old. What
     a running launch needs is never removed. A removed result is computed again when it is needed.
 
     Examples:
