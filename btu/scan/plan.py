@@ -280,7 +280,7 @@ def least_rows(label: int, rows: IntArray, reserved: IntArray, bar: float) -> in
 
 def _threshold(defense: TokenUnlearning) -> float:
     """Return the threshold of a defense of a scan, which is the same in all rounds."""
-    found = threshold_of(plain(defense))
+    found = threshold_of(as_config(defense))
     assert found is not None  # the defense has resolved its rule
     assert found.value is not None
     return found.value

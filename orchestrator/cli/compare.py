@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from btu.errors import UserError
-from orchestrator.cli.shared import Format, Output, errors, open_source, warn
+from orchestrator.cli.shared import (
+    Format,
+    Output,
+    Style,
+    TrackingUri,
+    note,
+    open_source,
+    warn,
+)
+from orchestrator.sweep.output import DEFAULT_OUTPUT
+
+
+class _Side(NamedTuple):
+    """One of the two sweeps: where it is, and which version of it."""
+
+    name: str
+    output: str
+    tracking_uri: str | None
+    revision: str | None
 
 
 def compare(
@@ -16,36 +34,33 @@ def compare(
     name_b: Annotated[str, typer.Argument(help="Another, or the same.", metavar="NAME_B")],
     revision_a: Annotated[
         str | None,
-        typer.Option(help="Only A's cells of this version: begin of a commit, recipe or data."),
+        typer.Option(help="Only A's cells of this version: a prefix of a commit, recipe or data."),
     ] = None,
     revision_b: Annotated[str | None, typer.Option(help="The same for B.")] = None,
     cells: Annotated[bool, typer.Option("--cells", help="A row per cell and metric.")] = False,
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="Metric to compare; may be given several times (btu list metrics)."),
+        typer.Option(help="Metric to compare (btu list metrics); repeatable."),
     ] = None,
     across: Annotated[
         list[str] | None,
-        typer.Option(help="Setting that need not be equal, e.g. defense.threshold; repeatable."),
+        typer.Option(help="Setting that may differ, e.g. defense.threshold; repeatable."),
     ] = None,
-    style: Annotated[
-        Format, typer.Option("--format", "-f", help="csv and json hold fractions; others percent.")
-    ] = Format.table,
-    output: Output = "runs",
+    style: Style = Format.table,
+    output: Output = DEFAULT_OUTPUT,
     output_b: Annotated[
         str | None, typer.Option(help="Output folder of B. Default: that of A.")
     ] = None,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="Read from this MLflow store alone, not from disk.")
-    ] = None,
+    tracking_uri: TrackingUri = None,
     tracking_uri_b: Annotated[
         str | None, typer.Option(help="MLflow store of B. Default: that of A, or its --output-b.")
     ] = None,
 ) -> None:
-    """Print what differs between two sweeps, or versions, over the same cells: A minus B.
+    """Print the differences between two sweeps, or versions, over the same cells: A minus B.
 
     Cells are paired by the settings that both have, seed by seed: the mean difference, its 95 % t
-    interval over seeds and p of the paired t test. What has no counterpart is told with the reason.
+    interval over seeds and p of the paired t test. Cells without a counterpart are listed with the
+    reason.
 
     Example: `btu compare sst2-contrast sst2-frequency`
 
@@ -53,27 +68,30 @@ def compare(
     """
     from orchestrator.report import compare as comparing
     from orchestrator.report.table import render
-    from orchestrator.results.source import records_or_refuse
 
-    where_a = (name_a, output, tracking_uri)
     uri_b = tracking_uri_b or (None if output_b else tracking_uri)
-    where_b = (name_b, output_b or output, uri_b)
-    if where_a == where_b and revision_a == revision_b:
+    side_a = _Side(name_a, output, tracking_uri, revision_a)
+    side_b = _Side(name_b, output_b or output, uri_b, revision_b)
+    if side_a == side_b:
         raise UserError(
             f"'{name_a}' would be compared with itself; name another sweep, --output-b or "
             "--tracking-uri-b, or two versions with --revision-a and --revision-b."
         )
-    sides = []
-    for side, where, revision in (("A", where_a, revision_a), ("B", where_b, revision_b)):
-        records = records_or_refuse(open_source(*where, warn=warn), side)
-        if revision is not None:
-            records = comparing.of_revision(records, revision, f"'{where[0]}' ({side})")
-        sides.append(records)
     metrics = tuple(dict.fromkeys(metric or comparing.COMPARED))
-    found = comparing.compare(sides[0], sides[1], metrics, across or ())
+    found = comparing.compare(_records(side_a, "A"), _records(side_b, "B"), metrics, across or ())
     table = (comparing.pair_table if cells else comparing.group_table)(found, metrics)
     raw = style in (Format.csv, Format.json)
     shown = table if raw else comparing.readable_differences(table)
     sys.stdout.write(render(shown, style.value, ()))
-    for note in found.notes:
-        errors.print(note, highlight=False, markup=False, soft_wrap=True)
+    note(*found.notes)
+
+
+def _records(side: _Side, letter: str) -> list[Any]:
+    from orchestrator.report.compare import of_revision
+    from orchestrator.results.source import records_or_refuse
+
+    source = open_source(side.name, side.output, side.tracking_uri, warn)
+    records = records_or_refuse(source, letter)
+    if side.revision is None:
+        return records
+    return of_revision(records, side.revision, f"'{side.name}' ({letter})")

@@ -5,30 +5,39 @@ from __future__ import annotations
 import shlex
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from btu.errors import UserError
-from orchestrator.cli.plan import show_plan
+from orchestrator.cli.plan import SHOWN, show_plan
 from orchestrator.cli.shared import EXIT_INCOMPLETE, Overrides, SweepFile, console, print_data, say
+from orchestrator.sweep.output import output_option
+
+if TYPE_CHECKING:
+    from orchestrator.plan.planner import Plan
+    from orchestrator.run.driver import LaunchResult
+    from orchestrator.run.refine import RefineSpec
+    from orchestrator.sweep.sweep import Sweep
 
 REFINE_TRIALS = 24
+# Failed cells whose reasons are printed.
+FAILURES = 20
 
 
 class Curve(StrEnum):
-    """What `btu launch --refine` can look at."""
+    """What `btu launch --refine` can refine."""
 
     asr = "asr"
     cacc = "cacc"
 
 
 def trial(sweep: SweepFile, overrides: Overrides = None) -> None:
-    """Run one cell in this process, without Ray or MLflow: what a debugger needs.
+    """Run one cell in this process, without Ray or MLflow, for a debugger.
 
-    The overrides must leave a single cell; a key that the sweep varies is pinned by naming it.
-    Every stage is computed anew, in a temporary folder: nothing is read from or kept in a store.
+    The overrides must leave a single cell; to pin a key that the sweep varies, name it. Every
+    stage is computed again, in a temporary folder: no store is read or written.
 
     Example: `btu trial sweeps/quickstart.yaml attack.name=badnets defense.alpha=0.0005 seed=0`
     """
@@ -40,7 +49,7 @@ def trial(sweep: SweepFile, overrides: Overrides = None) -> None:
     from orchestrator.sweep.load import load_sweep
     from orchestrator.sweep.sections import pins
 
-    # Controls would be further cells.
+    # Without controls, which are cells of their own.
     loaded = replace(load_sweep(sweep, overrides or []), controls=())
     open_axes = loaded.open_axes()
     if open_axes:
@@ -77,26 +86,25 @@ def launch(
     overrides: Overrides = None,
     address: Annotated[
         str | None,
-        typer.Option(help="Ray cluster, e.g. auto or ray-head:6379. Default: local Ray."),
+        typer.Option(help="Ray cluster, e.g. auto or ray-head:6379. Default: a local one."),
     ] = None,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Run again what failed in an earlier launch.")
+        bool, typer.Option("--retry-failed", help="Run the cells again that failed earlier.")
     ] = False,
     max_failures: Annotated[
         int | None,
-        typer.Option(min=1, help="Stop when so many stages have failed. Default: go on."),
+        typer.Option(min=1, help="Stop after this many failed stages. Default: never."),
     ] = None,
     refine: Annotated[
         list[Curve] | None,
         typer.Option(
-            help="Place further detection thresholds where ASR falls, or CACC breaks; may be given "
-            "twice."
+            help="Add detection thresholds where ASR falls, or CACC breaks; may be given twice."
         ),
     ] = None,
     refine_trials: Annotated[
         int | None,
         typer.Option(
-            min=1, help=f"How many cells --refine may add, all in all. Default: {REFINE_TRIALS}."
+            min=1, help=f"How many cells --refine may add in total. Default: {REFINE_TRIALS}."
         ),
     ] = None,
     dry_run: Annotated[
@@ -105,12 +113,12 @@ def launch(
 ) -> None:
     """Run a sweep with Ray Tune and log it to MLflow.
 
-    Whatever has a result in the store is not computed again: after an interruption, or with a
-    longer grid, give the same command. Stages that cells share are computed once. What failed
+    A stage that has a result in the store is not computed again: after an interruption, or with a
+    longer grid, give the same command. Stages that cells share are computed once. A failed cell
     stays failed until `--retry-failed`. Exit code 0 only if every cell that can run is done.
 
-    With `--refine` the sweep goes on after its grid: for every attack, rate, ... it bisects between
-    the two neighbouring thresholds that differ most, until the change is located or
+    With `--refine` the sweep continues after its grid: for every attack, rate, ... it bisects
+    between the two neighbouring thresholds that differ most, until the change is located or
     `--refine-trials` cells were added. The same command resumes that too.
 
     Example: `btu launch sweeps/sst2_thresholds.yaml data.path=data/sst2 resources.gpu=0.25`
@@ -118,25 +126,15 @@ def launch(
     Example: `btu launch sweeps/sst2_thresholds.yaml --refine asr --refine cacc --refine-trials 40`
     """
     from orchestrator.plan.planner import Planner, plan_sweep
-    from orchestrator.run.progress import SweepProgress, duration, label
-    from orchestrator.run.refine import RefineSpec, threshold_key
+    from orchestrator.run.progress import SweepProgress, label
     from orchestrator.store.store import Store
     from orchestrator.sweep.load import load_sweep
 
     loaded = load_sweep(sweep, overrides or [])
-    refined = None
-    if refine:
-        threshold_key(loaded)
-        metrics = tuple(dict.fromkeys(curve.value for curve in refine))
-        refined = RefineSpec(metrics, refine_trials or REFINE_TRIALS)
-    elif refine_trials is not None:
-        raise UserError(
-            f"--refine-trials {refine_trials} needs --refine asr or --refine cacc; add one, or "
-            "leave it out."
-        )
+    refined = _refinement(loaded, refine or [], refine_trials)
     planner = Planner()
     if dry_run:
-        show_plan(loaded, planner, plan_sweep(loaded, planner), 40)
+        show_plan(loaded, planner, plan_sweep(loaded, planner), SHOWN)
         return
     # Before the data is read, which may take a while.
     Store(loaded.store_location).prepare()
@@ -147,7 +145,6 @@ def launch(
         say(f"refused: {label(refused.varied)}: {refused.reason}")
 
     from orchestrator.run.on_ray import launch as run
-    from orchestrator.tracking.server import shown
 
     try:
         result = run(
@@ -161,28 +158,60 @@ def launch(
             refine=refined,
         )
     except KeyboardInterrupt:  # before the first stage, or after the last
-        say("Interrupted; the same command goes on where this one stopped.")
+        say("Interrupted; to continue, give the same command.")
         raise typer.Exit(EXIT_INCOMPLETE) from None
-    total = len(planned.cells)
-    say(
-        f"{result.done} of {total} cells done, {len(result.failed)} failed, {result.missing} not "
-        f"run, in {duration(result.seconds)}. Results: {loaded.folder}"
-    )
-    for key, reason in list(result.failed.items())[:20]:
-        say(f"failed: {label(planned.cells[key].varied)}: {reason.splitlines()[0]}")
-    if len(result.failed) > 20:
-        say(f"... and {len(result.failed) - 20} more; btu report {loaded.name} counts them all.")
-    output = shlex.quote(loaded.output)
-    default = "" if loaded.output == str(Path("runs").resolve()) else f" --output {output}"
-    # A password is not printed: whoever gave it knows what to put back.
-    uri = f" --uri {shlex.quote(shown(loaded.tracking.uri))}" if loaded.tracking.uri else default
-    say(f"Table: btu report {loaded.name}{default}\nRuns:  btu ui{uri}")
+    _print_result(loaded, planned, result)
     if not result.complete:
-        why = f"Stopped: {result.stopped}. " if result.stopped else ""
-        how = []
-        if result.missing:
-            how.append("the same command goes on where this one stopped")
-        if result.failed:
-            how.append("what failed stays failed until --retry-failed")
-        say(f"{why}Not every cell is done; {'; '.join(how)}.")
+        _print_incomplete(result)
         raise typer.Exit(EXIT_INCOMPLETE)
+
+
+def _refinement(sweep: Sweep, curves: list[Curve], trials: int | None) -> RefineSpec | None:
+    """Return what the options --refine and --refine-trials ask for.
+
+    Raises:
+        UserError: the sweep has no threshold to refine, or --refine-trials stands alone.
+    """
+    from orchestrator.run.refine import RefineSpec, threshold_key
+
+    if curves:
+        threshold_key(sweep)
+        metrics = tuple(dict.fromkeys(curve.value for curve in curves))
+        return RefineSpec(metrics, trials or REFINE_TRIALS)
+    if trials is not None:
+        raise UserError(
+            f"--refine-trials {trials} needs --refine asr or --refine cacc; add one, or leave it "
+            "out."
+        )
+    return None
+
+
+def _print_result(sweep: Sweep, planned: Plan, result: LaunchResult) -> None:
+    """Print how many cells ended how, the first failures, and the commands for the results."""
+    from orchestrator.run.progress import duration, label
+    from orchestrator.tracking.server import shown
+
+    say(
+        f"{result.done} of {len(planned.cells)} cells done, {len(result.failed)} failed, "
+        f"{result.missing} not run, in {duration(result.seconds)}. Results: {sweep.folder}"
+    )
+    for key, reason in list(result.failed.items())[:FAILURES]:
+        say(f"failed: {label(planned.cells[key].varied)}: {reason.splitlines()[0]}")
+    more = len(result.failed) - FAILURES
+    if more > 0:
+        say(f"... and {more} more; btu report {sweep.name} counts them all.")
+    output = output_option(sweep.output)
+    # Without the password, which whoever gave the URI knows.
+    uri = f" --uri {shlex.quote(shown(sweep.tracking.uri))}" if sweep.tracking.uri else output
+    say(f"Table: btu report {sweep.name}{output}\nRuns:  btu ui{uri}")
+
+
+def _print_incomplete(result: LaunchResult) -> None:
+    """Print why cells are left, and how to continue."""
+    why = f"Stopped: {result.stopped}. " if result.stopped else ""
+    how = []
+    if result.missing:
+        how.append("the same command goes on where this one stopped")
+    if result.failed:
+        how.append("what failed stays failed until --retry-failed")
+    say(f"{why}Not every cell is done; {'; '.join(how)}.")

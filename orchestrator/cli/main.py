@@ -26,14 +26,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Sweeps of textual-backdoor defenses: attack, defend, measure, compare.\n\n"
-    "A sweep is one YAML file (see sweeps/). A first one, on an embedded corpus:\n\n"
-    "    btu plan sweeps/quickstart.yaml      # what would run, and what cannot\n\n"
-    "    btu launch sweeps/quickstart.yaml    # run it on local Ray; run it again to resume\n\n"
-    "    btu status quickstart                # how it stands, while it runs or after\n\n"
-    "    btu report quickstart                # the table\n\n"
-    "    btu curves quickstart                # detection at every threshold\n\n"
-    "    btu scan DATA                        # a data set of your own, for triggers\n\n"
-    "    btu ui                               # the runs, in MLflow\n\n"
+    "A sweep is a YAML file (see sweeps/). Start with one on an embedded corpus:\n\n"
+    "    btu plan sweeps/quickstart.yaml      # show what would run, and what cannot\n\n"
+    "    btu launch sweeps/quickstart.yaml    # run it on local Ray; the same command resumes\n\n"
+    "    btu status quickstart                # show how it stands, while it runs or after\n\n"
+    "    btu report quickstart                # print the table of results\n\n"
+    "    btu curves quickstart                # print detection at every threshold\n\n"
+    "    btu scan DATA                        # search your own data for triggers\n\n"
+    "    btu ui                               # open the runs in MLflow\n\n"
     "Any key of the file can be overridden: `btu launch FILE train.epochs=1 'grid.seed=[0,1]'`.",
 )
 for command in (
@@ -53,14 +53,17 @@ def _version(show: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends in a message, not in a traceback."""
+    """Run the command line. A `UserError` is printed as a message, without a traceback."""
     try:
         app()
     except UserError as error:

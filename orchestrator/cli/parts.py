@@ -12,7 +12,7 @@ from orchestrator.cli.shared import console
 
 
 class Kind(StrEnum):
-    """What `btu list` can show."""
+    """What `btu list` can list."""
 
     attacks = "attacks"
     defenses = "defenses"
@@ -23,7 +23,7 @@ class Kind(StrEnum):
 
 
 def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
-    """List what is there, by the names that a sweep file uses.
+    """List the attacks, defenses, ... by the names that a sweep file uses.
 
     Example: `btu list attacks`
     """
@@ -61,7 +61,7 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
 
 
 def _list_defenses(table: Table) -> None:
-    """Print two tables: the keys of some defenses would leave no room for the rest."""
+    """Print two tables, since the keys of some defenses leave no room for other columns."""
     from btu.defenses.base import DEFENSE_KINDS, DEFENSES
 
     for column in ("when", "needs", "what it is"):
@@ -70,7 +70,7 @@ def _list_defenses(table: Table) -> None:
     keys.add_column(Kind.defenses.value, no_wrap=True)
     keys.add_column("its own keys (default)")
     loaded = {name: DEFENSES.load(name) for name in DEFENSES}
-    # In the order of when they act; within that, as registered.
+    # By when they act; within a kind, in the order of registration.
     for name in sorted(loaded, key=lambda name: list(DEFENSE_KINDS).index(loaded[name].KIND)):
         defense = loaded[name]
         table.add_row(name, defense.KIND, ", ".join(defense.NEEDS), DEFENSES[name].summary)

@@ -1,4 +1,4 @@
-"""`btu scan`: a data set of one's own, searched for triggers."""
+"""`btu scan`: search a data set of your own for triggers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.markup import escape
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from btu.errors import UserError
 from orchestrator.cli.shared import console, errors, note, say
+from orchestrator.sweep.output import DEFAULT_OUTPUT
 
 if TYPE_CHECKING:
     from btu.scan.export import Measured
@@ -26,17 +27,26 @@ if TYPE_CHECKING:
 EXIT_FOUND = 1
 STAGES = "stages"
 OTHER_FOLDER = "name another with --out, --rows or --tokens"
-# Digits of the rows' fingerprint in the default work folder: files of one name share none.
+# Digits of the rows' fingerprint in the name of the default work folder, which tells files of
+# the same name apart.
 DIGITS = 8
-# Of how many tokens examples are shown where nothing is flagged.
+# How many tokens get example rows if none is flagged.
 EXAMPLES = 3
 
 
-class Format(StrEnum):
+class ScanFormat(StrEnum):
     """How `btu scan` prints."""
 
     table = "table"
     json = "json"
+
+
+class _Files(NamedTuple):
+    """Where the results go: the work folder, the table of rows and the table of tokens."""
+
+    folder: Path
+    rows: Path
+    tokens: Path
 
 
 def scan(
@@ -55,23 +65,21 @@ def scan(
             metavar="FILE",
         ),
     ] = None,
-    text: Annotated[str | None, typer.Option(help="Column of the texts. Default: text.")] = None,
+    text: Annotated[str | None, typer.Option(help="Column of texts. Default: text.")] = None,
     label: Annotated[str | None, typer.Option(help="Column of labels. Default: label.")] = None,
-    split: Annotated[
-        str | None, typer.Option(help="The split that is scanned. Default: train.")
-    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split to scan. Default: train.")] = None,
     victim: Annotated[
-        str, typer.Option(help="Model that the rows train: see `btu list victims`, or a folder.")
+        str, typer.Option(help="Model to train on the rows: see `btu list victims`, or a folder.")
     ] = "offline",
     max_length: Annotated[int, typer.Option(min=4, help="Longest input, in tokens.")] = 128,
     rule: Annotated[
         str | None, typer.Option(help="Detection rule. Default: contrast; frequency needs no FILE.")
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Score from which a token is flagged. Default: the rule's.")
+        float | None, typer.Option(help="Lowest score of a flagged token. Default: the rule's.")
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes of the exposure.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of the short training.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of all random draws.")] = 0,
     cpus: Annotated[
         int | None, typer.Option(min=1, help="Threads to compute with. Default: all CPUs.")
     ] = None,
@@ -79,54 +87,52 @@ def scan(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Work folder; what is there is not computed again. Default: runs/scan/NAME-HASH, "
-            "of the rows.",
+            help="Work folder; results in it are not computed again. Default: "
+            "runs/scan/NAME-HASH, with a hash of the rows.",
             metavar="FOLDER",
         ),
     ] = None,
     rows: Annotated[
         Path | None,
         typer.Option(
-            help="Where rows with a flagged token go (.csv, .parquet, .jsonl). Default: "
+            help="File for the rows with a flagged token (.csv, .parquet, .jsonl). Default: "
             "FOLDER/suspicious_rows.csv.",
             metavar="FILE",
         ),
     ] = None,
     all_rows: Annotated[
-        bool, typer.Option("--all-rows", help="Write all rows there, most suspicious first.")
+        bool, typer.Option("--all-rows", help="Write all rows to it, most suspicious first.")
     ] = False,
     tokens: Annotated[
         Path | None,
-        typer.Option(help="Where all tokens go. Default: FOLDER/tokens.csv.", metavar="FILE"),
+        typer.Option(help="File for all tokens. Default: FOLDER/tokens.csv.", metavar="FILE"),
     ] = None,
     export: Annotated[
         Path | None,
         typer.Option(
-            help="Train a model on DATA, cut the flagged tokens, save it here.", metavar="DIR"
+            help="Train a model on DATA, cut the flagged tokens and save it here.", metavar="DIR"
         ),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Tokens to show.")] = 10,
     style: Annotated[
-        Format, typer.Option("--format", "-f", help="json holds fractions, table percent.")
-    ] = Format.table,
+        ScanFormat, typer.Option("--format", "-f", help="json has fractions, table percent.")
+    ] = ScanFormat.table,
     fail_on_finding: Annotated[
         bool, typer.Option("--fail-on-finding", help="Exit with 1 if a token is flagged.")
     ] = False,
 ) -> None:
     """Search data of your own for the trigger of a backdoor; nothing is poisoned.
 
-    Tokens are ranked by how they move in a short training on DATA, beside what trusted rows
-    explain. Exit code 0 whether or not something is found, but for `--fail-on-finding`; 2 if DATA
-    or an option cannot be used.
+    Tokens are ranked by how much they move in a short training on DATA, compared with what trusted
+    rows explain. Exit code 0 whether or not a token is flagged, except with `--fail-on-finding`; 2
+    if DATA or an option cannot be used.
 
     Example: `btu scan reviews.csv --clean trusted.csv --text review --label stars`
     """
     from btu.scan.export import check_export
-    from btu.scan.export import export as export_model
     from btu.scan.plan import prepare_scan
-    from btu.scan.report import check_table, run_scan, write_report
-    from btu.training import NonFiniteLossError, choose_device, use_threads
-    from orchestrator.run.progress import StageProgress
+    from btu.scan.report import check_table
+    from btu.training import choose_device, use_threads
 
     for table in (rows, tokens):
         if table is not None:
@@ -146,53 +152,61 @@ def scan(
         epochs=epochs,
         seed=seed,
     )
-    # As the export: the tables are written where they are checked to be.
+    # Expanded here, so that the tables are written where they are checked to be.
     folder = (out or _default_folder(plan)).expanduser()
-    row_file = (rows or folder / "suspicious_rows.csv").expanduser()
-    token_file = (tokens or folder / "tokens.csv").expanduser()
+    files = _Files(
+        folder,
+        (rows or folder / "suspicious_rows.csv").expanduser(),
+        (tokens or folder / "tokens.csv").expanduser(),
+    )
     if export is not None:
         check_export(plan, export)
-    _check_files(folder, [row_file, token_file], export, data, clean)
-    # What is printed as JSON stands alone on the output.
+    _check_files(files, export, data, clean)
+    # On the error output, so that --format json prints JSON alone.
     note(*plan.notes())
     use_threads(cpus or os.cpu_count() or 1)
-    progress = StageProgress(errors)
-    measured = None
-    try:
-        report = run_scan(plan, folder / STAGES, gpus=gpus, progress=progress)
-        write_report(report.tokens, token_file)
-        write_report(report.rows if all_rows else report.suspicious_rows, row_file)
-        if export is not None:
-            command = shlex.join(["btu", *sys.argv[1:]])
-            measured = export_model(report, export, command=command, gpus=gpus, progress=progress)
-    except NonFiniteLossError as error:
-        raise UserError(str(error)) from error
-    if style is Format.json:
-        files = {"rows": str(row_file), "tokens": str(token_file)}
-        found = {**report.summary(top), "files": files}
-        if export is not None:
-            found["export"] = str(export)
-        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    report, measured = _run(plan, files, export, gpus=gpus, all_rows=all_rows)
+    if style is ScanFormat.json:
+        _print_json(report, files, export, top)
     else:
         _show(report, top)
-        which = "all rows" if all_rows else "rows with a flagged token"
-        count = len(report.rows if all_rows else report.suspicious_rows)
-        say(f"{row_file}: {count} {which}, most suspicious first")
-        say(f"{token_file}: all {len(report.tokens)} tokens")
+        _show_files(report, files, all_rows)
         if measured is not None:
             _show_export(report.plan, measured, str(export))
     if fail_on_finding and report.flagged:
         raise typer.Exit(EXIT_FOUND)
 
 
+def _run(
+    plan: ScanPlan, files: _Files, export: Path | None, *, gpus: float, all_rows: bool
+) -> tuple[ScanReport, Measured | None]:
+    """Scan, and write the tables and the model; return the report and what the export measured."""
+    from btu.scan.export import export as export_model
+    from btu.scan.report import run_scan, write_report
+    from btu.training import NonFiniteLossError
+    from orchestrator.run.progress import StageProgress
+
+    progress = StageProgress(errors)
+    try:
+        report = run_scan(plan, files.folder / STAGES, gpus=gpus, progress=progress)
+        write_report(report.tokens, files.tokens)
+        write_report(report.rows if all_rows else report.suspicious_rows, files.rows)
+        if export is None:
+            return report, None
+        command = shlex.join(["btu", *sys.argv[1:]])
+        return report, export_model(report, export, command=command, gpus=gpus, progress=progress)
+    except NonFiniteLossError as error:
+        raise UserError(str(error)) from error
+
+
 def _default_folder(plan: ScanPlan) -> Path:
     fingerprint = plan.corpus.fingerprints()["train"]
-    return Path("runs") / "scan" / f"{plan.spec.name.replace('/', '-')}-{fingerprint[:DIGITS]}"
+    return (
+        Path(DEFAULT_OUTPUT) / "scan" / f"{plan.spec.name.replace('/', '-')}-{fingerprint[:DIGITS]}"
+    )
 
 
-def _check_files(
-    folder: Path, tables: list[Path], export: Path | None, data: str, clean: str | None
-) -> None:
+def _check_files(files: _Files, export: Path | None, data: str, clean: str | None) -> None:
     """Raise a `UserError` if a result cannot be written, or would overwrite data or another.
 
     Folders are made last: a request that is refused leaves nothing behind.
@@ -200,6 +214,7 @@ def _check_files(
     from btu.paths import check_folder, not_written
     from btu.scan.report import check_table
 
+    folder, tables = files.folder, [files.rows, files.tokens]
     if len(set(map(_place, tables))) < len(tables):
         raise UserError(f"--rows and --tokens are both {tables[0]}; name two files.")
     inputs = [Path(name).expanduser() for name in (data, clean) if name is not None]
@@ -252,12 +267,33 @@ def _place(path: Path) -> Path:
     return path.expanduser().resolve()
 
 
+def _print_json(report: ScanReport, files: _Files, export: Path | None, top: int) -> None:
+    found = {
+        **report.summary(top),
+        "files": {"rows": str(files.rows), "tokens": str(files.tokens)},
+    }
+    if export is not None:
+        found["export"] = str(export)
+    sys.stdout.write(json.dumps(found, indent=1) + "\n")
+
+
 def _show(report: ScanReport, top: int) -> None:
+    """Print the tokens, rows with them, and the verdict. top: how many tokens to show."""
+    shown = report.tokens.head(top).to_dict("records")
+    console.print(_token_table(shown))
+    say("class: share of the token's rows (of all rows). trusted: trusted rows with the token.")
+    for token in [t for t in shown if t["flagged"]] or shown[:EXAMPLES]:
+        say(f"\n{_printable(token['token'])}")
+        for example in report.examples(int(token["token_id"])):
+            say(f"  row {example.row} [{_printable(example.label)}] {example.excerpt}")
+    say(f"\n{_verdict(report, top)}")
+
+
+def _token_table(tokens: list[dict[Any, Any]]) -> Table:
     from btu.scan.report import score_text
 
     table = Table("", "token", "score", "flagged", "rows", "class", "trusted", header_style="bold")
-    shown = report.tokens.head(top).to_dict("records")
-    for token in shown:
+    for token in tokens:
         table.add_row(
             str(token["rank"]),
             escape(_printable(token["token"])),
@@ -269,45 +305,50 @@ def _show(report: ScanReport, top: int) -> None:
             ),
             str(token["clean_rows"]),
         )
-    console.print(table)
-    say("class: share of the token's rows (of all rows). trusted: trusted rows that hold it.")
-    for token in [t for t in shown if t["flagged"]] or shown[:EXAMPLES]:
-        say(f"\n{_printable(token['token'])}")
-        for example in report.examples(int(token["token_id"])):
-            say(f"  row {example.row} [{_printable(example.label)}] {example.excerpt}")
-    defense = report.plan.defense
-    bar = f"bar {report.bar:g} (rule {defense.rule})"
+    return table
+
+
+def _verdict(report: ScanReport, top: int) -> str:
+    from btu.scan.report import score_text
+
+    bar = f"bar {report.bar:g} (rule {report.plan.defense.rule})"
     if report.flagged:
         names = report.tokens["token"][: min(report.flagged, top)]
         more = f" and {report.flagged - top} more" if report.flagged > top else ""
-        say(
-            f"\n{report.flagged} token{'s' * (report.flagged != 1)} flagged: "
+        return (
+            f"{report.flagged} token{'s' * (report.flagged != 1)} flagged: "
             f"{' '.join(map(_printable, names))}{more}; {bar}. Look at the rows before you trust "
             "the data or the verdict."
         )
-    elif math.isnan(report.highest):
-        say(f"\nNothing was flagged: no token stands in enough rows to be scored; {bar}.")
-    else:
-        first = report.tokens.iloc[0]
-        say(
-            f"\nNothing was flagged. Highest score {score_text(report.highest)} "
-            f"('{_printable(first['token'])}'), {bar}. Triggers without fixed tokens are not found."
-        )
+    if math.isnan(report.highest):
+        return f"Nothing was flagged: no token is in enough rows to be scored; {bar}."
+    first = report.tokens.iloc[0]
+    return (
+        f"Nothing was flagged. Highest score {score_text(report.highest)} "
+        f"('{_printable(first['token'])}'), {bar}. Triggers without fixed tokens are not found."
+    )
+
+
+def _show_files(report: ScanReport, files: _Files, all_rows: bool) -> None:
+    which = "all rows" if all_rows else "rows with a flagged token"
+    count = len(report.rows if all_rows else report.suspicious_rows)
+    say(f"{files.rows}: {count} {which}, most suspicious first")
+    say(f"{files.tokens}: all {len(report.tokens)} tokens")
 
 
 def _show_export(plan: ScanPlan, measured: Measured, folder: str) -> None:
     found = measured.as_metrics()
-    flips = found["cut_flips"]
-    say(
-        f"{folder}: the model, with its card. On {len(plan.corpus.clean)} trusted rows the cut "
-        f"took the accuracy from {found['accuracy_before_cut']:.1%} to "
-        f"{found['accuracy_after_cut']:.1%}"
-        + (
-            "."
-            if math.isnan(flips)
-            else f"; of rows with a flagged token that obeyed their label it changed {flips:.1%}."
-        )
+    line = (
+        f"{folder}: the model, with its card. Accuracy on {len(plan.corpus.clean)} trusted rows: "
+        f"{found['accuracy_before_cut']:.1%} before the cut, {found['accuracy_after_cut']:.1%} "
+        "after."
     )
+    if not math.isnan(found["cut_flips"]):
+        line += (
+            f" On rows with a flagged token, the cut changed {found['cut_flips']:.1%} of the "
+            "predictions that matched the label."
+        )
+    say(line)
 
 
 def _printable(text: object) -> str:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from orchestrator.plan.planner import Planner
     from orchestrator.results.source import Source
@@ -18,24 +18,6 @@ if TYPE_CHECKING:
 EXIT_INCOMPLETE, EXIT_USER_ERROR = 1, 2
 console = Console()
 errors = Console(stderr=True)
-
-SweepFile = Annotated[Path, typer.Argument(help="The sweep's YAML file.", metavar="SWEEP")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        help="Keys to override, dotted: attack.poison_rate=0.05 'grid.seed=[0,1]' output=/scratch",
-        metavar="KEY=VALUE",
-    ),
-]
-Output = Annotated[
-    str, typer.Option("--output", "-o", help="Output folder that holds the sweep (key `output`).")
-]
-TrackingUri = Annotated[
-    str | None,
-    typer.Option(
-        "--tracking-uri", help="Read an MLflow store instead of the output folder, and it alone."
-    ),
-]
 
 
 class Format(StrEnum):
@@ -48,8 +30,41 @@ class Format(StrEnum):
     latex = "latex"
 
 
+SweepFile = Annotated[Path, typer.Argument(help="The sweep's YAML file.", metavar="SWEEP")]
+SweepName = Annotated[str, typer.Argument(help="The sweep's name.", metavar="NAME")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Keys to override, dotted: attack.poison_rate=0.05 'grid.seed=[0,1]' output=/scratch",
+        metavar="KEY=VALUE",
+    ),
+]
+Output = Annotated[
+    str,
+    typer.Option("--output", "-o", help="Output folder or URL of the sweeps (key `output`)."),
+]
+TrackingUri = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking-uri", help="Read from this MLflow store alone, not from the output folder."
+    ),
+]
+# Of commands that use MLflow beside the output folder.
+MLFLOW_STORE = "MLflow store. Default: the SQLite file in the output folder."
+Style = Annotated[
+    Format,
+    typer.Option("--format", "-f", help="csv and json have fractions, the others percent."),
+]
+Mean = Annotated[bool, typer.Option("--mean", help="Mean and 95 % t interval over seeds.")]
+
+
 def cell_count(count: int, which: str = "") -> str:
     return f"{count} {which}cell{'' if count == 1 else 's'}"
+
+
+def first_names(names: Sequence[str], most: int = 4) -> str:
+    """Return the first of some names, for a sentence."""
+    return ", ".join(names[:most]) + (" ..." if len(names) > most else "")
 
 
 def byte_size(count: float) -> str:
@@ -59,24 +74,26 @@ def byte_size(count: float) -> str:
 
 
 def say(text: str) -> None:
+    """Print a line on the output, as it is."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def note(*notes: str) -> None:
+    """Print lines beside a table, on the error output, so that a pipe gets the table alone."""
+    for text in notes:
+        errors.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def warn(text: str) -> None:
+    """Print a warning on the error output."""
     errors.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_data(planner: Planner) -> None:
-    """Say what the data is and what loading it did: nothing is dropped silently."""
+    """Print each corpus with its counts, also of the rows that loading left out."""
     for name, counts in planner.counts():
         parts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in counts.items())
         say(f"data {name}: {parts}")
-
-
-def note(*notes: str) -> None:
-    """Tell what is not in a table beside it, so that a pipe gets the table alone."""
-    for text in notes:
-        errors.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def open_source(
@@ -87,7 +104,8 @@ def open_source(
 ) -> Source:
     """Return a sweep's results from the store under `output`, or from MLflow alone.
 
-    tracking_uri: of the MLflow store; None for the results on disk. warn: told of what is left out.
+    tracking_uri: the MLflow store; None for the results on disk.
+    warn: called with what is left out.
 
     Raises:
         UserError: no sweep of that name is there ("did you mean"), or MLflow does not answer.

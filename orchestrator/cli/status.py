@@ -16,7 +16,15 @@ from rich.table import Table
 from rich.text import Text
 
 from btu.errors import UserError
-from orchestrator.cli.shared import EXIT_INCOMPLETE, Output, console
+from orchestrator.cli.shared import (
+    EXIT_INCOMPLETE,
+    MLFLOW_STORE,
+    Output,
+    cell_count,
+    console,
+    first_names,
+)
+from orchestrator.sweep.output import DEFAULT_OUTPUT
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -25,54 +33,43 @@ if TYPE_CHECKING:
 
 EXIT_RUNNING = 3
 WATCH_SECONDS = 5.0
-# Of failed and refused cells, reasons; of those that nobody is at, none are listed.
+# Reasons of failed and refused cells that are shown.
 SHOWN = 20
-
-
-TrackingUri = Annotated[
-    str | None,
-    typer.Option("--tracking-uri", help="MLflow store. Default: the output folder's SQLite."),
-]
 
 
 def status(
     name: Annotated[
-        str | None, typer.Argument(help="The sweep's name. Default: a line for each.")
+        str | None, typer.Argument(help="The sweep's name. Default: a line for each sweep.")
     ] = None,
-    output: Output = "runs",
-    tracking_uri: TrackingUri = None,
+    output: Output = DEFAULT_OUTPUT,
+    tracking_uri: Annotated[str | None, typer.Option("--tracking-uri", help=MLFLOW_STORE)] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="All of it as JSON, every cell by its key.")
+        bool, typer.Option("--json", help="Print the whole status as JSON, with every cell by key.")
     ] = False,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Look again every 5 s until no launch runs.")
+        bool, typer.Option("--watch", help="Refresh every 5 s until no launch runs.")
     ] = False,
 ) -> None:
     """Show how a sweep stands, running or dead: done, running, failed, orphaned, left, ETA.
 
-    From what is on disk, and beside it what MLflow has; changes nothing, and may look while the
-    sweep runs elsewhere. *Orphaned*: whoever was at it is gone; the next launch takes it over.
+    Reads what is on disk and compares it with MLflow; changes nothing, and may run while the sweep
+    runs elsewhere. *Orphaned*: the process that computed the cell is gone; the next launch
+    computes it.
 
-    Exit code 0: every cell is done; 3: a launch is at it; 1: cells failed or are left, or all were
-    refused, and no launch is at it; 2: an error. Without NAME 0.
+    Exit code 0: every cell is done; 3: a launch runs; 1: no launch runs, and cells failed or are
+    left, or all were refused; 2: an error. Without NAME 0.
 
     Example: `btu status main-table --watch`
     """
-    from orchestrator.run.status import SweepState, all_statuses, sweep_status
+    from orchestrator.run.status import SweepState, sweep_status
 
     if name is None:
         if watch or tracking_uri:
             raise UserError(
                 f"{'--watch' if watch else '--tracking-uri'} needs the name of a sweep; btu status "
-                "without one lists what there is."
+                "without one lists the sweeps."
             )
-        found = all_statuses(output)
-        if as_json:
-            sys.stdout.write(json.dumps([_brief_facts(s) for s in found], indent=1) + "\n")
-        elif found:
-            console.print(_overview(found))
-        else:
-            raise UserError(f"no sweep was launched with output {output}; name one with --output.")
+        _print_all(output, as_json)
         return
     if watch and as_json:
         raise UserError("--watch and --json exclude each other; leave one out.")
@@ -94,10 +91,23 @@ def status(
         raise typer.Exit(EXIT_INCOMPLETE)
 
 
-def _with_runs(stand: Status, output: str, uri: str | None, before: Status | None = None) -> Status:
-    """Return the status with what MLflow says, or why it says nothing.
+def _print_all(output: str, as_json: bool) -> None:
+    """Print a line for each sweep of an output."""
+    from orchestrator.run.status import all_statuses
 
-    before: the last look. What MLflow said then stands as long as it does not answer again.
+    found = all_statuses(output)
+    if as_json:
+        sys.stdout.write(json.dumps([_brief_facts(s) for s in found], indent=1) + "\n")
+    elif found:
+        console.print(_overview(found))
+    else:
+        raise UserError(f"no sweep was launched with output {output}; name one with --output.")
+
+
+def _with_runs(stand: Status, output: str, uri: str | None, before: Status | None = None) -> Status:
+    """Return the status with the runs in MLflow, or with the reason why there are none.
+
+    before: the status of the last look, whose runs are kept while MLflow does not answer.
     """
     from dataclasses import replace
 
@@ -112,7 +122,7 @@ def _with_runs(stand: Status, output: str, uri: str | None, before: Status | Non
             return replace(stand, runs=before.runs, untracked=str(error))
         if uri is not None:
             raise
-        # The sweep's own URI is nowhere on disk, since it may hold a password.
+        # The sweep's own URI may have a password and is therefore nowhere on disk.
         return replace(stand, untracked=f"{error} --tracking-uri names another store.")
     return replace(stand, runs=tracked(stand, server.shown(where), states))
 
@@ -148,13 +158,12 @@ def _page(stand: Status) -> Group:
 
     counts = ", ".join(f"{count} {state}" for state, count in stand.counts.items())
     done, all_ = stand.stages
-    cells = f"{len(stand.cells)} cell{'' if len(stand.cells) == 1 else 's'}"
     suggested = " suggested by Optuna so far" if stand.optuna else ""
     lines = [
         f"{stand.name}: {stand.state}",
-        # What a killed launch left is of interest as long as it left cells too.
+        # Killed launches matter only while cells are left.
         *(_launch_line(launch) for launch in stand.launches if stand.state is not SweepState.done),
-        f"{cells}{suggested}: {counts}; {len(stand.refused)} refused. "
+        f"{cell_count(len(stand.cells))}{suggested}: {counts}; {len(stand.refused)} refused. "
         f"Stages: {done} of {all_} done.",
     ]
     parts: list[RenderableType] = [Text("\n".join(lines))]
@@ -162,13 +171,16 @@ def _page(stand: Status) -> Group:
         parts.append(_work_table(stand.work))
     failed = Counter(cell.reason.splitlines()[0] for cell in stand.cells if cell.reason)
     examples = {c.reason.splitlines()[0]: c.label for c in reversed(stand.cells) if c.reason}
-    told = [
+    reasons = [
         f"failed: {examples[reason]}{f' and {count - 1} more' if count > 1 else ''}: {reason}"
         for reason, count in failed.items()
     ]
-    told += [f"refused: {label(cell.varied)}: {cell.reason}" for cell in stand.refused]
-    more = len(told) - SHOWN
-    lines = [*told[:SHOWN], *([f"... and {more} more; --json has them all."] if more > 0 else [])]
+    reasons += [f"refused: {label(cell.varied)}: {cell.reason}" for cell in stand.refused]
+    more = len(reasons) - SHOWN
+    lines = [
+        *reasons[:SHOWN],
+        *([f"... and {more} more; --json has them all."] if more > 0 else []),
+    ]
     if stand.counts[CellState.done] + stand.counts[CellState.failed] < len(stand.cells):
         lines.append(_time_left(stand))
     lines.append(_mlflow_line(stand))
@@ -211,12 +223,12 @@ def _time_left(stand: Status) -> str:
             "sweep writes it again."
         )
     if stand.eta is None or stand.seconds_left is None:
-        some = ", ".join(stand.untimed[:4]) + (" ..." if len(stand.untimed) > 4 else "")
+        some = first_names(stand.untimed)
         return f"Time left: unknown until each kind of stage has run once ({some})."
     how = f"{duration(stand.seconds_left)} of computing"
     if stand.state is SweepState.running:
         return f"ETA: {duration(stand.eta)} ({how}, {stand.at_once} at once)."
-    return f"Left: {how}; the command that launched it goes on where it stopped."
+    return f"Left: {how}; the command that launched the sweep continues it."
 
 
 def _mlflow_line(stand: Status) -> str:

@@ -1,4 +1,4 @@
-"""`btu store`: what is in the store of an output folder, and how to make room."""
+"""`btu store`: list, check and shrink the store of an output folder."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from btu.errors import UserError
-from orchestrator.cli.shared import console, errors
+from orchestrator.cli.shared import Output, console, errors, warn
 from orchestrator.results.reachable import reachable
 from orchestrator.store import gc as housekeeping
 from orchestrator.store.store import Store
-from orchestrator.sweep.output import output_location, store_location
+from orchestrator.sweep.output import DEFAULT_OUTPUT, output_location, store_location
 
 EXIT_DAMAGED = 1
 _SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -29,27 +29,24 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
-    help="The results that all sweeps of an output folder share: look, check, make room.\n\n"
+    help="List, check and shrink the results that all sweeps of an output folder share.\n\n"
     "    btu store ls                          # the newest results\n\n"
-    "    btu store du                          # what takes the room, by stage\n\n"
-    "    btu store verify                      # read everything, set aside what is damaged\n\n"
-    "    btu store gc --older-than 30d         # what would go; with --yes it goes",
+    "    btu store du                          # disk usage, by stage\n\n"
+    "    btu store verify                      # read every file, set damaged results aside\n\n"
+    "    btu store gc --older-than 30d         # what would be removed; --yes removes it",
 )
-
-Output = Annotated[
-    str,
-    typer.Option("--output", "-o", help="Output folder or URL of the sweeps (key `output`)."),
-]
 
 
 @app.command()
 def ls(
-    output: Output = "runs",
-    limit: Annotated[int, typer.Option(min=0, help="Newest results to show; 0 is all.")] = 40,
+    output: Output = DEFAULT_OUTPUT,
+    limit: Annotated[
+        int, typer.Option(min=0, help="How many of the newest to show; 0 shows all.")
+    ] = 40,
 ) -> None:
-    """List results, newest first: committed, dropped, failed, or leased by who makes them now.
+    """List results, newest first: committed, dropped, failed, or leased by a running launch.
 
-    Of a dropped result the record is left and the model is gone, since nothing waits for it.
+    A dropped result still has its record; its model was removed, since no stage waits for it.
 
     Example: `btu store ls --output /scratch/runs --limit 0`
     """
@@ -85,11 +82,11 @@ def ls(
 
 
 @app.command()
-def du(output: Output = "runs") -> None:
-    """Show what takes the room, by stage.
+def du(output: Output = DEFAULT_OUTPUT) -> None:
+    """Show the disk usage, by stage.
 
-    Unfinished files belong to stages that run now or were killed; `btu store gc` removes those
-    that are nobody's.
+    Unfinished files belong to stages that run now or were killed; `btu store gc` removes those of
+    killed stages.
 
     Example: `btu store du --output s3://bucket/runs`
     """
@@ -106,11 +103,11 @@ def du(output: Output = "runs") -> None:
 
 
 @app.command()
-def verify(output: Output = "runs") -> None:
-    """Read every file and compare it with its SHA-256; set aside what differs.
+def verify(output: Output = DEFAULT_OUTPUT) -> None:
+    """Read every file and compare it with its SHA-256; set damaged results aside.
 
-    What is set aside counts as missing: the next launch that needs it makes it again. Exit code
-    1 if there was any.
+    A result that is set aside counts as missing: the next launch that needs it computes it again.
+    Exit code 1 if there was any.
 
     Example: `btu store verify --output /scratch/runs`
     """
@@ -121,8 +118,8 @@ def verify(output: Output = "runs") -> None:
             damaged = store.verify(lambda done, of: bar.update(task, completed=done, total=of))
         except OSError as error:
             raise UserError(
-                f"{store.location} cannot be read to its end ({error}), so nothing is said of the "
-                "rest; mend the disk or the connection and verify again."
+                f"{store.location} cannot be read to its end ({error}), so the rest was not "
+                "checked; mend the disk or the connection and verify again."
             ) from error
     if damaged:
         console.print(
@@ -132,43 +129,43 @@ def verify(output: Output = "runs") -> None:
             soft_wrap=True,
         )
         raise typer.Exit(EXIT_DAMAGED)
-    console.print("All results are whole.", highlight=False)
+    console.print("All results are intact.", highlight=False)
 
 
 @app.command()
 def gc(
-    output: Output = "runs",
+    output: Output = DEFAULT_OUTPUT,
     older_than: Annotated[
         str | None,
-        typer.Option(help="Remove results older than this: 30d, 12h.", metavar="AGE"),
+        typer.Option(help="Remove results older than this, e.g. 30d or 12h.", metavar="AGE"),
     ] = None,
     max_size: Annotated[
         str | None,
         typer.Option(
-            help="Remove the oldest results until the others take less: 500MB, 20GB.",
+            help="Remove the oldest results until the rest takes less, e.g. 500MB or 20GB.",
             metavar="SIZE",
         ),
     ] = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(
-            help="Never remove what this sweep needs; can be given again. Without an age or a "
-            "size everything else goes.",
+            help="Keep all results that this sweep needs; repeatable. Without an age or a size all "
+            "others are removed.",
             metavar="SWEEP",
         ),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove. Default: say what.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove. Default: list only.")] = False,
 ) -> None:
-    """Make room. Says what would go; with --yes it goes.
+    """Make room: list what would be removed, and remove it with --yes.
 
-    Files that killed stages left behind and damaged results go always, once they are an hour old.
-    What a running launch needs never goes. A removed result is computed again when it is needed.
+    Files of killed stages and damaged results are always included, once they are an hour old. What
+    a running launch needs is never removed. A removed result is computed again when it is needed.
 
     Examples:
 
-        btu store gc --keep sst2_main --keep agnews_main    # all that neither needs
+        btu store gc --keep sst2_main --keep agnews_main    # all that neither sweep needs
 
-        btu store gc --older-than 30d --max-size 20GB --yes # what is old, then the oldest
+        btu store gc --older-than 30d --max-size 20GB --yes # old results, then the oldest
     """
     age, size = parse_age(older_than), parse_size(max_size)
     store = _open(output)
@@ -191,7 +188,7 @@ def parse_age(text: str | None) -> float | None:
     """Return an age such as ``30d`` or ``12h`` in seconds.
 
     Raises:
-        UserError: it is none.
+        UserError: `text` is no age.
     """
     return _parse(text, _SECONDS, "--older-than", "an age such as 30d or 12h (m, h, d or w)")
 
@@ -200,7 +197,7 @@ def parse_size(text: str | None) -> int | None:
     """Return a size such as ``500MB`` or ``20GB`` in bytes; a kilobyte has 1000.
 
     Raises:
-        UserError: it is none.
+        UserError: `text` is no size.
     """
     size = _parse(text, _BYTES, "--max-size", "a size such as 500MB or 20GB (B to TB)")
     return None if size is None else int(size)
@@ -239,9 +236,6 @@ def _age(seconds: float) -> str:
 
 
 def _open(output: str) -> Store:
-    def warn(sentence: str) -> None:
-        errors.print(sentence, style="yellow", highlight=False, markup=False, soft_wrap=True)
-
     store = Store(store_location(output_location(output)), warn=warn)
     if not store.exists():
         raise UserError(

@@ -8,22 +8,23 @@ from typing import Annotated
 import typer
 
 from btu.errors import UserError
-from orchestrator.cli.shared import Output, console, say
+from orchestrator.cli.shared import MLFLOW_STORE, Output, SweepName, console, say
+from orchestrator.sweep.output import DEFAULT_OUTPUT
 
-# Sweeps whose runs `btu ui` gives an address of.
+# Sweeps whose addresses `btu ui` prints.
 MOST_VIEWS = 10
+
+Uri = Annotated[str | None, typer.Option("--uri", help=MLFLOW_STORE)]
 
 
 def sync(
-    name: Annotated[str, typer.Argument(help="The sweep's name.", metavar="NAME")],
-    output: Output = "runs",
-    uri: Annotated[
-        str | None, typer.Option(help="MLflow store. Default: the output folder's SQLite.")
-    ] = None,
+    name: SweepName,
+    output: Output = DEFAULT_OUTPUT,
+    uri: Uri = None,
 ) -> None:
-    """Write the runs that MLflow misses, from the results on disk; nothing is written twice.
+    """Write the runs that MLflow lacks, from the results on disk; nothing is written twice.
 
-    After a tracking server was away, or to tell another one: `--uri` names it.
+    Use it after a tracking server was away, or to fill another one, which `--uri` names.
 
     Example: `btu sync main-table --uri http://mlflow:5000`
     """
@@ -56,16 +57,15 @@ def sync(
 
 
 def ui(
-    output: Output = "runs",
-    uri: Annotated[
-        str | None, typer.Option(help="Another MLflow store. Default: the output folder's SQLite.")
-    ] = None,
+    output: Output = DEFAULT_OUTPUT,
+    uri: Uri = None,
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000,
 ) -> None:
     """Open the MLflow UI on the sweeps' runs, on this machine only.
 
-    Gives the address of each sweep's runs table with asr, cacc and detection_precision in it, which
-    MLflow's own link leaves out. For a server that runs already, --uri gives the addresses alone.
+    Prints the address of each sweep's runs table with the columns asr, cacc and
+    detection_precision, which MLflow's own link leaves out. If --uri names a running server, prints
+    the addresses alone.
 
     Example: `btu ui --port 5001`
     """
@@ -84,8 +84,8 @@ def ui(
     views = experiment_module.views(uri)
     # Without the parameter MLflow opens on its pages for language-model traces.
     page = f"{server}/#/experiments?workflowType=machine_learning"
-    told = "a running MLflow server; open it in a browser" if running else "Ctrl-C stops it"
-    lines = [f"MLflow UI: {page} ({told})"]
+    how = "a running MLflow server; open it in a browser" if running else "Ctrl-C stops it"
+    lines = [f"MLflow UI: {page} ({how})"]
     lines += [f"{name}: {server}{path}" for name, path in list(views.items())[:MOST_VIEWS]]
     if len(views) > MOST_VIEWS:
         lines.append(f"and {len(views) - MOST_VIEWS} older sweeps, in the UI's list")

@@ -14,7 +14,7 @@ from orchestrator.sweep.sections import TrialSpec
 
 
 class Graph:
-    """Builds cells' stages. What cells share is built, and hashed, once."""
+    """Builds the stages of cells. Stages that cells share are built and hashed once."""
 
     def __init__(self) -> None:
         self._prepared: dict[Hashable, Prepared] = {}
@@ -32,13 +32,14 @@ class Graph:
     ) -> Stage:
         """Return the stage that a cell ends with; its key is the cell's.
 
-        data_fingerprints, victim_identity: stand for the rows of each role and for the weights in
-        the keys. counts: of the corpus, for estimates of time and for the cell's notes. revision:
-        of all the data (`Corpus.fingerprint`), for the cell's tags.
+        data_fingerprints: of the rows by role; they stand for the rows in the keys.
+        victim_identity: stands for the weights in the keys.
+        counts: of the corpus, for estimates of time and for the cell's notes.
+        revision: of all the data (`Corpus.fingerprint`), for the cell's tags.
 
         Raises:
-            ValueError: two stages of the defense have one name, or one of them reads what is
-                hidden from defenses.
+            ValueError: two stages of the defense have the same name, or a stage of it reads what
+                is hidden from defenses.
         """
         known = (
             *(spec.data, spec.victim, spec.poison, spec.train, spec.tuning, spec.seed),
@@ -83,14 +84,14 @@ class Graph:
             last = evaluation_screened(prepared, defended, screened, "defended")
         else:
             last = evaluation(prepared, defended, "defended", kind="cell")
-        # Whatever is there without the defense costs it nothing.
+        # Stages that exist without the defense are not part of its cost.
         free = {s.key for top in (base.rows, base.clean, base.model) for s in top.closure()}
         cost = sorted({stage.name for stage in own if stage.key not in free})
         stages = list(last.closure())
         given = {stage.key: stage for stage in inputs.values()}
         for stage in stages:
-            # One object a key: keys of shared stages are then computed once. Without a defense the
-            # scores of the defended model are those of the undefended one, under two names.
+            # One object per key, so that the key of a shared stage is computed once. Without a
+            # defense, the evaluations of the defended and the undefended model are one stage.
             one = given.get(stage.key) or self._stages.setdefault(stage.key, stage)
             if inputs.setdefault(stage.name, one).key != one.key:
                 raise ValueError(
@@ -133,11 +134,16 @@ def _refuse_hidden(
 ) -> None:
     """Refuse a defense with a stage that reads the mask, the trigger or the evaluation rows.
 
-    What it starts from rests on the poison, so that these are within its reach. given: keys of
-    stages that are not its own. may_read: what a screening stage is asked.
+    The stages that a defense starts from rest on the poison, so that it could reach these.
+
+    name: of the defense.
+    stages: its stages, and those they rest on.
+    prepared: the cell without the defense.
+    given: keys of stages that are not the defense's own.
+    may_read: key of the texts that a screening stage gets.
 
     Raises:
-        ValueError: one of its stages does, or could make them again.
+        ValueError: a stage reads them, or could compute them again.
     """
     for stage in stages:
         if stage.key in given:
@@ -156,7 +162,7 @@ def _refuse_hidden(
 
 
 def _recipe(stages: Mapping[str, Stage]) -> str:
-    """Return what tells cells of other stage versions apart, where their settings are equal."""
+    """Return a hash of the stages' versions: it differs between cells of equal settings."""
     versions = [
         [name, stage.function.id, stage.function.version] for name, stage in sorted(stages.items())
     ]

@@ -1,4 +1,4 @@
-"""Which cells a sweep has, what they share, what is left to compute, and what that will cost.
+"""A sweep -> the cells that can run, as stages, and the cells that cannot, with reasons.
 
 Loads the data (the rules about rates and columns need the rows) but no torch, ray or mlflow.
 """
@@ -29,7 +29,7 @@ from orchestrator.sweep.sweep import Cell, Sweep
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """A cell that can run. varied: its coordinates by dotted key. stage: what it ends with."""
+    """A cell that can run. stage: what it ends with. varied: its coordinates, by dotted key."""
 
     stage: Stage
     spec: TrialSpec
@@ -51,10 +51,12 @@ class RefusedCell:
 
 @dataclass
 class Plan:
-    """What a sweep comes to.
+    """The cells of a sweep.
 
-    duplicates: cells that differ in keys that do not act for them; each runs once. Controls that
-    are there already are not counted.
+    cells: those that can run, by key.
+    refused: those that cannot.
+    duplicates: how many cells equal another in all keys that affect them; each runs once. Controls
+        that equal a cell are not counted.
     """
 
     cells: dict[str, PlannedCell] = field(default_factory=dict)
@@ -68,7 +70,7 @@ class Plan:
 
 
 class _Loaded(NamedTuple):
-    """A corpus. fingerprints: by role, for keys. revision: of all of it, for tags."""
+    """A corpus. fingerprints: of its rows by role, for keys. revision: of all rows, for tags."""
 
     corpus: Corpus
     fingerprints: Mapping[str, str]
@@ -76,9 +78,9 @@ class _Loaded(NamedTuple):
 
 
 class Planner:
-    """Turns cells into stages, checking each against its data and victim.
+    """Turns cells into stages and checks each against its data and victim.
 
-    Corpora, victims and whatever else cells have in common are loaded and checked once.
+    What cells share, such as corpora and victims, is loaded and checked once.
     """
 
     def __init__(self) -> None:
@@ -88,7 +90,7 @@ class Planner:
         self._attackable: dict[Hashable, UserError | None] = {}
 
     def add(self, plan: Plan, cells: Iterable[Cell]) -> list[PlannedCell]:
-        """Resolve and check cells, and add them to `plan`. Returns those that are new in it."""
+        """Resolve and check cells, and add them to `plan`. Return those that are new in it."""
         new = []
         for cell in cells:
             try:
@@ -155,7 +157,7 @@ class Planner:
         known = (spec.data, spec.poison, json.dumps(dict(spec.attack_params)), spec.seed)
         if known not in self._attackable:
             try:
-                _check_attack(spec, corpus)
+                _refuse_impossible_rate(spec, corpus)
                 self._attackable[known] = None
             except UserError as error:
                 self._attackable[known] = error
@@ -164,7 +166,8 @@ class Planner:
             raise refusal
 
 
-def _check_attack(spec: TrialSpec, corpus: Corpus) -> None:
+def _refuse_impossible_rate(spec: TrialSpec, corpus: Corpus) -> None:
+    """Raise a `UserError` if too few rows can be poisoned, or none can be attacked."""
     target = corpus.label_index(spec.poison.target_label)
     attack = spec.build_attack()
     if spec.poison.poison_rate > 0:
@@ -185,8 +188,8 @@ def _vocabulary(victim: VictimSource) -> int | None:
 def plan_sweep(sweep: Sweep, planner: Planner | None = None) -> Plan:
     """Resolve and check every cell of a sweep, and the controls of those that can run.
 
-    The plan of a sweep that Optuna searches is empty: its cells come as it goes. One suggestion is
-    checked as an example (`example_plan`).
+    The plan of a sweep that Optuna searches is empty: its cells are suggested as it goes. One
+    suggestion is checked as an example (`example_plan`).
 
     Raises:
         UserError: no cell can run; the message gives the reasons.

@@ -84,8 +84,10 @@ class Timings:
     """How long stages took: the basis of every estimate.
 
     rows: ``stage``, ``victim``, ``device``, ``units``, ``seconds`` and ``count`` of stages of a
-    kind, summed. device: what stages compute on, ``cpu`` or another; times on the one say nothing
-    of the other. cell_device: the same for the stages of a single cell; None is as `device`.
+        kind, summed.
+    device: what stages compute on, ``cpu`` or another. Times on one device are of no use for
+        another.
+    cell_device: the same for the stages of a single cell; None: as `device`.
     """
 
     def __init__(
@@ -102,8 +104,8 @@ class Timings:
             self.add(row)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Learn from a row."""
-        # By victim, and, for victims that have not been measured, by any.
+        """Add the times of a row."""
+        # By victim, and over all victims, for those that have not been measured.
         for victim in (row["victim"], None):
             known = (row["device"] == "cpu", row["stage"], victim)
             sums = self._sums.setdefault(known, [0.0, 0.0, 0.0])
@@ -115,9 +117,9 @@ class Timings:
             pace[1] += row["units"]
 
     def estimate(self, group: Group, count: int, units: int) -> float | None:
-        """Return the expected seconds of stages; None where nothing like them was measured.
+        """Return the expected seconds of stages of a group; None if it was never measured.
 
-        count, units: of them, summed.
+        count: how many stages. units: their rows, summed.
         """
         cpu = self._cpu[group.kind]
         sums = self._sums.get((cpu, group.stage, group.victim))
@@ -153,7 +155,7 @@ class Timings:
 
 
 class Group(NamedTuple):
-    """What stages are alike in, as far as their times go."""
+    """What stages with comparable times have in common."""
 
     stage: str
     victim: str
@@ -166,7 +168,7 @@ def group_of(stage: AnyStage) -> Group:
 
 
 def timings_for(rows: Iterable[Mapping[str, Any]], resources: ResourceSpec) -> Timings:
-    """Return the timings that are of use to a sweep with these resources."""
+    """Return the timings for a sweep with these resources."""
     shared, own = ("cpu" if resources.of(kind)[1] == 0 else "cuda" for kind in ("stage", "cell"))
     return Timings(rows, shared, own)
 
@@ -279,7 +281,7 @@ def _longest_chain(
 
 
 def blocked(cell: AnyStage, failed: Mapping[str, str]) -> str | None:
-    """Return why a cell cannot be had: its own failure, or that of a stage it rests on."""
+    """Return why a cell has no result: its own failure, or that of a stage it rests on."""
     if not failed:
         return None
     if cell.key in failed:
@@ -291,7 +293,7 @@ def blocked(cell: AnyStage, failed: Mapping[str, str]) -> str | None:
 
 
 def _by_key(function: Callable[[AnyStage], float | None]) -> Callable[[AnyStage], float | None]:
-    """Return `function` with its answers kept by key."""
+    """Return `function` with a cache by key."""
     known: dict[str, float | None] = {}
 
     def cached(stage: AnyStage) -> float | None:
@@ -313,7 +315,7 @@ def _weights(name: str, revision: str | None) -> int | None:
 
 
 def _downloaded(hub_id: str, revision: str | None) -> Path | None:
-    """Return the folder in which the hub's client keeps a model, None if it has none."""
+    """Return the folder of a model in the cache of the hub's client; None if it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
@@ -324,7 +326,7 @@ def _downloaded(hub_id: str, revision: str | None) -> Path | None:
 
 
 def _model_bytes(victim: Mapping[str, Any]) -> int | None:
-    """Return the size of a victim's weights; None of a hub model that is not here yet."""
+    """Return the size of a victim's weights; None for a hub model that is not downloaded yet."""
     try:
         return _weights(victim["name"], victim.get("revision"))
     except UserError:

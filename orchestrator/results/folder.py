@@ -1,8 +1,8 @@
 """A sweep's own folder: which cells it has, and their results and failures from the store.
 
-``<output>/<sweep>/plans/*.json`` says which cells were launched under this name, ``tracked/`` which
-of them MLflow has, ``journal.jsonl`` what ran when. Results are in the store, which all sweeps of
-an output folder share.
+``<output>/<sweep>/plans/*.json`` list the cells that were launched under this name, ``tracked/``
+those that MLflow has; ``journal.jsonl`` records what ran when. Results are in the store, which all
+sweeps of an output folder share.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from orchestrator.plan.planner import PlannedCell, RefusedCell
 
 PLANS, TRACKED, JOURNAL, ORIGIN = "plans", "tracked", "journal.jsonl", "origin"
-# Of what a run of MLflow holds: raised with it, so that runs of before are written again.
+# Version of what an MLflow run contains. Raise it to have existing runs written again.
 RUN_VERSION = 2
-# A sweep's own file, as it was launched last; a table of its summary in MLflow.
+# The sweep's file of the last launch; a table of the sweep's summary in MLflow.
 SWEEP, MEANS_TABLE = "sweep.yaml", "means.json"
 
 
@@ -110,7 +110,7 @@ class Results:
         self.storage.write(f"{self.name}/{SWEEP}", sweep.text.encode())
 
     def sweep_text(self) -> str:
-        """Return the sweep's file, as it was launched last."""
+        """Return the sweep's file of the last launch."""
         return self.storage.read(f"{self.name}/{SWEEP}").decode()
 
     def cells(self) -> dict[str, Launched]:
@@ -147,10 +147,9 @@ class Results:
         return list(found.values())
 
     def wanted_elsewhere(self, committed: Collection[str]) -> set[str]:
-        """Return the keys that other sweeps of this output want kept.
+        """Return the keys of stages whose models other sweeps of this output still need.
 
-        All of those that keep their models, and what the cells rest on that others have not
-        finished.
+        These are all stages of sweeps that keep models, and those of unfinished cells of others.
         """
         wanted: set[str] = set()
         for sweep in sweep_names(self.storage):
@@ -165,7 +164,7 @@ class Results:
     def records(self) -> Iterator[dict[str, Any]]:
         """Yield the result of every finished cell, by key.
 
-        A damaged result is set aside with a warning and left out, as if it had not run.
+        A damaged result is set aside with a warning and left out, as if the cell had not run.
         """
         committed = self.store.committed()
         for cell in self.cells().values():
@@ -175,7 +174,7 @@ class Results:
                     yield record
 
     def record(self, key: str, varied: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return a cell's result; None where there is none, or a damaged one."""
+        """Return a cell's result; None if it is missing or damaged."""
         try:
             result = self.store.read_json(key, RESULT)
         except (Damaged, Missing):
@@ -189,7 +188,7 @@ class Results:
         }
 
     def failures(self) -> Iterator[dict[str, Any]]:
-        """Yield why each failed cell has no result: its own failure, or that of a stage of it."""
+        """Yield the failure of each failed cell: its own, or that of a stage it rests on."""
         failed = self.store.failed()
         if not failed:
             return
@@ -221,16 +220,16 @@ class Results:
         }
 
     def origin(self) -> str:
-        """Return the id of this sweep's folder, which a copy of the folder keeps."""
+        """Return the id of this sweep's folder. A copy of the folder has the same id."""
         path = f"{self.name}/{ORIGIN}"
         if not self.storage.exists(path):
-            self.storage.create(path, uuid.uuid4().hex.encode())  # unless another has just done so
+            self.storage.create(path, uuid.uuid4().hex.encode())  # does nothing if it exists by now
         return self.storage.read(path).decode()
 
     def runs(self) -> dict[str, str]:
         """Return the ids of the MLflow runs that were written from here, by `record_id`.
 
-        Of a cell that several MLflow stores have, that in the store that has most of the cells.
+        If several MLflow stores have a cell, the store with the most cells counts.
         """
         known: list[dict[str, str]] = []
         for store in self.storage.names(f"{self.name}/{TRACKED}"):
@@ -257,9 +256,9 @@ class Results:
 
 
 def record_id(record: Mapping[str, Any]) -> str:
-    """Return what a run of MLflow must say to be of this record, and not of another of its cell.
+    """Return the id that ties an MLflow run to a record; another record of the cell has another.
 
-    A cell that was launched as a control, and then by itself, is told as what it is now.
+    A cell that was launched as a control, and later by itself, gets another id.
     """
     control = record["varied"].get(CONTROL)
     parts = (
@@ -272,7 +271,7 @@ def record_id(record: Mapping[str, Any]) -> str:
 
 
 def read_result(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return a cell's result and its flagged tokens, most suspicious first, from its folder."""
+    """Return a cell's result and flagged tokens, most suspicious first, from its folder."""
     flagged: list[dict[str, Any]] = json.loads((folder / FLAGGED).read_text())
     return loads((folder / RESULT).read_text()), flagged
 
@@ -298,7 +297,7 @@ def read_plans(storage: Storage, sweep: str) -> Iterator[dict[str, Any]]:
                 cell["key"], cell["stages"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{below(storage.location, path)} is no plan, so what sweep '{sweep}' needs is "
+                f"{below(storage.location, path)} is no plan, so the cells of sweep '{sweep}' are "
                 "not known; remove the file and launch the sweep, which writes it again."
             ) from error
         yield plan

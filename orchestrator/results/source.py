@@ -1,7 +1,7 @@
 """Where a sweep's results are read from: the store on disk, or MLflow alone.
 
-What draws, tabulates or compares takes a `Source` and does not know which of the two it is: the
-same sweep gives the same records from both, to the last digit.
+Reports take a `Source` and do not depend on which of the two it is: both give exactly the same
+records of a sweep.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from btu.result_files import ROWS, TOKENS
 from orchestrator.results.folder import Results, record_id
 from orchestrator.store.store import Damaged, Missing
 
-# What a record has; of a cell's result also its history and label names, which MLflow shows itself.
+# The fields of a record. History and label names of a cell's result are left out: MLflow has them
+# in a form of its own.
 FIELDS = (
     "key", "sweep", "status", "run_id", "config", "varied", "metrics", "notes", "tags",
     "started", "ended",
@@ -36,23 +37,23 @@ class Source(Protocol):
         ...
 
     def records(self) -> list[dict[str, Any]]:
-        """Return the finished cells, by key: `FIELDS`, without those that a cell does not have.
+        """Return the finished cells, by key, with those of `FIELDS` that a cell has.
 
-        run_id: the MLflow run, "" where there is none. metrics, notes: floats. started, ended:
+        run_id: the MLflow run, "" if there is none. metrics, notes: floats. started, ended:
         seconds since 1970, to the millisecond.
         """
         ...
 
     def failures(self) -> list[dict[str, Any]]:
-        """Return the failed cells, by key: `FAILURE_FIELDS`; stage, reason: what failed and why."""
+        """Return the failed cells, by key, with `FAILURE_FIELDS`: which stage failed, and why."""
         ...
 
     def tokens(self, key: str) -> pd.DataFrame | None:
-        """Return a finished cell's table of tokens; None where it was not kept, or is damaged."""
+        """Return a finished cell's table of tokens; None if it was not kept or is damaged."""
         ...
 
     def rows(self, key: str) -> pd.DataFrame | None:
-        """Return a finished cell's table of training rows; None as for `tokens`."""
+        """Return a finished cell's table of training rows; None if not kept or damaged."""
         ...
 
 
@@ -88,10 +89,9 @@ class StoreSource:
 
 
 class Snapshot:
-    """A sweep's results at one moment, however long it is read: what is made of it agrees.
+    """A sweep's results at one moment, so that all outputs of a report agree.
 
-    Records and failures are read here, tables when they are asked for. Records are not to be
-    written to.
+    Records and failures are read at once, tables when they are asked for. Do not modify records.
     """
 
     def __init__(self, source: Source) -> None:
@@ -128,7 +128,7 @@ def records_or_refuse(source: Source, side: str = "") -> list[dict[str, Any]]:
 
 
 def read_table(path: Path) -> pd.DataFrame | None:
-    """Return a Parquet file's table, None where there is no such file."""
+    """Return the table of a Parquet file; None if there is no such file."""
     return pd.read_parquet(path) if path.is_file() else None
 
 
@@ -139,7 +139,7 @@ def trimmed(
     known = {**record, "run_id": runs.get(record_id(record), "")}
     for part in ("metrics", "notes"):
         if part in known:
-            # MLflow knows no whole numbers.
+            # MLflow has floats only.
             known[part] = {name: float(value) for name, value in known[part].items()}
     for moment in ("started", "ended"):
         if moment in known:

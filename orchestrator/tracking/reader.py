@@ -17,7 +17,7 @@ from mlflow.entities import Run
 from btu.errors import UserError, unknown
 from btu.result_files import ROWS, TOKENS
 from orchestrator.results.source import read_table
-from orchestrator.tracking.runs import CELL_TAG, CURVES, NOTES, OWN_TAGS, RECORD_TAG
+from orchestrator.tracking.runs import CELL_TAG, CURVES, NOTES, OWN_TAGS
 from orchestrator.tracking.server import REFUSALS, SQLITE, absolute, reason_of, shown
 
 # Runs per request: the answer has to arrive within MLFLOW_HTTP_REQUEST_TIMEOUT.
@@ -92,24 +92,15 @@ class MlflowSource:
     def _cells(self) -> dict[str, Run]:
         """Each cell's run that counts, by key."""
         found: dict[str, Run] = {}
-        older = 0
         with self._answering():
             runs = sorted(self._search(), key=lambda run: run.info.start_time)
         for run in runs:
             tags = run.data.tags
-            if "cell" not in tags or run.info.status not in ("FINISHED", "FAILED"):
+            if f"{CELL_TAG}0" not in tags or run.info.status not in ("FINISHED", "FAILED"):
                 continue  # a summary, another tool's run, or one that was not completed
-            if f"{CELL_TAG}0" not in tags or RECORD_TAG not in tags:
-                older += 1
-                continue
             before = found.get(tags["cell"])
             if before is None or run.info.status == "FINISHED" or before.info.status == "FAILED":
                 found[tags["cell"]] = run
-        if older and self._warn is not None:
-            self._warn(
-                f"{older} runs of sweep '{self._name}' were logged by an earlier version and are "
-                f"left out; btu sync {self._name} rewrites them, on the machine with the results."
-            )
         return dict(sorted(found.items()))
 
     def _search(self) -> Iterator[Run]:

@@ -120,8 +120,7 @@ class Tracker:
         return closed
 
     def _is_ours(self, run: Run) -> bool:
-        # Runs that earlier versions wrote do not say whose they are.
-        return bool(run.data.tags.get(ORIGIN_TAG, self._origin) == self._origin)
+        return bool(run.data.tags.get(ORIGIN_TAG) == self._origin)
 
     @cached_property
     def _origin(self) -> str:

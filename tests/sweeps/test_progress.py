@@ -208,7 +208,7 @@ def test_a_new_kind_of_stage_is_estimated_by_its_rows(log: io.StringIO) -> None:
 
 def test_before_any_timing_the_offline_victim_has_its_reference(log: io.StringIO) -> None:
     where = {"victim": {"name": "offline"}}
-    stage = Stage(CELL, "toys:none", 1, {}, where=where, units=9000)
+    stage = Stage(CELL, NOTHING, {}, where=where, units=9000)
     schedule = Schedule([stage], committed=(), dropped=(), failed={}, timings=times())
     work = Work(0, {}, {}, {}, None, None, None, (), 0, 0, 0)
     SweepProgress(Console(file=log, width=300)).begin(work, schedule, 1)
@@ -224,7 +224,7 @@ def test_a_long_sweep_logs_where_it_stands_ever_more_rarely(
     began = time.monotonic()
     shown = []
     for seconds in (10, 31, 32, 59, 62, 100, 125):
-        monkeypatch.setattr("orchestrator.progress.time.monotonic", lambda: began + seconds)  # noqa: B023
+        monkeypatch.setattr("orchestrator.run.progress.time.monotonic", lambda: began + seconds)  # noqa: B023
         log.truncate(log.seek(0))
         sweep.progress.refresh(sweep.schedule)
         if log.getvalue():

@@ -1040,7 +1040,7 @@ def test_a_disk_that_gives_back_other_bytes_is_named(
 ) -> None:
     store = Store(tmp_path)
     monkeypatch.setattr(store.storage, "read", lambda _: b"other")
-    with pytest.raises(UserError, match="gives back other bytes"):
+    with pytest.raises(UserError, match="returns other bytes"):
         store.prepare()
 
 

@@ -148,7 +148,7 @@ def test_usage_by_stage(store: Store, run: Callable[..., Any]) -> None:
 def test_verify_says_and_exits_with_one(store: Store, run: Callable[..., Any]) -> None:
     add(store, "good")
     add(store, "bad")
-    assert run("verify") == (0, "All results are whole.")
+    assert run("verify") == (0, "All results are intact.")
     marker = store.marker("bad")
     assert marker is not None
     store.storage.write(f"{marker.folder}/record.json", b"x" * 500)

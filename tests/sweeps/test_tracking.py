@@ -646,13 +646,19 @@ class Bench(NamedTuple):
     def fail(self, key: str, began: float = 1000.0, reason: str = "loss became nan") -> None:
         failure = {
             "key": key, "stage": "unlearn", "reason": reason, "traceback": "Traceback: x",
-            "started": began, "ended": began + 1,
+            "code": "0.1+then", "started": began, "ended": began + 1,
         }  # fmt: skip
         self.results.store.fail(key, failure)
 
     def failure(self) -> dict[str, Any]:
         (record,) = self.results.failures()
         return record
+
+    def tags(self, key: str) -> dict[str, str]:
+        """Return the tags of a cell's run that was begun and not finished."""
+        from orchestrator.tracking.runs import ORIGIN_TAG
+
+        return {"cell": key, ORIGIN_TAG: self.results.origin()}
 
     def tracker(self) -> Tracker:
         from orchestrator.tracking.writer import Tracker
@@ -692,8 +698,8 @@ def bench(
 
     from orchestrator.tracking import server
 
-    monkeypatch.setattr(server, "_down", {})
-    monkeypatch.setattr(server, "_identities", {})
+    monkeypatch.setattr(server, "unanswered", {})
+    monkeypatch.setattr(server, "identities", {})
     results = Results(str(tmp_path / "runs"), "tiny")
     results.store.prepare()
     base = {key: value for key, value in cell.items() if key != "seed"}
@@ -989,7 +995,7 @@ def test_runs_of_dead_workers_are_closed_and_told_again(bench: Bench) -> None:
     bench.finish(FIRST)
     bench.finish(SECOND)
     for key in CELLS:
-        bench.client.create_run(bench.experiment, tags={"cell": key})
+        bench.client.create_run(bench.experiment, tags=bench.tags(key))
     bench.client.create_run(bench.experiment, run_name="by hand")  # none of our business
     live = SECOND.__eq__
     synced = bench.sync(live)
@@ -1006,7 +1012,7 @@ def test_runs_of_dead_workers_are_closed_and_told_again(bench: Bench) -> None:
 @pytest.mark.slow
 def test_a_run_that_its_worker_finishes_just_now_is_kept(bench: Bench) -> None:
     record = bench.finish(FIRST)
-    tags = {"cell": FIRST, "mlflow.btu.record": f"{FIRST}-1000000-2"}
+    tags = {**bench.tags(FIRST), "mlflow.btu.record": f"{FIRST}-1000000-2"}
     run = bench.client.create_run(bench.experiment, tags=tags).info.run_id
 
     def live(key: str) -> bool:
@@ -1023,7 +1029,7 @@ def test_a_run_that_its_worker_finishes_just_now_is_kept(bench: Bench) -> None:
 
 @pytest.mark.slow
 def test_a_run_whose_cell_somebody_took_just_now_is_kept(bench: Bench) -> None:
-    run = bench.client.create_run(bench.experiment, tags={"cell": FIRST}).info.run_id
+    run = bench.client.create_run(bench.experiment, tags=bench.tags(FIRST)).info.run_id
     with bench.results.store.lease(FIRST, "another launch") as lease:
         assert lease.acquire()
         synced = bench.sync()  # and did not see the lease yet
