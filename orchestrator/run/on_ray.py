@@ -615,7 +615,9 @@ class _Driver:
     def _note(self, event: str, task: Task, **facts: str) -> None:
         with suppress(OSError):  # a full disk stops the sweep by itself, and in good order
             stage = task.stage
-            self.results.note(event, key=stage.key, stage=stage.name, launch=self.id, **facts)
+            self.results.journal_event(
+                event, key=stage.key, stage=stage.name, launch=self.id, **facts
+            )
 
     @_guarded
     def gave_up(self, trial_id: str, error: str) -> None:
@@ -935,7 +937,7 @@ def _trial(config: dict[str, Any], launch: dict[str, Any]) -> None:
 
     def begin() -> None:
         with suppress(OSError):  # the journal of a full disk; the stage will say so
-            results.note("compute", key=task["node"]["key"], launch=launch["id"])
+            results.journal_event("compute", key=task["node"]["key"], launch=launch["id"])
 
     report = run_node(
         task["node"],
