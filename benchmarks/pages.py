@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--ui", action="store_true", help="open MLflow's runs table too")
     options = parser.parse_args()
     sys.path.insert(0, str(TESTS))
-    from likely import shelve_sweep
+    from formula_sweep import shelve_sweep
 
     if options.picture:
         _picture(options.picture)
@@ -103,7 +103,7 @@ def _runs_table(runs: Path, name: str, folder: Path) -> str:
 def _picture(path: Path) -> None:
     """Write what the upper part of a small sweep's page looks like."""
     from browsing import browser
-    from likely import shelve_sweep
+    from formula_sweep import shelve_sweep
 
     from orchestrator.cli.shared import open_source
     from orchestrator.report.html import write_page

@@ -52,7 +52,7 @@ def ls(
     """
     store = _open(output)
     now = time.time()
-    leases, failed = store.leases(now), store.failed()
+    leases, failed = store.leases.held(now), store.failed()
     changed: dict[str, float] = {}
     for folder, keys in (("markers", None), ("failed", failed), ("leases", leases.keys())):
         for found in store.storage.walk(folder):

@@ -38,7 +38,7 @@ def sync(
     where = server_module.absolute(uri) if uri else server_module.default_uri(results.output)
 
     def live(key: str) -> bool:
-        return results.store.held_by_other(key, "btu sync")
+        return results.store.leases.held_by_other(key, "btu sync")
 
     experiment = experiment_module.experiment(where, name)
     synced = sync_module.sync(where, experiment, results, live)

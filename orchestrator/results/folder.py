@@ -241,7 +241,7 @@ class Results:
             known.append(noted)
         return {record: run for noted in sorted(known, key=len) for record, run in noted.items()}
 
-    def note(self, event: str, **facts: Any) -> None:
+    def journal_event(self, event: str, **facts: Any) -> None:
         """Add a line to the sweep's journal."""
         line = json.dumps({"time": time.time(), "event": event, **facts})
         self.storage.append(f"{self.name}/{JOURNAL}", line)

@@ -160,7 +160,7 @@ class Driver:
                 finally:
                     self._progress.end()
         finally:
-            self._store.release_launch(self.id)
+            self._store.leases.release_launch(self.id)
 
     @property
     def has_work(self) -> bool:
@@ -255,7 +255,7 @@ class Driver:
         }
 
     def _register(self) -> None:
-        self._store.register_launch(self.id, self._sweep.name, self._keys())
+        self._store.leases.register_launch(self.id, self._sweep.name, self._keys())
 
     @contextmanager
     def _heartbeat(self) -> Iterator[None]:
@@ -266,7 +266,7 @@ class Driver:
             warned = False
             while not done.wait(HEARTBEAT_S):
                 try:
-                    self._store.heartbeat_launch(self.id)
+                    self._store.leases.heartbeat_launch(self.id)
                 except Exception as error:  # each client of an object store has its own
                     if not warned:
                         self._progress.note(
@@ -461,7 +461,9 @@ class Driver:
     def _journal(self, event: str, task: Task, **facts: str) -> None:
         with suppress(OSError):  # a full disk: the stages report it, and stop the launch in order
             stage = task.stage
-            self._results.note(event, key=stage.key, stage=stage.name, launch=self.id, **facts)
+            self._results.journal_event(
+                event, key=stage.key, stage=stage.name, launch=self.id, **facts
+            )
 
     # What a study suggests ----------------------------------------------------------------------
 
@@ -490,7 +492,7 @@ class Driver:
             return
         if self._suggestions.searching and self._schedule.stage(key).kind != "cell":
             return  # the next suggestion may start from it
-        if key in self._store.in_use(but=self.id):
+        if key in self._store.leases.in_use(but=self.id):
             return
         try:
             self._store.drop(key)
@@ -563,15 +565,17 @@ class _Elsewhere:
         """Return whether another launch computes a stage."""
         now = self._clock()
         if now - self._listed > LEASES_SECONDS:
-            self._leased = self._store.leased()
+            self._leased = self._store.leases.leased()
             self._listed = now
         if key not in self._leased:
             return False
-        if now < self._busy_until.get(key, 0.0) or self._store.held_by_other(key, self._owner):
+        if now < self._busy_until.get(key, 0.0) or self._store.leases.held_by_other(
+            key, self._owner
+        ):
             return True
         # The lease has expired. This process has watched it for long enough to know; a worker would
         # have to watch it from the start. So it is removed here: taken over, and released.
-        with suppress(OSError), self._store.lease(key, self._owner) as lease:
+        with suppress(OSError), self._store.leases.lease(key, self._owner) as lease:
             lease.acquire()
         self._leased.discard(key)
         return False

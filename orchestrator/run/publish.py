@@ -105,7 +105,7 @@ class Publisher:
                 return
 
         def live(key: str) -> bool:
-            return self._results.store.held_by_other(key, owner)
+            return self._results.store.leases.held_by_other(key, owner)
 
         synced = sync.sync(uri, experiment_id, self._results, live, owner)
         if synced.missing:

@@ -218,8 +218,8 @@ def _status(results: Results, now: float | None) -> Status:
     now = time.time() if now is None else now
     store = results.store
     # Leases before results: a stage that ends in between is then done, not "not started".
-    leases = store.holders("leases", now)
-    launches = store.holders("launches", now)
+    leases = store.leases.holders("leases", now)
+    launches = store.leases.holders("launches", now)
     cells = results.cells()
     committed, dropped = store.committed(), store.dropped()
     reasons = {record["key"]: record["reason"] for record in results.failures()}

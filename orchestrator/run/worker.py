@@ -144,7 +144,7 @@ def compute_call(call: StageCall, launch: Launch) -> Report:
 
     def begin() -> None:
         with suppress(OSError):  # the journal of a full disk; the stage will report it
-            results.note("compute", key=call.node["key"], launch=launch.id)
+            results.journal_event("compute", key=call.node["key"], launch=launch.id)
 
     report = run_node(
         call.node,
@@ -164,9 +164,9 @@ def compute_call(call: StageCall, launch: Launch) -> Report:
 def wait_for_others(location: str) -> None:
     """Wait until another launch has released a lease of a store, or for WAIT_SECONDS."""
     store = _store(location)
-    before = store.leased()
+    before = store.leases.leased()
     until = time.monotonic() + WAIT_SECONDS
-    while time.monotonic() < until and before <= store.leased():
+    while time.monotonic() < until and before <= store.leases.leased():
         time.sleep(0.2)
 
 
@@ -227,7 +227,7 @@ class _Attempt:
         """Take the lease and compute, unless the stage has ended or somebody else has the lease."""
         if self.store.is_committed(self.key):
             return Report(Outcome.done)
-        lease = self.store.lease(self.key, owner)
+        lease = self.store.leases.lease(self.key, owner)
         if not lease.acquire():
             return Report(Outcome.busy)
         with lease:

@@ -63,7 +63,7 @@ def gc_candidates(
     now: Unix time in seconds; None is the present.
     """
     now = time.time() if now is None else now
-    busy = store.in_use(now)
+    busy = store.leases.in_use(now)
     markers = sorted(store.markers(), key=lambda marker: marker.committed)
     chosen = _leftovers(store, {marker.folder for marker in markers}, busy, now)
     total = sum(marker.bytes for marker in markers)
@@ -89,7 +89,7 @@ def gc(store: Store, candidates: Iterable[Candidate]) -> int:
     freed = 0
     for number, candidate in enumerate(candidates):
         if number % 50 == 0:  # removing takes a while, and a launch may start
-            busy = store.in_use()
+            busy = store.leases.in_use()
         if candidate.key in busy:
             continue
         for path in candidate.paths:
@@ -115,7 +115,7 @@ def _leftovers(store: Store, known: set[str], busy: set[str], now: float) -> lis
         for path, (size, changed) in folder_sizes(store.storage, folder, 2).items():
             add("left-over", "", path, size, changed, why)
     for folder in ("leases", "launches"):
-        live = {path.rpartition(".")[0] for path in store.live(folder, now)}
+        live = {path.rpartition(".")[0] for path in store.leases.live(folder, now)}
         for path, (size, changed) in folder_sizes(store.storage, folder, 2).items():
             if path.rpartition(".")[0] not in live:
                 add("lease", "", path, size, changed, "of nobody alive")

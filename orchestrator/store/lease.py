@@ -54,6 +54,14 @@ class Holder(NamedTuple):
         return not self.alive
 
 
+def peek(storage: Storage, path: str) -> bytes | None:
+    """Return the content of a file; None if there is no such file."""
+    try:
+        return storage.read(path)
+    except FileNotFoundError:
+        return None
+
+
 class Leases:
     """The leases and running launches of one store.
 
@@ -74,11 +82,11 @@ class Leases:
     def held_by_other(self, key: str, owner: str) -> bool:
         """Return whether another owner holds a live lease on a key. Takes nothing."""
         path = f"leases/{key}.json"
-        data = self._peek(path)
+        data = peek(self.storage, path)
         if data is None:
             self._seen.pop(path, None)
             return False
-        return not self._is_stale(path, data, owner)
+        return not self.is_stale(path, data, owner)
 
     def register_launch(self, launch_id: str, sweep_name: str, keys: Iterable[str]) -> None:
         """Record that a launch is running and needs `keys`."""
@@ -96,7 +104,7 @@ class Leases:
         self.storage.remove(f"launches/{launch_id}.json")
         self.storage.remove(f"launches/{launch_id}.beat")
 
-    def leases(self, now: float | None = None) -> dict[str, dict[str, Any]]:
+    def held(self, now: float | None = None) -> dict[str, dict[str, Any]]:
         """Return the content of each live lease by key. now: Unix time in seconds."""
         return {Path(path).stem: facts for path, facts in self.live("leases", now).items()}
 
@@ -117,7 +125,7 @@ class Leases:
         found = self.live("launches", now).values()
         launches = [facts for facts in found if facts.get("owner") != but]
         keys = {key for facts in launches for key in facts.get("keys", ())}
-        return keys | {k for k, facts in self.leases(now).items() if facts.get("owner") != but}
+        return keys | {k for k, facts in self.held(now).items() if facts.get("owner") != but}
 
     def live(self, folder: str, now: float | None = None) -> dict[str, dict[str, Any]]:
         """Return the content of live files in ``leases`` or ``launches``, by path."""
@@ -126,12 +134,12 @@ class Leases:
         live = {}
         for path in (path for path in modified if path.endswith(".json")):
             beat = path.removesuffix(".json") + ".beat"
-            data = self._peek(path)
+            data = peek(self.storage, path)
             if data is None:
                 continue
             times = [modified[path], modified.get(beat)]
             age = now - max((t for t in times if t is not None), default=now)
-            stale = self._is_stale(path, data + (self._peek(beat) or b""), None, data)
+            stale = self.is_stale(path, data + (peek(self.storage, beat) or b""), None, data)
             alive = _is_alive(_facts_of(data))
             if alive or (alive is None and not stale and age <= LEFTOVER_S):
                 live[path] = _facts_of(data)
@@ -143,7 +151,7 @@ class Leases:
         modified = {found.path: found.modified for found in self.storage.walk(folder)}
         found = []
         for path in sorted(path for path in modified if path.endswith(".json")):
-            data = self._peek(path)
+            data = peek(self.storage, path)
             if data is None:  # released meanwhile
                 continue
             times = [modified[path], modified.get(path.removesuffix(".json") + ".beat")]
@@ -153,9 +161,16 @@ class Leases:
             found.append(Holder(Path(path).stem, facts, _is_alive(facts), silent))
         return found
 
-    def _is_stale(
+    def is_stale(
         self, path: str, content: bytes, owner: str | None, facts: bytes | None = None
     ) -> bool:
+        """Return whether a lease or launch has expired.
+
+        path: of its file.
+        content: of its file, with that of the heartbeat.
+        owner: whose own files count as expired; None for nobody's.
+        facts: the part of `content` that names the holder; None is all of it.
+        """
         holder = _facts_of(content if facts is None else facts)
         # The same owner: an earlier attempt, which the owner knows to be dead.
         if owner is not None and holder.get("owner") == owner:
@@ -168,12 +183,6 @@ class Leases:
             self._seen[path] = (content, self._clock())
             return False
         return self._clock() - seen[1] >= TTL_S
-
-    def _peek(self, path: str) -> bytes | None:
-        try:
-            return self.storage.read(path)
-        except FileNotFoundError:
-            return None
 
 
 class Lease:
@@ -238,22 +247,22 @@ class Lease:
 
     def _take(self) -> bool:
         leases, storage, content = self._leases, self._storage, self._content()
-        held = leases._peek(self._path)
+        held = peek(storage, self._path)
         if held is None:
             storage.create(self._path, content, durable=False)
-        elif not leases._is_stale(self._path, held, self.owner):
+        elif not leases.is_stale(self._path, held, self.owner):
             return False
         else:
             # Only the holder of the guard may replace a lease, and only the expired one that it
             # read: otherwise the second of two processes would replace the first one's new lease.
             guard = self._path + ".guard"
             if not storage.create(guard, content, durable=False):
-                guarding = leases._peek(guard)
-                if guarding is not None and leases._is_stale(guard, guarding, self.owner):
+                guarding = peek(storage, guard)
+                if guarding is not None and leases.is_stale(guard, guarding, self.owner):
                     storage.remove(guard)
                 return False
             try:
-                if leases._peek(self._path) != held:
+                if peek(storage, self._path) != held:
                     return False
                 storage.write(self._path, content, durable=False)
             finally:
@@ -262,7 +271,7 @@ class Lease:
         return self._is_ours()
 
     def _is_ours(self) -> bool:
-        data = self._leases._peek(self._path)
+        data = peek(self._storage, self._path)
         return data is not None and _facts_of(data).get("token") == self.token
 
     def _content(self) -> bytes:

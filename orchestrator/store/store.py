@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 from btu.errors import UserError
 from btu.result_files import dumps, json_value, loads
 from orchestrator.store.cache import CACHE_BYTES, Cache
-from orchestrator.store.lease import Leases
+from orchestrator.store.lease import Leases, peek
 from orchestrator.store.storage import TEMPORARY, open_storage
 
 # Files of an entry in this folder are large and may be dropped once every reader is done.
@@ -116,8 +116,8 @@ class Marker:
         return sum(fact.size for fact in self.files.values())
 
 
-class Store(Leases):
-    """The results below one folder or URL.
+class Store:
+    """The results below one folder or URL; `leases` are who computes what.
 
     location: the folder, or a URL that fsspec can open.
     cache: local folder for copies of an object store's files.
@@ -133,7 +133,8 @@ class Store(Leases):
         warn: Callable[[str], None] = _log.warning,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(open_storage(location), clock)
+        self.storage = open_storage(location)
+        self.leases = Leases(self.storage, clock)
         self.location = self.storage.location
         base = cache or Path(tempfile.gettempdir()) / f"btu-cache-{os.getuid()}"
         self._cache = Cache(base / hashlib.sha256(self.location.encode()).hexdigest()[:16])
@@ -201,7 +202,7 @@ class Store(Leases):
         dropped: return the marker of a dropped entry too.
         """
         for path in (_marker(key), _dropped(key)) if dropped else (_marker(key),):
-            data = self._peek(path)
+            data = peek(self.storage, path)
             if data is not None:
                 try:
                     return _parse_marker(key, data)
@@ -256,7 +257,7 @@ class Store(Leases):
             if standing.attempt != made.attempt or not self.storage.local:
                 self._abandon(made, folder)
             self.clear_failure(key)
-            old = self._peek(_dropped(key))
+            old = peek(self.storage, _dropped(key))
             if old is not None:
                 self.storage.remove(_dropped(key))
                 with suppress(ValueError):
@@ -266,7 +267,7 @@ class Store(Leases):
     def discard(self, folder: Path) -> None:
         """Remove a folder from `begin`, unless it was published."""
         if self.storage.local:
-            standing = self._peek(_marker(folder.parent.name))
+            standing = peek(self.storage, _marker(folder.parent.name))
             if standing is not None and folder.name.encode() in standing:
                 return
         shutil.rmtree(folder, ignore_errors=True)
@@ -320,7 +321,7 @@ class Store(Leases):
             raise Missing(key)
         if name not in marker.files:
             raise FileNotFoundError(f"the stored result {key} has no file {name}")
-        data = self._peek(f"{marker.folder}/{name}")
+        data = peek(self.storage, f"{marker.folder}/{name}")
         if data is None or hashlib.sha256(data).hexdigest() != marker.files[name].sha256:
             raise self._damaged(marker)
         return json.loads(data)
@@ -352,7 +353,7 @@ class Store(Leases):
         """Take an entry out of use: remove its marker, then move its files to ``damaged/``."""
         folders = []
         for path in (_marker(key), _dropped(key)):
-            data = self._peek(path)
+            data = peek(self.storage, path)
             if data is not None:
                 with suppress(ValueError):
                     folders.append(_parse_marker(key, data).folder)
@@ -400,13 +401,14 @@ class Store(Leases):
         damaged = []
         keys = sorted(self.committed() | self.dropped())
         for done, key in enumerate(keys, 1):
-            data = self._peek(_marker(key)) or self._peek(_dropped(key))
+            data = peek(self.storage, _marker(key)) or peek(self.storage, _dropped(key))
             try:
                 problem = data and self._check(_parse_marker(key, data))
             except ValueError as error:
                 problem = str(error)
             # A process that removes the entry at this moment removes its marker first.
-            if problem and data in (self._peek(_marker(key)), self._peek(_dropped(key))):
+            now = (peek(self.storage, _marker(key)), peek(self.storage, _dropped(key)))
+            if problem and data in now:
                 self.set_aside(key, problem)
                 damaged.append((key, problem))
             if progress:
@@ -429,7 +431,7 @@ class Store(Leases):
 
     def failure(self, key: str) -> dict[str, Any] | None:
         """Return the last failure of a key that is not committed, if any."""
-        data = None if self.is_committed(key) else self._peek(f"failed/{key}.json")
+        data = None if self.is_committed(key) else peek(self.storage, f"failed/{key}.json")
         return None if data is None else loads(data)
 
     def failed(self) -> set[str]:
@@ -440,7 +442,7 @@ class Store(Leases):
     def failures(self) -> Iterator[dict[str, Any]]:
         """Yield the last failure of every key that is not committed, by key."""
         for key in sorted(self.failed()):
-            data = self._peek(f"failed/{key}.json")
+            data = peek(self.storage, f"failed/{key}.json")
             if data is not None:
                 yield loads(data)
 

@@ -64,7 +64,7 @@ def sync(
             continue
         try:
             # Under the cell's lease: another launch, or the cell's worker, may write it too.
-            with results.store.lease(record["key"], owner) as lease:
+            with results.store.leases.lease(record["key"], owner) as lease:
                 if not lease.acquire():
                     missed.append(f"{record['key']} is being written by another process")
                     continue

@@ -112,7 +112,7 @@ class Tracker:
             if key is None or not self._is_ours(run) or live(key):
                 continue
             # A worker may have finished the run since the search, and released its lease.
-            with self._results.store.lease(key, owner) as lease:
+            with self._results.store.leases.lease(key, owner) as lease:
                 if lease.acquire() and self._is_running(run.info.run_id):
                     self._client.set_terminated(run.info.run_id, "KILLED")
                     self._client.delete_run(run.info.run_id)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from defending import Fitted
-from lab import Lab
+from tiny_cells import Lab
 from torch import nn
 
 import btu.training

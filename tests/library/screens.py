@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lab import Lab
+from tiny_cells import Lab
 
 from btu.defenses.base import Defense
 from btu.findings import Screened, incoming_of

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from lab import Lab, easy_corpus, own_stages
+from tiny_cells import Lab, easy_corpus, own_stages
 
 import btu.training
 from btu.defenses import anti_backdoor_learning as abl

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from lab import Lab, easy_corpus, own_stages
+from tiny_cells import Lab, easy_corpus, own_stages
 
 from btu.defenses import bki
 from btu.defenses.base import Given

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lab import Lab, own_stages
+from tiny_cells import Lab, own_stages
 
 from btu.defenses.base import CLEAN_ROWS, DEFENSES, ORIGINALS, POISONED_MODEL, Defense
 from btu.defenses.clean_fine_tune import CleanFineTune

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from lab import Lab, own_stages
 from safetensors.numpy import load_file, save_file
+from tiny_cells import Lab, own_stages
 from torch import nn
 
 from btu.defenses.base import Given

@@ -27,7 +27,7 @@ from defending import (
     spied,
     word_rows,
 )
-from lab import Lab, easy_corpus, files_in
+from tiny_cells import Lab, easy_corpus, files_in
 
 from btu.attacks.poisoning import PoisonSpec
 from btu.defenses.base import (

@@ -26,7 +26,7 @@ from defending import (
     unlearning,
     word_rows,
 )
-from lab import Lab, own_stages
+from tiny_cells import Lab, own_stages
 from torch import Tensor, nn
 
 import btu.defenses.token_unlearning

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lab import Lab
+from tiny_cells import Lab
 
 from btu.defenses.attention_distillation import (
     AttentionDistillation,

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lab import Lab
 from screens import decisions, own_screens, scores, screen_of, screened_alone
+from tiny_cells import Lab
 from torch import Tensor, nn
 
 import btu.defenses.kit.language_model

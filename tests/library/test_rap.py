@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lab import Lab, files_in
 from screens import decisions, own_screens, scores, screen_of, screened_alone
+from tiny_cells import Lab, files_in
 from torch import Tensor, nn
 
 from btu.defenses.base import Given

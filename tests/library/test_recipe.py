@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from lab import MAX_LENGTH, Lab, files_in, own_stages, write_corpus
 from safetensors.torch import load_file, save_file
+from tiny_cells import MAX_LENGTH, Lab, files_in, own_stages, write_corpus
 
 from btu.attacks.badnets import BadNets
 from btu.attacks.poisoning import ATTACKS, PoisonSpec, poison, triggered_eval

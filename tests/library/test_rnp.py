@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lab import Lab
+from tiny_cells import Lab
 from torch import nn
 
 from btu.defenses.base import Given

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from lab import files_in
+from tiny_cells import files_in
 
 from btu.errors import UserError
 from btu.provenance import code_version, environment

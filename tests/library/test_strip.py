@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab import Lab
 from screens import decisions, own_screens, scores, screen_of, screened_alone
+from tiny_cells import Lab
 
 from btu.defenses.base import Given
 from btu.defenses.kit.screening import ids_by_row, save_values

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import yaml
-from shelf import Stored, Tried, publish_cell
+from store_fixtures import Stored, Tried, publish_cell
 
 if TYPE_CHECKING:
     from orchestrator.plan.planner import PlannedCell, Planner

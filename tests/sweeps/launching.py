@@ -313,4 +313,4 @@ def check(
     entries = {(p.parent.name, p.name) for p in (output / "store" / "entries").glob("*/*")}
     assert {key for key, _ in entries} == set(committed)
     # A killed process leaves its lease or launch as a file, which has expired.
-    assert results.store.in_use() == set()
+    assert results.store.leases.in_use() == set()

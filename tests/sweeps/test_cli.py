@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from rich.filesize import decimal
-from shelf import Stored
+from store_fixtures import Stored
 
 import btu
 from btu.attacks.addsent import AddSent
@@ -956,7 +956,7 @@ def test_sync_leaves_cells_alone_that_somebody_is_at(
     calls = synced()
     run_cli("sync", "tiny", "-o", tmp_path / "runs")
     live = calls[0]["live"]
-    with stored.store.lease(stored.key, "a launch") as lease:
+    with stored.store.leases.lease(stored.key, "a launch") as lease:
         assert lease.acquire()
         assert live(stored.key)
     assert not live(stored.key)
@@ -965,7 +965,7 @@ def test_sync_leaves_cells_alone_that_somebody_is_at(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True,
         check=True,
     )  # fmt: skip
-    with stored.store.lease(stored.key, "a launch") as lease:
+    with stored.store.leases.lease(stored.key, "a launch") as lease:
         assert lease.acquire()
         facts = json.loads(stored.store.storage.read(f"leases/{stored.key}.json"))
         left = json.dumps({**facts, "pid": int(dead.stdout)}).encode()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from shelf import Stored
+from store_fixtures import Stored
 from synthetic import config, logged, saved, shelve
 
 from btu.drawing import draw

@@ -200,7 +200,7 @@ def test_what_another_launch_computes_is_passed_over(launch: Launches) -> None:
     hand = launch("grid: {seed: [0, 1], defense.alpha: [0.01]}\n")
     other = Store(hand.store.location)
     first = hand.plan.cells[next(iter(hand.plan.cells))].stage.inputs["rows"]
-    with other.lease(first.key, "other") as lease:
+    with other.leases.lease(first.key, "other") as lease:
         assert lease.acquire()
         assert hand.take("rows").stage.key != first.key
         assert hand.driver.next_task() is Idle.later
@@ -213,7 +213,7 @@ def test_where_all_is_with_another_launch_a_node_waits_for_it(
     hand = launch(ONE)
     (cell,) = hand.plan.cells.values()
     other = Store(hand.store.location)
-    lease = other.lease(cell.stage.inputs["rows"].key, "other")
+    lease = other.leases.lease(cell.stage.inputs["rows"].key, "other")
     assert lease.acquire()
     assert hand.driver.next_task() is Idle.elsewhere
     # One wait at a time.
@@ -457,10 +457,10 @@ def test_a_launch_is_there_for_others_until_it_ends(launch: Launches) -> None:
     hand = launch(ONE)
     (cell,) = hand.plan.cells.values()
     keys = {stage.key for stage in cell.stage.closure()}
-    assert hand.store.in_use() == keys
-    assert hand.store.in_use(but=hand.driver.id) == set()
+    assert hand.store.leases.in_use() == keys
+    assert hand.store.leases.in_use(but=hand.driver.id) == set()
     hand.leave()
-    assert hand.store.in_use() == set()
+    assert hand.store.leases.in_use() == set()
 
 
 def test_a_launch_beats_and_reports_once_that_it_cannot(
@@ -501,7 +501,7 @@ def test_a_launch_that_breaks_off_leaves_the_terminal_and_the_store(
         assert screen.getvalue().count("\x1b[?25h") == screen.getvalue().count("\x1b[?25l") == 1
     finally:
         progress.end()
-    assert results.store.in_use() == set()
+    assert results.store.leases.in_use() == set()
 
 
 def test_what_nobody_stopped_and_is_not_done_was_interrupted(
@@ -582,10 +582,10 @@ def test_models_stay_that_another_launch_needs(launch: Launches) -> None:
     hand = launch(ONE)
     (cell,) = hand.plan.cells.values()
     train = cell.stage.inputs["train"].key
-    hand.store.register_launch("other", "other", [train])
+    hand.store.leases.register_launch("other", "other", [train])
     hand.run_all()
     assert models(hand) == {"train": 1}
-    hand.store.release_launch("other")
+    hand.store.leases.release_launch("other")
     hand.driver.drop_models()
     assert models(hand) == {}
 

@@ -47,7 +47,7 @@ def test_a_study_suggests_as_many_at_once_as_run(launch: Launches) -> None:
     assert len(hand.plan.cells) == 2
     # What was suggested is on disk, and nobody removes what it needs.
     assert set(hand.results.cells()) == set(hand.plan.cells)
-    assert set(hand.plan.cells) <= hand.store.in_use()
+    assert set(hand.plan.cells) <= hand.store.leases.in_use()
     hand.driver.slots = 2
     assert hand.driver.next_task() is Idle.later  # the second shares the stages of both seeds
     assert len(hand.plan.cells) == 4

@@ -152,7 +152,7 @@ def begun_runs(uri: str) -> list[Any]:
 
 
 def lease_holder(place: Workplace, key: str) -> psutil.Process | None:
-    facts = place.results().store.leases().get(key)
+    facts = place.results().store.leases.held().get(key)
     return psutil.Process(facts["pid"]) if facts else None
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from likely import drifts, measured, settings, shelve_sweep
-from reading import Read
+from formula_sweep import drifts, measured, settings, shelve_sweep
+from parsed_page import Read
 
 from btu.drawing import draw
 from btu.errors import UserError

@@ -489,7 +489,7 @@ def test_resources_that_no_node_has_are_refused(
     assert "error: no node can hold a stage with resources" in done.err
     assert asked in done.err
     assert "Traceback" not in done.err
-    assert not place.results().store.in_use()
+    assert not place.results().store.leases.in_use()
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ class Shop(NamedTuple):
 
     def is_clean(self, stage: Stage) -> bool:
         """Return whether a stage left neither files nor a lease."""
-        return self.attempts(stage) == [] and self.store.leased() == set()
+        return self.attempts(stage) == [] and self.store.leases.leased() == set()
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_a_stage_is_computed_and_published(shop: Shop) -> None:
     assert marker.info == {
         "stage": "toy", "units": 7, "seconds": record["seconds"], "device": "cpu",
     }  # fmt: skip
-    assert shop.store.leased() == set()
+    assert shop.store.leases.leased() == set()
 
 
 def test_a_stage_reads_its_inputs(shop: Shop) -> None:
@@ -167,7 +167,7 @@ def test_a_result_that_came_while_this_waited_is_not_computed(
     monkeypatch.setattr(shop.store, "is_committed", lambda key: next(answers))
     assert shop.run(made).outcome is Outcome.done
     assert CALLS == ["a"]
-    assert shop.store.leased() == set()
+    assert shop.store.leases.leased() == set()
 
 
 def test_a_failure_that_came_meanwhile_is_not_repeated(shop: Shop) -> None:
@@ -185,7 +185,7 @@ def test_computing_is_announced(shop: Shop) -> None:
     told: list[Progress] = []
     shop.run(
         made,
-        begin=lambda: begun.append(made.key in shop.store.leased() and CALLS == []),
+        begin=lambda: begun.append(made.key in shop.store.leases.leased() and CALLS == []),
         progress=told.append,
     )
     assert begun == [True]  # once, under the lease, before the work
@@ -212,11 +212,11 @@ def test_a_stage_has_as_many_threads_as_cpus(shop: Shop, cpus: float, threads: i
 
 def test_what_another_launch_computes_is_busy(shop: Shop, tmp_path: Path) -> None:
     made = stage()
-    with Store(tmp_path / "store").lease(made.key, "another launch") as held:
+    with Store(tmp_path / "store").leases.lease(made.key, "another launch") as held:
         assert held.acquire()
         report = shop.run(made)
         assert report.outcome is Outcome.busy
-        assert shop.store.leased() == {made.key}  # theirs, untouched
+        assert shop.store.leases.leased() == {made.key}  # theirs, untouched
     assert CALLS == []
     assert shop.attempts(made) == []
 
@@ -421,7 +421,7 @@ def test_the_lease_is_held_while_the_stage_runs(shop: Shop, tmp_path: Path) -> N
     made = stage()
     seen: list[bool] = []
     other = Store(tmp_path / "store")
-    DURING.append(lambda: seen.append(other.held_by_other(made.key, "another launch")))
+    DURING.append(lambda: seen.append(other.leases.held_by_other(made.key, "another launch")))
     shop.run(made)
     assert seen == [True]
 
@@ -450,7 +450,7 @@ def test_a_cell_is_tracked_once_under_its_lease(shop: Shop) -> None:
     tracked: list[tuple[str, str, bool]] = []
 
     def track(key: str, folder: Path) -> None:
-        tracked.append((key, (folder / "out.txt").read_text(), key in shop.store.leased()))
+        tracked.append((key, (folder / "out.txt").read_text(), key in shop.store.leases.leased()))
 
     assert shop.run(made, track=track).untracked == ""
     assert shop.run(made, track=track).outcome is Outcome.done  # there already
@@ -474,7 +474,7 @@ def test_a_cell_that_cannot_be_tracked_is_done(shop: Shop, error: Exception) -> 
     assert report.outcome is Outcome.done
     assert report.untracked == f"{type(error).__name__}: {error}"
     assert shop.store.is_committed(made.key)
-    assert shop.store.leased() == set()
+    assert shop.store.leases.leased() == set()
 
 
 def test_a_failed_cell_is_not_tracked(shop: Shop) -> None:
@@ -581,7 +581,7 @@ def test_a_wait_for_another_launch_ends_after_a_while(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "WAIT_SECONDS", 0.3)
-    with shop.store.lease("k", "other") as lease:
+    with shop.store.leases.lease("k", "other") as lease:
         assert lease.acquire()
         began = time.monotonic()
         wait_for_others(shop.store.location)
@@ -592,7 +592,7 @@ def test_a_wait_for_another_launch_ends_when_that_lets_go(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "WAIT_SECONDS", 600.0)
-    lease = shop.store.lease("k", "other")
+    lease = shop.store.leases.lease("k", "other")
     assert lease.acquire()
     slept: list[float] = []
 

@@ -149,7 +149,7 @@ def test_trials_of_tune_are_tasks_of_the_driver(hand: ByHand, trials: Any) -> No
 @pytest.mark.parametrize("end", ["ended", "gave_up"])
 def test_a_trial_that_waits_needs_next_to_nothing(hand: ByHand, trials: Any, end: str) -> None:
     (cell,) = hand.plan.cells.values()
-    lease = Store(hand.store.location).lease(cell.stage.inputs["rows"].key, "other")
+    lease = Store(hand.store.location).leases.lease(cell.stage.inputs["rows"].key, "other")
     assert lease.acquire()
     assert trials.suggest("a") == {"task": "", "held": {"cpu": 0.001, "gpu": 0.0}}
     assert trials.suggest("b") is None

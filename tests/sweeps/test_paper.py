@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from likely import shelve_sweep
-from reading import Read
+from formula_sweep import shelve_sweep
+from parsed_page import Read
 
 from btu.errors import UserError
 from orchestrator.cli.shared import open_source

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pytest
-from shelf import Stored, publish_cell
+from store_fixtures import Stored, publish_cell
 
 from btu.errors import UserError
 from orchestrator.report.table import mean_over_seeds, render, results_table

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from shelf import Stored, publish_cell
+from store_fixtures import Stored, publish_cell
 
 from btu.errors import UserError
 from btu.result_files import RESULT
@@ -319,8 +319,8 @@ def test_failures_of_other_sweeps_are_not_told(launch: Callable[..., Any]) -> No
 def test_the_journal_gives_back_what_was_noted(launch: Callable[..., Any]) -> None:
     results, _ = launch(seed=[0])
     assert results.journal() == []
-    results.note("start", key="k", stage="unlearn\u2028odd", launch="l-1")
-    results.note("end", key="k", outcome="done")
+    results.journal_event("start", key="k", stage="unlearn\u2028odd", launch="l-1")
+    results.journal_event("end", key="k", outcome="done")
     first, second = results.journal()
     assert first["time"] <= second["time"]
     assert {k: v for k, v in first.items() if k != "time"} == {

@@ -177,7 +177,7 @@ def test_an_export_says_how_it_was_made(run: Callable[..., Any], tmp_path: Path)
     assert done.code == 0
     assert "fine-tune" in done.err
     assert "poisoned fine-tune" not in done.err
-    assert f"{folder}: the model, with its card. On 300 trusted rows the cut took" in done.out
+    assert f"{folder}: the model, with its card. Accuracy on 300 trusted rows: " in done.out
     card = (folder / "README.md").read_text()
     assert "btu scan " in card
     assert f"--export {folder}" in card

@@ -60,7 +60,7 @@ class Made:
         """Leave a lease or a launch as a process that has ended does."""
         gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
                               capture_output=True, text=True, check=True)  # fmt: skip
-        lease = self.store.lease("mine", owner)
+        lease = self.store.leases.lease("mine", owner)
         facts = json.loads(lease._content()) | facts
         self.store.storage.write(path, json.dumps({**facts, "pid": int(gone.stdout)}).encode())
 
@@ -117,7 +117,7 @@ def test_what_a_live_process_computes_is_running(made: Made) -> None:
     cell = made.cells[0]
     stage = stage_of(cell, "poisoned fine-tune")
     made.note(9_900.0, "compute", stage)
-    with made.store.lease(stage, "tiny-1") as lease:
+    with made.store.leases.lease(stage, "tiny-1") as lease:
         assert lease.acquire()
         assert made.state_of(cell) is CellState.running
         (work,) = made.status().work
@@ -144,7 +144,7 @@ def test_elsewhere_a_lease_is_lost_once_it_is_silent(made: Made) -> None:
 
 
 def test_a_registered_launch_makes_it_running_until_its_process_is_gone(made: Made) -> None:
-    made.store.register_launch("tiny-1", "tiny", [])
+    made.store.leases.register_launch("tiny-1", "tiny", [])
     assert made.status().state is SweepState.running
     made.leave("launches/tiny-1.json", "tiny-1", sweep="tiny", keys=[])
     assert made.status().state is SweepState.stopped
@@ -152,7 +152,7 @@ def test_a_registered_launch_makes_it_running_until_its_process_is_gone(made: Ma
 
 
 def test_launches_of_other_sweeps_are_none_of_its(made: Made) -> None:
-    made.store.register_launch("other-1", "other", [])
+    made.store.leases.register_launch("other-1", "other", [])
     assert made.status().launches == []
     assert made.status().state is SweepState.stopped
 
@@ -211,7 +211,7 @@ def test_what_runs_has_come_so_far(made: Made) -> None:
     before = made.status().seconds_left
     stage = stage_of(made.cells[1], "poisoned fine-tune")
     made.note(NOW - 4.0, "compute", stage)
-    with made.store.lease(stage, "l") as lease:
+    with made.store.leases.lease(stage, "l") as lease:
         assert lease.acquire()
         after = made.status().seconds_left
     assert before is not None
@@ -388,7 +388,7 @@ def test_mlflow_is_held_against_the_disk(made: Made) -> None:
     found = tracked(made.status(), "here", runs)
     # `two` has a result and no run; nobody is at `three`; a run of no cell counts nowhere.
     assert (found.finished, found.running, found.orphaned, found.missing) == (1, 1, ["b"], 1)
-    with made.store.lease(three.key, "tiny-1") as lease:
+    with made.store.leases.lease(three.key, "tiny-1") as lease:
         assert lease.acquire()
         assert tracked(made.status(), "here", runs).orphaned == []
 
@@ -403,9 +403,9 @@ def test_the_command_tells_and_exits_by_the_state(
     assert done.code == 1
     assert "tiny: stopped" in done.out
     assert "3 cells: 0 done, 0 running, 0 failed, 0 orphaned, 3 not started; 0 refused" in done.out
-    made.store.register_launch("tiny-1", "tiny", [])
+    made.store.leases.register_launch("tiny-1", "tiny", [])
     assert run_cli("status", "tiny", "--output", tmp_path / "runs").code == 3
-    made.store.release_launch("tiny-1")
+    made.store.leases.release_launch("tiny-1")
     for cell in made.cells:
         made.finish(cell.key)
     assert run_cli("status", "tiny", "--output", tmp_path / "runs", "--watch").code == 0
@@ -414,7 +414,7 @@ def test_the_command_tells_and_exits_by_the_state(
 def test_watching_outlasts_a_server_that_does_not_answer(
     made: Made, run_cli: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made.store.register_launch("tiny-1", "tiny", [])
+    made.store.leases.register_launch("tiny-1", "tiny", [])
     answers = iter([[RunState("a", made.cells[0].key, "FINISHED")]])
 
     class Server:
@@ -427,7 +427,7 @@ def test_watching_outlasts_a_server_that_does_not_answer(
             return self.found
 
     def end(_: float) -> None:
-        made.store.release_launch("tiny-1")
+        made.store.leases.release_launch("tiny-1")
 
     monkeypatch.setattr("orchestrator.tracking.reader.MlflowSource", Server)
     monkeypatch.setattr("orchestrator.cli.status.time.sleep", end)

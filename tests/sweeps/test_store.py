@@ -276,7 +276,7 @@ def test_only_a_large_entry_is_flushed(
 
     monkeypatch.setattr(os, "fsync", syncing)
     monkeypatch.setattr(os, "link", linking)
-    with store.lease("k", "me") as lease:
+    with store.leases.lease("k", "me") as lease:
         assert lease.acquire()
         assert calls == ["link"]
         calls.clear()
@@ -584,7 +584,7 @@ def test_when_the_leader_is_killed_one_of_the_others_takes_over(
     code = """
 folder, log = Path(sys.argv[3]), Path(sys.argv[4])
 while not store.is_committed("k"):
-    lease = store.lease("k", f"launch-{os.getpid()}")
+    lease = store.leases.lease("k", f"launch-{os.getpid()}")
     if not lease.acquire():
         time.sleep(0.005)
         continue
@@ -630,30 +630,30 @@ def foreign(store: Store, name: str = "k.json", beat: int = 0, **facts: Any) -> 
 
 
 def test_a_lease_is_for_one_at_a_time(store: Store, make_store: Callable[[], Store]) -> None:
-    with store.lease("k", "me") as mine:
+    with store.leases.lease("k", "me") as mine:
         assert mine.acquire()
         assert mine.acquire()  # again is fine
         other = make_store()
-        assert not other.lease("k", "you").acquire()
-        assert other.held_by_other("k", "you")
-        assert not other.held_by_other("k", "me")
-        assert not other.held_by_other("else", "you")
-        assert store.in_use() == {"k"}
-        assert store.leases()["k"]["owner"] == "me"
+        assert not other.leases.lease("k", "you").acquire()
+        assert other.leases.held_by_other("k", "you")
+        assert not other.leases.held_by_other("k", "me")
+        assert not other.leases.held_by_other("else", "you")
+        assert store.leases.in_use() == {"k"}
+        assert store.leases.held()["k"]["owner"] == "me"
     assert store.storage.names("leases") == []
-    with store.lease("k", "you") as yours:
+    with store.leases.lease("k", "you") as yours:
         assert yours.acquire()
 
 
 def test_looking_takes_nothing(store: Store) -> None:
-    assert not store.held_by_other("k", "me")
+    assert not store.leases.held_by_other("k", "me")
     assert store.storage.names("leases") == []
 
 
 def test_the_same_owner_takes_its_earlier_lease(store: Store) -> None:
     foreign(store, owner="launch-1/k")
-    assert not store.lease("k", "launch-2/k").acquire()
-    with store.lease("k", "launch-1/k") as lease:
+    assert not store.leases.lease("k", "launch-2/k").acquire()
+    with store.leases.lease("k", "launch-1/k") as lease:
         assert lease.acquire()
 
 
@@ -666,9 +666,9 @@ def test_a_lease_of_a_dead_process_is_stale_at_once(store: Store, started: str) 
     else:  # the number was given to another process
         facts = {"pid": os.getpid(), "started": "1"}
     foreign(store, **lease_module._machine(), **facts)
-    assert not store.held_by_other("k", "me")
-    assert store.in_use() == set()
-    with store.lease("k", "me") as lease:
+    assert not store.leases.held_by_other("k", "me")
+    assert store.leases.in_use() == set()
+    with store.leases.lease("k", "me") as lease:
         assert lease.acquire()
     assert store.storage.names("leases") == []  # no guard stays either
 
@@ -678,16 +678,16 @@ def test_a_zombie_is_dead(store: Store) -> None:
     started = lease_module._started(zombie.pid)
     wait_for(lambda: lease_module._started(zombie.pid) is None, "it never ended")
     foreign(store, **lease_module._machine(), pid=zombie.pid, started=started)
-    assert not store.held_by_other("k", "me")
+    assert not store.leases.held_by_other("k", "me")
     zombie.wait()
 
 
 def test_a_process_of_the_same_number_elsewhere_is_another(store: Store, clock: Clock) -> None:
     # A container shares the host's name and boot but numbers its processes by itself.
     foreign(store, **{**lease_module._machine(), "numbering": "pid:[1]"}, pid=2**22 - 1)
-    assert store.held_by_other("k", "me")
+    assert store.leases.held_by_other("k", "me")
     clock.seconds += TTL_S
-    assert not store.held_by_other("k", "me")
+    assert not store.leases.held_by_other("k", "me")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[1]", b"{", b'{"pid": "x"}'])
@@ -697,7 +697,7 @@ def test_a_lease_that_does_not_change_is_stale_after_a_while(
     foreign(store)
     if content is not None:  # broken ones too
         store.storage.write("leases/k.json", content)
-    lease = store.lease("k", "me")
+    lease = store.leases.lease("k", "me")
     assert not lease.acquire()  # seen for the first time
     clock.seconds += TTL_S - 1
     assert not lease.acquire()
@@ -709,26 +709,26 @@ def test_a_lease_that_does_not_change_is_stale_after_a_while(
 def test_a_lease_with_a_heartbeat_is_not_stale(store: Store, clock: Clock) -> None:
     for beat in range(10):
         foreign(store, beat=beat)
-        assert store.held_by_other("k", "me")
+        assert store.leases.held_by_other("k", "me")
         clock.seconds += TTL_S - 1
-        assert store.held_by_other("k", "me")
+        assert store.leases.held_by_other("k", "me")
 
 
 def test_the_time_runs_from_when_we_first_saw_it(
     store: Store, make_store: Callable[[], Store], clock: Clock
 ) -> None:
     foreign(store)
-    assert store.held_by_other("k", "me")
+    assert store.leases.held_by_other("k", "me")
     clock.seconds += TTL_S
-    assert not store.held_by_other("k", "me")
-    assert make_store().held_by_other("k", "me")  # it has not seen how long
+    assert not store.leases.held_by_other("k", "me")
+    assert make_store().leases.held_by_other("k", "me")  # it has not seen how long
 
 
 def test_the_heartbeat_changes_the_lease(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "HEARTBEAT_S", 0.01)
-    with store.lease("k", "me") as lease:
+    with store.leases.lease("k", "me") as lease:
         assert lease.acquire()
-        wait_for(lambda: store.leases().get("k", {}).get("beat", 0) >= 3, "no heartbeat")
+        wait_for(lambda: store.leases.held().get("k", {}).get("beat", 0) >= 3, "no heartbeat")
     assert lease._thread is None
     assert store.storage.names("leases") == []
 
@@ -743,30 +743,30 @@ def test_a_full_disk_does_not_end_the_heartbeat(
         tried.set()
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with store.lease("k", "me") as lease:
+    with store.leases.lease("k", "me") as lease:
         assert lease.acquire()
         with monkeypatch.context() as patch:
             patch.setattr(store.storage, "write", full)
             assert tried.wait(30)
-        before = store.leases()["k"]["beat"]
-        wait_for(lambda: store.leases()["k"]["beat"] > before, "no heartbeat after it")
+        before = store.leases.held()["k"]["beat"]
+        wait_for(lambda: store.leases.held()["k"]["beat"] > before, "no heartbeat after it")
 
 
 def test_a_lost_lease_is_neither_rewritten_nor_released(store: Store) -> None:
-    with store.lease("k", "me") as lease:
+    with store.leases.lease("k", "me") as lease:
         assert lease.acquire()
         foreign(store)
         taken = store.storage.read("leases/k.json")
         assert not lease.beat()
     assert store.storage.read("leases/k.json") == taken
-    assert not store.lease("k", "me").acquire()
+    assert not store.leases.lease("k", "me").acquire()
 
 
 def test_a_lease_that_changed_meanwhile_is_not_taken(
     store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     foreign(store)
-    assert store.held_by_other("k", "me")
+    assert store.leases.held_by_other("k", "me")
     clock.seconds += TTL_S
     create = store.storage.create
 
@@ -775,15 +775,15 @@ def test_a_lease_that_changed_meanwhile_is_not_taken(
         return create(*arguments, **named)
 
     monkeypatch.setattr(store.storage, "create", slow)
-    assert not store.lease("k", "me").acquire()
-    assert store.leases()["k"]["token"] == "a third's"
+    assert not store.leases.lease("k", "me").acquire()
+    assert store.leases.held()["k"]["token"] == "a third's"
     assert store.storage.names("leases") == ["k.json"]
 
 
 def test_who_died_while_taking_over_blocks_nobody_for_long(store: Store, clock: Clock) -> None:
     foreign(store)
     foreign(store, "k.json.guard")
-    lease = store.lease("k", "me")
+    lease = store.leases.lease("k", "me")
     assert not lease.acquire()
     clock.seconds += TTL_S
     assert not lease.acquire()  # sees the guard for the first time
@@ -801,14 +801,14 @@ def test_where_creating_is_not_exclusive_the_later_writer_has_it(
         return True
 
     monkeypatch.setattr(store.storage, "create", overtaken)
-    assert not store.lease("k", "me").acquire()
+    assert not store.leases.lease("k", "me").acquire()
 
 
 def test_a_release_that_fails_is_no_error(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    with monkeypatch.context() as patch, store.lease("k", "me") as lease:
+    with monkeypatch.context() as patch, store.leases.lease("k", "me") as lease:
         assert lease.acquire()
         patch.setattr(store.storage, "remove", gone)
     assert isinstance(lease, Lease)
@@ -819,33 +819,33 @@ def test_a_release_that_fails_is_no_error(store: Store, monkeypatch: pytest.Monk
 
 
 def test_what_a_launch_needs_is_in_use(store: Store, make_store: Callable[[], Store]) -> None:
-    store.register_launch("l1", "sweep", ["a", "b"])
-    assert make_store().in_use() == {"a", "b"}
+    store.leases.register_launch("l1", "sweep", ["a", "b"])
+    assert make_store().leases.in_use() == {"a", "b"}
     # This process lives, however long ago that was written.
-    assert make_store().in_use(now=time.time() + LATER) == {"a", "b"}
-    store.release_launch("l1")
-    store.release_launch("l1")
-    assert store.in_use() == set()
+    assert make_store().leases.in_use(now=time.time() + LATER) == {"a", "b"}
+    store.leases.release_launch("l1")
+    store.leases.release_launch("l1")
+    assert store.leases.in_use() == set()
     assert store.storage.names("launches") == []
 
 
 def test_a_launch_elsewhere_is_in_use_while_it_beats(store: Store, clock: Clock) -> None:
     held = {"owner": "l1", "host": "elsewhere", "pid": 1, "started": "1", "keys": ["a"]}
     store.storage.write("launches/l1.json", json.dumps(held).encode())
-    assert store.in_use() == {"a"}
+    assert store.leases.in_use() == {"a"}
     for _ in range(3):
         clock.seconds += TTL_S
-        store.heartbeat_launch("l1")
-        assert store.in_use() == {"a"}
+        store.leases.heartbeat_launch("l1")
+        assert store.leases.in_use() == {"a"}
     clock.seconds += TTL_S
-    assert store.in_use() == set()
+    assert store.leases.in_use() == set()
 
 
 def test_a_launch_elsewhere_without_a_change_for_an_hour_has_ended(store: Store) -> None:
     held = {"owner": "l1", "host": "elsewhere", "pid": 1, "started": "1", "keys": ["a"]}
     store.storage.write("launches/l1.json", json.dumps(held).encode())
     store.storage.write("launches/l2.json", b"{")  # broken: nobody knows its keys
-    assert store.in_use(now=time.time() + LATER) == set()
+    assert store.leases.in_use(now=time.time() + LATER) == set()
 
 
 def test_a_heartbeat_that_fails_is_for_the_launch_to_tell(
@@ -856,7 +856,7 @@ def test_a_heartbeat_that_fails_is_for_the_launch_to_tell(
 
     monkeypatch.setattr(store.storage, "write", full)
     with pytest.raises(OSError, match="No space left"):
-        store.heartbeat_launch("l1")
+        store.leases.heartbeat_launch("l1")
 
 
 def test_timings_of_all_launches(store: Store) -> None:
@@ -948,9 +948,9 @@ def test_what_is_in_use_is_never_touched(store: Store, make_store: Callable[[], 
         add(store, key)
     half = "entries/leased/half/file"
     store.storage.write(half, b"123")
-    store.register_launch("l1", "sweep", ["launched"])
+    store.leases.register_launch("l1", "sweep", ["launched"])
     late = time.time() + LATER
-    with store.lease("leased", "me") as lease:
+    with store.leases.lease("leased", "me") as lease:
         assert lease.acquire()
         assert removed(make_store(), keep=set(), older_than=0.0, max_bytes=0, now=late) == {"free"}
         assert store.storage.exists(half)
@@ -961,7 +961,7 @@ def test_what_is_in_use_is_never_touched(store: Store, make_store: Callable[[], 
 def test_what_comes_into_use_meanwhile_is_spared(store: Store) -> None:
     add(store, "a")
     candidates = gc_candidates(store, keep=set())
-    store.register_launch("l1", "sweep", ["a"])
+    store.leases.register_launch("l1", "sweep", ["a"])
     assert gc(store, candidates) == 0
     assert store.fetch("a")
 
@@ -1013,7 +1013,7 @@ def test_a_store_is_there_once_something_is_in_it(make_store: Callable[[], Store
 
 def test_an_empty_store_has_nothing(make_store: Callable[[], Store]) -> None:
     store = make_store()
-    assert store.committed() == store.dropped() == store.failed() == store.in_use() == set()
+    assert store.committed() == store.dropped() == store.failed() == store.leases.in_use() == set()
     assert store.markers() == store.timings() == store.verify() == gc_candidates(store) == []
     assert usage(store) == {}
 

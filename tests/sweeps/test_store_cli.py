@@ -96,7 +96,7 @@ def test_the_list_is_newest_first_with_states(store: Store, run: Callable[..., A
     add(store, "model_gone", "defend")
     store.drop("model_gone")
     store.fail("broken", {"key": "broken", "stage": "cell", "reason": "x"})
-    with store.lease("running", "launch-1") as lease:
+    with store.leases.lease("running", "launch-1") as lease:
         assert lease.acquire()
         code, text = run("ls")
     assert code == 0
@@ -251,7 +251,7 @@ def test_a_broken_plan_removes_nothing(
 
 def test_a_running_launch_keeps_what_it_needs(store: Store, run: Callable[..., Any]) -> None:
     add(store, "k", days=100)
-    store.register_launch("l1", "one", ["k"])
+    store.leases.register_launch("l1", "one", ["k"])
     assert run("gc", "--older-than", "1d", "--yes") == (0, "Nothing to remove.")
     assert store.committed() == {"k"}
 

@@ -28,7 +28,7 @@ from orchestrator.sweep.sweep import Sweep
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from shelf import Stored
+    from store_fixtures import Stored
 
     from orchestrator.tracking.writer import Tracker
 
@@ -318,7 +318,6 @@ def test_of_two_launches_that_make_a_database_the_first_ones_is_used(
 
     from orchestrator.tracking import database as database_module
     from orchestrator.tracking import experiment as experiment_module
-    from orchestrator.tracking import writer
 
     theirs = MlflowClient(tracking_uri=database).create_experiment(f"theirs {links}")
     folder, link = tmp_path / "runs", os.link
@@ -330,7 +329,7 @@ def test_of_two_launches_that_make_a_database_the_first_ones_is_used(
         link(source, target)
 
     monkeypatch.setattr(database_module, "_make_tables", lambda path: copied(database, path))
-    monkeypatch.setattr(writer.os, "link", late)
+    monkeypatch.setattr(database_module.os, "link", late)
     assert experiment_module.prepare(load_sweep(make_sweep()))[0] is not None
     client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
     assert client.get_experiment(theirs).name == f"theirs {links}"
@@ -343,13 +342,12 @@ def test_a_disk_without_hard_links_gets_its_database(
 ) -> None:
     from orchestrator.tracking import database as database_module
     from orchestrator.tracking import experiment as experiment_module
-    from orchestrator.tracking import writer
 
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(database_module, "_make_tables", lambda path: copied(database, path))
-    monkeypatch.setattr(writer.os, "link", refuse)
+    monkeypatch.setattr(database_module.os, "link", refuse)
     assert experiment_module.prepare(load_sweep(make_sweep()))[0] is not None
     assert not list((tmp_path / "runs").glob(".mlflow.db.*"))
 
@@ -1030,7 +1028,7 @@ def test_a_run_that_its_worker_finishes_just_now_is_kept(bench: Bench) -> None:
 @pytest.mark.slow
 def test_a_run_whose_cell_somebody_took_just_now_is_kept(bench: Bench) -> None:
     run = bench.client.create_run(bench.experiment, tags=bench.tags(FIRST)).info.run_id
-    with bench.results.store.lease(FIRST, "another launch") as lease:
+    with bench.results.store.leases.lease(FIRST, "another launch") as lease:
         assert lease.acquire()
         synced = bench.sync()  # and did not see the lease yet
     assert synced.closed == 0
@@ -1157,7 +1155,7 @@ def test_a_dead_server_is_asked_once_and_then_left_alone(
     # After a while it is asked again.
     later = time.monotonic() + server.DOWN_SECONDS + 1
     with monkeypatch.context() as patch:
-        patch.setattr(writer.time, "monotonic", lambda: later)
+        patch.setattr(server.time, "monotonic", lambda: later)
         with pytest.raises(Exception, match=str(free_port)) as caught:
             tracker.log(record, folder)
     assert not isinstance(caught.value, ConnectionError)

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from shelf import Tried
+from store_fixtures import Tried
 
 import btu.scoring as trial_module
 from btu.defenses.base import DEFENSES, Given

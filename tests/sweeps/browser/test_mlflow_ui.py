@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from browsing import mlflow_ui
-from likely import shelve_sweep
+from formula_sweep import shelve_sweep
 
 pytestmark = pytest.mark.slow
 

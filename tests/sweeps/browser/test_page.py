@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from likely import shelve_sweep
+from formula_sweep import shelve_sweep
 
 from orchestrator.cli.shared import open_source
 from orchestrator.report.html import write_page
