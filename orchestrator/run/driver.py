@@ -569,9 +569,9 @@ class _Elsewhere:
             self._listed = now
         if key not in self._leased:
             return False
-        if now < self._busy_until.get(key, 0.0) or self._store.leases.held_by_other(
-            key, self._owner
-        ):
+        if now < self._busy_until.get(key, 0.0):
+            return True
+        if self._store.leases.held_by_other(key, self._owner):
             return True
         # The lease has expired. This process has watched it for long enough to know; a worker would
         # have to watch it from the start. So it is removed here: taken over, and released.

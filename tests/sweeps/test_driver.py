@@ -33,6 +33,7 @@ from orchestrator.run.driver import (
 from orchestrator.run.progress import SweepProgress
 from orchestrator.run.schedule import CELL, Task
 from orchestrator.run.worker import WAIT_SECONDS, Outcome, Report, StageCall
+from orchestrator.store.lease import Leases
 from orchestrator.store.store import Store
 from orchestrator.sweep.load import load_sweep
 
@@ -469,11 +470,11 @@ def test_a_launch_beats_and_reports_once_that_it_cannot(
     monkeypatch.setattr(module, "HEARTBEAT_S", 0.001)
     beats = threading.Semaphore(0)
 
-    def refused(self: Store, launch_id: str) -> None:
+    def refused(self: Leases, launch_id: str) -> None:
         beats.release()
         raise ConnectionError("away")
 
-    monkeypatch.setattr(Store, "heartbeat_launch", refused)
+    monkeypatch.setattr(Leases, "heartbeat_launch", refused)
     hand = begin(tmp_path, ONE, ToyPlanner())
     for _ in range(3):
         assert beats.acquire(timeout=60)

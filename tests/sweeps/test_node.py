@@ -563,7 +563,7 @@ def test_a_call_needs_neither_mlflow_nor_a_journal(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(Results, "note", full)
+    monkeypatch.setattr(Results, "journal_event", full)
     launch = Launch("L", str(tmp_path / "store"), str(tmp_path), "tiny", None)
     report = compute_call(StageCall(stage(name="cell", function=score).node()), launch)
     assert (report.outcome, report.untracked) == (Outcome.done, "")

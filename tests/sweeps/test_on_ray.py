@@ -193,7 +193,7 @@ def test_an_error_between_tune_and_the_driver_stops_the_launch(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("bad disk")
 
-    monkeypatch.setattr(hand.results, "note", broken)
+    monkeypatch.setattr(hand.results, "journal_event", broken)
     trials.ended("a", answer(Outcome.done))
     assert str(trials.error) == "bad disk"
     assert hand.driver.stopped == "RuntimeError: bad disk"
