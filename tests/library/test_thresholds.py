@@ -15,12 +15,12 @@ from btu.rules.base import (
     threshold_name,
     threshold_of,
 )
-from btu.stages import plain
+from btu.stages import as_config
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_threshold_of_a_resolved_defense_is_the_default_of_its_rule(rule: str) -> None:
-    found = threshold_of(plain(TokenUnlearning(rule=rule)))
+    found = threshold_of(as_config(TokenUnlearning(rule=rule)))
     assert found is not None
     assert (found.rule, found.value) == (rule, RULES.load(rule).threshold)
 
