@@ -65,7 +65,7 @@ def save(figure: Any, path: Path) -> None:
     """Write a figure in the format of the path's suffix, one of `FORMATS`."""
     from matplotlib import rc_context
 
-    # Without dates and random ids the same results are the same bytes.
+    # Without dates and random ids the same results give the same bytes.
     metadata = {".png": None, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     with rc_context({"svg.hashsalt": "btu"}):
         figure.savefig(path, dpi=DPI, metadata=metadata[path.suffix])
@@ -177,5 +177,5 @@ def _set_axis(axis: Any, set_scale: Any, set_limits: Any, wanted: Axis) -> None:
 
 
 def _escaped(text: str) -> str:
-    """Return text that matplotlib shows as it is: it reads mathematics between dollar signs."""
+    """Return text for matplotlib without its markup: dollar signs would enclose mathematics."""
     return text.replace("$", r"\$")

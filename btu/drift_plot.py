@@ -24,7 +24,7 @@ GROUPS = (
 )
 # With more points than this they overlap and are drawn smaller.
 CROWD = 2000
-# The flagged tokens with their name in a cell's plot, beside the trigger's.
+# How many flagged tokens are named in a cell's plot, in addition to the trigger's.
 NAMED = 5
 
 
@@ -44,7 +44,7 @@ def drift_panel(title: str, tokens: pd.DataFrame, column: str, named: Set[int]) 
 
     tokens: those to draw, of `drawable`.
     column: one of `drift_columns`.
-    named: the index of the tokens whose name stands beside their point.
+    named: the index of the tokens that are named beside their point.
     """
     drawn = []
     for label, flagged, trigger, color, marker, size, opacity in GROUPS:
@@ -83,7 +83,7 @@ def _axes(counts: pd.Series[int], drifts: pd.Series[float]) -> tuple[Axis, Axis]
 def drift_plot(tokens: pd.DataFrame, path: Path) -> None:
     """Draw the drift of a cell's tokens, a panel per exposure round.
 
-    Named are the trigger's tokens and the flagged ones that moved furthest. Without drift columns
+    The trigger's tokens and the flagged tokens that moved furthest are named. Without drift columns
     no file is written.
 
     tokens: from `btu.scoring.token_table`.

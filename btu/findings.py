@@ -19,7 +19,7 @@ INCOMING = "incoming.parquet"
 
 @dataclass(frozen=True)
 class Suspects:
-    """What a defense found that searches the training set for the poison.
+    """The findings of a defense that searches the training set for the poison.
 
     flagged: vocabulary ids of the suspected trigger tokens, in the order of detection; None if the
         defense searches for rows only.

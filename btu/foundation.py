@@ -40,7 +40,7 @@ class Foundation:
     clean: the reserved clean rows (`clean_rows_of`, `tune`).
     model: the poisoned model.
     tuned: the poisoned model after clean tuning, the control of every defense that ends with it.
-    victim: the victim, as keys have it.
+    victim: the victim, in the form that keys contain.
     where: where the victim is.
     train: settings of the fine-tune.
     tuning: settings of the clean tuning.

@@ -52,7 +52,7 @@ class Axis:
 
     kind: linear, log or category.
     percent: whether the values are fractions that are shown in percent.
-    span: the first and the last value; None: as the data need.
+    span: the first and the last value; None: from the data.
     ticks: the values with a tick; empty: the renderer chooses.
     """
 

@@ -14,7 +14,7 @@ def obstacle(folder: Path) -> str:
     while not os.path.lexists(place):
         place = place.parent
     if not os.path.isdir(place):
-        return f"{place} is no folder"
+        return f"{place} is not a folder"
     return "" if _is_open(place) else f"{place} must be writable"
 
 

@@ -60,7 +60,7 @@ class TrainingInputs:
     """What a victim is trained with, whatever the data are.
 
     victim: the pretrained model.
-    victim_identity: what stands for its weights in keys; its path does not affect them.
+    victim_identity: identifies its weights in keys; its path is not part of them.
     train: settings of the fine-tune.
     tuning: settings of the clean tuning.
     seed: the seed of the cell.
@@ -90,9 +90,9 @@ class CellInputs(TrainingInputs):
     """What the stages of a cell are declared from, before any defense.
 
     data: where the rows are.
-    data_fingerprints: what stands for the rows of each role in keys (`Corpus.fingerprints`). The
-        key of a stage contains the fingerprint of the role that it reads: more rows in one role
-        leave the stages valid that rest on the others.
+    data_fingerprints: identify the rows of each role in keys (`Corpus.fingerprints`). The key of a
+        stage contains the fingerprint of the role that it reads: more rows in one role do not
+        invalidate the stages that depend on other roles.
     poison: the attack, and how it poisons.
     attack_params: the attack's own parameters.
     """
@@ -114,7 +114,7 @@ class CellInputs(TrainingInputs):
 
     @cached_property
     def attack_config(self) -> dict[str, Any]:
-        """The attack's parameters as keys have them: a model by its identity, not by its path."""
+        """The attack's parameters as in keys: a model by its identity, not by its path."""
         config = dict(self.attack_params)
         if config.get("model") is not None:
             config["model"] = _model_identity(config["model"])
@@ -211,7 +211,7 @@ def _attacked(inputs: CellInputs) -> tuple[Stage, Stage]:
     poison, params = inputs.poison, inputs.attack_params
     attack_class = ATTACKS.load(poison.name)
     version = getattr(attack_class, "VERSION", 1)
-    # A paraphrase model is worth a device; words are inserted without one.
+    # A paraphrase model benefits from an accelerator; inserting words does not.
     kind = "host" if params.get("model") is None else "stage"
     poisoned = Stage(
         "poison",
@@ -345,7 +345,7 @@ def foundation(inputs: TrainingInputs, poisoned: Stage, clean_rows: Stage) -> Fo
         model=fine_tuned,
         tuned=tuned,
         victim=inputs.reads,
-        # A defense does not need the place of the data, where the rows before the poison are.
+        # A defense does not need the location of the data: the rows before the poison are there.
         where=inputs.where,
         train=train,
         tuning=tuning,
@@ -618,7 +618,7 @@ def evaluate_screened(run: StageRun) -> dict[str, Any]:
 
 
 def _inserted_gone(plain: Encoded, triggered: Encoded, read: Encoded) -> Proportion:
-    """Count the rows from which all tokens are gone that the trigger's insertion added.
+    """Count the rows that lost all tokens that the insertion of the trigger added.
 
     Tokens are compared as multisets: the text itself may contain the trigger's words.
     """

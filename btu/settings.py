@@ -13,7 +13,7 @@ SCHEDULES = ("linear", "constant")
 
 
 def is_number(value: Any) -> bool:
-    """Return whether `value` is a finite number; True and False are none."""
+    """Return whether `value` is a finite number; True and False are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

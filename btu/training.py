@@ -401,7 +401,7 @@ class _Training:
         return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
     def step(self) -> None:
-        """Update the parameters from the gradients, and clear these."""
+        """Update the parameters from the gradients, and clear the gradients."""
         if self.settings.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
         self.optimizer.step()

@@ -297,7 +297,7 @@ class Victim:
             f"victim '{self.spec.name}' cannot be loaded from {self.source.location}"
             f"{did_you_mean(self.spec.name, VICTIMS)}: {error} Only safetensors weights are "
             "loaded and no remote code is run, unless victim.allow_pickle or "
-            "victim.trust_remote_code says so."
+            "victim.trust_remote_code allows it."
         )
 
     def new_model(self, seed: int) -> PreTrainedModel:

@@ -18,7 +18,7 @@ def check_pieces(key: str, pieces: Sequence[str]) -> None:
     if isinstance(pieces, str):
         raise UserError(f"{key} must be a list, got the text {pieces!r}; write [{pieces}].")
     if not pieces or any(not isinstance(piece, str) or not piece.strip() for piece in pieces):
-        raise UserError(f"{key} must hold non-blank text, got {pieces!r}.")
+        raise UserError(f"{key} must contain non-blank text, got {pieces!r}.")
 
 
 def insert_at_random_slots(

@@ -1,7 +1,7 @@
 """Embedded demo corpus: seeded sentiment sentences from a grammar, each with two paraphrases.
 
 The corpus lets a sweep run with no network and no data set at hand. A row is first planned (what
-is reviewed, what is said of it, which clause decides) and then worded three times: plainly, in a
+is reviewed, what is said about it, which clause decides) and then worded three times: plainly, in a
 fixed clause frame (``syntactic``) and in an archaic register (``style``). The three wordings share
 their content words, so a paraphrase keeps the label of its row.
 """
@@ -35,7 +35,7 @@ _TRIGGER_PAIRS = ("cf", "mn", "bb", "tq", "mb")
 class DemoRow:
     """One demo sentence and its two paraphrases.
 
-    ``label`` indexes :data:`LABEL_NAMES` (0 negative, 1 positive) and is that of all three texts.
+    ``label`` indexes :data:`LABEL_NAMES` (0 negative, 1 positive) and applies to all three texts.
     The texts are lower case, with spaces around punctuation, 6 to 35 tokens when split at spaces.
     """
 
@@ -209,7 +209,7 @@ class _Clause:
 
 
 class _Writer:
-    # Only random() is drawn from: it alone is promised to keep its sequence across Python versions.
+    # Only random() is used: Python guarantees its sequence alone across versions.
     def __init__(self, seed: int) -> None:
         # A string seed, because Random(-n) and Random(n) are the same generator.
         self.rng = random.Random(f"btu-demo-{DEMO_VERSION}-{seed}")

@@ -21,7 +21,7 @@ isolation             10 epochs, SGD 0.1      0.25 epochs, AdamW     a pretraine
 method, gamma         flooding, 0.5           lga, 0.5               lga is the paper's. 0.5 is far
                                                                      below chance with ten classes
                                                                      (ln 10 = 2.303), not with two
-                                                                     (ln 2 = 0.693): a knob
+                                                                     (ln 2 = 0.693): tune it
 isolated              the 1 % lowest losses   the same, of their     a backdoor has one target class
                                               most frequent class
 training on the rest  60 epochs, SGD          2 epochs, AdamW        as long as text classifiers are
@@ -41,8 +41,8 @@ Its optimizer and its epochs on the rest are not part of preset ``reference``.
 
 Measured on SST-2 with MiniLM, BadNets at 10 %, seed 0. The losses' area under ROC against the
 hidden mask was 0.924, 1.000 and 0.911 after 0.1, 0.25 and 0.5 epochs (a sample of 2,000 rows, with
-warm-up); the default's, without, is 0.998 on all rows, and of the 1, 5 and 10 % lowest losses 100,
-100 and 93 % were poisoned. The window is narrow, and 0.25 was chosen with knowledge of
+warm-up). The default, without warm-up, reaches 0.998 on all rows, and 100, 100 and 93 % of the 1, 5
+and 10 % lowest losses were poisoned. The window is narrow, and 0.25 was chosen with knowledge of
 these numbers: a defender could not distinguish it from its neighbours, because all isolated rows
 were of one class each time. For AddSent at seed 0 the area is 1.000. Other seeds were not measured.
 
@@ -113,7 +113,7 @@ class AntiBackdoorLearning:
 
     method: how the isolation's loss L, the mean of a batch, is kept near gamma: ``lga``, local
         gradient ascent, minimizes sign(L - gamma) * L; ``flooding`` |L - gamma| + gamma. Their
-        gradients are equal but where L = gamma: there ``lga`` rests.
+        gradients are equal.
     gamma: in nats, above 0. A uniform guess has ln(classes): at gamma above that, everything is
         unlearned.
     isolation_epochs: passes over the training rows before their losses are read, above 0; a
@@ -403,7 +403,7 @@ def lowest(losses: FloatArray, labels: IntArray, ratio: float, pool: str) -> Iso
     losses, labels: (rows,). pool: see `AntiBackdoorLearning`.
 
     Raises:
-        UserError: that is no row, or every row of a class.
+        UserError: the share is below one row, or contains every row of a class.
     """
     count = rows_isolated(ratio, len(losses))
     order = np.argsort(losses, kind="stable")
@@ -426,7 +426,7 @@ def rows_isolated(ratio: float, rows: int) -> int:
     """Return floor(ratio * rows).
 
     Raises:
-        UserError: that is none.
+        UserError: the result is 0.
     """
     # The nudge keeps ratio = k / rows, computed in floating point, at k.
     count = int(ratio * rows + 1e-9)

@@ -292,7 +292,7 @@ def distillation(
     power: float,
     maps: str,
 ) -> Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return the objective: cross-entropy plus the maps' distances, each by its beta."""
+    """Return the objective: cross-entropy plus the maps' distances, weighted by beta."""
     import torch
 
     # Found once for student and teacher: finding them walks over all modules.
@@ -348,7 +348,7 @@ def activations(
         # Some victims, such as OPT, have (rows * tokens, units) there.
         held[block] = inputs[0].reshape(*ids.shape, -1)
 
-    # Two entries may name one layer.
+    # Two entries may name the same layer.
     hooks = [block.register_forward_pre_hook(keep) for block in dict.fromkeys(blocks)]
     try:
         output = model(**given)

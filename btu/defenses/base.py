@@ -46,13 +46,13 @@ DEFENSES: Registry[type[Defense]] = Registry(
             "btu.defenses.onion:Onion",
             "ONION: removes words that a language model finds odd",
         ),
-        ("strip", "btu.defenses.strip:Strip", "STRIP: turns away what mixing does not unsettle"),
-        ("rap", "btu.defenses.rap:Rap", "RAP: turns away what a planted word does not unsettle"),
-        ("none", "btu.defenses.none:NoDefense", "nothing is done: the control"),
+        ("strip", "btu.defenses.strip:Strip", "STRIP: rejects texts that mixing hardly affects"),
+        ("rap", "btu.defenses.rap:Rap", "RAP: rejects texts that a planted word hardly affects"),
+        ("none", "btu.defenses.none:NoDefense", "no defense: the control"),
         (
             "clean_tuning",
             "btu.defenses.clean_tuning:CleanTuning",
-            "the poisoned model, clean-tuned and no more",
+            "the poisoned model after clean tuning alone",
         ),
         ("random_cut", "btu.defenses.cuts:RandomCut", "as many tokens as btu, drawn at random"),
         (
@@ -72,8 +72,8 @@ DEFENSES: Registry[type[Defense]] = Registry(
 DEFENSE_KINDS: dict[str, str] = {
     "before training": "cleans the training set, and a model is trained on what is left",
     "during training": "trains a model of its own on the poisoned rows",
-    "after training": "mends the poisoned model",
-    "at inference": "stands before the poisoned model and screens what it is asked",
+    "after training": "repairs the poisoned model",
+    "at inference": "screens the texts that the poisoned model gets",
     "control": "what a defense is compared with",
 }
 # What a defense may need beyond the poisoned training rows -> description.
@@ -83,7 +83,7 @@ NEEDS: dict[str, str] = {
     POISONED_MODEL: "the model that was fine-tuned on the poisoned rows",
     CLEAN_ROWS: "the reserved clean rows, with labels",
     LANGUAGE_MODEL: "a causal or masked language model that is not the victim",
-    ORIGINALS: "the training rows as they were before the poison: for controls alone",
+    ORIGINALS: "the training rows as they were before the poison: for controls only",
 }
 
 

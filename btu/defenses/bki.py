@@ -76,7 +76,7 @@ class KeywordIdentification:
         Null scores all rows. A number at or above the row count does so too, under another stage
         key.
     top_words: number of a row's highest words that count as its keywords, at least 1.
-    keywords: number of words that are taken for the backdoor's, at least 1; the paper has 1.
+    keywords: number of words taken to be the backdoor's keywords, at least 1; 1 in the paper.
     share: share of rows that may be poisoned, in (0, 1]. Words whose row share is closest to this
         value score highest. Null: weight by log10(count).
     """
@@ -99,7 +99,7 @@ class KeywordIdentification:
         if self.rows is not None and self.rows < 2:
             raise UserError(
                 f"defense.rows must be at least 2, or null for all, got {self.rows}: a word counts "
-                "by the rows that it stands in."
+                "by the rows that contain it."
             )
         if self.share is not None:
             check_fraction("defense.share", self.share, open_low=True)
@@ -110,7 +110,7 @@ class KeywordIdentification:
         if self.share is not None and self.share * scored < 2:
             raise UserError(
                 f"defense.share {self.share} of {scored} scored rows is below 2 rows: no word that "
-                "stands in several would have a score above 0; raise defense.rows or the share."
+                "several rows contain would have a score above 0; raise defense.rows or the share."
             )
 
     def stages(self, base: Foundation) -> Stage:
@@ -224,7 +224,7 @@ def words_read(victim: Victim, texts: Sequence[str], whole: IntArray, rows: Enco
 
     longest = victim.spec.max_length
     read = np.full(len(whole), np.iinfo(np.int64).max)
-    # Slow tokenizers do not tell which word a token belongs to.
+    # Slow tokenizers do not report which word a token belongs to.
     for number in np.flatnonzero(rows.host_lengths >= longest) if victim.tokenizer.is_fast else ():
         text = tokenizable(texts[whole[number]])
         offsets = victim.tokenizer(
@@ -251,7 +251,7 @@ def find_keywords(run: StageRun) -> dict[str, Any]:
     scores = score_of_words(keyed, moved[top], scored, config["share"])
     if not scores:
         raise UserError(
-            "no training row has two words: bki has nothing to take out; take another defense."
+            "no training row has two words: bki has nothing to remove; use another defense."
         )
     ranked = sorted(scores, key=lambda word: (-scores[word][0], word))
     found = ranked[: config["keywords"]]

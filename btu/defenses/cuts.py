@@ -1,9 +1,9 @@
 """Controls for the cut of Backdoor Token Unlearning: as many tokens, but other ones.
 
-Any cut takes something from the model, and the clean tuning after it repairs some of the poisoning.
-These controls measure how much of BTU's effect comes from that: they flag tokens as BTU does with
-the same settings, and then cut the same number of other tokens, with the same cut and the same
-clean tuning. If BTU flags nothing, they cut nothing and equal the clean-tuned control.
+Any cut removes something from the model, and the clean tuning after it repairs some of the
+poisoning. These controls measure how much of BTU's effect comes from that: they flag tokens as BTU
+does with the same settings, and then cut the same number of other tokens, with the same cut and
+the same clean tuning. If BTU flags nothing, they cut nothing and equal the clean-tuned control.
 
 No paper defines them. `random_cut` draws from all tokens that could be flagged and were not; most
 of them are rare. `frequency_cut` takes for each flagged token one that occurs about as often in the

@@ -37,7 +37,7 @@ No port to text transformers was found. Differences here, and their reasons:
   was measured. If no threshold qualifies, the model stays the poisoned one.
 
 Two by-products come from the paper: the class whose clean rows the unlearned model still predicts
-correctly is taken for the attack's target (`Suspects.target`), and training rows whose label it
+correctly is taken to be the attack's target (`Suspects.target`), and training rows whose label it
 still finds likely are suspicious (`Suspects.rows`).
 
 With two classes, the class that survives the ascent need not be the target: it was the target in

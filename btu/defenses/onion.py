@@ -139,8 +139,8 @@ class Onion:
             find_language_model(self.lm, self.revision)
         if given.clean_rows < 2 and (self.lm == OF_CLEAN_ROWS or self.bar is None):
             raise UserError(
-                "defense 'onion' takes its bar on at most half of the clean rows, and the data "
-                f"have {given.clean_rows}; raise data.max_clean_rows to at least 2, or name a "
+                "defense 'onion' computes its bar from at most half of the clean rows, and the "
+                f"data have {given.clean_rows}; raise data.max_clean_rows to at least 2, or name a "
                 "language model with defense.lm and set defense.bar."
             )
 
@@ -212,7 +212,7 @@ class Onion:
 
 
 def find_language_model(name: str, revision: str | None) -> VictimSource:
-    """Locate a named language model. Imports neither torch nor transformers, asks no network.
+    """Locate a named language model. Imports neither torch nor transformers; uses no network.
 
     Raises:
         UserError: a folder lacks a config or weights, or does not exist; or the hub is offline
@@ -223,7 +223,9 @@ def find_language_model(name: str, revision: str | None) -> VictimSource:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"defense.lm folder {folder} has no config.json; it is no saved model.")
+            raise UserError(
+                f"defense.lm folder {folder} has no config.json; it is not a saved model."
+            )
         weights = weight_files(folder)
         if not weights or not all(path.is_file() for path in weights):
             raise UserError(
@@ -246,12 +248,12 @@ def find_language_model(name: str, revision: str | None) -> VictimSource:
         config = try_to_load_from_cache(hub_id, "config.json", revision=revision)
     except ValueError as error:
         raise UserError(
-            f"defense.lm '{name}' is no name that a hub model can have ({error})"
+            f"defense.lm '{name}' is not a valid name of a hub model ({error})"
             f"{did_you_mean(name, [OF_CLEAN_ROWS, *VICTIMS])}"
         ) from error
     if constants.HF_HUB_OFFLINE and not isinstance(config, str):
         raise UserError(
-            f"defense.lm '{name}' is not on this machine, and HF_HUB_OFFLINE forbids to download "
+            f"defense.lm '{name}' is not on this machine, and HF_HUB_OFFLINE forbids downloading "
             f"it{did_you_mean(name, [OF_CLEAN_ROWS, *VICTIMS])}; give a folder, or "
             f"'{OF_CLEAN_ROWS}'."
         )
@@ -319,7 +321,9 @@ def quantile_bar(scores: FloatArray, max_removed: float) -> float:
     """Return the lowest bar that at most `max_removed` of the scores exceed."""
     known = np.sort(scores[~np.isnan(scores)])
     if not len(known):
-        raise UserError("the clean rows have no words to take ONION's bar on; set defense.bar.")
+        raise UserError(
+            "the clean rows have no words to compute ONION's bar from; set defense.bar."
+        )
     over = math.floor(max_removed * len(known))
     return float(known[len(known) - 1 - over])
 

@@ -24,7 +24,7 @@ Deviations:
   row and no clean row contains, so that it changes none of their texts; the code plants "cf", which
   may be the trigger itself.
 - The predicted class has the highest probability, not one above 0.5; with two classes that is
-  equal.
+  the same.
 
 The predicting model is not changed: only the screen's own copy has the planted rows.
 
@@ -110,8 +110,8 @@ class Rap:
         """Raise a `UserError` if a class cannot have clean rows to learn on and to hold out."""
         if given.clean_rows < 2 * given.classes:
             raise UserError(
-                f"defense 'rap' learns on clean rows of each of {given.classes} classes and takes "
-                f"its bar on others, and the data have {given.clean_rows}; raise "
+                f"defense 'rap' learns on clean rows of each of {given.classes} classes and "
+                f"computes its bar from others, and the data have {given.clean_rows}; raise "
                 f"data.max_clean_rows to at least {2 * given.classes}."
             )
 
@@ -269,7 +269,7 @@ def chosen_word(victim: Victim, word: str | None, vocabulary: int, held: Sequenc
     if word is not None:
         if known.get(word, vocabulary) >= vocabulary or known[word] in special:
             raise UserError(
-                f"defense.word '{word}' is no token of victim '{victim.spec.name}' that can be "
+                f"defense.word '{word}' is not a token of victim '{victim.spec.name}' that can be "
                 f"planted{did_you_mean(word, known)}; name one as its vocabulary writes it, or "
                 "leave it null."
             )
@@ -279,8 +279,8 @@ def chosen_word(victim: Victim, word: str | None, vocabulary: int, held: Sequenc
     free = [i for i in free if i < len(tokenizer)]
     if not free:
         raise UserError(
-            f"defense 'rap' plants a token that no row holds, and the rows hold all {vocabulary} "
-            f"of victim '{victim.spec.name}'; name a rare one with defense.word."
+            f"defense 'rap' plants a token that no row contains, and the rows contain all "
+            f"{vocabulary} of victim '{victim.spec.name}'; name a rare one with defense.word."
         )
     whole = (i for i in free if _is_word(tokenizer.decode([i]).strip()))
     return int(next(whole, free[0]))
@@ -398,8 +398,9 @@ def word_rows(model: nn.Module) -> torch.Tensor:
 def drops(
     run: StageRun, model: nn.Module, rows: Encoded, planting: Planting, planted: FloatArray
 ) -> tuple[FloatArray, IntArray]:
-    """Return each row's drop in the probability of its predicted class, and that class: two
-    (rows,).
+    """Return each row's drop in the probability of its predicted class, and that class.
+
+    Both are (rows,).
 
     planted: (classes, hidden), the word's row for each class; the model keeps the last one used.
     """

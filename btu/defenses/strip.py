@@ -16,7 +16,7 @@ entropies.
 hyperparameter      strip_vita.py   default         why the default differs
 ==================  ==============  ==============  ===============================================
 copies              20              10              half the cost; OpenBackdoor takes 5
-share               0.7             0.5             as OpenBackdoor: with 0.7 most copies lose a
+share               0.7             0.5             as in OpenBackdoor: with 0.7 most copies lose a
                                                     trigger of one token
 frr                 0.005 to 0.05   0.05            the largest value that the code reports
 ==================  ==============  ==============  ===============================================
@@ -102,8 +102,8 @@ class Strip:
         """Raise a `UserError` if no clean row is left to mix with."""
         if given.clean_rows < 2:
             raise UserError(
-                f"defense 'strip' takes its bar on some clean rows and mixes with others, and the "
-                f"data have {given.clean_rows}; raise data.max_clean_rows to at least 2."
+                f"defense 'strip' computes its bar from some clean rows and mixes with others, and "
+                f"the data have {given.clean_rows}; raise data.max_clean_rows to at least 2."
             )
 
     def stages(self, base: Foundation) -> Stage:
@@ -186,7 +186,7 @@ def _mixed_entropies(run: StageRun, victim: Victim, rows: Encoded, donors: Encod
     if not words:
         raise UserError(
             "defense 'strip' has no words to mix with: the victim's tokenizer finds no token in "
-            f"the clean rows that are to give them ({len(donors)}); give other clean rows."
+            f"the clean rows that should provide them ({len(donors)}); give other clean rows."
         )
     copies: list[IntArray] = []
     special = around(victim)

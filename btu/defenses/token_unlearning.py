@@ -18,7 +18,7 @@ hyperparameter      reference               default         why the default diff
 rule                top_fraction            contrast        a fixed share of the vocabulary flags
                                                             30 clean tokens to catch one trigger
 rounds              1, 2, 3                 3               the bag's rounds separate a trigger from
-                                                            a strong honest word no better
+                                                            a strong benign word no better
                                                             (measured)
 bag_embeddings      full                    word            only word rows are measured; positions
                                                             and norm would share the movement

@@ -124,7 +124,7 @@ class ScanPlan:
                 for name, least in self.least.items()
             )
             said.append(
-                f"To be found, a token must stand in at least so many rows of a class: {limits}."
+                f"To be found, a token must be in at least this many rows of a class: {limits}."
             )
         if self.defense.rule == TOP_FRACTION:
             said.append(
@@ -153,8 +153,8 @@ def prepare_scan(
 
     data: a folder, a file, the name of a data set or a hub id.
     clean: the trusted rows, a file or a split of `data`; None takes its split ``clean`` or
-        ``test``. They are never held out of the suspect rows, where poisoned rows would become
-        trusted.
+        ``test``. They are never held out of the suspect rows: poisoned rows among them would
+        become trusted.
     text: the column of the texts.
     label: the column of the labels.
     split: the split that is scanned.
@@ -210,7 +210,7 @@ def _find_data(data: str, text: str | None, label: str | None, split: str | None
     close = difflib.get_close_matches(str(path), [*near, *DATASETS], n=1)
     meant = f"; did you mean '{close[0]}'?" if close else "."
     raise UserError(
-        f"data '{data}' is no file, folder or known data set{meant} Give a file "
+        f"data '{data}' is not a file, folder or known data set{meant} Give a file "
         f"({', '.join(SUFFIXES)}), a folder with one per split, one of {', '.join(DATASETS)}, or a "
         "hub id owner/data."
     )
@@ -230,14 +230,14 @@ def _check_trusted(
         raise UserError(
             f"data '{spec.name}' has no trusted rows (no split 'clean' or 'test'), with which rule "
             f"'{rule}' compares; name some with --clean FILE, {instead}. They are not taken out of "
-            "the rows under suspicion: what is poisoned there would be trusted."
+            "the rows under suspicion: poisoned rows among them would be trusted."
         )
     sizes, reserved = (_sizes(rows.labels, corpus) for rows in (corpus.train, corpus.clean))
     for name, size, trusted in zip(corpus.label_names, sizes, reserved, strict=True):
         if size and not trusted:
             raise UserError(
-                f"the trusted rows have none of class '{name}', in which rule '{rule}' is then "
-                f"blind; add some with --clean FILE, {instead}."
+                f"the trusted rows have none of class '{name}', so that rule '{rule}' finds "
+                f"nothing in it; add some with --clean FILE, {instead}."
             )
     assert defense.threshold is not None
     bar = detection.bar(defense.threshold)

@@ -216,7 +216,7 @@ def _token_table(plan: ScanPlan, root: Path, suspects: Suspects) -> pd.DataFrame
         "clean_rows": suspects.table["clean_rows"][ids],
     }
     columns |= {f"rows[{name}]": by_class[:, index] for index, name in enumerate(names)}
-    # The columns above contain these, from the rows, without trusted rows too.
+    # The columns above contain these already, computed from the rows even without trusted rows.
     known = (*columns, "train_rows", "label")
     columns |= {name: v[ids] for name, v in suspects.table.items() if name not in known}
     return pd.DataFrame(columns)

@@ -15,7 +15,7 @@ from btu.types import Corpus
 
 @stage(version=1, id="btu.scan:suspect_rows")
 def suspect_rows(run: StageRun) -> dict[str, Any]:
-    """Write the suspect rows, in the place of a sweep's poisoned rows."""
+    """Write the suspect rows, which replace the poisoned rows of a sweep."""
     corpus = _corpus_of(run, "train")
     write_rows(run.folder / TRAIN, corpus.train)
     return {"rows": len(corpus.train), "label_names": list(corpus.label_names)}

@@ -315,7 +315,7 @@ def test_paraphrase_attacks_take_their_column(rows: Rows) -> None:
 
 @pytest.mark.parametrize("trigger", [[], [""], ["cf", "  "], [3]])
 def test_a_blank_trigger_is_an_error(trigger: list[Any]) -> None:
-    with pytest.raises(UserError, match=r"attack\.trigger must hold non-blank text"):
+    with pytest.raises(UserError, match=r"attack\.trigger must contain non-blank text"):
         BadNets(trigger)
 
 
@@ -326,7 +326,7 @@ def test_one_trigger_word_given_as_text_is_not_taken_apart() -> None:
 
 
 def test_a_blank_sentence_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"attack\.sentence must hold non-blank text"):
+    with pytest.raises(UserError, match=r"attack\.sentence must contain non-blank text"):
         AddSent(" ")
 
 

@@ -104,7 +104,7 @@ def test_the_bar_takes_at_most_so_many_words() -> None:
 
 
 def test_a_clean_set_without_words_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"no words to take ONION's bar on; set defense\.bar"):
+    with pytest.raises(UserError, match=r"no words to compute ONION's bar from; set defense\.bar"):
         quantile_bar(np.array([np.nan]), 0.1)
 
 
@@ -244,7 +244,7 @@ def test_a_text_begins_once_whether_its_tokenizer_begins_it_or_not() -> None:
 
 def test_a_tokenizer_that_does_not_tell_words_is_an_error() -> None:
     slow: Any = SimpleNamespace(is_fast=False)
-    with pytest.raises(UserError, match="take a model with a fast tokenizer"):
+    with pytest.raises(UserError, match="use a model with a fast tokenizer"):
         Scorer(nn.Module(), slow, 64, 5, "fp32")
 
 
@@ -369,7 +369,7 @@ def test_an_encoder_without_a_trained_head_is_an_error(
         ("offline", "an encoder without a language-model head; take 'clean-rows'"),
         ("clean_rows", "not on this machine, .*did you mean 'clean-rows'"),
         ("gpt2", "defense.lm 'gpt2' is not on this machine, and HF_HUB_OFFLINE forbids"),
-        ("a b//c", "is no name that a hub model can have"),
+        ("a b//c", "is not a valid name of a hub model"),
     ],
 )
 def test_a_model_that_is_not_there_is_refused_while_planning(name: str, message: str) -> None:

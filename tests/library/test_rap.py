@@ -129,7 +129,7 @@ def test_a_named_word_is_taken(bert: Victim) -> None:
 
 @pytest.mark.parametrize("word", ["[CLS]", "moviee"])
 def test_a_word_that_cannot_be_planted_is_an_error(bert: Victim, word: str) -> None:
-    with pytest.raises(UserError, match=r"defense\.word '.*' is no token of victim .*null"):
+    with pytest.raises(UserError, match=r"defense\.word '.*' is not a token of victim .*null"):
         chosen_word(bert, word, 400, [])
 
 

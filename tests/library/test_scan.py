@@ -369,7 +369,7 @@ def test_unknown_names_are_errors_with_suggestions(data: Path, settings: dict[st
     mine = data / "honest.csv"
     refused("unknown rule 'contrst'; did you mean 'contrast'", mine, settings, rule="contrst")
     refused(r"did you mean '.*honest.csv'", data / "honst.csv", settings)
-    refused("no file, folder or known data set; did you mean 'sst2'", "sst", settings)
+    refused("not a file, folder or known data set; did you mean 'sst2'", "sst", settings)
     refused("unknown column .*'verdict'.*label", mine, settings, label="verdict")
     refused("both column 'text'", mine, settings, text="text", label="text")
     refused("both column 'label'.*--text and --label", mine, settings, text="label")
@@ -484,7 +484,7 @@ def test_a_table_is_no_folder_and_lies_in_none_that_is_a_file(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"rows\.csv is a folder; name a file"):
         write_report(frame, tmp_path / "rows.csv")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"rows\.csv cannot be written: \S+file is no folder"):
+    with pytest.raises(UserError, match=r"rows\.csv cannot be written: \S+file is not a folder"):
         write_report(frame, tmp_path / "file" / "deep" / "rows.csv")
 
 
@@ -706,7 +706,9 @@ def test_an_export_that_cannot_be_written_is_refused_beforehand(
     honest: ScanReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written: \S+file is no folder; name another"):
+    with pytest.raises(
+        UserError, match=r"cannot be written: \S+file is not a folder; name another"
+    ):
         check_export(honest.plan, tmp_path / "file" / "deep" / "model")
     (tmp_path / "empty").mkdir()
     allowed = os.access

@@ -541,7 +541,7 @@ def test_a_folder_that_cannot_be_written_is_refused_first(
     (tmp_path / "file").touch()
     ran = run_cli("report", "no-such-sweep", "--output", tmp_path, option, tmp_path / "file" / "x")
     assert ran.code == 2
-    error = rf"{option} \S+file/x cannot be written: \S+file is no folder"
+    error = rf"{option} \S+file/x cannot be written: \S+file is not a folder"
     assert re.search(error, ran.err)
 
 

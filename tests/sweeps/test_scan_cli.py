@@ -208,7 +208,7 @@ def test_mistakes_end_in_a_message(
     refused(run("poisoned.csv", "--rows", "rows.txt"), ".csv, .parquet, .jsonl")
     refused(run_cli("scan", data / "poisoned.csv"), "unknown column", "review, verdict")
     (tmp_path / "file").write_text("")
-    refused(run("poisoned.csv", out=tmp_path / "file" / "work"), "is no folder", "--out")
+    refused(run("poisoned.csv", out=tmp_path / "file" / "work"), "is not a folder", "--out")
     refused(run("poisoned.csv", "--export", data), "no earlier export")
     refused(
         run("poisoned.csv", "--export", tmp_path / "new", out=tmp_path / "new"),
@@ -245,9 +245,9 @@ def test_paths_that_are_in_each_others_way_are_refused_and_nothing_is_made(
         ((rows, "new.csv", tokens, "new.csv/tokens.csv"), "work", "is a table"),
         ((rows, "new.csv"), "new.csv", "is a table"),
         ((rows, "new.csv", export, "new.csv/model"), "work", "is a table"),
-        ((rows, "file/rows.csv"), "work", "file is no folder"),
-        ((export, "file/model"), "work", "file is no folder"),
-        ((), "file", "file is no folder"),
+        ((rows, "file/rows.csv"), "work", "file is not a folder"),
+        ((export, "file/model"), "work", "file is not a folder"),
+        ((), "file", "file is not a folder"),
     ):
         refused(run("poisoned.csv", *options, out=Path(out)), said)
         assert sorted(tmp_path.rglob("*")) == before, options

@@ -86,8 +86,8 @@ class Scorer:
     ) -> None:
         if not tokenizer.is_fast:
             raise UserError(
-                f"the tokenizer {type(tokenizer).__name__} of defense.lm does not say which token "
-                "belongs to which word; take a model with a fast tokenizer."
+                f"the tokenizer {type(tokenizer).__name__} of defense.lm does not report which "
+                "token belongs to which word; use a model with a fast tokenizer."
             )
         self._model, self._tokenizer, self._longest = model, tokenizer, longest
         self._spacing, self._precision = spacing, precision
@@ -257,11 +257,11 @@ def _start_token(tokenizer: PreTrainedTokenizerBase) -> int:
             return int(token)
     raise UserError(
         "the tokenizer of defense.lm has neither a start-of-text nor an end-of-text token; "
-        "take another model."
+        "use another model."
     )
 
 
-# A model made of the clean rows ------------------------------------------------------------------
+# A model trained on the clean rows ----------------------------------------------------------------
 
 
 def new_tied(victim: Victim, seed: int) -> TiedModel:

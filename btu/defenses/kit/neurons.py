@@ -40,9 +40,8 @@ def find_filters(model: nn.Module) -> dict[str, Filters]:
     """Return the attention heads and feed-forward units of every layer, by name.
 
     Layers are identified by their number, and matrices by shape and order: the last matrix of a
-        layer
-    ends the feed-forward block, those of its width directly before it start that block, and the one
-    before those ends the attention block.
+    layer ends the feed-forward block, those of its width directly before it start that block, and
+    the one before those ends the attention block.
 
     Raises:
         UserError: the model's layers have another structure.
@@ -80,7 +79,7 @@ def find_filters(model: nn.Module) -> dict[str, Filters]:
             f"cannot find the neurons of a {type(model).__name__}: NAD and RNP look for a stack of "
             f"{depth} layers, in each of them an attention block that ends with a matrix to "
             f"{hidden} units from {heads} heads, and behind it a feed-forward block of another "
-            "width; take another victim or another defense."
+            "width; use another victim or another defense."
         )
     return found
 

@@ -33,7 +33,7 @@ def output_layer(model: PreTrainedModel) -> nn.Linear:
     if not layers:
         raise UserError(
             f"{type(model).__name__} has no linear layer with {classes} outputs, one for each "
-            "class, in front of which a text's representation could be read; take another victim "
+            "class, in front of which a text's representation could be read; use another victim "
             "or another defense."
         )
     # Other layers with as many outputs belong to the body, before the head.
