@@ -170,7 +170,7 @@ def _refinement(sweep: Sweep, curves: list[Curve], trials: int | None) -> Refine
     """Return what the options --refine and --refine-trials ask for.
 
     Raises:
-        UserError: the sweep has no threshold to refine, or --refine-trials stands alone.
+        UserError: the sweep has no threshold to refine, or --refine-trials is given alone.
     """
     from orchestrator.run.refine import RefineSpec, threshold_key
 
@@ -201,7 +201,7 @@ def _print_result(sweep: Sweep, planned: Plan, result: LaunchResult) -> None:
     if more > 0:
         say(f"... and {more} more; btu report {sweep.name} counts them all.")
     output = output_option(sweep.output)
-    # Without the password, which whoever gave the URI knows.
+    # Without the password: the user who gave the URI has it.
     uri = f" --uri {shlex.quote(shown(sweep.tracking.uri))}" if sweep.tracking.uri else output
     say(f"Table: btu report {sweep.name}{output}\nRuns:  btu ui{uri}")
 
@@ -211,7 +211,7 @@ def _print_incomplete(result: LaunchResult) -> None:
     why = f"Stopped: {result.stopped}. " if result.stopped else ""
     how = []
     if result.missing:
-        how.append("the same command goes on where this one stopped")
+        how.append("the same command continues where this one stopped")
     if result.failed:
         how.append("what failed stays failed until --retry-failed")
     say(f"{why}Not every cell is done; {'; '.join(how)}.")

@@ -72,7 +72,7 @@ def show_plan(sweep: Sweep, planner: Planner, planned: Plan, limit: int) -> None
 
 
 def _example(sweep: Sweep, planner: Planner) -> Plan:
-    """Return the plan of one suggestion of a sweep that Optuna searches, and say so."""
+    """Return the plan of one suggestion of a sweep that Optuna searches, and print a note."""
     from orchestrator.plan.planner import example_plan
     from orchestrator.run.study import StudySearch
 
@@ -80,5 +80,5 @@ def _example(sweep: Sweep, planner: Planner) -> Plan:
     left = StudySearch(sweep, sweep.folder).open
     trials = sweep.optuna.trials if sweep.optuna is not None else 0
     say(f"{trials - left} of {trials} suggestions are measured.")
-    say("The cells are chosen as the sweep goes; one suggestion, as an example:")
+    say("The cells are chosen while the sweep runs; one suggestion, as an example:")
     return planned

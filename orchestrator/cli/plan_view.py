@@ -113,7 +113,7 @@ def _at_once(sweep: Sweep) -> int:
 
 
 def _model_peak(work: Work, at_once: int) -> int:
-    """Return the bytes of the models that the schedule lets be on disk at once."""
+    """Return the bytes of the models that the schedule allows on disk at once."""
     from orchestrator.run.schedule import most_models
 
     return work.model_bytes * (most_models(at_once) + at_once)

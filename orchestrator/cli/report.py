@@ -111,7 +111,7 @@ def _write_paper(source: Source, folder: Path) -> None:
     from orchestrator.report.paper import write_pack
 
     written = write_pack(source, folder)
-    note(f"Paper: {len(written)} files in {folder}; its README.txt says what they are.")
+    note(f"Paper: {len(written)} files in {folder}; its README.txt describes them.")
 
 
 def curves(

@@ -49,7 +49,7 @@ TrackingUri = Annotated[
         "--tracking-uri", help="Read from this MLflow store alone, not from the output folder."
     ),
 ]
-# Of commands that use MLflow beside the output folder.
+# For commands that use MLflow in addition to the output folder.
 MLFLOW_STORE = "MLflow store. Default: the SQLite file in the output folder."
 Style = Annotated[
     Format,
@@ -74,7 +74,7 @@ def byte_size(count: float) -> str:
 
 
 def say(text: str) -> None:
-    """Print a line on the output, as it is."""
+    """Print a line to standard output, without markup."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -90,7 +90,7 @@ def warn(text: str) -> None:
 
 
 def print_data(planner: Planner) -> None:
-    """Print each corpus with its counts, also of the rows that loading left out."""
+    """Print each corpus with its counts, including the rows that loading left out."""
     for name, counts in planner.counts():
         parts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in counts.items())
         say(f"data {name}: {parts}")

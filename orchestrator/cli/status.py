@@ -57,7 +57,7 @@ def status(
     computes it.
 
     Exit code 0: every cell is done; 3: a launch runs; 1: no launch runs, and cells failed or are
-    left, or all were refused; 2: an error. Without NAME 0.
+    left, or all were refused; 2: an error. Without NAME: 0.
 
     Example: `btu status main-table --watch`
     """
@@ -241,4 +241,4 @@ def _mlflow_line(stand: Status) -> str:
         line += f" ({len(runs.orphaned)} of them orphaned: {', '.join(runs.orphaned[:3])})"
     if runs.missing or runs.orphaned:
         line += f"; {runs.missing} missing. btu sync {stand.name} writes and closes them"
-    return f"{line}." + (f" Of an earlier look: {stand.untracked}" if stand.untracked else "")
+    return f"{line}." + (f" As of an earlier look: {stand.untracked}" if stand.untracked else "")

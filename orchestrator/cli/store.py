@@ -119,7 +119,7 @@ def verify(output: Output = DEFAULT_OUTPUT) -> None:
         except OSError as error:
             raise UserError(
                 f"{store.location} cannot be read to its end ({error}), so the rest was not "
-                "checked; mend the disk or the connection and verify again."
+                "checked; repair the disk or the connection and verify again."
             ) from error
     if damaged:
         console.print(
@@ -188,7 +188,7 @@ def parse_age(text: str | None) -> float | None:
     """Return an age such as ``30d`` or ``12h`` in seconds.
 
     Raises:
-        UserError: `text` is no age.
+        UserError: `text` is not an age.
     """
     return _parse(text, _SECONDS, "--older-than", "an age such as 30d or 12h (m, h, d or w)")
 
@@ -197,7 +197,7 @@ def parse_size(text: str | None) -> int | None:
     """Return a size such as ``500MB`` or ``20GB`` in bytes; a kilobyte has 1000.
 
     Raises:
-        UserError: `text` is no size.
+        UserError: `text` is not a size.
     """
     size = _parse(text, _BYTES, "--max-size", "a size such as 500MB or 20GB (B to TB)")
     return None if size is None else int(size)

@@ -50,7 +50,7 @@ def sync(
         raise UserError(f"MLflow does not have all runs: {synced.reason}")
     try:
         summarized = sync_module.summarize(where, experiment, results)
-    except Exception as error:  # of a server, of a disk or of a plot
+    except Exception as error:  # a server, disk or plotting error
         raise UserError(f"the summary run was not written: {server_module.brief(error)}") from error
     if summarized:
         say("The summary run was brought up to date.")

@@ -1,1 +1,1 @@
-"""Which stages a sweep is made of, what they share, and what is left to compute."""
+"""The stages of a sweep: what they are, what they share, and which are left to compute."""

@@ -32,8 +32,8 @@ class Graph:
     ) -> Stage:
         """Return the stage that a cell ends with; its key is the cell's.
 
-        data_fingerprints: of the rows by role; they stand for the rows in the keys.
-        victim_identity: stands for the weights in the keys.
+        data_fingerprints: of the rows by role; they identify the rows in the keys.
+        victim_identity: identifies the weights in the keys.
         counts: of the corpus, for estimates of time and for the cell's notes.
         revision: of all the data (`Corpus.fingerprint`), for the cell's tags.
 
@@ -115,7 +115,7 @@ class Graph:
                     "recipe": _recipe(inputs),
                 },
             },
-            # The scorer reads records and tables, no model.
+            # The scorer reads records and tables, but no model.
             light=tuple(inputs),
             kind="host",
         )
@@ -134,10 +134,10 @@ def _refuse_hidden(
 ) -> None:
     """Refuse a defense with a stage that reads the mask, the trigger or the evaluation rows.
 
-    The stages that a defense starts from rest on the poison, so that it could reach these.
+    The stages that a defense starts from depend on the poison, so that it could reach these.
 
     name: of the defense.
-    stages: its stages, and those they rest on.
+    stages: its stages, and those they depend on.
     prepared: the cell without the defense.
     given: keys of stages that are not the defense's own.
     may_read: key of the texts that a screening stage gets.
@@ -156,7 +156,7 @@ def _refuse_hidden(
                 )
         if {"data", "attack"} & stage.where.keys():
             raise ValueError(
-                f"defense '{name}': stage '{stage.name}' says where the data or the attack are, "
+                f"defense '{name}': stage '{stage.name}' has the location of the data or attack, "
                 "which is hidden from defenses; declare it with the foundation's `stage`."
             )
 

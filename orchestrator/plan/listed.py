@@ -85,7 +85,7 @@ def _facts(stage: Stage) -> dict[str, Any]:
 
 
 class StageList:
-    """The stages of plan files, built when they are asked for: most readers need names alone.
+    """The stages of plan files, built when they are asked for: most readers need names only.
 
     names: their names, by key.
     """
@@ -103,7 +103,7 @@ class StageList:
     def cell(self, key: str, stages: Collection[str]) -> ListedStage | None:
         """Return the stage that a cell ends with; None where a stage of it is not listed.
 
-        key: the cell's. stages: keys of the stages it rests on.
+        key: the cell's. stages: keys of the stages it depends on.
         """
         if any(stage not in self._facts for stage in stages):
             return None

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 # The size of a stage's files beside models: tables, token ids, records. Measured on SST-2.
 SMALL_BYTES = 300_000
-# The first estimate of a store without timings: rows a second of one CPU core without AMX with this
-# victim. Rows and seconds of the stages of sweeps/quickstart.yaml (their record.json), summed.
+# The first estimate of a store without timings: rows per second of one CPU core without AMX, for
+# this victim. Rows and seconds of the stages of sweeps/quickstart.yaml (their record.json), summed.
 REFERENCE_VICTIM, REFERENCE_ROWS_PER_SECOND = "offline", 50.0
 
 AnyStage: TypeAlias = Stage | ListedStage
@@ -64,7 +64,7 @@ class Basis(IntEnum):
     """What an estimate is based on, the best first.
 
     measured: stages of the same kind.
-    rows: the rows a second of other stages.
+    rows: the rows per second of other stages.
     reference: `REFERENCE_ROWS_PER_SECOND`.
     """
 
@@ -186,7 +186,7 @@ class Work:
     """What is left of a sweep, and what it would be without sharing.
 
     done: cells with a result.
-    failed: reasons by key, for the cells that rest on a failure.
+    failed: reasons by key, for the cells that depend on a failure.
     stages: distinct stages to compute, by name.
     naive: the same if every cell computed its own.
     seconds, naive_seconds: of computing, over all workers; None without timings.
@@ -223,7 +223,7 @@ def survey(
 ) -> Work:
     """Count what a plan still has to compute.
 
-    failed: reasons by key, of stages and cells; a cell that rests on one is not run.
+    failed: reasons by key, of stages and cells; a cell that depends on one is not run.
     """
     reasons = {
         cell.key: reason
@@ -281,7 +281,7 @@ def _longest_chain(
 
 
 def blocked(cell: AnyStage, failed: Mapping[str, str]) -> str | None:
-    """Return why a cell has no result: its own failure, or that of a stage it rests on."""
+    """Return why a cell has no result: its own failure, or that of a stage it depends on."""
     if not failed:
         return None
     if cell.key in failed:
@@ -320,7 +320,7 @@ def _downloaded(hub_id: str, revision: str | None) -> Path | None:
 
     try:
         config = try_to_load_from_cache(hub_id, "config.json", revision=revision)
-    except ValueError:  # no such name can be on the hub
+    except ValueError:  # not a valid name on the hub
         return None
     return Path(config).parent if isinstance(config, str) else None
 

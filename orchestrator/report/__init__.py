@@ -1,1 +1,1 @@
-"""Results on disk -> tables."""
+"""Reports of results: tables, charts, pages and files for papers."""

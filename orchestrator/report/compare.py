@@ -29,7 +29,7 @@ DEFENSE, NO_DEFENSE = "defense.name", json.dumps("none")
 IDLE = "no_defense"
 # Setting -> the short name of its column.
 _NAMES = {key: name for name, key in CONFIG_COLUMNS.items()}
-# Tags with the versions of code, rows and weights that gave a cell.
+# Tags with the versions of code, rows and weights that a cell was computed with.
 REVISIONS = ("recipe", "code", "data", "victim")
 HARDWARE = ("device", "threads", "host")
 
@@ -131,7 +131,7 @@ def compare(
         if key not in (*keys[0], *keys[1]):
             known = list(dict.fromkeys((*keys[0], *keys[1])))
             raise UserError(
-                f"--across {key} is no setting of these cells{did_you_mean(key, known)}"
+                f"--across {key} is not a setting of these cells{did_you_mean(key, known)}"
             )
     common = [key for key in keys[0] if key in set(keys[1]) and key not in (*across, CONTROL)]
     treated = {key: values for key in common if (values := _treatment(key, sides)) is not None}
@@ -433,7 +433,7 @@ def _cautions(pairs: Sequence[_Pair], table: pd.DataFrame, coordinates: list[str
         )
     ]
     if apart:
-        notes.append(f"seconds are not of the same hardware: {', '.join(apart)} differ.")
+        notes.append(f"seconds were measured on different hardware: {', '.join(apart)} differ.")
     sizes = table.groupby(coordinates or ["seed"], dropna=False, sort=False)["seed"].nunique()
     single = int((sizes < 2).sum())
     if single:
@@ -443,7 +443,7 @@ def _cautions(pairs: Sequence[_Pair], table: pd.DataFrame, coordinates: list[str
         )
     if (sizes >= 2).any():
         notes.append(
-            "p: two-sided paired t test over seeds, each test by itself; with many rows some are "
+            "p: two-sided paired t test over seeds, each test on its own; with many rows some are "
             "below 0.05 by chance."
         )
     return notes

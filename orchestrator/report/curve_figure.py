@@ -56,7 +56,7 @@ def curve_plot(curves: pd.DataFrame, path: Path) -> None:
     """Write `curve_panels` to a path that `check_path` accepts.
 
     Raises:
-        UserError: the disk does not take the figure.
+        UserError: the figure cannot be written to disk.
     """
     figure = draw(curve_panels(curves))
     try:

@@ -17,7 +17,7 @@ MOST_PANELS = 24
 def write_figures(source: Source, folder: Path, formats: Iterable[str] = ("pdf",)) -> list[Path]:
     """Write a sweep's charts as NAME.FORMAT into a folder; return the files.
 
-    A chart of more than `MOST_PANELS` panels goes on in NAME-2.FORMAT; one without data is not
+    A chart of more than `MOST_PANELS` panels continues in NAME-2.FORMAT; one without data is not
     written. The folder is made where it is missing.
 
     Raises:

@@ -1,7 +1,7 @@
 """A sweep as one HTML file with charts, marks and a table. It needs no network.
 
 The file contains plotly.js, compressed; the browser unpacks it. A policy in the page forbids the
-browser to fetch anything. Numbers are shown rounded, and the file has all their digits: in
+browser from fetching anything. Numbers are shown rounded, and the file has all their digits: in
 ``data-v`` of the table's cells and in the JSON of the charts.
 """
 
@@ -88,7 +88,7 @@ def write_page(source: Source, path: Path) -> None:
     """Write `page` to a path that `check_page` accepts, completely or not at all.
 
     Raises:
-        UserError: no cell is finished, or the disk does not take the page.
+        UserError: no cell is finished, or the page cannot be written to disk.
     """
     text = page(source)
     aside = path.with_name(f".{uuid.uuid4().hex}.html")
@@ -255,7 +255,7 @@ def _array(values: list[Any]) -> Any:
 
 
 def _json(value: Any) -> str:
-    """Return JSON that can stand inside a script element."""
+    """Return JSON that is safe inside a script element."""
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 

@@ -83,7 +83,7 @@ COMPETED = tuple(
 _CAPTIONS = {
     "flagged rows": "Flagged rows: against the poisoned training rows.",
     "target": "Target: cells in which the defense names the target class.",
-    "screening": "Screening: clean rows turned away (FRR), triggered rows let through (FAR), and "
+    "screening": "Screening: clean rows rejected (FRR), triggered rows accepted (FAR), and "
     "triggered rows that are left without the trigger (removed).",
 }
 # Defenses that end with the same clean tuning as the control. Others tune differently, or not.
@@ -318,7 +318,7 @@ def _legend(means: pd.DataFrame) -> str:
         for letter, (name, (rule, follows)) in zip("abcdefgh", GUARDS.items(), strict=False)
         if f"{name} " in said
     ]
-    return f"Marks, with the seeds that bear them: {'; '.join(lines)}."
+    return f"Marks, with the share of seeds that have them: {'; '.join(lines)}."
 
 
 def _notes(means: pd.DataFrame, metrics: Sequence[str]) -> list[str]:
@@ -355,7 +355,7 @@ def _bolding(means: pd.DataFrame, metrics: Sequence[str], seeds: Sequence[int]) 
         return ""
     tie = (
         "what equals it" if list(seeds) == [1] else
-        r"what a paired $t$ test over seeds does not tell from it ($p \geq 0.05$)"
+        r"what a paired $t$ test over seeds does not distinguish from it ($p \geq 0.05$)"
     )  # fmt: skip
     return (
         f"Bold: the best among rows that differ in the defense alone, and {tie}. Rows without a "
@@ -624,14 +624,14 @@ def _readme(name: str) -> str:
     return f"""Results of sweep {name}, for a paper. Made by: btu report {name} --paper DIR
 
 main.tex            all of it: pdflatex main.tex, twice
-methods.tex         how the numbers came about, from the resolved config
+methods.tex         how the numbers were obtained, from the resolved config
 tables/effect.tex   ASR, FTR and CACC; tables/detection.tex: what was flagged, and time
 tables/settings.tex every setting with its values
 figures/            as PDF
 cells.csv           a row per cell: every metric in full, fractions, with cell key and run_id
 means.csv           a row per table row: mean, 95 % half width (_ci), seeds (_n), what is bold
 
-Tables round once, to one decimal of a percent, from what stands in means.csv. In the .tex files a
-comment behind each row names its cells and MLflow runs; means.csv has them as keys and run_ids.
+Tables round once, to one decimal of a percent, from the values in means.csv. In the .tex files a
+comment after each row names its cells and MLflow runs; means.csv has them as keys and run_ids.
 In your own document: \\usepackage{{booktabs,graphicx,longtable}}, then \\input{{tables/effect}}.
 """

@@ -44,7 +44,7 @@ class Launched:
     """A cell as it was launched.
 
     varied: its coordinates.
-    stages: the names of the stages it rests on, by key.
+    stages: the names of the stages it depends on, by key.
     base: the settings of the sweep, without the coordinates.
     listed: the stages of all plans of the sweep.
     """
@@ -59,7 +59,7 @@ class Launched:
     def stage(self) -> ListedStage | None:
         """The stage that it ends with, to count and time what is left.
 
-        None where only plans of the version before, which listed names alone, have the cell.
+        None if the cell is only in plans of the previous version, which listed names alone.
         """
         return self.listed.cell(self.key, self.stages)
 
@@ -84,7 +84,7 @@ class Results:
     ) -> None:
         """Write which cells a launch has, and which it refused.
 
-        Stages that cells share are listed once. The same cells again are the same file.
+        Stages that cells share are listed once. Writing the same cells again gives the same file.
         """
         cells = list(cells)
         plan = {
@@ -126,7 +126,7 @@ class Results:
                 if cell["key"] in found and CONTROL in cell["varied"]:
                     continue
                 stages = cell["stages"]
-                if not isinstance(stages, dict):  # a dict, of names: the version before
+                if not isinstance(stages, dict):  # a dict, of names: the previous version
                     stages = {key: listed.names[key] for key in stages}
                 found[cell["key"]] = Launched(
                     cell["key"], cell["varied"], stages, plan["base"], listed
@@ -134,7 +134,7 @@ class Results:
         return dict(sorted(found.items()))
 
     def refused(self) -> list[RefusedCell]:
-        """Return the cells that launches refused, without those that a launch took since."""
+        """Return the cells that launches refused, without those that a later launch accepted."""
         from orchestrator.plan.planner import RefusedCell
 
         plans = list(read_plans(self.storage, self.name))
@@ -188,7 +188,7 @@ class Results:
         }
 
     def failures(self) -> Iterator[dict[str, Any]]:
-        """Yield the failure of each failed cell: its own, or that of a stage it rests on."""
+        """Yield the failure of each failed cell: its own, or that of a stage it depends on."""
         failed = self.store.failed()
         if not failed:
             return
@@ -258,7 +258,7 @@ class Results:
 def record_id(record: Mapping[str, Any]) -> str:
     """Return the id that ties an MLflow run to a record; another record of the cell has another.
 
-    A cell that was launched as a control, and later by itself, gets another id.
+    A cell that was launched as a control, and later as a cell of its own, gets another id.
     """
     control = record["varied"].get(CONTROL)
     parts = (
@@ -287,7 +287,7 @@ def read_plans(storage: Storage, sweep: str) -> Iterator[dict[str, Any]]:
     """Yield the plans of all launches of a sweep.
 
     Raises:
-        UserError: a file is no plan.
+        UserError: a file is not a plan.
     """
     for name in storage.names(f"{sweep}/{PLANS}"):
         path = f"{sweep}/{PLANS}/{name}"
@@ -297,8 +297,8 @@ def read_plans(storage: Storage, sweep: str) -> Iterator[dict[str, Any]]:
                 cell["key"], cell["stages"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{below(storage.location, path)} is no plan, so the cells of sweep '{sweep}' are "
-                "not known; remove the file and launch the sweep, which writes it again."
+                f"{below(storage.location, path)} is not a plan, so the cells of sweep '{sweep}' "
+                "are not known; remove the file and launch the sweep, which writes it again."
             ) from error
         yield plan
 

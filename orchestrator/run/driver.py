@@ -2,8 +2,8 @@
 
 Without Ray. Whoever runs the stages asks `Driver.next_task` for work, and reports when a worker
 starts it (`started`) and how it ended (`ended`, or `worker_lost` if its workers died). The store is
-the truth: a stage with a result there is not run again. So a launch may be killed at any moment,
-and the same command resumes it.
+authoritative: a stage with a result there is not run again. So a launch may be killed at any
+moment, and the same command resumes it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from orchestrator.sweep.sweep import Cell, Sweep
 # How often a stage is tried again after its worker died (killed, node lost). An error that a stage
 # raises is a result, and not tried again.
 WORKER_RETRIES = 2
-# When the workers of so many stages in a row die, the machines are at fault, not the stages.
+# When the workers of this many stages in a row die, the machines are at fault, not the stages.
 GIVEN_UP_IN_A_ROW = 3
 # Seconds between listings of the leases.
 LEASES_SECONDS = 1.0
@@ -106,9 +106,9 @@ class Driver:
         sweep: what is launched.
         plan: its cells. It grows by those that a study suggests.
         planner: checks suggested cells.
-        progress: what people see.
+        progress: shows the launch to the user.
         results: of the sweep, with the store that the stages are published in.
-        max_failures: stop after so many failed stages.
+        max_failures: stop after this many failed stages.
         refine: place further thresholds where the plan's cells differ.
         retry_failed: run again what failed in an earlier launch.
         cell_ended: called whenever a cell has its result.
@@ -243,11 +243,11 @@ class Driver:
         if free is not None and free < work.small + models:
             self._progress.note(
                 f"{self._store.location} has {free / 1e9:.1f} GB free and the sweep may need more "
-                f"(btu plan says how much); a full disk stops it, and loses nothing."
+                f"(btu plan estimates how much); a full disk stops it, but no result is lost."
             )
 
     def _keys(self) -> set[str]:
-        """Return the keys of all cells of the plan and of the stages they rest on."""
+        """Return the keys of all cells of the plan and of the stages they depend on."""
         return {
             key
             for cell in self._plan.cells.values()
@@ -299,7 +299,7 @@ class Driver:
         if self.stopped or not self._schedule.unfinished:
             return Idle.finished
         if not self._waited:
-            self._progress.note("all that is left is with another launch; waiting for it.")
+            self._progress.note("another launch computes all that is left; waiting for it.")
         self._waiting = self._waited = True
         return Idle.elsewhere
 
@@ -332,7 +332,7 @@ class Driver:
         self._progress.refresh(self._schedule)
 
     def stop(self, reason: str) -> None:
-        """Hand out no further task; running stages may end. The first reason stands."""
+        """Hand out no further task; running stages may end. The first reason is kept."""
         if not self.stopped:
             self.stopped = reason
             self._progress.note(f"stopping: {reason}.")

@@ -14,7 +14,7 @@ from orchestrator.store.storage import Storage
 from orchestrator.store.store import Store
 from orchestrator.sweep.sections import ResourceSpec
 
-# Environment variables that act in a trial; a remote worker inherits none of the driver's.
+# Environment variables that affect a trial; a remote worker inherits none of the driver's.
 PASSED_PREFIXES = ("MLFLOW_", "HF_", "BTU_", "AWS_", "TRANSFORMERS_", "RAY_ACCEL_")
 
 
@@ -60,7 +60,7 @@ def slots(nodes: list[Mapping[str, Any]], resources: ResourceSpec) -> int:
                 for n in nodes
             )
             raise UserError(
-                f"no node can hold a stage with resources cpu={cpu:g} gpu={gpu:g} (nodes: "
+                f"no node can run a stage with resources cpu={cpu:g} gpu={gpu:g} (nodes: "
                 f"{have}); lower resources, or use --address."
             )
     return max(1, sum(max(_holds(node, cpu, gpu) for cpu, gpu in demands) for node in nodes))

@@ -91,14 +91,14 @@ def launch(
     sweep: where results go, and with which resources.
     plan: the cells. It grows by those that a study or `refine` suggests.
     planner: checks those.
-    progress: what people see.
-    address: of a Ray cluster; None starts a local one for the time of the call.
+    progress: shows the launch to the user.
+    address: of a Ray cluster; None starts a local one for the duration of the call.
     retry_failed: run again what failed in an earlier launch.
-    max_failures: stop when so many stages have failed.
+    max_failures: stop when this many stages have failed.
     refine: place further thresholds where the plan's cells differ.
 
     Raises:
-        UserError: the output folder or tracking store cannot be used; no node can hold a stage;
+        UserError: the output folder or tracking store cannot be used; no node can run a stage;
             there are no thresholds to refine.
     """
     store = Store(sweep.store_location, warn=progress.note)
@@ -446,7 +446,7 @@ def connect(address: str | None, environment: dict[str, str]) -> None:
 
 
 def leave() -> None:
-    """Shut Ray down, with no garbage of it left for another thread to collect meanwhile.
+    """Shut Ray down after collecting its garbage, so that no other thread does so meanwhile.
 
     What Tune leaves behind refers to objects of Ray. If another thread, such as the one that draws
     the summary, frees one of them while Ray shuts down, Ray ends this process at once and silently

@@ -1,4 +1,4 @@
-"""What people see while a sweep or a trial runs."""
+"""The display of a running sweep or trial."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from orchestrator.sweep.sections import shown_coordinates
 if TYPE_CHECKING:
     from orchestrator.plan.work import Work
 
-# A log gets a line on where the sweep stands after so many seconds, then after twice as many, ...
+# A log gets a line on where the sweep stands after this many seconds, then after twice as many, ...
 LOG_SECONDS = 30.0
 BASES = {
     Basis.measured: "from the times of such stages",
-    Basis.rows: "a rough estimate, from the rows a second of other stages",
+    Basis.rows: "a rough estimate, from the rows per second of other stages",
     Basis.reference: (
-        f"a rough estimate: no stage is timed here yet, and {REFERENCE_ROWS_PER_SECOND:g} rows a "
+        f"a rough estimate: no stage is timed here yet, and {REFERENCE_ROWS_PER_SECOND:g} rows per "
         f"second are what one CPU core without AMX does with victim '{REFERENCE_VICTIM}'"
     ),
 }
@@ -55,7 +55,7 @@ class SweepProgress:
     """Two live lines per sweep, stages and cells; in a log, a line per ended cell.
 
     Both get an estimate of the computing at the start, and of the time when the first stage begins;
-    a log also gets, ever more rarely, a line on where the sweep stands.
+    a log also gets, at growing intervals, a line on where the sweep stands.
     """
 
     def __init__(self, console: Console) -> None:
@@ -89,7 +89,7 @@ class SweepProgress:
         if work.failed:
             self.note("--retry-failed runs them again.")
         if searching:
-            self.note("Further cells are suggested as the sweep goes.")
+            self.note("Further cells are suggested while the sweep runs.")
         elif not schedule.unfinished:
             return
         stages, cells = schedule.counts[False], schedule.counts[True]
@@ -137,14 +137,14 @@ class SweepProgress:
             self.note("stages {}; cells {}".format(*states))
 
     def _note_estimate(self, schedule: Schedule) -> None:
-        """Say how long the sweep takes, now that it is known how many stages run at once."""
+        """Print how long the sweep takes, now that it is known how many stages run at once."""
         expected = schedule.rough_left()
         if expected is not None and expected.seconds:
             at_once = f"{schedule.slots} stage{'' if schedule.slots == 1 else 's'} at once"
             self.note(f"With {at_once}: about {duration(expected.seconds)} to go.")
 
     def _note_computing(self, schedule: Schedule) -> None:
-        """Say how much there is to compute, and what that rests on."""
+        """Print how much there is to compute, and the basis of the estimate."""
         expected = schedule.rough_left()
         if expected is None:
             self.note("The time is estimated once the first stage that trains has ended.")

@@ -32,7 +32,7 @@ class Publisher:
 
         sweep: whose experiment it is.
         results: where `synchronize` reads the sweep's results.
-        note: prints a line for people.
+        note: prints a line for the user.
         """
         self._sweep, self._results, self._note = sweep, results, note
         self.tracking: dict[str, str] | None = None
@@ -45,7 +45,7 @@ class Publisher:
         """Create store and experiment where they are missing.
 
         Raises:
-            UserError: the URI cannot work, whoever answers.
+            UserError: the URI cannot work, whichever server answers.
         """
         from orchestrator.tracking import experiment, server
 
@@ -90,7 +90,7 @@ class Publisher:
         """Write the runs that MLflow lacks, and the summary; print how many are still missing.
 
         owner: id of the launch. Its own leases do not keep a run from being written.
-        interrupted: whether somebody waits for the launch to stop. Then no server is asked and
+        interrupted: whether the user is waiting for the launch to stop. Then no server is asked and
             nothing is drawn; the next launch does it.
         """
         from orchestrator.tracking import experiment, server, sync

@@ -35,7 +35,7 @@ VERBS = {"asr": "falls", "cacc": "breaks"}
 class RefineSpec:
     """What to refine.
 
-    metrics: names in `FLOORS` whose change is located.
+    metrics: names in `FLOORS`; where they change is located.
     trials: how many cells may be added at most.
     """
 
@@ -218,8 +218,8 @@ class Refinement(Study):
         if not self._groups:
             raise UserError(
                 f"--refine bisects between thresholds, and no two cells of sweep '{sweep.name}' "
-                f"that are no controls differ in {self._key} alone; give it two values that run at "
-                f"all seeds, e.g. 'grid.{self._key}=[LOW,HIGH]'."
+                f"that are not controls differ in {self._key} alone; give it two values that run "
+                f"at all seeds, e.g. 'grid.{self._key}=[LOW,HIGH]'."
             )
         self._recall(launched)
         self._steps: list[_Step] | None = None
@@ -245,7 +245,7 @@ class Refinement(Study):
         return {point.number for point in self._points if point.means is None}
 
     def ask(self) -> Suggestion | None:
-        """Return the next threshold; None if there is none, or none until more is told."""
+        """Return the next threshold; None if there is none, or none before further results."""
         steps = self._next()
         if not steps:
             return None
@@ -253,7 +253,7 @@ class Refinement(Study):
         return self._suggestion(point)
 
     def tell(self, number: int, results: Sequence[Mapping[str, float]]) -> None:
-        """Record what a threshold's cells measured; an earlier record stands.
+        """Record what a threshold's cells measured; an earlier record is kept.
 
         results: metrics of every cell, none if one has failed. A metric that a cell lacks, or that
             is not finite, counts as not measured.

@@ -1,6 +1,6 @@
 """Which stage runs next: one whose inputs are there, at the head of the longest chain.
 
-Bookkeeping only: the driver asks for work and reports what became of it.
+Bookkeeping only: the driver asks for work and reports how it ended.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import TypeAlias
 from btu.stages import Stage
 from orchestrator.plan.work import Basis, Estimate, Group, Timings, group_of, needed
 
-# Into how many parts a batch is cut at each try of a stage that ran out of memory. From the second
-# try on, the stage is alone on its device.
+# Number of parts that a batch is cut into, at each try of a stage that ran out of memory. From the
+# second try on, the stage is alone on its device.
 LADDER = (1, 1, 2, 4, 8)
 CELL = "cell"
 
@@ -55,7 +55,7 @@ class Task:
     """A stage to run now.
 
     alone: whether nothing else may run on its device, or on its node if it uses no GPU.
-    accumulation: into how many parts each batch is cut.
+    accumulation: number of parts that each batch is cut into.
     """
 
     stage: Stage
@@ -291,7 +291,7 @@ class Schedule:
         todo = [key]
         while todo:
             node = self._nodes[todo.pop()]
-            # If a repair failed: what has its result keeps it, and what runs has its inputs.
+            # After a failed repair, finished stages keep results, and running ones have inputs.
             spared = (State.failed,) if node.stage.key == key else (*ENDED, State.running)
             if node.state in spared:
                 continue
@@ -313,7 +313,7 @@ class Schedule:
         return True
 
     def again(self, key: str) -> None:
-        """A stage could not run, for reasons outside of it: it is ready again."""
+        """A stage could not run, for external reasons: it is ready again."""
         self._ended(key)
         self._set(self._nodes[key], State.waiting)
         self._settle(self._nodes[key])
@@ -379,7 +379,7 @@ class Schedule:
 
 
 def most_models(slots: int) -> int:
-    """Return how many needed models, on disk or being written, are enough to begin no other.
+    """Return the number of needed models, on disk or being written, at which no other is begun.
 
     Up to `slots` more may be there for a moment: models that wait to be evaluated.
     """

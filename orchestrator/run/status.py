@@ -1,7 +1,7 @@
 """How a sweep stands, running or dead, from what is on disk. Only reads.
 
 Cells and their stages are in the plans, results and failures in the store. Leases and registered
-launches show who computes; the journal has when each stage began and ended.
+launches show who computes; the journal records when each stage began and ended.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class CellState(StrEnum):
     """Where a cell stands.
 
-    running: the cell, or a stage that it rests on, is being computed.
+    running: the cell, or a stage that it depends on, is being computed.
     orphaned: the process that computed it is gone.
     open: it has no result, and no process computes it.
     """
@@ -71,7 +71,7 @@ class Cell(NamedTuple):
 class Computation(NamedTuple):
     """A stage that a process computes, or computed until it died.
 
-    cells: how many rest on it.
+    cells: how many depend on it.
     since: Unix time at which computing began; None where no journal has it.
     silent: seconds since the last sign of life; None where unknown.
     lost: the process is gone.
@@ -108,7 +108,7 @@ class Status:
     seconds_left: of computing, over all workers; None where a kind of stage that is left was never
         timed (`untimed`), or where it is not known which stages are left (`unlisted`).
     at_once: how many stages the last launch ran at a time.
-    optuna: Optuna suggests the cells as the sweep goes.
+    optuna: Optuna suggests the cells while the sweep runs.
     held: keys with a live lease.
     untracked: why there are no `runs`, or why they are those of an earlier look.
     unlisted: how many of the cells that are left have their stages in no plan of this version.
@@ -410,7 +410,7 @@ def _seconds_left(
     work: Iterable[Computation],
     now: float,
 ) -> float | None:
-    """Return the seconds of computing that are left, without those that running stages have had.
+    """Return the seconds of computing that are left, minus those that running stages have taken.
 
     left: the stages to compute.
     listed: stages by key.

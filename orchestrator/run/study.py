@@ -66,7 +66,7 @@ class Study(Protocol):
 
     @property
     def exhausted(self) -> bool:
-        """Whether `ask` gives nothing more, whatever is told."""
+        """Whether `ask` gives nothing more, whatever the results."""
 
     def asked(self) -> list[Suggestion]:
         """Return the suggestions made so far, by this launch and by others."""
@@ -75,16 +75,16 @@ class Study(Protocol):
         """Return the numbers of the suggestions without a result: interrupted, or running."""
 
     def ask(self) -> Suggestion | None:
-        """Return a new suggestion; None if there is none until more is told, or none at all."""
+        """Return a new suggestion; None if there is none before further results, or none at all."""
 
     def tell(self, number: int, results: Sequence[Mapping[str, float]]) -> None:
-        """Record what a suggestion's cells measured; an earlier record stands.
+        """Record what a suggestion's cells measured; an earlier record is kept.
 
         results: metrics of every cell; none if one has failed.
         """
 
     def findings(self) -> list[str]:
-        """Return the results of the study, in lines for people."""
+        """Return the results of the study, in lines for users."""
 
 
 class NoStudy(Study):
@@ -110,7 +110,7 @@ class NoStudy(Study):
 
 
 class Suggestions:
-    """A study during one launch: the cells of its suggestions, and the results it is told."""
+    """A study during one launch: the cells of its suggestions, and the results that it gets."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class Suggestions:
         plan: grows by the cells.
         planner: checks the cells.
         results: where their metrics are read.
-        note: prints a line for people.
+        note: prints a line for the user.
         """
         self.study = study
         self._plan, self._planner, self._results, self._note = plan, planner, results, note
@@ -227,8 +227,8 @@ class StudySearch(Study):
     def untold(self) -> set[int]:
         """Return the numbers of the suggestions without a result.
 
-        They were left by a process that was interrupted, or, which does no harm, another launch
-        computes them.
+        They were left by a process that was interrupted, or another launch computes them, which
+        does no harm.
         """
         return {n for n in self._asked if n < self._spec.trials and n not in self._told}
 
@@ -267,7 +267,7 @@ class StudySearch(Study):
                 return self._suggestion(number)
 
     def tell(self, number: int, results: Sequence[Mapping[str, float]]) -> None:
-        """Record what a suggestion's cells measured; an earlier record stands.
+        """Record what a suggestion's cells measured; an earlier record is kept.
 
         results: metrics of every cell. If there are none, or an ``asr`` or ``cacc`` is missing or
             not finite, the suggestion counts as failed.
@@ -316,7 +316,7 @@ class StudySearch(Study):
             except ValueError as error:
                 raise UserError(
                     f"{self._storage.location}/{self._folder}/{name} is damaged ({error}); remove "
-                    f"what is called {number:06d} there, and it is suggested anew."
+                    f"what is called {number:06d} there, and it is suggested again."
                 ) from error
 
     def _path(self, number: int, suffix: str) -> str:
@@ -379,7 +379,7 @@ class StudySearch(Study):
 
 
 def _study_name(sweep: Sweep, spec: OptunaMode) -> str:
-    # These three always stand here, so that a study on disk keeps its name.
+    # These three are always present, so that a study on disk keeps its name.
     axes: dict[str, Any] = {"grid": {}, "zip": {}, "list": []}
     axes |= {mode.name: mode.config() for mode in sweep.planned}
     acts = {

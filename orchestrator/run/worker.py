@@ -51,7 +51,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Launch:
-    """What workers have to know of a launch.
+    """What workers need of a launch.
 
     id: names it, in leases.
     store: where the store is.
@@ -74,7 +74,7 @@ class StageCall:
     node: from `Stage.node`.
     cpus: how many CPUs it may use.
     gpus: how many GPUs, or which share of one.
-    accumulation: into how many parts each batch is cut, to save memory.
+    accumulation: number of parts that each batch is cut into, to save memory.
     varied: the coordinates of a cell, by dotted key.
     """
 
@@ -97,7 +97,7 @@ class Report:
     """The outcome of a stage, and its details for the driver.
 
     seconds: how long it took; 0 if the result was there already.
-    reason: why there is no result, for people.
+    reason: why there is no result, shown to users.
     lost: keys of inputs to compute again.
     facts: small results to show.
     untracked: why MLflow does not have the cell, if it should.
@@ -189,10 +189,10 @@ def run_node(
     owner: names the launch, in leases.
     cpus: how many threads torch uses.
     gpus: above 0 computes on CUDA.
-    accumulation: into how many parts each batch is cut, to save memory.
+    accumulation: number of parts that each batch is cut into, to save memory.
     track: called with a cell's key and folder once its result is published, still under the lease,
         so that only one process writes a cell to MLflow.
-    begin: called when computing really begins.
+    begin: called when computing begins, not if the result is there already.
     progress: called while it computes.
 
     Raises:
@@ -203,7 +203,7 @@ def run_node(
     try:
         return _Attempt(call, store, track, begin, progress).run(owner)
     except Exception as error:
-        # Leases, notes and copies of inputs take room as well as results do.
+        # Leases, notes and copies of inputs take up space too, not only results.
         if _is_full(error):
             return Report(Outcome.disk, reason=str(error)[:REASON_CHARACTERS])
         raise
@@ -320,7 +320,7 @@ def _judge(error: BaseException) -> Report | None:
         return Report(Outcome.memory, reason=str(error)[:REASON_CHARACTERS] or "out of memory")
     if _is_full(error):
         return Report(Outcome.disk, reason=str(error)[:REASON_CHARACTERS])
-    # After an error of the device, its process is of no more use.
+    # After an error of the device, its process is no longer usable.
     if isinstance(error, OSError | torch.AcceleratorError) or not isinstance(error, Exception):
         return None
     if isinstance(error, UserError | NonFiniteLossError):
@@ -357,8 +357,8 @@ def free_memory() -> None:
     _collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    # Batches of many widths fragment glibc's heap, which keeps what it once had: without this a
-    # worker on a CPU grows by a gigabyte a cell. Other C libraries have no such call.
+    # Batches of many widths fragment glibc's heap, which keeps memory that it once had: without
+    # this a worker on a CPU grows by a gigabyte per cell. Other C libraries have no such call.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -52,7 +52,7 @@ def gc_candidates(
     max_bytes: int | None = None,
     now: float | None = None,
 ) -> list[Candidate]:
-    """Return what `gc` may remove. Nothing that is in use is among it.
+    """Return what `gc` may remove. Nothing in use is included.
 
     Left-overs and stale leases older than LEFTOVER_S are always included.
 

@@ -168,7 +168,7 @@ class Leases:
 
         path: of its file.
         content: of its file, with that of the heartbeat.
-        owner: whose own files count as expired; None for nobody's.
+        owner: whose own files count as expired; None if no owner's do.
         facts: the part of `content` that names the holder; None is all of it.
         """
         holder = _facts_of(content if facts is None else facts)
@@ -306,7 +306,7 @@ def _machine() -> dict[str, str]:
 def _started(pid: int) -> str | None:
     """Return when a process started, in clock ticks since boot; None if it is not alive.
 
-    Empty if the system does not tell.
+    Empty if the system does not report it.
     """
     try:
         os.kill(pid, 0)
@@ -323,7 +323,7 @@ def _started(pid: int) -> str | None:
 
 
 def _is_alive(holder: Mapping[str, Any]) -> bool | None:
-    """Return whether a lease's process is alive; None if this machine cannot tell."""
+    """Return whether a lease's process is alive; None if this machine cannot see it."""
     pid, machine = holder.get("pid"), _machine()
     if not isinstance(pid, int) or pid <= 0 or any(holder.get(k) != machine[k] for k in machine):
         return None

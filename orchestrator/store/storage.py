@@ -255,7 +255,7 @@ class LocalStorage:
 
     @contextmanager
     def _staged(self, data: bytes, durable: bool) -> Iterator[Path]:
-        """Yield a temporary file that holds `data`; remove it afterwards."""
+        """Yield a temporary file that contains `data`; remove it afterwards."""
         staged = self._target(f"{TEMPORARY}/{uuid.uuid4().hex}")
         try:
             with staged.open("xb") as stream:

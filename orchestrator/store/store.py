@@ -117,7 +117,7 @@ class Marker:
 
 
 class Store:
-    """The results below one folder or URL; `leases` are who computes what.
+    """The results below one folder or URL; `leases` record who computes what.
 
     location: the folder, or a URL that fsspec can open.
     cache: local folder for copies of an object store's files.
@@ -229,7 +229,7 @@ class Store:
         nothing is committed, the folder is discarded and the error propagates.
 
         key: the stage's key.
-        folder: holds the files.
+        folder: contains the files.
         name: the stage's name.
         info: small facts, kept in the marker.
         """

@@ -48,7 +48,7 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
         ``list=[{...}]``. Overriding a key that a section varies replaces the axis by that value.
 
     Raises:
-        UserError: the file is missing or no YAML mapping; a key, attack, defense or preset is
+        UserError: the file is missing or not a YAML mapping; a key, attack, defense or preset is
             unknown ("did you mean"); a value has the wrong type; a search is malformed.
     """
     config = _read(Path(path))

@@ -11,7 +11,7 @@ STORE = "store"
 
 
 def output_location(output: str | Path) -> str:
-    """Return an output as an absolute folder, or as the URL that it is, without a final '/'."""
+    """Return an output as an absolute folder, or its URL unchanged, without a final '/'."""
     text = str(output)
     return text.rstrip("/") if "://" in text else str(Path(text).expanduser().resolve())
 

@@ -119,7 +119,7 @@ SCALARS = ("name", "output", "seed", "controls")
 NOT_SWEPT = ("resources", "tracking", "store")
 # Sections that apply to the whole sweep; the settings of a cell lack them.
 NOT_IN_CELLS = ("tracking", "store")
-# The coordinate whose value is the name of a control. It is no setting.
+# The coordinate whose value is the name of a control. It is not a setting.
 CONTROL = "control"
 
 

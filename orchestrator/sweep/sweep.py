@@ -93,7 +93,7 @@ class Sweep:
 
     @property
     def optuna(self) -> OptunaMode | None:
-        """The search that Optuna leads, if there is one."""
+        """The Optuna search, if there is one."""
         return self.mode(OptunaMode)
 
     def mode(self, kind: type[Mode]) -> Mode | None:

@@ -26,7 +26,7 @@ def as_mapping(name: str, value: Any, of: str) -> dict[str, Any]:
     of: what the mapping maps, for errors: "keys to lists of values".
 
     Raises:
-        UserError: it is no mapping.
+        UserError: it is not a mapping.
     """
     if value is None:
         return {}
@@ -97,7 +97,7 @@ def check_keys(
     searches: the names of the search sections, to suggest one of them for an unknown key.
 
     Raises:
-        UserError: a key is unknown, or a section is no mapping.
+        UserError: a key is unknown, or a section is not a mapping.
     """
     sections = [*FIXED_SECTIONS, *NAMED_SECTIONS]
     for key, value in config.items():

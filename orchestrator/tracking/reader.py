@@ -178,8 +178,8 @@ class MlflowSource:
         if not self._told_unreachable and self._warn is not None:
             self._warn(
                 f"run {run.info.run_id} has no artifacts at {shown(run.info.artifact_uri)}: what "
-                "needs token scores (curves, drift plots) leaves out it and others like it. Was "
-                "the folder moved, or the database copied alone? Put it back, or name a server."
+                "needs token scores (curves, drift plots) leaves out this run and similar ones. "
+                "Was the folder moved, or the database copied alone? Put it back, or name a server."
             )
         self._told_unreachable = True
 

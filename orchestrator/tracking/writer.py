@@ -172,7 +172,7 @@ class Tracker:
         return str(run.info.run_id)
 
     def _whole_run(self, record: Mapping[str, Any]) -> str | None:
-        """Return the id of the run that holds the whole record; remove the cell's other runs."""
+        """Return the id of the run that contains the whole record; remove the cell's other runs."""
         whole = None
         for run in self._client.search_runs([self._id], f"tags.cell = '{record['key']}'"):
             if not self._is_ours(run):

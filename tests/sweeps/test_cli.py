@@ -833,7 +833,7 @@ def test_what_cannot_be_refined_is_refused_before_anything_is_done(
             {},
             1,
             "0 of 1 cells done, 0 failed, 1 not run, in 5 s",
-            "the same command goes on where this one stopped",
+            "the same command continues where this one stopped",
         ),
     ],
 )

@@ -311,7 +311,7 @@ def test_notes_say_what_to_mind() -> None:
     notes = " ".join(compare(a, b, ["asr"]).notes)
     assert "1 of 1 pairs are one and the same result" in notes
     assert "revision of code: A 0.1.0+abc; B 0.1.0+def." in notes
-    assert "seconds are not of the same hardware: device differ" in notes
+    assert "seconds were measured on different hardware: device differ" in notes
     assert "1 of 1 groups have a single seed" in notes
 
 

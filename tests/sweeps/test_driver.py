@@ -221,7 +221,7 @@ def test_where_all_is_with_another_launch_a_node_waits_for_it(
     assert hand.driver.next_task() is Idle.later
     hand.driver.waited()
     assert hand.driver.next_task() is Idle.elsewhere
-    assert hand.said.count("all that is left is with another launch; waiting for it.") == 1
+    assert hand.said.count("another launch computes all that is left; waiting for it.") == 1
     lease.release()
     hand.driver.waited()
     hand.now += 2
@@ -497,7 +497,7 @@ def test_a_launch_that_breaks_off_leaves_the_terminal_and_the_store(
     driver = Driver(sweep, plan, planner, progress, results)
     driver.prepare()
     with pytest.raises(UserError, match="no node"), driver.underway():
-        raise UserError("no node can hold a stage.")
+        raise UserError("no node can run a stage.")
     try:
         assert screen.getvalue().count("\x1b[?25h") == screen.getvalue().count("\x1b[?25l") == 1
     finally:

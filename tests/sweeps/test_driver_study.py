@@ -38,7 +38,7 @@ def launch(tmp_path: Path) -> Iterator[Launches]:
 
 def test_a_study_suggests_as_many_at_once_as_run(launch: Launches) -> None:
     hand = launch(SEARCHED)
-    assert "Further cells are suggested as the sweep goes." in hand.said
+    assert "Further cells are suggested while the sweep runs." in hand.said
     assert hand.driver.has_work
     assert hand.plan.cells == {}
     hand.driver.slots = 1
@@ -152,7 +152,7 @@ def test_a_driver_asks_for_a_threshold_and_the_next_launch_knows_it(
 ) -> None:
     hand = refining(1)
     assert hand.driver.has_work
-    assert "Further cells are suggested as the sweep goes." in hand.said
+    assert "Further cells are suggested while the sweep runs." in hand.said
     assert hand.take("train").stage  # its model is gone, that of the new cell starts from it
     (asked,) = (c for c in hand.results.cells().values() if c.varied[ALPHA] == 0.02)
     assert asked.key in hand.plan.cells  # sqrt(0.01 x 0.04)

@@ -177,7 +177,7 @@ def test_a_driver_that_is_killed_or_stopped_is_started_again(
         if blow is not signal.SIGKILL:
             assert done.code == 1, done
             assert "Stopped: interrupted." in done.out, done
-            assert "the same command goes on where this one stopped" in done.out, done
+            assert "the same command continues where this one stopped" in done.out, done
             assert "Traceback" not in done.err, done
         # Ray ends the workers of a driver that is gone.
         wait_for(lambda worker=worker: not worker.is_running(), limit=SOON)
@@ -457,7 +457,7 @@ def test_a_full_disk_stops_the_launch_and_harms_nothing(
     assert done.code == 1, done
     assert "stopping: the disk is full (" in done.out, done
     assert "Stopped: the disk is full" in done.out, done
-    assert "the same command goes on where this one stopped" in done.out, done
+    assert "the same command continues where this one stopped" in done.out, done
     assert "0 failed" in done.out, done
     assert "Traceback" not in done.err, done
     store = place.results().store

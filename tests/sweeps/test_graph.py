@@ -353,7 +353,7 @@ def test_a_defense_that_would_poison_again_is_refused(monkeypatch: pytest.Monkey
     again = replace(poison, function=replace(poison.function, version=99), name="again")
     defense = Reads(again)
     monkeypatch.setattr(TrialSpec, "build_defense", lambda _: defense)
-    with pytest.raises(ValueError, match="stage 'again' says where the data or the attack are"):
+    with pytest.raises(ValueError, match="stage 'again' has the location of the data or attack"):
         cell()
 
 

@@ -486,7 +486,7 @@ def test_resources_that_no_node_has_are_refused(
         pytest.skip("this machine has a GPU")
     done = run_cli("launch", make_sweep(), override)
     assert done.code == 2, done
-    assert "error: no node can hold a stage with resources" in done.err
+    assert "error: no node can run a stage with resources" in done.err
     assert asked in done.err
     assert "Traceback" not in done.err
     assert not place.results().store.leases.in_use()

@@ -255,7 +255,7 @@ def test_slots_are_the_stages_that_fit_at_once(
 )
 def test_resources_that_no_node_has_are_refused(asked: dict[str, float], named: str) -> None:
     there = r"nodes: 4 CPU / 0 GPU, 2 CPU / 0\.5 GPU"
-    with pytest.raises(UserError, match=rf"no node can hold .* {named} \({there}\); lower"):
+    with pytest.raises(UserError, match=rf"no node can run .* {named} \({there}\); lower"):
         nodes.slots([node(4), node(2, 0.5)], ResourceSpec(**asked))
 
 

@@ -214,7 +214,7 @@ def test_other_kinds_of_defenses_have_their_own_columns() -> None:
         ["n/a", "n/a", "n/a", "n/a", "n/a", "5.0", "25.0", "3.0", "12.0"],
     ]
     assert r"\multicolumn{2}{c}{screening}" in text
-    assert "turned away (FRR)" in text
+    assert "rejected (FRR)" in text
     assert "target class" not in text
     # btu alone has none of them.
     assert "screening" not in detection_table(mean_table(paper_cells(records[:1])))
@@ -407,7 +407,7 @@ def test_the_command_writes_the_pack(
     folder = tmp_path / "paper"
     done = run_cli("report", "likely", "-o", tmp_path / "runs", "--paper", folder)
     assert done.code == 0, done.err
-    assert "README.txt says what they are" in done.err
+    assert "README.txt describes them" in done.err
     assert "badnets" in done.out  # the table all the same
     assert (folder / "main.tex").is_file()
     taken = tmp_path / "taken"

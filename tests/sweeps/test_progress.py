@@ -214,7 +214,7 @@ def test_before_any_timing_the_offline_victim_has_its_reference(log: io.StringIO
     SweepProgress(Console(file=log, width=300)).begin(work, schedule, 1)
     # 9,000 rows at 50 a second
     assert "About 3 min 00 s of computing (a rough estimate: no stage is timed" in log.getvalue()
-    assert "50 rows a second are what one CPU core without AMX does" in log.getvalue()
+    assert "50 rows per second are what one CPU core without AMX does" in log.getvalue()
 
 
 def test_a_long_sweep_logs_where_it_stands_ever_more_rarely(

@@ -281,7 +281,7 @@ def test_controls_of_the_grid_are_not_refined(load: Callable[..., Sweep]) -> Non
     bench = Bench(load(grid), step())
     bench.run(4)
     assert {cell["defense.name"] for cells in bench.asked for cell in cells} == {"btu"}
-    with pytest.raises(UserError, match=r"that are no controls differ in defense\.alpha alone"):
+    with pytest.raises(UserError, match=r"that are not controls differ in defense\.alpha alone"):
         Bench(load("{defense.alpha: [0.1, 0.8], defense.name: [random_cut]}"), step())
 
 

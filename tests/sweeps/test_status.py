@@ -435,7 +435,7 @@ def test_watching_outlasts_a_server_that_does_not_answer(
     done = run_cli("status", "tiny", *where, "--watch")
     assert done.code == 1, done.err
     shown = " ".join(done.out.split())
-    assert "1 finished, 0 failed. Of an earlier look: the server does not answer." in shown
+    assert "1 finished, 0 failed. As of an earlier look: the server does not answer." in shown
     # The first look has nothing to fall back on.
     done = run_cli("status", "tiny", *where)
     assert (done.code, "does not answer" in done.err) == (2, True)

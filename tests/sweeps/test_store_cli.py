@@ -244,7 +244,7 @@ def test_a_broken_plan_removes_nothing(
 
     add(store, "k")
     open_storage(output).write("one/plans/1.json", content.encode())
-    with pytest.raises(UserError, match=r"one/plans/1.json is no plan.*'one'.*launch the sweep"):
+    with pytest.raises(UserError, match=r"one/plans/1.json is not a plan.*'one'.*launch the sweep"):
         run("gc", "--keep", "one", "--yes")
     assert store.committed() == {"k"}
 

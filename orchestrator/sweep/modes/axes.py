@@ -14,7 +14,7 @@ from orchestrator.sweep.modes.written import AxesSection, Section
 
 @dataclass(frozen=True)
 class AxesMode(PlannedMode):
-    """Points made of one list of values per key.
+    """Points built from one list of values per key.
 
     values: the values of each key.
     """
