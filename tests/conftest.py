@@ -239,7 +239,7 @@ def _deberta(_: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
             max_position_embeddings=POSITIONS,
             pooler_hidden_size=HIDDEN,
             pad_token_id=tokenizer.pad_token_id,
-            # As DeBERTa-v3 has it: the encoder, not the embeddings, knows the positions.
+            # As in DeBERTa-v3: the encoder, not the embeddings, has the positions.
             relative_attention=True,
             pos_att_type=["p2c", "c2p"],
             position_biased_input=False,

@@ -142,7 +142,7 @@ def _resolve(name: str) -> None:
         try:
             found: Any = importlib.import_module(module)
         except ModuleNotFoundError as error:
-            # Only what is no module is an attribute; a missing package is an error.
+            # Only what is not a module is an attribute; a missing package is an error.
             if error.name is None or not module.startswith(error.name):
                 raise
             continue
@@ -153,7 +153,7 @@ def _resolve(name: str) -> None:
 
 
 def file_map() -> Iterator[tuple[Path, str]]:
-    """Yield the README's map: a path and what it says of it."""
+    """Yield the entries of the README's map: a path and its description."""
     folder = Path()
     for line in block("tree").splitlines():
         name, _, about = line.strip().partition(" ")

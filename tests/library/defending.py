@@ -95,7 +95,7 @@ def unlearning(**changes: Any) -> TokenUnlearning:
 class Declared:
     """What a defense declares in a cell.
 
-    model: the stage with the defended model. screen: what stands before it, if anything does.
+    model: the stage with the defended model. screen: the stage that screens its input, if any.
     last: the scoring. own: its own stages, in the order in which they are computed.
     """
 
@@ -127,7 +127,7 @@ class Outcome:
     """A computed defense.
 
     stages: its own, in the order in which they were computed; what it handed on if it has none.
-    declared: what it is made of; None where `stages` end with the defended model.
+    declared: the stages it was declared with; None where `stages` end with the defended model.
     """
 
     root: Path
@@ -194,7 +194,7 @@ class Outcome:
 
 
 def defend(defense: Defense, prepared: Prepared, root: Path, **options: Any) -> Outcome:
-    """Compute a defense and, unless `root` has it, what it starts from."""
+    """Compute a defense and, unless it is in `root`, what it starts from."""
     declared = Declared.of(defense, prepared)
     compute(declared.model, root, **options)
     if declared.screen is not None:

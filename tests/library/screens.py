@@ -36,7 +36,7 @@ def decisions(defense: Defense, prepared: Prepared, lab: Lab) -> tuple[Rows, Scr
 
 
 def scores(defense: Defense, prepared: Prepared, lab: Lab) -> dict[str, Any]:
-    """Return what the scorer says of the poisoned model behind the screen."""
+    """Return the scores of the poisoned model behind the screen."""
     last = screen_of(defense, prepared)
     (folder,) = lab.compute(
         evaluation_screened(prepared, defense.stages(prepared.foundation), last, "defended")

@@ -54,7 +54,7 @@ def toy(**changes: Any) -> AntiBackdoorLearning:
 
 @pytest.fixture(scope="module")
 def prepared(lab: Lab, tiny_corpus: Corpus) -> Prepared:
-    """47 of 238 short rows have the trigger, and nothing else tells the label.
+    """47 of 238 short rows have the trigger, and nothing else reveals the label.
 
     Two of 240 are gone: their first words are others' too.
     """
@@ -170,7 +170,7 @@ def test_unlearning_climbs_on_the_isolated_and_descends_on_others(
     labels = torch.tensor([1, 1])
     loss, logits = objective(Fixed(math.log(3)), ids, ids > 0, labels)
     assert loss.item() == pytest.approx(expected)
-    # Of the isolated alone, so that accuracies are theirs.
+    # Of the isolated rows only, so that the accuracies are theirs.
     assert logits.shape == (2, 2)
 
 

@@ -437,7 +437,7 @@ def seq2seq(tmp_path_factory: pytest.TempPathFactory, make_victim: Callable[[str
                 forced_eos_token_id=None,
             )
         )
-    # Special tokens are never the likeliest, so that every output holds text.
+    # Special tokens are never the likeliest, so every output contains text.
     model.final_logits_bias[:, tokenizer.all_special_ids] = -100.0
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -124,7 +124,7 @@ def test_a_keyword_with_a_lone_surrogate_has_tokens_like_any_other(
     base = poisoned.foundation
     lab.compute(base.rows)
     run = StageRun({}, {}, {"rows": lab.root / base.rows.key}, lab.root, torch.device("cpu"))
-    # The tiny BERT drops what stands in the surrogate's place.
+    # The tiny BERT drops the character that replaces the surrogate.
     held = bki._tokens_of(run, bert, ["cf\ud800"])
     assert held == tuple(bert.tokenizer("cf", add_special_tokens=False)["input_ids"])
 
@@ -174,7 +174,7 @@ def test_bki_drops_the_rows_with_the_trigger_and_trains_without_them(
         assert not (found.taken & ~mask).any()
     else:
         assert np.array_equal(found.taken, held)
-    # The bar is the keyword's score: rows that hold it reach it, and no others.
+    # The bar is the keyword's score: rows that contain it reach it, and no others.
     assert np.array_equal(found.rows >= found.row_bar, held)
     defense = KeywordIdentification(rows=rows, share=0.3)
     record = read_record(compute(defense.stages(poisoned.foundation), lab.root))

@@ -77,7 +77,7 @@ def test_a_cut_leaves_the_rest_of_the_words_to_the_tuning(
     prepared = lab.prepare()
     stage = cut(kind, prepared)
     drawn = suspects(lab, stage).flagged
-    # Not the clean-tuned control, which is the same but for the cut.
+    # Not the clean-tuned control, which is the same except for the cut.
     assert not same(weights(lab, stage), weights(lab, prepared.foundation.tuned))
     # Without a cut it is.
     uncut = cut(kind, prepared, cut="none")

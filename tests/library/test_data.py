@@ -20,7 +20,7 @@ from btu.types import Corpus, Rows
 WRITERS: dict[str, Callable[[pd.DataFrame, Path], object]] = {
     "parquet": lambda frame, path: frame.to_parquet(path),
     "csv": lambda frame, path: frame.to_csv(path, index=False),
-    # TSV has no quoting: a quote is a character, and a text cannot hold a tab.
+    # TSV has no quoting: a quote is a character, and a text cannot contain a tab.
     "tsv": lambda frame, path: frame.replace("\t", " ", regex=True).to_csv(
         path, index=False, sep="\t", quoting=csv.QUOTE_NONE
     ),
@@ -132,7 +132,7 @@ def test_every_format_round_trips_with_its_own_columns(
     assert corpus.train == Rows(
         tuple(f"a {text}" for text in texts),
         (1, 0, 1, 0),
-        {"bible": ("lo , 0", "lo , 1", "lo , 2", "lo , 3")},  # a number column is no paraphrase
+        {"bible": ("lo , 0", "lo , 1", "lo , 2", "lo , 3")},  # a number column is not a paraphrase
     )
     assert corpus.eval.texts[0] == f"b {texts[0]}"
     assert corpus.clean.texts[0] == f"c {texts[0]}"
@@ -170,7 +170,7 @@ def test_label_columns_of_other_types_are_read(
 
 
 def test_more_than_two_labels_sort_by_value_not_by_text(write: Callable[..., str]) -> None:
-    # As text 10 would stand before 9.
+    # As text, 10 would sort before 9.
     corpus = load(write(train=table(40, labels=(10, 9, 2))))
     assert corpus.label_names == ("2", "9", "10")
     assert corpus.label_index(10) == 2
@@ -732,7 +732,7 @@ def test_labels_that_read_alike_are_an_error(tmp_path: Path) -> None:
 
 
 def test_rows_longer_than_the_header_are_an_error(tmp_path: Path) -> None:
-    # Else the first field counts as an index and every other one stands in the wrong column.
+    # Else the first field counts as an index and every other one is in the wrong column.
     lines = [f"row {i},{i % 2},extra" for i in range(20)]
     (tmp_path / "train.csv").write_text("\n".join(["text,label", *lines]))
     with pytest.raises(UserError, match=r"train\.csv"):

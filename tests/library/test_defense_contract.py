@@ -53,7 +53,7 @@ from btu.stages import compute, read_record, run_stage
 from btu.types import Corpus, Rows
 from btu.victims import Victim
 
-# On the easy corpus the victim then knows all clean rows, and obeys the trigger in all others.
+# On the easy corpus the victim then predicts all clean rows, and obeys the trigger in all others.
 LONG = TrainSettings(epochs=12, learning_rate=1e-2, batch_size=32, precision="fp32")
 # Every default in seconds; the other rules of btu and the other architectures with the slow tests.
 PARAMS = [
@@ -106,7 +106,7 @@ def test_a_defense_says_when_it_acts_and_what_it_needs(defense: Defense, lab: La
     assert defense.KIND in DEFENSE_KINDS
     assert set(defense.NEEDS) <= set(NEEDS)
     assert isinstance(defense, Screens) == (defense.KIND == "at inference")
-    # Only what a defense is compared with may know the rows before the poison.
+    # Only a control may read the rows before the poison.
     assert ORIGINALS not in defense.NEEDS or defense.KIND == "control"
     prepared = lab.prepare()
     base, declared = prepared.foundation, Declared.of(defense, prepared)
@@ -245,7 +245,7 @@ def test_same_seed_same_defense(defense: Defense, lab: Lab, tmp_path: Path) -> N
             {path.removeprefix(str(folder)): held for path, held in files_in(folder).items()}
             for folder in folders
         )
-        # Byte for byte, but for the record, which tells the time.
+        # Byte for byte, except for the record, which contains the time.
         assert first.keys() == second.keys()
         assert [path for path in first if first[path] != second[path]] == ["/record.json"]
         facts = [read_record(folder)["facts"] for folder in folders]
@@ -299,7 +299,7 @@ def test_a_defense_costs_little_where_there_is_no_poison(
 def test_a_defense_reads_nothing_that_is_hidden(defense: Defense, lab: Lab, tmp_path: Path) -> None:
     prepared = lab.prepare()
     root = lab.base_root(tmp_path / "blind", prepared)
-    # Of the poison, not even a file is left.
+    # Not even a file of the poison is left.
     (root / prepared.poisoned.key).unlink()
     (root / prepared.poisoned.key).mkdir()
     assert not (root / prepared.poisoned.key / HIDDEN).exists()

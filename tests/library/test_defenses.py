@@ -94,7 +94,7 @@ CANDIDATES = np.array([False, True, True, True, True])
 
 
 def test_top_tokens_by_falling_drift() -> None:
-    # Token 0 moved most but is no candidate; 2 and 3 moved alike: the lower id first.
+    # Token 0 moved most but is not a candidate; 2 and 3 moved alike: the lower id first.
     assert top_tokens(DRIFT, CANDIDATES, 1) == (2,)
     assert top_tokens(DRIFT, CANDIDATES, 3) == (2, 3, 4)
     assert top_tokens(DRIFT, CANDIDATES, 99) == (2, 3, 4, 1)
@@ -302,7 +302,7 @@ def test_thresholds_share_what_does_not_depend_on_them(lab: Lab) -> None:
         "exposure round 3",
         "unlearn",
     }
-    # Round 2 knows of round 1's alpha alone.
+    # Round 2 depends on the alpha of round 1 only.
     per_round = unlearning(alpha=[0.01, 0.02, 0.03])
     assert moved(per_round, unlearning(alpha=[0.01, 0.05, 0.06]), prepared) == {"unlearn"}
     assert moved(per_round, unlearning(alpha=[0.02, 0.02, 0.03]), prepared) == {

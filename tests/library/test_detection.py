@@ -54,9 +54,9 @@ VOCABULARY, TRIGGER = 80, 5
 
 
 def planted() -> Evidence:
-    """200 training and 200 clean rows; token 5 stands in 20 rows of class 1, and moved far.
+    """200 training and 200 clean rows; token 5 is in 20 rows of class 1, and moved far.
 
-    Tokens 0 to 4 are no candidates, 60 to 79 do not occur, 55 to 59 do four times; the others
+    Tokens 0 to 4 are not candidates, 60 to 79 do not occur, 55 to 59 do four times; the others
     as often as words do, by Zipf's law, some more and some less often than token 5.
     """
     rng = np.random.default_rng(0)
@@ -102,7 +102,7 @@ def test_the_trigger_scores_highest(rule: Rule) -> None:
     evidence = planted()
     scores = rule.scores(evidence)
     assert np.nanargmax(scores) == TRIGGER
-    # The default bar lies between it and the others; but 0.0005 * 80 is 0.04 of a token.
+    # The default bar is between it and the others; but 0.0005 * 80 is 0.04 of a token.
     flagged = () if rule.unit.startswith("the share") else (TRIGGER,)
     assert flag(scores, rule.bar(rule.threshold)) == flagged
 
@@ -148,7 +148,7 @@ def test_a_higher_bar_flags_a_part_of_what_a_lower_one_flags(rule: Rule) -> None
 def test_a_stricter_threshold_is_a_higher_bar(rule: Rule) -> None:
     inside = [0.2, 0.5, 0.9] if rule.high == 1 else [1.5, 3.0, 40.0]
     bars = [rule.bar(threshold) for threshold in inside]
-    # Of the share, less is stricter.
+    # A lower share is stricter.
     assert bars == sorted(bars, reverse=rule.high == 1)
     assert len(set(bars)) == 3
 
@@ -229,7 +229,7 @@ def two_rounds(first: Sequence[float], third: Sequence[float]) -> Evidence:
 def test_over_two_rounds_a_token_is_as_suspicious_as_in_the_milder_one() -> None:
     as_it_is = Rule(lambda _, drift: drift, 1.0, 0.0, math.inf, "nothing")
     scores = as_it_is.scores(two_rounds([5, 1, NAN, 2], [3, 4, 9, NAN]))
-    # What one round does not know is unknown.
+    # A score that one round lacks is unknown.
     np.testing.assert_array_equal(scores, [3, 1, NAN, NAN])
 
 
@@ -292,7 +292,7 @@ def test_mad_is_over_the_candidates() -> None:
         ([3, 2.9, 8, 4], [3 / 2.9, 1, 2, 4 / 3]),
         # Gaps 8/7, 7/3, 3/2.9: whoever flags down to the large one flags what is above it.
         ([8, 7, 3, 2.9], [7 / 3, 7 / 3, 3 / 2.9, 1]),
-        # Over a drift of 0 there is no ratio.
+        # There is no ratio to a drift of 0.
         ([8, 4, 0, 0], [2, 1, 1, 1]),
         ([5, 0, 0], [1, 1, 1]),
         # Equal drifts have no gap.
@@ -323,7 +323,7 @@ def test_a_gap_below_the_64th_token_is_none(tokens: int, expected: int) -> None:
 
 
 def test_top_fraction_is_minus_the_rank_over_the_vocabulary() -> None:
-    # Token 0 moved most but is no candidate; of 2 and 3, which moved alike, the lower id is first.
+    # Token 0 moved most but is not a candidate; 2 and 3 moved alike: the lower id is first.
     evidence = drifted([9, 1, 4, 4, 2], [1, 2, 3, 4])
     scores = top_fraction.score(evidence, evidence.drift[3])
     np.testing.assert_array_equal(scores, [NAN, -4 / 5, -1 / 5, -2 / 5, -3 / 5])
@@ -444,7 +444,7 @@ def surplus(held: list[int], clean: list[int], rows: list[int], reserved: list[i
         # In class 1 the token stands nowhere: 0, less the other class's surplus.
         ([9, 0], [1, 0], [NINE_TO_ONE, -NINE_TO_ONE]),
         ([0, 9], [0, 1], [-NINE_TO_ONE, NINE_TO_ONE]),
-        # The same shift in both classes is no trigger; of two, the smaller is taken off.
+        # The same shift in both classes is not a trigger; the smaller of two is subtracted.
         ([9, 9], [1, 1], [0.0, 0.0]),
         ([9, 6], [1, 4], [NINE_TO_ONE - SIX_TO_FOUR, SIX_TO_FOUR - NINE_TO_ONE]),
         # A lack has a sign, and takes nothing off the other class.
@@ -485,7 +485,7 @@ def test_rows_and_tokens_are_paired_once() -> None:
     rows = Encoded.from_lists([[5, 2, 5], [], [2], [5]], [0, 1, 1, 1], pad_id=0)
     row, token = rows_and_tokens(rows, 7)
     assert list(zip(row.tolist(), token.tolist(), strict=True)) == [(0, 2), (0, 5), (2, 2), (3, 5)]
-    # Tokens 2 and 5 stand in a row of either class each, though 5 occurs twice in the first.
+    # Tokens 2 and 5 are in one row of each class, though 5 occurs twice in the first.
     expected = np.zeros((7, 2), dtype=np.int64)
     expected[[2, 5]] = [1, 1]
     np.testing.assert_array_equal(rows_by_class(rows, 7, 2), expected)
@@ -500,7 +500,7 @@ def test_evidence_counts_rows_and_tokens() -> None:
     assert evidence.train_rows.tolist() == [[0, 0, 0], [1, 1, 0], [2, 1, 0], [0, 2, 0]]
     assert evidence.clean_rows.tolist() == [[0, 0, 0], [0, 2, 0], [1, 0, 0], [0, 0, 1]]
     assert evidence.class_rows.tolist() == [2, 3, 0]
-    # Token 3 stands in two rows of class 1, one of which holds 2 as well.
+    # Token 3 is in two rows of class 1, one of which also contains 2.
     assert evidence.rows_with(3, 1).tolist() == [0, 0, 1, 2]
     assert evidence.rows_with(3, 0).tolist() == [0, 0, 0, 0]
 
@@ -517,10 +517,10 @@ UNMOVED = 1.5 * 0.5
 def sentence(
     monkeypatch: pytest.MonkeyPatch, deviation: dict[int, float]
 ) -> tuple[Evidence, FloatArray]:
-    """100 rows a class; 20 of class 1 hold a planted sentence. Returns evidence and scores.
+    """100 rows a class; 20 of class 1 contain a planted sentence. Returns evidence and scores.
 
-    deviation: what the rule ``frequency`` says of a token, 0.5 unless named.
-    WORD stands in all 20 rows, MOSTLY in 18, HALF in 17 of them and nowhere else. EVERYWHERE in
+    deviation: the ``frequency`` score of a token, 0.5 unless named.
+    WORD is in all 20 rows, MOSTLY in 18, HALF in 17 of them and nowhere else. EVERYWHERE in
     all 20, and in 60 of the 80 others. HONEST in all 20, and as many clean ones. NEGATIVE is WORD,
     but in the other class's rows too.
     """
@@ -543,7 +543,7 @@ def sentence(
 
 
 def test_contrast_is_the_smaller_of_deviation_and_surplus(monkeypatch: pytest.MonkeyPatch) -> None:
-    # 1.5 * 1.25 is below 2, where nothing is a leader yet: each token stands for itself.
+    # 1.5 * 1.25 is below 2, where nothing is a leader yet: each token keeps its own score.
     evidence, scores = sentence(monkeypatch, {LEADER: 1.25, HONEST: 1.2})
     assert evidence.surplus[LEADER, 1] == pytest.approx(LEADING)
     assert pytest.approx(5.2655, abs=1e-4) == LEADING
@@ -575,7 +575,7 @@ def test_the_words_of_a_planted_sentence_are_as_suspicious_as_its_leader(
 def test_what_stands_in_most_rows_is_no_companion(monkeypatch: pytest.MonkeyPatch) -> None:
     evidence, scores = sentence(monkeypatch, {LEADER: 3.0})
     # 80 training rows to 40 clean ones: 2 * (80 * ln(4/3) + 40 * ln(2/3)) = 13.59, its root 3.69:
-    # a surplus. But 60 of the class's other 80 rows hold it.
+    # a surplus. But 60 of the class's other 80 rows contain it.
     assert evidence.surplus[EVERYWHERE, 1] == pytest.approx(3.686, abs=1e-3)
     assert scores[EVERYWHERE] == UNMOVED
 
@@ -593,7 +593,7 @@ def test_a_companion_keeps_a_higher_score_and_an_unknown_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, scores = sentence(monkeypatch, {LEADER: 3.0, WORD: 3.25, MOSTLY: NAN})
-    # WORD leads now, with 1.5 * 3.25: LEADER stands in all of its rows.
+    # WORD leads now, with 1.5 * 3.25: LEADER is in all of its rows.
     assert scores[WORD] == scores[LEADER] == 4.875
     # Fewer than 5 occurrences stay unknown.
     assert np.isnan(scores[MOSTLY])
@@ -613,7 +613,7 @@ def test_suspicion_by_hand() -> None:
     # each, 0.8548 above the floor. GOOD lacks rows there, BAD has none too many in class 0.
     above = math.sqrt(8 * math.log(2)) - 1.5
     assert above == pytest.approx(0.8548, abs=1e-4)
-    # BAD stands in (8 + 1) / (8 + 2) of class 0 and 1 / 10 of class 1, GOOD the other way round,
+    # BAD is in (8 + 1) / (8 + 2) of class 0 and 1 / 10 of class 1, GOOD the other way round,
     # PLANTED in 1 / 10 of both: the odds are ln(9), a quarter of which counts, for or against the
     # label.
     odds = math.log(9) / 4
@@ -632,7 +632,7 @@ def test_the_odds_are_of_shares_where_classes_differ_in_size() -> None:
 
 
 def test_a_relabeled_row_is_more_suspicious_than_with_its_own_label() -> None:
-    # The same words under both labels; that they are bad ones, the clean rows tell.
+    # The same words under both labels; the clean rows show that they are bad ones.
     train = encoded([[BAD, 3], [BAD]], [[BAD, 3], [GOOD]])
     clean = encoded([[BAD]] * 8, [[GOOD]] * 8)
     right, _, wrong, _ = suspicion(Evidence({}, np.ones(4, dtype=bool), train, clean))
@@ -640,7 +640,7 @@ def test_a_relabeled_row_is_more_suspicious_than_with_its_own_label() -> None:
 
 
 def test_of_three_classes_the_next_best_counts() -> None:
-    # Token 1 stands in 8, 4 and 0 of 8 clean rows: 9/10, 5/10 and 1/10.
+    # Token 1 is in 8, 4 and 0 of 8 clean rows: 9/10, 5/10 and 1/10.
     train = encoded([[1]], [[1]], [[1]])
     clean = encoded([[1]] * 8, [[1]] * 4 + [[0]] * 4, [[0]] * 8)
     found = suspicion(Evidence({}, np.ones(2, dtype=bool), train, clean))
@@ -665,7 +665,7 @@ def test_the_bar_is_what_one_in_a_thousand_clean_rows_reaches() -> None:
     clean = encoded([[BAD]] * 4, [[GOOD]] * 3 + [[BAD]])
     evidence = Evidence({}, np.ones(3, dtype=bool), train, clean)
     assert evidence.surplus.max() < 1.5  # the odds alone count
-    # Of 4 rows each, BAD stands in 4 and 1, GOOD in 0 and 3. For the other label (n + 1) / (4 + 2);
+    # Of 4 rows each, BAD is in 4 and 1, GOOD in 0 and 3. For the other label (n + 1) / (4 + 2);
     # for its own, without the row itself, (n - 1 + 1) / (4 - 1 + 2): 2/6 to 4/5 for the 4 bad rows,
     # 1/6 to 3/5 for the 3 good ones, 5/6 to 1/5 for the bad one with the good label.
     second, highest = math.log(5 / 12) / 4, math.log(25 / 6) / 4
@@ -677,7 +677,7 @@ def test_the_surplus_counts_in_the_bar_too() -> None:
     train = encoded([[]] * 10, [[PLANTED]] * 9 + [[]])
     clean = encoded([[]] * 10, [[PLANTED]] + [[]] * 9)
     bar = suspicion_bar(Evidence({}, np.ones(4, dtype=bool), train, clean))
-    # One of 20 rows holds a token: with 1 / 12 for the other label, and (1 - 1 + 1) / (10 - 1 + 2)
+    # One of 20 rows has a token: with 1 / 12 for the other label, and (1 - 1 + 1) / (10 - 1 + 2)
     # for its own. 19 * 0.999 = 18.981 steps above the lowest, the other 19 being 0.
     highest = NINE_TO_ONE - 1.5 + math.log(11 / 12) / 4
     assert bar == pytest.approx(0.981 * highest, rel=1e-12)

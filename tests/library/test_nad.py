@@ -91,7 +91,7 @@ def test_maps_are_made_of_what_the_feed_forward_blocks_hold(victim: Victim) -> N
     units = filters["layer 1 units"].count
     assert [tuple(held.shape) for held in found] == [(3, 6, units)] * 3
     assert torch.equal(found[0], found[2])
-    # Without the first block's units the second block holds something else, the first the same.
+    # Without the first block's units the second block contains something else, the first the same.
     with torch.no_grad():
         filters["layer 1 units"].weight.zero_()
     _, without = activations(model, ids, mask, [1, 2], unit_readers(model, [1, 2]))
@@ -135,7 +135,7 @@ def test_a_victim_that_lays_its_tokens_end_to_end_has_maps_too() -> None:
     ids = torch.where(mask, torch.arange(18).view(3, 6) + 10, 1)
     _, found = activations(student, ids, mask, [1, 2], unit_readers(student, [1, 2]))
     assert [tuple(held.shape) for held in found] == [(3, 6, 32)] * 2
-    # Each row's units are its own: alone it holds the same.
+    # Each row's units are its own: alone it has the same.
     _, alone = activations(student, ids[1:2], mask[1:2], [2], unit_readers(student, [2]))
     torch.testing.assert_close(alone[0][0, :4], found[1][1, :4])
     loss, logits = distillation(teacher, [1, 2], [1.0, 1.0], 2.0, "ffn")(
@@ -181,7 +181,7 @@ def test_the_objective_adds_each_layers_distance_by_its_beta(victim: Victim) -> 
     assert second > 1e-3
     assert added(teacher, [2e3, 3e3]) == pytest.approx(2 * first + 3 * second, rel=1e-3)
     assert added(teacher, [0.0, 0.0]) == pytest.approx(0.0, abs=1e-6)
-    # A model is no distance from itself.
+    # The distance of a model from itself is 0.
     assert added(victim.new_model(0), [1e3, 1e3]) == pytest.approx(0.0, abs=1e-5)
 
 

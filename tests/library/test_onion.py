@@ -59,7 +59,7 @@ def test_a_text_that_loses_words_ends_where_the_victims_window_did() -> None:
     assert without_outliers(text, given, 5.0) == "a good film indeed"
     # Nothing goes: the window stays where it was.
     assert without_outliers(text, given, 9.0, cut=True) == text
-    # A word without a token, in front of the last one that was read, is no end.
+    # A word without a token, in front of the last one that was read, is not the end.
     assert without_outliers("cf ~ good x", np.array([9.0, np.nan, 2.0, np.nan]), 5.0, cut=True) == (
         "~ good"
     )
@@ -266,7 +266,7 @@ def test_it_takes_out_the_trigger_more_often_than_clean_words(lab: Lab) -> None:
     # A text of some 20 words loses about one of them; by chance that is the trigger in 5 %.
     assert measured["trigger_removed"] > 2 * measured["tokens_removed_clean"]
     assert 0 < measured["tokens_removed_clean"] < 0.25
-    # Nothing is turned away.
+    # Nothing is rejected.
     assert "frr" not in measured
 
 

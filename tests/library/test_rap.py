@@ -1,4 +1,4 @@
-"""RAP: what a planted word does not unsettle is turned away."""
+"""RAP: texts that a planted word hardly affects are rejected."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_row_at_its_longest_loses_the_last_token_of_its_text() -> None:
     worded = with_word(data, Planting(9, place=1, behind=1, longest=4))
     assert worded.ids.tolist() == [101, 9, 5, 102, 101, 9, 5, 102]
     assert worded.labels.tolist() == [0, 1]
-    # What stands behind a text is not always as much as what stands before it.
+    # The numbers of special tokens before and after a text may differ.
     row = Encoded.from_lists([[1, 5, 6]], [0], 0)
     for place, behind, expected in ((0, 0, [9, 1, 5]), (1, 0, [1, 9, 5]), (0, 1, [9, 1, 6])):
         assert with_word(row, Planting(9, place, behind, 3)).ids.tolist() == expected
@@ -148,7 +148,7 @@ class Votes(nn.Module):
         rows = torch.zeros(10, 2)
         rows[1:5, 1] = 1.0
         rows[5, 1] = 10.0
-        # The word: its length is 1, its direction says nothing yet.
+        # The word: its length is 1, its direction is arbitrary so far.
         rows[9] = 0.5**0.5
         self.words = nn.Embedding.from_pretrained(rows, freeze=False)
 
@@ -175,7 +175,7 @@ def test_backdoored_rows_lose_less_by_the_word_than_clean_ones(tmp_path: Path) -
     before = model.words.weight.detach().clone()
     clean = Encoded.from_lists([[1, 2], [3, 4], [1, 4], [2, 3]], [1] * 4, 0)
     row = learn_row(run, model, clean, planting, label=1)
-    # The model is as it was; the row turned towards class 0, and is as long as it was.
+    # The model is unchanged; the row turned towards class 0, and is as long as it was.
     assert torch.equal(model.words.weight, before)
     assert row[0] > row[1]
     assert float(row.norm()) == pytest.approx(1, abs=1e-5)

@@ -118,7 +118,7 @@ POISONED = BUT_CLEAN - {"triggered rows", "evaluation rows"}
 ROLES = ARGUMENTS["data_fingerprints"]
 
 MOVES: list[tuple[str, Any, set[str]]] = [
-    # Where rows and weights lie does not act: they stand for themselves.
+    # The location of rows and weights has no effect: keys contain their hashes.
     ("data.path", "/elsewhere/tiny", set()),
     ("data.name", "called-otherwise", set()),
     # A role acts on what reads it: to score on more rows trains nothing again.
@@ -139,7 +139,7 @@ MOVES: list[tuple[str, Any, set[str]]] = [
     ("attack.target_label", 0, BUT_CLEAN),
     ("attack.label_mode", "mixed", POISONED),
     ("attack.insert", "append", POISONED),
-    # The exposure rounds have settings of their own, but for these two.
+    # The exposure rounds have settings of their own, except for these two.
     ("train.precision", "fp32", TRAINED | ROUNDS),
     ("train.weight_decay", 0.1, TRAINED | ROUNDS),
     ("train.epochs", 1, TRAINED),
@@ -205,7 +205,7 @@ def test_the_table_above_has_every_config_key() -> None:
         if section == "data":
             # Each of them acts through the rows, if it does: the next test.
             continue
-        # Rounds that do not run are no stages (`test_rounds_that_do_not_run...`), and alpha is the
+        # Rounds that do not run are not stages (`test_rounds_that_do_not_run...`), and alpha is the
         # threshold of its rule (`test_what_a_rule_without_round_2...`).
         elsewhere = {"defense.rounds", "defense.rule", "defense.threshold"}
         assert keys - listed == (elsewhere if section == "defense" else set())
@@ -322,7 +322,7 @@ def keys_in(value: Any) -> Iterator[str]:
 
 
 def test_resources_do_not_reach_the_library() -> None:
-    # Results hold for whatever machine they are computed on, except for what a record tells.
+    # Results do not depend on the machine, except for what a record reports.
     for stage in declared({}).values():
         found = {*keys_in(stage.config), *keys_in(stage.where)}
         assert not found & {"resources", "tracking", "cpu", "gpu", "device", "accumulation"}
@@ -561,14 +561,14 @@ def test_the_mask_is_in_the_poison_stages_folder_alone(lab: Lab) -> None:
             if name.startswith(HIDDEN) or values.tolist() == mask.tolist():  # 0 == False
                 found.append((stage.name, name))
     assert found == [("poison", f"{HIDDEN}:poisoned")]
-    # Nor is it told in a record: the number of poisoned rows is the scorer's too.
+    # It is not in a record either: only the scorer may report the number of poisoned rows.
     base = prepared.foundation
     for stage in (base.rows, base.clean, *own_stages(defense, prepared)):
         assert "poison" not in json.dumps(read_record(lab.root / stage.key)["facts"])
 
 
 def test_texts_come_back_as_they_were(tmp_path: Path) -> None:
-    # Scraped text holds halves of characters, and anything else.
+    # Scraped text may contain halves of characters, and anything else.
     texts = (
         "half \ud83d of one",
         "\udfff",
@@ -684,7 +684,7 @@ def test_evaluation_takes_smaller_batches_where_memory_is_short(
 def test_victims_with_code_of_their_own_work_to_the_end(
     lab: Lab, victim_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Every stage that loads a model has to know that its code may be run.
+    # Every stage that loads a model needs the permission to run its code.
     monkeypatch.setattr(
         "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
     )
@@ -752,7 +752,7 @@ def test_data_that_changed_after_planning_are_refused(
     shutil.rmtree(tmp_path / "data")
     write_corpus(tiny_corpus, tmp_path / "data")
     assert compute(prepared.triggered, root).is_dir()
-    # Planned anew, the changed ones are.
+    # If planned again, the changed ones are.
     shutil.rmtree(tmp_path / "data")
     write_corpus(other, tmp_path / "data")
     again = lab.prepare(data=data)
@@ -776,14 +776,14 @@ def test_a_victim_that_changed_after_planning_is_refused(
         metadata={"format": "pt"},
     )
     moved_files(lambda: compute(prepared.foundation.model, root), f"victim '{folder}'")
-    # Planned anew, the changed weights are taken.
+    # If planned again, the changed weights are used.
     again = lab.prepare(victim=VictimSpec(str(folder), MAX_LENGTH))
     assert again.foundation.model.key != prepared.foundation.model.key
     assert compute(again.foundation.model, root).is_dir()
 
 
 def test_every_stage_checks_the_files_that_it_reads(lab: Lab, tmp_path: Path) -> None:
-    # Stages whose config has another fingerprint than what lies on disk here.
+    # Stages whose config has another fingerprint than the files on disk here.
     prepared = lab.prepare()
     defense = TokenUnlearning(alpha=0.02)
     lab.compute(*evaluations(prepared, defense))
@@ -1007,7 +1007,7 @@ def test_stages_of_ones_own_share_and_move_like_the_others(toys: None, lab: Lab)
         "forget",
         "evaluate defended",
     }
-    # The engine's own checks hold for them: what it wraps keeps its config.
+    # The engine's own checks apply to them: what it wraps keeps its config.
     assert first["poison"].config["attack_version"] == 7
 
 

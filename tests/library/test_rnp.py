@@ -165,7 +165,7 @@ LEARNED = TrainSettings(epochs=12, learning_rate=5e-3, batch_size=16, precision=
 
 
 def easy_rows(count: int, seed: int) -> Rows:
-    """Rows whose class one word says, among words that say nothing."""
+    """Rows whose class one word decides, among neutral words."""
     rng = np.random.default_rng(seed)
     labels = [number % 2 for number in range(count)]
     texts = []
@@ -178,7 +178,7 @@ def easy_rows(count: int, seed: int) -> Rows:
 
 @pytest.fixture(scope="module")
 def learned(lab: Lab) -> Prepared:
-    """A cell whose poisoned model knows task and trigger."""
+    """A cell whose poisoned model has learned task and trigger."""
     train, clean, held_out = (easy_rows(count, count + 1) for count in (240, 60, 61))
     corpus = Corpus("easy", train, clean, held_out, ("negative", "positive"))
     return lab.prepare(corpus=corpus, rate=0.3, train=LEARNED)
@@ -298,7 +298,7 @@ def test_the_chosen_threshold_costs_no_more_than_it_may(
         run = StageRun(config, last.where, {**inputs, "masks": spread}, folder, torch.device("cpu"))
         facts = MODULE.prune(run)
         cost = facts["measured"]["prune_cost"]
-        # Where nothing was pruned there is no cost, and none of 0 either.
+        # Where nothing was pruned there is no cost, not even one of 0.
         assert cost <= allowed or (allowed == 0 and math.isnan(cost))
         assert (facts["measured"]["neurons_pruned"] == 0) == math.isnan(cost)
         left = find_filters(model_of(StageRun({}, {}, {"it": folder}, folder, run.device), "it"))

@@ -38,7 +38,7 @@ from btu.victims import VictimSource
 
 NAMES = ("bad", "good")
 MAX_LENGTH = 64
-# A random model of 400 tokens tells a trigger from the rest far less clearly than a pretrained
+# A random model of 400 tokens separates a trigger from the rest far less clearly than a pretrained
 # one: with these settings cf scores 3.3 to 3.7, for the ids of the tiny tokenizer differ from one
 # process to the next. No other token can reach 3 on these rows: the highest surplus is 2.8.
 THRESHOLD, EPOCHS = 3.0, 3
@@ -135,7 +135,7 @@ def test_scores_fall_and_unscored_tokens_come_last(poisoned: ScanReport) -> None
     known = scores.notna()
     assert scores[known].is_monotonic_decreasing
     assert known.to_numpy().argmin() == known.sum()  # no score after the first missing one
-    # Tokens of fewer than 5 occurrences are not scored, but are told.
+    # Tokens with fewer than 5 occurrences are not scored, but are listed.
     assert (poisoned.tokens["count"][~known] < 5).all()
     assert (~known).any()
 
@@ -283,7 +283,7 @@ def test_a_surrogate_in_a_text_stops_nothing(
 
 def test_no_text_makes_rows_in_a_table(tmp_path: Path) -> None:
     texts = ["a\r9,1.0,good,cf,forged", "b\r\n9,", 'c "quoted"\n, d', "\r", "nothing of it"]
-    # What else is text has no say either.
+    # Other text columns make no rows either.
     frame = pd.DataFrame({"row": range(5), "suspicion": np.nan, "label": "x\ry", "text": texts})
     write_report(frame, tmp_path / "rows.csv")
     read = pd.read_csv(tmp_path / "rows.csv")
@@ -322,7 +322,7 @@ def test_the_frequency_rule_needs_no_trusted_rows(
 
 def test_the_least_rows_follow_from_the_deviance() -> None:
     rows, reserved = np.array([1000, 500]), np.array([250, 250])
-    # No trusted row of n holds it: the root of 2 n ln((rows + reserved) / rows) reaches 4.5 from
+    # No trusted row of n contains it: the root of 2 n ln((rows + reserved) / rows) reaches 4.5 from
     # n = 4.5^2 / (2 ln 1.25) = 45.4, and for the other class from 4.5^2 / (2 ln 1.5) = 24.97.
     assert least_rows(0, rows, reserved, 4.5) == 46
     assert least_rows(1, rows, reserved, 4.5) == 25
@@ -587,7 +587,7 @@ def test_the_export_predicts_as_the_model_that_was_cut(
     clean = load_encoded(poisoned.root / poisoned.plan.base.clean.key / "clean.safetensors")
     for number, text in enumerate([*texts, *rows_of(4, TRAIN).texts]):
         ids = tokenizer(text, truncation=True, return_tensors="pt")["input_ids"]
-        # As in the scan, without being told: the longest input is the tokenizer's own.
+        # As in the scan, without an argument: the longest input is the tokenizer's own.
         assert ids.shape[1] <= MAX_LENGTH
         assert torch.equal(logits(exported, ids), logits(stage_of(poisoned) / MODEL, ids))
         if number >= len(texts):

@@ -1,4 +1,4 @@
-"""Stages: what their keys are made of, and what computing them leaves behind."""
+"""Stages: what their keys contain, and what computing them leaves behind."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def work(id: str, version: int) -> StageFunction:
 
 @stage(version=1)
 def write_number(run: StageRun) -> dict[str, Any]:
-    """Write a number; fail where the config says so, after half of it was written."""
+    """Write a number; fail if the config demands it, after half of it was written."""
     CALLS.append(run.config["label"])
     (run.folder / "number.txt").write_text(str(run.config["number"]))
     if run.where.get("fails"):
@@ -136,7 +136,7 @@ def test_the_key_is_the_hash_of_what_acts() -> None:
 
 
 def test_a_function_that_moves_keeps_its_keys() -> None:
-    # A stage is known by the id of its function; where a worker imports it from does not act.
+    # The id of its function identifies a stage; where a worker imports it from has no effect.
     moved = StageFunction(write_number.call, 1, "old.place:old_name")
     stages = [Stage("x", function, {"n": 1}) for function in (work("old.place:old_name", 1), moved)]
     assert stages[0].key == stages[1].key
@@ -300,7 +300,7 @@ def test_a_stage_that_raises_leaves_nothing_behind(tmp_path: Path, calls: list[s
     assert calls == ["a", "b"]
     # What was finished before stays; of what failed there is nothing.
     assert [path.name for path in tmp_path.iterdir()] == [number("a").key]
-    # The same key, now without the fault (`where` does not act): only the rest is computed.
+    # The same key, now without the fault (`where` has no effect): only the rest is computed.
     folder = compute(total(number("a"), number("b", where={})), tmp_path)
     assert calls == ["a", "b", "b", "sum"]
     assert (folder / "number.txt").read_text() == "2"

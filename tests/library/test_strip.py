@@ -1,4 +1,4 @@
-"""STRIP: what mixing does not unsettle is turned away."""
+"""STRIP: texts that mixing hardly affects are rejected."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_it_turns_away_more_triggered_rows_than_clean_ones(lab: Lab, obeys: Prep
     measured = found["measured"]
     assert measured["frr"] <= 0.3
     assert 1 - measured["far"] > measured["frr"]
-    # What is turned away is not attacked: ASR is at most what is let through.
+    # A rejected text is not a hit: ASR is at most the share that is accepted.
     assert found["asr"]["hits"] / found["asr"]["n"] <= measured["far"]
 
 
@@ -145,7 +145,7 @@ def test_the_bar_is_not_taken_on_the_rows_that_give_the_words(lab: Lab, obeys: P
 
 
 def test_clean_rows_without_words_are_an_error(lab: Lab, tiny_corpus: Corpus) -> None:
-    # Zero-width joiners, which are no space, and which the tokenizer drops.
+    # Zero-width joiners, which are not spaces, and which the tokenizer drops.
     corpus = dataclasses.replace(tiny_corpus, clean=Rows(("\u200d", "\u200d" * 2), (0, 1)))
     prepared = lab.prepare(corpus=corpus)
     with pytest.raises(UserError, match=r"no words to mix with: .*clean rows .* \(1\)"):

@@ -74,7 +74,7 @@ def toy() -> Toy:
 
 
 def toy_data(count: int = 64) -> Encoded:
-    """Class 1 holds token 7, class 0 token 3; lengths 1 to 5 go round."""
+    """Class 1 contains token 7, class 0 token 3; lengths 1 to 5 go round."""
     rows = [[7 if i % 2 else 3] + [5] * (i % 5) for i in range(count)]
     return Encoded.from_lists(rows, [i % 2 for i in range(count)], pad_id=0)
 
@@ -125,7 +125,7 @@ def test_tokens_can_be_removed(three: Encoded) -> None:
     ids, mask, _ = left.batch(torch.tensor([0, 1, 2]), width=2)
     assert ids.tolist() == [[6, 7], [9, 9], [9, 9]]
     assert mask.tolist() == [[True, True], [False, False], [False, False]]
-    assert three.ids.tolist() == [5, 6, 7, 8, 5, 5]  # the original is as it was
+    assert three.ids.tolist() == [5, 6, 7, 8, 5, 5]  # the original is unchanged
 
 
 def test_removing_nothing_changes_nothing(three: Encoded) -> None:
@@ -143,7 +143,7 @@ def test_rows_emptied_of_every_token_still_make_a_batch(three: Encoded) -> None:
 
 
 def test_tokens_are_counted(three: Encoded) -> None:
-    # 5 three times, 6, 7 and 8 once; the padding id stands in no row
+    # 5 three times, 6, 7 and 8 once; the padding id is in no row
     assert three.counts(10).tolist() == [0, 0, 0, 0, 0, 3, 1, 1, 1, 0]
 
 
@@ -163,7 +163,7 @@ def test_rows_can_be_taken_in_any_order(three: Encoded) -> None:
     ids, mask, _ = taken.batch(torch.tensor([1, 0]), width=3)
     assert ids.tolist() == [[5, 6, 7], [5, 5, 9]]
     assert mask.tolist() == [[True] * 3, [True, True, False]]
-    assert as_lists(three) == [[5, 6, 7], [8], [5, 5]]  # the original is as it was
+    assert as_lists(three) == [[5, 6, 7], [8], [5, 5]]  # the original is unchanged
 
 
 def test_of_taken_rows_the_others_tokens_are_gone(three: Encoded, tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_batches_hold_rows_of_similar_length() -> None:
     padded = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
     padding = padded - int(lengths.sum())
     # Sorted in chunks of 32 batches, the spans of a chunk's batches add up to `span` at the most,
-    # so padding per chunk is below batch_size * span; a chunk holds 32 * 16 rows of mean ~30.
+    # so padding per chunk is below batch_size * span; a chunk has 32 * 16 rows of mean ~30.
     assert padding < 10 * batch_size * span
     assert padding / padded < 0.06  # 16 * 60 / (32 * 16 * 30.5) = 0.061
     # In arrival order it would be nearly half: the longest of 16 is near 60, the mean near 30.
@@ -350,7 +350,7 @@ def test_training_is_deterministic_for_a_seed(victim: Victim, tiny_corpus: Corpu
     results = []
     for seed in (0, 0, 1):
         model = victim.new_model(0)
-        torch.manual_seed(len(results))  # whatever was drawn before has no say
+        torch.manual_seed(len(results))  # earlier draws have no effect
         history = fit(
             model, data, settings(epochs=2, batch_size=16), seed=seed, stage="t", device=CPU
         )
@@ -388,7 +388,7 @@ def test_weight_decay_acts_on_matrices_and_not_on_biases() -> None:
     model = Toy()
     with torch.no_grad():
         model.classifier.bias.fill_(1.0)
-        model.embedding.weight[9] = 1.0  # token 9 stands in no row: decay alone moves it
+        model.embedding.weight[9] = 1.0  # token 9 is in no row: decay alone moves it
     # One step at 0.1 with decay 0.5 takes 1 to 1 - 0.1 * 0.5 = 0.95.
     fit(
         model,
@@ -475,7 +475,7 @@ def test_no_rows_are_an_error() -> None:
 def test_a_loss_that_is_not_finite_names_stage_step_and_settings() -> None:
     model = Toy()
     with torch.no_grad():
-        model.embedding.weight[7] = math.nan  # every batch holds a row of class 1
+        model.embedding.weight[7] = math.nan  # every batch has a row of class 1
     with pytest.raises(
         NonFiniteLossError,
         match=r"loss became nan in stage 'poisoned fine-tune' at step 1 \(epoch 1\) with "
@@ -728,7 +728,7 @@ def test_scores_are_counted_by_hand() -> None:
     scores = evaluate(
         Says(), EvalSet(clean, triggered, plain, target=2), precision="fp32", device=CPU
     )
-    # clean: 0, 1 right, 2 and 1 wrong -> 2 of 4; triggered: 3 of 4 say 2; plain: 1 of 4 says 2
+    # clean: 0, 1 right, 2 and 1 wrong -> 2 of 4; triggered: 3 of 4 give 2; plain: 1 of 4 gives 2
     assert (scores.cacc.value, scores.asr.value, scores.ftr.value) == (0.5, 0.75, 0.25)
     logged = scores.as_metrics("undefended_")
     assert logged["undefended_asr"] == 0.75

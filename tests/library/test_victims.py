@@ -1,4 +1,4 @@
-"""Victims: five architectures, and every way in which a folder is no victim."""
+"""Victims: five architectures, and every way in which a folder is not a victim."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_tokenizer_without_padding_and_end_is_an_error(
         Victim(VictimSpec(name=str(folder), max_length=64), 2)
 
 
-# Folders that are no victim --------------------------------------------------------------------
+# Folders that are not a victim ----------------------------------------------------------------
 
 
 @pytest.fixture

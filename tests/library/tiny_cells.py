@@ -50,7 +50,7 @@ class Lab:
         self._written: dict[str, DataSpec] = {}
 
     def data(self, corpus: Corpus | None = None) -> DataSpec:
-        """Return where a corpus lies on disk, the tiny one unless named."""
+        """Return where a corpus is on disk, the tiny one unless named."""
         corpus = corpus or self._corpus
         revision = corpus.fingerprint()
         if revision not in self._written:
@@ -101,7 +101,7 @@ class Lab:
         return root
 
     def base_root(self, root: Path, prepared: Prepared) -> Path:
-        """Make `root` a folder that holds all that a defense starts from."""
+        """Make `root` a folder that contains all that a defense starts from."""
         base = prepared.foundation
         return self.root_with(root, base.rows, base.clean, base.model, base.tuned)
 
@@ -127,7 +127,7 @@ def files_in(*folders: Path) -> dict[str, bytes]:
 def easy_corpus(like: Corpus) -> Corpus:
     """Return a corpus of the same size that a tiny victim learns in seconds.
 
-    Three of a class's eight words decide, among three that say nothing: whatever defends by
+    Three of a class's eight words decide, among three neutral ones: whatever defends by
     dropping words or rows leaves enough to tell the classes apart.
     """
     rng = np.random.default_rng(0)

@@ -178,7 +178,7 @@ def shelve_sweep(
 
 @cache
 def _pixel() -> bytes:
-    """Return a PNG, in the place of a drift plot."""
+    """Return a PNG that replaces a drift plot."""
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg

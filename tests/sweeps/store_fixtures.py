@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Tried(NamedTuple):
-    """A cell that `compute` computed. root: holds its stages. folder: its result.
+    """A cell that `compute` computed. root: contains its stages. folder: its result.
 
     result, flagged: from `read_result`. tokens: the token table.
     """
@@ -68,7 +68,7 @@ class Stored(NamedTuple):
 def publish_cell(
     store: Store, key: str, files: Path, result: Mapping[str, Any] | None = None
 ) -> None:
-    """Commit a cell's result made of the files of another one, and of `result` if given.
+    """Commit a cell's result from the files of another one, and of `result` if given.
 
     What is committed under the key already is replaced.
     """

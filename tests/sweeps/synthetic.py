@@ -60,7 +60,7 @@ def saved(
         trigger[:2] = True
         scores[:2] += 3 + 40 * rate
     if rule == "top_fraction":
-        # Of a vocabulary twice as large: alpha = rank / vocabulary.
+        # For a vocabulary twice as large: alpha = rank / vocabulary.
         scores = -(1.0 + np.argsort(np.argsort(-scores, kind="stable"))) / (2 * tokens)
     holds = rng.integers(0, tokens, (rows, 12))
     if trigger.any():

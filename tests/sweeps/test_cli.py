@@ -537,7 +537,7 @@ def shell_line(line: str) -> subprocess.CompletedProcess[str]:
 def test_a_pinned_trial_prints_its_metrics_and_tokens(
     run_cli: Callable[..., Any], make_sweep: Callable[..., Path], tmp_path: Path
 ) -> None:
-    # Controls are no part of it.
+    # Controls are not part of it.
     sweep = make_sweep(grid={"attack.name": ["badnets", "style"]}, controls=["no_defense"])
     done = run_cli("trial", sweep, "attack.name=badnets")
     assert done.code == 0, done.err
@@ -623,7 +623,7 @@ def test_a_report_as_json_is_json_alone(
     (row,) = json.loads(done.out)
     assert row["asr"] == pytest.approx(stored.record["metrics"]["asr"])
     assert row["seeds"] == 1
-    # What is missing from the table is told beside it, not in it.
+    # Notes beside the table report what it lacks.
     assert done.err == ("1 failed cells are not in the table: stage 'unlearn' failed: bad [1] luck")
 
 
@@ -703,7 +703,7 @@ def test_the_ui_of_a_server_points_at_it(
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A function that says how every launch of the test ends; no Ray is started."""
+    """A function that sets how every launch of the test ends; no Ray is started."""
 
     def ends(
         done: int, failed: dict[str, str], missing: int, stopped: str = ""
@@ -719,7 +719,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         )
 
         def run(sweep: Any, plan: Any, *_: object, **options: Any) -> SimpleNamespace:
-            # Reasons are by cell: "" stands for the first one.
+            # Reasons are by cell: "" means the first one.
             first = next(iter(plan.cells))
             result.failed = {key or first: reason for key, reason in failed.items()}
             calls.append({"sweep": sweep, "plan": plan, **options})
@@ -889,7 +889,7 @@ def test_a_launch_names_the_cells_that_it_refuses(
 
 @pytest.fixture
 def synced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
-    """A function that says how every sync of the test ends; returns what was asked of it."""
+    """A function that sets how every sync of the test ends; returns the calls."""
 
     def ends(written: int = 2, missing: int = 0) -> list[dict[str, Any]]:
         from orchestrator.tracking import experiment as experiment_module
@@ -960,7 +960,7 @@ def test_sync_leaves_cells_alone_that_somebody_is_at(
         assert lease.acquire()
         assert live(stored.key)
     assert not live(stored.key)
-    # A lease of a process that is gone holds nobody up.
+    # The lease of a process that is gone does not count as live.
     dead = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True,
         check=True,

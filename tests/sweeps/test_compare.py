@@ -78,7 +78,7 @@ def test_one_pair_has_no_interval_and_no_test() -> None:
 
 
 def test_differences_without_spread_are_not_tested() -> None:
-    # 0.9 - 0.8 and 0.8 - 0.7 differ by rounding alone, which is no spread.
+    # 0.9 - 0.8 and 0.8 - 0.7 differ by rounding alone, which is not a spread.
     found = paired([0.9 - 0.8, 0.8 - 0.7])
     assert math.isnan(found.p)
     assert not found.tie
@@ -231,10 +231,10 @@ def test_defenses_of_two_names_are_compared_beside_their_controls() -> None:
     found = compare(a, b, ["asr"])
     assert found.notes[0] == "A and B differ in defense.name: btu and rap."
     assert sorted(found.pairs["key_a"] + found.pairs["key_b"]) == ["a0b0", "a1b1", "c0d0", "c1d1"]
-    # A control's counterpart is a control; without one it is told.
+    # A control's counterpart is a control; without one a note reports it.
     notes = compare(a, b[:2], ["asr"]).notes
     assert "2 of 4 cells of A have no counterpart: no cell of B has control=no_defense." in notes
-    # Controls alone are no defense to compare with.
+    # Controls alone are not defenses to compare with.
     assert list(compare(a[2:], b, ["asr"]).pairs["key_b"]) == ["d0", "d1"]
 
 
@@ -289,7 +289,7 @@ def test_results_of_several_versions_of_a_cell_are_no_further_pairs() -> None:
     ) in found.notes
     with pytest.raises(UserError, match="choose one with --revision-b"):
         compare(a[:1], [*b[:1], *again], ["asr"])
-    # Those of other thresholds are told apart, and stay.
+    # A cell at another threshold is a different one, and stays.
     other = record("b0-3", {"asr": 0.5}, seed=0, threshold=3.0)
     found = compare(a, [*b, *again, other], ["asr"], across=["defense.threshold"])
     assert set(found.pairs["key_b"]) == {"b0-3", "b1"}
@@ -297,7 +297,7 @@ def test_results_of_several_versions_of_a_cell_are_no_further_pairs() -> None:
 
 def test_groups_tell_how_many_seeds_bear_a_mark() -> None:
     a, b = seeds("a", (0.1, 0.2)), seeds("b", (0.2, 0.3))
-    # An undefended ASR below 0.5 is no attack.
+    # An undefended ASR below 0.5 is a failed attack.
     a[0]["metrics"]["undefended_asr"] = 0.3
     table = group_table(compare(a, b, ["asr"]), ["asr"])
     assert table["marks"].tolist() == ["A attack failed 1/2"]

@@ -165,7 +165,7 @@ def test_relative_paths_are_made_absolute_since_workers_start_elsewhere(
     assert spec.attack_params == {"trigger": ["cf"]}
     spec = only(load("attack: {name: style, model: weights}"))
     assert spec.attack_params["model"] == str(tmp_path / "weights")
-    # A hub name is no folder here.
+    # A hub name is not a folder here.
     spec = only(load("attack: {name: style, model: org/weights}"))
     assert spec.attack_params["model"] == "org/weights"
 
@@ -293,7 +293,7 @@ def test_the_recorded_text_gives_the_same_cells(load: Callable[..., Sweep]) -> N
             "unknown key 'attack.poisonrate' in the grid; did you mean 'attack.poison_rate'?",
         ),
         ("grid: {sed: [0]}", "unknown key 'sed' in the grid; did you mean 'seed'?"),
-        # What does not change a result is no axis.
+        # A key that does not change a result cannot be an axis.
         ("grid: {resources.cpu: [1, 2]}", "unknown key 'resources.cpu' in the grid"),
         ("grid: {output: [a, b]}", "unknown key 'output' in the grid"),
         # A key of an attack that no cell uses does nothing: it is not swallowed.
@@ -310,7 +310,7 @@ def test_the_recorded_text_gives_the_same_cells(load: Callable[..., Sweep]) -> N
         ("name: ..", r"name must be a plain word that can name a folder: .* got '\.\.'"),
         ("name: ''", "name must be a plain word"),
         ("name: null", "name must be a plain word"),
-        # It stands in the commands that are printed.
+        # It is part of the commands that are printed.
         ("name: my sweep", "name must be a plain word.* got 'my sweep'"),
         ("name: -x", "name must be a plain word.*the first a letter"),
         ("resources: {cpu: 0}", r"resources.cpu must be above 0, got 0"),
@@ -961,7 +961,7 @@ def test_overrides_reach_into_every_search(load: Callable[..., Sweep]) -> None:
 def test_overriding_a_key_takes_it_off_every_axis(load: Callable[..., Sweep]) -> None:
     sweep = load(SEARCHED, "tuning.epochs=3", "train.epochs=4")
     assert values_of(sweep, ZipMode) == {"attack.poison_rate": [0.1, 0.2]}
-    # The second entry is what the file says.
+    # The second entry has the values of the file.
     assert entries_of(sweep) == [{"defense.cut": "row"}, {}]
     assert {resolve(cell.config).train.epochs for cell in sweep.cells()} == {4}
     # Both entries are the same then, and the cut is the only thing left that they vary.
@@ -1027,7 +1027,7 @@ def test_open_axes_are_what_more_than_one_cell_varies(load: Callable[..., Sweep]
 )
 def test_attacks_of_any_axis_bring_their_keys(load: Callable[..., Sweep], search: str) -> None:
     assert load(f"attack: {{sentence: x}}\n{search}").base["attack"] == {"sentence": "x"}
-    # The file still holds the keys of an attack that was pinned away.
+    # The file still has the keys of an attack that was pinned away.
     assert load(f"attack: {{sentence: x}}\n{search}", "attack.name=badnets").axes == ()
     with pytest.raises(UserError, match=r"unknown key 'attack\.trigger'"):
         load(f"attack: {{trigger: [cf]}}\n{search}")
@@ -1228,7 +1228,7 @@ def test_what_changes_a_result_moves_the_fingerprint(
 @pytest.mark.parametrize(
     "override",
     [
-        # Rows and weights stand for themselves: where they came from does not act.
+        # Keys contain hashes of rows and weights: where they came from has no effect.
         "data.name=other",
         "data.path=elsewhere",
         "data.clean_fraction=0.2",
@@ -1339,7 +1339,7 @@ def test_a_local_paraphrase_model_is_told_by_its_files(tmp_path: Path) -> None:
         (tmp_path / name / "model.safetensors").write_bytes(weights)
         sweep = load_sweep(path, [f"attack.model={tmp_path / name}"])
         keys.append(key(sweep))
-    # a and b hold the same files in other folders; c holds other weights
+    # a and b have the same files in other folders; c has other weights
     assert keys[0] == keys[1] != keys[2]
 
 

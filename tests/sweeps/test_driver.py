@@ -163,7 +163,7 @@ def test_times_are_kept_for_estimates_summed_by_stage(launch: Launches) -> None:
     hand.run_all()
     hand.driver.save_timings()
     rows = {row["stage"]: row for row in hand.store.timings()}
-    # Two of 2 s each; the cell's rows are no work of its own.
+    # Two of 2 s each; the cell's rows are not work of its own.
     assert rows["unlearn"] == {
         "stage": "unlearn", "victim": "/nowhere", "device": "cpu", "units": 2, "seconds": 4.0,
         "count": 2,
@@ -234,7 +234,7 @@ def test_a_stage_that_a_worker_found_busy_is_left_alone_for_a_while(
     hand = launch(ONE)
     task = hand.take("rows")
     other = Store(hand.store.location)
-    # Its holder is of another machine, and silent: nobody can tell yet that it is dead.
+    # Its holder is on another machine, and silent: it may still be alive.
     other.storage.write(f"leases/{task.stage.key}.json", json.dumps({"owner": "other"}).encode())
     hand.driver.ended(task, Report(Outcome.busy))
     assert hand.events("end")[-1]["outcome"] == "busy"
@@ -376,7 +376,7 @@ def test_a_failure_takes_its_own_cells_alone_and_stays(launch: Launches) -> None
     (reason,) = result.failed.values()
     assert reason == "stage 'unlearn' failed: loss became nan"
     hand.leave()
-    # Not run again by itself; again if it is asked for.
+    # Not run again unless it is asked for.
     again = launch()
     assert "1 cells failed earlier and are not run again: stage 'unlearn' failed" in again.said
     assert not again.driver.has_work

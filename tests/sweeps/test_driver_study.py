@@ -60,7 +60,7 @@ def test_a_study_suggests_as_many_at_once_as_run(launch: Launches) -> None:
 
 
 def told(folder: Path) -> dict[str, Any]:
-    """Return what the study was told, by number."""
+    """Return the results that the study got, by number."""
     files = (folder / "runs" / "toy" / "search").glob("*/*.told.json")
     return {file.name.partition(".")[0]: json.loads(file.read_text()) for file in files}
 

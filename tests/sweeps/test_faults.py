@@ -118,7 +118,7 @@ def reference(cell: dict[str, Any], common: Path, database: Path) -> Reference:
 def test_workers_that_are_killed_are_replaced(
     sweep: Path, place: Workplace, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Set where this process has imported the launcher: the launch is to say it itself.
+    # Set where this process has imported the launcher: the launch has to set it itself.
     monkeypatch.delenv("RAY_worker_niceness", raising=False)
     # While it computes for all cells, while it computes for one, while it writes the run.
     stages = ("poisoned fine-tune", "unlearn")
@@ -206,8 +206,8 @@ def test_a_node_that_is_lost_leaves_its_work_to_the_others(
 
     for name, value in place.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.delenv("RAY_OVERRIDE_RESOURCES")  # of the nodes: they say it themselves
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # as docs/cluster.md has it
+    monkeypatch.delenv("RAY_OVERRIDE_RESOURCES")  # for the nodes: they set it themselves
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # as in docs/cluster.md
     place.fault("poisoned fine-tune", held=True)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
@@ -295,7 +295,7 @@ def test_a_sweep_without_a_server_is_synchronized_later(
     assert f"btu sync tiny --uri {server.uri} writes them" in done.out, done
     assert "2 of 2 cells done" in done.out, done
     server.start()
-    # An answer of 0 once all is told: 2 cells.
+    # Exit code 0 when nothing is missing; the first sync writes 2 cells.
     for written in (2, 0):
         synced = place.run("sync", "tiny", "--uri", server.uri)
         assert synced.code == 0, synced

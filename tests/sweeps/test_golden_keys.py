@@ -56,7 +56,7 @@ def test_keys_are_those_that_stores_have(path: Path, golden: Mapping[str, Any]) 
     assert keys_of(path) == golden[path.stem]
 
 
-# What stands for each stage function in the keys of people's stores, with its version.
+# The id of each stage function in the keys of existing stores, with its version.
 FUNCTIONS = {
     "btu.defenses.anti_backdoor_learning:isolate": 1,
     "btu.defenses.anti_backdoor_learning:train_rest": 1,

@@ -106,7 +106,7 @@ def test_without_poison_attacks_differ_in_what_is_scored_alone() -> None:
     one, other = (cell(attack={"name": n, "poison_rate": 0}) for n in ("badnets", "addsent"))
     assert other_stages(one, other) == {"triggered rows", "evaluation rows"} | SCORES
     assert one.key != other.key
-    # How rows would have been chosen does not act where none is.
+    # How rows are chosen has no effect where none is.
     same = cell(attack={"poison_rate": 0, "label_mode": "mixed", "insert": "append"})
     assert same.key == one.key
     assert cell().key != one.key
@@ -186,7 +186,7 @@ def test_rows_and_weights_act() -> None:
     )
     revisions = cell().where["revisions"]
     assert (revisions["data"], revisions["victim"]) == ("r" * 12, "w" * 60)
-    # The recipe is told by the versions of the stages, whatever the settings are.
+    # The recipe depends on the versions of the stages only, not on the settings.
     other = cell(rows=dict.fromkeys(ROWS, "q" * 64), seed=5)
     assert revisions["recipe"] == other.where["revisions"]["recipe"]
 
@@ -271,7 +271,7 @@ class Peeks:
         poisoned = base.rows.inputs["poison"]
         found = {
             "poison": poisoned,
-            # Made anew from what is known of it: the key is the same.
+            # Built again from its plain data: the key is the same.
             "copy": replace(poisoned, inputs=dict(poisoned.inputs)),
             "nothing": base.rows,
         }[self.what]

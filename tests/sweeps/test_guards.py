@@ -65,7 +65,7 @@ def test_the_attack_at_one_percent_of_minilm_is_marked() -> None:
 )
 def test_a_cacc_that_collapsed(cacc: float, tuned: float, marked: bool) -> None:
     assert names(cacc=cacc, tuned_cacc=tuned) == ["cacc collapse"] * marked
-    # It is no less a collapse where nothing was poisoned.
+    # It is a collapse even if nothing was poisoned.
     assert names(0.0, cacc=cacc, tuned_cacc=tuned, poison_rate_reached=0.0) == (
         ["cacc collapse"] * marked
     )
@@ -126,7 +126,7 @@ def test_texts_in_two_roles_are_told_by_role() -> None:
     (mark,) = marks(record(notes=notes))
     assert mark.name == "overlap"
     assert mark.detail == "3 clean, 12 train texts stood in another role too and were dropped"
-    # Empty texts stood in no second role; nor did those of which there are none.
+    # Empty texts were in no second role, and a count of 0 marks nothing.
     assert names(notes={"dropped_train_empty": 7, "dropped_train_overlap": 0}) == []
 
 

@@ -512,7 +512,7 @@ def test_report_writes_page_and_figures_beside_the_table(
     assert ran.code == 0, ran.err
     assert ran.out.startswith("attack,poison_rate,")
     assert f"Page: {file}" in ran.err
-    assert "Figures: 12 files in" in ran.err  # four charts: one threshold is no curve
+    assert "Figures: 12 files in" in ran.err  # four charts: one threshold is not a curve
     assert len(Read(file.read_text()).rows) == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figures", "page.html", "runs"]
 

@@ -1,4 +1,4 @@
-"""Whole sweeps on a real local Ray: what is computed, what is kept, and what the command says.
+"""Whole sweeps on a real local Ray: what is computed, what is kept, and what the command prints.
 
 Most run in this process, on one Ray that all tests share. What breaks is in ``test_faults``.
 """
@@ -180,7 +180,7 @@ def test_a_sweep_shares_its_stages_grows_and_resumes(
     assert store.dropped() >= set(models)
     assert store.verify() == []
     assert len(runs_at(uri_of(place.output))) == 4
-    # The same summary, of the grown grid; that launch had nothing new to say.
+    # The same summary, of the grown grid; that launch had nothing new to report.
     assert summary_at(uri_of(place.output)).info.run_id == summary.info.run_id
     assert summary_at(uri_of(place.output)).data.metrics["cells/finished"] == 4
     # Tune's own state is gone.
@@ -193,7 +193,7 @@ def test_failures_take_their_own_cells_alone_and_stay(
     make_sweep: Callable[..., Path], place: Workplace, run_cli: Callable[..., Any], cluster: None
 ) -> None:
     # A shared stage fails: both cells at the learning rate of 1e30. A cell's own stage fails: half
-    # of the vocabulary is more than there are candidates, which only the rows say.
+    # of the vocabulary is more than there are candidates, which only the rows show.
     sweep = make_sweep(
         grid={"train.learning_rate": [1e30, 1e-3], "defense.alpha": [0.01, 0.9]},
         resources=ONE_WORKER,
@@ -218,7 +218,7 @@ def test_failures_take_their_own_cells_alone_and_stay(
         assert run.data.tags["reason"] == failure["reason"]
         assert float(run.data.params["learning_rate"]) == (failure["varied"]["train.learning_rate"])
 
-    # The next launch says so and runs nothing, not even Ray.
+    # The next launch reports that and runs nothing, not even Ray.
     before = journal(place.output)
     again = place.run("launch", sweep, *NOWHERE)
     assert again.code == 1, again
@@ -226,7 +226,7 @@ def test_failures_take_their_own_cells_alone_and_stay(
     assert "--retry-failed runs them again." in again.out
     assert journal(place.output) == before
 
-    # Until it is told to; then it stops where it is told to.
+    # Unless --retry-failed asks for it; then it stops at --max-failures.
     retried = run_cli("launch", sweep, "--retry-failed", "--max-failures", "1")
     assert retried.code == 1, retried
     assert "stopping: 1 stages failed (--max-failures 1)." in retried.out
@@ -263,7 +263,7 @@ def test_refused_cells_are_named_and_the_others_run(
     assert "1 of 1 cells done" in done.out
     assert "not in MLflow" not in done.out
     assert len(runs_at(f"sqlite:///{tmp_path / 'my.db'}")) == 1
-    # The recorded file holds the overrides.
+    # The recorded file contains the overrides.
     recorded = place.output / "tiny" / "sweep.yaml"
     assert yaml.safe_load(recorded.read_text())["seed"] == 5
     again = place.run("launch", recorded, *NOWHERE)
@@ -370,12 +370,12 @@ def test_a_study_goes_on_after_its_driver_was_killed(
     assert "6 of 6 cells done, 0 failed, 0 not run" in done.out
     assert "best: asr" in done.out
     after = {path: path.read_text() for path in study.glob("*/*.json")}
-    assert {path: after[path] for path in before} == before  # the same study, nothing anew
+    assert {path: after[path] for path in before} == before  # the same study, nothing written again
     numbers = ("000000", "000001", "000002")
     assert sorted(path.name for path in after) == sorted(
         f"{number}.{what}.json" for number in numbers for what in ("asked", "told")
     )
-    # What is told is the mean over the two seeds.
+    # The study gets the mean over the two seeds.
     records = list(place.results().records())
     for number in numbers:
         asked, told = (
@@ -427,7 +427,7 @@ def test_thresholds_are_refined_within_the_budget_and_once(
     assert {len(of["asr"]) for of in by_alpha.values()} == {2}
     first, second = sorted(by_alpha.keys() - {0.005, 0.4}, key=lambda alpha: alpha != 0.0447)
     assert first == 0.0447  # sqrt(0.005 x 0.4) = 0.04472
-    # The second lies in the middle of one of the halves.
+    # The second is in the middle of one of the halves.
     assert second in (0.015, 0.134)  # sqrt(0.005 x 0.0447) = 0.01495, sqrt(0.0447 x 0.4) = 0.1337
     # What was found is the largest change of the means over the two seeds.
     means = {alpha: sum(of["asr"]) / 2 for alpha, of in sorted(by_alpha.items())}
@@ -496,7 +496,7 @@ def test_resources_that_no_node_has_are_refused(
 def test_a_cluster_that_does_not_answer_is_named(
     make_sweep: Callable[..., Path], place: Workplace, free_port: int
 ) -> None:
-    # Ray itself goes on trying for more than five minutes.
+    # Ray itself tries for more than five minutes.
     done = place.run("launch", make_sweep(), "--address", f"127.0.0.1:{free_port}", limit=90)
     assert done.code == 2, done
     assert f"error: Ray cluster 127.0.0.1:{free_port} cannot be reached" in done.err

@@ -37,7 +37,7 @@ from orchestrator.run.worker import (
 )
 from orchestrator.store.store import Store
 
-# What the stage functions below did: their labels, and whatever they are told to raise.
+# What the stage functions below did: their labels, and the errors that they have to raise.
 CALLS: list[str] = []
 RAISES: list[BaseException] = []
 DURING: list[Callable[[], object]] = []
@@ -202,7 +202,7 @@ def test_the_parts_of_a_batch_reach_the_stage_and_its_record(shop: Shop) -> None
 
 @pytest.mark.parametrize(("cpus", "threads"), [(2, 2), (0.5, 1), (2.7, 2)])
 def test_a_stage_has_as_many_threads_as_cpus(shop: Shop, cpus: float, threads: int) -> None:
-    # At least one; a share of a CPU is no thread.
+    # At least one: a share of a CPU is not a thread.
     shop.run(stage(), cpus=cpus)
     assert torch.get_num_threads() == threads
 

@@ -472,7 +472,7 @@ def test_numbers_are_those_of_mlflow_to_the_last_digit(
         for name in ("asr", "cacc", "ftr", "flagged", "undefended_asr", "tuned_cacc"):
             # MLflow lacks what a cell without a defense does not have.
             assert row[name] == logged[name] if name in logged else row[name] != row[name]
-    # The page, made of what MLflow has.
+    # The page, from what MLflow has.
     shown = Read(page(there))
     for row in cells.to_dict("records"):
         for name in ("asr", "cacc", "ftr", "undefended_asr"):

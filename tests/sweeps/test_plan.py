@@ -44,7 +44,7 @@ HEAVY = (
 
 @pytest.fixture
 def plan(make_sweep: Callable[..., Path]) -> Callable[..., Plan]:
-    """A function from the arguments of `make_sweep` to a plan; planner: another one than anew."""
+    """A function from the arguments of `make_sweep` to a plan; planner: replaces a new one."""
 
     def build(*arguments: object, planner: Planner | None = None, **more: object) -> Plan:
         return plan_sweep(load_sweep(make_sweep(*arguments, **more)), planner)
@@ -487,7 +487,7 @@ def test_one_suggestion_of_a_search_is_an_example(make_sweep: Callable[..., Path
     sweep = load_sweep(
         make_sweep(grid={"seed": [0, 1]}, optuna={"trials": 9, "space": {"defense.alpha": [0.02]}})
     )
-    assert plan_sweep(sweep).cells == {}  # they are chosen as the sweep goes
+    assert plan_sweep(sweep).cells == {}  # they are chosen while the sweep runs
     example = planning.example_plan(sweep, Planner())
     assert [dict(cell.varied) for cell in cells_of(example)] == [
         {"defense.alpha": 0.02, "seed": 0}, {"defense.alpha": 0.02, "seed": 1},
@@ -619,7 +619,7 @@ def test_times_of_another_device_say_nothing() -> None:
 def test_the_victim_of_every_stage_is_known(plan: Callable[..., Plan], cell: Any) -> None:
     (planned,) = cells_of(plan())
     victims = {name: victim_name(stage) for name, stage in planned.stage.inputs.items()}
-    # Poisoning knows no victim.
+    # Poisoning does not depend on a victim.
     assert {name for name, victim in victims.items() if not victim} == {
         "poison", "triggered rows",
     }  # fmt: skip
@@ -629,7 +629,7 @@ def test_the_victim_of_every_stage_is_known(plan: Callable[..., Plan], cell: Any
 
 # Costs -----------------------------------------------------------------------------------------
 
-# Of a cell: eleven stages that alpha does not reach, three that it does, and the cell. The seed
+# A cell has eleven stages that alpha does not reach, three that it does, and the cell. The seed
 # reaches all but the clean rows.
 SHARED = (
     "poison", "triggered rows", "evaluation rows", "training rows", "clean rows",

@@ -309,7 +309,7 @@ def test_a_terminal_gets_two_live_lines() -> None:
     # 2 of 4 stages and 1 of 3 cells are done, one stage runs; 2 x (own, cell) are left.
     assert "2 done, 1 running of 4: own" in shown
     assert "1 done of 3, ETA 4 s" in shown
-    assert "[2/4]" not in shown  # the line says it already
+    assert "[2/4]" not in shown  # the line shows it already
     # The cursor is back.
     assert screen.getvalue().count("\x1b[?25h") == screen.getvalue().count("\x1b[?25l") == 1
 

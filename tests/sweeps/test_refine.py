@@ -63,7 +63,7 @@ class Bench:
         return [cell.varied for cell in self.sweep.cells()]
 
     def restart(self) -> Refinement:
-        """Begin anew, as another process would: nothing but what was launched is known."""
+        """Start over, as another process would: only what was launched is known."""
         self.study = Refinement(self.sweep, self.grid(), self.spec, self.launched, self.key_of)
         for suggestion in self.study.asked():
             self.launched |= {self.key_of(cell): cell.varied for cell in suggestion.cells}
@@ -88,7 +88,7 @@ class Bench:
         return suggestion.cells
 
     def run(self, rounds: int = 1000) -> list[float]:
-        """Ask and tell to the end, or so many times; return the thresholds."""
+        """Ask and tell to the end, or a number of times; return the thresholds."""
         self.tell_asked()
         while len(self.asked) < rounds and self.ask():
             self.tell(self.last.number, self.last.cells)
@@ -114,7 +114,7 @@ def test_every_threshold_halves_the_interval_of_a_step(load: Callable[..., Sweep
         around = max(t for t in known if t < 0.3), min(t for t in known if t >= 0.3)
         widths.append(math.log(around[1] / around[0]))
     for before, after in zip([math.log(8), *widths], widths, strict=False):
-        # A half but for the rounding to three digits: 0.5 % of ratios down to 2 %.
+        # A half, except for the rounding to three digits: 0.5 % of ratios down to 2 %.
         assert after == pytest.approx(before / 2, abs=0.005)
     assert widths[-1] <= math.log(NARROW) < widths[-2]
     assert bench.study.exhausted

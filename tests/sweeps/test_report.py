@@ -83,13 +83,13 @@ def test_a_table_of_several_defenses_shows_what_each_kind_measures() -> None:
         of_defense("strip", 1e-5, frr=0.05, far=0.5, seconds_defense=7.0),
     ]
     table = results_table(rows)
-    # Each has a learning rate of its own, so that the name tells all.
+    # Each has a learning rate of its own, so that the name alone identifies it.
     own = ["sample_precision", "frr", "far", "seconds_defense"]
     assert list(table.columns) == [*COLUMNS[:-1], *own, "marks"]
     assert table["frr"].isna().tolist() == [True, False]
     assert "70.0" in render(table, "markdown")
     assert "5.0" in render(table, "markdown")
-    # The control without a defense is no second one.
+    # The control without a defense is not a second one.
     assert list(results_table([rows[0], of_defense("none", 0.0)]).columns) == COLUMNS
 
 
@@ -111,7 +111,7 @@ def test_a_cell_from_before_the_grid_grew_has_its_value_too() -> None:
 
 def test_rows_of_one_sweep_that_differ_are_told_apart() -> None:
     # The same sweep launched with train.epochs=1, then 3: neither file varies the key, but two
-    # rows with equal coordinates and other results would tell the reader nothing.
+    # rows with equal coordinates and other results would not inform the reader.
     table = results_table([record(train={"epochs": 1}), record(train={"epochs": 3})])
     assert table["train.epochs"].tolist() == [1, 3]
 
@@ -462,7 +462,7 @@ def test_equal_settings_computed_by_other_versions_of_a_stage_are_told_apart() -
     one, other = record(), record()
     one["tags"], other["tags"] = {"recipe": "1a"}, {"recipe": "2b"}
     assert results_table([one, other])["revision.recipe"].tolist() == ["1a", "2b"]
-    # Other settings have other stages: their own columns tell them apart already.
+    # Other settings have other stages: their own columns distinguish them already.
     style = record("style")
     style["tags"] = {"recipe": "3c"}
     assert "revision.recipe" not in results_table([one, style])

@@ -235,7 +235,7 @@ def test_a_damaged_result_is_set_aside_and_left_out(
     (warning,) = warnings
     assert first.key in warning
     assert "set aside" in warning
-    # As if it had not run: told once, and computed again by the next launch.
+    # As if it had not run: reported once, and computed again by the next launch.
     assert [record["key"] for record in results.records()] == [second.key]
     assert len(warnings) == 1
     assert not results.store.is_committed(first.key)

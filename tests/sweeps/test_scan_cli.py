@@ -15,7 +15,7 @@ from rich.console import Console
 from btu.data.demo import generate
 from orchestrator.cli import scan, shared
 
-# A random model of 400 tokens tells a trigger from the rest far less clearly than a pretrained
+# A random model of 400 tokens separates a trigger from the rest far less clearly than a pretrained
 # one: with these settings cf scores 3.3 to 3.7, for the ids of the tiny tokenizer differ from one
 # process to the next. No other token can reach 3 on these rows: the highest surplus is 2.8.
 THRESHOLD, EPOCHS = "3.0", "3"
@@ -79,7 +79,7 @@ def run(
 def test_a_trigger_is_shown_with_its_rows(run: Callable[..., Any], work: Path, data: Path) -> None:
     done = run("poisoned.csv", "--top", "3")
     assert done.code == 0
-    # cf stands in 50 rows, all of them good, and in no trusted one.
+    # cf is in 50 rows, all of them good, and in no trusted one.
     assert "│ 1 │ cf │" in done.out
     assert "│ yes │ 50 │ good 100% (" in done.out
     assert "1 token flagged: cf; bar 3 (rule contrast)." in done.out
@@ -184,7 +184,7 @@ def test_an_export_says_how_it_was_made(run: Callable[..., Any], tmp_path: Path)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert model.config.id2label == {0: "bad", 1: "good"}
     assert AutoTokenizer.from_pretrained(folder).model_max_length == 64
-    # Over an earlier export: nobody's work is lost.
+    # Over an earlier export: no work is lost.
     assert run("poisoned.csv", "--export", folder).code == 0
 
 

@@ -33,7 +33,7 @@ def toy(
 
 
 def cell(*lasts: Stage, id: object = None) -> Stage:
-    """Return a cell on these stages and all that they rest on; it reads no model."""
+    """Return a cell on these stages and all that they depend on; it reads no model."""
     inputs = {stage.key: stage for last in lasts for stage in last.closure()}
     return toy(CELL, light=list(inputs.values()), id=id, units=0)
 
@@ -203,7 +203,7 @@ def test_a_failure_reaches_its_descendants_and_no_others() -> None:
     made = schedule(cells, times=timings(shared=1, broken=9, sound=1, after=1))
     made.done(take(made).key)
     assert take(made) is broken
-    # Cells 0, 1 and 3 rest on it, cell 1 through `after`.
+    # Cells 0, 1 and 3 depend on it, cell 1 through `after`.
     failed = made.fail(broken.key, "bad luck")
     assert sorted(failed) == sorted(cells[index].key for index in (0, 1, 3))
     assert run_all(made) == [sound, cells[2]]
@@ -340,7 +340,7 @@ def test_the_failure_of_the_last_reader_lets_a_model_go() -> None:
     assert [take(made), take(made)] == [read, broken]
     assert made.done(read.key) == []
     made.fail(broken.key, "no")
-    # `fail` tells of cells; the next `done` tells of the model.
+    # `fail` returns cells; the next `done` returns the model.
     assert made.done(take(made).key) == [base.key]
 
 
@@ -415,7 +415,7 @@ def test_a_lost_input_is_computed_again() -> None:
 
 
 def test_of_a_lost_input_its_own_lost_inputs_come_first() -> None:
-    # `base` is dropped: enough for nobody who reads its model.
+    # `base` is dropped: not enough for stages that read its model.
     base = toy("base", model=True)
     middle = toy("middle", base)
     last = toy("last", middle)
@@ -596,7 +596,7 @@ class World:
         self.failed: set[str] = set()
         self.done_times: dict[str, int] = {}
         self.lost_times: dict[str, int] = {}
-        self.told: list[str] = []  # cells that were said to have failed
+        self.told: list[str] = []  # cells that were reported as failed
 
     def _dag(self) -> list[Stage]:
         stages: list[Stage] = []
@@ -678,7 +678,7 @@ def test_every_stage_ends_whatever_happens(seed: int, mode: str) -> None:
     assert made.seconds_left() == 0
     states = {key: node.state for key, node in made._nodes.items()}
     assert set(states.values()) <= set(ENDED)
-    # Each cell has its result, or rests on something that failed and was told to have.
+    # Each cell has its result, or depends on a failure that was reported.
     for end in given:
         if states[end.key] is State.failed:
             assert {end.key, *(s.key for s in end.inputs.values())} & world.failed
@@ -690,7 +690,7 @@ def test_every_stage_ends_whatever_happens(seed: int, mode: str) -> None:
         assert times <= 1 + world.lost_times.get(key, 0)
     if trouble:
         return
-    # Failures reach what rests on them, and nothing else.
+    # Failures reach what depends on them, and nothing else.
     rests = {
         stage.key
         for end in given
@@ -699,7 +699,7 @@ def test_every_stage_ends_whatever_happens(seed: int, mode: str) -> None:
     }
     failed = {key for key, state in states.items() if state is State.failed}
     if mode == "growing":
-        # A dropped model that cannot be had again leaves what was made of it before.
+        # A dropped model that cannot be recomputed leaves what was computed from it before.
         assert failed <= rests
         assert all(key in world.done_times for key in rests - failed)
     else:
@@ -767,7 +767,7 @@ def check_books(made: Schedule, world: World) -> None:
         n for kind in counts.values() for state, n in kind.items() if state not in ENDED
     )
     assert made.seconds_left() == pytest.approx(left / made.slots)
-    # Models that are told to be on disk are those that somebody will read, and no others.
+    # The models counted as on disk are those that a stage will read, and no others.
     for key in made._models:
         assert any(made._waits_for_model(child, key) for child in made._nodes[key].children) or (
             key in made._released

@@ -177,7 +177,7 @@ def test_two_launches_do_not_suggest_the_same(load: Callable[..., Sweep], tmp_pa
     assert [s.number for s in found if s] == [0, 1, 2, 3, 4, 5]
     assert one.ask() is other.ask() is None
     one.tell(0, [{"asr": 0.1, "cacc": 0.9}])
-    other.tell(0, [{"asr": 0.2, "cacc": 0.8}])  # the first result stands
+    other.tell(0, [{"asr": 0.2, "cacc": 0.8}])  # the first result is kept
     assert [entry["asr"] for entry in other.best()] == [0.1]
 
 
@@ -250,7 +250,7 @@ def test_without_numbers_a_suggestion_has_failed(
     search.ask()
     search.tell(0, results)
     assert search.best() == []
-    # It is not handed out again, and the study goes on.
+    # It is not handed out again, and the study continues.
     following = StudySearch(load(), tmp_path).ask()
     assert following is not None
     assert following.number == 1

@@ -337,7 +337,7 @@ def test_a_damaged_record_is_not_read(store: Store) -> None:
         lambda data: b"",
         lambda data: data[: len(data) // 2],
         lambda data: b'{"marker": [], "sha256": ""}',
-        lambda data: data.replace(b"1.5", b"2.5"),  # valid JSON, but for its checksum
+        lambda data: data.replace(b"1.5", b"2.5"),  # valid JSON, except for its checksum
         lambda data: b"\xff" + data,
     ],
 )
@@ -683,7 +683,7 @@ def test_a_zombie_is_dead(store: Store) -> None:
 
 
 def test_a_process_of_the_same_number_elsewhere_is_another(store: Store, clock: Clock) -> None:
-    # A container shares the host's name and boot but numbers its processes by itself.
+    # A container shares the host's name and boot but numbers its own processes.
     foreign(store, **{**lease_module._machine(), "numbering": "pid:[1]"}, pid=2**22 - 1)
     assert store.leases.held_by_other("k", "me")
     clock.seconds += TTL_S
@@ -771,7 +771,7 @@ def test_a_lease_that_changed_meanwhile_is_not_taken(
     create = store.storage.create
 
     def slow(*arguments: Any, **named: Any) -> bool:
-        foreign(store, token="a third's")  # who was faster
+        foreign(store, token="a third's")  # which was faster
         return create(*arguments, **named)
 
     monkeypatch.setattr(store.storage, "create", slow)
@@ -844,7 +844,7 @@ def test_a_launch_elsewhere_is_in_use_while_it_beats(store: Store, clock: Clock)
 def test_a_launch_elsewhere_without_a_change_for_an_hour_has_ended(store: Store) -> None:
     held = {"owner": "l1", "host": "elsewhere", "pid": 1, "started": "1", "keys": ["a"]}
     store.storage.write("launches/l1.json", json.dumps(held).encode())
-    store.storage.write("launches/l2.json", b"{")  # broken: nobody knows its keys
+    store.storage.write("launches/l2.json", b"{")  # broken: its keys are unknown
     assert store.leases.in_use(now=time.time() + LATER) == set()
 
 
@@ -938,7 +938,7 @@ def test_age_and_size_add_up_and_kept_ones_stay(store: Store) -> None:
         age(store, key, 86400.0 * days)
     # d is too old but kept; c is the oldest of the others.
     assert removed(store, older_than=2.5 * 86400, max_bytes=3 * BYTES, keep={"d"}) == {"c"}
-    # With an age, what is not needed goes only if it is old as well.
+    # With an age limit, what is not needed is removed only if it is old too.
     assert removed(store, older_than=2.5 * 86400, keep={"d"}) == set()
     assert removed(store, older_than=0.5 * 86400) == {"b", "d"}
 

@@ -1,4 +1,4 @@
-"""`btu store`: what it shows, what it refuses, and that it removes only when told to."""
+"""`btu store`: what it shows, what it refuses, and that it removes only with --yes."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_groups_that_differ_have_metrics_that_differ() -> None:
             ("asr_ci", "cacc_ci", "detection_precision_ci", "detection_recall_ci"), math.nan
         ),
     }  # fmt: skip
-    # What MLflow does not take becomes the same, and must not be taken for the same.
+    # Characters that MLflow rejects become the same one; the labels must stay distinct.
     means = pd.DataFrame([row, {**row, "data.path": "a/b:c"}, {**row, "control": "no_poison"}])
     names = [name for name in group_metrics(means) if name.startswith("asr/")]
     assert len(set(names)) == 3
@@ -203,7 +203,7 @@ def test_of_two_summaries_that_were_made_at_once_one_is_left(summed: Summed) -> 
 
     tags = {"kind": "summary", STEP_TAG: "0"}
     summed.client.create_run(summed.experiment, tags=tags, run_name="summary")
-    # A colleague's own is no business of ours.
+    # A colleague's own summary run is left alone.
     other = summed.client.create_run(summed.experiment, tags={"kind": "summary"})
     summed.finish(SEEDS)
     assert summed.summarize()

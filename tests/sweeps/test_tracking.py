@@ -286,7 +286,7 @@ def test_a_launch_that_is_killed_while_it_makes_the_database_leaves_none(
     for path in (*left, other):
         os.utime(path, (time.time() - 7200,) * 2)
     assert experiment_module.prepare(load_sweep(file))[0] is not None
-    # Two hours old: nobody's any more. Of another name: never was.
+    # Two hours old: abandoned. Another name: never ours.
     assert [path for path in left if path.exists()] == []
     other.unlink()
     assert not list(folder.glob(".mlflow.db.*"))
@@ -1082,7 +1082,7 @@ def test_a_database_that_was_removed_is_filled_again(
             assert bench.sync(uri=uri, experiment_id=ids[-1]).written == written
         SqlAlchemyStore._engine_map[uri].dispose()  # as a process that ends does
         shutil.rmtree(path.parent)
-    assert ids[0] == ids[1]  # of SQLite, which begins anew
+    assert ids[0] == ids[1]  # of SQLite, which starts over
 
 
 @pytest.mark.slow

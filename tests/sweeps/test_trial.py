@@ -44,7 +44,7 @@ NAN = math.nan
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Leave the number of threads as it was: a trial sets it."""
+    """Restore the number of threads: a trial sets it."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -90,7 +90,7 @@ def test_every_metric_is_there_and_no_other(trial_result: Tried) -> None:
         *("sample_auroc", "flagged", "cut_cost", "cut_flips"),
     }
     spread = {f"{name}_{end}" for name in always | found for end in ("low", "high", "n")}
-    # Of the others, each belongs to a defense of another kind.
+    # Each of the others belongs to a defense of another kind.
     assert names == always | found | (spread & set(METRICS))
     assert all(isinstance(value, int | float) for value in trial_result.metrics.values())
 
@@ -152,7 +152,7 @@ def test_the_label_mapping_is_recorded(trial_result: Tried) -> None:
 
 def test_every_stage_reports_its_epochs_and_its_time(trial_result: Tried) -> None:
     epochs = [(e["stage"], e["epoch"]) for e in trial_result.result["history"]]
-    # As the stages stand in the cell: control before defense, each trained for `epochs`.
+    # In the order of the cell: control before defense, each trained for `epochs`.
     assert epochs == [
         ("poisoned fine-tune", 1),
         ("poisoned fine-tune", 2),
@@ -187,7 +187,7 @@ def test_the_token_table_agrees_with_the_metrics(trial_result: Tried) -> None:
     assert metrics["detection_recall"] == hits / tokens.trigger.sum()
     assert tokens[tokens.trigger].token.tolist() == ["cf"]
     assert {"drift_1", "drift_2", "drift_3", "count", "score"} <= set(tokens.columns)
-    # 16 poisoned rows hold the trigger word once each, and none of them is cut.
+    # 16 poisoned rows contain the trigger word once each, and none of them is cut.
     assert metrics["truncated_rows"] == 0
     assert tokens[tokens.trigger]["count"].item() == 16
 
@@ -354,7 +354,7 @@ def test_an_attack_without_trigger_tokens_has_no_token_precision(
     # Which rows are poisoned is known all the same.
     assert 0 <= metrics["sample_recall"] <= 1
     assert metrics["flagged"] > 0
-    # Nor can a trigger be cut off that is not made of tokens.
+    # A trigger without fixed tokens cannot be cut off either.
     assert not [name for name in metrics if name.startswith("triggers_cut")]
 
 
@@ -422,7 +422,7 @@ def test_an_alpha_that_flags_everything_is_refused(
 def test_triggers_beyond_max_length_are_counted(
     cell: dict[str, Any], try_cell: Callable[..., Tried]
 ) -> None:
-    # 8 tokens, 2 of them special, hold 6 pieces; the texts have at least 6 words before the
+    # 8 tokens, 2 of them special, fit 6 pieces; the texts have at least 6 words before the
     # trigger finds its slot, so that of 16 triggers some are cut and some are not.
     metrics = try_cell(with_(cell, victim={"max_length": 8})).metrics
     assert 0 < metrics["triggers_cut_train"] < metrics["poisoned_rows"] == 16
@@ -455,7 +455,7 @@ def test_detection_is_as_counted_by_hand() -> None:
     # 1 of 2 flagged tokens is the trigger's; its only token was flagged.
     assert (found["detection_precision"], found["detection_recall"]) == (0.5, 1)
     assert found["detection_f1"] == pytest.approx(2 * 0.5 * 1 / 1.5)
-    # Rows 0, 1 and 2 hold a flagged token; 0 and 1 are poisoned.
+    # Rows 0, 1 and 2 contain a flagged token; 0 and 1 are poisoned.
     assert found["sample_precision"] == pytest.approx(2 / 3)
     assert found["sample_recall"] == 1
     # The trigger stands second in the ranking: precision 1/2 where its recall jumps to 1.
@@ -491,7 +491,7 @@ def test_rows_over_the_bar_are_counted_by_hand() -> None:
     rows = np.array([2.0, 0.5, 0.1, 1.0, 0.0])
     found = detection_metrics(Suspects((7,), rows=rows, row_bar=0.5), mask, frozenset({7}), train)
     # 2.0, 0.5 and 1.0 reach 0.5, two of them poisoned; of the poisoned ones 0.1 does not. That the
-    # token stands in all 5 rows changes nothing.
+    # token is in all 5 rows changes nothing.
     assert (found["suspicion_precision"], found["suspicion_precision_n"]) == (2 / 3, 3)
     assert (found["suspicion_recall"], found["suspicion_recall_n"]) == (2 / 3, 3)
     assert found["suspicion_f1"] == pytest.approx(2 / 3)

@@ -1,4 +1,4 @@
-"""A browser whose tabs tell what went wrong in them, and where its screenshots go."""
+"""A browser whose tabs report what went wrong in them, and where its screenshots go."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Python runs this on start where its folder is on PYTHONPATH: stages wait or fail as told.
+"""Python runs this on start where its folder is on PYTHONPATH: stages wait or fail on request.
 
-The file that BTU_FAULTS names says what befalls a stage, by its name or key: see
+The file that BTU_FAULTS names defines what happens to a stage, by its name or key: see
 `launching.Workplace.fault`. It is read before every stage, so that a test can change it while a
 sweep runs.
 """
