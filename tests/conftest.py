@@ -59,7 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With ``--dist loadscope``: tests that share a Ray stay in one process, all others are spread.
 
-    They come first, since they take long; the others fill up what time the processes have.
+    They come first, since they take long; the others fill up the remaining time of the processes.
     """
     if config.getoption("dist") != "loadscope":
         return None
@@ -124,8 +124,8 @@ def _texts() -> list[str]:
 def _pieces(words: int, pairs: int = 140) -> tuple[list[str], list[str], list[str]]:
     """Return the signs of the corpus, its commonest words, and pairs of letters in the others.
 
-    Not from a trainer of word pieces or unigrams: they order equals otherwise in every process, and
-    the vocabulary acts on whatever is measured, and on the keys of cells.
+    Not from a trainer of word pieces or unigrams: they order equals differently in every process,
+    and the vocabulary affects everything measured, and the keys of cells.
     """
     counts = Counter(word for text in _texts() for word in re.findall(r"\w+|[^\w\s]", text))
     common = sorted((word for word in counts if len(word) > 1), key=lambda w: (-counts[w], w))
@@ -319,7 +319,7 @@ def bert(make_victim: Callable[[str], Victim]) -> Victim:
 
 @pytest.fixture
 def global_random_state() -> Iterator[None]:
-    """Fail the test if it leaves the global random states other than it found them."""
+    """Fail the test if it changes the global random states."""
     before = torch.random.get_rng_state()
     numpy_before = np.random.get_state()[1].copy()  # noqa: NPY002
     yield

@@ -16,7 +16,7 @@ from btu.types import Rows
 
 
 def screen_of(defense: Defense, prepared: Prepared, came: Stage | None = None) -> Stage:
-    """Return the stage that a screening defense ends with; came: what is asked of it."""
+    """Return the stage that a screening defense ends with; came: its input."""
     base = prepared.foundation
     asked = came or prepared.incoming
     screened: Stage = defense.screen(base, defense.stages(base), asked)  # type: ignore[attr-defined]
@@ -30,7 +30,7 @@ def own_screens(defense: Defense, prepared: Prepared) -> list[Stage]:
 
 
 def decisions(defense: Defense, prepared: Prepared, lab: Lab) -> tuple[Rows, Screened]:
-    """Compute a screen; return the texts that came in and what became of them."""
+    """Compute a screen; return its input texts and its verdicts."""
     (folder,) = lab.compute(screen_of(defense, prepared))
     return incoming_of(lab.root / prepared.incoming.key), Screened.load(folder)
 
@@ -46,7 +46,7 @@ def scores(defense: Defense, prepared: Prepared, lab: Lab) -> dict[str, Any]:
 
 
 def screened_alone(defense: Defense, prepared: Prepared, texts: list[str], root: Path) -> Screened:
-    """Return what becomes of these texts where no others come in.
+    """Return the verdicts on these texts if there are no others.
 
     root: a folder in which everything but the screen is computed already.
     """
@@ -56,7 +56,7 @@ def screened_alone(defense: Defense, prepared: Prepared, texts: list[str], root:
 
 @stage(version=1)
 def write_texts(run: Any) -> dict[str, Any]:
-    """Hand on the texts in the config as what comes in."""
+    """Write the texts in the config as the incoming ones."""
     write_table(
         run.folder / "incoming.parquet", {"text": [t.encode() for t in run.config["texts"]]}
     )

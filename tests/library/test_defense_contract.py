@@ -290,7 +290,7 @@ def test_a_defense_costs_little_where_there_is_no_poison(
     assert before["hits"] >= 0.95 * before["n"]
     after = outcome.score()["cacc"]
     if getattr(defense, "rule", None) in ("mad", "gap", "top_fraction"):
-        # With bars as low as here they flag honest words: what the default rule is there to spare.
+        # With bars as low as here they flag benign words, which the default rule spares.
         assert after["hits"] < before["hits"]
         return
     assert after["hits"] >= before["hits"] - BOUND * before["n"]
@@ -328,7 +328,7 @@ def test_each_text_is_screened_for_itself(defense: Defense, lab: Lab, tmp_path: 
     if declared.screen is None:
         assert outcome.screened is None
         return
-    # Every third text, in another order: what becomes of it is what it was.
+    # Every third text, in another order: its verdict does not change.
     came = lab.root / prepared.incoming.key
     texts = incoming_of(came).texts
     some = list(range(len(texts)))[::-3]
@@ -437,7 +437,7 @@ def test_the_foundation_does_not_say_where_the_data_are(lab: Lab) -> None:
 
 
 def test_paraphrase_columns_do_not_reach_a_defense(lab: Lab, tiny_corpus: Corpus) -> None:
-    # A column equal to the text would give the poisoned rows of style and syntactic away.
+    # A column equal to the text would reveal the poisoned rows of style and syntactic.
     assert tiny_corpus.train.columns.keys() == {"syntactic", "style"}
     prepared = lab.prepare(
         poison=PoisonSpec("style", poison_rate=0.2), attack_params={"column": None}

@@ -853,7 +853,7 @@ def test_a_second_threshold_of_a_rule_pays_for_cut_and_tuning_alone(
 
 
 def test_what_an_exposure_round_rests_on_is_what_it_was() -> None:
-    # Before there were rules, alpha alone. Drifts that were computed then are not computed again.
+    # Configs from before the rules have alpha only. Their drifts are not computed again.
     train = TrainSettings(precision="fp32")
     settings = {
         "epochs": 1,
@@ -912,7 +912,7 @@ def test_null_stands_for_the_rules_own_choice() -> None:
         found = RULES.load(rule)
         assert resolved(rule=rule)[3] == list(found.rounds)
         assert found.threshold in resolved(rule=rule)[1:3]
-    # Whoever changes one's list changes no other.
+    # Changing one list changes no other.
     assert TokenUnlearning().rounds is not TokenUnlearning().rounds
 
 
@@ -1165,6 +1165,6 @@ def test_without_poison_the_trigger_token_does_not_drift(bert: Victim, lab: Lab)
     assert outcome.table["count"][trigger] == 0
     assert trigger not in outcome.flagged
     assert np.isnan(outcome.scores[trigger])
-    # Only weight decay moves a row that no text holds: 8 steps of 1e-3 * 0.01 of its norm.
+    # Only weight decay moves a row that no text contains: 8 steps of 1e-3 * 0.01 of its norm.
     norm = float(word_rows(bert.new_model(0))[trigger].norm())
     assert outcome.table["drift_3"][trigger] == pytest.approx(8e-5 * norm, rel=0.01)

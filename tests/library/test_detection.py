@@ -41,7 +41,7 @@ def encoded(*classes: Lists) -> Encoded:
 
 
 def drifted(drift: Sequence[float], candidates: Sequence[int] | None = None) -> Evidence:
-    """What a rule needs that looks at drifts alone."""
+    """The evidence of a rule that reads drifts only."""
     allowed = np.zeros(len(drift), dtype=bool)
     allowed[list(range(len(drift)) if candidates is None else candidates)] = True
     rows = encoded([[0]], [[0]])

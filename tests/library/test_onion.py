@@ -1,4 +1,4 @@
-"""ONION: words that a language model finds out of place are taken out."""
+"""ONION: words that a language model finds out of place are removed."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_text_that_loses_words_ends_where_the_victims_window_did() -> None:
     assert without_outliers("cf ~ good x", np.array([9.0, np.nan, 2.0, np.nan]), 5.0, cut=True) == (
         "~ good"
     )
-    # Of what was judged the best word stays, not one that nobody judged.
+    # The best scored word stays, not one without a score.
     assert without_outliers("cf mn film", np.array([9.0, 8.0, np.nan]), 1.0, cut=True) == "mn"
 
 
@@ -234,7 +234,7 @@ def test_a_text_begins_once_whether_its_tokenizer_begins_it_or_not() -> None:
     assert begun([5, 6], 2) == [2, 5, 6]
     assert begun([2, 5, 6], 2) == [2, 5, 6]
     rows = Encoded.from_lists([[2, 5, 6], [5, 6, 7], []], [0, 1, 0], 1)
-    # What the model learns on begins as what it scores, and is no longer than a row may be.
+    # Training rows start like scored rows, and are no longer than a row may be.
     started = btu.defenses.kit.language_model._started(rows, 2, 3)
     assert [started.ids.tolist(), started.host_lengths.tolist()] == [
         [2, 5, 6, 2, 5, 6, 2],

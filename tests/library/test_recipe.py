@@ -1,4 +1,4 @@
-"""The stages of a cell: what moves their keys, what they leave on disk, what they refuse."""
+"""The stages of a cell: what changes their keys, what they write to disk, what they refuse."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ VOCABULARY = 400
 
 
 def evaluations(prepared: Prepared, defense: Defense) -> list[Stage]:
-    """The stages that a cell ends with; all others are among what they rest on."""
+    """The stages that a cell ends with; they depend on all others."""
     base = prepared.foundation
     return [
         evaluation(prepared, base.model, "undefended"),
@@ -121,7 +121,7 @@ MOVES: list[tuple[str, Any, set[str]]] = [
     # The location of rows and weights has no effect: keys contain their hashes.
     ("data.path", "/elsewhere/tiny", set()),
     ("data.name", "called-otherwise", set()),
-    # A role acts on what reads it: to score on more rows trains nothing again.
+    # A role affects the stages that read it: scoring on more rows trains nothing again.
     ("data_fingerprints", {**ROLES, "train": "0" * 64}, POISONED),
     ("data_fingerprints", {**ROLES, "clean": "0" * 64}, {"clean rows"} | TUNED | DEFENDED),
     ("data_fingerprints", {**ROLES, "eval": "0" * 64}, {"triggered rows"} | EVALUATED),
@@ -748,7 +748,7 @@ def test_data_that_changed_after_planning_are_refused(
     # The other roles are as they were planned.
     assert compute(prepared.poisoned, root).is_dir()
     assert compute(prepared.foundation.clean, root).is_dir()
-    # Back as they were, they are taken, whatever this process has read in between.
+    # Restored, they are accepted, whatever this process has read in between.
     shutil.rmtree(tmp_path / "data")
     write_corpus(tiny_corpus, tmp_path / "data")
     assert compute(prepared.triggered, root).is_dir()

@@ -1,4 +1,4 @@
-"""Names, seeds and the errors that speak of them."""
+"""Names, seeds and the errors about them."""
 
 from __future__ import annotations
 

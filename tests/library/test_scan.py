@@ -1,4 +1,4 @@
-"""Scans of data of one's own: what is found, what is said, what is refused, what is exported."""
+"""Scans of a user's data: what they find, print, refuse and export."""
 
 from __future__ import annotations
 

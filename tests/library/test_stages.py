@@ -38,7 +38,7 @@ CALLS: list[str] = []
 
 
 def work(id: str, version: int) -> StageFunction:
-    """Return a stage function that is called so in keys."""
+    """Return a stage function with this id in keys."""
     return stage(version=version, id=id)(lambda run: {})
 
 
@@ -298,7 +298,7 @@ def test_a_stage_that_raises_leaves_nothing_behind(tmp_path: Path, calls: list[s
     with pytest.raises(RuntimeError, match="the power went"):
         compute(total(number("a"), failing), tmp_path)
     assert calls == ["a", "b"]
-    # What was finished before stays; of what failed there is nothing.
+    # Finished results stay; a failed stage leaves nothing.
     assert [path.name for path in tmp_path.iterdir()] == [number("a").key]
     # The same key, now without the fault (`where` has no effect): only the rest is computed.
     folder = compute(total(number("a"), number("b", where={})), tmp_path)

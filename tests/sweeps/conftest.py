@@ -115,7 +115,7 @@ def trials_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def try_cell(
     plan_cell: Callable[[Mapping[str, Any]], PlannedCell], trials_root: Path
 ) -> Callable[..., Tried]:
-    """A function from the config of a cell to what `compute` makes of it; root: another one."""
+    """A function from the config of a cell to the result of `compute`; root: another one."""
 
     def build(config: Mapping[str, Any], root: Path | None = None) -> Tried:
         import pandas as pd
@@ -134,7 +134,7 @@ def try_cell(
 
 @pytest.fixture(scope="session")
 def trial_result(cell: dict[str, Any], try_cell: Callable[..., Tried]) -> Tried:
-    """What `compute` gives for `cell`. Read only."""
+    """The result of `compute` for `cell`. Read only."""
     return try_cell(cell)
 
 

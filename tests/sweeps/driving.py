@@ -26,7 +26,7 @@ from orchestrator.sweep.sweep import Cell, Sweep
 NOTHING = StageFunction(lambda run: {}, 1, "toys:none")
 # The stages of a cell, inputs first. `SHARED` are those that all cells of a seed have in common.
 SHARED, OWN = ("rows", "train"), ("unlearn", "evaluate", CELL)
-# A folder that is not there: its size is not known, and no hub is asked.
+# A folder that is not there: its size is unknown, and no hub is asked.
 WHERE = {"victim": {"name": "/nowhere"}}
 ALPHA = "defense.alpha"
 # Sweep files of one cell and of two.
@@ -77,7 +77,7 @@ def metrics(varied: Mapping[str, Any]) -> dict[str, float]:
 class ByHand:
     """A driver in the middle of its launch, and the store that it works on.
 
-    now: its clock, in seconds. screen: what people see.
+    now: its clock, in seconds. screen: what the user sees.
     """
 
     def __init__(self, sweep: Sweep, plan: Plan, planner: ToyPlanner, **options: Any) -> None:
@@ -94,12 +94,12 @@ class ByHand:
         self._stack.enter_context(self.driver.underway())
 
     def leave(self) -> None:
-        """End the launch, or do as if its process had."""
+        """End the launch, or act as if its process had ended."""
         self._stack.close()
 
     @property
     def said(self) -> str:
-        """What people see, with runs of white space as one space."""
+        """The screen, with runs of white space as one space."""
         return " ".join(self.screen.getvalue().split())
 
     def take(self, name: str | None = None) -> Task:

@@ -1,4 +1,4 @@
-"""Finished cells that nobody trained: scores from a generator, in a store as a launch leaves it."""
+"""Finished cells without training: scores from a generator, in a store as a launch leaves it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The threshold that one would choose, in hindsight and as a defender."""
+"""The choice of a threshold, in hindsight and as a defender."""
 
 from __future__ import annotations
 

@@ -600,7 +600,7 @@ def test_a_report_prints_in_every_format(
 
 
 def _unmarked(stored: Stored) -> None:
-    """Give the tiny cell, on which no attack takes, numbers that no guard objects to."""
+    """Give the tiny cell, on which no attack works, numbers that no guard marks."""
     good = {"undefended_asr": 1.0, "undefended_ftr": 0.1, "cacc": 0.9, "tuned_cacc": 0.9}
     stored.rewrite({**stored.record, "metrics": {**stored.record["metrics"], **good}})
 

@@ -224,7 +224,7 @@ def test_controls_have_no_say_in_what_is_compared_and_pair_with_controls() -> No
 
 def test_defenses_of_two_names_are_compared_beside_their_controls() -> None:
     a = [*seeds("a", (0.1, 0.2)), *bare(seeds("c", (0.9, 0.9)))]
-    # There those without a defense were asked for by themselves.
+    # There, the cells without a defense are cells of their own.
     b = [*seeds("b", (0.3, 0.5)), *bare(seeds("d", (0.9, 1.0)), control=None)]
     for one in b[:2]:
         one["config"]["defense"] = {"name": "rap"}
@@ -332,7 +332,7 @@ def test_a_recomputed_cell_is_of_its_new_version_where_both_are_there() -> None:
     # The new one reused early stages that version A had computed.
     old = record("old", {"asr": 0.1}, {"code": "0.1.0+aaa", "recipe": "1"})
     new = record("new", {"asr": 0.3}, {"code": "0.1.0+aaa, 0.1.0+bbb", "recipe": "2"})
-    # Of version A nobody else has this one.
+    # Only this cell is of version A.
     mixed = record("mixed", {"asr": 0.5}, {"code": "0.1.0+aaa, 0.1.0+bbb"}, seed=1)
     cells = [new, old, mixed]
     assert of_revision(cells, "aaa", "'x' (A)") == [old, mixed]

@@ -1,4 +1,4 @@
-"""From a sweep file to trial specs: what parses, what is refused, and what moves a fingerprint."""
+"""From a sweep file to trial specs: what parses, what is refused, what changes a fingerprint."""
 
 from __future__ import annotations
 

@@ -382,7 +382,7 @@ def test_a_failure_takes_its_own_cells_alone_and_stays(launch: Launches) -> None
     assert not again.driver.has_work
     again.leave()
     retried = launch(retry_failed=True)
-    # The shared model went when nobody seemed to need it any more.
+    # The shared model was removed when no stage seemed to need it any more.
     assert retried.run_all() == {"train": 1, **dict.fromkeys(OWN, 1)}
     assert retried.driver.result().complete
 

@@ -1,4 +1,4 @@
-"""Sweeps to which something happens, for real: afterwards all is as if nothing had happened."""
+"""Real faults in sweeps: afterwards all is as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def sweep(make_sweep: Callable[..., Path]) -> Path:
 
 
 class Reference(NamedTuple):
-    """A sweep to which nothing happened. metrics: by cell, in the order of the grid."""
+    """An undisturbed sweep. metrics: by cell, in the order of the grid."""
 
     output: Path
     metrics: dict[str, dict[str, str]]
@@ -312,7 +312,7 @@ def test_a_sweep_without_a_server_is_synchronized_later(
 
 @pytest.fixture
 def copied(tmp_path: Path, reference: Reference) -> Iterator[Workplace]:
-    """A workplace with a finished sweep in it, and nothing happening."""
+    """A workplace with a finished sweep in it, and no fault."""
     made = Workplace(tmp_path, faulty=True)
     shutil.copytree(reference.output, made.output)
     yield made
@@ -330,7 +330,7 @@ def test_a_run_that_a_dead_worker_left_is_closed(
     experiment = client.get_experiment_by_name("tiny").experiment_id
     (key, *_) = reference.metrics
     client.create_run(experiment, tags={"cell": key})
-    # Not one of ours, so none of our business.
+    # Not one of ours, so it stays.
     other = client.create_run(experiment, run_name="by hand").info.run_id
     done = copied.run(command, sweep if command == "launch" else "tiny")
     assert done.code == 0, done
@@ -356,7 +356,7 @@ def cut(path: Path) -> None:
 def test_damaged_results_are_set_aside_and_computed_again(
     sweep: Path, copied: Workplace, reference: Reference
 ) -> None:
-    """Of both cells; of the first one also what it rests on, down to the dropped models."""
+    """Of both cells; of the first one also its stages, down to the dropped models."""
     first, second = reference.metrics
     store = copied.results().store
     stages = own_stages(copied.results(), first)
@@ -412,7 +412,7 @@ def test_damaged_results_are_set_aside_and_computed_again(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder on a disk of 260 MB: a sweep wants 200 MB free."""
+    """A folder on a disk of 260 MB: a sweep requires 200 MB free."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(
@@ -509,7 +509,7 @@ def test_a_stage_that_raises_fails_its_cell_alone_until_it_is_retried(
 
     done = place.run("launch", sweep, "--retry-failed")
     assert done.code == 0, done
-    # The poisoned model went when nobody seemed to need it any more.
+    # The poisoned model was removed when no stage seemed to need it any more.
     check(place.output, reference.metrics, again={"poisoned fine-tune": 1, "unlearn": 1})
 
 
@@ -536,7 +536,7 @@ def test_a_stage_without_memory_is_tried_in_smaller_parts(
     (record,) = place.results().records()
     assert record["key"] == second
     assert record["tags"]["accumulation"] == "2"
-    # The same batches, but dropout falls otherwise on their parts: nearly the same loss.
+    # The same batches, but other dropout masks on their parts: nearly the same loss.
     (loss,) = [e["loss"] for e in record["history"] if is_first_epoch(e)]
     (undisturbed,) = [
         e["loss"]

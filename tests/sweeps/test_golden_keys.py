@@ -1,4 +1,4 @@
-"""The keys of every stage of every shipped sweep, as people's stores have them.
+"""The keys of every stage of every shipped sweep, as in existing stores.
 
 A key that changes without its stage's version is a result that is lost: written down once, here.
 When a version is raised on purpose, or a sweep gains cells, write the file again:

@@ -1,4 +1,4 @@
-"""A cell's spec -> its stages: what acts, what is shared. No data and no weights are needed."""
+"""A cell's spec -> its stages: what affects them, what is shared. Without data and weights."""
 
 from __future__ import annotations
 
@@ -348,7 +348,7 @@ def test_a_screen_reads_what_comes_in_and_not_where_it_comes_from(
 
 
 def test_a_defense_that_would_poison_again_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Of another version, the stage is another one, but it writes the same mask.
+    # With another version it is another stage, but it writes the same mask.
     poison = cell().inputs["poison"]
     again = replace(poison, function=replace(poison.function, version=99), name="again")
     defense = Reads(again)

@@ -1,4 +1,4 @@
-"""Which cells are marked, and what is said of them."""
+"""Which cells are marked, and with which text."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def test_a_sweep_shares_its_stages_grows_and_resumes(
     assert "3 of 3 cells done, 0 failed, 0 not run" in first.out
     # One line a cell, where there is no terminal for a live one.
     assert all(f"[{n}/3] alpha=" in first.out for n in range(1, 4)), first
-    # alpha acts from round 2 on: what comes before is computed once for the three.
+    # alpha has an effect from round 2 on: earlier stages are computed once for the three.
     assert computed(place.output) == {
         **dict.fromkeys(
             ("poison", "triggered rows", "training rows", "clean rows", "evaluation rows",
@@ -309,7 +309,7 @@ def known(varied: dict[str, Any]) -> list[tuple[str, Any]]:
 def test_an_output_on_an_object_store(
     make_sweep: Callable[..., Path], run_cli: Callable[..., Any], cluster: None, tmp_path: Path
 ) -> None:
-    """Every file goes through fsspec; a cell's own stages hold, and compute with, two CPUs."""
+    """Every file goes through fsspec; a cell's own stages reserve, and compute with, two CPUs."""
     folder = tmp_path / "remote"
     sweep = make_sweep(output=f"local://{folder}", resources={"cpu": 1, "cell_cpu": 2})
     refused = run_cli("launch", sweep)

@@ -1,4 +1,4 @@
-"""What a worker makes of one stage: every way in which it can end, on toy stages."""
+"""How a worker computes one stage: every way in which it can end, on toy stages."""
 
 from __future__ import annotations
 
@@ -367,7 +367,7 @@ def test_facts_that_are_no_plain_data_are_a_failure(shop: Shop) -> None:
 
 @stage_function(version=1)
 def odd(run: StageRun) -> dict[str, Any]:
-    """Return what JSON cannot hold."""
+    """Return what JSON cannot contain."""
     return {"x": object()}
 
 
@@ -503,7 +503,7 @@ def test_garbage_goes_though_what_was_imported_is_frozen(monkeypatch: pytest.Mon
     kept = Part()
     caught = weakref.ref(kept)
     try:
-        free_memory()  # modules have come: of what lives now nothing is walked through any more
+        free_memory()  # modules were imported: no live object is walked through any more
         assert gc.get_freeze_count() > 100_000
         first = weakref.ref(Part())
         del kept

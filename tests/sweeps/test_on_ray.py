@@ -1,4 +1,4 @@
-"""What stands between Ray and a launch, without a Ray that runs."""
+"""The layer between Ray and a launch, without a running Ray."""
 
 from __future__ import annotations
 

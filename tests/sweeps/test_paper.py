@@ -1,4 +1,4 @@
-"""What a paper gets of a sweep: numbers, what is bold, where it is from; and it compiles."""
+"""The paper of a sweep: numbers, what is bold, where it is from; and it compiles."""
 
 from __future__ import annotations
 

@@ -346,7 +346,7 @@ def test_a_control_that_the_grid_has_anyway_is_a_cell_of_the_grid(
 def test_without_poison_how_it_is_done_does_not_matter(plan: Callable[..., Plan]) -> None:
     grid = {"attack.label_mode": ["dirty", "mixed"], "attack.poison_rate": [0.1, 0.2]}
     planned = plan(grid=grid, controls=["no_poison"])
-    # The same cell by other coordinates, so that the first one stands.
+    # The same cell by other coordinates, so that the first one is kept.
     (control,) = controls_in(planned)
     assert control.varied["attack.label_mode"] == "dirty"
     assert planned.duplicates == 0
@@ -408,7 +408,7 @@ def test_cells_share_the_stages_that_their_difference_does_not_reach(
 ) -> None:
     one, other = cells_of(plan(grid={"defense.alpha": [0.01, 0.05]}))
     same = {name for name, stage in one.stage.inputs.items() if stage is other.stage.inputs[name]}
-    # alpha acts in round 2 (it drops what round 1 flagged) and in the cut, nowhere before.
+    # alpha has an effect in round 2 (it drops what round 1 flagged) and in the cut, nowhere before.
     assert set(one.stage.inputs) - same == {"exposure round 2", "unlearn", "evaluate defended"}
     assert len(one.stage.inputs) == 14
 

@@ -1,4 +1,4 @@
-"""What a person sees while a sweep runs."""
+"""The display of a running sweep."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Sweep:
         self.progress.begin(self.work, self.schedule, 4 + failed)
 
     def run(self, stage: Stage) -> None:
-        """Let a stage begin, as its turn comes, and end well."""
+        """Start a stage in its turn, and end it successfully."""
         self.begin(stage)
         self.schedule.done(stage.key)
         self.progress.refresh(self.schedule)

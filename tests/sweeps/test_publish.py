@@ -1,4 +1,4 @@
-"""What MLflow is given of a launch, and what is said when it cannot be; no server is asked."""
+"""What a launch writes to MLflow, and prints if it cannot; no server is asked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orchestrator.sweep.load import load_sweep
 
 
 class Desk:
-    """A publisher whose MLflow is made up, and what is asked of that.
+    """A publisher with a fake MLflow, and the calls to it.
 
     answers: the experiment's id, None for a server that is away. missing: how many runs cannot be
     written. refuses: what a summary raises.

@@ -131,7 +131,7 @@ def test_numbers_sort_as_numbers() -> None:
 
 
 def test_numbers_sort_as_numbers_beside_lists() -> None:
-    # As text, 1e-05 would stand after 0.002.
+    # As text, 1e-05 would sort after 0.002.
     rows = [record(alpha=a) for a in (0.002, 1e-05, [0.1, 0.2, 0.3], 0.0005)]
     assert results_table(rows).alpha.tolist() == [1e-05, 0.0005, 0.002, "0.1 0.2 0.3"]
 
@@ -486,7 +486,7 @@ def test_cells_of_two_launches_are_rows_of_one_table(
     from orchestrator.plan.planner import plan_sweep
     from orchestrator.sweep.load import load_sweep
 
-    # Launched again under the same name, with other epochs: nobody varies the key.
+    # Launched again under the same name, with other epochs: no file varies the key.
     sweep = load_sweep(make_sweep(train={"epochs": 3}))
     plan = plan_sweep(sweep, planner)
     stored.results.write_plan(sweep, plan.cells.values())

@@ -157,7 +157,7 @@ def test_what_other_sweeps_want_is_told(launch: Callable[..., Any], tmp_path: Pa
     (cell,) = first.cells.values()
     stages = {stage.key for stage in cell.stage.inputs.values()}
     (sibling,) = second.cells.values()
-    # The cell of `one` is not finished: what it rests on is wanted, but not by `one` itself.
+    # The cell of `one` is not finished: its stages are wanted, but not by `one` itself.
     assert other.wanted_elsewhere(committed=()) == stages
     assert other.wanted_elsewhere(committed=[cell.key]) == set()
     wanted = one.wanted_elsewhere(committed=())

@@ -39,7 +39,7 @@ def cell(*lasts: Stage, id: object = None) -> Stage:
 
 
 def timings(**seconds: float) -> Timings:
-    """Return what is known of stages whose name is `seconds` long a unit; cells take 1 s."""
+    """Return the timings of stages whose name is `seconds` long a unit; cells take 1 s."""
     known = {CELL: 1.0, **seconds}
     return Timings(
         [
@@ -585,7 +585,7 @@ def test_the_time_left_is_unknown_until_all_was_measured() -> None:
 
 
 class World:
-    """A store and its workers, whose troubles the schedule has to cope with."""
+    """A store and its workers, whose failures the schedule has to handle."""
 
     def __init__(self, seed: int) -> None:
         self.dice = random.Random(seed)
@@ -628,7 +628,7 @@ class World:
         ]
 
     def damage(self) -> None:
-        """Lose a result, or its model, without a word."""
+        """Lose a result, or its model, silently."""
         if self.committed and self.dice.random() < 0.15:
             key = self.dice.choice(sorted(self.committed))
             self.committed.discard(key)
@@ -709,7 +709,7 @@ def test_every_stage_ends_whatever_happens(seed: int, mode: str) -> None:
 
 
 def step(made: Schedule, world: World, stage: Stage, trouble: bool) -> None:
-    """Let a running stage come to some end."""
+    """End a running stage in some way."""
     key, dice = stage.key, world.dice
     if trouble:
         world.damage()

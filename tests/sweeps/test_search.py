@@ -43,7 +43,7 @@ def load(tmp_path: Path) -> Callable[..., Sweep]:
 
 
 def measured(suggestion: Suggestion) -> list[dict[str, float]]:
-    """Metrics as if few epochs kept ASR low and many made CACC high: every number has its price."""
+    """Metrics as if few epochs kept ASR low and many made CACC high: no value is best in both."""
     epochs, alpha = suggestion.values["train.epochs"], suggestion.values["defense.alpha"]
     return [{"asr": epochs / 10 + alpha, "cacc": 0.5 + epochs / 20}] * len(suggestion.cells)
 

@@ -1,4 +1,4 @@
-"""A sweep's results from the store and from MLflow: the same records, whoever asks."""
+"""A sweep's results from the store and from MLflow: the same records from both."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def test_runs_that_are_no_cells_are_none(written: Written) -> None:
     told: list[str] = []
     assert len(written.there(told.append).records()) == 3
     assert told == []
-    # Somebody else's: it lacks the settings, which are in no param or metric.
+    # Another tool's: it lacks the settings, which are in no param or metric.
     first = written.there().records()[0]
     written.client.delete_tag(first["run_id"], f"{CELL_TAG}0")
     assert len(written.there(told.append).records()) == 2

@@ -38,7 +38,7 @@ NOW = 10_000.0
 
 
 class Made:
-    """A sweep of three seeds that nobody has run, and what may be done to it."""
+    """A sweep of three seeds that was never run, and ways to change its state."""
 
     def __init__(self, results: Results, plan: Plan) -> None:
         self.results, self.plan, self.store = results, plan, results.store
@@ -185,7 +185,7 @@ def test_a_sweep_of_refused_cells_alone_failed(
 
 
 def time_all(made: Made, seconds: float, launch: str = "l") -> None:
-    """Let each kind of stage have taken so long, in the first cell, one after the other."""
+    """Record these times for each kind of stage, in the first cell, one after the other."""
     cell = made.cells[0]
     clock = 0.0
     for stage in (*cell.stage.inputs.values(), cell.stage):
@@ -319,7 +319,7 @@ def test_a_plan_that_was_read_is_surveyed_like_the_plan_itself(made: Made) -> No
 
 
 def write_old_plan(made: Made) -> None:
-    """Write the plan as the version before did: of a stage it has the name alone."""
+    """Write the plan as the previous version did: with the names of stages alone."""
     (name,) = made.results.storage.names("tiny/plans")
     path = f"tiny/plans/{name}"
     plan = json.loads(made.results.storage.read(path))
@@ -386,7 +386,7 @@ def test_mlflow_is_held_against_the_disk(made: Made) -> None:
         RunState("c", "", "RUNNING"),
     ]
     found = tracked(made.status(), "here", runs)
-    # `two` has a result and no run; nobody is at `three`; a run of no cell counts nowhere.
+    # `two` has a result and no run; no process computes `three`; a run of no cell does not count.
     assert (found.finished, found.running, found.orphaned, found.missing) == (1, 1, ["b"], 1)
     with made.store.leases.lease(three.key, "tiny-1") as lease:
         assert lease.acquire()

@@ -1,4 +1,4 @@
-"""File-system primitives: the same promises on a folder and on what fsspec reaches."""
+"""File-system primitives: the same guarantees on a folder and on what fsspec reaches."""
 
 from __future__ import annotations
 

@@ -429,7 +429,7 @@ def test_a_model_is_hashed_once(store: Store, monkeypatch: pytest.MonkeyPatch) -
 def test_verify_reads_everything(store: Store, warnings: list[str]) -> None:
     for key in ("good", "flipped", "dropped", "cut"):
         add(store, key)
-        store.fetch(key)  # what is remembered of it must not count
+        store.fetch(key)  # a remembered check must not count
     store.drop("dropped")
     spoil(store, model_of(store, "flipped"), flip)
     spoil(store, f"entries/dropped/{attempts(store, 'dropped')[0]}/record.json", flip)
@@ -569,7 +569,7 @@ store.publish("k", folder, "train", {})
     assert store.marker("k") is None
     add(store)
     assert store.read_json("k", "record.json") == {"a": 1}
-    # What it left goes after an hour, and nothing else.
+    # What it left is removed after an hour, and nothing else.
     assert gc_candidates(store) == []
     late = gc_candidates(store, now=time.time() + LATER)
     assert [candidate.kind for candidate in late] == ["left-over"]
@@ -891,7 +891,7 @@ def test_usage_by_stage(store: Store) -> None:
 
 
 def removed(store: Store, **criteria: Any) -> set[str]:
-    """Collect, and return the keys that are gone."""
+    """Collect garbage, and return the keys that are gone."""
     before = snapshot(store)
     keys = store.committed() | store.dropped()
     candidates = gc_candidates(store, **criteria)
@@ -1021,7 +1021,7 @@ def test_an_empty_store_has_nothing(make_store: Callable[[], Store]) -> None:
 @pytest.mark.parametrize("below", ["", "/a/b"])
 @pytest.mark.parametrize("scheme", ["", "local://"])
 def test_an_unwritable_output_folder_is_named(tmp_path: Path, scheme: str, below: str) -> None:
-    # Below a regular file nobody can make a folder, not even root.
+    # Nobody can make a folder below a regular file, not even root.
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(

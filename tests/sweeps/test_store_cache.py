@@ -1,4 +1,4 @@
-"""Copies of a remote store's entries: the least recently used go, never what is in use."""
+"""Copies of a remote store's entries: the least recently used are removed, never those in use."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def add(store: Store, key: str) -> None:
 
 
 def fetched(store: Store, key: str, seconds: float = 0) -> Path:
-    """Return the copy of a new entry, as if fetched so long ago."""
+    """Return the copy of a new entry, as if fetched that long ago."""
     add(store, key)
     copy = store.fetch(key)
     age(copy, seconds)

@@ -294,7 +294,7 @@ def test_several_precisions_are_all_in_the_tags(
 def test_the_same_cell_gives_the_same_result(
     cell: dict[str, Any], try_cell: Callable[..., Tried], trial_result: Tried, tmp_path: Path
 ) -> None:
-    torch.manual_seed(123)  # whatever ran before must not act
+    torch.manual_seed(123)  # whatever ran before must have no effect
     again = try_cell(cell, tmp_path)
     assert again.folder != trial_result.folder
     assert comparable(again.metrics) == comparable(trial_result.metrics)
@@ -571,7 +571,7 @@ CHECKED: list[Given] = []
 
 @stage_function(version=1)
 def watch(run: StageRun) -> dict[str, Any]:
-    """Hand the poisoned model on, tuned if the strength is 2; boast if it is 4."""
+    """Pass the poisoned model on, tuned if the strength is 2; report false metrics if it is 4."""
     model = model_of(run, "model")
     if run.config["strength"] == 2:
         tune(run, model, "clean tuning (spy)")

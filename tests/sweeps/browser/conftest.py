@@ -34,7 +34,7 @@ def screenshots(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 
 class Tab:
-    """A browser's tab. page: Playwright's. requests: what it fetched. errors: of its console."""
+    """A browser's tab. page: Playwright's. requests: what it fetched. errors: its console's."""
 
     def __init__(self, page: Any) -> None:
         self.page = page
