@@ -220,10 +220,17 @@ def survey(
     dropped: Collection[str],
     failed: Mapping[str, str],
     timings: Timings,
+    sizes: bool = True,
 ) -> Work:
     """Count what a plan still has to compute.
 
+    plan: its cells.
+    committed: keys with a complete result.
+    dropped: keys whose models were removed.
     failed: reasons by key, of stages and cells; a cell that depends on one is not run.
+    timings: expected times.
+    sizes: whether to look up the sizes of models, which reads the victims' weights. Without them,
+        models take 0 bytes.
     """
     reasons = {
         cell.key: reason
@@ -243,8 +250,8 @@ def survey(
     ]
     unmeasured = tuple(dict.fromkeys(s.name for s in todo.values() if seconds(s) is None))
     known = not unmeasured
-    sizes = {s.key: _model_bytes(victim_of(s)) for s in todo.values() if s.model}
-    models = [size for size in sizes.values() if size is not None]
+    written = {s.key: _model_bytes(victim_of(s)) for s in todo.values() if s.model and sizes}
+    models = [size for size in written.values() if size is not None]
     return Work(
         done,
         reasons,
@@ -257,7 +264,7 @@ def survey(
         sum(models),
         max(models, default=0),
         len(todo) * SMALL_BYTES,
-        tuple(dict.fromkeys(victim_name(todo[key]) for key in sizes if sizes[key] is None)),
+        tuple(dict.fromkeys(victim_name(todo[key]) for key in written if written[key] is None)),
         frozenset(todo),
     )
 

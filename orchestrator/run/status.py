@@ -253,6 +253,7 @@ def _status(results: Results, now: float | None) -> Status:
         dropped=dropped,
         failed={},
         timings=timings,
+        sizes=False,  # the weights may be elsewhere, and a look must not wait for their hashes
     )
     ready = (committed | dropped) - left.todo
     unlisted = sum(key not in listed for key in open_)

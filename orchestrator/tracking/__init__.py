@@ -3,7 +3,7 @@
 import logging
 import os
 
-# Read by mlflow when it is imported, which every module here may be the first to do.
+# Read by mlflow when it is imported.
 # The defaults retry a dead server for minutes per call. The results are on disk: give up soon.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
@@ -11,6 +11,9 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # A progress bar per small file would fill the screen.
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+# Here, because its import sets the level of its logger, and would undo what follows.
+import mlflow  # noqa: F401
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 # It prints a database's refusal with a traceback and raises it too: callers report it in a line.

@@ -469,6 +469,14 @@ def test_looking_changes_nothing(made: Made, run_cli: Callable[..., Ran], tmp_pa
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*")} == before
 
 
+def test_looking_reads_no_weights(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError("the weights are on another machine")
+
+    monkeypatch.setattr("orchestrator.plan.work._weights", refused)
+    assert made.status().counts[CellState.open] == 3
+
+
 def test_mistakes_are_told(made: Made, run_cli: Callable[..., Ran], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unknown sweep in .* 'tini'; did you mean 'tiny'\?"):
         sweep_status(str(tmp_path / "runs"), "tini")

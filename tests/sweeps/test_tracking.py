@@ -48,6 +48,16 @@ def test_a_run_is_named_after_what_tells_it_from_its_siblings() -> None:
     assert run_name({**record, "varied": control}) == "style seed=2 control=no_defense"
 
 
+def test_importing_mlflow_does_not_bring_its_chatter_back() -> None:
+    # In a process of its own: here another test may have imported mlflow first.
+    levels = (
+        "import logging; from orchestrator.tracking import runs; "
+        "print(*(logging.getLogger(n).level for n in ('mlflow', 'mlflow.store.db.utils')))"
+    )
+    done = subprocess.run([sys.executable, "-c", levels], capture_output=True, text=True)
+    assert done.stdout.split() == ["30", "50"], done.stderr  # WARNING, CRITICAL
+
+
 RECORD: dict[str, Any] = {
     "key": "a" * 24,
     "sweep": "tiny",
