@@ -3,7 +3,7 @@
 import logging
 import os
 
-# Read by mlflow when it is imported.
+# Read by mlflow when it is imported, so set first.
 # The defaults retry a dead server for minutes per call. The results are on disk: give up soon.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
