@@ -327,7 +327,7 @@ class Driver:
 
     def started(self, task: Task) -> None:
         """A worker starts a task, for the first time or after the previous worker died."""
-        self._schedule.begin(task.stage.key)
+        self._schedule.mark_running(task.stage.key)
         self._journal("start", task)
         self._progress.refresh(self._schedule)
 

@@ -238,7 +238,7 @@ class Schedule:
         crowded = len(self._models) + written >= most_models(self.slots)
         return queues[0] if crowded else min(queues, key=lambda queue: queue[0])
 
-    def begin(self, key: str) -> None:
+    def mark_running(self, key: str) -> None:
         """A worker computes a stage that was handed out."""
         if key in self.running:
             self.begun.add(key)

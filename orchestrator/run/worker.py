@@ -262,7 +262,7 @@ class _Attempt:
         folder: Path | None = None
         try:
             # Inside the try: a full disk may refuse the folder already.
-            folder = store.begin(self.key)
+            folder = store.workspace(self.key)
             use_threads(call.cpus)
             record = run_stage(
                 node,

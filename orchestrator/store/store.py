@@ -218,12 +218,12 @@ class Store:
             found = pool.map(lambda key: self.marker(key, dropped=True), keys)
             return [marker for marker in found if marker is not None]
 
-    def begin(self, key: str) -> Path:
+    def workspace(self, key: str) -> Path:
         """Return a new local folder for the files of one attempt."""
         return self.storage.workspace(f"entries/{key}/{uuid.uuid4().hex}")
 
     def publish(self, key: str, folder: Path, name: str, info: Mapping[str, Any]) -> Marker:
-        """Commit the content of a folder from `begin`. Return the entry's valid marker.
+        """Commit the content of a folder from `workspace`. Return the entry's valid marker.
 
         A valid entry that exists already is kept, and the folder is discarded. If writing fails,
         nothing is committed, the folder is discarded and the error propagates.
@@ -265,7 +265,7 @@ class Store:
         return standing
 
     def discard(self, folder: Path) -> None:
-        """Remove a folder from `begin`, unless it was published."""
+        """Remove a folder from `workspace`, unless it was published."""
         if self.storage.local:
             standing = peek(self.storage, _marker(folder.parent.name))
             if standing is not None and folder.name.encode() in standing:

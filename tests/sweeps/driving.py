@@ -112,7 +112,7 @@ class ByHand:
 
     def publish(self, stage: Stage) -> None:
         """Put a result into the store."""
-        made = self.store.begin(stage.key)
+        made = self.store.workspace(stage.key)
         if stage.model:
             (made / "model").mkdir()
             (made / "model" / "weights").write_text("big")

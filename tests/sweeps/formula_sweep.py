@@ -147,7 +147,7 @@ def shelve_sweep(
         if bar is None:
             table = table.iloc[:0].drop(columns=["count", "drift_3"])
         key = f"{derive_seed(number, name) % 16**12:012x}{number:012x}"
-        folder = results.store.begin(key)
+        folder = results.store.workspace(key)
         table.to_parquet(folder / TOKENS, index=False)
         pd.DataFrame({"poisoned": [True, False], "top": [9.0, 0.0]}).to_parquet(
             folder / ROWS, index=False

@@ -74,7 +74,7 @@ def publish_cell(
     """
     from btu.result_files import RESULT, dumps
 
-    made = store.begin(key)
+    made = store.workspace(key)
     shutil.copytree(files, made, dirs_exist_ok=True)
     if result is not None:
         (made / RESULT).write_text(dumps(result))

@@ -116,7 +116,7 @@ def shelve(
         alone = threshold[0] if isinstance(threshold, list) else threshold
         measured = logged(scored, rows, triggers, defense["rule"], alone)
         key = f"{number:024x}"
-        made = results.store.begin(key)
+        made = results.store.workspace(key)
         scored.to_parquet(made / TOKENS, index=False)
         rows.to_parquet(made / ROWS, index=False)
         result = {

@@ -293,7 +293,7 @@ def store_of(sweep: Sweep) -> Any:
 
 def commit(store: Any, *stages: Any) -> None:
     for stage in stages:
-        store.publish(stage.key, store.begin(stage.key), stage.name, {})
+        store.publish(stage.key, store.workspace(stage.key), stage.name, {})
 
 
 def a_second_each(plan: Plan) -> list[dict[str, Any]]:

@@ -300,7 +300,7 @@ def test_a_full_disk_is_no_failure(shop: Shop, error: BaseException) -> None:
     assert shop.store.failed() == set()
 
 
-@pytest.mark.parametrize("method", ["begin", "publish", "fetch", "lease", "note"])
+@pytest.mark.parametrize("method", ["workspace", "publish", "fetch", "lease", "note"])
 def test_a_disk_may_be_full_at_every_step(
     shop: Shop, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -431,7 +431,7 @@ def test_a_result_that_another_worker_published_first_stands(shop: Shop, tmp_pat
     other = Store(tmp_path / "store")
 
     def publish() -> None:
-        folder = other.begin(made.key)
+        folder = other.workspace(made.key)
         (folder / RECORD).write_text(json.dumps({"facts": {}}))
         (folder / "out.txt").write_text("theirs")
         other.publish(made.key, folder, "toy", {})

@@ -110,7 +110,7 @@ class Sweep:
         task = self.schedule.next()
         assert task is not None
         assert task.stage is stage
-        self.schedule.begin(stage.key)
+        self.schedule.mark_running(stage.key)
         self.progress.refresh(self.schedule)
 
 

@@ -45,7 +45,7 @@ class Made:
         self.cells: list[PlannedCell] = list(plan.cells.values())
 
     def finish(self, key: str, name: str = "cell") -> None:
-        folder = self.store.begin(key)
+        folder = self.store.workspace(key)
         (folder / "record.json").write_text("{}")
         self.store.publish(key, folder, name, {})
 

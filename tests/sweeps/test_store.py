@@ -84,7 +84,7 @@ def store(make_store: Callable[[], Store]) -> Store:
 
 def add(store: Store, key: str = "k", name: str = "train", **files: bytes) -> Path:
     """Publish `FILES`, or `files`, and return the folder that they were written to."""
-    folder = store.begin(key)
+    folder = store.workspace(key)
     for path, content in (files or FILES).items():
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_bytes(content)
@@ -155,14 +155,14 @@ def test_another_process_sees_it(store: Store, make_store: Callable[[], Store]) 
 
 
 def test_undefined_facts_are_null(store: Store) -> None:
-    folder = store.begin("k")
+    folder = store.workspace("k")
     marker = store.publish("k", folder, "cell", {"asr": float("nan"), "n": np.int64(3)})
     assert marker.info == {"asr": None, "n": 3}
     assert store.marker("k") == marker
 
 
 def test_files_without_a_marker_are_not_there(store: Store) -> None:
-    folder = store.begin("k")
+    folder = store.workspace("k")
     (folder / "record.json").write_bytes(b"{}")
     store.storage.upload(folder, "entries/k/half")
     assert store.committed() == set()
@@ -177,7 +177,7 @@ def test_files_without_a_marker_are_not_there(store: Store) -> None:
 def test_what_is_there_stays_and_the_second_is_discarded(store: Store) -> None:
     add(store)
     standing = store.marker("k")
-    folder = store.begin("k")
+    folder = store.workspace("k")
     (folder / "record.json").write_bytes(b"other")
     assert store.publish("k", folder, "train", {}) == standing
     assert not folder.exists()
@@ -216,7 +216,7 @@ def test_a_full_disk_commits_nothing(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    folder = store.begin("k")
+    folder = store.workspace("k")
     (folder / "record.json").write_bytes(b"{}")
     with monkeypatch.context() as patch:
         patch.setattr(store.storage, step, full)
@@ -239,7 +239,7 @@ def test_breaking_off_after_the_marker_keeps_the_entry(
         create(*arguments, **named)
         raise KeyboardInterrupt
 
-    folder = store.begin("k")
+    folder = store.workspace("k")
     (folder / "record.json").write_bytes(b'{"a": 1}')
     with monkeypatch.context() as patch:
         patch.setattr(store.storage, "create", interrupted)
@@ -251,7 +251,7 @@ def test_breaking_off_after_the_marker_keeps_the_entry(
 
 
 def test_a_discarded_attempt_leaves_nothing(store: Store) -> None:
-    folder = store.begin("k")
+    folder = store.workspace("k")
     (folder / "half").write_bytes(b"x")
     store.discard(folder)
     assert not folder.parent.exists()
@@ -531,7 +531,7 @@ def wait_for(done: Callable[[], object], what: str) -> None:
 def test_of_two_publishers_at_once_one_wins(store: Store, location: str, tmp_path: Path) -> None:
     code = """
 for n in range(20):
-    folder = store.begin(f"k{n}")
+    folder = store.workspace(f"k{n}")
     (folder / "record.json").write_text(folder.name)
     Path(f"{sys.argv[3]}-{n}").touch()
     while not Path(f"{sys.argv[4]}-{n}").exists():
@@ -556,7 +556,7 @@ def test_a_publisher_killed_before_the_marker_leaves_no_entry(
     store: Store, location: str, tmp_path: Path
 ) -> None:
     code = """
-folder = store.begin("k")
+folder = store.workspace("k")
 (folder / "record.json").write_text("{}")
 store.storage.create = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 store.publish("k", folder, "train", {})
@@ -595,7 +595,7 @@ while not store.is_committed("k"):
             stream.write(f"{os.getpid()}\\n")
         while not Path(sys.argv[3]).exists():  # the leader waits for its end here
             time.sleep(0.01)
-        folder = store.begin("k")
+        folder = store.workspace("k")
         (folder / "record.json").write_text(str(os.getpid()))
         store.publish("k", folder, "train", {})
 """

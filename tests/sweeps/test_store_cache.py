@@ -32,7 +32,7 @@ def store(make_store: Callable[[], Store]) -> Store:
 
 
 def add(store: Store, key: str) -> None:
-    folder = store.begin(key)
+    folder = store.workspace(key)
     (folder / "model").mkdir()
     (folder / "record.json").write_bytes(b"1234")
     (folder / "model" / "weights").write_bytes(b"567890")

@@ -62,7 +62,7 @@ def run(output: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int
 
 def add(store: Store, key: str, name: str = "train", days: float = 0, size: int = 1000) -> None:
     """Publish `size` bytes, half of them in ``model/``, as if `days` ago."""
-    folder = store.begin(key)
+    folder = store.workspace(key)
     (folder / "model").mkdir()
     (folder / "record.json").write_bytes(b" " * (size // 2))
     (folder / "model" / "weights").write_bytes(b" " * (size - size // 2))

@@ -639,7 +639,7 @@ class Bench(NamedTuple):
             "tags": {"code": "0.1", "host": "h", "device": "cpu"},
             **changes,
         }
-        folder = self.results.store.begin(key)
+        folder = self.results.store.workspace(key)
         (folder / "result.json").write_text(dumps(result))
         (folder / "config.yaml").write_text("seed: 0\n")
         (folder / "tokens.parquet").write_bytes(b"parquet")

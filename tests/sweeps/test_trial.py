@@ -702,7 +702,7 @@ def test_a_plot_that_cannot_be_drawn_is_a_failure_of_the_cell(
     store.prepare()
     *stages, last = trial_result.stage.closure()
     for stage in stages:
-        made = store.begin(stage.key)
+        made = store.workspace(stage.key)
         shutil.copytree(trial_result.root / stage.key, made, dirs_exist_ok=True)
         store.publish(stage.key, made, stage.name, {})
     monkeypatch.setattr(trial_module, "drift_plot", broken)
