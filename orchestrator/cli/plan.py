@@ -18,6 +18,7 @@ from orchestrator.cli.shared import (
 
 if TYPE_CHECKING:
     from orchestrator.plan.planner import Plan, Planner
+    from orchestrator.sweep.modes.base import SequentialMode
     from orchestrator.sweep.sweep import Sweep
 
 # Cells that a plan shows.
@@ -51,8 +52,8 @@ def show_plan(sweep: Sweep, planner: Planner, planned: Plan, limit: int) -> None
     from orchestrator.plan.work import survey, timings_for
     from orchestrator.store.store import Store
 
-    if sweep.optuna is not None:
-        planned = _example(sweep, planner)
+    if sweep.sequential is not None:
+        planned = _example(sweep, sweep.sequential, planner)
     store = Store(sweep.store_location, warn=warn)
     committed, dropped = store.committed(), store.dropped()
     failed = {record["key"]: record["reason"] for record in store.failures()}
@@ -71,14 +72,13 @@ def show_plan(sweep: Sweep, planner: Planner, planned: Plan, limit: int) -> None
             say(line)
 
 
-def _example(sweep: Sweep, planner: Planner) -> Plan:
-    """Return the plan of one suggestion of a sweep that Optuna searches, and print a note."""
+def _example(sweep: Sweep, mode: SequentialMode, planner: Planner) -> Plan:
+    """Return the plan of one suggestion of a sweep's sequential mode, and print a note."""
     from orchestrator.plan.planner import example_plan
-    from orchestrator.run.study import StudySearch
+    from orchestrator.run.study import study_of
 
     planned = example_plan(sweep, planner)
-    left = StudySearch(sweep, sweep.folder).open
-    trials = sweep.optuna.trials if sweep.optuna is not None else 0
-    say(f"{trials - left} of {trials} suggestions are measured.")
+    left = study_of(mode, sweep).open
+    say(f"{mode.trials - left} of {mode.trials} suggestions are measured.")
     say("The cells are chosen while the sweep runs; one suggestion, as an example:")
     return planned

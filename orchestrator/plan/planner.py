@@ -188,14 +188,14 @@ def _vocabulary(victim: VictimSource) -> int | None:
 def plan_sweep(sweep: Sweep, planner: Planner | None = None) -> Plan:
     """Resolve and check every cell of a sweep, and the controls of those that can run.
 
-    The plan of a sweep that Optuna searches is empty: its cells are suggested as it goes. One
+    The plan of a sweep with a sequential mode is empty: its cells are suggested while it runs. One
     suggestion is checked as an example (`example_plan`).
 
     Raises:
         UserError: no cell can run; the message gives the reasons.
     """
     planner = planner or Planner()
-    if sweep.optuna is not None:
+    if sweep.sequential is not None:
         example_plan(sweep, planner)
         return Plan()
     plan = Plan()
@@ -206,14 +206,14 @@ def plan_sweep(sweep: Sweep, planner: Planner | None = None) -> Plan:
 
 
 def example_plan(sweep: Sweep, planner: Planner) -> Plan:
-    """Return the plan of one suggestion of a sweep that Optuna searches.
+    """Return the plan of one suggestion of a sweep's sequential mode.
 
     Raises:
         UserError: none of its cells can run.
     """
-    space = sweep.optuna.space if sweep.optuna is not None else {}
+    axes = {} if sweep.sequential is None else sweep.sequential.open_axes()
     plan = Plan()
-    planner.add(plan, sweep.expand({key: domain.examples()[0] for key, domain in space.items()}))
+    planner.add(plan, sweep.expand({key: examples[0] for key, examples in axes.items()}))
     _refuse_empty(sweep, plan)
     return plan
 

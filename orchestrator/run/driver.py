@@ -27,7 +27,7 @@ from orchestrator.results.folder import Results
 from orchestrator.run.progress import SweepProgress
 from orchestrator.run.refine import Refinement, RefineSpec
 from orchestrator.run.schedule import CELL, Schedule, Task
-from orchestrator.run.study import NoStudy, Study, StudySearch, Suggestions
+from orchestrator.run.study import NoStudy, Study, Suggestions, study_of
 from orchestrator.run.worker import WAIT_SECONDS, Outcome, Report, StageCall
 from orchestrator.store.lease import HEARTBEAT_S
 from orchestrator.store.store import Damaged, Missing, Store
@@ -180,9 +180,9 @@ class Driver:
             launched = {key: cell.varied for key, cell in self._results.cells().items()}
             coordinates = [cell.varied for cell in self._plan.cells.values()]
             return Refinement(self._sweep, coordinates, self._refine, launched, self._key_of)
-        if self._sweep.optuna is None:
+        if self._sweep.sequential is None:
             return NoStudy()
-        study = StudySearch(self._sweep, self._sweep.folder)
+        study = study_of(self._sweep.sequential, self._sweep)
         if self._retry_failed:
             study.retry_failed()
         return study

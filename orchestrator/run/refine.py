@@ -47,12 +47,13 @@ def threshold_key(sweep: Sweep) -> str:
     """Return the key of the threshold that a sweep varies.
 
     Raises:
-        UserError: it varies none, or two, or leaves its cells to Optuna.
+        UserError: it varies none, or two, or has a sequential mode.
     """
-    if sweep.optuna is not None:
+    mode = sweep.sequential
+    if mode is not None:
         raise UserError(
             f"--refine bisects the thresholds of a grid, and sweep '{sweep.name}' leaves its cells "
-            "to Optuna; drop --refine, or the search with optuna=null."
+            f"to {mode.title}; drop --refine, or the search with {mode.name}=null."
         )
     keys = [key for key in THRESHOLD_KEYS if key in sweep.open_axes()]
     if len(keys) > 1:

@@ -26,6 +26,7 @@ from orchestrator.plan.work import blocked
 from orchestrator.results.folder import Results
 from orchestrator.run.progress import label
 from orchestrator.store.storage import open_storage
+from orchestrator.sweep.modes.base import SequentialMode
 from orchestrator.sweep.modes.optuna import OptunaMode
 from orchestrator.sweep.space import Choice, Domain
 from orchestrator.sweep.sweep import Cell, Sweep
@@ -376,6 +377,15 @@ class StudySearch(Study):
             distributions=dict(space),
             system_attrs=self._asked[number]["system"],
         )
+
+
+# A sequential mode -> the study that suggests its points.
+STUDIES: dict[type[SequentialMode], type[StudySearch]] = {OptunaMode: StudySearch}
+
+
+def study_of(mode: SequentialMode, sweep: Sweep) -> StudySearch:
+    """Return the study of a sweep's sequential mode, from the sweep's folder."""
+    return STUDIES[type(mode)](sweep, sweep.folder)
 
 
 def _study_name(sweep: Sweep, spec: OptunaMode) -> str:
