@@ -325,11 +325,14 @@ def test_a_run_that_a_dead_worker_left_is_closed(
 ) -> None:
     from mlflow import MlflowClient
 
+    from orchestrator.tracking.runs import ORIGIN_TAG
+
     uri = f"sqlite:///{copied.output / 'mlflow.db'}"
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("tiny").experiment_id
     (key, *_) = reference.metrics
-    client.create_run(experiment, tags={"cell": key})
+    ours = find_sweep(str(copied.output), "tiny").origin()
+    client.create_run(experiment, tags={"cell": key, ORIGIN_TAG: ours})
     # Not one of ours, so it stays.
     other = client.create_run(experiment, run_name="by hand").info.run_id
     done = copied.run(command, sweep if command == "launch" else "tiny")

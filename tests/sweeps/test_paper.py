@@ -457,8 +457,8 @@ def test_numbers_are_those_of_mlflow_to_the_last_digit(
     from orchestrator.tracking import server
     from orchestrator.tracking.sync import sync
 
-    monkeypatch.setattr(server, "_down", {})
-    monkeypatch.setattr(server, "_identities", {})
+    monkeypatch.setattr(server, "unanswered", {})
+    monkeypatch.setattr(server, "identities", {})
     results = shelve_sweep(tmp_path / "runs", rates=(0.1,), thresholds=(4.5,), tokens=80)
     uri = server.default_uri(results.output)
     experiment = experiment_module.experiment(uri, results.name)

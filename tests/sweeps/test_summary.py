@@ -141,8 +141,8 @@ def summed(tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch) -> Su
     from orchestrator.tracking import experiment as experiment_module
     from orchestrator.tracking import server
 
-    monkeypatch.setattr(server, "_down", {})
-    monkeypatch.setattr(server, "_identities", {})
+    monkeypatch.setattr(server, "unanswered", {})
+    monkeypatch.setattr(server, "identities", {})
     name = f"made-{tmp_path.name}"
     experiment = experiment_module.experiment(database, name)
     client = MlflowClient(tracking_uri=database)
