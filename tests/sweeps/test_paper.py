@@ -454,11 +454,10 @@ def test_numbers_are_those_of_mlflow_to_the_last_digit(
     from mlflow import MlflowClient
 
     from orchestrator.tracking import experiment as experiment_module
-    from orchestrator.tracking import server
-    from orchestrator.tracking.sync import sync
+    from orchestrator.tracking import server, sync
 
-    monkeypatch.setattr(server, "unanswered", {})
-    monkeypatch.setattr(server, "identities", {})
+    server.unanswered.clear()
+    server.identities.clear()
     results = shelve_sweep(tmp_path / "runs", rates=(0.1,), thresholds=(4.5,), tokens=80)
     uri = server.default_uri(results.output)
     experiment = experiment_module.experiment(uri, results.name)

@@ -143,8 +143,8 @@ def written(
 ) -> Written:
     from orchestrator.tracking import server as server_module
 
-    monkeypatch.setattr(server_module, "unanswered", {})
-    monkeypatch.setattr(server_module, "identities", {})
+    server_module.unanswered.clear()
+    server_module.identities.clear()
     return write(tmp_path, database, cell)
 
 

@@ -141,8 +141,8 @@ def summed(tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch) -> Su
     from orchestrator.tracking import experiment as experiment_module
     from orchestrator.tracking import server
 
-    monkeypatch.setattr(server, "unanswered", {})
-    monkeypatch.setattr(server, "identities", {})
+    server.unanswered.clear()
+    server.identities.clear()
     name = f"made-{tmp_path.name}"
     experiment = experiment_module.experiment(database, name)
     client = MlflowClient(tracking_uri=database)
@@ -199,9 +199,9 @@ def test_of_two_summaries_that_were_made_at_once_one_is_left(summed: Summed) -> 
     summed.finish(SEEDS[:2])
     assert summed.summarize()
     (first,) = summed.summaries()
-    from orchestrator.tracking.runs import STEP_TAG
+    from orchestrator.tracking.runs import ORIGIN_TAG, STEP_TAG
 
-    tags = {"kind": "summary", STEP_TAG: "0"}
+    tags = {"kind": "summary", STEP_TAG: "0", ORIGIN_TAG: summed.results.origin()}
     summed.client.create_run(summed.experiment, tags=tags, run_name="summary")
     # A colleague's own summary run is left alone.
     other = summed.client.create_run(summed.experiment, tags={"kind": "summary"})

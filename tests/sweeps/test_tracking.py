@@ -706,8 +706,8 @@ def bench(
 
     from orchestrator.tracking import server
 
-    monkeypatch.setattr(server, "unanswered", {})
-    monkeypatch.setattr(server, "identities", {})
+    server.unanswered.clear()
+    server.identities.clear()
     results = Results(str(tmp_path / "runs"), "tiny")
     results.store.prepare()
     base = {key: value for key, value in cell.items() if key != "seed"}

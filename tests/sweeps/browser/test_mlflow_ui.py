@@ -37,8 +37,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, chromium: Any) -> Iterator[
     from mlflow import MlflowClient
 
     from orchestrator.tracking import experiment as experiment_module
-    from orchestrator.tracking import server
-    from orchestrator.tracking.sync import sync
+    from orchestrator.tracking import server, sync
 
     folder = tmp_path_factory.mktemp("ui")
     results = shelve_sweep(folder / "runs", rates=(0.1,), thresholds=(4.5,))
