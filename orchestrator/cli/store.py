@@ -15,7 +15,6 @@ from rich.table import Table
 
 from btu.errors import UserError
 from orchestrator.cli.shared import Output, console, errors, warn
-from orchestrator.results.reachable import reachable
 from orchestrator.store import gc as housekeeping
 from orchestrator.store.store import Store
 from orchestrator.sweep.output import DEFAULT_OUTPUT, output_location, store_location
@@ -167,6 +166,8 @@ def gc(
 
         btu store gc --older-than 30d --max-size 20GB --yes # old results, then the oldest
     """
+    from orchestrator.results.reachable import reachable
+
     age, size = parse_age(older_than), parse_size(max_size)
     store = _open(output)
     needed = None if not keep else reachable(output, keep)

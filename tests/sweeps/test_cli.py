@@ -200,6 +200,16 @@ def test_lists_do_not_pay_for_torch(kind: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_command_line_starts_without_what_a_command_imports() -> None:
+    code = (
+        "import sys, orchestrator.cli.main\n"
+        "heavy = {'numpy', 'omegaconf', 'pandas', 'torch', 'ray', 'mlflow'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_unknown_kind_is_refused(run_cli: Callable[..., Any]) -> None:
     done = run_cli("list", "atacks")
     assert done.code == 2
