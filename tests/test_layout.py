@@ -35,7 +35,8 @@ def test_files_are_short() -> None:
 
 
 def test_few_functions_are_long() -> None:
-    found = dict(item for path in FILES for item in functions(path))
-    long = {name: lines for name, lines in found.items() if lines > 50}
+    # A list: methods of several classes of a file may have one name.
+    found = [item for path in FILES for item in functions(path)]
+    long = {name: lines for name, lines in found if lines > 50}
     # 1.5 % of all; what is longer reads top to bottom, as a declaration of stages does.
     assert len(long) <= 0.015 * len(found), long
