@@ -15,16 +15,49 @@ from orchestrator.store.store import Store
 from orchestrator.sweep.sections import ResourceSpec
 
 # Environment variables that affect a trial; a remote worker inherits none of the driver's.
-PASSED_PREFIXES = ("MLFLOW_", "HF_", "BTU_", "AWS_", "TRANSFORMERS_", "RAY_ACCEL_")
+PASSED_PREFIXES = ("MLFLOW_", "HF_", "BTU_", "AWS_", "TRANSFORMERS_")
+# Those that Ray reads before a trial starts. They are no secrets, and stand in command lines.
+RAY_PREFIX = "RAY_ACCEL_"
 
 
-def passed_environment() -> dict[str, str]:
-    """Return the variables that workers get from this process."""
-    environment = {k: v for k, v in os.environ.items() if k.startswith(PASSED_PREFIXES)}
-    if environment.get("BTU_CACHE"):
-        # Workers start in folders of their own.
-        environment["BTU_CACHE"] = str(Path(environment["BTU_CACHE"]).expanduser().resolve())
-    return environment
+class Environment:
+    """Variables for a worker's process. Many are secrets: its text does not contain them.
+
+    It travels as an argument of a trial. Ray's own way, `runtime_env`, writes variables into a
+    command line and into a log that every user of the node may read.
+    """
+
+    def __init__(self, variables: Mapping[str, str] | None = None) -> None:
+        self._variables = dict(variables or {})
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self._variables)} variables)"
+
+    def enter(self) -> None:
+        """Set the variables in this process, before the libraries that read them are imported."""
+        os.environ.update(self._variables)
+
+
+def passed_environment() -> Environment:
+    """Return what workers of a cluster get from this process."""
+    own = {k: v for k, v in os.environ.items() if k.startswith(PASSED_PREFIXES)}
+    return Environment({**own, **_cache()})
+
+
+def local_environment() -> Environment:
+    """Return what workers on this machine do not inherit."""
+    return Environment(_cache())
+
+
+def _cache() -> dict[str, str]:
+    cache = os.environ.get("BTU_CACHE")
+    # Workers start in folders of their own.
+    return {"BTU_CACHE": str(Path(cache).expanduser().resolve())} if cache else {}
+
+
+def ray_settings() -> dict[str, str]:
+    """Return the variables that Ray itself has to know on every node."""
+    return {k: v for k, v in os.environ.items() if k.startswith(RAY_PREFIX)}
 
 
 def check_answers(address: str | None) -> None:

@@ -14,8 +14,9 @@ import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import wraps
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 # Read by ray when it is imported.
@@ -36,8 +37,10 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 import psutil
 import ray
 from ray import tune
+from ray._private import ray_constants
 from ray.exceptions import GetTimeoutError, RayError
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune.execution import class_cache
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -51,7 +54,18 @@ from orchestrator.run.driver import (
     Idle,
     LaunchResult,
 )
-from orchestrator.run.nodes import check_answers, passed_environment, probe, slots, unseen
+from orchestrator.run.local import ray_folder, ray_token
+from orchestrator.run.nodes import (
+    PASSED_PREFIXES,
+    Environment,
+    check_answers,
+    local_environment,
+    passed_environment,
+    probe,
+    ray_settings,
+    slots,
+    unseen,
+)
 from orchestrator.run.progress import SweepProgress
 from orchestrator.run.publish import Publisher
 from orchestrator.run.refine import RefineSpec
@@ -62,6 +76,10 @@ from orchestrator.store.store import Store
 from orchestrator.sweep.sections import ResourceSpec
 from orchestrator.sweep.sweep import Sweep
 
+# Tune passes credentials of AWS on by way of a command line; `Launch.environment` has them.
+class_cache.ENV_VARS_TO_PROPAGATE = {
+    name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith(PASSED_PREFIXES)
+}
 # Tune prints a page when a worker dies; our progress line says the same.
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 # Ray gives its own processes half a minute to start, which a busy machine may exceed.
@@ -148,33 +166,44 @@ def _compute(
     Raises:
         UserError: Ray does not answer, or its nodes cannot run the sweep.
     """
-    launch = Launch(driver.id, sweep.store_location, sweep.output, sweep.name, tracking)
-    attached = ray.is_initialized()
-    if not attached:
-        check_answers(address)
-        connect(address, passed_environment())
-    # Tune wants one folder that all nodes see; nothing here reads what it writes there.
-    scratch = f"{sweep.folder}/.tune-{driver.id}"
-    state = scratch if address is not None else tempfile.mkdtemp(prefix="btu-tune-")
     trials = Trials(driver, sweep.resources)
+    # Ray goes before the folder that it writes to.
     try:
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        driver.slots = slots(nodes, sweep.resources)
-        if address is not None or len(nodes) > 1:
-            _check_nodes(nodes, launch, results.store.storage)
-        # Again: ray.init has replaced the handler that `launch` has set.
-        with _sigterm_as_interrupt():
-            _tuner(trials, launch, driver.slots, state).fit()
+        with _state(sweep, results, driver.id, address) as state, _joined(address) as environment:
+            launch = Launch(
+                driver.id, sweep.store_location, sweep.output, sweep.name, tracking, environment
+            )
+            nodes = [node for node in ray.nodes() if node["Alive"]]
+            driver.slots = slots(nodes, sweep.resources)
+            if address is not None or len(nodes) > 1:
+                _check_nodes(nodes, launch, results.store.storage)
+            # Again: ray.init has replaced the handler that `launch` has set.
+            with _sigterm_as_interrupt():
+                _tuner(trials, launch, driver.slots, state).fit()
     finally:
-        if not attached:
-            leave()
-        if "://" in state:
-            results.storage.remove(f"{sweep.name}/.tune-{driver.id}")
-        shutil.rmtree(state, ignore_errors=True)
         driver.save_timings()
     if trials.error is not None:
         raise trials.error
     driver.all_ended()
+
+
+@contextmanager
+def _state(sweep: Sweep, results: Results, launch: str, address: str | None) -> Iterator[str]:
+    """Make a path or URL for Tune's own files, which nothing here reads; remove it at the end.
+
+    sweep: what is launched.
+    results: of the sweep.
+    launch: its id.
+    address: of a cluster, whose nodes must all see the folder; None for a local Ray.
+    """
+    name = f".tune-{launch}"
+    state = f"{sweep.folder}/{name}" if address else tempfile.mkdtemp(prefix="btu-tune-")
+    try:
+        yield state
+    finally:
+        if "://" in state:
+            results.storage.remove(f"{sweep.name}/{name}")
+        shutil.rmtree(state, ignore_errors=True)
 
 
 def _tuner(trials: Trials, launch: Launch, at_once: int, state: str) -> Tuner:
@@ -360,6 +389,7 @@ def _resources(config: Mapping[str, Any]) -> dict[str, float]:
 
 def compute_stage(config: dict[str, Any], launch: Launch) -> None:
     """Compute one stage in a Ray worker, or wait. The report to Tune comes last."""
+    launch.environment.enter()
     if config["task"]:
         report = compute_call(StageCall.from_json(config["task"]), launch)
         tune.report({"report": report.to_json()})
@@ -371,6 +401,12 @@ def compute_stage(config: dict[str, Any], launch: Launch) -> None:
 # Nodes ------------------------------------------------------------------------------------------
 
 
+def _probe(environment: Environment, location: str, folder: str, node: str, token: str) -> str:
+    """Set the variables of the launch, which an object store may need; then as `nodes.probe`."""
+    environment.enter()
+    return probe(location, folder, node, token)
+
+
 def _check_nodes(nodes: list[Any], launch: Launch, storage: Storage) -> None:
     """Check that every node can read and write the store, and runs the same code, before any work.
 
@@ -380,13 +416,16 @@ def _check_nodes(nodes: list[Any], launch: Launch, storage: Storage) -> None:
     token = uuid.uuid4().hex
     folder = f"probes/{launch.id}"
     storage.write(f"{folder}/driver", token.encode())
+    # By reference: a small argument would become part of the task's description.
+    environment = ray.put(launch.environment)
     try:
         asked = {}
         for node in nodes:
             if node["Resources"].get("CPU", 0) > 0:  # without, it runs nothing
                 place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                task = ray.remote(probe).options(num_cpus=0, scheduling_strategy=place)
-                asked[node["NodeID"]] = task.remote(launch.store, folder, node["NodeID"], token)
+                task = ray.remote(_probe).options(num_cpus=0, scheduling_strategy=place)
+                where = (launch.store, folder, node["NodeID"], token)
+                asked[node["NodeID"]] = task.remote(environment, *where)
         names = {node["NodeID"]: node.get("NodeManagerHostname") for node in nodes}
         for node_id, answer in asked.items():
             try:
@@ -407,8 +446,35 @@ def _check_nodes(nodes: list[Any], launch: Launch, storage: Storage) -> None:
 # Coming and going -------------------------------------------------------------------------------
 
 
-def connect(address: str | None, environment: dict[str, str]) -> None:
+@contextmanager
+def _joined(address: str | None) -> Iterator[Environment]:
+    """Start a local Ray or join a cluster, and leave it at the end.
+
+    A process that is in one already stays in it. Gives the variables that workers do not inherit.
+
+    Raises:
+        UserError: it does not answer or does not start.
+    """
+    if ray.is_initialized():
+        yield passed_environment()
+        return
+    with ExitStack() as stack:
+        folder = None
+        if address is None:
+            folder = stack.enter_context(ray_folder())
+            stack.enter_context(ray_token())
+        else:
+            check_answers(address)
+        connect(address, folder)
+        stack.callback(leave)
+        yield passed_environment() if address else local_environment()
+
+
+def connect(address: str | None, folder: Path | None = None) -> None:
     """Start a local Ray, or join a cluster.
+
+    address: of the cluster; None starts a local Ray.
+    folder: for the sockets and logs of a local Ray.
 
     Raises:
         UserError: it does not answer or does not start.
@@ -416,14 +482,17 @@ def connect(address: str | None, environment: dict[str, str]) -> None:
     for tries_left in reversed(range(START_TRIES)):
         before = set(psutil.Process().children())
         try:
-            ray.init(
-                # Without "local", ray would join whatever cluster runs on this machine.
-                address=address or "local",
-                include_dashboard=None if address else False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                runtime_env={"env_vars": environment},
-            )
+            with nullcontext() if address else _loopback():
+                ray.init(
+                    # Without "local", ray would join whatever cluster runs on this machine.
+                    address=address or "local",
+                    include_dashboard=None if address else False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    # Workers of a local Ray inherit the environment of this process.
+                    runtime_env={"env_vars": ray_settings()} if address else None,
+                    _temp_dir=str(folder) if folder else None,
+                )
             return
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(
@@ -443,6 +512,21 @@ def connect(address: str | None, environment: dict[str, str]) -> None:
                     f"Ray did not start, {START_TRIES} times: {error} If this machine is busy, "
                     "give the same command again when it is less so."
                 ) from error
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """Let a Ray that starts meanwhile listen on the loopback interface alone.
+
+    On Linux Ray replaces a loopback address by that of a network interface, in case other machines
+    should join. This constant, which is false on macOS and Windows, tells it that none will.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def leave() -> None:

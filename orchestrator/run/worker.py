@@ -21,6 +21,7 @@ from btu.provenance import code_version
 from btu.stages import run_stage
 from btu.types import ProgressCallback, silent
 from orchestrator.results.folder import Results
+from orchestrator.run.nodes import Environment
 from orchestrator.run.schedule import CELL
 from orchestrator.store.store import Damaged, Missing, Store
 
@@ -58,13 +59,16 @@ class Launch:
     output: the sweep's output folder or URL.
     sweep: the sweep's name.
     tracking: URI and experiment id; None if MLflow does not answer.
+    environment: variables of a worker's process, to be set before anything else is imported.
     """
 
     id: str
     store: str
     output: str
     sweep: str
-    tracking: Mapping[str, str] | None
+    # A URI may contain a password.
+    tracking: Mapping[str, str] | None = field(repr=False)
+    environment: Environment = field(default_factory=Environment)
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,7 @@ class Workplace:
         held: the stage computes, and then waits until this changes.
         raises: the text of a RuntimeError that the stage raises.
         parts: the stage runs out of memory until batches are cut into so many parts.
+        tells: a file where the stage writes the environment of its process, as JSON.
         """
         if what.get("held"):
             # It keeps its worker: other stages need a second one.

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
+import pickle
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -17,8 +21,8 @@ from driving import ByHand, ToyPlanner, begin
 
 from btu.errors import UserError
 from btu.provenance import code_version
-from orchestrator.run import nodes
-from orchestrator.run.worker import Outcome, Report, StageCall
+from orchestrator.run import local, nodes
+from orchestrator.run.worker import Launch, Outcome, Report, StageCall
 from orchestrator.store.store import Store
 from orchestrator.sweep.sections import ResourceSpec
 
@@ -52,7 +56,7 @@ def test_a_ray_that_does_not_start_in_time_is_started_again(
     monkeypatch.setattr(on_ray.ray, "init", init)
     expected = pytest.raises(UserError, match=refused) if refused else nullcontext()
     with expected:
-        on_ray.connect(None, {})
+        on_ray.connect(None)
     assert asked == ["local"] * tries
     # What came up of Ray in vain does not burden the next try.
     assert [process.wait(60) for process in started] == [-signal.SIGKILL] * min(failures, tries)
@@ -69,7 +73,7 @@ def test_a_cluster_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(on_ray.ray, "init", init)
     with pytest.raises(UserError, match="Ray cluster head:6379 cannot be reached: nobody there"):
-        on_ray.connect("head:6379", {})
+        on_ray.connect("head:6379")
     assert asked == ["head:6379"]
 
 
@@ -259,18 +263,110 @@ def test_resources_that_no_node_has_are_refused(asked: dict[str, float], named: 
         nodes.slots([node(4), node(2, 0.5)], ResourceSpec(**asked))
 
 
-def test_workers_get_the_variables_that_act_on_them(
+def test_workers_of_a_cluster_get_the_variables_that_act_on_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     monkeypatch.setenv("BTU_CACHE", "cache")
     monkeypatch.setenv("SECRET_OF_ANOTHER_PROGRAM", "x")
-    passed = nodes.passed_environment()
-    assert passed["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "5"
-    # They start in folders of their own.
-    assert passed["BTU_CACHE"] == str(tmp_path / "cache")
-    assert "SECRET_OF_ANOTHER_PROGRAM" not in passed
+    passed, inherited = nodes.passed_environment(), nodes.local_environment()
+    for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "BTU_CACHE", "SECRET_OF_ANOTHER_PROGRAM"):
+        monkeypatch.delenv(name)
+    inherited.enter()
+    assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
+    # Workers start in folders of their own.
+    assert os.environ["BTU_CACHE"] == str(tmp_path / "cache")
+    passed.enter()
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "5"
+    assert os.environ["BTU_CACHE"] == str(tmp_path / "cache")
+    assert "SECRET_OF_ANOTHER_PROGRAM" not in os.environ
+
+
+def test_a_worker_has_its_variables_before_it_computes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from orchestrator.run import on_ray
+
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    launch = Launch("L", "store", "runs", "tiny", None, nodes.passed_environment())
+    monkeypatch.delenv("HF_TOKEN")
+    seen: list[str | None] = []
+
+    def compute(*_: object) -> Report:
+        seen.append(os.environ.get("HF_TOKEN"))
+        return Report(Outcome.done)
+
+    monkeypatch.setattr(on_ray, "compute_call", compute)
+    monkeypatch.setattr(on_ray.tune, "report", lambda _: None)
+    # It travels: Ray pickles it.
+    on_ray.compute_stage({"task": StageCall({}).to_json()}, pickle.loads(pickle.dumps(launch)))
+    assert seen == ["hf_secret"]
+
+
+def test_a_node_is_asked_with_the_variables_of_the_launch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from orchestrator.run import on_ray
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "aws_secret")
+    environment = nodes.passed_environment()
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setattr(on_ray, "probe", lambda *ask: os.environ["AWS_SECRET_ACCESS_KEY"])
+    assert on_ray._probe(environment, "s3://bucket", "probes/x", "n1", "token") == "aws_secret"
+
+
+def test_a_launch_has_no_text_of_its_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    tracking = {"uri": "http://me:pw_secret@host:5000", "id": "7"}
+    launch = Launch("L", "store", "runs", "tiny", tracking, nodes.passed_environment())
+    for text in (repr(launch), str(launch), f"{launch}", repr([launch.environment])):
+        assert "secret" not in text
+    assert "sweep='tiny'" in repr(launch)
+
+
+# What a local Ray has of its own ---------------------------------------------------------------
+
+
+def test_a_local_ray_has_a_private_folder_for_a_while() -> None:
+    with local.ray_folder() as folder:
+        folder.mkdir()
+        folder.chmod(0o777)  # as Ray does
+        assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
+        # Ray refuses longer ones: AF_UNIX allows 107 bytes on Linux.
+        assert len(str(folder) + local.SOCKET) <= local.SOCKET_BYTES
+        kept = folder.parent
+    assert not kept.exists()
+
+
+@pytest.mark.parametrize("length", [65, 200])
+def test_a_long_temporary_folder_does_without_rays_sockets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, length: int
+) -> None:
+    long = tmp_path / ("x" * (length - len(str(tmp_path)) - 1) or "x")
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    with local.ray_folder() as folder:
+        assert folder.parent.parent == Path("/tmp")
+    # Where /tmp cannot be used either, the way out is named.
+    monkeypatch.setattr(local, "MOST_BYTES", 3)
+    expected = rf"Ray cannot put its sockets into {long} or /tmp: .* 3 bytes.* Set TMPDIR"
+    with pytest.raises(UserError, match=expected), local.ray_folder():
+        pass
+
+
+def test_a_local_ray_has_a_token_in_its_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    with local.ray_token():
+        token = os.environ["RAY_AUTH_TOKEN"]
+        assert len(token) == 64
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    # That of a cluster comes back. Ray keeps the first one that it reads.
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "of-a-cluster")
+    with local.ray_token():
+        assert os.environ["RAY_AUTH_TOKEN"] == token
+    assert os.environ["RAY_AUTH_TOKEN"] == "of-a-cluster"
 
 
 def test_an_address_that_does_not_answer_is_refused(free_port: int) -> None:
