@@ -89,10 +89,11 @@ def _runs_table(runs: Path, name: str, folder: Path) -> str:
     started = time.monotonic()
     synced = sync.sync(uri, experiment, results, lambda key: False)
     print(f"{synced.written} runs written to MLflow in {time.monotonic() - started:.1f} s")
-    with mlflow_ui(uri, folder / "ui.log") as url, browser() as chromium:
-        tab = chromium.new_page(viewport={"width": 2200, "height": 1200})
+    with mlflow_ui(uri, folder / "ui.log") as ui, browser() as chromium:
+        size = {"width": 2200, "height": 1200}
+        tab = chromium.new_page(viewport=size, http_credentials=ui.login)
         started = time.monotonic()
-        tab.goto(f"{url}/#/experiments/{experiment}/runs?workflowType=machine_learning")
+        tab.goto(f"{ui.url}/#/experiments/{experiment}/runs?workflowType=machine_learning")
         tab.get_by_text("matching runs").wait_for(timeout=120_000)
         # Newest first, a hundred at a time: which attack they are of is left open.
         tab.get_by_role("link", name="poison_rate=").first.wait_for(timeout=120_000)

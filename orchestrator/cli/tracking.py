@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from btu.errors import UserError
-from orchestrator.cli.shared import MLFLOW_STORE, Output, SweepName, console, say
+from orchestrator.cli.shared import MLFLOW_STORE, Output, SweepName, say, warn
 from orchestrator.sweep.output import DEFAULT_OUTPUT
 
 # Sweeps whose addresses `btu ui` prints.
@@ -60,12 +60,16 @@ def ui(
     output: Output = DEFAULT_OUTPUT,
     uri: Uri = None,
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000,
+    no_auth: Annotated[
+        bool,
+        typer.Option("--no-auth", help="Without a password: every user of this machine is let in."),
+    ] = False,
 ) -> None:
     """Open the MLflow UI on the sweeps' runs, on this machine only.
 
     Prints the address of each sweep's runs table with the columns asr, cacc and
-    detection_precision, which MLflow's own link leaves out. If --uri names a running server, prints
-    the addresses alone.
+    detection_precision, which MLflow's own link leaves out, and a password that holds until the UI
+    stops. If --uri names a running server, prints the addresses alone.
 
     Example: `btu ui --port 5001`
     """
@@ -77,18 +81,34 @@ def ui(
         )
     from orchestrator.tracking import experiment as experiment_module
     from orchestrator.tracking import server as server_module
+    from orchestrator.tracking import ui as ui_module
 
     running = uri is not None and uri.startswith(("http://", "https://"))
     uri = uri or server_module.default_uri(output)
-    server = server_module.shown(uri).rstrip("/") if running else f"http://127.0.0.1:{port}"
-    views = experiment_module.views(uri)
+    if not running:
+        uri = ui_module.local_uri(uri)
+        ui_module.check_port(port)
+    server = server_module.shown(uri).rstrip("/") if running else f"http://{ui_module.HOST}:{port}"
+    _print_addresses(server, experiment_module.views(uri), running)
+    if running:
+        return
+    password = None if no_auth else ui_module.new_password()
+    if password is None:
+        warn(
+            "WARNING: --no-auth lets every user of this machine read all files that you can read, "
+            "through MLflow's artifacts, and change and delete runs."
+        )
+    else:
+        say(f"Log in as {ui_module.USER} with the password {password} (until the UI stops)")
+    raise typer.Exit(ui_module.serve_ui(uri, port, password))
+
+
+def _print_addresses(server: str, views: dict[str, str], running: bool) -> None:
     # Without the parameter MLflow opens on its pages for language-model traces.
     page = f"{server}/#/experiments?workflowType=machine_learning"
     how = "a running MLflow server; open it in a browser" if running else "Ctrl-C stops it"
-    lines = [f"MLflow UI: {page} ({how})"]
-    lines += [f"{name}: {server}{path}" for name, path in list(views.items())[:MOST_VIEWS]]
+    say(f"MLflow UI: {page} ({how})")
+    for name, path in list(views.items())[:MOST_VIEWS]:
+        say(f"{name}: {server}{path}")
     if len(views) > MOST_VIEWS:
-        lines.append(f"and {len(views) - MOST_VIEWS} older sweeps, in the UI's list")
-    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
-    if not running:
-        raise typer.Exit(server_module.serve_ui(uri, port))
+        say(f"and {len(views) - MOST_VIEWS} older sweeps, in the UI's list")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import sqlite3
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -111,19 +109,3 @@ def brief(error: Exception) -> str:
 def reason_of(error: Exception) -> str:
     """Return the first line of an error's text, without passwords."""
     return shown((str(error).splitlines() or [type(error).__name__])[0])
-
-
-def ui_command(uri: str, port: int) -> list[str]:
-    """Return the command that serves the MLflow UI of a store, on this machine only."""
-    return [
-        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri,
-        "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-    ]  # fmt: skip
-
-
-def serve_ui(uri: str, port: int) -> int:
-    """Serve the MLflow UI until it is stopped. Return its exit code."""
-    try:
-        return subprocess.run(ui_command(uri, port), check=False).returncode
-    except KeyboardInterrupt:
-        return 0

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = [
@@ -45,30 +47,39 @@ def browser() -> Iterator[Any]:
             started.close()
 
 
-@contextmanager
-def mlflow_ui(uri: str, log: Path, limit: float = 240.0) -> Iterator[str]:
-    """Serve an MLflow store as `btu ui` does; give the address once it answers.
+class Ui(NamedTuple):
+    """A running `btu ui`. url: of it. login: what Playwright's `http_credentials` takes."""
 
-    log: gets what the server prints. limit: seconds until it has to answer.
+    url: str
+    login: dict[str, str]
+
+
+@contextmanager
+def mlflow_ui(uri: str, log: Path, limit: float = 240.0) -> Iterator[Ui]:
+    """Run `btu ui` for an MLflow store; give its address and log-in once it answers.
+
+    log: gets what it prints. limit: seconds until it has to answer.
 
     Raises:
         RuntimeError: it ended, or did not answer in time; the text is what it printed.
     """
-    from orchestrator.tracking import server as server_module
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
+    command = [sys.executable, "-m", "orchestrator.cli", "ui", "--uri", uri, "--port", str(port)]
     with log.open("w") as output:
-        server = subprocess.Popen(server_module.ui_command(uri, port), stdout=output, stderr=output)
+        server = subprocess.Popen(command, stdout=output, stderr=output)
         try:
             url = f"http://127.0.0.1:{port}"
             until = time.monotonic() + limit
+            # MLflow answers there without a password.
             while not _answers(f"{url}/health"):
                 if server.poll() is not None or time.monotonic() > until:
                     raise RuntimeError(f"no MLflow UI after {limit:.0f} s: {log.read_text()}")
                 time.sleep(0.5)
-            yield url
+            said = re.search(r"Log in as (\S+) with\s+the\s+password\s+(\S+)", log.read_text())
+            assert said is not None, log.read_text()
+            yield Ui(url, {"username": said[1], "password": said[2]})
         finally:
             server.terminate()
             server.wait(60)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -672,40 +673,102 @@ def test_an_unknown_format_is_refused(run_cli: Callable[..., Any]) -> None:
 VIEWS = {f"sweep-{i}": f"/#/experiments/{i}/runs?viewStateShareKey=btu" for i in range(12)}
 
 
-def test_the_ui_serves_the_sweeps_store(
-    run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, str | None]]:
+    """What `btu ui` serves, instead of serving it: URI, port and password."""
     from orchestrator.tracking import experiment as experiment_module
-    from orchestrator.tracking import server
+    from orchestrator.tracking import ui
 
-    served, asked = [], []
-    monkeypatch.setattr(server, "serve_ui", lambda uri, port: served.append((uri, port)) or 0)
-    monkeypatch.setattr(experiment_module, "views", lambda uri: asked.append(uri) or VIEWS)
+    found: list[tuple[str, int, str | None]] = []
+    monkeypatch.setattr(ui, "serve_ui", lambda *asked: found.append(asked) or 0)
+    monkeypatch.setattr(experiment_module, "views", lambda uri: VIEWS)
+    return found
+
+
+def test_the_ui_serves_the_sweeps_store_behind_a_new_password(
+    run_cli: Callable[..., Any],
+    served: list[tuple[str, int, str | None]],
+    tmp_path: Path,
+    free_port: int,
+) -> None:
     (tmp_path / "mlflow.db").write_text("")
-    done = run_cli("ui", "-o", tmp_path, "--port", 5001)
+    done = run_cli("ui", "-o", tmp_path, "--port", free_port)
     assert done.code == 0
-    assert served == [(f"sqlite:///{tmp_path / 'mlflow.db'}", 5001)]
-    assert asked == [f"sqlite:///{tmp_path / 'mlflow.db'}"]
-    assert "MLflow UI: http://127.0.0.1:5001/#/experiments?workflowType" in done.out
-    address = "http://127.0.0.1:5001/#/experiments/9/runs?viewStateShareKey=btu"
+    ((uri, port, password),) = served
+    assert (uri, port) == (f"sqlite:///{tmp_path / 'mlflow.db'}", free_port)
+    assert password is not None
+    assert len(password) >= 22  # 128 bits, six a character
+    assert f"Log in as btu with the password {password} (until the UI stops)" in done.out
+    assert f"MLflow UI: http://127.0.0.1:{free_port}/#/experiments?workflowType" in done.out
+    address = f"http://127.0.0.1:{free_port}/#/experiments/9/runs?viewStateShareKey=btu"
     assert f"sweep-9: {address}" in done.out
     assert "sweep-10" not in done.out
     assert "and 2 older sweeps, in the UI's list" in done.out
+    run_cli("ui", "-o", tmp_path, "--port", free_port)
+    assert served[1][2] not in (None, password)
+
+
+def test_a_ui_without_a_password_says_whom_it_lets_in(
+    run_cli: Callable[..., Any],
+    served: list[tuple[str, int, str | None]],
+    tmp_path: Path,
+    free_port: int,
+) -> None:
+    (tmp_path / "mlflow.db").write_text("")
+    done = run_cli("ui", "-o", tmp_path, "--port", free_port, "--no-auth")
+    assert served[0][2] is None
+    assert "WARNING: --no-auth lets every user of this machine read all files" in done.err
+    assert "password" not in done.out
 
 
 def test_the_ui_of_a_server_points_at_it(
-    run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    run_cli: Callable[..., Any], served: list[tuple[str, int, str | None]]
 ) -> None:
-    from orchestrator.tracking import experiment as experiment_module
-    from orchestrator.tracking import server
-
-    monkeypatch.setattr(server, "serve_ui", lambda *_: pytest.fail("it runs already"))
-    monkeypatch.setattr(experiment_module, "views", lambda uri: VIEWS)
     done = run_cli("ui", "--uri", "http://me:secret@host:5000/")
     assert done.code == 0
+    assert served == []  # it runs already
     assert "a running MLflow server; open it in a browser" in done.out
     assert "sweep-0: http://host:5000/#/experiments/0/runs" in done.out
     assert "secret" not in done.out
+    assert "password" not in done.out
+
+
+@pytest.mark.parametrize(
+    ("uri", "named"),
+    [
+        ("postgresql://me:secret@host/mlflow", "postgresql://host/mlflow"),
+        ("mysql+pymysql://me:secret@host/mlflow", "mysql+pymysql://host/mlflow"),
+        ("databricks://me", "databricks://me"),
+        ("s3://bucket/runs", "s3://bucket/runs"),
+    ],
+)
+def test_the_ui_serves_local_stores_only(
+    run_cli: Callable[..., Any],
+    served: list[tuple[str, int, str | None]],
+    uri: str,
+    named: str,
+) -> None:
+    done = run_cli("ui", "--uri", uri)
+    assert done.code == 2
+    assert served == []
+    assert f"folders of this machine, not {named}: start an MLflow server for it" in done.err
+    assert "secret" not in done.err
+
+
+def test_the_ui_takes_no_port_at_which_another_process_listens(
+    run_cli: Callable[..., Any], served: list[tuple[str, int, str | None]], tmp_path: Path
+) -> None:
+    # It would be given the password.
+    (tmp_path / "mlflow.db").write_text("")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        done = run_cli("ui", "-o", tmp_path, "--port", port)
+    assert done.code == 2
+    assert served == []
+    assert f"port {port} of 127.0.0.1 cannot be used: Address already in use" in done.err
+    assert "--port" in done.err
 
 
 # launch, with the running itself left out (see test_launch.py) ----------------------------------

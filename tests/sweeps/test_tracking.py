@@ -134,16 +134,6 @@ def test_an_experiment_says_how_its_sweep_runs_again(make_sweep: Callable[..., P
     assert len(note) <= TAG_CHARACTERS
 
 
-def test_the_ui_is_served_on_this_machine_only() -> None:
-    from orchestrator.tracking.server import ui_command
-
-    command = ui_command("sqlite:///x.db", 5001)
-    assert command[command.index("--host") + 1] == "127.0.0.1"
-    assert command[command.index("--port") + 1] == "5001"
-    assert command[command.index("--backend-store-uri") + 1] == "sqlite:///x.db"
-    assert "0.0.0.0" not in command
-
-
 def test_a_uri_is_shown_without_its_password() -> None:
     from orchestrator.tracking.server import shown
 

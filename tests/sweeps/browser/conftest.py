@@ -50,12 +50,21 @@ class Tab:
 
 @pytest.fixture
 def open_tab(chromium: Any) -> Iterator[Callable[..., Tab]]:
-    """A function from a URL to a tab that shows it; scheme: light or dark; width: in pixels."""
+    """A function from a URL to a tab that shows it.
+
+    scheme: light or dark. width: in pixels. login: user and password that it is asked for.
+    """
     opened = []
 
-    def build(url: str, scheme: str = "light", width: int = 1280) -> Tab:
+    def build(
+        url: str,
+        scheme: str = "light",
+        width: int = 1280,
+        login: dict[str, str] | None = None,
+    ) -> Tab:
         size = {"width": width, "height": HEIGHT}
-        tab = Tab(chromium.new_page(viewport=size, color_scheme=scheme))
+        page = chromium.new_page(viewport=size, color_scheme=scheme, http_credentials=login)
+        tab = Tab(page)
         opened.append(tab.page)
         # Other work on the machine may take most of its CPUs.
         tab.page.set_default_timeout(120_000)

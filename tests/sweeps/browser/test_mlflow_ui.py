@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 class Served(NamedTuple):
     """An MLflow UI. url: of it. experiment: the sweep's id. runs: names by id. summary: its id.
 
-    view: the address of the sweep's runs table, behind the UI's.
+    view: the address of the sweep's runs table, behind the UI's. login: user and password.
     """
 
     url: str
@@ -25,6 +25,7 @@ class Served(NamedTuple):
     runs: dict[str, str]
     summary: str
     view: str
+    login: dict[str, str]
 
     def at(self, path: str) -> str:
         # Without the parameter MLflow opens on its pages for language-model traces.
@@ -49,17 +50,16 @@ def served(tmp_path_factory: pytest.TempPathFactory, chromium: Any) -> Iterator[
     assert sync.summarize(uri, experiment, results)
     (summary,) = MlflowClient(tracking_uri=uri).search_runs([experiment], "tags.kind = 'summary'")
     names = {run.info.run_id: run.info.run_name for run in found}
-    with mlflow_ui(uri, folder / "log.txt") as url:
-        yield Served(
-            url, experiment, names, summary.info.run_id, experiment_module.views(uri)[results.name]
-        )
+    with mlflow_ui(uri, folder / "log.txt") as ui:
+        view = experiment_module.views(uri)[results.name]
+        yield Served(ui.url, experiment, names, summary.info.run_id, view, ui.login)
 
 
 def test_the_runs_are_listed_with_what_they_found(
     served: Served, open_tab: Callable[..., Any], screenshots: Path
 ) -> None:
     # The address that `btu ui` prints. The table draws the columns that are in view alone.
-    tab = open_tab(served.url + served.view, width=2200)
+    tab = open_tab(served.url + served.view, width=2200, login=served.login)
     for name in served.runs.values():
         tab.page.get_by_text(name, exact=True).first.wait_for()
     for column in ("asr", "cacc", "detection_preci", "attack", "poison_rate", "defense", "seed"):
@@ -71,7 +71,7 @@ def test_a_runs_artifacts_open(
     served: Served, open_tab: Callable[..., Any], screenshots: Path
 ) -> None:
     run_id = next(iter(served.runs))
-    tab = open_tab(served.at(f"/runs/{run_id}/artifacts"))
+    tab = open_tab(served.at(f"/runs/{run_id}/artifacts"), login=served.login)
     tab.page.get_by_text("config.yaml").first.click()
     tab.page.get_by_text("poison_rate").first.wait_for()
     tab.page.screenshot(path=screenshots / "mlflow-artifacts.png")
@@ -80,12 +80,12 @@ def test_a_runs_artifacts_open(
 def test_the_summary_run_says_what_the_sweep_came_to(
     served: Served, open_tab: Callable[..., Any], screenshots: Path
 ) -> None:
-    tab = open_tab(served.at(f"/runs/{served.summary}"), width=1600)
+    tab = open_tab(served.at(f"/runs/{served.summary}"), width=1600, login=served.login)
     # Its description, and the mean of a group among its metrics.
     tab.page.get_by_text("mean", exact=False).first.wait_for()
     tab.page.get_by_text(re.compile("^asr/badnets")).first.wait_for()
     tab.page.screenshot(path=screenshots / "mlflow-summary.png")
-    tab = open_tab(served.at(f"/runs/{served.summary}/artifacts"), width=1600)
+    tab = open_tab(served.at(f"/runs/{served.summary}/artifacts"), width=1600, login=served.login)
     for name in ("means.csv", "cells.csv", "report.html", "sweep.yaml"):
         tab.page.get_by_text(name).first.wait_for()
     tab.page.get_by_text("means.json").first.click()
@@ -100,7 +100,7 @@ def test_runs_are_compared(served: Served, open_tab: Callable[..., Any], screens
         f"{served.url}/#/compare-runs?runs={quoted}"
         f"&experiments=[%22{served.experiment}%22]&workflowType=machine_learning"
     )
-    tab = open_tab(url)
+    tab = open_tab(url, login=served.login)
     tab.page.get_by_text(re.compile("Comparing 3 Runs")).first.wait_for()
     tab.page.get_by_text("detection_precision", exact=True).first.wait_for(state="attached")
     tab.page.screenshot(path=screenshots / "mlflow-compare.png", full_page=True)
