@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ PREDICT_BATCH = 128
 FINITE_CHECK_STEPS = 50
 # Seconds between progress reports within an epoch.
 REPORT_SECONDS = 10.0
+# Threads that may be asked for: more only wait, and with too many torch ends the process.
+THREADS_PER_CPU = 16
 
 
 class NonFiniteLossError(RuntimeError):
@@ -188,7 +191,16 @@ def use_threads(cpus: float) -> None:
     """Let torch compute with `cpus` threads, at least one.
 
     Sums depend on how they are divided among threads: the number affects results.
+
+    Raises:
+        UserError: more threads than this machine can start; torch would end the process.
     """
+    count = os.cpu_count() or 1
+    if cpus > THREADS_PER_CPU * count:
+        raise UserError(
+            f"{cpus:g} threads are too many for this machine with {count} CPUs: it computes with "
+            f"{THREADS_PER_CPU * count} at most. Lower --cpus or resources.cpu."
+        )
     torch.set_num_threads(max(1, int(cpus)))
 
 

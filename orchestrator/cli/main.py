@@ -11,6 +11,7 @@ from btu.errors import UserError
 from orchestrator.cli import store
 from orchestrator.cli.compare import compare
 from orchestrator.cli.launch import launch, trial
+from orchestrator.cli.output import orderly_output
 from orchestrator.cli.parts import list_
 from orchestrator.cli.plan import plan
 from orchestrator.cli.report import choose, curves, report
@@ -62,6 +63,7 @@ def _root(
     pass
 
 
+@orderly_output()
 def main() -> None:
     """Run the command line. A `UserError` is printed as a message, without a traceback."""
     try:
