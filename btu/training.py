@@ -198,8 +198,8 @@ def use_threads(cpus: float) -> None:
     count = os.cpu_count() or 1
     if cpus > THREADS_PER_CPU * count:
         raise UserError(
-            f"{cpus:g} threads are too many for this machine with {count} CPUs: it computes with "
-            f"{THREADS_PER_CPU * count} at most. Lower --cpus or resources.cpu."
+            f"{cpus:.15g} threads are too many for this machine with {count} CPUs: it computes "
+            f"with {THREADS_PER_CPU * count} at most. Lower --cpus or resources.cpu."
         )
     torch.set_num_threads(max(1, int(cpus)))
 

@@ -203,7 +203,9 @@ def _print_result(sweep: Sweep, planned: Plan, result: LaunchResult) -> None:
     output = output_option(sweep.output)
     # Without the password: the user who gave the URI has it.
     uri = f" --uri {shlex.quote(shown(sweep.tracking.uri))}" if sweep.tracking.uri else output
-    say(f"Table: btu report {sweep.name}{output}\nRuns:  btu ui{uri}")
+    say(f"Table: btu report {sweep.name}{output}")
+    if (sweep.tracking.uri or "sqlite:").startswith(("sqlite:", "file:", "http:", "https:")):
+        say(f"Runs:  btu ui{uri}")  # which serves no other databases
 
 
 def _print_incomplete(result: LaunchResult) -> None:

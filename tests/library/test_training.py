@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from btu.training import (
     plan_batches,
     predict,
     resolve_precision,
+    use_threads,
 )
 from btu.types import Corpus, Progress
 from btu.victims import Victim
@@ -800,3 +802,19 @@ def test_training_on_cuda(
     assert next(model.parameters()).device.type == "cuda"
     assert data.ids.device.type == "cpu"  # the caller's rows stay where they are
     assert predict(model, data, precision=precision, device=device).shape == (240,)
+
+
+def test_so_many_threads_that_torch_would_crash_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    for cpus in (0.25, 1, 2.5, 64):
+        use_threads(cpus)
+    # At least one, and sixteen for each CPU at most.
+    assert asked == [1, 1, 2, 64]
+    for cpus in (65, 100_000):
+        with pytest.raises(UserError, match=rf"{cpus} threads are too many .* 4 CPUs: .* 64 at"):
+            use_threads(cpus)
+    assert len(asked) == 4

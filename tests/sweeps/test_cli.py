@@ -829,6 +829,15 @@ def test_a_launch_of_another_server_names_it_without_its_password(
     assert "secret" not in done.out
 
 
+def test_a_launch_that_is_tracked_in_a_database_names_no_ui_that_would_refuse_it(
+    run_cli: Callable[..., Any], make_sweep: Callable[..., Path], launched: Callable[..., None]
+) -> None:
+    launched(done=1, failed={}, missing=0)
+    done = run_cli("launch", make_sweep(), "tracking.uri=postgresql://me:secret@host/mlflow")
+    assert "Table: btu report tiny" in done.out
+    assert "btu ui" not in done.out
+
+
 def test_the_options_of_a_launch_reach_it(
     run_cli: Callable[..., Any], make_sweep: Callable[..., Path], launched: Callable[..., Any]
 ) -> None:

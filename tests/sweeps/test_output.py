@@ -70,18 +70,17 @@ def test_a_reader_that_goes_away_is_no_error(arguments: tuple[str, ...]) -> None
 
 
 def test_what_an_encoding_lacks_is_escaped(tmp_path: Path) -> None:
-    file = tmp_path / "möbel.yaml"
+    file = tmp_path / "tiny.yaml"
     file.write_text(
-        "name: tiny\ncontrols: []\ndata: {name: demo, train_rows: 40}\n"
-        "attack: {name: badnets, trigger: ['ünïcode']}\ndefense: {name: none}\nseed: 0\n",
+        "name: tiny\ncontrols: []\ndata: {name: demo, max_train_rows: 40}\nseed: 0\n"
+        "grid: {attack.trigger: [['ünïcode'], [cf]]}\n",
         encoding="utf-8",
     )
-    done = btu(
-        "plan", file.name, cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"}, capture_output=True
-    )
-    assert b"Traceback" not in done.stderr, done
-    assert b"UnicodeEncodeError" not in done.stderr
-    assert (done.stdout + done.stderr).isascii()
+    ascii_only = {"PYTHONIOENCODING": "ascii"}
+    done = btu("plan", file.name, cwd=tmp_path, env=ascii_only, capture_output=True)
+    assert done.returncode == 0, done
+    assert b"\\xfcn\\xefcode" in done.stdout
+    assert done.stderr == b""
 
 
 def test_an_error_of_another_file_is_not_the_outputs() -> None:

