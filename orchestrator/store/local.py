@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from orchestrator.store import places, tree
-from orchestrator.store.places import Outside, refused
+from orchestrator.store.places import refused
 from orchestrator.store.primitives import Found, digest, lines_of
 
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -35,8 +35,7 @@ class LocalStorage:
 
     def read(self, path: str) -> bytes:
         # Not `_parent`: markers are read a thousand times in a row.
-        parent, _, name = path.rpartition("/")
-        folder = tree.open_folder(self._root, parent)
+        folder, name = tree.open_parent(self._root, path)
         try:
             return tree.read_file(folder, name, path)
         finally:
@@ -189,10 +188,7 @@ class LocalStorage:
     @contextmanager
     def _parent(self, path: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
         """Yield an open folder, and the name in it that `path` ends with."""
-        parent, _, name = path.rpartition("/")
-        if name in ("", ".", ".."):
-            raise Outside(f"{path!r} names no file below {self.location}.")
-        opened = tree.open_folder(self._root, parent, make=make)
+        opened, name = tree.open_parent(self._root, path, make=make)
         try:
             yield opened, name
         finally:

@@ -67,7 +67,7 @@ def is_file(name: object) -> bool:
 
 @lru_cache(4096)  # most entries have files of the same names
 def _is_file(name: str) -> bool:
-    if not name.isprintable() or _FILE.fullmatch(name) is None:
+    if len(name) > 1000 or not name.isprintable() or _FILE.fullmatch(name) is None:
         return False
     return name.isascii() or all(len(part.encode()) <= 255 for part in name.split("/"))
 

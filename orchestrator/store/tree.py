@@ -43,7 +43,21 @@ def open_folder(root: str, path: str, *, make: bool = False) -> int:
         Outside: a step of `path` is a link, or leads out.
         FileNotFoundError: there is no such folder.
     """
+    return _open(root, parts(path), make)
+
+
+def open_parent(root: str, path: str, *, make: bool = False) -> tuple[int, str]:
+    """Return a descriptor of the folder that `path` is in, and the name that it ends with.
+
+    Arguments and errors are those of `open_folder`.
+    """
     steps = parts(path)
+    if not steps:
+        raise refused(root, "is the folder itself, not something in it")
+    return _open(root, steps[:-1], make), steps[-1]
+
+
+def _open(root: str, steps: list[str], make: bool) -> int:
     for _ in range(5):
         try:
             return _descend(root, steps, make)

@@ -6,8 +6,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from btu.settings import is_number
-
 Check = Callable[[Any], bool]
 
 
@@ -44,8 +42,8 @@ def is_count(value: Any) -> bool:
 
 
 def is_amount(value: Any) -> bool:
-    """Return whether a value is a finite number that a float can hold."""
-    return is_number(value) and abs(value) < 1e15
+    """Return whether a value is a number that a float holds to the unit; NaN is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
 
 
 def holds(facts: Any, checks: Mapping[str, Check], required: Iterable[str] = ()) -> bool:
