@@ -163,11 +163,13 @@ def folder_identity(folder: Path, weights: list[Path]) -> str:
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content."""
     status = path.stat()
-    return _sha256(path, status.st_mtime_ns, status.st_size)
+    # The ctime too: a program that exchanges a file can set the other times, but not this one.
+    facts = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
+    return _sha256(path, facts)
 
 
 @cache
-def _sha256(path: Path, changed_ns: int, size: int) -> str:
+def _sha256(path: Path, facts: tuple[int, ...]) -> str:
     # The cells of a plan share their models, and a checked file is hashed again for its identity.
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import logging
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from btu.cache_folder import cache_folder
 from btu.errors import UserError, did_you_mean
 from btu.settings import check_count
 from btu.types import IntArray, Progress, ProgressCallback, Rows, silent
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 GENERATE_BATCH = 32
 # Bump when generation changes: cached paraphrases of other versions are not reused.
 GENERATE_VERSION = 1
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,16 +108,10 @@ def _check_local(model: str) -> None:
         )
 
 
-def cache_folder() -> Path:
-    """Return the folder of generated paraphrases: $BTU_CACHE or ~/.cache/btu."""
-    return Path(os.environ.get("BTU_CACHE") or Path.home() / ".cache" / "btu").expanduser()
-
-
 @contextmanager
 def _cache() -> Iterator[sqlite3.Connection]:
-    folder = cache_folder()
+    folder = cache_folder(warn=_log.warning)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         # SQLite, because trials of one sweep read and write it at once; 60 s outlasts a commit.
         connection = sqlite3.connect(folder / "paraphrases.sqlite", timeout=60)
         connection.execute(

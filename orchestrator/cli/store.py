@@ -1,4 +1,4 @@
-"""`btu store`: list, check and shrink the store of an output folder."""
+"""`btu store`: list, check, sign and shrink the store of an output folder."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from rich.table import Table
 from btu.errors import UserError
 from orchestrator.cli.shared import Output, console, errors, warn
 from orchestrator.store import gc as housekeeping
+from orchestrator.store import places
+from orchestrator.store.marker import SIGNING_KEY, signing_key
+from orchestrator.store.owners import foreign_entries
 from orchestrator.store.store import Store
 from orchestrator.sweep.output import DEFAULT_OUTPUT, output_location, store_location
 
@@ -28,10 +31,11 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
-    help="List, check and shrink the results that all sweeps of an output folder share.\n\n"
+    help="List, check, sign and shrink the results that all sweeps of an output folder share.\n\n"
     "    btu store ls                          # the newest results\n\n"
     "    btu store du                          # disk usage, by stage\n\n"
     "    btu store verify                      # read every file, set damaged results aside\n\n"
+    "    btu store sign                        # what is not signed; --yes signs it\n\n"
     "    btu store gc --older-than 30d         # what would be removed; --yes removes it",
 )
 
@@ -53,16 +57,20 @@ def ls(
     now = time.time()
     leases, failed = store.leases.held(now), store.failed()
     changed: dict[str, float] = {}
-    for folder, keys in (("markers", None), ("failed", failed), ("leases", leases.keys())):
+    shown = (places.MARKERS, None), (places.FAILED, failed), (places.LEASES, leases.keys())
+    for folder, keys in shown:
         for found in store.storage.walk(folder):
             key, _, ending = found.path.rpartition("/")[2].partition(".")
-            if ending in ("json", "dropped.json") and (keys is None or key in keys):
+            known = places.is_key(key) and (keys is None or key in keys)
+            if known and ending in ("json", "dropped.json"):
                 changed[key] = max(found.modified or 0.0, changed.get(key, 0.0))
+    unsigned = store.unsigned()
     newest = sorted(changed, key=lambda key: (-changed[key], key))
     table = Table("key", "stage", "size", "age", "state", header_style="bold")
     for key in newest[: limit or None]:
         marker = store.marker(key, dropped=True)
         states = [] if marker is None else ["dropped" if marker.dropped else "committed"]
+        states += [unsigned[key]] if key in unsigned else []
         stage, size = "-", "-"
         if marker is not None:
             stage, size = marker.name, decimal(marker.bytes)
@@ -102,33 +110,103 @@ def du(output: Output = DEFAULT_OUTPUT) -> None:
 
 
 @app.command()
-def verify(output: Output = DEFAULT_OUTPUT) -> None:
+def verify(
+    output: Output = DEFAULT_OUTPUT,
+    owner: Annotated[
+        bool, typer.Option("--owner", help="Name results with files of another Unix user too.")
+    ] = False,
+) -> None:
     """Read every file and compare it with its SHA-256; set damaged results aside.
 
     A result that is set aside counts as missing: the next launch that needs it computes it again.
-    Exit code 1 if there was any.
+    This finds accidents: a bad disk, a copy cut short. Who may write to the store can write hashes
+    that fit; with BTU_STORE_SIGNING_KEY set, results without its signature are named too. They
+    count as missing and stay where they are. Exit code 1 if there was any of these.
 
-    Example: `btu store verify --output /scratch/runs`
+    Examples:
+
+        btu store verify --output /scratch/runs
+
+        btu store verify --owner                            # whose results are these?
     """
     store = _open(output)
+    if owner and not store.storage.local:
+        raise UserError(
+            f"--owner names Unix users, which {store.location} does not have; leave it out, or ask "
+            "the object store who wrote its objects."
+        )
+    damaged = _verify(store)
+    unsigned = store.unsigned()
+    foreign = foreign_entries(store) if owner else {}
+    for key, state in unsigned.items():
+        console.print(f"{key} is {state}.", highlight=False)
+    for key, names in foreign.items():
+        console.print(f"{key} has files of {escape(', '.join(names))}.", highlight=False)
+    if damaged:
+        _say(
+            f"Set aside: {_count(len(damaged), 'damaged result')}. Launch the sweeps again that "
+            "need them."
+        )
+    if unsigned:
+        _say(
+            f"Not signed with {SIGNING_KEY}: {_count(len(unsigned), 'result')}. They count as "
+            "missing and stay where they are; `btu store sign` signs those that you trust."
+        )
+    if foreign:
+        _say(f"Of other users: {_count(len(foreign), 'result')}.")
+    if damaged or unsigned or foreign:
+        raise typer.Exit(EXIT_DAMAGED)
+    console.print("All results are intact.", highlight=False)
+
+
+def _verify(store: Store) -> list[tuple[str, str]]:
     with Progress(console=errors, transient=True) as bar:
         task = bar.add_task("results", total=None)
         try:
-            damaged = store.verify(lambda done, of: bar.update(task, completed=done, total=of))
+            return store.verify(lambda done, of: bar.update(task, completed=done, total=of))
+        except UserError:
+            raise
         except OSError as error:
             raise UserError(
                 f"{store.location} cannot be read to its end ({error}), so the rest was not "
                 "checked; repair the disk or the connection and verify again."
             ) from error
-    if damaged:
-        console.print(
-            f"Set aside: {_count(len(damaged), 'damaged result')}. Launch the sweeps again that "
-            "need them.",
-            highlight=False,
-            soft_wrap=True,
+
+
+@app.command()
+def sign(
+    output: Output = DEFAULT_OUTPUT,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Sign. Default: list only.")] = False,
+) -> None:
+    """Sign results with BTU_STORE_SIGNING_KEY that have no signature of it, as before it was set.
+
+    Every file is read and compared with its SHA-256 first. Sign only what you trust: from then on
+    it counts as yours.
+
+    Example: `btu store sign --output /scratch/runs --yes`
+    """
+    if signing_key() is None:
+        raise UserError(
+            f"{SIGNING_KEY} is not set, so there is nothing to sign with; set it to a secret such "
+            "as `openssl rand -hex 32` prints."
         )
+    store = _open(output)
+    unsigned = store.unsigned()
+    if not unsigned:
+        console.print("All results are signed.", highlight=False)
+        return
+    refused: dict[str, str] = {}
+    for key, state in unsigned.items():
+        problem = store.sign(key) if yes else None
+        console.print(f"{key} is {state}{f': {problem}' if problem else ''}.", highlight=False)
+        refused |= {key: problem} if problem else {}
+    if not yes:
+        _say(f"{_count(len(unsigned), 'result')}. Nothing was signed; --yes signs them.")
+        return
+    _say(f"Signed: {_count(len(unsigned) - len(refused), 'result')}.")
+    if refused:
+        _say(f"Not signed: {_count(len(refused), 'damaged result')}; see `btu store verify`.")
         raise typer.Exit(EXIT_DAMAGED)
-    console.print("All results are intact.", highlight=False)
 
 
 @app.command()
@@ -227,6 +305,10 @@ def _in_words(candidates: list[housekeeping.Candidate]) -> list[str]:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _say(text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def _age(seconds: float) -> str:

@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 from btu.errors import UserError, unknown
 from btu.result_files import FLAGGED, RESULT, loads, with_nan
 from orchestrator.plan.listed import ListedStage, StageList, list_stages
+from orchestrator.store.places import is_key
 from orchestrator.store.storage import Storage, below, open_storage
 from orchestrator.store.store import Damaged, Missing, Store
+from orchestrator.store.typed import Check, holds, is_amount, is_text, parse_object
 from orchestrator.sweep.load import resolve
 from orchestrator.sweep.output import STORE, output_location, store_location
 from orchestrator.sweep.sections import CONTROL, settings
@@ -37,6 +39,13 @@ PLANS, TRACKED, JOURNAL, ORIGIN = "plans", "tracked", "journal.jsonl", "origin"
 RUN_VERSION = 2
 # The sweep's file of the last launch; a table of the sweep's summary in MLflow.
 SWEEP, MEANS_TABLE = "sweep.yaml", "means.json"
+# What a note about an MLflow run and a line of the journal contain.
+_NOTE: dict[str, Check] = dict.fromkeys(("record", "run_id"), is_text)
+_EVENT: dict[str, Check] = {
+    "time": is_amount,
+    **dict.fromkeys(("event", "key", "stage", "launch", "outcome", "device"), is_text),
+    "seconds": is_amount,
+}
 
 
 @dataclass(frozen=True)
@@ -235,9 +244,10 @@ class Results:
         for store in self.storage.names(f"{self.name}/{TRACKED}"):
             noted = {}
             for name in self.storage.names(f"{self.name}/{TRACKED}/{store}"):
-                with suppress(ValueError, KeyError, FileNotFoundError):  # damaged, or replaced now
-                    note = json.loads(self.storage.read(f"{self.name}/{TRACKED}/{store}/{name}"))
-                    noted[note["record"]] = note["run_id"]
+                with suppress(ValueError, FileNotFoundError):  # damaged, or replaced now
+                    note = parse_object(self.storage.read(f"{self.name}/{TRACKED}/{store}/{name}"))
+                    if holds(note, _NOTE, _NOTE):
+                        noted[note["record"]] = note["run_id"]
             known.append(noted)
         return {record: run for noted in sorted(known, key=len) for record, run in noted.items()}
 
@@ -251,7 +261,9 @@ class Results:
         events = []
         for line in self.storage.lines(f"{self.name}/{JOURNAL}"):
             with suppress(ValueError):  # cut short by a full disk or a kill
-                events.append(json.loads(line))
+                event = parse_object(line)
+                if holds(event, _EVENT, ("time", "event", "key")):
+                    events.append(event)
         return events
 
 
@@ -292,9 +304,10 @@ def read_plans(storage: Storage, sweep: str) -> Iterator[dict[str, Any]]:
     for name in storage.names(f"{sweep}/{PLANS}"):
         path = f"{sweep}/{PLANS}/{name}"
         try:
-            plan = json.loads(storage.read(path))
+            plan = parse_object(storage.read(path))
             for cell in plan["cells"]:
-                cell["key"], cell["stages"]
+                if not all(map(is_key, (cell["key"], *cell["stages"]))):
+                    raise ValueError("a cell has no valid key")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{below(storage.location, path)} is not a plan, so the cells of sweep '{sweep}' "

@@ -29,7 +29,9 @@ from orchestrator.run.refine import Refinement, RefineSpec
 from orchestrator.run.schedule import CELL, Schedule, Task
 from orchestrator.run.study import NoStudy, Study, Suggestions, study_of
 from orchestrator.run.worker import WAIT_SECONDS, Outcome, Report, StageCall
+from orchestrator.store import places
 from orchestrator.store.lease import HEARTBEAT_S
+from orchestrator.store.storage import below
 from orchestrator.store.store import Damaged, Missing, Store
 from orchestrator.sweep.sweep import Cell, Sweep
 
@@ -450,7 +452,7 @@ class Driver:
         stage = task.stage
         cells = self._schedule.fail(stage.key, reason)
         labels = [self._plan.cells[key].varied for key in cells if key in self._plan.cells]
-        path = f"{self._sweep.store_location}/failed/{stage.key}.json"
+        path = below(self._sweep.store_location, places.failure(stage.key))
         self._progress.failed(stage.name, labels, reason, path)
         for key in cells:
             self._tell_study(key)

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from orchestrator.store.storage import TEMPORARY, LocalStorage, Storage
+from orchestrator.store import places
+from orchestrator.store.local import LocalStorage
+from orchestrator.store.primitives import Storage
 
 # The size above which copies are removed. Copies used within CACHED_S seconds stay: this process or
 # another may still read them.
@@ -24,7 +26,7 @@ class Cache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._storage = LocalStorage(folder)
+        self.storage = LocalStorage(folder)
         # Bytes fetched by this process since its last `trim`; infinite before the first.
         self._fetched = math.inf
 
@@ -46,7 +48,7 @@ class Cache:
             return 0
         self._fetched = 0
         copies = []
-        for entry, (size, changed) in folder_sizes(self._storage, "entries", 3).items():
+        for entry, (size, changed) in folder_sizes(self.storage, places.ENTRIES, 3).items():
             with suppress(FileNotFoundError):
                 copies.append((max(changed, self._used(entry)), size, entry))
         above, freed = sum(size for _, size, _ in copies) - max_bytes, 0
@@ -55,11 +57,11 @@ class Cache:
                 break
             with suppress(FileNotFoundError):
                 # Moved aside first: a reader finds the entry whole or not at all, and fetches it.
-                aside = f"{TEMPORARY}/{uuid.uuid4().hex}"
-                if self._used(entry) <= used and self._storage.move(entry, aside):
-                    self._storage.prune(entry.rpartition("/")[0])
+                aside = places.temporary(uuid.uuid4().hex)
+                if self._used(entry) <= used and self.storage.move(entry, aside):
+                    self.storage.prune(places.above(entry))
                     freed += size
-        shutil.rmtree(self.folder / TEMPORARY, ignore_errors=True)
+        shutil.rmtree(self.folder / places.TEMPORARY, ignore_errors=True)
         return freed
 
     def _used(self, entry: str) -> float:

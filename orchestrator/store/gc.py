@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from orchestrator.store import places
 from orchestrator.store.cache import folder_sizes
 from orchestrator.store.lease import LEFTOVER_S
-from orchestrator.store.storage import TEMPORARY
 
 if TYPE_CHECKING:
     from orchestrator.store.store import Store
@@ -35,11 +35,11 @@ class Candidate(NamedTuple):
 
 def usage(store: Store) -> dict[str, Usage]:
     """Return count and bytes by stage name, and for "(unfinished)" and "(damaged)" entries."""
-    stages = {marker.folder: marker.name for marker in store.markers()}
+    stages = {marker.folder: marker.name for marker in store.markers(unsigned=True)}
     found: dict[str, list[int]] = {}
-    for folder, (size, _) in folder_sizes(store.storage, "entries", 3).items():
+    for folder, (size, _) in folder_sizes(store.storage, places.ENTRIES, 3).items():
         found.setdefault(stages.get(folder, "(unfinished)"), []).append(size)
-    for size, _ in folder_sizes(store.storage, "damaged", 2).values():
+    for size, _ in folder_sizes(store.storage, places.DAMAGED, 2).values():
         found.setdefault("(damaged)", []).append(size)
     return {stage: Usage(len(all_), sum(all_)) for stage, all_ in sorted(found.items())}
 
@@ -64,7 +64,7 @@ def gc_candidates(
     """
     now = time.time() if now is None else now
     busy = store.leases.in_use(now)
-    markers = sorted(store.markers(), key=lambda marker: marker.committed)
+    markers = sorted(store.markers(unsigned=True), key=lambda marker: marker.committed)
     chosen = _leftovers(store, {marker.folder for marker in markers}, busy, now)
     total = sum(marker.bytes for marker in markers)
     for marker in markers:
@@ -95,7 +95,7 @@ def gc(store: Store, candidates: Iterable[Candidate]) -> int:
         for path in candidate.paths:
             store.storage.remove(path)
         if candidate.key:
-            store.storage.prune(f"entries/{candidate.key}")
+            store.storage.prune(places.above(candidate.paths[-1]))
         freed += candidate.bytes
     return freed
 
@@ -107,14 +107,14 @@ def _leftovers(store: Store, known: set[str], busy: set[str], now: float) -> lis
         if now - changed > LEFTOVER_S:
             found.append(Candidate(kind, key, (path,), size, why))
 
-    for path, (size, changed) in folder_sizes(store.storage, "entries", 3).items():
+    for path, (size, changed) in folder_sizes(store.storage, places.ENTRIES, 3).items():
         key = path.split("/")[1]
         if path not in known and key not in busy:
             add("left-over", key, path, size, changed, "unfinished")
-    for folder, why in (("damaged", "damaged"), (TEMPORARY, "unfinished")):
+    for folder, why in ((places.DAMAGED, "damaged"), (places.TEMPORARY, "unfinished")):
         for path, (size, changed) in folder_sizes(store.storage, folder, 2).items():
             add("left-over", "", path, size, changed, why)
-    for folder in ("leases", "launches"):
+    for folder in (places.LEASES, places.LAUNCHES):
         live = {path.rpartition(".")[0] for path in store.leases.live(folder, now)}
         for path, (size, changed) in folder_sizes(store.storage, folder, 2).items():
             if path.rpartition(".")[0] not in live:

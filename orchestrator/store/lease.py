@@ -23,7 +23,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from orchestrator.store.storage import Storage
+from btu.errors import UserError
+from orchestrator.store import places
+from orchestrator.store.primitives import Storage
+from orchestrator.store.typed import Check, is_count, is_text, parse_object
 
 HEARTBEAT_S = 5.0
 # A lease unchanged for this long has expired.
@@ -55,11 +58,24 @@ class Holder(NamedTuple):
 
 
 def peek(storage: Storage, path: str) -> bytes | None:
-    """Return the content of a file; None if there is no such file."""
+    """Return the content of a file; None if there is no such file.
+
+    A symbolic link, a folder or a pipe of this name is like a file that is cut short: empty.
+
+    Raises:
+        UserError: this user may not read it.
+    """
     try:
         return storage.read(path)
     except FileNotFoundError:
         return None
+    except (places.Outside, IsADirectoryError):
+        return b""
+    except PermissionError as error:
+        raise UserError(
+            f"{storage.location}/{path} cannot be read ({error.strerror}); its owner can let you, "
+            "with `chmod -R g+rX` on the store, or use another output folder."
+        ) from error
 
 
 class Leases:
@@ -81,7 +97,7 @@ class Leases:
 
     def held_by_other(self, key: str, owner: str) -> bool:
         """Return whether another owner holds a live lease on a key. Takes nothing."""
-        path = f"leases/{key}.json"
+        path = places.lease(key)
         data = peek(self.storage, path)
         if data is None:
             self._seen.pop(path, None)
@@ -91,27 +107,25 @@ class Leases:
     def register_launch(self, launch_id: str, sweep_name: str, keys: Iterable[str]) -> None:
         """Record that a launch is running and needs `keys`."""
         facts = _holder(launch_id) | {"sweep": sweep_name, "keys": sorted(keys)}
-        path = f"launches/{launch_id}.json"
-        self.storage.write(path, json.dumps(facts).encode(), durable=False)
+        self.storage.write(places.launch(launch_id), json.dumps(facts).encode(), durable=False)
 
     def heartbeat_launch(self, launch_id: str) -> None:
         """Record that a launch still runs; call every HEARTBEAT_S. Storage errors propagate."""
         beat = uuid.uuid4().hex.encode()
-        self.storage.write(f"launches/{launch_id}.beat", beat, durable=False)
+        self.storage.write(places.beat(launch_id), beat, durable=False)
 
     def release_launch(self, launch_id: str) -> None:
         """Record that a launch has ended."""
-        self.storage.remove(f"launches/{launch_id}.json")
-        self.storage.remove(f"launches/{launch_id}.beat")
+        self.storage.remove(places.launch(launch_id))
+        self.storage.remove(places.beat(launch_id))
 
     def held(self, now: float | None = None) -> dict[str, dict[str, Any]]:
         """Return the content of each live lease by key. now: Unix time in seconds."""
-        return {Path(path).stem: facts for path, facts in self.live("leases", now).items()}
+        return {Path(path).stem: facts for path, facts in self.live(places.LEASES, now).items()}
 
     def leased(self) -> set[str]:
         """Return the keys that have a lease, live or expired, from one listing."""
-        names = self.storage.names("leases")
-        return {name.removesuffix(".json") for name in names if name.endswith(".json")}
+        return set(filter(None, map(places.key_of, self.storage.names(places.LEASES))))
 
     def in_use(self, now: float | None = None, *, but: str = "") -> set[str]:
         """Return the keys of live launches and of live leases.
@@ -122,7 +136,7 @@ class Leases:
         now: Unix time in seconds; None is the present.
         but: the id of a launch to leave out.
         """
-        found = self.live("launches", now).values()
+        found = self.live(places.LAUNCHES, now).values()
         launches = [facts for facts in found if facts.get("owner") != but]
         keys = {key for facts in launches for key in facts.get("keys", ())}
         return keys | {k for k, facts in self.held(now).items() if facts.get("owner") != but}
@@ -132,8 +146,8 @@ class Leases:
         now = time.time() if now is None else now
         modified = {found.path: found.modified for found in self.storage.walk(folder)}
         live = {}
-        for path in (path for path in modified if path.endswith(".json")):
-            beat = path.removesuffix(".json") + ".beat"
+        for path in filter(places.is_holder, modified):
+            beat = places.beat_of(path)
             data = peek(self.storage, path)
             if data is None:
                 continue
@@ -150,11 +164,11 @@ class Leases:
         now = time.time() if now is None else now
         modified = {found.path: found.modified for found in self.storage.walk(folder)}
         found = []
-        for path in sorted(path for path in modified if path.endswith(".json")):
+        for path in sorted(filter(places.is_holder, modified)):
             data = peek(self.storage, path)
             if data is None:  # released meanwhile
                 continue
-            times = [modified[path], modified.get(path.removesuffix(".json") + ".beat")]
+            times = [modified[path], modified.get(places.beat_of(path))]
             last = max((t for t in times if t is not None), default=None)
             silent = None if last is None else max(0.0, now - last)
             facts = _facts_of(data)
@@ -192,7 +206,7 @@ class Lease:
         self.key, self.owner, self.token = key, owner, uuid.uuid4().hex
         self._leases = leases
         self._storage = leases.storage
-        self._path = f"leases/{key}.json"
+        self._path = places.lease(key)
         self._beat = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -255,7 +269,7 @@ class Lease:
         else:
             # Only the holder of the guard may replace a lease, and only the expired one that it
             # read: otherwise the second of two processes would replace the first one's new lease.
-            guard = self._path + ".guard"
+            guard = places.guard(self._path)
             if not storage.create(guard, content, durable=False):
                 guarding = peek(storage, guard)
                 if guarding is not None and leases.is_stale(guard, guarding, self.owner):
@@ -279,13 +293,38 @@ class Lease:
         return json.dumps(facts).encode()
 
 
+def _is_pid(value: Any) -> bool:
+    return is_count(value) and 0 < value < 2**31
+
+
+def _are_keys(value: Any) -> bool:
+    return isinstance(value, list) and all(map(places.is_key, value))
+
+
+def _is_word(value: Any) -> bool:
+    return is_text(value) and value.isprintable()
+
+
+# What the files of leases and launches contain.
+_FACTS: dict[str, Check] = {
+    **dict.fromkeys(("owner", "host", "boot", "numbering", "token", "sweep"), _is_word),
+    "started": lambda value: value is None or _is_word(value),
+    "pid": _is_pid,
+    "beat": is_count,
+    "keys": _are_keys,
+}
+
+
 def _facts_of(data: bytes) -> dict[str, Any]:
-    """Return the content of a lease; empty if it is not a complete JSON object."""
-    with suppress(ValueError):
-        facts = json.loads(data)
-        if isinstance(facts, dict):
-            return facts
-    return {}
+    """Return the content of a lease or a launch, without what has another type.
+
+    Empty if it is not a complete JSON object.
+    """
+    try:
+        found = parse_object(data)
+    except ValueError:
+        return {}
+    return {name: found[name] for name in _FACTS.keys() & found.keys() if _FACTS[name](found[name])}
 
 
 def _holder(owner: str) -> dict[str, Any]:

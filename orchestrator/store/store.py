@@ -1,4 +1,4 @@
-"""Results of stages by content key: committed whole or not at all, verified when they are read.
+"""Results of stages by content key: committed whole or not at all, checked when they are read.
 
 ::
 
@@ -13,6 +13,10 @@
 The marker is written last and exclusively, so that one of two publishers wins, whatever the leases
 say. A large entry is flushed to disk before its marker. Small entries are not: after a power cut
 some of the last half minute may be found damaged when they are read, and are computed again.
+
+Who may write to a store may forge its results: the hashes detect accidents. Signed markers
+(`orchestrator.store.marker`) detect forged results too. Either way nothing outside the store is
+read, moved, removed or written because of what is in it (`orchestrator.store.places`).
 """
 
 from __future__ import annotations
@@ -23,34 +27,48 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
+from btu.cache_folder import cache_folder
 from btu.errors import UserError
-from btu.result_files import dumps, json_value, loads
+from btu.result_files import dumps, json_value, with_nan
+from orchestrator.store import places, tree
 from orchestrator.store.cache import CACHE_BYTES, Cache
 from orchestrator.store.lease import Leases, peek
-from orchestrator.store.storage import TEMPORARY, open_storage
+from orchestrator.store.local import LocalStorage
+from orchestrator.store.marker import SIGNING_KEY, Marker, Unsigned, dump, parse, signing_key
+from orchestrator.store.places import HEAVY
+from orchestrator.store.storage import open_storage
+from orchestrator.store.tree import FileFact
+from orchestrator.store.typed import Check, holds, is_amount, is_text, parse_object
+from orchestrator.store.typed import parse as parse_json
 
-# Files of an entry in this folder are large and may be dropped once every reader is done.
-HEAVY = "model/"
 # Checked before a sweep: a disk that fills up in the middle of one fails in odd ways.
 LEAST_FREE_BYTES = 200_000_000
 # Entries from this size are flushed to disk before they are committed. For a small entry flushing
 # takes longer than the rest of publishing, a thousand times in a sweep.
 DURABLE_BYTES = 1_000_000
-DROPPED = ".dropped.json"
-_FOLDERS = ("markers", "entries", "leases", "failed", "damaged", "launches", "timings")
+_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
-# SHA-256 by path, mtime in ns and size, so that a process hashes each model once.
-_hashes: dict[tuple[str, int, int], str] = {}
+# What records of failures and timings contain.
+_FAILURE: dict[str, Check] = {
+    **dict.fromkeys(("key", "stage", "reason", "traceback", "code"), is_text),
+    "metrics": lambda value: isinstance(value, dict),
+    **dict.fromkeys(("started", "ended"), is_amount),
+}
+_TIMING: dict[str, Check] = {
+    **dict.fromkeys(("stage", "victim", "device"), is_text),
+    **dict.fromkeys(("units", "seconds"), lambda value: is_amount(value) and value >= 0),
+    "count": lambda value: is_amount(value) and value > 0,
+}
 
 
 class Damaged(Exception):  # noqa: N818 - it is a state of the entry
@@ -69,58 +87,11 @@ class Missing(Exception):  # noqa: N818
         self.key = key
 
 
-class FileFact(NamedTuple):
-    """size: bytes. sha256: hexadecimal."""
-
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Marker:
-    """The commit record of an entry.
-
-    key: the stage's key.
-    attempt: names the folder of its files.
-    name: the stage's name.
-    files: size and hash by path below the entry.
-    info: small facts, as JSON.
-    committed: Unix time in seconds.
-    dropped: whether only the files in `files` are left.
-    """
-
-    key: str
-    attempt: str
-    name: str
-    files: Mapping[str, FileFact]
-    info: Mapping[str, Any]
-    committed: float
-    dropped: bool = False
-
-    @property
-    def folder(self) -> str:
-        """The folder of the files, relative to the root of the store."""
-        return f"entries/{self.key}/{self.attempt}"
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """Everything that belongs to the entry, in the order of removal.
-
-        The marker comes first: files without a marker are left-overs, not a damaged result.
-        """
-        return (_marker(self.key), _dropped(self.key), self.folder)
-
-    @property
-    def bytes(self) -> int:
-        """The total size of the files."""
-        return sum(fact.size for fact in self.files.values())
-
-
 class Store:
     """The results below one folder or URL; `leases` record who computes what.
 
     location: the folder, or a URL that fsspec can open.
-    cache: local folder for copies of an object store's files.
+    cache: local folder for copies of an object store's files; None: see `cache_folder`.
     warn: called with a sentence when something is set aside.
     clock: returns monotonic seconds.
     """
@@ -136,9 +107,16 @@ class Store:
         self.storage = open_storage(location)
         self.leases = Leases(self.storage, clock)
         self.location = self.storage.location
-        base = cache or Path(tempfile.gettempdir()) / f"btu-cache-{os.getuid()}"
-        self._cache = Cache(base / hashlib.sha256(self.location.encode()).hexdigest()[:16])
+        # Of a store by URL alone: a local one has no copies.
+        self._base = cache
         self._warn = warn
+        self._signing = signing_key()
+        self._told_unsigned = False
+
+    @cached_property
+    def _cache(self) -> Cache:
+        base = self._base or cache_folder("stores", self._warn)
+        return Cache(base / hashlib.sha256(self.location.encode()).hexdigest()[:16])
 
     def prepare(self, needed_bytes: int = LEAST_FREE_BYTES) -> None:
         """Create the folders, and check that they are writable and have `needed_bytes` free.
@@ -146,10 +124,10 @@ class Store:
         Raises:
             UserError: they are not writable, or have too little space.
         """
-        probe, text = f"{TEMPORARY}/probe-{uuid.uuid4().hex}", b"written by the launch check"
+        probe, text = places.temporary(f"probe-{uuid.uuid4().hex}"), b"written by the launch check"
         try:
             if self.storage.local:
-                for folder in _FOLDERS:
+                for folder in places.FOLDERS:
                     self.storage.workspace(folder)
             self.storage.write(probe, text)
             intact = self.storage.read(probe) == text
@@ -180,47 +158,128 @@ class Store:
     # Entries -----------------------------------------------------------------------------------
 
     def committed(self) -> set[str]:
-        """Return the keys of all committed entries, from one listing."""
-        names = self.storage.names("markers")
-        return {_stem(n) for n in names if n.endswith(".json") and not n.endswith(DROPPED)}
+        """Return the keys of all committed entries, from one listing.
+
+        Where markers have to be signed, each is read.
+        """
+        return self._signed(self._keys(places.JSON))
 
     def dropped(self) -> set[str]:
         """Return the keys of dropped entries, which keep only their record."""
-        names = set(self.storage.names("markers"))
-        dropped = {n.removesuffix(DROPPED) for n in names if n.endswith(DROPPED)}
-        return {key for key in dropped if f"{key}.json" not in names}
+        return self._signed(self._keys(places.DROPPED)) - self.committed()
 
     def is_committed(self, key: str) -> bool:
         """Return whether a marker exists; `marker` checks that it is valid."""
-        return self.storage.exists(_marker(key))
+        if not self.storage.exists(places.marker(key)):
+            return False
+        return self._signing is None or self.marker(key) is not None
 
     def marker(self, key: str, *, dropped: bool = False) -> Marker | None:
         """Return the marker of an entry, or None.
 
-        An invalid marker is set aside with a warning and counts as missing.
+        An invalid marker is set aside with a warning and counts as missing. One that is not signed
+        counts as missing too, where BTU_STORE_SIGNING_KEY is set, but stays where it is.
 
         dropped: return the marker of a dropped entry too.
         """
-        for path in (_marker(key), _dropped(key)) if dropped else (_marker(key),):
+        for path, is_dropped in _paths(key)[: 2 if dropped else 1]:
             data = peek(self.storage, path)
             if data is not None:
                 try:
-                    return _parse_marker(key, data)
+                    return parse(key, data, dropped=is_dropped, signed_with=self._signing)
+                except Unsigned as state:
+                    self._tell_unsigned(key, state)
                 except ValueError as error:
                     self.set_aside(key, str(error))
         return None
 
-    def markers(self) -> list[Marker]:
-        """Return all valid markers, including those of dropped entries, sorted by key."""
-        keys = sorted(self.committed() | self.dropped())
+    def markers(self, *, unsigned: bool = False) -> list[Marker]:
+        """Return all valid markers, including those of dropped entries, sorted by key.
+
+        unsigned: those too that are not signed and therefore count as missing.
+        """
+        found = self._of_all(lambda key: self._read(key, unsigned=unsigned), self.listed())
+        return [marker for marker in found if marker is not None]
+
+    def listed(self) -> list[str]:
+        """Return the keys of all markers, signed or not, sorted."""
+        return sorted(self._keys(places.JSON) | self._keys(places.DROPPED))
+
+    def unsigned(self) -> dict[str, str]:
+        """Return what is wrong with the signature of each entry that is not signed, by key.
+
+        Empty where BTU_STORE_SIGNING_KEY is not set.
+        """
+        keys = [] if self._signing is None else self.listed()
+        states = self._of_all(self._signature, keys)
+        return {key: state for key, state in zip(keys, states, strict=True) if state}
+
+    def sign(self, key: str) -> str | None:
+        """Sign an entry with BTU_STORE_SIGNING_KEY; return what is wrong with its files, if any.
+
+        What is wrong is not signed.
+        """
+        marker = self._read(key, unsigned=True)
+        if marker is None:
+            return "it has no valid marker"
+        problem = self._check(marker)
+        if problem is None:
+            path = places.dropped(key) if marker.dropped else places.marker(key)
+            self.storage.write(path, dump(marker, self._signing))
+        return problem
+
+    def _keys(self, ending: str) -> set[str]:
+        names = self.storage.names(places.MARKERS)
+        return places.keys_of(names, ending)
+
+    def _signed(self, keys: set[str]) -> set[str]:
+        if self._signing is None:
+            return keys
+        return keys - self.unsigned().keys()
+
+    def _signature(self, key: str) -> str | None:
+        """Return what is wrong with an entry's signature; None if nothing is."""
+        for path, is_dropped in _paths(key):
+            data = peek(self.storage, path)
+            if data is not None:
+                with suppress(ValueError):  # an invalid marker, which is set aside when it is read
+                    try:
+                        parse(key, data, dropped=is_dropped, signed_with=self._signing)
+                    except Unsigned as state:
+                        return str(state)
+                return None
+        return None
+
+    def _read(self, key: str, *, unsigned: bool) -> Marker | None:
+        """Return the marker of an entry, dropped or not. unsigned: it need not be signed."""
+        if unsigned:
+            for path, is_dropped in _paths(key):
+                data = peek(self.storage, path)
+                with suppress(ValueError):
+                    if data is not None:
+                        return parse(key, data, dropped=is_dropped)
+        return self.marker(key, dropped=True)
+
+    def _of_all(self, call: Callable[[str], _T], keys: Iterable[str]) -> list[_T]:
+        """Return what a function returns for each key."""
+        if self.storage.local:
+            return [call(key) for key in keys]
         # An object store answers slowly, but serves many requests at once.
-        with ThreadPoolExecutor(1 if self.storage.local else 16) as pool:
-            found = pool.map(lambda key: self.marker(key, dropped=True), keys)
-            return [marker for marker in found if marker is not None]
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(call, keys))
+
+    def _tell_unsigned(self, key: str, state: Unsigned) -> None:
+        if not self._told_unsigned:
+            self._told_unsigned = True
+            self._warn(
+                f"The stored result {key} is {state}, and {SIGNING_KEY} is set: results without "
+                "its signature count as missing and stay where they are. `btu store verify` names "
+                "them, `btu store sign` signs them."
+            )
 
     def workspace(self, key: str) -> Path:
         """Return a new local folder for the files of one attempt."""
-        return self.storage.workspace(f"entries/{key}/{uuid.uuid4().hex}")
+        return self.storage.workspace(places.entry(key, uuid.uuid4().hex))
 
     def publish(self, key: str, folder: Path, name: str, info: Mapping[str, Any]) -> Marker:
         """Commit the content of a folder from `workspace`. Return the entry's valid marker.
@@ -238,14 +297,17 @@ class Store:
         try:
             standing = self.marker(key)
             if standing is None:
-                made = replace(made, files=_facts(folder))
+                made = replace(made, files=self._facts(folder))
                 durable = made.bytes >= DURABLE_BYTES
                 self.storage.upload(folder, made.folder, durable=durable)
             while standing is None:
-                if self.storage.create(_marker(key), _dump_marker(made), durable=durable):
+                content = dump(made, self._signing)
+                if self.storage.create(places.marker(key), content, durable=durable):
                     standing = made
                 else:
                     standing = self.marker(key)
+                    if standing is None and self._signature(key):
+                        self.set_aside(key, "a signed one takes its place", "not signed")
         except BaseException:
             # If the marker was in place before the failure, the entry is valid and stays. If that
             # cannot be determined, gc removes the files later.
@@ -257,19 +319,23 @@ class Store:
             if standing.attempt != made.attempt or not self.storage.local:
                 self._abandon(made, folder)
             self.clear_failure(key)
-            old = peek(self.storage, _dropped(key))
+            old = peek(self.storage, places.dropped(key))
             if old is not None:
-                self.storage.remove(_dropped(key))
+                self.storage.remove(places.dropped(key))
                 with suppress(ValueError):
-                    self.storage.remove(_parse_marker(key, old).folder)
+                    self.storage.remove(parse(key, old, dropped=True).folder)
         return standing
 
     def discard(self, folder: Path) -> None:
         """Remove a folder from `workspace`, unless it was published."""
         if self.storage.local:
-            standing = peek(self.storage, _marker(folder.parent.name))
-            if standing is not None and folder.name.encode() in standing:
-                return
+            key, attempt = folder.parent.name, folder.name
+            standing = peek(self.storage, places.marker(key))
+            if standing is None or attempt.encode() not in standing:
+                with suppress(OSError):
+                    self.storage.remove(places.entry(key, attempt))
+                self.storage.prune(places.attempts(key))
+            return
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):
             folder.parent.rmdir()
@@ -286,19 +352,21 @@ class Store:
         marker = self.marker(key, dropped=light)
         if marker is None:
             raise Missing(key)
+        if isinstance(self.storage, LocalStorage):
+            with suppress(FileNotFoundError):
+                if self._differs(self.storage, marker, light=light) is None:
+                    return self.storage.download(marker.folder, (), self.storage.root)
+            raise self._damaged(marker)
         files = {n: f for n, f in marker.files.items() if not (light and n.startswith(HEAVY))}
+        copies = self._cache.storage
         for _ in range(2):
-            try:
-                if not self.storage.local:
-                    self._cache.use(marker.folder, {n: fact.size for n, fact in files.items()})
-                folder = self.storage.download(marker.folder, files, self._cache.folder)
-                if all(_fact(folder / name) == fact for name, fact in files.items()):
+            with suppress(FileNotFoundError):
+                self._cache.use(marker.folder, {n: fact.size for n, fact in files.items()})
+                folder = self.storage.download(marker.folder, files, copies.root)
+                if self._differs(copies, marker, light=light) is None:
                     return folder
-            except FileNotFoundError:
-                pass
             # The local copy may be damaged: the second try fetches a new one.
-            if not self.storage.local:
-                shutil.rmtree(self._cache.folder / marker.folder, ignore_errors=True)
+            copies.remove(marker.folder)
         raise self._damaged(marker)
 
     def trim_cache(self, max_bytes: int = CACHE_BYTES) -> int:
@@ -321,10 +389,14 @@ class Store:
             raise Missing(key)
         if name not in marker.files:
             raise FileNotFoundError(f"the stored result {key} has no file {name}")
-        data = peek(self.storage, f"{marker.folder}/{name}")
+        data = peek(self.storage, places.below(marker.folder, name))
         if data is None or hashlib.sha256(data).hexdigest() != marker.files[name].sha256:
             raise self._damaged(marker)
-        return json.loads(data)
+        try:
+            return parse_json(data)
+        except ValueError as error:
+            self.set_aside(key, f"{name} is no JSON")
+            raise Damaged(key, f"{name} is no JSON") from error
 
     def drop(self, key: str, keep: Collection[str] | None = None) -> int:
         """Drop the large files of an entry that no stage needs any more; return the bytes freed.
@@ -339,33 +411,37 @@ class Store:
             stays = (lambda n: not n.startswith(HEAVY)) if keep is None else keep.__contains__
             kept = {name: fact for name, fact in kept.items() if stays(name)}
             left = replace(marker, files=kept, dropped=True)
-            self.storage.write(_dropped(key), _dump_marker(left))
-            self.storage.remove(_marker(key))
+            self.storage.write(places.dropped(key), dump(left, self._signing))
+            self.storage.remove(places.marker(key))
         freed = 0
         for found in list(self.storage.walk(marker.folder)):
             if found.path.removeprefix(f"{marker.folder}/") not in kept:
                 self.storage.remove(found.path)
-                self.storage.prune(found.path.rpartition("/")[0])
+                self.storage.prune(places.above(found.path))
                 freed += found.bytes
         return freed
 
-    def set_aside(self, key: str, reason: str) -> None:
-        """Take an entry out of use: remove its marker, then move its files to ``damaged/``."""
-        folders = []
-        for path in (_marker(key), _dropped(key)):
+    def set_aside(self, key: str, reason: str, state: str = "damaged") -> None:
+        """Take an entry out of use: remove its marker, then move its files to ``damaged/``.
+
+        key: of the entry.
+        reason: why.
+        state: what it is, for the warning.
+        """
+        attempts = []
+        for path, is_dropped in _paths(key):
             data = peek(self.storage, path)
             if data is not None:
                 with suppress(ValueError):
-                    folders.append(_parse_marker(key, data).folder)
+                    attempts.append(parse(key, data, dropped=is_dropped).attempt)
                 self.storage.remove(path)
         # Without a valid marker the attempt is unknown: gc removes all attempts.
-        for folder in folders or [f"entries/{key}/{uuid.uuid4().hex}"]:
-            target = f"damaged/{key}-{folder.rpartition('/')[2]}"
+        for attempt in attempts or [uuid.uuid4().hex]:
             with suppress(OSError):
-                self.storage.move(folder, target)
-                self.storage.write(f"{target}/reason.txt", reason.encode())
+                self.storage.move(places.entry(key, attempt), places.damaged(key, attempt))
+                self.storage.write(places.reason(key, attempt), reason.encode())
         self._warn(
-            f"The stored result {key} is damaged ({reason}); it was set aside in "
+            f"The stored result {key} is {state} ({reason}); it was set aside in "
             f"{self.location}/damaged and counts as missing."
         )
 
@@ -382,9 +458,14 @@ class Store:
 
     def _check(self, marker: Marker) -> str | None:
         """Return what is wrong with the files in the store; None if they are intact."""
+        if isinstance(self.storage, LocalStorage):
+            try:
+                return self._differs(self.storage, marker, remembered=False)
+            except FileNotFoundError as error:
+                return f"{error.filename} was removed while it was read"
         for name, fact in marker.files.items():
             try:
-                found = FileFact(*self.storage.digest(f"{marker.folder}/{name}"))
+                found = FileFact(*self.storage.digest(places.below(marker.folder, name)))
             except FileNotFoundError:
                 return f"{name} is missing"
             if found.size != fact.size:
@@ -393,27 +474,75 @@ class Store:
                 return f"{name} has other content"
         return None
 
+    def _differs(
+        self, copies: LocalStorage, marker: Marker, *, light: bool = False, remembered: bool = True
+    ) -> str | None:
+        """Return how the local files of an entry differ from its marker; None if they do not.
+
+        copies: where they are.
+        marker: of the entry.
+        light: leave out the files in ``model/``.
+        remembered: do not read unchanged files again that this process has read.
+        """
+        try:
+            folder = copies.open_folder(marker.folder)
+        except FileNotFoundError:
+            names = [n for n in marker.files if not (light and n.startswith(HEAVY))]
+            return f"{min(names)} is missing" if names else None
+        except places.Outside:
+            # A link of the whole folder is for the user to mend: no result is damaged.
+            os.close(copies.open_folder(places.ENTRIES))
+            return "its folder is a symbolic link"
+        try:
+            # What an interrupted drop left is no damage.
+            return tree.difference(
+                folder,
+                marker.files,
+                skip=HEAVY if light else None,
+                more=marker.dropped,
+                remembered=remembered,
+            )
+        finally:
+            os.close(folder)
+
     def verify(self, progress: Callable[[int, int], None] | None = None) -> list[tuple[str, str]]:
         """Hash every file. Set damaged entries aside and return their keys and reasons.
 
         progress: called with the number of entries verified, and of all entries.
         """
         damaged = []
-        keys = sorted(self.committed() | self.dropped())
+        keys = self.listed()
         for done, key in enumerate(keys, 1):
-            data = peek(self.storage, _marker(key)) or peek(self.storage, _dropped(key))
-            try:
-                problem = data and self._check(_parse_marker(key, data))
-            except ValueError as error:
-                problem = str(error)
+            before = self._contents(key)
+            problem = None
+            for data, is_dropped in before[:1]:
+                try:
+                    problem = self._check(parse(key, data, dropped=is_dropped))
+                except ValueError as error:
+                    problem = str(error)
             # A process that removes the entry at this moment removes its marker first.
-            now = (peek(self.storage, _marker(key)), peek(self.storage, _dropped(key)))
-            if problem and data in now:
+            if problem and before[0] in self._contents(key):
                 self.set_aside(key, problem)
                 damaged.append((key, problem))
             if progress:
                 progress(done, len(keys))
         return damaged
+
+    def _contents(self, key: str) -> list[tuple[bytes, bool]]:
+        """Return the content of an entry's markers, and whether each is of a dropped entry."""
+        found = ((peek(self.storage, path), is_dropped) for path, is_dropped in _paths(key))
+        return [(data, is_dropped) for data, is_dropped in found if data is not None]
+
+    def _facts(self, folder: Path) -> dict[str, FileFact]:
+        """Return size and hash of the files of an attempt, whose folder `workspace` made."""
+        if isinstance(self.storage, LocalStorage):
+            opened = self.storage.open_folder(places.entry(folder.parent.name, folder.name))
+        else:
+            opened = os.open(folder, tree.FOLDER)
+        try:
+            return tree.facts_of(opened)
+        finally:
+            os.close(opened)
 
     def _abandon(self, made: Marker, folder: Path) -> None:
         """Remove the local folder of an attempt, and its upload unless that is the entry."""
@@ -427,90 +556,59 @@ class Store:
 
     def fail(self, key: str, record: Mapping[str, Any]) -> None:
         """Write why computing a key failed, replacing an earlier failure."""
-        self.storage.write(f"failed/{key}.json", dumps(record).encode())
+        self.storage.write(places.failure(key), dumps(record).encode())
 
     def failure(self, key: str) -> dict[str, Any] | None:
         """Return the last failure of a key that is not committed, if any."""
-        data = None if self.is_committed(key) else peek(self.storage, f"failed/{key}.json")
-        return None if data is None else loads(data)
+        return None if self.is_committed(key) else self._failure(key)
 
     def failed(self) -> set[str]:
         """Return the keys whose last attempt failed and that are not committed."""
-        failed = {_stem(name) for name in self.storage.names("failed")}
+        names = self.storage.names(places.FAILED)
+        failed = {key for name in names if (key := places.key_of(name)) is not None}
         return failed - self.committed() if failed else failed
 
     def failures(self) -> Iterator[dict[str, Any]]:
         """Yield the last failure of every key that is not committed, by key."""
         for key in sorted(self.failed()):
-            data = peek(self.storage, f"failed/{key}.json")
-            if data is not None:
-                yield loads(data)
+            failure = self._failure(key)
+            if failure is not None:
+                yield failure
+
+    def _failure(self, key: str) -> dict[str, Any] | None:
+        """Return the record of a failure; None if there is none, or if it is no such record."""
+        data = peek(self.storage, places.failure(key))
+        with suppress(ValueError):
+            record = parse_object(data or b"")
+            known = {"key": key, "stage": "?", "code": "", "started": 0.0, "ended": 0.0, **record}
+            if known["key"] == key and holds(known, _FAILURE, ["reason"]):
+                return with_nan(known)
+        return None
 
     def clear_failure(self, key: str) -> None:
         """Forget a failure."""
-        self.storage.remove(f"failed/{key}.json")
+        self.storage.remove(places.failure(key))
 
     def add_timings(self, launch_id: str, rows: list[dict[str, Any]]) -> None:
         """Append timings of a launch's stages."""
         if rows:
-            self.storage.append(f"timings/{launch_id}.json", json.dumps(json_value(rows)))
+            self.storage.append(places.timings(launch_id), json.dumps(json_value(rows)))
 
     def timings(self) -> list[dict[str, Any]]:
-        """Return the timings of all launches."""
+        """Return the timings of all launches, without what is none: they serve estimates alone."""
         rows: list[dict[str, Any]] = []
-        for name in self.storage.names("timings"):
-            for line in self.storage.lines(f"timings/{name}"):
+        for name in self.storage.names(places.TIMINGS):
+            lines: list[str] = []
+            with suppress(places.Outside):
+                lines = self.storage.lines(places.in_timings(name))
+            for line in lines:
                 with suppress(ValueError):  # cut short by a full disk
-                    rows += json.loads(line)
+                    found = parse_json(line)
+                    if isinstance(found, list):
+                        rows += [row for row in found if holds(row, _TIMING, _TIMING)]
         return rows
 
 
-def _marker(key: str) -> str:
-    return f"markers/{key}.json"
-
-
-def _dropped(key: str) -> str:
-    return f"markers/{key}{DROPPED}"
-
-
-def _dump_marker(marker: Marker) -> bytes:
-    # Not asdict(): its deep copies would take most of the time.
-    body = vars(marker)
-    return json.dumps({"marker": body, "sha256": _sha256(body)}).encode()
-
-
-def _parse_marker(key: str, data: bytes) -> Marker:
-    """Read a marker file's content. Raises ValueError with a reason."""
-    try:
-        record = json.loads(data)
-        body = record["marker"]
-        intact = record["sha256"] == _sha256(body) and body["key"] == key
-        files = {name: FileFact(*fact) for name, fact in body["files"].items()}
-        marker = Marker(**{**body, "files": files})
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError("its marker is cut short or no marker") from None
-    if not intact:
-        raise ValueError("its marker was changed")
-    return marker
-
-
-def _stem(name: str) -> str:
-    return name.removesuffix(".json")
-
-
-def _sha256(body: Any) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _facts(folder: Path) -> dict[str, FileFact]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _fact(path) for path in files}
-
-
-def _fact(path: Path) -> FileFact:
-    facts = path.stat()
-    key = (str(path), facts.st_mtime_ns, facts.st_size)
-    if key not in _hashes:
-        with path.open("rb") as stream:
-            _hashes[key] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return FileFact(facts.st_size, _hashes[key])
+def _paths(key: str) -> tuple[tuple[str, bool], tuple[str, bool]]:
+    """Return the paths of an entry's markers, and whether each is that of a dropped entry."""
+    return (places.marker(key), False), (places.dropped(key), True)

@@ -19,7 +19,6 @@ from btu.attacks.insertion import insert_at_random_slots
 from btu.attacks.paraphrase import (
     GENERATE_BATCH,
     ParaphraseAttack,
-    cache_folder,
     generate_paraphrases,
 )
 from btu.attacks.poisoning import (
@@ -34,6 +33,7 @@ from btu.attacks.poisoning import (
 )
 from btu.attacks.style import Style
 from btu.attacks.syntactic import Syntactic
+from btu.cache_folder import cache_folder
 from btu.errors import UserError
 from btu.types import Corpus, PoisonedSet, Progress, Rows
 from btu.victims import Victim
@@ -581,7 +581,7 @@ def test_a_cache_that_cannot_be_used_is_an_error(
         folder.mkdir()
         (folder / "paraphrases.sqlite").write_text("no SQLite file, and longer than its header")
     monkeypatch.setenv("BTU_CACHE", str(folder))
-    with pytest.raises(UserError, match=r"the paraphrase cache .* cannot be used"):
+    with pytest.raises(UserError, match=r"the (paraphrase )?cache .*(cannot be used|is no folder)"):
         generate_paraphrases(["a"], str(seq2seq), "", 4)
 
 

@@ -65,6 +65,11 @@ class Stored(NamedTuple):
         return record
 
 
+def key_of(name: str) -> str:
+    """Return a key for a name of at most 12 letters; keys are in the order of their names."""
+    return name.encode().hex().ljust(24, "0")
+
+
 def publish_cell(
     store: Store, key: str, files: Path, result: Mapping[str, Any] | None = None
 ) -> None:

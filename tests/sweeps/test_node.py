@@ -581,7 +581,7 @@ def test_a_wait_for_another_launch_ends_after_a_while(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "WAIT_SECONDS", 0.3)
-    with shop.store.leases.lease("k", "other") as lease:
+    with shop.store.leases.lease("a" * 24, "other") as lease:
         assert lease.acquire()
         began = time.monotonic()
         wait_for_others(shop.store.location)
@@ -592,7 +592,7 @@ def test_a_wait_for_another_launch_ends_when_that_lets_go(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "WAIT_SECONDS", 600.0)
-    lease = shop.store.leases.lease("k", "other")
+    lease = shop.store.leases.lease("a" * 24, "other")
     assert lease.acquire()
     slept: list[float] = []
 

@@ -162,12 +162,12 @@ def test_results_that_mlflow_misses_are_counted(desk: Callable[..., Desk], tmp_p
         f"{tmp_path / 'runs'} --uri http://host writes them once http://host answers."
     ]
     # The leases of other launches are live, its own are not: its workers have ended.
-    with made.results.store.leases.lease("k", "other") as lease:
+    with made.results.store.leases.lease("a" * 24, "other") as lease:
         assert lease.acquire()
-        assert made.live("k")
-    with made.results.store.leases.lease("k", "me") as lease:
+        assert made.live("a" * 24)
+    with made.results.store.leases.lease("a" * 24, "me") as lease:
         assert lease.acquire()
-        assert not made.live("k")
+        assert not made.live("a" * 24)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ class Made:
         """Leave a lease or a launch as a process that has ended does."""
         gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
                               capture_output=True, text=True, check=True)  # fmt: skip
-        lease = self.store.leases.lease("mine", owner)
+        lease = self.store.leases.lease("a" * 24, owner)
         facts = json.loads(lease._content()) | facts
         self.store.storage.write(path, json.dumps({**facts, "pid": int(gone.stdout)}).encode())
 

@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 
 from btu.errors import UserError
+from orchestrator.store.remote import _modified
 from orchestrator.store.storage import (
     TEMPORARY,
     Found,
     LocalStorage,
     RemoteStorage,
     Storage,
-    _modified,
     below,
     is_url,
     open_storage,
@@ -301,7 +301,7 @@ def test_a_full_disk_leaves_the_old_content(
 def test_without_hard_links_it_creates_once_as_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_links(*_: object) -> None:
+    def no_links(*_: object, **__: object) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", no_links)
@@ -312,7 +312,7 @@ def test_without_hard_links_it_creates_once_as_well(
 
 
 def test_another_error_of_a_link_escapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "link", broken)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from store_fixtures import key_of
 
 from orchestrator.store.cache import CACHED_S
 from orchestrator.store.store import Store
@@ -54,34 +55,34 @@ def age(copy: Path, seconds: float) -> None:
 
 
 def test_the_least_recently_used_go_until_the_rest_fits(store: Store) -> None:
-    copies = [fetched(store, str(n), OLD + 60 * n) for n in range(4)]
-    store.fetch("3")  # the oldest is used again
+    copies = [fetched(store, key_of(str(n)), OLD + 60 * n) for n in range(4)]
+    store.fetch(key_of("3"))  # the oldest is used again
     # 4 entries of 10 bytes: 29 have room for two. By use the order is now 2, 1, 0, 3.
     assert store.trim_cache(3 * SIZE - 1) == 2 * SIZE
     assert [copy.exists() for copy in copies] == [True, False, False, True]
     # Nothing is left of the others, neither folders nor what was moved away.
     entries = copies[0].parent.parent
-    assert sorted(path.name for path in entries.iterdir()) == ["0", "3"]
+    assert sorted(path.name for path in entries.iterdir()) == [key_of("0"), key_of("3")]
     assert [path.name for path in entries.parent.iterdir()] == ["entries"]
-    assert store.committed() == {"0", "1", "2", "3"}
+    assert store.committed() == set(map(key_of, "0123"))
 
 
 def test_what_fits_stays(store: Store) -> None:
-    copy = fetched(store, "k", OLD)
+    copy = fetched(store, key_of("k"), OLD)
     assert store.trim_cache(SIZE) == 0
     assert store.trim_cache() == 0
     assert copy.exists()
 
 
 def test_what_was_used_within_the_hour_stays(store: Store) -> None:
-    young, old = fetched(store, "young", CACHED_S - 60), fetched(store, "old", OLD)
+    young, old = fetched(store, key_of("young"), CACHED_S - 60), fetched(store, key_of("old"), OLD)
     assert store.trim_cache(0) == SIZE
     assert young.exists()
     assert not old.exists()
 
 
 def test_what_is_being_fetched_stays(store: Store) -> None:
-    copy = fetched(store, "k", OLD)
+    copy = fetched(store, key_of("k"), OLD)
     # The folder is old, the file that another process is writing is not.
     (copy / "model" / ".half").write_bytes(b"x")
     age(copy / "model", OLD)
@@ -91,17 +92,17 @@ def test_what_is_being_fetched_stays(store: Store) -> None:
 
 
 def test_what_went_is_fetched_again(store: Store) -> None:
-    copy = fetched(store, "k", OLD)
+    copy = fetched(store, key_of("k"), OLD)
     assert store.trim_cache(0) == SIZE
-    assert store.fetch("k") == copy
+    assert store.fetch(key_of("k")) == copy
     assert (copy / "model" / "weights").read_bytes() == b"567890"
 
 
 def test_another_stores_copies_stay(store: Store, tmp_path: Path) -> None:
     other = Store(f"local://{tmp_path}/other", cache=tmp_path / "cache")
     other.prepare()
-    copy = fetched(other, "k", OLD)
-    fetched(store, "k", OLD)
+    copy = fetched(other, key_of("k"), OLD)
+    fetched(store, key_of("k"), OLD)
     assert store.trim_cache(0) == SIZE
     assert copy.exists()
 
@@ -109,9 +110,9 @@ def test_another_stores_copies_stay(store: Store, tmp_path: Path) -> None:
 def test_a_local_store_keeps_its_results(tmp_path: Path) -> None:
     store = Store(tmp_path / "store", cache=tmp_path / "cache")
     store.prepare()
-    age(fetched(store, "k"), OLD)
+    age(fetched(store, key_of("k")), OLD)
     assert store.trim_cache(0) == 0
-    assert store.fetch("k").exists()
+    assert store.fetch(key_of("k")).exists()
 
 
 def test_an_empty_cache_is_trimmed(store: Store) -> None:
@@ -123,17 +124,18 @@ def test_it_looks_only_when_enough_was_fetched(
 ) -> None:
     looks = 0
 
-    def walk(folder: str, walk: Callable[[str], Any] = store._cache._storage.walk) -> Any:
+    def walk(folder: str, walk: Callable[[str], Any] = store._cache.storage.walk) -> Any:
         nonlocal looks
         looks += 1
         return walk(folder)
 
-    monkeypatch.setattr(store._cache._storage, "walk", walk)
+    monkeypatch.setattr(store._cache.storage, "walk", walk)
     # Of 1500 bytes a hundredth is 15: two entries of 10.
     limit = 1500
     store.trim_cache(limit)
     assert looks == 1  # what earlier processes left
-    for key, expected in (("a", 1), ("b", 2), ("c", 2)):
+    for name, expected in (("a", 1), ("b", 2), ("c", 2)):
+        key = key_of(name)
         fetched(store, key)
         store.fetch(key)  # is there, and counts no more
         store.trim_cache(limit)
@@ -144,8 +146,8 @@ def test_it_looks_only_when_enough_was_fetched(
 def test_a_folder_that_vanishes_is_no_error(
     store: Store, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    first, second = fetched(store, "first", OLD + 60), fetched(store, "second", OLD)
-    storage = store._cache._storage
+    first, second = fetched(store, key_of("first"), OLD + 60), fetched(store, key_of("second"), OLD)
+    storage = store._cache.storage
     method = "walk" if moment == "listed" else "move"
     real = getattr(storage, method)
 
@@ -162,12 +164,12 @@ def test_a_folder_that_vanishes_is_no_error(
 def test_what_comes_into_use_meanwhile_stays(
     store: Store, make_store: Callable[[], Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = fetched(store, "first", OLD + 60), fetched(store, "second", OLD)
-    storage = store._cache._storage
+    first, second = fetched(store, key_of("first"), OLD + 60), fetched(store, key_of("second"), OLD)
+    storage = store._cache.storage
     move = storage.move
 
     def late(*arguments: str) -> bool:
-        make_store().fetch("second")
+        make_store().fetch(key_of("second"))
         return move(*arguments)
 
     monkeypatch.setattr(storage, "move", late)
@@ -180,7 +182,7 @@ def test_what_comes_into_use_meanwhile_stays(
 def test_a_copy_that_vanishes_while_it_is_fetched_is_fetched_again(
     store: Store, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    copy = fetched(store, "k")
+    copy = fetched(store, key_of("k"))
     shutil.rmtree(copy.parent)
     storage: Any = store.storage
     download, get_file = storage.download, storage._fs.get_file
@@ -205,8 +207,8 @@ def test_a_copy_that_vanishes_while_it_is_fetched_is_fetched_again(
 
     monkeypatch.setattr(storage._fs, "get_file", loading)
     monkeypatch.setattr(storage, "download", loaded)
-    assert store.fetch("k") == copy
+    assert store.fetch(key_of("k")) == copy
     assert next(removals, None) is None
     assert (copy / "record.json").read_bytes() == b"1234"
     assert (copy / "model" / "weights").read_bytes() == b"567890"
-    assert store.committed() == {"k"}
+    assert store.committed() == {key_of("k")}

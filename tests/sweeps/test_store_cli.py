@@ -6,18 +6,20 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from store_fixtures import key_of
 from typer.testing import CliRunner
 
 from btu.errors import UserError
 from orchestrator.cli import store as store_module
 from orchestrator.store import lease as lease_module
-from orchestrator.store import store as module
 from orchestrator.store.lease import LEFTOVER_S
+from orchestrator.store.marker import dump
 from orchestrator.store.storage import below
 from orchestrator.store.store import Store
 from orchestrator.sweep.output import output_location
@@ -67,8 +69,8 @@ def add(store: Store, key: str, name: str = "train", days: float = 0, size: int 
     (folder / "record.json").write_bytes(b" " * (size // 2))
     (folder / "model" / "weights").write_bytes(b" " * (size - size // 2))
     marker = store.publish(key, folder, name, {})
-    old = module.replace(marker, committed=marker.committed - days * DAY)
-    store.storage.write(f"markers/{key}.json", module._dump_marker(old))
+    old = replace(marker, committed=marker.committed - days * DAY)
+    store.storage.write(f"markers/{key}.json", dump(old))
 
 
 def plan(store: Store, output: str, sweep: str, cells: list[Any]) -> None:
@@ -92,40 +94,41 @@ def test_a_missing_store_is_named(run: Callable[..., Any], command: str, output:
 
 
 def test_the_list_is_newest_first_with_states(store: Store, run: Callable[..., Any]) -> None:
-    add(store, "whole", "train")
-    add(store, "model_gone", "defend")
-    store.drop("model_gone")
-    store.fail("broken", {"key": "broken", "stage": "cell", "reason": "x"})
-    with store.leases.lease("running", "launch-1") as lease:
+    add(store, key_of("whole"), "train")
+    add(store, key_of("model_gone"), "defend")
+    store.drop(key_of("model_gone"))
+    store.fail(key_of("broken"), {"key": key_of("broken"), "stage": "cell", "reason": "x"})
+    with store.leases.lease(key_of("running"), "launch-1") as lease:
         assert lease.acquire()
         code, text = run("ls")
     assert code == 0
     # 1000 bytes are 1.0 kB; of the dropped one the record's 500 are left.
-    assert "whole │ train │ 1.0 kB │ 0 s │ committed" in text
-    assert "model_gone │ defend │ 500 bytes │ 0 s │ dropped" in text
-    assert "broken │ cell │ - │ 0 s │ failed" in text
+    assert f"{key_of('whole')} │ train │ 1.0 kB │ 0 s │ committed" in text
+    assert f"{key_of('model_gone')} │ defend │ 500 bytes │ 0 s │ dropped" in text
+    assert f"{key_of('broken')} │ cell │ - │ 0 s │ failed" in text
     assert "leased by launch-1 on" in text
     assert "4 results." in text
 
 
 def test_the_list_is_limited_to_the_newest(store: Store, run: Callable[..., Any]) -> None:
     for number in range(3):
-        add(store, f"k{number}", days=2 - number)
+        add(store, key_of(f"k{number}"), days=2 - number)
         time.sleep(0.02)  # so that the times differ on every file system
     _, text = run("ls", "--limit", "2")
-    assert "k0" not in text
-    assert text.index("k2") < text.index("k1")
+    assert key_of("k0") not in text
+    assert text.index(key_of("k2")) < text.index(key_of("k1"))
     assert "3 results, the newest 2 shown." in text
-    assert "k0 │ train │ 1.0 kB │ 2 d" in run("ls", "--limit", "0")[1]
+    assert f"{key_of('k0')} │ train │ 1.0 kB │ 2 d" in run("ls", "--limit", "0")[1]
 
 
 def test_an_ended_lease_and_an_old_failure_are_not_listed(
     store: Store, run: Callable[..., Any]
 ) -> None:
-    add(store, "k")
-    store.fail("k", {"key": "k", "reason": "before"})
+    add(store, key_of("k"))
+    store.fail(key_of("k"), {"key": key_of("k"), "reason": "before"})
     store.storage.write(
-        "leases/dead.json", json.dumps(lease_module._machine() | {"pid": 2**22}).encode()
+        f"leases/{key_of('dead')}.json",
+        json.dumps(lease_module._machine() | {"pid": 2**22}).encode(),
     )
     _, text = run("ls")
     assert "1 result." in text
@@ -133,9 +136,9 @@ def test_an_ended_lease_and_an_old_failure_are_not_listed(
 
 
 def test_usage_by_stage(store: Store, run: Callable[..., Any]) -> None:
-    add(store, "a", "train", size=3000)
-    add(store, "b", "train", size=3000)
-    add(store, "c", "[cell]")
+    add(store, key_of("a"), "train", size=3000)
+    add(store, key_of("b"), "train", size=3000)
+    add(store, key_of("c"), "[cell]")
     store.storage.write("entries/d/half/file", b"1234")
     _, text = run("du")
     assert "train │ 2 │ 6.0 kB" in text
@@ -146,15 +149,15 @@ def test_usage_by_stage(store: Store, run: Callable[..., Any]) -> None:
 
 
 def test_verify_says_and_exits_with_one(store: Store, run: Callable[..., Any]) -> None:
-    add(store, "good")
-    add(store, "bad")
+    add(store, key_of("good"))
+    add(store, key_of("bad"))
     assert run("verify") == (0, "All results are intact.")
-    marker = store.marker("bad")
+    marker = store.marker(key_of("bad"))
     assert marker is not None
     store.storage.write(f"{marker.folder}/record.json", b"x" * 500)
     code, text = run("verify")
     assert code == 1
-    assert "The stored result bad is damaged (record.json has other content)" in text
+    assert f"The stored result {key_of('bad')} is damaged (record.json has other content)" in text
     assert "Set aside: 1 damaged result. Launch the sweeps again that need them." in text
     assert run("verify")[0] == 0
 
@@ -162,7 +165,7 @@ def test_verify_says_and_exits_with_one(store: Store, run: Callable[..., Any]) -
 def test_a_disk_that_cannot_be_read_is_no_traceback(
     store: Store, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add(store, "k")
+    add(store, key_of("k"))
 
     def broken(*_: object, **__: object) -> None:
         raise OSError(5, "Input/output error")
@@ -178,7 +181,7 @@ def test_a_disk_that_cannot_be_read_is_no_traceback(
 def test_without_a_criterion_only_left_overs_go(
     store: Store, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add(store, "k")
+    add(store, key_of("k"))
     store.storage.write("entries/d/half/file", b"1234")
     assert run("gc", "--yes") == (0, "Nothing to remove.")
     age_left_overs(monkeypatch)
@@ -191,49 +194,49 @@ def test_without_a_criterion_only_left_overs_go(
     assert store.storage.exists("entries/d/half/file")
     assert "Freed 4 bytes." in run("gc", "--yes")[1]
     assert not store.storage.exists("entries/d/half/file")
-    assert store.committed() == {"k"}
+    assert store.committed() == {key_of("k")}
 
 
 def test_older_results_go(store: Store, run: Callable[..., Any]) -> None:
-    add(store, "new")
-    add(store, "old", days=31)
-    add(store, "older", days=300)
+    add(store, key_of("new"))
+    add(store, key_of("old"), days=31)
+    add(store, key_of("older"), days=300)
     _, text = run("gc", "--older-than", "30d")
     assert "2 results (2.0 kB): older than the given age" in text
     assert "Nothing was removed" in text
-    assert store.committed() == {"new", "old", "older"}
+    assert store.committed() == set(map(key_of, ("new", "old", "older")))
     assert "Freed 2.0 kB." in run("gc", "--older-than", "30d", "--yes")[1]
-    assert store.committed() == {"new"}
+    assert store.committed() == {key_of("new")}
 
 
 def test_the_oldest_go_until_the_size_is_met(store: Store, run: Callable[..., Any]) -> None:
     for days in range(4):
-        add(store, f"k{days}", days=days)
+        add(store, key_of(f"k{days}"), days=days)
     # 4 of 1 kB; below 2.5 kB there is room for two.
     _, text = run("gc", "--max-size", "2.5kB", "-y")
     assert "2 results (2.0 kB): the oldest, above the given size" in text
-    assert store.committed() == {"k0", "k1"}
+    assert store.committed() == {key_of("k0"), key_of("k1")}
 
 
 def test_what_kept_sweeps_need_stays(store: Store, run: Callable[..., Any], output: str) -> None:
-    for key in ("cell1", "stage1", "cell2", "stage2", "other"):
+    for key in map(key_of, ("cell1", "stage1", "cell2", "stage2", "other")):
         add(store, key)
-    plan(store, output, "one", [{"key": "cell1", "stages": ["stage1"]}])
-    plan(store, output, "two", [{"key": "cell2", "stages": {"stage2": "train"}}])
+    plan(store, output, "one", [{"key": key_of("cell1"), "stages": [key_of("stage1")]}])
+    plan(store, output, "two", [{"key": key_of("cell2"), "stages": {key_of("stage2"): "train"}}])
     _, text = run("gc", "--keep", "one", "--keep", "two")
     assert "1 result (1.0 kB): needed by no kept sweep" in text
     run("gc", "--keep", "one", "--yes")
-    assert store.committed() == {"cell1", "stage1"}
+    assert store.committed() == {key_of("cell1"), key_of("stage1")}
 
 
 def test_an_unknown_sweep_removes_nothing(
     store: Store, run: Callable[..., Any], output: str
 ) -> None:
-    add(store, "k")
+    add(store, key_of("k"))
     plan(store, output, "sst2", [])
     with pytest.raises(UserError, match=r"unknown sweep in .*runs 'sst'; did you mean 'sst2'\?"):
         run("gc", "--keep", "sst", "--yes")
-    assert store.committed() == {"k"}
+    assert store.committed() == {key_of("k")}
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"cells": [{}]}', '{"cells": 1}'])
@@ -242,18 +245,18 @@ def test_a_broken_plan_removes_nothing(
 ) -> None:
     from orchestrator.store.storage import open_storage
 
-    add(store, "k")
+    add(store, key_of("k"))
     open_storage(output).write("one/plans/1.json", content.encode())
     with pytest.raises(UserError, match=r"one/plans/1.json is not a plan.*'one'.*launch the sweep"):
         run("gc", "--keep", "one", "--yes")
-    assert store.committed() == {"k"}
+    assert store.committed() == {key_of("k")}
 
 
 def test_a_running_launch_keeps_what_it_needs(store: Store, run: Callable[..., Any]) -> None:
-    add(store, "k", days=100)
-    store.leases.register_launch("l1", "one", ["k"])
+    add(store, key_of("k"), days=100)
+    store.leases.register_launch("l1", "one", [key_of("k")])
     assert run("gc", "--older-than", "1d", "--yes") == (0, "Nothing to remove.")
-    assert store.committed() == {"k"}
+    assert store.committed() == {key_of("k")}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,265 @@
+"""Storage on an object store, or on anything else that fsspec can open."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+import stat
+import tempfile
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from btu.errors import UserError
+from orchestrator.store import places
+from orchestrator.store.local import LocalStorage
+from orchestrator.store.primitives import Found, digest, lines_of
+
+# Prefix of local folders whose content is uploaded later; the process id follows in the name.
+_WORKSPACE = "btu-workspace-"
+_ABANDONED_AFTER = 24 * 3600.0
+# A PUT to these is atomic. Elsewhere a file is written under another name and moved into place.
+_OBJECT_STORES = {"memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss"}
+
+
+class RemoteStorage:
+    """A URL that fsspec can open. Listings are never cached: other processes write too."""
+
+    local = False
+
+    def __init__(self, url: str) -> None:
+        try:
+            core: Any = importlib.import_module("fsspec.core")
+            self._fs, root = core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
+        except ImportError as error:
+            package = re.search(r"[Ii]nstall (\S+)", str(error))
+            name = package[1] if package else (error.name or "fsspec")
+            raise UserError(
+                f"output {url} needs the package {name}, which is not installed; run "
+                f"`pip install {name}`, or set output=FOLDER."
+            ) from error
+        except ValueError as error:
+            raise UserError(
+                f"output {url} cannot be opened ({error}); give a folder, or a URL such as "
+                "s3://BUCKET/FOLDER."
+            ) from error
+        self.location = url.rstrip("/")
+        self._root = str(root).rstrip("/")
+        named = self._fs.protocol
+        names = {named} if isinstance(named, str) else set(named)
+        self._atomic = bool(names & _OBJECT_STORES)
+        self._swept = False
+
+    def read(self, path: str) -> bytes:
+        data: bytes = self._fs.cat_file(self._at(path))
+        return data
+
+    def digest(self, path: str) -> tuple[int, str]:
+        with self._fs.open(self._at(path), "rb") as stream:
+            return digest(stream)
+
+    def write(self, path: str, data: bytes, *, durable: bool = True) -> None:
+        if self._atomic:
+            self._fs.pipe_file(self._at(path), data)
+            return
+        with self._staged(data) as staged:
+            self._fs.mv(staged, self._target(path))
+
+    def create(self, path: str, data: bytes, *, durable: bool = True) -> bool:
+        if not self._atomic:
+            return self._create_by_name(path, data)
+        try:
+            self._fs.pipe_file(self._at(path), data, mode="create")
+        except FileExistsError:
+            return False
+        except OSError:
+            # Some stores report a failed condition as an invalid argument.
+            if self.exists(path):
+                return False
+            raise
+        except (TypeError, NotImplementedError):
+            if self.exists(path):
+                return False
+            self.write(path, data)
+        return True
+
+    def _create_by_name(self, path: str, data: bytes) -> bool:
+        target = self._target(path)
+        with self._staged(data) as staged:
+            if not hasattr(self._fs, "link"):
+                taken = self.exists(path)
+                if not taken:
+                    self._fs.mv(staged, target)
+                return not taken
+            try:
+                self._fs.link(staged, target)
+            except FileExistsError:
+                return False
+        return True
+
+    def append(self, path: str, line: str) -> None:
+        self.write(f"{path}/{time.time_ns()}-{uuid.uuid4().hex}.jsonl", line.encode())
+
+    def lines(self, path: str) -> list[str]:
+        # On some stores the listing of a file contains the file itself.
+        if self._fs.isfile(self._at(path)):
+            return lines_of(self.read(path))
+        paths = [self._at(f"{path}/{name}") for name in self.names(path)]
+        # In one call where the file system supports it: single calls cost a round trip each.
+        contents: dict[str, bytes] = self._fs.cat(paths) if paths else {}
+        return [line for at in paths for line in lines_of(contents[at])]
+
+    def names(self, folder: str) -> list[str]:
+        at = self._at(folder)
+        self._fs.invalidate_cache(at)
+        try:
+            listed = self._fs.ls(at, detail=False, refresh=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        # A folder may be listed as an object inside itself.
+        inside = {str(name).rstrip("/") for name in listed} - {at}
+        names = {path.rpartition("/")[2] for path in inside}
+        return sorted(name for name in names if not name.startswith("."))
+
+    def walk(self, folder: str) -> Iterator[Found]:
+        at = self._at(folder)
+        self._fs.invalidate_cache(at)
+        try:
+            found = self._fs.find(at, detail=True)
+        except FileNotFoundError:
+            return
+        for name, facts in found.items():
+            path = str(name)[len(self._root) :].lstrip("/")
+            if places.is_inside(path):  # what a server lists is data too
+                yield Found(path, int(facts.get("size") or 0), _modified(facts))
+
+    def exists(self, path: str) -> bool:
+        self._fs.invalidate_cache(self._at(path))
+        return bool(self._fs.exists(self._at(path)))
+
+    def move(self, source: str, target: str) -> bool:
+        if not self.exists(source):
+            return False
+        at, to = self._at(source), self._target(target)
+        try:
+            if not self._atomic:
+                self._fs.mv(at, to, recursive=bool(self._fs.isdir(at)))
+                return True
+            # Not mv() on a folder: on S3 it fails at subfolders, which are not objects there.
+            for path in self._fs.find(at):
+                self._fs.cp_file(path, to + str(path)[len(at) :])
+        except FileNotFoundError:
+            return False
+        self.remove(source)
+        return True
+
+    def remove(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            if self.exists(path):
+                at = self._at(path)
+                self._fs.rm(at, recursive=bool(self._fs.isdir(at)))
+
+    def prune(self, folder: str) -> None:
+        # Object stores have no empty folders; other file systems refuse to remove a full one.
+        if not self._atomic:
+            with suppress(OSError):
+                self._fs.rmdir(self._at(folder))
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def workspace(self, path: str) -> Path:
+        if not self._swept:
+            self._swept = True
+            _sweep_workspaces()
+        made = tempfile.mkdtemp(prefix=f"{_WORKSPACE}{os.getpid()}-")
+        folder = Path(made) / path.rpartition("/")[2]
+        folder.mkdir()
+        return folder
+
+    def upload(self, folder: Path, path: str, *, durable: bool = True) -> None:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                target = self._target(f"{path}/{file.relative_to(folder).as_posix()}")
+                self._fs.put_file(str(file), target)
+
+    def download(self, path: str, files: Iterable[str], cache: Path) -> Path:
+        copies = LocalStorage(cache)
+        folder = copies.workspace(path)
+        for name in files:
+            at = places.below(path, name)
+            if copies.exists(at):
+                continue
+            staged = Path(copies.workspace(at.rpartition("/")[0])) / f".{uuid.uuid4().hex}"
+            try:
+                self._fs.get_file(self._at(at), str(staged))
+                os.replace(staged, folder / name)
+            finally:
+                staged.unlink(missing_ok=True)
+        return folder
+
+    def _at(self, path: str) -> str:
+        return "/".join((self._root, *places.parts(path)))
+
+    def _target(self, path: str) -> str:
+        at = self._at(path)
+        # On an object store this would require the permission to create buckets.
+        if not self._atomic:
+            self._fs.makedirs(at.rpartition("/")[0], exist_ok=True)
+        return at
+
+    @contextmanager
+    def _staged(self, data: bytes) -> Iterator[str]:
+        name = places.temporary(uuid.uuid4().hex)
+        try:
+            self._fs.pipe_file(self._target(name), data)
+            yield self._at(name)
+        finally:
+            with suppress(OSError):
+                self.remove(name)
+
+
+def _sweep_workspaces() -> None:
+    """Remove workspaces that killed processes left behind.
+
+    Only those older than a day whose process is gone: containers may share the folder, but have
+    different process ids.
+    """
+    before = time.time() - _ABANDONED_AFTER
+    for folder in Path(tempfile.gettempdir()).glob(f"{_WORKSPACE}*"):
+        pid = folder.name.removeprefix(_WORKSPACE).partition("-")[0]
+        with suppress(OSError):
+            facts = folder.lstat()
+            old = facts.st_uid == os.getuid() and facts.st_mtime < before
+            if old and stat.S_ISDIR(facts.st_mode) and pid.isdigit() and not _runs(int(pid)):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _modified(facts: dict[str, Any]) -> float | None:
+    """Return when a file changed, from the key that its file system uses."""
+    for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        value = facts.get(key)
+        if isinstance(value, str):
+            with suppress(ValueError):
+                value = datetime.fromisoformat(value)
+        if isinstance(value, datetime):
+            return value.timestamp()
+        if isinstance(value, int | float):
+            return float(value)
+    return None
