@@ -14,12 +14,13 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from btu.attacks.poisoning import ATTACKS, PoisonSpec
 from btu.data.spec import DataSpec
 from btu.errors import UserError, unknown
 from btu.victims import VICTIMS, VictimSpec
+from orchestrator.sweep.interpolation import refuse_resolvers, unreadable
 from orchestrator.sweep.modes.base import SearchMode, SequentialMode
 from orchestrator.sweep.output import DEFAULT_OUTPUT, STORE, output_location
 from orchestrator.sweep.search import SEARCHES, SearchSections, check_axes_known, possible_points
@@ -150,9 +151,19 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"sweep file {path} does not exist; see sweeps/ for ready ones.")
     try:
         # OmegaConf's loader reads 2e-5 as a float, where plain YAML 1.1 gives a string.
-        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        read = OmegaConf.load(path)
+        # Before anything is resolved, and after, for what resolving has put together.
+        refuse_resolvers(OmegaConf.to_container(read))
+        loaded = OmegaConf.to_container(read, resolve=True)
+        refuse_resolvers(loaded)
+    except GrammarParseError as error:
+        raise unreadable(str(error.full_key), error) from error
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"sweep file {path} is not valid YAML: {error}") from error
+    except RecursionError:
+        raise UserError(
+            f"sweep file {path} is nested too deeply; a sweep file needs five levels at most."
+        ) from None
     if not isinstance(loaded, dict):
         raise UserError(f"sweep file {path} must be a mapping of keys to values.")
     return {str(key): value for key, value in loaded.items()}
@@ -165,10 +176,13 @@ def _parse_overrides(overrides: Iterable[str]) -> Iterator[tuple[str, Any]]:
             raise UserError(f"override '{text}' must have the form key=value.")
         try:
             parsed = OmegaConf.from_dotlist([f"value={value}"])
+        except GrammarParseError as error:
+            raise unreadable(f"override {key.strip()}", error) from error
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise UserError(f"override '{text}' has no valid value: {error}") from error
         container = OmegaConf.to_container(parsed)
         assert isinstance(container, dict)
+        refuse_resolvers(container["value"], f"override {key.strip()}")
         yield key.strip(), container["value"]
 
 

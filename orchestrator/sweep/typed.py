@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from btu.errors import UserError, did_you_mean
+from orchestrator.sweep.interpolation import refuse_resolvers
 from orchestrator.sweep.sections import FIXED_SECTIONS, NAMED_SECTIONS, SCALARS
 from orchestrator.sweep.tree import copied
 
@@ -151,6 +152,8 @@ def _built(section: str, schema: type, values: Mapping[str, Any]) -> Any:
 
 
 def _converted(section: str, schema: type, values: Mapping[str, Any]) -> Any:
+    # A plan of another user is read without its sweep file, so that this is the only check.
+    refuse_resolvers(values, section)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), DictConfig(dict(values)))
         return OmegaConf.to_object(merged)
