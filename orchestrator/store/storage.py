@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
 from btu.errors import UserError
+from btu.redaction import shown, shown_url
 
 TEMPORARY = ".tmp"
 # Prefix of local folders whose content is uploaded later; the process id follows in the name.
@@ -47,7 +48,7 @@ class Found(NamedTuple):
 class Storage(Protocol):
     """A root folder and the operations on it.
 
-    location: absolute path or URL.
+    location: absolute path, or URL without user name, password and values of a query.
     local: whether the files can be opened by path.
     """
 
@@ -283,15 +284,16 @@ class RemoteStorage:
             package = re.search(r"[Ii]nstall (\S+)", str(error))
             name = package[1] if package else (error.name or "fsspec")
             raise UserError(
-                f"output {url} needs the package {name}, which is not installed; run "
+                f"output {shown_url(url)} needs the package {name}, which is not installed; run "
                 f"`pip install {name}`, or set output=FOLDER."
             ) from error
         except ValueError as error:
             raise UserError(
-                f"output {url} cannot be opened ({error}); give a folder, or a URL such as "
-                "s3://BUCKET/FOLDER."
+                f"output {shown_url(url)} cannot be opened ({shown(str(error))}); give a "
+                "folder, or a URL such as s3://BUCKET/FOLDER."
             ) from error
-        self.location = url.rstrip("/")
+        # For messages and the name of the cache: nothing is opened by it.
+        self.location = shown_url(url.rstrip("/"))
         self._root = str(root).rstrip("/")
         named = self._fs.protocol
         names = {named} if isinstance(named, str) else set(named)

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from btu.errors import UserError
+from btu.redaction import shown
 from btu.result_files import dumps, json_value, loads
 from orchestrator.store.cache import CACHE_BYTES, Cache
 from orchestrator.store.lease import Leases, peek
@@ -157,7 +158,7 @@ class Store:
             free = self.storage.free_bytes()
         # Each object-store client raises its own exceptions.
         except Exception as error:
-            reason = getattr(error, "strerror", None) or error
+            reason = shown(str(getattr(error, "strerror", None) or error))
             raise UserError(
                 f"output folder {self.location} cannot be written ({reason}); set output=FOLDER "
                 "to one that can."
@@ -426,8 +427,12 @@ class Store:
     # Failures and timings ----------------------------------------------------------------------
 
     def fail(self, key: str, record: Mapping[str, Any]) -> None:
-        """Write why computing a key failed, replacing an earlier failure."""
-        self.storage.write(f"failed/{key}.json", dumps(record).encode())
+        """Write why computing a key failed, replacing an earlier failure.
+
+        Errors of clients name their URL: it is written without its password.
+        """
+        told = {name: shown(text) for name, text in record.items() if isinstance(text, str)}
+        self.storage.write(f"failed/{key}.json", dumps({**record, **told}).encode())
 
     def failure(self, key: str) -> dict[str, Any] | None:
         """Return the last failure of a key that is not committed, if any."""

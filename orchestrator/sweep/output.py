@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from btu.redaction import shown_url
+
 # The output of a sweep file without the key `output`, and of a command without --output.
 DEFAULT_OUTPUT = "runs"
 STORE = "store"
@@ -24,7 +26,7 @@ def store_location(output: str) -> str:
 def output_option(output: str) -> str:
     """Return the option that names an output to a command, with a space before it.
 
-    Empty for the default. output: a location.
+    Empty for the default. Without a password: the user who gave the URL has it. output: a location.
     """
     default = output_location(DEFAULT_OUTPUT)
-    return "" if output == default else f" --output {shlex.quote(output)}"
+    return "" if output == default else f" --output {shlex.quote(shown_url(output))}"

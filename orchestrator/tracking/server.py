@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sqlite3
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from btu.errors import UserError
+from btu.redaction import shown as shown
+from btu.redaction import shown_url
 from orchestrator.sweep.sweep import Sweep
 from orchestrator.tracking.runs import ID_TAG
 
@@ -47,11 +48,6 @@ def absolute(uri: str) -> str:
     return uri
 
 
-def shown(text: str) -> str:
-    """Return a URI, or a text with URIs, without user names and passwords."""
-    return re.sub(r"//[^/@\s]*@", "//", text)
-
-
 def default_uri(output: str) -> str:
     """Return the URI of the SQLite store in an output folder.
 
@@ -60,8 +56,8 @@ def default_uri(output: str) -> str:
     """
     if "://" in output:
         raise UserError(
-            f"output {output} is an object store, where MLflow's SQLite file cannot be; name an "
-            "MLflow server with tracking.uri (or --uri)."
+            f"output {shown_url(output)} is an object store, where MLflow's SQLite file cannot "
+            "be; name an MLflow server with tracking.uri (or --uri)."
         )
     return f"{SQLITE}{Path(output).expanduser().resolve() / 'mlflow.db'}"
 

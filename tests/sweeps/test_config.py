@@ -991,7 +991,11 @@ def test_the_coordinates_of_a_suggested_cell_pin_it(load: Callable[..., Sweep]) 
     assert only(chosen) == resolve(cell.config)
 
 
-def test_pins_keep_null_and_truth(load: Callable[..., Sweep]) -> None:
+def test_pins_keep_null_and_truth(
+    load: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A file alone may not allow pickles.
+    monkeypatch.setenv("BTU_ALLOW_PICKLE", "offline")
     text = "list: [{train.max_grad_norm: null, victim.allow_pickle: true}]"
     (cell,) = load(text).cells()
     spec = only(load("seed: 0", *shlex.split(pins(cell.varied))))
