@@ -56,7 +56,7 @@ TrackingUri = Annotated[
     ),
 ]
 # For commands that use MLflow in addition to the output folder.
-MLFLOW_STORE = "MLflow store. Default: the SQLite file in the output folder."
+MLFLOW_STORE = "MLflow store. Default: that of the launch, e.g. SQLite in the output folder."
 Style = Annotated[
     Format,
     typer.Option("--format", "-f", help="csv and json have fractions, the others percent."),

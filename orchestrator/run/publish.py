@@ -52,6 +52,8 @@ class Publisher:
 
         uri = server.tracking_uri(self._sweep)
         experiment_id, reason = experiment.prepare(self._sweep)
+        named = self._sweep.tracking.uri
+        self._results.record_server(None if named is None else uri)
         if experiment_id is None:
             self._note(
                 f"MLflow at {server.shown(uri)} does not answer ({reason[:150]}); the sweep runs "

@@ -24,7 +24,12 @@ from btu.redaction import shown_url
 from btu.victims import VICTIMS, VictimSpec
 from orchestrator.sweep.interpolation import refuse_resolvers, unreadable
 from orchestrator.sweep.modes.base import SearchMode, SequentialMode
-from orchestrator.sweep.output import DEFAULT_OUTPUT, STORE, output_location
+from orchestrator.sweep.output import (
+    DEFAULT_OUTPUT,
+    MOST_NAME_BYTES,
+    output_location,
+    taken_name,
+)
 from orchestrator.sweep.search import (
     SEARCHES,
     SearchSections,
@@ -227,10 +232,15 @@ def _name(written: Any) -> str:
             f"'.', the first a letter, digit or '_'; got {written!r}. Remove the key to use the "
             "name of the file."
         )
-    if written == STORE:
+    if (what := taken_name(written)) is not None:
         raise UserError(
-            f"name '{STORE}' is taken: the folder of that name in the output has the results of "
-            "all sweeps; use another name."
+            f"name '{written}' is taken: under that name the output folder has {what}; use another "
+            "name."
+        )
+    if (size := len(written.encode())) > MOST_NAME_BYTES:
+        raise UserError(
+            f"name '{written[:40]}...' has {size} bytes; a folder of that name needs at most "
+            f"{MOST_NAME_BYTES}. Shorten it."
         )
     return written
 

@@ -229,7 +229,8 @@ def _refusal(key: str, url: str, places: Sequence[Place], trust: Trust) -> str |
     for place in places:
         if any(_is_place(entry, place) for entry in trust.trusted_hosts):
             continue
-        override = f"{key}={shown_url(url)} on the command line"
+        joint = " " if key.startswith("-") else "="
+        override = f"{key}{joint}{shown_url(url)} on the command line"
         listed = (
             f", {VARIABLES['trusted_hosts']}={place.entry} in the environment, or trusted_hosts: "
             f"['{place.entry}'] in {user_config()}"
