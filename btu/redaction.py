@@ -44,8 +44,8 @@ def _shown_part(part: str) -> str:
     scheme, separator, rest = part.partition("://")
     if not separator:
         return part
-    # Without a user name an "@" is of the path: s3://bucket/a@b, http://host:5000/a@b. A ":" that is
-    # not before a port stands before a password with "/" in it.
+    # Without a user name an "@" is of the path: s3://bucket/a@b, http://host:5000/a@b. A ":"
+    # without a port behind it stands before a password with "/" in it.
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
     port = re.fullmatch(r"([^:\[]*|\[[^\]]*\])(:\d{1,5})?", authority)
     if "@" in authority or (not port and "@" in rest):

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -113,6 +115,12 @@ def _read(path: Path) -> dict[str, list[str]]:
                 f"{CONFIG_VARIABLE} names {path}, which is no file; correct it, or unset it."
             )
         return {}
+    facts = path.stat()
+    if facts.st_uid not in (os.getuid(), 0) or facts.st_mode & stat.S_IWOTH:
+        raise UserError(
+            f"your config {path} belongs to another user or can be written by everyone, so that "
+            f"it is not yours alone; take it over, or run chmod o-w {shlex.quote(str(path))}."
+        )
     try:
         written = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:

@@ -6,12 +6,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import fsspec
 import pytest
-from conftest import Ran
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
 
@@ -26,6 +25,9 @@ from orchestrator.run.worker import Outcome, Report
 from orchestrator.store.store import Store
 from orchestrator.sweep.load import load_sweep
 from orchestrator.sweep.sweep import Sweep
+
+if TYPE_CHECKING:
+    from conftest import Ran
 
 # What a URL may hold unescaped, and what stands in none of the other texts.
 USER, PASSWORD, TOKEN = "wilma-user", "pa:ss@w-0rd", "t0ken-of-query"

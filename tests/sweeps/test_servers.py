@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 import yaml
-from conftest import Ran
 from store_fixtures import Stored
 
 from btu.errors import UserError
 from orchestrator.results.folder import LaunchedServer
 from orchestrator.sweep.load import load_sweep
 from orchestrator.tracking.server import launched_uri, tracking_uri
+
+if TYPE_CHECKING:
+    from conftest import Ran
 
 SERVER = "http://server.example:5000"
 

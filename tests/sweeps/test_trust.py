@@ -5,17 +5,19 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 import yaml
-from conftest import Ran
 
 from btu.errors import UserError
 from orchestrator.sweep import trust
 from orchestrator.sweep.load import load_sweep
 from orchestrator.sweep.sweep import Sweep
 from orchestrator.sweep.trust import output_refusal, tracking_refusal
+
+if TYPE_CHECKING:
+    from conftest import Ran
 
 SMALL = {"data": {"name": "demo", "max_train_rows": 40, "max_clean_rows": 20, "max_eval_rows": 20}}
 
@@ -279,6 +281,24 @@ def test_a_bad_config_of_the_user_is_refused(
     write_config(config)
     with pytest.raises(UserError, match=message):
         trust.user_trust()
+
+
+def test_a_config_that_others_can_write_is_not_the_users_own(
+    write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_config({"trusted_hosts": ["host"]})
+    assert trust.user_trust().trusted_hosts == ("host",)
+    path.chmod(0o666)
+    with pytest.raises(UserError, match=r"can be written by everyone.*chmod o-w"):
+        trust.user_trust()
+    path.chmod(0o644)
+    owner = path.stat().st_uid
+    monkeypatch.setattr("os.getuid", lambda: owner + 1)
+    if owner == 0:  # a config of root is taken
+        assert trust.user_trust().trusted_hosts == ("host",)
+    else:
+        with pytest.raises(UserError, match="belongs to another user"):
+            trust.user_trust()
 
 
 def test_a_config_that_is_named_and_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import Ran
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,9 @@ from btu.types import Corpus, Rows
 from orchestrator.sweep.load import _parse_overrides, load_sweep, resolve
 from orchestrator.sweep.output import ARTIFACTS, DATABASE, MOST_NAME_BYTES, taken_name
 from orchestrator.sweep.sections import TrialSpec, pins
+
+if TYPE_CHECKING:
+    from conftest import Ran
 
 
 @pytest.fixture
