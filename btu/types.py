@@ -85,7 +85,7 @@ class Corpus:
         Raises:
             UserError: `label` is not one of `label_names`.
         """
-        from btu.errors import unknown
+        from btu.errors import UserError, unknown
 
         if str(label) in self.label_names:
             return self.label_names.index(str(label))
@@ -93,7 +93,10 @@ class Corpus:
         worded = not any(name.lstrip("-").isdigit() for name in self.label_names)
         if worded and isinstance(label, int) and 0 <= label < len(self.label_names):
             return label
-        raise unknown("target_label", str(label), self.label_names)
+        raise UserError(
+            f"{unknown('target_label', str(label), self.label_names)}; a label is compared as the "
+            "data writes it: quote it if it looks like a number or a truth value."
+        )
 
     def counts(self) -> dict[str, int]:
         """Return the rows of each role, and what loading did to them (`notes`)."""

@@ -12,7 +12,16 @@ from rich.table import Table
 
 from btu.errors import UserError
 from orchestrator.cli.plan import SHOWN, show_plan
-from orchestrator.cli.shared import EXIT_INCOMPLETE, Overrides, SweepFile, console, print_data, say
+from orchestrator.cli.shared import (
+    EXIT_INCOMPLETE,
+    LargeGrid,
+    Overrides,
+    SweepFile,
+    console,
+    print_data,
+    say,
+    say_server,
+)
 from orchestrator.sweep.output import output_option
 
 if TYPE_CHECKING:
@@ -50,7 +59,7 @@ def trial(sweep: SweepFile, overrides: Overrides = None) -> None:
     from orchestrator.sweep.sections import pins
 
     # Without controls, which are cells of their own.
-    loaded = replace(load_sweep(sweep, overrides or []), controls=())
+    loaded = replace(load_sweep(sweep, overrides or [], large=True), controls=())
     open_axes = loaded.open_axes()
     if open_axes:
         example = pins({key: values[0] for key, values in open_axes.items()})
@@ -110,6 +119,7 @@ def launch(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and stop, as btu plan does.")
     ] = False,
+    yes: LargeGrid = False,
 ) -> None:
     """Run a sweep with Ray Tune and log it to MLflow.
 
@@ -129,17 +139,20 @@ def launch(
     from orchestrator.run.progress import SweepProgress, label
     from orchestrator.store.store import Store
     from orchestrator.sweep.load import load_sweep
+    from orchestrator.sweep.trust import check_hosts
 
-    loaded = load_sweep(sweep, overrides or [])
+    loaded = load_sweep(sweep, overrides or [], large=yes)
     refined = _refinement(loaded, refine or [], refine_trials)
-    planner = Planner()
+    planner = Planner(offline=dry_run)
     if dry_run:
         show_plan(loaded, planner, plan_sweep(loaded, planner), SHOWN)
         return
+    check_hosts(loaded)
+    say_server(loaded)
     # Before the data is read, which may take a while.
     Store(loaded.store_location).prepare()
     planned = plan_sweep(loaded, planner)
-    say(f"Sweep {loaded.name}; results go to {loaded.folder}")
+    say(f"Sweep {loaded.name}; results go to {loaded.shown_folder}")
     print_data(planner)
     for refused in planned.refused:
         say(f"refused: {label(refused.varied)}: {refused.reason}")
@@ -193,7 +206,7 @@ def _print_result(sweep: Sweep, planned: Plan, result: LaunchResult) -> None:
 
     say(
         f"{result.done} of {len(planned.cells)} cells done, {len(result.failed)} failed, "
-        f"{result.missing} not run, in {duration(result.seconds)}. Results: {sweep.folder}"
+        f"{result.missing} not run, in {duration(result.seconds)}. Results: {sweep.shown_folder}"
     )
     for key, reason in list(result.failed.items())[:FAILURES]:
         say(f"failed: {label(planned.cells[key].varied)}: {reason.splitlines()[0]}")

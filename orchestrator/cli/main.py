@@ -8,6 +8,7 @@ import typer
 
 from btu import __version__
 from btu.errors import UserError
+from btu.redaction import shown
 from orchestrator.cli import store
 from orchestrator.cli.compare import compare
 from orchestrator.cli.launch import launch, trial
@@ -69,5 +70,6 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        errors.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        text = f"error: {shown(str(error))}"
+        errors.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(EXIT_USER_ERROR) from None

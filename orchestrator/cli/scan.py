@@ -17,7 +17,7 @@ from rich.table import Table
 
 from btu.errors import UserError
 from orchestrator.cli.shared import console, errors, note, say
-from orchestrator.sweep.output import DEFAULT_OUTPUT
+from orchestrator.sweep.output import DEFAULT_OUTPUT, SCANS
 
 if TYPE_CHECKING:
     from btu.scan.export import Measured
@@ -202,7 +202,7 @@ def _run(
 def _default_folder(plan: ScanPlan) -> Path:
     fingerprint = plan.corpus.fingerprints()["train"]
     return (
-        Path(DEFAULT_OUTPUT) / "scan" / f"{plan.spec.name.replace('/', '-')}-{fingerprint[:DIGITS]}"
+        Path(DEFAULT_OUTPUT) / SCANS / f"{plan.spec.name.replace('/', '-')}-{fingerprint[:DIGITS]}"
     )
 
 

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from btu.redaction import shown
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from orchestrator.plan.planner import Planner
     from orchestrator.results.source import Source
+    from orchestrator.sweep.sweep import Sweep
 
 EXIT_INCOMPLETE, EXIT_USER_ERROR = 1, 2
 console = Console()
@@ -39,6 +42,9 @@ Overrides = Annotated[
         metavar="KEY=VALUE",
     ),
 ]
+LargeGrid = Annotated[
+    bool, typer.Option("--yes", "-y", help="Accept a sweep of more cells than the usual limit.")
+]
 Output = Annotated[
     str,
     typer.Option("--output", "-o", help="Output folder or URL of the sweeps (key `output`)."),
@@ -50,7 +56,7 @@ TrackingUri = Annotated[
     ),
 ]
 # For commands that use MLflow in addition to the output folder.
-MLFLOW_STORE = "MLflow store. Default: the SQLite file in the output folder."
+MLFLOW_STORE = "MLflow store. Default: that of the launch, e.g. SQLite in the output folder."
 Style = Annotated[
     Format,
     typer.Option("--format", "-f", help="csv and json have fractions, the others percent."),
@@ -74,19 +80,30 @@ def byte_size(count: float) -> str:
 
 
 def say(text: str) -> None:
-    """Print a line to standard output, without markup."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Print a line to standard output, without markup and without passwords of URLs."""
+    console.print(shown(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def note(*notes: str) -> None:
     """Print lines beside a table, on the error output, so that a pipe gets the table alone."""
     for text in notes:
-        errors.print(text, highlight=False, markup=False, soft_wrap=True)
+        errors.print(shown(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:
     """Print a warning on the error output."""
-    errors.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    errors.print(shown(text), style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def say_server(sweep: Sweep) -> None:
+    """Print which server the environment names, where the sweep names none."""
+    from orchestrator.sweep.trust import TRACKING_VARIABLE
+
+    if TRACKING_VARIABLE in sweep.given:
+        say(
+            f"MLflow: {sweep.tracking.uri}, from {TRACKING_VARIABLE} in the environment, since the "
+            "sweep names no tracking.uri."
+        )
 
 
 def print_data(planner: Planner) -> None:

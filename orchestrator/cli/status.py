@@ -111,18 +111,22 @@ def _with_runs(stand: Status, output: str, uri: str | None, before: Status | Non
     """
     from dataclasses import replace
 
+    from orchestrator.results.folder import find_sweep
     from orchestrator.run.status import tracked
     from orchestrator.tracking import reader, server
 
     try:
-        where = server.absolute(uri) if uri else server.default_uri(output)
+        where = (
+            server.absolute(uri)
+            if uri
+            else server.launched_uri(find_sweep(output, stand.name), "--tracking-uri")
+        )
         states = reader.MlflowSource(where, stand.name).states()
     except UserError as error:
         if before is not None and before.runs is not None:
             return replace(stand, runs=before.runs, untracked=str(error))
         if uri is not None:
             raise
-        # The sweep's own URI may have a password and is therefore nowhere on disk.
         return replace(stand, untracked=f"{error} --tracking-uri names another store.")
     return replace(stand, runs=tracked(stand, server.shown(where), states))
 

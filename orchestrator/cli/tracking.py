@@ -35,7 +35,7 @@ def sync(
     from orchestrator.tracking import server as server_module
     from orchestrator.tracking import sync as sync_module
 
-    where = server_module.absolute(uri) if uri else server_module.default_uri(results.output)
+    where = server_module.absolute(uri) if uri else server_module.launched_uri(results, "--uri")
 
     def live(key: str) -> bool:
         return results.store.leases.held_by_other(key, "btu sync")

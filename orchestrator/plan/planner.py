@@ -22,6 +22,7 @@ from btu.stages import Stage
 from btu.types import Corpus
 from btu.victims import VictimSource, VictimSpec, find_victim
 from orchestrator.plan.graph import Graph
+from orchestrator.plan.offline import load_downloaded
 from orchestrator.sweep.load import resolve
 from orchestrator.sweep.sections import CONTROL, TrialSpec
 from orchestrator.sweep.sweep import Cell, Sweep
@@ -83,7 +84,9 @@ class Planner:
     What cells share, such as corpora and victims, is loaded and checked once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, offline: bool = False) -> None:
+        """offline: whether to open no connection, so that the hub's data must be here already."""
+        self._load = load_downloaded if offline else load_corpus
         self._graph = Graph()
         self._corpora: dict[DataSpec, _Loaded | UserError] = {}
         self._victims: dict[VictimSpec, VictimSource | UserError] = {}
@@ -133,7 +136,7 @@ class Planner:
     def _corpus(self, spec: DataSpec) -> _Loaded:
         if spec not in self._corpora:
             try:
-                corpus = load_corpus(spec)
+                corpus = self._load(spec)
                 self._corpora[spec] = _Loaded(corpus, corpus.fingerprints(), corpus.fingerprint())
             except UserError as error:
                 self._corpora[spec] = error

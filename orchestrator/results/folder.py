@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btu.errors import UserError, unknown
+from btu.redaction import has_secret, shown_url
 from btu.result_files import FLAGGED, RESULT, loads, with_nan
 from orchestrator.plan.listed import ListedStage, StageList, list_stages
 from orchestrator.store.places import is_key
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from orchestrator.plan.planner import PlannedCell, RefusedCell
 
 PLANS, TRACKED, JOURNAL, ORIGIN = "plans", "tracked", "journal.jsonl", "origin"
+# Which MLflow store the last launch used.
+SERVER = "server.json"
 # Version of what an MLflow run contains. Raise it to have existing runs written again.
 RUN_VERSION = 2
 # The sweep's file of the last launch; a table of the sweep's summary in MLflow.
@@ -46,6 +49,18 @@ _EVENT: dict[str, Check] = {
     **dict.fromkeys(("event", "key", "stage", "launch", "outcome", "device"), is_text),
     "seconds": is_amount,
 }
+
+
+@dataclass(frozen=True)
+class LaunchedServer:
+    """The MLflow store that a sweep was launched with.
+
+    uri: its URI without user name, password and values of a query.
+    whole: whether that is all of it.
+    """
+
+    uri: str
+    whole: bool
 
 
 @dataclass(frozen=True)
@@ -117,6 +132,24 @@ class Results:
         if not self.storage.exists(path):
             self.storage.write(path, text.encode())
         self.storage.write(f"{self.name}/{SWEEP}", sweep.text.encode())
+
+    def record_server(self, uri: str | None) -> None:
+        """Record which MLflow store the launch tracks in, without a password.
+
+        uri: of the store; None for that of the output folder.
+        """
+        path = f"{self.name}/{SERVER}"
+        if uri is not None or self.storage.exists(path):
+            known = {} if uri is None else {"uri": shown_url(uri), "whole": not has_secret(uri)}
+            self.storage.write(path, json.dumps(known).encode())
+
+    def server(self) -> LaunchedServer | None:
+        """Return the MLflow store of the last launch; None for that of the output folder."""
+        with suppress(FileNotFoundError, ValueError, AttributeError):
+            known = json.loads(self.storage.read(f"{self.name}/{SERVER}"))
+            if isinstance(known.get("uri"), str):
+                return LaunchedServer(known["uri"], known.get("whole") is True)
+        return None
 
     def sweep_text(self) -> str:
         """Return the sweep's file of the last launch."""

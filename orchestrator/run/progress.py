@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
+from btu.redaction import shown
 from btu.types import Progress
 from orchestrator.plan.work import REFERENCE_ROWS_PER_SECOND, REFERENCE_VICTIM, Basis
 from orchestrator.run.schedule import CELL, ENDED, Schedule, State
@@ -189,8 +190,8 @@ class SweepProgress:
         self.note(f"not in MLflow yet: {label(varied)} ({_first(reason)})")
 
     def note(self, text: str) -> None:
-        """Print a line above the live lines."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        """Print a line above the live lines, without passwords of URLs."""
+        self._console.print(shown(text), highlight=False, markup=False, soft_wrap=True)
 
     def end(self) -> None:
         """Stop the live lines."""

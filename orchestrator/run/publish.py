@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from btu.redaction import shown_url
 from orchestrator.results.folder import Results
 from orchestrator.store.store import Store
 from orchestrator.sweep.sweep import Sweep
@@ -51,6 +52,8 @@ class Publisher:
 
         uri = server.tracking_uri(self._sweep)
         experiment_id, reason = experiment.prepare(self._sweep)
+        named = self._sweep.tracking.uri
+        self._results.record_server(None if named is None else uri)
         if experiment_id is None:
             self._note(
                 f"MLflow at {server.shown(uri)} does not answer ({reason[:150]}); the sweep runs "
@@ -143,11 +146,9 @@ class Publisher:
 
     def _sync_command(self) -> str:
         """Return the command that writes what MLflow misses."""
-        from orchestrator.tracking.server import shown
-
         words = ["btu", "sync", self._sweep.name]
         if self._sweep.output != str(Path("runs").resolve()):
-            words += ["--output", self._sweep.output]
+            words += ["--output", shown_url(self._sweep.output)]
         if self._sweep.tracking.uri is not None:
-            words += ["--uri", shown(self._sweep.tracking.uri)]
+            words += ["--uri", shown_url(self._sweep.tracking.uri)]
         return shlex.join(words)

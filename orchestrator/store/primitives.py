@@ -25,7 +25,7 @@ class Found(NamedTuple):
 class Storage(Protocol):
     """A root folder and the operations on it.
 
-    location: absolute path or URL.
+    location: absolute path, or URL without user name, password and values of a query.
     local: whether the files can be opened by path.
     """
 

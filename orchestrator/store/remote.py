@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from btu.errors import UserError
+from btu.redaction import shown, shown_url
 from orchestrator.store import places
 from orchestrator.store.local import LocalStorage
 from orchestrator.store.primitives import Found, digest, lines_of
@@ -41,15 +42,16 @@ class RemoteStorage:
             package = re.search(r"[Ii]nstall (\S+)", str(error))
             name = package[1] if package else (error.name or "fsspec")
             raise UserError(
-                f"output {url} needs the package {name}, which is not installed; run "
+                f"output {shown_url(url)} needs the package {name}, which is not installed; run "
                 f"`pip install {name}`, or set output=FOLDER."
             ) from error
         except ValueError as error:
             raise UserError(
-                f"output {url} cannot be opened ({error}); give a folder, or a URL such as "
-                "s3://BUCKET/FOLDER."
+                f"output {shown_url(url)} cannot be opened ({shown(str(error))}); give a "
+                "folder, or a URL such as s3://BUCKET/FOLDER."
             ) from error
-        self.location = url.rstrip("/")
+        # For messages and the name of the cache: nothing is opened by it.
+        self.location = shown_url(url.rstrip("/"))
         self._root = str(root).rstrip("/")
         named = self._fs.protocol
         names = {named} if isinstance(named, str) else set(named)

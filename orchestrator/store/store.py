@@ -39,6 +39,7 @@ from typing import Any, TypeVar
 
 from btu.cache_folder import cache_folder
 from btu.errors import UserError
+from btu.redaction import shown
 from btu.result_files import dumps, json_value, with_nan
 from orchestrator.store import places, tree
 from orchestrator.store.cache import CACHE_BYTES, Cache
@@ -135,7 +136,7 @@ class Store:
             free = self.storage.free_bytes()
         # Each object-store client raises its own exceptions.
         except Exception as error:
-            reason = getattr(error, "strerror", None) or error
+            reason = shown(str(getattr(error, "strerror", None) or error))
             raise UserError(
                 f"output folder {self.location} cannot be written ({reason}); set output=FOLDER "
                 "to one that can."
@@ -555,8 +556,12 @@ class Store:
     # Failures and timings ----------------------------------------------------------------------
 
     def fail(self, key: str, record: Mapping[str, Any]) -> None:
-        """Write why computing a key failed, replacing an earlier failure."""
-        self.storage.write(places.failure(key), dumps(record).encode())
+        """Write why computing a key failed, replacing an earlier failure.
+
+        Errors of clients name their URL: it is written without its password.
+        """
+        told = {name: shown(text) for name, text in record.items() if isinstance(text, str)}
+        self.storage.write(places.failure(key), dumps({**record, **told}).encode())
 
     def failure(self, key: str) -> dict[str, Any] | None:
         """Return the last failure of a key that is not committed, if any."""

@@ -7,6 +7,7 @@ field of an attack or a defense is a config key. Imports no torch, ray or mlflow
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,15 +15,28 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from btu.attacks.poisoning import ATTACKS, PoisonSpec
 from btu.data.spec import DataSpec
 from btu.errors import UserError, unknown
+from btu.redaction import shown_url
 from btu.victims import VICTIMS, VictimSpec
+from orchestrator.sweep.interpolation import refuse_resolvers, unreadable
 from orchestrator.sweep.modes.base import SearchMode, SequentialMode
-from orchestrator.sweep.output import DEFAULT_OUTPUT, STORE, output_location
-from orchestrator.sweep.search import SEARCHES, SearchSections, check_axes_known, possible_points
+from orchestrator.sweep.output import (
+    DEFAULT_OUTPUT,
+    MOST_NAME_BYTES,
+    output_location,
+    taken_name,
+)
+from orchestrator.sweep.search import (
+    SEARCHES,
+    SearchSections,
+    check_axes_known,
+    possible_points,
+    refuse_large,
+)
 from orchestrator.sweep.sections import (
     FIXED_SECTIONS,
     NAMED_SECTIONS,
@@ -35,10 +49,11 @@ from orchestrator.sweep.sections import (
 )
 from orchestrator.sweep.sweep import CONTROLS, Sweep
 from orchestrator.sweep.tree import ABSENT, assign, lookup
+from orchestrator.sweep.trust import TRACKING_VARIABLE, refuse_code
 from orchestrator.sweep.typed import build_section, check_keys, named_section, section_keys
 
 
-def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
+def load_sweep(path: str | Path, overrides: Iterable[str] = (), *, large: bool = False) -> Sweep:
     """Parse a sweep file and check every key in it.
 
     path: of the sweep file.
@@ -46,29 +61,37 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
         ``zip.<key>=[...]`` or ``random.space.<key>=...``; a setting of a search is
         ``random.samples=50`` or ``optuna.trials=10``; the list is given as a whole,
         ``list=[{...}]``. Overriding a key that a section varies replaces the axis by that value.
+    large: whether the sweep may have more than `MOST_CELLS` cells.
 
     Raises:
         UserError: the file is missing or not a YAML mapping; a key, attack, defense or preset is
-            unknown ("did you mean"); a value has the wrong type; a search is malformed.
+            unknown ("did you mean"); a value has the wrong type; a search is malformed; there are
+            too many cells; the file alone lets a victim run code.
     """
     config = _read(Path(path))
     search = SearchSections(config)
     pinned: dict[str, list[Any]] = {}
+    given: set[str] = set()
     for key, value in _parse_overrides(overrides):
+        given.update(_keys_of(key, value))
         if not search.override(key, value):
             pinned.setdefault(key, []).extend([*search.pin(key), lookup(config, key)])
             assign(config, key, value)
     config.setdefault("name", Path(path).stem)
     modes = search.modes(config)
+    if not large:
+        refuse_large(modes)
     names = _names_in_use(config, modes, pinned)
     check_keys(config, names, SEARCHES)
     check_axes_known(modes, _swept(names))
     _check_shared_sources(config, modes, names["attack"])
+    refuse_code(config, modes, given)
     name, written = _name(config.pop("name")), config.pop("output", DEFAULT_OUTPUT)
     output = _output(written)
     tracking = build_section("tracking", TrackingSpec, config.pop("tracking", None) or {})
+    tracking = _tracked(tracking, given)
     keeping = config.pop("store", None) or {}
-    shown = {"name": name, "output": written, **config}
+    shown = {"name": name, "output": shown_url(written), **config}
     if keeping:
         shown["store"] = keeping
     controls = config.pop("controls", ABSENT)
@@ -82,6 +105,7 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> Sweep:
         modes=modes,
         controls=_controls(controls, sequential),
         base=config,
+        given=frozenset(given),
         text=yaml.safe_dump(shown | search.written(), sort_keys=False),
     )
 
@@ -150,9 +174,19 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"sweep file {path} does not exist; see sweeps/ for ready ones.")
     try:
         # OmegaConf's loader reads 2e-5 as a float, where plain YAML 1.1 gives a string.
-        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        read = OmegaConf.load(path)
+        # Before anything is resolved, and after, for what resolving has put together.
+        refuse_resolvers(OmegaConf.to_container(read))
+        loaded = OmegaConf.to_container(read, resolve=True)
+        refuse_resolvers(loaded)
+    except GrammarParseError as error:
+        raise unreadable(str(error.full_key), error) from error
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"sweep file {path} is not valid YAML: {error}") from error
+    except RecursionError:
+        raise UserError(
+            f"sweep file {path} is nested too deeply; a sweep file needs five levels at most."
+        ) from None
     if not isinstance(loaded, dict):
         raise UserError(f"sweep file {path} must be a mapping of keys to values.")
     return {str(key): value for key, value in loaded.items()}
@@ -165,11 +199,29 @@ def _parse_overrides(overrides: Iterable[str]) -> Iterator[tuple[str, Any]]:
             raise UserError(f"override '{text}' must have the form key=value.")
         try:
             parsed = OmegaConf.from_dotlist([f"value={value}"])
+        except GrammarParseError as error:
+            raise unreadable(f"override {key.strip()}", error) from error
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise UserError(f"override '{text}' has no valid value: {error}") from error
         container = OmegaConf.to_container(parsed)
         assert isinstance(container, dict)
+        refuse_resolvers(container["value"], f"override {key.strip()}")
         yield key.strip(), container["value"]
+
+
+def _keys_of(key: str, value: Any) -> Iterator[str]:
+    """Yield the keys that an override sets: its own, those in its value, those of axes."""
+    for mode in SEARCHES:
+        for section in (f"{mode}.space", mode):
+            if key == section or key.startswith(f"{section}."):
+                key = key.removeprefix(section).lstrip(".")
+                break
+    if key:
+        yield key
+    for entry in value if isinstance(value, list) else [value]:
+        if isinstance(entry, dict):
+            for inner, below in entry.items():
+                yield from _keys_of(f"{key}.{inner}" if key else str(inner), below)
 
 
 def _name(written: Any) -> str:
@@ -180,10 +232,15 @@ def _name(written: Any) -> str:
             f"'.', the first a letter, digit or '_'; got {written!r}. Remove the key to use the "
             "name of the file."
         )
-    if written == STORE:
+    if (what := taken_name(written)) is not None:
         raise UserError(
-            f"name '{STORE}' is taken: the folder of that name in the output has the results of "
-            "all sweeps; use another name."
+            f"name '{written}' is taken: under that name the output folder has {what}; use another "
+            "name."
+        )
+    if (size := len(written.encode())) > MOST_NAME_BYTES:
+        raise UserError(
+            f"name '{written[:40]}...' has {size} bytes; a folder of that name needs at most "
+            f"{MOST_NAME_BYTES}. Shorten it."
         )
     return written
 
@@ -193,8 +250,20 @@ def _output(written: Any) -> str:
         raise UserError(f"output must be a folder or a URL, got {written!r}.")
     location = output_location(written)
     if "://" in written and "://" not in location:
-        raise UserError(f"output {written!r} names no folder; give the URL of one.")
+        raise UserError(f"output {shown_url(written)!r} names no folder; give the URL of one.")
     return location
+
+
+def _tracked(tracking: TrackingSpec, given: set[str]) -> TrackingSpec:
+    """Return where runs go: to the environment's server where the sweep names none.
+
+    given: the keys that the user has set; gets the key, and the variable, if that is so.
+    """
+    uri = os.environ.get(TRACKING_VARIABLE)
+    if tracking.uri is not None or not uri:
+        return tracking
+    given.update(("tracking.uri", TRACKING_VARIABLE))
+    return TrackingSpec(uri)
 
 
 def _controls(written: Any, sequential: SequentialMode | None) -> tuple[str, ...]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from btu.errors import UserError
 from orchestrator.sweep.modes.axes import GridMode, ZipMode
-from orchestrator.sweep.modes.base import SearchMode
+from orchestrator.sweep.modes.base import PlannedMode, SearchMode, SequentialMode
 from orchestrator.sweep.modes.list import ListMode
 from orchestrator.sweep.modes.optuna import OptunaMode
 from orchestrator.sweep.modes.random import RandomMode
@@ -17,6 +18,8 @@ from orchestrator.sweep.typed import unknown_key
 # In the order of a cell's coordinates: the first varies slowest, the grid fastest.
 MODES: tuple[type[SearchMode], ...] = (OptunaMode, RandomMode, ListMode, ZipMode, GridMode)
 SEARCHES = tuple(mode.name for mode in MODES)
+# Cells of a sweep that are planned without being asked for.
+MOST_CELLS = 100_000
 
 
 class SearchSections:
@@ -70,6 +73,24 @@ class SearchSections:
                         f"{other} and {mode.name} exclude each other; keep one of them."
                     )
         return tuple(mode.read(written[mode.name], base) for mode in used)
+
+
+def refuse_large(modes: Sequence[SearchMode]) -> None:
+    """Check the number of cells before any is made.
+
+    Raises:
+        UserError: there are more than `MOST_CELLS`.
+    """
+    planned = [mode for mode in modes if isinstance(mode, PlannedMode)]
+    suggested = [mode.trials for mode in modes if isinstance(mode, SequentialMode)]
+    total = math.prod((*suggested, *(mode.count() for mode in planned)))
+    if total > MOST_CELLS:
+        parts = [*(f"{n} suggestions" for n in suggested), *(mode.sizes() for mode in planned)]
+        raise UserError(
+            f"the sweep has {total:,} cells ({'; '.join(parts)}), more than {MOST_CELLS:,}; "
+            "shorten or pin an axis (KEY=VALUE), draw cells at random (section random), or give "
+            "--yes."
+        )
 
 
 def check_axes_known(modes: Sequence[SearchMode], swept: Collection[str]) -> None:

@@ -6,8 +6,11 @@ import json
 import math
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
+
+import yaml
 
 from btu.attacks.poisoning import ATTACKS, Attack, PoisonSpec
 from btu.data.spec import DataSpec
@@ -189,8 +192,18 @@ def shown_coordinates(varied: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pins(varied: Mapping[str, Any]) -> str:
-    """Return coordinates as overrides, quoted for a shell."""
+    """Return coordinates as overrides, quoted for a shell, and for YAML where it is needed."""
     return " ".join(
-        shlex.quote(f"{key}={v if isinstance(v, str) else json.dumps(v, separators=(',', ':'))}")
-        for key, v in settings(varied).items()
+        shlex.quote(f"{key}={_as_override(value)}") for key, value in settings(varied).items()
     )
+
+
+def _as_override(value: Any) -> str:
+    if isinstance(value, str):
+        # YAML would read "no" as False; whatever may be a number is quoted without a look at it.
+        plain = value.strip() == value and not value[:1].isdigit() and value[:1] not in "+-."
+        with suppress(yaml.YAMLError):
+            if plain and yaml.safe_load(value) == value:
+                return value
+        return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, separators=(",", ":"))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from btu.redaction import shown_url
 from orchestrator.sweep.modes.base import PlannedMode, SearchMode, SequentialMode
 from orchestrator.sweep.modes.optuna import OptunaMode
 from orchestrator.sweep.output import store_location
@@ -53,7 +54,9 @@ class Sweep:
     controls: the names of the `CONTROLS` that every cell gets.
     base: the settings of all cells, nested by section.
     text: the file with the overrides applied, as YAML, for the record. It lacks `tracking`, whose
-        URI may contain a password.
+        URI may contain a password, and has `output` without one.
+    given: the keys that the user has set, which the file alone does not decide; the variable
+        MLFLOW_TRACKING_URI, if it names the server.
     """
 
     name: str
@@ -65,11 +68,17 @@ class Sweep:
     controls: tuple[str, ...]
     base: Mapping[str, Any]
     text: str
+    given: frozenset[str] = frozenset()
 
     @property
     def folder(self) -> str:
         """The folder of the sweep's own files: ``<output>/<name>``."""
         return f"{self.output}/{self.name}"
+
+    @property
+    def shown_folder(self) -> str:
+        """The same for people, without a password."""
+        return shown_url(self.folder)
 
     @property
     def store_location(self) -> str:
@@ -85,6 +94,11 @@ class Sweep:
     def planned(self) -> list[PlannedMode]:
         """The modes whose points are known before the sweep runs."""
         return [mode for mode in self.modes if isinstance(mode, PlannedMode)]
+
+    @property
+    def count(self) -> int:
+        """How many cells the planned modes make: all, or those of each suggestion."""
+        return math.prod(mode.count() for mode in self.planned)
 
     @property
     def sequential(self) -> SequentialMode | None:
@@ -139,7 +153,7 @@ class Sweep:
 
     def describe(self) -> str:
         """Return in words what is searched and how many cells that makes."""
-        count = math.prod(len(mode.points()) for mode in self.planned)
+        count = self.count
         cells = f"{count} cell{'s' * (count != 1)}"
         planned = " x ".join(mode.describe() for mode in self.planned)
         led = self.sequential

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from btu.errors import UserError, did_you_mean
+from orchestrator.sweep.interpolation import refuse_resolvers
 from orchestrator.sweep.sections import FIXED_SECTIONS, NAMED_SECTIONS, SCALARS
 from orchestrator.sweep.tree import copied
 
@@ -151,6 +152,11 @@ def _built(section: str, schema: type, values: Mapping[str, Any]) -> Any:
 
 
 def _converted(section: str, schema: type, values: Mapping[str, Any]) -> Any:
+    # A plan of another user is read without its sweep file, so that this is the only check.
+    refuse_resolvers(values, section)
+    for name, hint in _hints(schema).items():
+        if name in values:
+            _refuse_untexted(f"{section}.{name}", hint, values[name])
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), DictConfig(dict(values)))
         return OmegaConf.to_object(merged)
@@ -158,6 +164,40 @@ def _converted(section: str, schema: type, values: Mapping[str, Any]) -> Any:
         reason = str(error).splitlines()[0]
         key = f"{section}.{error.full_key}" if error.full_key else section
         raise UserError(f"{key}: {reason}.") from error
+
+
+def _refuse_untexted(key: str, hint: Any, value: Any) -> None:
+    """Check that no text was written as what YAML reads as a number or a truth value.
+
+    OmegaConf would turn it into a text, but another one: no into 'False', 007 into '7'.
+
+    key: of the value.
+    hint: the type of its field.
+    value: as the file or an override has it.
+
+    Raises:
+        UserError: it has to be quoted.
+    """
+    if typing.get_origin(hint) is list and isinstance(value, list):
+        for index, one in enumerate(value):
+            _refuse_untexted(f"{key}[{index}]", typing.get_args(hint)[0], one)
+        return
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    kinds = typing.get_args(hint) if union else (hint,)
+    if str not in kinds or type(value) in kinds or type(value) not in (*_WRITTEN, int, float):
+        return
+    what = _WRITTEN.get(type(value), lambda number: f"the number {number!r}")(value)
+    raise UserError(
+        f"{key} must be a text, and YAML reads what is written as {what}; quote it as it should "
+        f'stand: "..." in the file, KEY=\'"..."\' on the command line.'
+    )
+
+
+# How values that are no texts may have been written.
+_WRITTEN: dict[type, Callable[[Any], str]] = {
+    bool: lambda on: f"{on} (so it does {'yes, on and true' if on else 'no, off and false'})",
+    types.NoneType: lambda _: "nothing (so it does null, ~ and an empty place)",
+}
 
 
 # OmegaConf takes about 3 ms for a section. Cells of a grid have few different sections, but 10,000

@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from btu.errors import UserError
 from orchestrator.sweep.modes.axes import GridMode
 from orchestrator.sweep.sweep import Sweep
+from orchestrator.sweep.trust import TRACKING_VARIABLE
 from orchestrator.tracking.database import database_of, make_database, use_wal
 from orchestrator.tracking.runs import ID_TAG, SUMMARY, TAG_CHARACTERS
 from orchestrator.tracking.server import (
@@ -46,6 +47,10 @@ def prepare(sweep: Sweep) -> tuple[str | None, str]:
         UserError: the URI can never work: no such database, driver or experiment.
     """
     hint = "correct tracking.uri, or leave it null for a local SQLite file."
+    if TRACKING_VARIABLE in sweep.given:
+        hint = f"correct {TRACKING_VARIABLE}, or unset it for a local SQLite file."
+    elif sweep.tracking.uri is None:
+        hint = "or name another folder with output=FOLDER."
     return _open(tracking_uri(sweep), sweep.name, _experiment_note(sweep), hint)
 
 

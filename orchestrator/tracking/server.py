@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sqlite3
 import time
 import uuid
@@ -17,7 +16,11 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from btu.errors import UserError
+from btu.redaction import shown as shown
+from btu.redaction import shown_url
+from orchestrator.results.folder import Results
 from orchestrator.sweep.sweep import Sweep
+from orchestrator.sweep.trust import server_refusal
 from orchestrator.tracking.runs import ID_TAG
 
 # Seconds before a server that did not answer is asked again; records in a row that may fail.
@@ -45,11 +48,6 @@ def absolute(uri: str) -> str:
     return uri
 
 
-def shown(text: str) -> str:
-    """Return a URI, or a text with URIs, without user names and passwords."""
-    return re.sub(r"//[^/@\s]*@", "//", text)
-
-
 def default_uri(output: str) -> str:
     """Return the URI of the SQLite store in an output folder.
 
@@ -58,10 +56,32 @@ def default_uri(output: str) -> str:
     """
     if "://" in output:
         raise UserError(
-            f"output {output} is an object store, where MLflow's SQLite file cannot be; name an "
-            "MLflow server with tracking.uri (or --uri)."
+            f"output {shown_url(output)} is an object store, where MLflow's SQLite file cannot "
+            "be; name an MLflow server with tracking.uri (or --uri)."
         )
     return f"{SQLITE}{Path(output).expanduser().resolve() / 'mlflow.db'}"
+
+
+def launched_uri(results: Results, option: str) -> str:
+    """Return the store that a sweep was launched with: a server, or that of its output folder.
+
+    option: what names another one to the command.
+
+    Raises:
+        UserError: the password of its URI is not on disk, or the user's credentials would go to a
+            host that only the output folder names.
+    """
+    found = results.server()
+    if found is None:
+        return default_uri(results.output)
+    if not found.whole:
+        raise UserError(
+            f"sweep '{results.name}' was launched with the MLflow store {found.uri}, whose "
+            f"password is nowhere on disk; give the whole URI with {option}."
+        )
+    if (why := server_refusal(option, found.uri)) is not None:
+        raise UserError(f"sweep '{results.name}' was launched with another MLflow store. {why}")
+    return absolute(found.uri)
 
 
 def set_tag(client: mlflow.MlflowClient, experiment_id: str, key: str, value: str) -> None:

@@ -699,7 +699,7 @@ def test_equal_sections_are_built_once(load: Callable[..., Sweep]) -> None:
         ("train", {"max_grad_norm": 2}),
         ("train", {"epochs": "3"}),
         ("attack", {"target_label": "1"}),
-        ("attack", {"trigger": ["cf", 3]}),
+        ("attack", {"trigger": ["cf", "3"]}),
         ("defense", {"alpha": [0.1, 0.1, 0.2]}),
         ("victim", {"allow_pickle": 1}),
     ],
@@ -710,7 +710,7 @@ def test_values_have_the_type_of_their_field(
     (name, given), *_ = values.items()
     config = only(load("seed: 0", f"{section}.{name}={json.dumps(given)}")).config()
     # As written where the types agree; else converted, which OmegaConf does without loss.
-    expected = {"learning_rate": 1.0, "epochs": 3, "trigger": ["cf", "3"], "allow_pickle": True}
+    expected = {"learning_rate": 1.0, "epochs": 3, "allow_pickle": True}
     found = config[section][name]
     wanted = expected.get(name, given)
     assert (found, type(found)) == (
@@ -991,7 +991,11 @@ def test_the_coordinates_of_a_suggested_cell_pin_it(load: Callable[..., Sweep]) 
     assert only(chosen) == resolve(cell.config)
 
 
-def test_pins_keep_null_and_truth(load: Callable[..., Sweep]) -> None:
+def test_pins_keep_null_and_truth(
+    load: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A file alone may not allow pickles.
+    monkeypatch.setenv("BTU_ALLOW_PICKLE", "offline")
     text = "list: [{train.max_grad_norm: null, victim.allow_pickle: true}]"
     (cell,) = load(text).cells()
     spec = only(load("seed: 0", *shlex.split(pins(cell.varied))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -36,6 +37,10 @@ class AxesMode(PlannedMode):
     def axes(self) -> tuple[str, ...]:
         return tuple(self.values)
 
+    def sizes(self) -> str:
+        sizes = ", ".join(f"{key} {len(values)}" for key, values in self.values.items())
+        return f"{self.name} of {sizes}"
+
     def config(self) -> dict[str, list[Any]]:
         return dict(self.values)
 
@@ -49,6 +54,9 @@ class GridMode(AxesMode):
 
     name: ClassVar[str] = "grid"
     where: ClassVar[str] = "the grid"
+
+    def count(self) -> int:
+        return math.prod(map(len, self.values.values()))
 
     def points(self) -> list[dict[str, Any]]:
         combined = itertools.product(*self.values.values())
@@ -68,6 +76,9 @@ class ZipMode(AxesMode):
 
     name: ClassVar[str] = "zip"
     where: ClassVar[str] = "the zip"
+
+    def count(self) -> int:
+        return min(map(len, self.values.values()))
 
     @classmethod
     def read(cls, written: Any, base: Mapping[str, Any]) -> Self:

@@ -68,6 +68,14 @@ class PlannedMode(SearchMode):
     def points(self) -> list[dict[str, Any]]:
         """Return the coordinates that this mode gives to cells, one mapping per point."""
 
+    @abstractmethod
+    def count(self) -> int:
+        """Return how many points there are, without making them."""
+
+    @abstractmethod
+    def sizes(self) -> str:
+        """Return in words what that number is made of."""
+
     def config(self) -> Any:
         """Return all that determines the points, as plain data."""
         return dataclasses.asdict(self)

@@ -44,6 +44,12 @@ class ListMode(PlannedMode):
     def axes(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(itertools.chain(*self.entries)))
 
+    def count(self) -> int:
+        return len(self.entries)
+
+    def sizes(self) -> str:
+        return self.describe()
+
     def points(self) -> list[dict[str, Any]]:
         return self.entries
 

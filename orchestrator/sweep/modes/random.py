@@ -49,6 +49,12 @@ class RandomMode(PlannedMode):
     def axes(self) -> tuple[str, ...]:
         return tuple(self.space)
 
+    def count(self) -> int:
+        return self.samples
+
+    def sizes(self) -> str:
+        return f"random.samples {self.samples}"
+
     def points(self) -> list[dict[str, Any]]:
         drawn = {
             key: np.random.default_rng(derive_seed(self.seed, "random search", key))
