@@ -172,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=count, default=20)
     parser.add_argument("--thresholds", type=count, default=10)
+    parser.add_argument("--alpha", type=float, default=1e-4, help="the smallest threshold")
     parser.add_argument("--seeds", type=count, default=2)
     parser.add_argument("--epochs", type=count, default=2)
     parser.add_argument("--victim", default="offline")
@@ -191,7 +192,7 @@ def main() -> None:
             victim=options.victim,
             epochs=options.epochs,
             attacks=", ".join(ATTACKS),
-            alphas=[round(1e-4 * (i + 1), 5) for i in range(options.thresholds)],
+            alphas=[round(options.alpha * (i + 1), 5) for i in range(options.thresholds)],
             seeds=list(range(options.seeds)),
         )
     )

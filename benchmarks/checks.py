@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,29 +97,25 @@ def wrong_computations(
     for event in journal:
         if event["event"] == "compute":
             begun[event["key"]].append(event)
-    wrong = [
-        f"{key} was computed, and has no result" for key in sorted(set(begun) - set(committed))
-    ]
+    without = sorted(set(begun) - set(committed))
+    wrong = [f"{key} was computed, and has no result" for key in without]
     for key, events in sorted(begun.items()):
         events.sort(key=lambda event: event["time"])
         unused = list(kills)
-        for earlier, later in zip(events, events[1:], strict=False):
-            cause = next(
-                (
-                    kill
-                    for kill in unused
-                    if kill.time <= later["time"] and kill.cut_short(key, earlier["launch"])
-                ),
-                None,
-            )
-            if cause is None:
-                wrong.append(f"{key} was computed again, and no kill had cut it short")
+        for earlier, later in pairwise(events):
+            explains = [kill for kill in unused if _explains(kill, earlier, later)]
+            if explains:
+                unused.remove(explains[0])
             else:
-                unused.remove(cause)
-        late = [e for e in events if e["time"] > committed.get(key, float("inf"))]
-        if late:
+                wrong.append(f"{key} was computed again, and no kill had cut it short")
+        if events[-1]["time"] > committed.get(key, float("inf")):
             wrong.append(f"{key} was computed again after its result was committed")
     return wrong
+
+
+def _explains(kill: Kill, earlier: Mapping[str, Any], later: Mapping[str, Any]) -> bool:
+    """Return whether a kill is why a key was computed a second time."""
+    return kill.time <= later["time"] and kill.cut_short(earlier["key"], earlier["launch"])
 
 
 def computations(journal: Iterable[Mapping[str, Any]]) -> Counter[str]:
