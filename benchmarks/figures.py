@@ -25,7 +25,7 @@ from btu.provenance import code_version
 
 PACKAGES = ("torch", "transformers", "ray", "mlflow")
 # A path of this machine, alone or as the value of an option or of KEY=VALUE.
-_PATH = re.compile(r"(?:(?<==)|^)(?:~|\.{1,2})?/(?:[^\s/]+/)*([^\s/]*)/?$")
+_PATH = re.compile(r"(?:(?<==)|^)(?:~|\.{1,2})?/(?:[^\s/]+/)*([^\s/]+)/?$")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
