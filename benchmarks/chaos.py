@@ -62,9 +62,17 @@ def start(file: Path, output: Path, log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, cwd=ROOT)
 
 
-def computing(results: Results) -> dict[int, str]:
-    """Return the key that each process computes right now, by process id: the live leases."""
-    return {int(facts["pid"]): key for key, facts in results.store.leases.held().items()}
+def computing(results: Results, driver: int) -> tuple[str, dict[int, str]]:
+    """Return the id of a driver's launch, and what each process computes for it, by process id.
+
+    Nothing before the launch is registered: workers of a killed driver may still compute then.
+    """
+    leases = results.store.leases
+    launches = [h.name for h in leases.holders("launches") if h.facts.get("pid") == driver]
+    if not launches:
+        return "", {}
+    held = leases.held().items()
+    return launches[0], {int(f["pid"]): key for key, f in held if f["owner"] == launches[0]}
 
 
 def shoot(
@@ -76,7 +84,7 @@ def shoot(
     """
     until = None
     while driver.poll() is None:
-        busy = computing(results)
+        _, busy = computing(results, driver.pid)
         until = time.monotonic() + pause if busy and until is None else until
         if busy and until is not None and time.monotonic() >= until:
             target = next(iter(busy)) if victim == "worker" else driver.pid
@@ -88,7 +96,7 @@ def shoot(
 
 
 def _shot(target: int, driver: int, results: Results) -> Kill | None:
-    """Kill a process that computes; None, and let it live, if it no longer does.
+    """Kill a process of a launch that computes; None, and let it live, if it no longer does.
 
     It is halted first: what it computes cannot change while the store is read.
     """
@@ -97,12 +105,12 @@ def _shot(target: int, driver: int, results: Results) -> Kill | None:
     except ProcessLookupError:
         return None
     committed = frozenset(results.store.committed())
-    launches = {h.facts.get("pid"): h.name for h in results.store.leases.holders("launches")}
-    busy = {pid: key for pid, key in computing(results).items() if key not in committed}
+    launch, found = computing(results, driver)
+    busy = {pid: key for pid, key in found.items() if key not in committed}
     now = time.time()
     if target == driver and busy:
         os.kill(target, signal.SIGKILL)
-        return Kill(now, launch=launches[driver], committed=committed)
+        return Kill(now, launch=launch, committed=committed)
     if target in busy:
         os.kill(target, signal.SIGKILL)
         return Kill(now, computing=frozenset({busy[target]}), committed=committed)
