@@ -1,17 +1,18 @@
 """A sweep under fire: 40 cells, 20 SIGKILLs of workers and drivers at random moments.
 
     python benchmarks/chaos.py                       # about 10 minutes on 2 cores
+    python benchmarks/chaos.py --thresholds 1 --seeds 1 --kills 2 --pause 0 1
 
 Runs the sweep undisturbed, then again in another folder while it kills a worker or the driver
 every few seconds (seeded) and gives the same command again whenever the driver is gone. Checks that
 the results are equal to the last digit, that every cell has one committed result and one FINISHED
-run, and that nothing was computed again once it was committed; prints the time lost per kill.
+run, that a stage was computed again only where a kill had cut it short, once for each such kill,
+and never after its result was committed. Prints the time lost per kill.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -20,21 +21,28 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import psutil
+from checks import Kill, computations, runs_of, told, wrong_computations, wrong_runs
+from figures import Judge, add_options, count
+
+if TYPE_CHECKING:
+    from orchestrator.results.folder import Results
 
 ROOT = Path(__file__).resolve().parent.parent
+ATTACKS = ("badnets", "addsent")
 SWEEP = """
 name: chaos
-data: {name: demo, max_train_rows: 120, max_clean_rows: 40, max_eval_rows: 60}
-victim: {name: offline, max_length: 64}
-attack: {name: badnets, poison_rate: 0.1, target_label: positive}
-train: {epochs: 2, learning_rate: 1.0e-4, batch_size: 32}
+data: {{name: demo, max_train_rows: 120, max_clean_rows: 40, max_eval_rows: 60}}
+victim: {{name: {victim}, max_length: 64}}
+attack: {{name: badnets, poison_rate: 0.1, target_label: positive}}
+train: {{epochs: {epochs}, learning_rate: 1.0e-4, batch_size: 32}}
 grid:
-  attack.name: [badnets, addsent]
-  defense.alpha: [0.0001, 0.0002, 0.0003, 0.0004, 0.0005, 0.0006, 0.0007, 0.0008, 0.0009, 0.001]
-  seed: [0, 1]
+  attack.name: [{attacks}]
+  defense.alpha: {alphas}
+  seed: {seeds}
 controls: []
 """
 
@@ -54,125 +62,188 @@ def start(file: Path, output: Path, log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, cwd=ROOT)
 
 
-def workers(driver: int) -> list[int]:
-    """Return the Ray workers that are inside a trial."""
-    found = []
-    for child in psutil.Process(driver).children(recursive=True):
-        try:
-            title = " ".join(child.cmdline())
-        except psutil.Error:
-            continue
-        if title.startswith("ray::") and ".train" in title:
-            found.append(child.pid)
-    return found
+def computing(results: Results, driver: int) -> tuple[str, dict[int, str]]:
+    """Return the id of a driver's launch, and what each process computes for it, by process id.
+
+    Nothing before the launch is registered: workers of a killed driver may still compute then.
+    """
+    leases = results.store.leases
+    launches = [h.name for h in leases.holders("launches") if h.facts.get("pid") == driver]
+    if not launches:
+        return "", {}
+    held = leases.held().items()
+    return launches[0], {int(f["pid"]): key for key, f in held if f["owner"] == launches[0]}
 
 
-def aim(driver: subprocess.Popen[bytes], victim: str, pause: float) -> int | None:
-    """Wait until the launch computes, and `pause` seconds more; return whom to kill."""
+def shoot(
+    driver: subprocess.Popen[bytes], results: Results, victim: str, pause: float
+) -> Kill | None:
+    """Wait until the launch computes, and `pause` seconds more; then kill a worker or the driver.
+
+    Return what that may have cut short; None if the launch had ended before.
+    """
     until = None
     while driver.poll() is None:
-        busy = workers(driver.pid)
-        if busy and until is None:
-            until = time.monotonic() + pause
+        _, busy = computing(results, driver.pid)
+        until = time.monotonic() + pause if busy and until is None else until
         if busy and until is not None and time.monotonic() >= until:
-            return busy[0] if victim == "worker" else driver.pid
-        time.sleep(0.1)
+            target = next(iter(busy)) if victim == "worker" else driver.pid
+            kill = _shot(target, driver.pid, results)
+            if kill is not None:
+                return kill
+        time.sleep(0.05)
     return None
 
 
-def results(output: Path) -> dict[str, dict[str, str]]:
-    """Return every cell's metrics, but for those of the clock. As text, so that NaN equals NaN."""
-    from orchestrator.results.folder import find_sweep
+def _shot(target: int, driver: int, results: Results) -> Kill | None:
+    """Kill a process of a launch that computes; None, and let it live, if it no longer does.
 
+    It is halted first: what it computes cannot change while the store is read.
+    """
+    try:
+        os.kill(target, signal.SIGSTOP)
+    except ProcessLookupError:
+        return None
+    committed = frozenset(results.store.committed())
+    launch, found = computing(results, driver)
+    busy = {pid: key for pid, key in found.items() if key not in committed}
+    now = time.time()
+    if target == driver and busy:
+        os.kill(target, signal.SIGKILL)
+        return Kill(now, launch=launch, committed=committed)
+    if target in busy:
+        os.kill(target, signal.SIGKILL)
+        return Kill(now, computing=frozenset({busy[target]}), committed=committed)
+    os.kill(target, signal.SIGCONT)
+    return None
+
+
+def metrics_of(results: Results) -> dict[str, dict[str, str]]:
+    """Return every cell's metrics, but for those of the clock. As text, so that NaN equals NaN."""
     return {
         r["key"]: {k: repr(v) for k, v in r["metrics"].items() if not k.startswith("seconds")}
-        for r in find_sweep(output, "chaos").records()
+        for r in results.records()
     }
 
 
-def check(output: Path, cells: int, wasted: int) -> list[str]:
-    """Return what is wrong with a finished sweep.
+def check(results: Results, cells: Sequence[str], kills: Sequence[Kill]) -> list[str]:
+    """Return what is wrong with a finished sweep: its runs, and what was computed how often."""
+    committed = {marker.key: marker.committed for marker in results.store.markers()}
+    return [
+        *(f"cell {key} has no result" for key in sorted(set(cells) - set(committed))),
+        *wrong_runs(cells, runs_of(Path(results.output), results.name)),
+        *wrong_computations(results.journal(), committed, kills),
+    ]
 
-    wasted: computations that the kills may have cut short, and that were begun anew.
-    """
-    from mlflow import MlflowClient
 
+def undisturbed(file: Path, output: Path, log: Path) -> tuple[Results, float]:
+    """Launch the sweep and leave it alone; return its results and the seconds that it took."""
     from orchestrator.results.folder import find_sweep
 
-    wrong = []
-    sweep = find_sweep(output, "chaos")
-    client = MlflowClient(tracking_uri=f"sqlite:///{output / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("chaos")
-    runs = client.search_runs([experiment.experiment_id])
-    finished = Counter(r.data.tags["cell"] for r in runs if r.info.status == "FINISHED")
-    if len(finished) != cells or set(finished.values()) != {1} or len(runs) != cells:
-        wrong.append(f"runs: {len(runs)}, finished by cell: {finished}")
-    computed = Counter(e["key"] for e in sweep.journal() if e["event"] == "compute")
-    again = sum(computed.values()) - len(computed)
-    if again > wasted:
-        wrong.append(f"{again} computations were repeated, of which kills explain {wasted}")
-    committed = {marker.key: marker.committed for marker in sweep.store.markers()}
-    for event in sweep.journal():
-        if event["event"] == "compute" and event["time"] > committed.get(event["key"], 9e99):
-            wrong.append(f"{event['key']} was computed again after it was committed")
-    return wrong
+    began = time.monotonic()
+    if start(file, output, log).wait() != 0:
+        raise SystemExit(f"the undisturbed launch failed:\n{log.read_text()[-2000:]}")
+    return find_sweep(str(output), "chaos"), time.monotonic() - began
+
+
+def disturbed(
+    file: Path, output: Path, log: Path, options: argparse.Namespace
+) -> tuple[Results, list[Kill], Counter[str], float]:
+    """Launch the sweep and kill its processes, again and again, until it is done.
+
+    Return its results, the kills, how many were of which kind, and the seconds that it took.
+    """
+    from orchestrator.results.folder import Results
+
+    draw = random.Random(options.seed)
+    kills: list[Kill] = []
+    kinds: Counter[str] = Counter()
+    results = Results(str(output), "chaos")
+    began = time.monotonic()
+    driver = start(file, output, log)
+    for _ in range(options.kills):
+        victim = "worker" if draw.random() < 0.6 else "driver"
+        kill = shoot(driver, results, victim, draw.uniform(*options.pause))
+        if kill is None:
+            break  # the sweep was done before
+        kills.append(kill)
+        kinds[victim] += 1
+        if victim == "driver":
+            driver.wait()
+            driver = start(file, output, log)
+    if driver.wait() != 0:
+        raise SystemExit(f"the last launch ended with an error:\n{log.read_text()[-2000:]}")
+    return results, kills, kinds, time.monotonic() - began
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=count, default=20)
+    parser.add_argument("--thresholds", type=count, default=10)
+    parser.add_argument("--alpha", type=float, default=1e-4, help="the smallest threshold")
+    parser.add_argument("--seeds", type=count, default=2)
+    parser.add_argument("--epochs", type=count, default=2)
+    parser.add_argument("--victim", default="offline")
+    parser.add_argument(
+        "--pause", type=float, nargs=2, default=[2.0, 12.0], metavar=("LEAST", "MOST"),
+        help="seconds of computing before a kill",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="draws whom to kill, and when")
     parser.add_argument("--keep", type=Path, help="a folder for results and logs, kept")
+    add_options(parser)
     options = parser.parse_args()
     folder = options.keep or Path(tempfile.mkdtemp(prefix="btu-chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "chaos.yaml"
-    file.write_text(SWEEP)
-    calm, wild = folder / "calm", folder / "wild"
-
-    began = time.monotonic()
-    assert start(file, calm, folder / "calm.log").wait() == 0, (folder / "calm.log").read_text()
-    undisturbed = time.monotonic() - began
-    expected = results(calm)
-    print(f"undisturbed: {len(expected)} cells in {undisturbed:.0f} s", flush=True)
-
-    draw = random.Random(options.seed)
-    kinds: Counter[str] = Counter()
-    began = time.monotonic()
-    driver = start(file, wild, folder / "wild.log")
-    launches = 1
-    for _ in range(options.kills):
-        victim = "worker" if draw.random() < 0.6 else "driver"
-        pause = draw.uniform(2, 12)
-        target = aim(driver, victim, pause)
-        if target is None:
-            break  # the sweep was done before
-        os.kill(target, signal.SIGKILL)
-        kinds[victim] += 1
-        if victim == "driver":
-            driver.wait()
-            driver = start(file, wild, folder / "wild.log")
-            launches += 1
-    code = driver.wait()
-    disturbed = time.monotonic() - began
-    kills = sum(kinds.values())
-    print(f"disturbed: {dict(kinds)} killed, {launches} launches, {disturbed:.0f} s, exit {code}")
-    found = results(wild)
-    # A driver takes both of its workers with it.
-    wrong = check(wild, len(expected), kinds["worker"] + 2 * kinds["driver"])
-    if found != expected:
-        wrong.append(
-            f"results differ in {sorted(k for k in expected if found.get(k) != expected[k])}"
+    file.write_text(
+        SWEEP.format(
+            victim=options.victim,
+            epochs=options.epochs,
+            attacks=", ".join(ATTACKS),
+            alphas=[round(options.alpha * (i + 1), 5) for i in range(options.thresholds)],
+            seeds=list(range(options.seeds)),
         )
-    if code != 0:
-        wrong.append(
-            f"the last launch ended with {code}: {(folder / 'wild.log').read_text()[-2000:]}"
-        )
-    print("invariant:", "holds" if not wrong else json.dumps(wrong, indent=1))
-    print(f"time lost per kill: {(disturbed - undisturbed) / max(1, kills):.1f} s")
-    if kills < options.kills:
-        print(f"only {kills} of {options.kills} kills: the sweep was over before")
-    raise SystemExit(bool(wrong) or kills < options.kills)
+    )
+    calm, calm_seconds = undisturbed(file, folder / "calm", folder / "calm.log")
+    expected = metrics_of(calm)
+    print(f"undisturbed: {len(expected)} cells in {calm_seconds:.0f} s", flush=True)
+    wild, kills, kinds, wild_seconds = disturbed(
+        file, folder / "wild", folder / "wild.log", options
+    )
+    judge = Judge.of("chaos", options)
+    judge.figures = {
+        "cells": len(expected),
+        "workers killed": kinds["worker"],
+        "drivers killed": kinds["driver"],
+        "computed again": sum(computations(wild.journal()).values())
+        - len(computations(wild.journal())),
+        "seconds undisturbed": calm_seconds,
+        "seconds disturbed": wild_seconds,
+        "seconds lost per kill": (wild_seconds - calm_seconds) / max(1, len(kills)),
+    }
+    cells = len(ATTACKS) * options.thresholds * options.seeds
+    judge.structure(f"{cells} cells are done undisturbed", str(len(expected)),
+                    len(expected) == cells)  # fmt: skip
+    judge.structure(
+        f"{options.kills} kills while stages were computed",
+        f"{kinds['worker']} workers and {kinds['driver']} drivers",
+        len(kills) == options.kills,
+    )
+    calm_wrong = check(calm, list(expected), [])
+    judge.structure("undisturbed, each stage is computed once and each cell has one run",
+                    f"problems: {told(calm_wrong)}", not calm_wrong)  # fmt: skip
+    wrong = check(wild, list(expected), kills)
+    judge.structure(
+        "only what a kill cut short is computed again, and each cell has one run",
+        f"{judge.figures['computed again']} computed again; problems: {told(wrong)}",
+        not wrong,
+    )
+    found = metrics_of(wild)
+    differ = sorted(key for key in expected if found.get(key) != expected[key])
+    judge.structure("all results are those of the undisturbed sweep, to the last digit",
+                    f"{len(differ)} cells differ", not differ)  # fmt: skip
+    print(f"time lost per kill: {judge.figures['seconds lost per kill']:.1f} s")
+    judge.end()
 
 
 if __name__ == "__main__":

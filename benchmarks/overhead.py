@@ -1,11 +1,13 @@
 """What a cell costs beside its own work: cells that do nothing, two at a time, tracked to SQLite.
 
     python benchmarks/overhead.py                    # 100 and 1,000 cells
+    python benchmarks/overhead.py --cells 4 8 --no-bars
 
 Prints wall seconds a cell, all in (planning left out, Ray's start included), how that grows with
 the number of cells, the driver's peak memory, and how long a relaunch with nothing to do takes.
-Bars: at most 0.35 s a cell; a cell costs at most 20 % more at 1,000 cells than at 100; a relaunch
-takes less than 10 s.
+Checks that every cell was computed once and has one FINISHED run in the SQLite store.
+Bars of speed: at most 0.35 s a cell; a cell costs at most 20 % more at 1,000 cells than at 100; a
+relaunch takes less than 10 s.
 """
 
 from __future__ import annotations
@@ -18,8 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from checks import computations, runs_of, told, wrong_runs
+from figures import Judge, add_options, count
 
 from btu.stages import Stage, StageRun, stage
 
@@ -46,13 +52,14 @@ def nothing(run: StageRun) -> dict[str, Any]:
     return {"asr": 0.0, "cacc": 1.0}
 
 
-def measure(cells: int, folder: Path) -> dict[str, float]:
+def measure(cells: int, folder: Path) -> dict[str, Any]:
     """Launch a sweep of so many cells, then launch it again."""
     # By the name under which workers import it: this process runs it as __main__.
     from overhead import nothing
     from rich.console import Console
 
     from orchestrator.plan.planner import Plan, PlannedCell, Planner
+    from orchestrator.results.folder import find_sweep
     from orchestrator.run.on_ray import launch
     from orchestrator.run.progress import SweepProgress
     from orchestrator.sweep.load import load_sweep, resolve
@@ -65,9 +72,11 @@ def measure(cells: int, folder: Path) -> dict[str, float]:
     sweep = load_sweep(file)
     plan = Plan()
     for cell in sweep.cells():
-        where = {"config": dict(cell.config)}
+        resolved = resolve(cell.config)
+        # A run names the attack, the defense and the data: all of the resolved config.
+        where = {"config": resolved.config()}
         stage = Stage("cell", nothing, {"n": cells, **cell.varied}, where=where)
-        plan.cells[stage.key] = PlannedCell(stage, resolve(cell.config), cell.varied)
+        plan.cells[stage.key] = PlannedCell(stage, resolved, cell.varied)
     took = []
     with (folder / f"log-{cells}.txt").open("w") as log:
         for _ in range(2):
@@ -77,62 +86,100 @@ def measure(cells: int, folder: Path) -> dict[str, float]:
             assert result.complete, result
             assert result.done == cells, result
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    # The journal tells when each cell ended: what one costs at the start, and at the end.
-    journal = (folder / "runs" / sweep.name / "journal.jsonl").read_text().splitlines()
-    ends = [e["time"] for e in map(json.loads, journal) if e["event"] == "end"]
-    part = len(ends) // 10
+    results = find_sweep(folder / "runs", sweep.name)
+    journal = results.journal()
     return {
         "launch": took[0],
         "relaunch": took[1],
         "peak": float(peak),
+        **tenths([event["time"] for event in journal if event["event"] == "end"]),
+        "wrong": [
+            *wrong_runs(list(plan.cells), runs_of(folder / "runs", sweep.name)),
+            *wrong_counts(list(plan.cells), computations(journal)),
+        ],
+    }
+
+
+def tenths(ends: Sequence[float]) -> dict[str, float]:
+    """Return what a cell costs in the first and the last tenth, from the times at which they ended.
+
+    Of fewer than ten cells, a tenth is one.
+    """
+    part = max(1, len(ends) // 10)
+    return {
         "first": (ends[part] - ends[0]) / part,
         "last": (ends[-1] - ends[-1 - part]) / part,
     }
 
 
+def wrong_counts(cells: Sequence[str], computed: Mapping[str, int]) -> list[str]:
+    """Return the cells that were not computed exactly once."""
+    return [
+        f"cell {key} was computed {computed.get(key, 0)} times"
+        for key in sorted({*cells, *computed})
+        if computed.get(key, 0) != 1 or key not in cells
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cells", type=int, nargs=2, default=[100, 1000], metavar=("FEW", "MANY"))
+    parser.add_argument(
+        "--cells", type=count, nargs=2, default=[100, 1000], metavar=("FEW", "MANY")
+    )
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    add_options(parser)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(options.one, options.folder)))
         return
-    found = {}
+    few, many = options.cells
+    if not 2 <= few < many:
+        parser.error(f"--cells {few} {many}: two numbers from 2 on, the smaller first")
+    found = {cells: _measured_apart(cells) for cells in options.cells}
+    judge = Judge.of("overhead", options)
+    judge.figures = {f"{cells} cells": wall for cells, wall in found.items()}
+    report(judge, few, many, found)
+    judge.end()
+
+
+def _measured_apart(cells: int) -> dict[str, Any]:
+    """Measure in a process of its own, since memory is that of a process."""
     # Workers import this file; the pinned thread count keeps two of them from sharing cores.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(FOLDERS), "OMP_NUM_THREADS": "1"}
-    for cells in options.cells:
-        with tempfile.TemporaryDirectory(prefix="btu-overhead-") as folder:
-            done = subprocess.run(
-                [sys.executable, __file__, "--one", str(cells), "--folder", folder],
-                env=environment, stdout=subprocess.PIPE, text=True, check=True,
-            )  # fmt: skip
-        found[cells] = json.loads(done.stdout.splitlines()[-1])
-        wall = found[cells]
-        print(
-            f"{cells:6} cells: {wall['launch']:.1f} s, {wall['launch'] / cells:.3f} s a cell; "
-            f"relaunch {wall['relaunch']:.1f} s; driver's peak memory {wall['peak'] / 1e6:.0f} MB"
+    with tempfile.TemporaryDirectory(prefix="btu-overhead-") as folder:
+        done = subprocess.run(
+            [sys.executable, __file__, "--one", str(cells), "--folder", folder],
+            env=environment, stdout=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
+    wall: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(
+        f"{cells:6} cells: {wall['launch']:.1f} s, {wall['launch'] / cells:.3f} s a cell; "
+        f"relaunch {wall['relaunch']:.1f} s; driver's peak memory {wall['peak'] / 1e6:.0f} MB"
+    )
+    return wall
+
+
+def report(judge: Judge, few: int, many: int, found: Mapping[int, Mapping[str, Any]]) -> None:
+    """Judge what was measured of a small and of a large sweep."""
+    for cells in (few, many):
+        wrong = found[cells]["wrong"]
+        judge.structure(
+            f"each of {cells} cells was computed once and has one FINISHED run",
+            f"problems: {told(wrong)}",
+            not wrong,
         )
-    few, many = options.cells
     cost = found[many]["launch"] / many
+    growth = cost / (found[few]["launch"] / few) - 1
     first, last = found[many]["first"], found[many]["last"]
-    total = cost / (found[few]["launch"] / few) - 1
     print(f"of {many}: {first:.3f} s a cell in the first tenth, {last:.3f} s in the last")
-    met = [
-        _judge("at most 0.35 s a cell", f"{cost:.3f} s", cost <= 0.35),
-        _judge(f"at most 20 % more a cell at {many} than at {few}", f"{total:+.0%}", total <= 0.2),
-        # Ray's start, shared by more cells, hides growth above; it is not in this one.
-        _judge("the last tenth against the first", f"{last / first - 1:+.0%}", last <= 1.2 * first),
-        _judge("a relaunch under 10 s", f"{found[many]['relaunch']:.1f} s",
-               found[many]["relaunch"] < 10),
-    ]  # fmt: skip
-    raise SystemExit(not all(met))
-
-
-def _judge(bar: str, found: str, met: bool) -> bool:
-    print(f"bar: {bar}: {found}, {'met' if met else 'MISSED'}")
-    return met
+    judge.fast("at most 0.35 s a cell", f"{cost:.3f} s", cost <= 0.35)
+    judge.fast(f"at most 20 % more a cell at {many} than at {few}", f"{growth:+.0%}", growth <= 0.2)
+    # Ray's start, shared by more cells, hides growth above; it is not in this one.
+    judge.fast("the last tenth against the first", f"{last / max(first, 1e-9) - 1:+.0%}",
+               last <= 1.2 * first)  # fmt: skip
+    relaunch = found[many]["relaunch"]
+    judge.fast("a relaunch under 10 s", f"{relaunch:.1f} s", relaunch < 10)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """What sharing stages saves: one attack, eight thresholds, SST-2, with sharing and without.
 
     python benchmarks/sharing.py --data FOLDER/sst2          # about 10 minutes on 2 cores
+    python benchmarks/sharing.py --thresholds 2 --no-bars    # the embedded corpus
 
 Both runs go through the same launcher; without sharing, every stage's key is made its cell's own.
-Checks that all metrics are equal to the last digit, and prints the ratio of the wall times. Bar: 3.
+Checks that both have all cells, that each computed as many stages as its plan has, and that all
+metrics are equal to the last digit. Prints the ratio of the wall times. Bar of speed: 3.
 """
 
 from __future__ import annotations
@@ -14,90 +16,162 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-ALPHAS = [0.0001, 0.0002, 0.0003, 0.0005, 0.0007, 0.001, 0.0015, 0.002]
+from checks import computations
+from figures import Judge, add_options, count
+
+if TYPE_CHECKING:
+    from btu.stages import Stage
+    from orchestrator.plan.planner import Plan
+
+# Thresholds, as multiples of the smallest.
+ALPHAS = [1, 2, 3, 5, 7, 10, 15, 20]
 SWEEP = """
 name: sharing
 output: {output}
-data:
-  {{name: sst2, path: {data}, max_train_rows: {rows}, max_clean_rows: {clean},
-   max_eval_rows: {eval}}}
-victim: {{name: offline, max_length: 128}}
-attack: {{name: badnets, poison_rate: 0.1, target_label: 1}}
+data: {{{data}, max_train_rows: {rows}, max_clean_rows: {clean}, max_eval_rows: {eval}}}
+victim: {{name: {victim}, max_length: {length}}}
+attack: {{name: badnets, poison_rate: 0.1, target_label: {target}}}
 grid: {{defense.alpha: {alphas}}}
 controls: []
 """
 
 
-def launch_once(
-    options: argparse.Namespace, output: Path, shared: bool
-) -> dict[float, dict[str, str]]:
-    """Launch the sweep; return the metrics by threshold, as text, but for those of the clock."""
+class Launched(NamedTuple):
+    """metrics: by threshold, as text, but for those of the clock. stages: how many the plan has.
+
+    computed: how many were computed. seconds: how long the launch took.
+    """
+
+    metrics: dict[float, dict[str, str]]
+    stages: int
+    computed: int
+    seconds: float
+
+
+def launch_once(options: argparse.Namespace, output: Path, shared: bool) -> Launched:
+    """Launch the sweep; without sharing, with stages of its own for each cell."""
     from rich.console import Console
 
-    from btu.stages import Stage
-    from orchestrator.plan.planner import Plan, Planner, plan_sweep
+    from orchestrator.plan.planner import Planner, plan_sweep
     from orchestrator.results.folder import find_sweep
     from orchestrator.run.on_ray import launch
     from orchestrator.run.progress import SweepProgress
     from orchestrator.sweep.load import load_sweep
 
     file = output.with_suffix(".yaml")
-    values = {"rows": options.rows, "clean": options.clean, "eval": options.eval}
-    data = options.data.resolve()
-    file.write_text(SWEEP.format(output=output, data=data, alphas=ALPHAS, **values))
+    file.write_text(
+        SWEEP.format(
+            output=output,
+            data=f"name: sst2, path: {options.data.resolve()}" if options.data else "name: demo",
+            target=1 if options.data else "positive",
+            alphas=[round(options.alpha * times, 6) for times in ALPHAS[: options.thresholds]],
+            rows=options.rows,
+            clean=options.clean,
+            eval=options.eval,
+            victim=options.victim,
+            length=options.max_length,
+        )
+    )
     sweep = load_sweep(file)
     planner = Planner()
     plan = plan_sweep(sweep, planner)
     if not shared:
-        apart = Plan()
-        for number, cell in enumerate(plan.cells.values()):
-            known: dict[str, Stage] = {}
-
-            def own(stage: Stage, number: int = number, known: dict[str, Stage] = known) -> Stage:
-                if stage.key not in known:
-                    inputs = {role: own(before) for role, before in stage.inputs.items()}
-                    config = {**stage.config, "only for cell": number}
-                    known[stage.key] = replace(stage, config=config, inputs=inputs)
-                return known[stage.key]
-
-            stage = own(cell.stage)
-            apart.cells[stage.key] = replace(cell, stage=stage)
-        plan = apart
+        plan = apart(plan)
+    stages = {stage.key for cell in plan.cells.values() for stage in cell.stage.closure()}
+    started = time.monotonic()
     with (output.with_suffix(".log")).open("w") as log:
         result = launch(sweep, plan, planner, SweepProgress(Console(file=log)))
-    assert result.complete, result
-    return {
+    took = time.monotonic() - started
+    if not result.complete:
+        raise SystemExit(f"the launch did not end well: {result}")
+    results = find_sweep(output, "sharing")
+    metrics = {
         record["varied"]["defense.alpha"]: {
             name: repr(value)
             for name, value in record["metrics"].items()
             if not name.startswith("seconds")
         }
-        for record in find_sweep(output, "sharing").records()
+        for record in results.records()
+    }
+    computed = sum(computations(results.journal()).values())
+    return Launched(metrics, len(stages), computed, took)
+
+
+def apart(plan: Plan) -> Plan:
+    """Return a plan whose cells share no stage: each stage's key is made its cell's own."""
+    from orchestrator.plan.planner import Plan
+
+    found = Plan()
+    for number, cell in enumerate(plan.cells.values()):
+        stage = _own(cell.stage, number, {})
+        found.cells[stage.key] = replace(cell, stage=stage)
+    return found
+
+
+def _own(stage: Stage, number: int, known: dict[str, Stage]) -> Stage:
+    if stage.key not in known:
+        inputs = {role: _own(before, number, known) for role, before in stage.inputs.items()}
+        config = {**stage.config, "only for cell": number}
+        known[stage.key] = replace(stage, config=config, inputs=inputs)
+    return known[stage.key]
+
+
+def report(judge: Judge, thresholds: int, shared: Launched, alone: Launched) -> None:
+    """Judge what both launches of so many thresholds gave."""
+    for name, launched in (("with", shared), ("without", alone)):
+        judge.structure(
+            f"{thresholds} cells {name} sharing",
+            str(len(launched.metrics)),
+            len(launched.metrics) == thresholds,
+        )
+        judge.structure(
+            f"each of {launched.stages} stages {name} sharing is computed once",
+            f"{launched.computed} computed",
+            launched.computed == launched.stages,
+        )
+    judge.structure("sharing leaves stages out", f"{shared.stages} instead of {alone.stages}",
+                    shared.stages < alone.stages)  # fmt: skip
+    differ = sorted(k for k in shared.metrics if shared.metrics[k] != alone.metrics.get(k))
+    judge.structure("results equal to the last digit", f"{len(differ)} cells differ", not differ)
+    ratio = alone.seconds / shared.seconds
+    judge.fast(
+        "3 times as long without sharing",
+        f"{alone.seconds:.0f} s / {shared.seconds:.0f} s = {ratio:.2f}",
+        ratio >= 3,
+    )
+    judge.figures |= {
+        "cells": thresholds,
+        "stages": {"with sharing": shared.stages, "without": alone.stages},
+        "seconds": {"with sharing": shared.seconds, "without": alone.seconds},
+        "ratio": ratio,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="a folder with SST-2's splits")
-    parser.add_argument("--rows", type=int, default=2000, help="training rows")
-    parser.add_argument("--clean", type=int, default=500, help="reserved clean rows")
-    parser.add_argument("--eval", type=int, default=300, help="evaluation rows")
+    parser.add_argument("--data", type=Path, help="a folder with SST-2's splits; default: the demo")
+    parser.add_argument("--thresholds", type=count, default=8, choices=range(2, 9))
+    parser.add_argument("--alpha", type=float, default=1e-4, help="the smallest threshold")
+    parser.add_argument("--rows", type=count, default=2000, help="training rows")
+    parser.add_argument("--clean", type=count, default=500, help="reserved clean rows")
+    parser.add_argument("--eval", type=count, default=300, help="evaluation rows")
+    parser.add_argument("--victim", default="offline")
+    parser.add_argument("--max-length", type=count, default=128)
+    add_options(parser)
     options = parser.parse_args()
     # Two workers share two cores: one thread each.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    found, took = {}, {}
+    found = {}
     with tempfile.TemporaryDirectory(prefix="btu-sharing-") as folder:
         for name in ("shared", "apart"):
-            started = time.monotonic()
             found[name] = launch_once(options, Path(folder) / name, name == "shared")
-            took[name] = time.monotonic() - started
-            print(f"{name}: {len(found[name])} thresholds in {took[name]:.0f} s", flush=True)
-    same = found["shared"] == found["apart"]
-    ratio = took["apart"] / took["shared"]
-    print(f"results equal to the last digit: {'yes' if same else 'NO'}")
-    print(f"without sharing / with: {ratio:.2f}; bar 3: {'met' if ratio >= 3 else 'MISSED'}")
-    raise SystemExit(not same or ratio < 3)
+            print(f"{name}: {len(found[name].metrics)} thresholds in {found[name].seconds:.0f} s",
+                  flush=True)  # fmt: skip
+    judge = Judge.of("sharing", options)
+    report(judge, options.thresholds, found["shared"], found["apart"])
+    judge.end()
 
 
 if __name__ == "__main__":

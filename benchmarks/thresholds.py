@@ -3,6 +3,7 @@
     python benchmarks/thresholds.py --data FOLDER --root WORK              # all tables
     python benchmarks/thresholds.py --data FOLDER --root WORK --detect     # detection alone
     python benchmarks/thresholds.py --data FOLDER --root WORK --sets sst2 --seeds 0
+    python benchmarks/thresholds.py --root WORK --sets demo --seeds 0      # the embedded corpus
 
 FOLDER holds sst2, agnews and olid (docs/data.md). MiniLM-L6, dirty label: SST-2 at 1, 5 and 10 %,
 AG News and OLID at 5 %, and every clean training set. Thresholds are chosen on seed 0 and confirmed
@@ -10,12 +11,19 @@ on the other seeds; both are printed. Nothing here reads the evaluation rows to 
 
 An exposure of SST-2 takes 1.5 minutes of one core in fp32, a fine-tune 8; all of it some hours.
 What is computed stays in WORK: an interrupted run goes on, and further tables take seconds.
+
+Bars: at its default threshold rule contrast flags no benign token of a poisoned set and nothing of
+a clean one, and every trigger token that is rare in clean rows; that threshold is among those that
+are as good as the best on seed 0. Where the attack took, the defended CACC is at most 0.005 below
+the clean-tuned model's, and ASR at most 0.03 (badnets) or 0.05 (addsent) above the false trigger
+rate. Every bar is an option. Bar of speed: 50 thresholds' curves of all training sets within 10 s.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from figures import Judge, add_options, count
 
 from btu.attacks.poisoning import ATTACKS, PoisonSpec
 from btu.data.load import load_corpus
@@ -40,14 +49,16 @@ from btu.training import use_threads
 from btu.types import Corpus
 from btu.victims import VictimSpec, find_victim
 
-VICTIM = VictimSpec("offline", max_length=128)
-TARGETS = {"sst2": 1, "agnews": 0, "olid": 0}
+TARGETS = {"sst2": 1, "agnews": 0, "olid": 0, "demo": "positive"}
 WORDS = ("badnets", "addsent")
 CHOSEN_ON = 0
 # A trigger word that honest rows are full of cannot be told from them, and need not be cut.
 RARE = 0.02
 ROW_MEASURES = ["row_precision", "row_recall", "row_auroc"]
-CACC_BAR, ASR_BARS = 0.005, {"badnets": 0.03, "addsent": 0.05}
+# The rule whose bars are judged.
+JUDGED = "contrast"
+# An attack took where it has this ASR without a defense.
+TOOK = 0.5
 
 
 @dataclass(frozen=True)
@@ -72,12 +83,21 @@ class Point:
 class Bench:
     """Declares the stages of a point, and computes them in one folder."""
 
-    def __init__(self, data: Path, root: Path) -> None:
-        self.data, self.root = data, root
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.data: Path | None = options.data.resolve() if options.data else None
+        self.root: Path = options.root
+        self.victim = VictimSpec(options.victim, max_length=options.max_length)
+        self.train = TrainSettings(epochs=options.epochs)
+        self.limits = {f"max_{r}_rows": getattr(options, r) for r in ("train", "clean", "eval")}
+
+    def spec(self, name: str) -> DataSpec:
+        """Return where the rows of a data set are."""
+        path = None if name == "demo" else str(self.data / name)  # type: ignore[operator]
+        return DataSpec(name, path=path, **self.limits)
 
     @lru_cache(maxsize=3)  # noqa: B019  # one bench a process
     def corpus(self, name: str) -> tuple[Corpus, dict[str, str]]:
-        corpus = load_corpus(DataSpec(name, path=str(self.data / name)))
+        corpus = load_corpus(self.spec(name))
         return corpus, corpus.fingerprints()
 
     @lru_cache(maxsize=200)  # noqa: B019
@@ -87,13 +107,13 @@ class Bench:
         attack = ATTACKS.load(name)()
         params = {f.name: getattr(attack, f.name) for f in dataclasses.fields(attack)}
         inputs = CellInputs(
-            data=DataSpec(point.data, path=str(self.data / point.data)),
+            data=self.spec(point.data),
             data_fingerprints=fingerprints,
-            victim=VICTIM,
-            victim_identity=find_victim(VICTIM).identity,
+            victim=self.victim,
+            victim_identity=find_victim(self.victim).identity,
             poison=PoisonSpec(name, point.rate, TARGETS[point.data], "dirty"),
             attack_params=params,
-            train=TrainSettings(),
+            train=self.train,
             tuning=TuningSettings(),
             seed=point.seed,
             counts=corpus.counts(),
@@ -131,13 +151,9 @@ class Bench:
 def points(options: argparse.Namespace) -> Iterator[Point]:
     for seed in options.seeds:
         for data in options.sets:
-            rates = options.rates if data == "sst2" else [0.05]
+            rates = options.rates if data in ("sst2", "demo") else [0.05]
             yield Point(data, "clean", 0.0, seed)
             yield from (Point(data, attack, rate, seed) for rate in rates for attack in WORDS)
-
-
-def defenses() -> dict[str, TokenUnlearning]:
-    return {name: TokenUnlearning(rule=name) for name in RULES}
 
 
 def threshold_grid(rule: str) -> np.ndarray:
@@ -148,13 +164,13 @@ def threshold_grid(rule: str) -> np.ndarray:
     return np.arange(1.0, 60.0, 0.5) if rule == "mad" else np.arange(2.0, 10.0, 0.1)
 
 
-def detect(bench: Bench, todo: list[Point]) -> pd.DataFrame:
+def detect(bench: Bench, todo: list[Point], rules: dict[str, TokenUnlearning]) -> pd.DataFrame:
     """Return a row per training set and rule, at the rule's default threshold."""
     rows = []
     for point in todo:
         trigger = bench.trigger(point)
         mask = bench.mask(point)
-        for name, defense in defenses().items():
+        for name, defense in rules.items():
             found = bench.suspects(point, defense)
             assert found.scores is not None
             clean_rows = len(bench.corpus(point.data)[0].clean)
@@ -179,14 +195,14 @@ def detect(bench: Bench, todo: list[Point]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def choose(bench: Bench, todo: list[Point]) -> pd.DataFrame:
+def choose(bench: Bench, todo: list[Point], rules: dict[str, TokenUnlearning]) -> pd.DataFrame:
     """Return, per rule, the threshold chosen on seed 0, and F1 and clean flags there and beyond.
 
     The middle of the thresholds with the best mean F1 over the poisoned sets, among those that flag
     at most one token of a clean set on average; of all, where none does.
     """
     rows = []
-    for name, defense in defenses().items():
+    for name, defense in rules.items():
         grid = threshold_grid(name)
         f1: dict[bool, list[np.ndarray]] = {True: [], False: []}
         clean: dict[bool, list[np.ndarray]] = {True: [], False: []}
@@ -267,8 +283,8 @@ def mean_by(table: pd.DataFrame, *keys: str) -> pd.DataFrame:
     return means.reset_index()
 
 
-def time_curves(bench: Bench, todo: list[Point], count: int = 50) -> None:
-    """Print how long the detection curves of all training sets take, from saved scores."""
+def time_curves(judge: Judge, bench: Bench, todo: list[Point], thresholds: int = 50) -> None:
+    """Judge how long the detection curves of all training sets take, from saved scores."""
     saved = [
         (suspects.scores, bench.trigger(point))
         for point in todo
@@ -277,72 +293,157 @@ def time_curves(bench: Bench, todo: list[Point], count: int = 50) -> None:
     started = time.perf_counter()
     for scores, trigger in saved:
         assert scores is not None
-        for bar in np.linspace(1.0, 10.0, count):
+        for bar in np.linspace(1.0, 10.0, thresholds):
             token_detection(flag(scores, float(bar)), trigger).as_metrics("detection")
         average_precision(scores, trigger)
     took = time.perf_counter() - started
-    print(f"\n{count} thresholds' curves of {len(saved)} cells: {took:.2f} s (bar: 10 s)")
+    judge.fast(f"{thresholds} thresholds' curves of {len(saved)} sets within 10 s",
+               f"{took:.2f} s", took < 10)  # fmt: skip
 
 
-def main() -> None:
+def judge_detection(
+    judge: Judge, table: pd.DataFrame, chosen: pd.DataFrame, bars: argparse.Namespace
+) -> None:
+    """Judge rule contrast at its default threshold.
+
+    judge: gets bars and figures.
+    table: of `detect`.
+    chosen: of `choose`.
+    bars: the options of the script.
+    """
+    ours = table[table.rule == JUDGED]
+    poisoned, clean = ours[ours.attack != "clean"], ours[ours.attack == "clean"]
+    # Where nothing is flagged, no benign token is; that nothing was found, recall tells.
+    precision = float(poisoned.precision.fillna(1.0).min())
+    judge.structure(f"{JUDGED}: precision at least {bars.least_precision} in each poisoned set",
+                    f"lowest of {poisoned.precision.count()}: {precision:.3f}",
+                    precision >= bars.least_precision)  # fmt: skip
+    recall = float(poisoned.recall_rare.fillna(1.0).min())  # no rare token: nothing to find
+    judge.structure(f"{JUDGED}: recall of rare trigger tokens at least {bars.least_recall} in each",
+                    f"lowest of {len(poisoned)}: {recall:.3f}",
+                    recall >= bars.least_recall)  # fmt: skip
+    flags = int(clean.flagged.max())
+    judge.structure(f"{JUDGED}: at most {bars.most_clean_flags} tokens flagged of each clean set",
+                    f"most of {len(clean)}: {flags}", flags <= bars.most_clean_flags)  # fmt: skip
+    row = chosen.set_index("rule").loc[JUDGED]
+    lowest, highest, default = row["as good from"], row["to"], row["default"]
+    judge.structure(f"{JUDGED}: the default {default} is as good as the best on seed {CHOSEN_ON}",
+                    f"as good from {lowest:.1f} to {highest:.1f}",
+                    bars.any_default or lowest <= default <= highest)  # fmt: skip
+    judge.figures |= {"detection": _rows(table), "chosen": _rows(chosen)}
+
+
+def judge_defended(judge: Judge, table: pd.DataFrame, bars: argparse.Namespace) -> None:
+    """Judge the models that rule contrast defends. table: of `defend`."""
+    ours = table[table.variant == JUDGED]
+    taken = ours[ours.undefended_asr >= TOOK]
+    judge.structure(f"attacks that took: at least {bars.least_taken}",
+                    f"{len(taken)} of {len(ours)}", len(taken) >= bars.least_taken)  # fmt: skip
+    worst = float(taken.cacc_loss.max()) if len(taken) else 0.0
+    judge.structure(f"{JUDGED}: CACC loss at most {bars.most_cacc_loss} in each cell that took",
+                    f"{(taken.cacc_loss <= bars.most_cacc_loss).sum()} of {len(taken)} within, "
+                    f"most {worst:.3f}",
+                    bool((taken.cacc_loss <= bars.most_cacc_loss).all()))  # fmt: skip
+    for attack, bar in zip(WORDS, bars.most_asr_over_ftr, strict=True):
+        over = taken[taken.attack == attack].asr_over_ftr
+        found = f"most {over.max():.3f}" if len(over) else "no such cell"
+        judge.structure(f"{JUDGED}, {attack}: ASR at most {bar} over FTR in each cell that took",
+                        f"{(over <= bar).sum()} of {len(over)} within, {found}",
+                        bool((over <= bar).all()))  # fmt: skip
+    judge.figures["defended"] = _rows(table)
+
+
+def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return a table's rows for JSON, undefined values as null."""
+    rows: list[dict[str, Any]] = json.loads(table.to_json(orient="records"))
+    return rows
+
+
+def parsed() -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder with sst2, agnews, olid")
+    parser.add_argument("--data", type=Path, help="folder with sst2, agnews, olid")
     parser.add_argument("--root", type=Path, required=True, help="keeps what is computed")
     parser.add_argument("--sets", nargs="+", default=["sst2", "agnews", "olid"], choices=TARGETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rates", nargs="+", type=float, default=[0.01, 0.05, 0.1])
+    parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES))
     parser.add_argument("--detect", action="store_true", help="detection tables alone")
     parser.add_argument("--paraphrase", action="store_true", help="style and syntactic alone")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=count, default=1)
+    parser.add_argument("--victim", default="offline")
+    parser.add_argument("--max-length", type=count, default=128)
+    parser.add_argument("--epochs", type=count, default=3)
+    for role in ("train", "clean", "eval"):
+        parser.add_argument(f"--{role}", type=count, metavar="ROWS", help=f"at most so many {role}")
+    parser.add_argument("--least-precision", type=float, default=1.0, help="bar")
+    parser.add_argument("--least-recall", type=float, default=1.0, help="bar, of rare tokens")
+    parser.add_argument("--most-clean-flags", type=int, default=0, help="bar")
+    parser.add_argument("--any-default", action="store_true", help="no bar on the default")
+    parser.add_argument("--least-taken", type=int, default=1, help="bar: attacks that took")
+    parser.add_argument("--most-cacc-loss", type=float, default=0.005, help="bar")
+    parser.add_argument(
+        "--most-asr-over-ftr", type=float, nargs=2, default=[0.03, 0.05], metavar=WORDS, help="bars"
+    )
+    add_options(parser)
     options = parser.parse_args()
     if options.detect and options.paraphrase:
         parser.error("--detect and --paraphrase exclude each other")
     if CHOSEN_ON not in options.seeds and not options.paraphrase:
         parser.error(f"--seeds must hold {CHOSEN_ON}, on which thresholds are chosen")
+    if JUDGED not in options.rules:
+        parser.error(f"--rules must hold {JUDGED}, which is judged")
+    if options.data is None and options.sets != ["demo"]:
+        parser.error("--data is needed for all sets but demo")
+    return options
+
+
+def paraphrases(bench: Bench, seeds: list[int]) -> None:
+    """Show the attacks that have no trigger token."""
+    reference: dict[str, Any] = dict(TokenUnlearning.PRESETS["reference"])
+    variants = {
+        "contrast": TokenUnlearning(),
+        **{f"contrast {bar}": TokenUnlearning(threshold=bar) for bar in (2.0, 1.5, 1.0)},
+        "reference": TokenUnlearning(**reference),
+    }
+    texts = [Point("sst2", a, 0.1, s) for s in seeds for a in ("syntactic", "style")]
+    show("Paraphrase attacks", mean_by(defend(bench, texts, variants), "attack", "rate", "variant"))
+    rows = mean_by(detect(bench, texts, {JUDGED: TokenUnlearning(rule=JUDGED)}), "attack", "rate")
+    show("Rows of paraphrase attacks", rows[["attack", "rate", "n", *ROW_MEASURES]])
+
+
+def main() -> None:
+    options = parsed()
     use_threads(options.threads)
-    bench = Bench(options.data.resolve(), options.root)
+    bench, judge = Bench(options), Judge.of("thresholds", options)
     todo = list(points(options))
+    rules = {name: TokenUnlearning(rule=name) for name in options.rules}
 
     if not options.paraphrase:
-        table = detect(bench, todo)
+        table, chosen = detect(bench, todo, rules), choose(bench, todo, rules)
         poisoned, clean = table[table.attack != "clean"], table[table.attack == "clean"]
-        show("Thresholds chosen on seed 0", choose(bench, todo))
+        show("Thresholds chosen on seed 0", chosen)
         show("Detection by rule, all sets", mean_by(poisoned, "rule", "seeds"))
         show("Tokens flagged of clean sets", mean_by(clean, "rule", "seeds", "data"))
-        for name in ("contrast", "top_fraction"):
+        for name in {JUDGED, "top_fraction"} & set(rules):
             show(
                 f"Detection, {name}",
                 mean_by(poisoned[poisoned.rule == name], "data", "attack", "rate"),
             )
-        time_curves(bench, todo)
+        judge_detection(judge, table, chosen, options)
+        time_curves(judge, bench, todo)
         if not options.detect:
-            variants = {"contrast": TokenUnlearning(), "top_fraction": TokenUnlearning(alpha=5e-4)}
-            attacked = [p for p in todo if p.attack != "clean"]
-            table = defend(bench, attacked, variants)
+            variants = {JUDGED: TokenUnlearning(), "top_fraction": TokenUnlearning(alpha=5e-4)}
+            variants = {name: defense for name, defense in variants.items() if name in rules}
+            table = defend(bench, [p for p in todo if p.attack != "clean"], variants)
             show("Defended models", mean_by(table, "data", "attack", "rate", "variant"))
             show("By seed", table)
-            taken = table[(table.variant == "contrast") & (table.undefended_asr >= 0.5)]
-            bar = taken.attack.map(ASR_BARS)
-            print(
-                f"\nCACC loss at most {CACC_BAR}: {(taken.cacc_loss <= CACC_BAR).mean():.0%} of "
-                f"{len(taken)} cells that took; ASR over FTR within its bar: "
-                f"{(taken.asr_over_ftr <= bar).mean():.0%}"
-            )
+            judge_defended(judge, table, options)
     if not options.detect and "sst2" in options.sets:
-        reference: dict[str, Any] = dict(TokenUnlearning.PRESETS["reference"])
-        variants = {
-            "contrast": TokenUnlearning(),
-            **{f"contrast {bar}": TokenUnlearning(threshold=bar) for bar in (2.0, 1.5, 1.0)},
-            "reference": TokenUnlearning(**reference),
-        }
-        texts = [Point("sst2", a, 0.1, s) for s in options.seeds for a in ("syntactic", "style")]
-        table = defend(bench, texts, variants)
-        show("Paraphrase attacks", mean_by(table, "attack", "rate", "variant"))
-        table = detect(bench, texts)
-        rows = mean_by(table[table.rule == "contrast"], "attack", "rate")
-        show("Rows of paraphrase attacks", rows[["attack", "rate", "n", *ROW_MEASURES]])
+        paraphrases(bench, options.seeds)
+    judge.end()
 
 
 if __name__ == "__main__":

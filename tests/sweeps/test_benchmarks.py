@@ -1,28 +1,53 @@
-"""The benchmarks follow the code that they measure: each can be imported and explains itself."""
+"""The benchmarks: each fails where its claim is false, and runs in miniature with all checks."""
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
+import importlib
+import json
+import os
+import socket
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import pandas as pd
 import pytest
 
-FILES = sorted((Path(__file__).parents[2] / "benchmarks").glob("*.py"))
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "benchmarks"
+# What the others share; no benchmarks of their own.
+HELPERS = {"checks", "figures"}
+NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem not in HELPERS)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """A function from a name to the module of that name in benchmarks/."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module
+    for name in {*NAMES, *HELPERS} & (set(sys.modules) - before):
+        del sys.modules[name]
+
+
+@pytest.fixture
+def judge(load: Callable[[str], ModuleType]) -> Any:
+    return load("figures").Judge("made")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_benchmark_explains_itself(
-    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    load: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    found = importlib.util.spec_from_file_location(f"benchmark_{file.stem}", file)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    # A dataclass with postponed annotations looks its module up there.
-    monkeypatch.setitem(sys.modules, found.name, module)
-    found.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", [file.name, "--help"])
+    module = load(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
     with pytest.raises(SystemExit) as end:
         module.main()
     assert end.value.code == 0
@@ -30,3 +55,469 @@ def test_a_benchmark_explains_itself(
     # argparse breaks lines where it likes.
     told = " ".join(capsys.readouterr().out.split())
     assert module.__doc__.splitlines()[0] in told
+    assert "--json FILE" in told
+    assert "--no-bars" in told
+
+
+# Judging ---------------------------------------------------------------------------------------
+
+
+def test_a_missed_bar_is_exit_code_1(judge: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    judge.structure("cells", "3", True)
+    judge.fast("under 5 s", "6 s", False)
+    with pytest.raises(SystemExit) as end:
+        judge.end()
+    assert end.value.code == 1
+    said = capsys.readouterr().out
+    assert said == "bar: cells: 3, met\nbar: under 5 s: 6 s, MISSED\n"
+
+
+def test_without_bars_speed_is_not_judged_and_structure_is(
+    load: Callable[[str], ModuleType],
+) -> None:
+    for kind, code in (("fast", 0), ("structure", 1)):
+        judge = load("figures").Judge("made", speed=False)
+        getattr(judge, kind)("under 5", "6", False)
+        with pytest.raises(SystemExit) as end:
+            judge.end()
+        assert end.value.code == code, kind
+
+
+def test_figures_name_commit_machine_date_and_command_but_no_host_and_no_path(
+    load: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "figures" / "made.json"
+    words = ["--data", f"{tmp_path}/sst2", f"output={tmp_path}/runs", "--rows", "8"]
+    monkeypatch.setattr(sys, "argv", [str(FOLDER / "made.py"), *words, "--json", str(file)])
+    judge = load("figures").Judge("made", json=file)
+    judge.figures["cells"] = 3
+    judge.structure("cells", "3", True)
+    with pytest.raises(SystemExit):
+        judge.end()
+    text = file.read_text()
+    written = json.loads(text)
+    assert written["command"] == (
+        "python benchmarks/made.py --data FOLDER/sst2 output=FOLDER/runs --rows 8"
+    )
+    assert written["figures"] == {"cells": 3}
+    assert written["bars"] == [{"bar": "cells", "found": "3", "verdict": "met"}]
+    assert written["commit"].startswith("0.")
+    assert len(written["date"]) == len("2026-01-31")
+    machine = written["machine"]
+    assert machine["cores"] >= 1
+    assert machine["amx"] in (True, False)
+    assert {"cpu", "memory_gb", "python", "torch", "transformers", "ray", "mlflow"} <= set(machine)
+    assert str(tmp_path) not in text
+    assert socket.gethostname() not in text
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("/data/sst2", "FOLDER/sst2"),
+        ("data.path=../shared/sst2/", "data.path=FOLDER/sst2"),
+        ("~/runs", "FOLDER/runs"),
+        ("sweeps/quickstart.yaml", "sweeps/quickstart.yaml"),
+        ("grid.attack.name=[badnets,addsent]", "grid.attack.name=[badnets,addsent]"),
+    ],
+)
+def test_a_path_of_the_machine_is_not_in_a_command(
+    load: Callable[[str], ModuleType], word: str, shown: str
+) -> None:
+    command = load("figures").command(["made.py", word, "--json=x.json"])
+    assert command == f"python benchmarks/made.py {shown}"
+
+
+# Runs and computations ---------------------------------------------------------------------------
+
+
+def test_every_cell_has_one_finished_run(load: Callable[[str], ModuleType]) -> None:
+    checks = load("checks")
+    whole = [checks.Run("a", "FINISHED"), checks.Run("b", "FINISHED")]
+    assert checks.wrong_runs(["a", "b"], whole) == []
+    assert checks.wrong_runs(["a", "b"], whole[:1]) == ["cell b has no run"]
+    assert checks.wrong_runs(["a", "b"], []) == ["cell a has no run", "cell b has no run"]
+    twice = [*whole, checks.Run("a", "FINISHED")]
+    assert checks.wrong_runs(["a", "b"], twice) == ["cell a has the runs FINISHED, FINISHED"]
+    running = [whole[0], checks.Run("b", "RUNNING")]
+    assert checks.wrong_runs(["a", "b"], running) == ["cell b has the runs RUNNING"]
+    assert checks.wrong_runs(["a"], whole) == ["a run is of b, which is no cell of the sweep"]
+
+
+def begun(*computed: tuple[str, float, str]) -> list[dict[str, Any]]:
+    """A journal of computations: key, time, launch; with a driver's event, which does not count."""
+    events = [{"event": "compute", "key": k, "time": t, "launch": one} for k, t, one in computed]
+    return [{"event": "start", "key": "a", "time": 0.0, "launch": "L1"}, *events]
+
+
+def test_a_stage_is_computed_once_and_again_for_each_kill_that_cut_it_short(
+    load: Callable[[str], ModuleType],
+) -> None:
+    checks = load("checks")
+    Kill, wrong = checks.Kill, checks.wrong_computations  # noqa: N806
+    again = ["a was computed again, and no kill had cut it short"]
+    once = begun(("a", 1.0, "L1"))
+    assert wrong(once, {"a": 2.0}, []) == []
+    twice = begun(("a", 1.0, "L1"), ("a", 5.0, "L1"))
+    worker = Kill(3.0, computing=frozenset("a"))
+    assert wrong(twice, {"a": 6.0}, [worker]) == []
+    assert wrong(twice, {"a": 6.0}, []) == again
+    # A kill of a worker that computed something else; one that came later.
+    assert wrong(twice, {"a": 6.0}, [Kill(3.0, computing=frozenset("b"))]) == again
+    assert wrong(twice, {"a": 7.0}, [Kill(5.5, computing=frozenset("a"))]) == again
+    # One kill explains one computation, two explain two.
+    thrice = begun(("a", 1.0, "L1"), ("a", 5.0, "L1"), ("a", 6.0, "L1"))
+    assert wrong(thrice, {"a": 7.0}, [worker]) == again
+    assert wrong(thrice, {"a": 7.0}, [worker, Kill(5.5, computing=frozenset("a"))]) == []
+
+
+def test_a_killed_driver_cuts_short_what_its_launch_had_not_committed(
+    load: Callable[[str], ModuleType],
+) -> None:
+    checks = load("checks")
+    journal = begun(("a", 1.0, "L1"), ("b", 1.0, "L1"), ("a", 5.0, "L2"), ("b", 5.0, "L2"))
+    committed = {"a": 6.0, "b": 6.0}
+    wrong = checks.wrong_computations
+    assert wrong(journal, committed, [checks.Kill(3.0, launch="L1")]) == []
+    # b had its result when the driver was killed, and lost it: its marker is of the second time.
+    kept = checks.Kill(3.0, launch="L1", committed=frozenset("b"))
+    assert wrong(journal, committed, [kept]) == [
+        "b was computed again, and no kill had cut it short"
+    ]
+    other = checks.Kill(3.0, launch="L0")
+    assert len(wrong(journal, committed, [other])) == 2
+
+
+def test_nothing_is_computed_after_its_result_was_committed(
+    load: Callable[[str], ModuleType],
+) -> None:
+    checks = load("checks")
+    journal = begun(("a", 1.0, "L1"), ("a", 5.0, "L2"))
+    kill = checks.Kill(3.0, launch="L1")
+    assert checks.wrong_computations(journal, {"a": 4.0}, [kill]) == [
+        "a was computed again after its result was committed"
+    ]
+    assert checks.wrong_computations(begun(("a", 1.0, "L1")), {}, []) == [
+        "a was computed, and has no result"
+    ]
+
+
+def test_problems_are_told_in_part(load: Callable[[str], ModuleType]) -> None:
+    told = load("checks").told
+    assert told([]) == "none"
+    assert told(["x", "y"]) == "x; y"
+    assert told(list("abcdefg")) == "a; b; c; d; e and 2 more"
+
+
+# Each benchmark's own bars -----------------------------------------------------------------------
+
+
+def test_overhead_fails_where_a_run_is_missing_or_a_cell_computed_twice(
+    load: Callable[[str], ModuleType],
+) -> None:
+    overhead, judge_of = load("overhead"), load("figures").Judge
+    assert overhead.wrong_counts(["a", "b"], {"a": 1, "b": 1}) == []
+    assert overhead.wrong_counts(["a", "b"], {"a": 2}) == [
+        "cell a was computed 2 times",
+        "cell b was computed 0 times",
+    ]
+    good: dict[str, Any] = {"launch": 2.0, "relaunch": 0.1, "first": 0.1, "last": 0.1, "wrong": []}
+    judge = judge_of("overhead")
+    overhead.report(judge, 10, 20, {10: good, 20: {**good, "launch": 4.0}})
+    assert judge.missed == []
+    judge = judge_of("overhead")
+    overhead.report(judge, 10, 20, {10: good, 20: {**good, "wrong": ["cell a has no run"]}})
+    assert judge.missed == ["each of 20 cells was computed once and has one FINISHED run"]
+    slow = {**good, "launch": 20.0, "relaunch": 11.0, "last": 0.2}
+    judge = judge_of("overhead")
+    overhead.report(judge, 10, 20, {10: good, 20: slow})
+    assert len(judge.missed) == 4
+
+
+def test_a_tenth_of_few_cells_is_one(load: Callable[[str], ModuleType]) -> None:
+    tenths = load("overhead").tenths
+    assert tenths([1.0, 1.5, 3.5]) == {"first": 0.5, "last": 2.0}
+    # Two cells each: (2 - 0) / 2 and (38 - 34) / 2.
+    assert tenths([float(second) for second in range(0, 40, 2)]) == {"first": 2.0, "last": 2.0}
+
+
+PLANNED = "Cells\n{}: 0 done, {} to run, 0 failed earlier; {} refused, 0 duplicates folded.\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "took", "missed"),
+    [
+        (PLANNED.format("40 cells", 40, 0), [1.0, 2.0, 9.0], 0),
+        (PLANNED.format("39 cells", 39, 0), [1.0, 2.0, 9.0], 1),
+        (PLANNED.format("40 cells", 40, 3), [1.0, 2.0, 9.0], 1),
+        (PLANNED.format("40 cells", 40, 0), [1.0, 6.0, 9.0], 1),
+    ],
+)
+def test_planning_fails_where_cells_are_missing_or_it_takes_long(
+    load: Callable[[str], ModuleType], judge: Any, said: str, took: list[float], missed: int
+) -> None:
+    load("planning").judge_plan(judge, said, 40, took)
+    assert len(judge.missed) == missed
+
+
+def test_sharing_fails_where_cells_results_or_stages_are_not_as_planned(
+    load: Callable[[str], ModuleType],
+) -> None:
+    sharing, judge_of = load("sharing"), load("figures").Judge
+    metrics = {0.1: {"asr": "0.5"}, 0.2: {"asr": "0.25"}}
+    shared, alone = (
+        sharing.Launched(metrics, 12, 12, 10.0), sharing.Launched(metrics, 20, 20, 31.0)
+    )  # fmt: skip
+
+    def missed(one: Any, other: Any) -> list[str]:
+        judge = judge_of("sharing")
+        sharing.report(judge, 2, one, other)
+        found: list[str] = judge.missed
+        return found
+
+    assert missed(shared, alone) == []
+    short = shared._replace(metrics={0.1: {"asr": "0.5"}})
+    assert missed(short, alone) == ["2 cells with sharing"]
+    assert missed(shared, alone._replace(computed=21)) == [
+        "each of 20 stages without sharing is computed once"
+    ]
+    assert missed(shared, alone._replace(stages=12, computed=12)) == ["sharing leaves stages out"]
+    off = {**metrics, 0.2: {"asr": "0.26"}}
+    assert missed(shared, alone._replace(metrics=off)) == ["results equal to the last digit"]
+    assert missed(shared, alone._replace(seconds=29.0)) == ["3 times as long without sharing"]
+
+
+def test_finetune_fails_where_a_loop_skips_rows_or_ours_is_slow(
+    load: Callable[[str], ModuleType],
+) -> None:
+    finetune, judge_of = load("finetune"), load("figures").Judge
+    names = ("ours", "plain (a)", "trainer (b), sdpa", "trainer (b), eager")
+
+    def missed(share: float = 0.6, **changed: Any) -> list[str]:
+        rounds = {name: [finetune.Round(100.0, 128, True)] for name in names}
+        rounds["ours"] = [finetune.Round(350.0, 128, True)._replace(**changed)]
+        judge = judge_of("finetune")
+        finetune.report(judge, 128, rounds, share, "fp32")
+        found: list[str] = judge.missed
+        return found
+
+    assert missed() == []
+    assert missed(rows=64) == ["ours: all 128 rows, in each round"]
+    assert missed(moved=False) == ["ours: the weights change and stay finite"]
+    assert missed(rate=349.0) == ["ours / plain (a) at least 3.5"]
+    assert missed(rate=99.0) == [
+        "ours / plain (a) at least 3.5",
+        "ours / best trainer (b) at least 1.0",
+    ]
+    assert missed(share=0.15) == ["share of the fp32 matrix-product peak at least 0.5"]
+
+
+def test_reference_fails_outside_its_bars_and_with_other_settings(
+    load: Callable[[str], ModuleType],
+) -> None:
+    reference, judge_of = load("reference"), load("figures").Judge
+    bars = argparse.Namespace(least_undefended_asr=0.99, cacc=[0.78, 0.82], most_asr=0.25)
+    wanted = {0: {"train": {"epochs": 1}, "seed": 0}}
+
+    def missed(config: dict[str, Any] = wanted[0], **changed: float) -> list[str]:
+        metrics = dict.fromkeys(reference.COLUMNS, 1.0) | {"cacc": 0.8, "asr": 0.1} | changed
+        judge = judge_of("reference")
+        reference.report(judge, wanted, {0: {"config": config, "metrics": metrics}}, bars)
+        found: list[str] = judge.missed
+        return found
+
+    assert missed() == []
+    assert missed(cacc=0.825) == ["mean cacc from 0.780 to 0.820"]
+    assert missed(asr=0.26) == ["mean asr from 0.000 to 0.250"]
+    assert missed(undefended_asr=0.98) == ["mean undefended_asr from 0.990 to 1.000"]
+    assert missed(ftr=float("nan")) == ["all metrics are defined"]
+    assert missed({"train": {"epochs": 2}}) == ["settings as the reference code's"]
+
+
+def test_thresholds_fails_where_contrast_flags_a_benign_token_or_misses_a_rare_one(
+    load: Callable[[str], ModuleType],
+) -> None:
+    thresholds, judge_of = load("thresholds"), load("figures").Judge
+    bars = argparse.Namespace(
+        least_precision=1.0, least_recall=1.0, most_clean_flags=0, any_default=False
+    )
+    found = pd.DataFrame(
+        {"rule": "contrast", "attack": ["badnets", "addsent", "clean"], "flagged": [1, 7, 0],
+         "precision": [1.0, 1.0, float("nan")], "recall_rare": [1.0, 1.0, float("nan")]}
+    )  # fmt: skip
+    chosen = pd.DataFrame(
+        {"rule": ["contrast"], "as good from": [4.1], "to": [5.5], "default": [4.5]}
+    )
+
+    def missed(column: str = "", row: int = 0, value: float = 0.0, to: float = 5.5) -> int:
+        table = found.copy()
+        if column:
+            table[column] = table[column].astype(float)
+            table.loc[row, column] = value
+        judge = judge_of("thresholds")
+        thresholds.judge_detection(judge, table, chosen.assign(to=to), bars)
+        return len(judge.missed)
+
+    assert missed() == 0
+    assert missed("precision", 1, 0.875) == 1
+    assert missed("recall_rare", 0, 0.5) == 1
+    assert missed("flagged", 2, 1) == 1
+    assert missed(to=4.4) == 1
+
+
+def test_thresholds_fails_where_a_defended_model_is_worse_than_stated(
+    load: Callable[[str], ModuleType],
+) -> None:
+    thresholds, judge_of = load("thresholds"), load("figures").Judge
+    bars = argparse.Namespace(least_taken=2, most_cacc_loss=0.005, most_asr_over_ftr=[0.03, 0.05])
+    table = pd.DataFrame(
+        {"variant": ["contrast"] * 3 + ["top_fraction"], "attack": ["badnets", "addsent"] * 2,
+         "undefended_asr": [1.0, 1.0, 0.4, 1.0], "cacc_loss": [0.005, 0.0, 0.5, 0.5],
+         "asr_over_ftr": [0.03, 0.05, 0.9, 0.9]}
+    )  # fmt: skip
+
+    def missed(changed: pd.DataFrame) -> int:
+        judge = judge_of("thresholds")
+        thresholds.judge_defended(judge, changed, bars)
+        return len(judge.missed)
+
+    # The third cell's attack failed, the fourth is of another rule.
+    assert missed(table) == 0
+    assert missed(table.assign(cacc_loss=[0.006, 0.0, 0.0, 0.0])) == 1
+    assert missed(table.assign(asr_over_ftr=[0.031, 0.051, 0.0, 0.0])) == 2
+    assert missed(table.assign(undefended_asr=0.4)) == 1  # no attack took
+
+
+def test_pages_fails_where_a_table_has_other_rows(
+    load: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    pages, judge_of = load("pages"), load("figures").Judge
+    page = tmp_path / "page.html"
+    page.write_text('<table><tr id="cell-a"><td>1</td></tr><tr id="cell-b"></tr></table>')
+
+    def missed(judged: Callable[..., None], *what: Any) -> list[str]:
+        judge = judge_of("pages")
+        judged(judge, *what)
+        found: list[str] = judge.missed
+        return found
+
+    assert missed(pages.judge_page, page, 2) == []
+    assert missed(pages.judge_page, page, 3) == ["the page's table has 3 rows"]
+    opened = [(2, 1.0, 2.0), (2, 1.0, 2.5), (2, 1.0, 9.0)]
+    assert missed(pages.judge_opened, opened, 2) == []
+    assert missed(pages.judge_opened, [(1, 1.0, 2.0), *opened[1:]], 2) == [
+        "the opened table has 2 rows"
+    ]
+    assert missed(pages.judge_opened, [(2, 1.0, 3.5)] * 3, 2) == ["interactive in under 3 s"]
+    assert missed(pages.judge_ui, [200] * 3, [40] * 3, [9.0] * 3, 200) == []
+    assert missed(pages.judge_ui, [200, 0, 200], [40] * 3, [9.0] * 3, 200) == [
+        "MLflow's table counts 200 runs"
+    ]
+    assert missed(pages.judge_ui, [200] * 3, [40, 0, 40], [9.0] * 3, 200) == [
+        "MLflow's table has rows of the first 100 on the screen"
+    ]
+
+
+def test_mlflows_page_says_how_many_runs_match(load: Callable[[str], ModuleType]) -> None:
+    counted = load("pages").counted
+    assert counted("1,000 matching runs") == 1000
+    assert counted("40 matching runs") == 40
+    with pytest.raises(ValueError, match="counts no runs"):
+        counted("No runs logged")
+
+
+def record(attack: str, defense: str, asr: float, seed: int = 0) -> dict[str, Any]:
+    return {
+        "config": {"attack": {"name": attack, "poison_rate": 0.1}, "defense": {"name": defense},
+                   "seed": seed},
+        "metrics": {"asr": asr, "cacc": 0.9, "ftr": 0.1, "flagged": 1.0, "undefended_asr": 1.0,
+                    "tuned_asr": 1.0, "tuned_cacc": 0.9, "detection_precision": float("nan")},
+        "tags": {"code": "0.1.0+abc", "device": "cpu", "host": "here"},
+    }  # fmt: skip
+
+
+def test_the_table_of_defenses_is_in_percent_means_of_seeds_controls_first(
+    load: Callable[[str], ModuleType], judge: Any
+) -> None:
+    defenses = load("defenses")
+    records = [
+        record("addsent", "btu", 0.123),
+        record("badnets", "btu", 0.1),
+        record("badnets", "none", 1.0),
+        record("badnets", "btu", 0.25, seed=1),
+    ]
+    defenses.judge_cells(judge, 4, records)
+    assert judge.missed == []
+    rows = judge.figures["rows"]
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+    assert rows[0]["asr"] == 0.123
+    assert rows[0]["detection_precision"] is None
+    assert judge.figures["computed by"] == {"code": ["0.1.0+abc"], "device": ["cpu"]}
+    assert defenses.markdown(rows).splitlines() == [
+        "| defense | acts | BadNets ASR | CACC | AddSent ASR | CACC |",
+        "|---|---|---|---|---|---|",
+        "| `none` | control | 100.0 | 90.0 | - | - |",
+        "| `btu` | after training | 17.5 | 90.0 | 12.3 | 90.0 |",
+    ]
+    alone = defenses.markdown([row for row in rows if row["seed"] == 0 and row["defense"] == "btu"])
+    assert alone.splitlines()[:2] == [
+        "attack   asr %  cacc %  ftr %  flagged  undefended_asr %  tuned_asr %  marks",
+        "addsent   12.3    90.0   10.0        1             100.0        100.0  -",
+    ]
+    defenses.judge_cells(judge, 5, records)
+    assert judge.missed == ["each of 5 cells has a result"]
+
+
+# In miniature ------------------------------------------------------------------------------------
+
+# Arguments of each benchmark. VICTIM is a folder with a model that trains in no time: its numbers
+# say nothing, so bars on accuracy are as wide as they can be. Everything else is checked.
+MINIATURES = {
+    "chaos": "--victim VICTIM --alpha 0.0025 --thresholds 1 --seeds 1 --epochs 8 --kills 2 "
+             "--pause 0 0.3 --keep WORK",
+    "defenses": "SWEEP",
+    "finetune": "--victim VICTIM --max-length 64 --rows 96 --repeats 1",
+    "overhead": "--cells 3 6",
+    "pages": "--rates 1 --seeds 1",
+    "planning": "--thresholds 2 --seeds 1 --repeats 1",
+    "reference": "--victim VICTIM --max-length 64 --train 120 --clean 40 --eval 60 --seeds 0 "
+                 "--alpha 0.005 --least-undefended-asr 0 --cacc 0 1 --most-asr 1",
+    "sharing": "--victim VICTIM --max-length 64 --alpha 0.0025 --thresholds 2 --rows 80 --clean 40 "
+               "--eval 30",
+    "thresholds": "--root WORK --sets demo --seeds 0 --rates 0.2 --rules contrast --victim VICTIM "
+                  "--max-length 64 --epochs 1 --train 160 --clean 60 --eval 40 --least-precision 0 "
+                  "--least-recall 0 --most-clean-flags 400 --any-default --least-taken 0 "
+                  "--most-cacc-loss 1 --most-asr-over-ftr 1 1",
+}  # fmt: skip
+
+
+def test_every_benchmark_has_a_miniature() -> None:
+    assert sorted(MINIATURES) == NAMES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_benchmark_runs_in_miniature_and_checks_what_its_full_run_checks(
+    name: str,
+    tmp_path: Path,
+    victim_folder: Callable[[str], Path],
+    make_sweep: Callable[..., Path],
+) -> None:
+    figures = tmp_path / "figures.json"
+    values = {
+        "VICTIM": str(victim_folder("bert")),
+        "WORK": str(tmp_path / "work"),
+        "SWEEP": str(make_sweep()),
+    }
+    words = [values.get(word, word) for word in MINIATURES[name].split()]
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / f"{name}.py"), *words, "--no-bars", "--json", str(figures)],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    written = json.loads(figures.read_text())
+    verdicts = [bar["verdict"] for bar in written["bars"]]
+    assert "met" in verdicts
+    assert set(verdicts) <= {"met", "not judged"}
+    assert written["figures"]

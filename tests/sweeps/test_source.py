@@ -307,9 +307,35 @@ def test_tables_are_printed_from_mlflow_alone(
         assert far.code == 0, far
         assert far.out == near.out
         assert far.err == near.err
-    # Either place has the same thing against choosing.
-    near, far = run_cli("choose", name, *here), run_cli("choose", name, *there)
-    assert (far.code, far.out, far.err) == (near.code, near.out, near.err)
+
+
+@pytest.mark.slow
+def test_thresholds_are_chosen_from_mlflow_alone(
+    tmp_path: Path, database: str, run_cli: Callable[..., Any]
+) -> None:
+    from orchestrator.tracking import experiment as experiment_module
+    from orchestrator.tracking.sync import sync
+
+    # Threshold 3 costs a defender more than a point; in hindsight its ASR is the lower one.
+    shared = {"undefended_asr": 1.0, "tuned_cacc": 0.9, "cacc": 0.9}
+    cells: list[Any] = [
+        (config(threshold=t, seed=seed), {**shared, "asr": t / 10, "cut_cost": cost})
+        for seed in (0, 1)
+        for t, cost in ((3.0, 0.015), (4.0, 0.0))
+    ]
+    results = shelve(tmp_path, cells, name=f"chosen-{tmp_path.name}")
+    experiment = experiment_module.experiment(database, results.name)
+    assert sync(database, experiment, results, lambda key: False).missing == 0
+    here = ("--output", results.output)
+    there = ("--tracking-uri", database, "--output", "nowhere")
+    for more in ((), ("--recommend",), ("--cacc-loss", "0.02")):
+        command = ("choose", results.name, "--format", "json", *more)
+        near, far = run_cli(*command, *here), run_cli(*command, *there)
+        assert near.code == far.code == 0, near
+        assert far.out == near.out
+        assert far.err == near.err
+        chosen = [row.get("deployable", row.get("threshold")) for row in json.loads(far.out)]
+        assert chosen == {(): [4, 4], ("--recommend",): [4]}.get(more, [3, 3])
 
 
 @pytest.mark.slow
