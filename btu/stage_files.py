@@ -128,7 +128,7 @@ def _own_classes(run: StageRun) -> tuple[Any, Any]:
     identity = find_victim(spec).identity
     # An evaluation does not read the victim itself: its config does not name one.
     if "victim" in run.config:
-        refuse_changed(f"victim '{spec.name}' is", run.config["victim"]["identity"], identity)
+        _refuse_changed_victim(run, spec, identity)
     return _classes_of(spec, identity)
 
 
@@ -148,12 +148,14 @@ def victim_of(run: StageRun, classes: int | None = None) -> Victim:
     Raises:
         UserError: its files differ from those that the sweep was planned with.
     """
-    if classes is None:
-        classes = run.facts("rows")["classes"]
-    victim = load_victim(VictimSpec(**run.where["victim"]), classes)
-    planned = run.config["victim"]["identity"]
-    refuse_changed(f"victim '{victim.spec.name}' is", planned, victim.source.identity)
-    return victim
+    spec = VictimSpec(**run.where["victim"])
+    # Before it is loaded: code that changed must not run.
+    _refuse_changed_victim(run, spec, find_victim(spec).identity)
+    return load_victim(spec, run.facts("rows")["classes"] if classes is None else classes)
+
+
+def _refuse_changed_victim(run: StageRun, spec: VictimSpec, identity: str) -> None:
+    refuse_changed(f"victim '{spec.name}' is", run.config["victim"]["identity"], identity)
 
 
 def refuse_changed(what: str, planned: str, found: str) -> None:
