@@ -12,7 +12,14 @@ from btu.errors import UserError
 from btu.model_files import CONFIG, PICKLES, read_config, refuse_redirection, weight_files
 from btu.stages import MODEL, StageRun
 from btu.types import Rows, as_bytes, as_texts
-from btu.victims import Victim, VictimSpec, find_victim, loading, quiet_transformers
+from btu.victims import (
+    Victim,
+    VictimSpec,
+    classify_at_last_token,
+    find_victim,
+    loading,
+    quiet_transformers,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,6 +106,7 @@ def model_of(run: StageRun, role: str) -> PreTrainedModel:
     for name in sorted(info["missing_keys"]):
         raise _damaged(folder, f"its weights lack {name}")
     found: PreTrainedModel = model.eval()
+    classify_at_last_token(found)
     return found
 
 

@@ -290,6 +290,31 @@ def _word_table(model: PreTrainedModel) -> torch.Tensor | None:
     return weight if getattr(weight, "ndim", 0) == 2 else None
 
 
+def classify_at_last_token(model: PreTrainedModel) -> None:
+    """Let a model that classifies at the last position (XLNet) do so at a row's last token.
+
+    Its own tokenizer pads on the left. Here batches are padded on the right, where the last
+    position of a row may be padding, and the scores would depend on the other rows of the batch.
+    """
+    import torch
+
+    summary: Any = getattr(model, "sequence_summary", None)
+    if getattr(summary, "summary_type", None) != "last":
+        return
+    last: list[torch.Tensor] = []
+
+    def note(_: Any, __: Any, inputs: dict[str, Any]) -> None:
+        last[:] = [(inputs["attention_mask"].sum(1) - 1).clamp(min=0)]
+
+    def take(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = inputs[0]
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return hidden[rows, last[0]][:, None], *inputs[1:]
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    summary.register_forward_pre_hook(take)
+
+
 class Victim:
     """A pretrained model that can be fine-tuned any number of times.
 
@@ -392,6 +417,7 @@ class Victim:
                 "save the model with its embeddings resized to the tokenizer."
             )
         model.config.pad_token_id = pad
+        classify_at_last_token(model)
         return model.eval()
 
     def _refuse_drawn_anew(
@@ -436,6 +462,9 @@ class Victim:
             truncation=True,
             max_length=self.spec.max_length,
             padding=False,
+            # BART and T5 classify at the end-of-text token: a text that contains its name, such
+            # as "</s>", would have two.
+            **({"split_special_tokens": True} if self._one_end else {}),
         )
         return Encoded.from_lists(
             encoded["input_ids"], list(rows.labels), int(self.tokenizer.pad_token_id or 0)
