@@ -1,6 +1,7 @@
-"""Victims: any `AutoModelForSequenceClassification`, by hub name or folder.
+"""Victims: any text classifier with a table of word embeddings, by hub name or folder.
 
-Nothing here assumes BERT: the word embeddings are found through ``get_input_embeddings()``.
+Nothing here assumes BERT: `AutoModelForSequenceClassification` makes the model, and its word
+embeddings are found through ``get_input_embeddings()``.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class VictimSpec:
     sha256: expected hash of the folder's model.safetensors; null checks nothing (``offline``
         is always checked against the hub's hash).
     revision: of a hub model.
-    trust_remote_code: run code that comes with the model: only for a model that you trust.
+    trust_remote_code: run code that comes with the model: only for a model that you trust. The
+        code in a folder is then part of the model's identity.
     allow_pickle: load weights that are not safetensors. They can execute code: only for files that
         you trust.
     """
