@@ -170,11 +170,16 @@ def weight_files(folder: Path, allow_pickle: bool = False) -> list[Path]:
         if (folder / single).is_file():
             return [folder / single]
         if (folder / index).is_file():
-            return _shards(folder / index, Path(single).suffix)
+            return shards_of(folder / index, Path(single).suffix)
     return []
 
 
-def _shards(index: Path, suffix: str) -> list[Path]:
+def shards_of(index: Path, suffix: str = ".safetensors") -> list[Path]:
+    """Return the weight files that an index names.
+
+    Raises:
+        UserError: it is damaged, or names files elsewhere or with another suffix.
+    """
     shards = _json_object(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise UserError(f"{index} is damaged: it names no weight files.")

@@ -25,6 +25,7 @@ from btu.model_files import (
     longest_input,
     read_config,
     refuse_redirection,
+    shards_of,
     weight_files,
 )
 from btu.registry import Registry
@@ -244,6 +245,27 @@ def loading(refusal: Callable[[Exception], UserError]) -> Iterator[None]:
         raise refusal(error) from error
 
 
+def refuse_pickled_shards(location: str, revision: str | None) -> None:
+    """Raise a `UserError` if the index of a hub model's safetensors names other files.
+
+    transformers reads them as pickles, even if it is asked for safetensors. Folders are checked by
+    `weight_files`.
+    """
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+
+    if Path(location).is_dir():
+        return
+    index = cached_file(
+        location,
+        SAFE_WEIGHTS_INDEX_NAME,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if index is not None:
+        shards_of(Path(index))
+
+
 @contextmanager
 def quiet_transformers(*, warnings: bool = False) -> Iterator[None]:
     """Keep transformers from showing progress bars and, unless asked for, warnings."""
@@ -393,6 +415,8 @@ class Victim:
             quiet_transformers(),
             torch.random.fork_rng(devices=[]),
         ):
+            if not self.spec.allow_pickle:
+                refuse_pickled_shards(self.source.location, self.spec.revision)
             torch.manual_seed(seed)
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 self.source.location,

@@ -24,7 +24,7 @@ from btu.model_files import (
 )
 from btu.settings import check_count
 from btu.types import IntArray, Progress, ProgressCallback, Rows, silent
-from btu.victims import as_json, loading
+from btu.victims import as_json, loading, refuse_pickled_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -240,6 +240,7 @@ def _generator(
         # Without the argument transformers asks on standard input whether code may run.
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
         refuse_redirection(f"attack.model '{model_name}'", as_json(config))
+        refuse_pickled_shards(model_name, None)
         tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
         model = AutoModelForSeq2SeqLM.from_pretrained(
             model_name, use_safetensors=True, trust_remote_code=False

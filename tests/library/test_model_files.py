@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_cells import MAX_LENGTH, Lab
 
 from btu.errors import UserError
@@ -183,8 +184,6 @@ def test_a_damaged_index_is_an_error(folder: Path, content: str) -> None:
 
 def test_stored_weights_that_lack_some_are_an_error(stored: StageRun) -> None:
     # transformers draws what is missing, and warns.
-    from safetensors.torch import load_file, save_file
-
     path = stored.folder / MODEL / "model.safetensors"
     weights = load_file(path)
     del weights["classifier.bias"]
@@ -425,12 +424,34 @@ def test_weights_of_another_model_are_refused(folder: Path) -> None:
 
 
 def test_weights_without_word_embeddings_are_refused(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     weights = {f"x.{name}": w for name, w in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"word_embeddings\.weight is not among them"):
         Victim(spec_of(folder), 2).new_model(0)
+
+
+def test_a_hub_model_cannot_name_a_pickle_in_its_index(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In the cache of the hub's client. Before: the pickle was read as weights.
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for name, shard in (("whole", "shard.safetensors"), ("pickled", "shard.bin")):
+        kept = tmp_path / "hub" / f"models--nobody--{name}"
+        (kept / "refs").mkdir(parents=True)
+        (kept / "refs" / "main").write_text("abc")
+        snapshot = kept / "snapshots" / "abc"
+        shutil.copytree(folder, snapshot)
+        if name == "whole":
+            save_file(weights, snapshot / shard, metadata={"format": "pt"})
+        else:
+            torch.save(weights, snapshot / shard)
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, shard)}
+        (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert Victim(VictimSpec("nobody/whole", MAX_LENGTH), 2).new_model(0).config.num_labels == 2
+    with pytest.raises(UserError, match=r"names the weight file 'shard\.bin'; it may name \.safe"):
+        Victim(VictimSpec("nobody/pickled", MAX_LENGTH), 2).new_model(0)
 
 
 # Other models --------------------------------------------------------------------------------

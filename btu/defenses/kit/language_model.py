@@ -17,7 +17,15 @@ from btu.model_files import longest_input, refuse_redirection
 from btu.settings import TrainSettings
 from btu.training import Encoded
 from btu.types import FloatArray
-from btu.victims import Victim, VictimSource, as_json, loading, quiet_transformers, tokenizable
+from btu.victims import (
+    Victim,
+    VictimSource,
+    as_json,
+    loading,
+    quiet_transformers,
+    refuse_pickled_shards,
+    tokenizable,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -365,6 +373,7 @@ def load_named(
     with loading(lambda error: _not_loadable(source.location, error)):
         config = as_json(AutoConfig.from_pretrained(source.location, **options))
         refuse_redirection(f"defense.lm {source.location}", config)
+        refuse_pickled_shards(source.location, revision)
         tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
         kind = AutoModelForCausalLM if tokenizer.mask_token_id is None else AutoModelForMaskedLM
         with quiet_transformers():
