@@ -126,8 +126,9 @@ def refuse_pickles(folder: Path) -> None:
 
 def _damaged(folder: Path, reason: str) -> UserError:
     return UserError(
-        f"the stored model {folder} cannot be loaded: {reason}. Remove the folder of its result, "
-        f"{folder.parent}, so that it is computed again."
+        f"the stored model {folder} cannot be loaded: {reason}. If its files are damaged, or not "
+        f"those that were written, remove the folder of its result, {folder.parent}: it is "
+        "computed again."
     )
 
 

@@ -234,14 +234,18 @@ def loading(refusal: Callable[[Exception], UserError]) -> Iterator[None]:
     """Turn what is raised while files of a model are loaded into a `UserError`.
 
     refusal: makes it from the exception.
+
+    A lack of memory or threads is left as it is: the files may be whole.
     """
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     # Damaged files make tokenizers raise a bare Exception, torch an UnpicklingError, safetensors an
     # error of its own, and a config with other types whatever its class runs into.
     except Exception as error:
+        if "can't start new thread" in str(error):  # the machine's limit, not the files' fault
+            raise
         raise refusal(error) from error
 
 

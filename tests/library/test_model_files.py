@@ -126,7 +126,9 @@ def test_a_pickle_in_the_store_is_refused(stored: StageRun, name: str, instead: 
     torch.save(model_of(stored, "it").state_dict(), model / name)
     if instead:
         (model / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=rf"{name} is not safetensors, and can run code; .*Remove"):
+    with pytest.raises(
+        UserError, match=rf"{name} is not safetensors, and can run code; .*remove the"
+    ):
         model_of(stored, "it")
 
 
@@ -188,7 +190,7 @@ def test_stored_weights_that_lack_some_are_an_error(stored: StageRun) -> None:
     weights = load_file(path)
     del weights["classifier.bias"]
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"its weights lack classifier\.bias\. Remove the folder"):
+    with pytest.raises(UserError, match=r"its weights lack classifier\.bias\. If its files"):
         model_of(stored, "it")
 
 
@@ -414,6 +416,21 @@ def test_mutated_bytes_end_in_user_errors_or_in_a_model(folder: Path, name: str)
             assert str(folder) in str(error)  # noqa: PT017
             outcomes["refused"] += 1
     assert outcomes["refused"] > 5, outcomes
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
+def test_a_limit_of_the_machine_is_not_said_of_the_files(
+    stored: StageRun, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import BertForSequenceClassification
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(BertForSequenceClassification, "from_pretrained", fail)
+    with pytest.raises(type(error)) as raised:
+        model_of(stored, "it")
+    assert raised.value is error
 
 
 def test_weights_of_another_model_are_refused(folder: Path) -> None:
