@@ -26,6 +26,7 @@ from btu.defenses.kit.screening import ids_by_row
 from btu.findings import INCOMING, Screened, incoming_of
 from btu.foundation import Foundation, tune
 from btu.metrics import Proportion
+from btu.model_files import folder_identity, weight_files
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, TuningSettings
 from btu.stage_files import (
@@ -43,7 +44,7 @@ from btu.stage_files import (
 )
 from btu.stages import Stage, StageRun, as_config, stage
 from btu.types import BoolArray, Corpus, Rows, as_bytes
-from btu.victims import VictimSpec, folder_identity, weight_files
+from btu.victims import VictimSpec
 
 if TYPE_CHECKING:
     from btu.evaluation import Scores

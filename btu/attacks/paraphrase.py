@@ -15,9 +15,17 @@ import numpy as np
 
 from btu.cache_folder import cache_folder
 from btu.errors import UserError, did_you_mean
+from btu.model_files import (
+    CONFIG,
+    folder_identity,
+    has_vocabulary,
+    read_config,
+    refuse_redirection,
+    weight_files,
+)
 from btu.settings import check_count
 from btu.types import IntArray, Progress, ProgressCallback, Rows, silent
-from btu.victims import folder_identity, weight_files
+from btu.victims import as_json, loading, refuse_pickled_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,11 +108,24 @@ class ParaphraseAttack:
 
 def _check_local(model: str) -> None:
     folder = Path(model).expanduser()
-    if folder.is_dir() and not weight_files(folder):
+    if not folder.is_dir():
+        if model.startswith((".", "/", "~")):
+            raise UserError(
+                f"attack.model folder {folder} does not exist; give a folder or a hub name."
+            )
+        return
+    if not weight_files(folder):
         raise UserError(f"attack.model folder {folder} has no model.safetensors.")
-    if not folder.is_dir() and model.startswith((".", "/", "~")):
+    if not (folder / CONFIG).is_file():
         raise UserError(
-            f"attack.model folder {folder} does not exist; give a folder or a hub name."
+            f"attack.model folder {folder} has no config.json; it is not a saved model."
+        )
+    config = read_config(folder)
+    refuse_redirection(f"attack.model folder {folder}", config, folder)
+    if not has_vocabulary(folder, config):
+        raise UserError(
+            f"attack.model folder {folder} has no tokenizer: no tokenizer.json, vocabulary or "
+            "sentencepiece model; save the model's tokenizer there with save_pretrained."
         )
 
 
@@ -191,17 +212,16 @@ def _model_revision(model_name: str) -> str:
         return folder_identity(folder, weight_files(folder))
     from transformers import AutoConfig
 
-    try:
-        config = AutoConfig.from_pretrained(model_name)
-    except (OSError, ValueError) as error:
-        raise _not_loadable(model_name, error) from error
+    with loading(lambda error: _not_loadable(model_name, error)):
+        config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
     return f"{model_name}@{getattr(config, '_commit_hash', None)}"
 
 
 def _not_loadable(model_name: str, error: Exception) -> UserError:
     return UserError(
         f"attack.model '{model_name}' cannot be loaded as a seq2seq model with safetensors "
-        f"weights: {error}"
+        f"weights: {error} No key allows code that comes with a model; give a model that needs "
+        "none, or write the paraphrases into a column of the data (attack.column)."
     )
 
 
@@ -209,15 +229,18 @@ def _generator(
     model_name: str, prefix: str, max_new_tokens: int
 ) -> Callable[[list[str]], list[str]]:
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_name)
-        model = AutoModelForSeq2SeqLM.from_pretrained(model_name, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _not_loadable(model_name, error) from error
+    with loading(lambda error: _not_loadable(model_name, error)):
+        # Without the argument transformers asks on standard input whether code may run.
+        config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
+        refuse_redirection(f"attack.model '{model_name}'", as_json(config))
+        refuse_pickled_shards(model_name, None)
+        tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
+        model = AutoModelForSeq2SeqLM.from_pretrained(
+            model_name, use_safetensors=True, trust_remote_code=False
+        )
     model.eval().to(device)
 
     def write(batch: list[str]) -> list[str]:

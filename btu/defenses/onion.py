@@ -69,12 +69,19 @@ from btu.defenses.kit.screening import (
 from btu.errors import UserError, did_you_mean
 from btu.findings import Screened, incoming_of
 from btu.foundation import Foundation
+from btu.model_files import (
+    folder_identity,
+    has_vocabulary,
+    read_config,
+    refuse_redirection,
+    weight_files,
+)
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, check_count, check_positive, check_share
 from btu.stage_files import clean_rows_of, refuse_changed, victim_of
 from btu.stages import Stage, StageRun, as_config, stage
 from btu.types import BoolArray, FloatArray
-from btu.victims import VICTIMS, VictimSource, folder_identity, weight_files
+from btu.victims import VICTIMS, VictimSource
 
 if TYPE_CHECKING:
     from btu.defenses.kit.language_model import Scorer
@@ -226,11 +233,18 @@ def find_language_model(name: str, revision: str | None) -> VictimSource:
             raise UserError(
                 f"defense.lm folder {folder} has no config.json; it is not a saved model."
             )
+        written = read_config(folder)
+        refuse_redirection(f"defense.lm folder {folder}", written, folder)
         weights = weight_files(folder)
         if not weights or not all(path.is_file() for path in weights):
             raise UserError(
                 f"defense.lm folder {folder} has no model.safetensors; save the model there with "
                 "save_pretrained."
+            )
+        if not has_vocabulary(folder, written):
+            raise UserError(
+                f"defense.lm folder {folder} has no tokenizer: no tokenizer.json, vocabulary or "
+                "sentencepiece model; save the model's tokenizer there with save_pretrained."
             )
         return VictimSource(str(folder), folder_identity(folder, weights))
     if name.startswith((".", "/", "~")):

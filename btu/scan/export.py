@@ -19,6 +19,7 @@ from btu.scan.plan import ScanPlan
 from btu.scan.report import ScanReport, renamed, score_text
 from btu.scan.stages import accuracy
 from btu.settings import TrainSettings
+from btu.stage_files import refuse_pickles, save_labels
 from btu.stages import MODEL, Stage, as_config, compute, read_record
 from btu.types import ProgressCallback, silent
 from btu.victims import OFFLINE_HUB_ID, VICTIMS, Victim, find_victim
@@ -160,15 +161,17 @@ def export(
 def _save_model(plan: ScanPlan, source: Path, folder: Path) -> None:
     from transformers import AutoConfig
 
+    refuse_pickles(source)
     for path in source.iterdir():
-        if path.is_file() and path.name != "config.json":
+        if path.is_file() and path.suffix in (".safetensors", ".json"):
             # The same bytes: the exported model is the one that was measured.
             shutil.copyfile(path, folder / path.name)
     names = plan.corpus.label_names
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
     config.save_pretrained(folder)
+    save_labels(config, folder)
     # Not the scan's tokenizer, whose max_length would change.
     tokenizer = Victim(plan.victim, len(names)).tokenizer
     tokenizer.model_max_length = plan.victim.max_length

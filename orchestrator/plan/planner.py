@@ -20,7 +20,7 @@ from btu.defenses.base import Given, check_cell
 from btu.errors import UserError
 from btu.stages import Stage
 from btu.types import Corpus
-from btu.victims import VictimSource, VictimSpec, find_victim
+from btu.victims import VictimSource, VictimSpec, check_length, find_victim
 from orchestrator.plan.graph import Graph
 from orchestrator.plan.offline import load_downloaded
 from orchestrator.sweep.load import resolve
@@ -148,7 +148,9 @@ class Planner:
     def _victim(self, spec: VictimSpec) -> VictimSource:
         if spec not in self._victims:
             try:
-                self._victims[spec] = find_victim(spec)
+                source = find_victim(spec)
+                check_length(spec, source.longest_input())
+                self._victims[spec] = source
             except UserError as error:
                 self._victims[spec] = error
         found = self._victims[spec]

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from btu.errors import UserError
+from btu.model_files import weight_files
 from btu.stages import Stage
-from btu.victims import VictimSpec, find_victim, weight_files
+from btu.victims import VictimSpec, locate
 from orchestrator.plan.listed import ListedPlan, ListedStage, victim_of
 from orchestrator.sweep.sections import ResourceSpec
 
@@ -313,8 +314,8 @@ def _by_key(function: Callable[[AnyStage], float | None]) -> Callable[[AnyStage]
 
 @lru_cache
 def _weights(name: str, revision: str | None) -> int | None:
-    location = find_victim(VictimSpec(name, revision=revision)).location
-    folder = Path(location) if Path(location).is_dir() else _downloaded(location, revision)
+    place = locate(VictimSpec(name, revision=revision))
+    folder = place if isinstance(place, Path) else _downloaded(place, revision)
     files = weight_files(folder, allow_pickle=True) if folder is not None else []
     if not files or not all(path.is_file() for path in files):
         return None

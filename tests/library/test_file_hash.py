@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-from btu.victims import file_sha256
+from btu.model_files import file_sha256
 
 
 def test_a_swapped_file_of_the_same_size_and_time_is_noticed(tmp_path: Path) -> None:

@@ -202,6 +202,25 @@ def test_a_victim_folder_without_weights_is_refused(
         plan(victim={"name": str(folder)})
 
 
+def test_more_tokens_than_positions_are_refused(plan: Callable[..., Plan]) -> None:
+    # Before: the cells were "to run", and failed when they started. The tiny BERT has 96.
+    with pytest.raises(UserError, match=r"max_length 97 is above the 96 positions of victim"):
+        plan(victim={"max_length": 97})
+    assert len(plan(victim={"max_length": 96}).cells) == 1
+    planned = plan(grid={"victim.max_length": [64, 97]})
+    assert [r.varied for r in planned.refused] == [{"victim.max_length": 97}]
+
+
+def test_a_victim_without_a_tokenizer_is_refused(
+    plan: Callable[..., Plan], victim_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "victim"
+    shutil.copytree(victim_folder("bert"), folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"has no tokenizer: .* save the model's tokenizer there"):
+        plan(victim={"name": str(folder)})
+
+
 def test_a_victim_with_another_hash_is_refused(plan: Callable[..., Plan]) -> None:
     with pytest.raises(UserError, match=r"has SHA-256 [0-9a-f]{64}, expected 00"):
         plan(victim={"sha256": "00"})

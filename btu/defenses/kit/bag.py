@@ -103,7 +103,7 @@ def _without_layers(victim: PreTrainedModel) -> nn.Module:
     body = victim.base_model
     try:
         with torch.random.fork_rng(devices=[]):  # it draws weights that are replaced below
-            shell: nn.Module = AutoModel.from_config(config)
+            shell: nn.Module = AutoModel.from_config(config, trust_remote_code=False)
     except (ValueError, RuntimeError, IndexError, KeyError) as error:
         raise UserError(
             f"defense.bag_embeddings 'full' cannot take {type(victim).__name__} without its "

@@ -13,10 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from btu.errors import UserError
+from btu.model_files import longest_input, refuse_redirection
 from btu.settings import TrainSettings
 from btu.training import Encoded
 from btu.types import FloatArray
-from btu.victims import Victim, VictimSource, longest_input, quiet_transformers, tokenizable
+from btu.victims import (
+    Victim,
+    VictimSource,
+    as_json,
+    loading,
+    quiet_transformers,
+    refuse_pickled_shards,
+    tokenizable,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -352,7 +361,6 @@ def load_named(
     Raises:
         UserError: the model cannot be loaded, or has no trained language-model head.
     """
-    from safetensors import SafetensorError
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -360,23 +368,22 @@ def load_named(
         AutoTokenizer,
     )
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.location, revision=revision)
-        config = AutoConfig.from_pretrained(source.location, revision=revision)
+    # Without `trust_remote_code` transformers asks on standard input whether code may run.
+    options = {"revision": revision, "trust_remote_code": False}
+    with loading(lambda error: _not_loadable(source.location, error)):
+        config = as_json(AutoConfig.from_pretrained(source.location, **options))
+        refuse_redirection(f"defense.lm {source.location}", config)
+        refuse_pickled_shards(source.location, revision)
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
         kind = AutoModelForCausalLM if tokenizer.mask_token_id is None else AutoModelForMaskedLM
         with quiet_transformers():
             model, info = kind.from_pretrained(
                 source.location,
-                revision=revision,
                 use_safetensors=True,
                 dtype=torch.float32,
                 output_loading_info=True,
+                **options,
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"defense.lm cannot be loaded from {source.location}: {error} Only safetensors weights "
-            "are loaded and no remote code is run."
-        ) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
@@ -385,8 +392,16 @@ def load_named(
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    longest = longest_input(config, tokenizer)
+    longest = longest_input(config)
     return NamedModel(model), tokenizer, min(LONGEST, longest or LONGEST)
+
+
+def _not_loadable(location: str, error: Exception) -> UserError:
+    return UserError(
+        f"defense.lm cannot be loaded from {location}: {error} Only safetensors weights are "
+        "loaded, and no key allows code that comes with a model; give a model that needs none, or "
+        "'clean-rows'."
+    )
 
 
 def save_tied(model: TiedModel, folder: Path) -> None:
