@@ -42,8 +42,16 @@ SERVER = "server.json"
 RUN_VERSION = 2
 # The sweep's file of the last launch; a table of the sweep's summary in MLflow.
 SWEEP, MEANS_TABLE = "sweep.yaml", "means.json"
-# What a note about an MLflow run and a line of the journal contain.
+# What a note about an MLflow run, a plan and a line of the journal contain.
 _NOTE: dict[str, Check] = dict.fromkeys(("record", "run_id"), is_text)
+_PLAN: dict[str, Check] = {
+    **dict.fromkeys(("cells", "refused"), lambda rows: isinstance(rows, list)),
+    "base": lambda base: isinstance(base, dict),
+    "stages": lambda stages: (
+        isinstance(stages, dict)
+        and all(holds(stage, {"name": is_text}, ["name"]) for stage in stages.values())
+    ),
+}
 _EVENT: dict[str, Check] = {
     "time": is_amount,
     **dict.fromkeys(("event", "key", "stage", "launch", "outcome", "device"), is_text),
@@ -221,6 +229,9 @@ class Results:
             result = self.store.read_json(key, RESULT)
         except (Damaged, Missing):
             return None
+        if not isinstance(result, dict) or not isinstance(result.get("metrics", {}), dict):
+            self.store.set_aside(key, f"{RESULT} is no record of a cell")
+            return None
         return {
             "key": key,
             "sweep": self.name,
@@ -338,6 +349,8 @@ def read_plans(storage: Storage, sweep: str) -> Iterator[dict[str, Any]]:
         path = f"{sweep}/{PLANS}/{name}"
         try:
             plan = parse_object(storage.read(path))
+            if not holds(plan, _PLAN, ["cells"]):
+                raise ValueError("a part of it has another type")
             for cell in plan["cells"]:
                 if not all(map(is_key, (cell["key"], *cell["stages"]))):
                     raise ValueError("a cell has no valid key")

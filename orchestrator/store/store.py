@@ -29,7 +29,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -40,16 +40,16 @@ from typing import Any, TypeVar
 from btu.cache_folder import cache_folder
 from btu.errors import UserError
 from btu.redaction import shown
-from btu.result_files import dumps, json_value, with_nan
+from btu.result_files import dumps
 from orchestrator.store import places, tree
 from orchestrator.store.cache import CACHE_BYTES, Cache
 from orchestrator.store.lease import Leases, peek
 from orchestrator.store.local import LocalStorage
 from orchestrator.store.marker import SIGNING_KEY, Marker, Unsigned, dump, parse, signing_key
 from orchestrator.store.places import HEAVY
+from orchestrator.store.records import Records
 from orchestrator.store.storage import open_storage
 from orchestrator.store.tree import FileFact
-from orchestrator.store.typed import Check, holds, is_amount, is_text, parse_object
 from orchestrator.store.typed import parse as parse_json
 
 # Checked before a sweep: a disk that fills up in the middle of one fails in odd ways.
@@ -59,17 +59,6 @@ LEAST_FREE_BYTES = 200_000_000
 DURABLE_BYTES = 1_000_000
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
-# What records of failures and timings contain.
-_FAILURE: dict[str, Check] = {
-    **dict.fromkeys(("key", "stage", "reason", "traceback", "code"), is_text),
-    "metrics": lambda value: isinstance(value, dict),
-    **dict.fromkeys(("started", "ended"), is_amount),
-}
-_TIMING: dict[str, Check] = {
-    **dict.fromkeys(("stage", "victim", "device"), is_text),
-    **dict.fromkeys(("units", "seconds"), lambda value: is_amount(value) and value >= 0),
-    "count": lambda value: is_amount(value) and value > 0,
-}
 
 
 class Damaged(Exception):  # noqa: N818 - it is a state of the entry
@@ -88,7 +77,7 @@ class Missing(Exception):  # noqa: N818
         self.key = key
 
 
-class Store:
+class Store(Records):
     """The results below one folder or URL; `leases` record who computes what.
 
     location: the folder, or a URL that fsspec can open.
@@ -552,66 +541,6 @@ class Store:
             standing = self.marker(made.key)
             if standing is None or standing.attempt != made.attempt:
                 self.storage.remove(made.folder)
-
-    # Failures and timings ----------------------------------------------------------------------
-
-    def fail(self, key: str, record: Mapping[str, Any]) -> None:
-        """Write why computing a key failed, replacing an earlier failure.
-
-        Errors of clients name their URL: it is written without its password.
-        """
-        told = {name: shown(text) for name, text in record.items() if isinstance(text, str)}
-        self.storage.write(places.failure(key), dumps({**record, **told}).encode())
-
-    def failure(self, key: str) -> dict[str, Any] | None:
-        """Return the last failure of a key that is not committed, if any."""
-        return None if self.is_committed(key) else self._failure(key)
-
-    def failed(self) -> set[str]:
-        """Return the keys whose last attempt failed and that are not committed."""
-        names = self.storage.names(places.FAILED)
-        failed = {key for name in names if (key := places.key_of(name)) is not None}
-        return failed - self.committed() if failed else failed
-
-    def failures(self) -> Iterator[dict[str, Any]]:
-        """Yield the last failure of every key that is not committed, by key."""
-        for key in sorted(self.failed()):
-            failure = self._failure(key)
-            if failure is not None:
-                yield failure
-
-    def _failure(self, key: str) -> dict[str, Any] | None:
-        """Return the record of a failure; None if there is none, or if it is no such record."""
-        data = peek(self.storage, places.failure(key))
-        with suppress(ValueError):
-            record = parse_object(data or b"")
-            known = {"key": key, "stage": "?", "code": "", "started": 0.0, "ended": 0.0, **record}
-            if known["key"] == key and holds(known, _FAILURE, ["reason"]):
-                return with_nan(known)
-        return None
-
-    def clear_failure(self, key: str) -> None:
-        """Forget a failure."""
-        self.storage.remove(places.failure(key))
-
-    def add_timings(self, launch_id: str, rows: list[dict[str, Any]]) -> None:
-        """Append timings of a launch's stages."""
-        if rows:
-            self.storage.append(places.timings(launch_id), json.dumps(json_value(rows)))
-
-    def timings(self) -> list[dict[str, Any]]:
-        """Return the timings of all launches, without what is none: they serve estimates alone."""
-        rows: list[dict[str, Any]] = []
-        for name in self.storage.names(places.TIMINGS):
-            lines: list[str] = []
-            with suppress(places.Outside):
-                lines = self.storage.lines(places.in_timings(name))
-            for line in lines:
-                with suppress(ValueError):  # cut short by a full disk
-                    found = parse_json(line)
-                    if isinstance(found, list):
-                        rows += [row for row in found if holds(row, _TIMING, _TIMING)]
-        return rows
 
 
 def _paths(key: str) -> tuple[tuple[str, bool], tuple[str, bool]]:

@@ -293,6 +293,32 @@ def test_a_mutated_journal_is_no_traceback(world: World, how: str) -> None:
             assert {type(found["event"]), type(found["key"])} == {str}
 
 
+@pytest.mark.parametrize("content", ["{", "[" * 30_000, "5", "[]", '{"metrics": []}', "\xff"])
+def test_a_result_that_is_no_record_is_damage(world: World, content: str) -> None:
+    folder = world.store.workspace(K)
+    (folder / "result.json").write_text(content, encoding="latin-1")
+    world.store.publish(K, folder, "cell", {})
+    results = Results(str(world.root.parent), "sweep", world.store)
+    assert results.record(K, {}) is None
+    assert re.search(rf"The stored result {K} is damaged \(result.json is no ", world.said[-1])
+    assert world.store.committed() == set()
+
+
+@pytest.mark.parametrize("plan", [
+    '{"cells": [{"key": "../../x", "stages": []}]}',
+    f'{{"cells": [{{"key": "{K}", "stages": ["../../x"]}}]}}',
+    f'{{"cells": [{{"key": "{K}", "stages": [5]}}]}}',
+    '{"cells": [], "stages": []}', '{"cells": [], "stages": {"a": {"name": 5}}}',
+    '{"cells": [], "base": []}', '{"cells": [], "refused": 1}', "[" * 30_000, "5",
+])  # fmt: skip
+def test_a_hostile_plan_is_named(world: World, plan: str) -> None:
+    (world.root.parent / "sweep" / "plans").mkdir(parents=True)
+    (world.root.parent / "sweep" / "plans" / "1.json").write_text(plan)
+    results = Results(str(world.root.parent), "sweep", world.store)
+    with pytest.raises(UserError, match=r"sweep/plans/1\.json is not a plan"):
+        list(results.cells())
+
+
 # Links -----------------------------------------------------------------------------------------
 
 
