@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import shutil
 import signal
 import socket
 import stat
@@ -117,10 +118,23 @@ def serve(tmp_path: Path, database: Path, free_port: int) -> Iterator[Callable[.
     place.close()
 
 
+@pytest.fixture
+def owned_file() -> Iterator[Path]:
+    """A file that only its owner may read, in a folder that everybody may enter."""
+    # Not below pytest's own folder, which is private.
+    folder = Path(tempfile.mkdtemp(prefix="btu-owned-"))
+    folder.chmod(0o755)
+    file = folder / "secret.txt"
+    file.write_text(SECRET)
+    file.chmod(0o600)
+    yield file
+    shutil.rmtree(folder)
+
+
 def test_the_ui_asks_for_its_password_and_keeps_it_from_other_users(
     serve: Callable[..., Serving],
     other_user: OtherUser,  # noqa: F811
-    tmp_path: Path,
+    owned_file: Path,
 ) -> None:
     ui = serve()
     assert len(ui.password) >= 22
@@ -140,11 +154,11 @@ def test_the_ui_asks_for_its_password_and_keeps_it_from_other_users(
     arguments = [word for process in ui.processes() for word in process.cmdline()]
     assert not [word for word in arguments if ui.password in word or "mlflow.db" in word]
 
-    target, script = owned_file(), other_user.shared / "theft.py"
+    script = other_user.shared / "theft.py"
     script.write_text(textwrap.dedent(THEFT))
     place = other_user.shared / "artifacts"
     for login in ("", "btu:guess-the-password"):
-        tried = other_user.run("python3", str(script), ui.url, login, str(place), str(target))
+        tried = other_user.run("python3", str(script), ui.url, login, str(place), str(owned_file))
         assert tried.stderr.strip() == "HTTP 401"
         assert SECRET not in tried.stdout
     lines = other_user.run("sh", "-c", "cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ")
@@ -155,25 +169,16 @@ def test_the_ui_asks_for_its_password_and_keeps_it_from_other_users(
 def test_no_auth_is_what_it_says(
     serve: Callable[..., Serving],
     other_user: OtherUser,  # noqa: F811
+    owned_file: Path,
 ) -> None:
     """The theft that the password prevents. Without it, it works: the warning is true."""
     ui = serve("--no-auth")
-    target, script = owned_file(), other_user.shared / "theft.py"
-    assert other_user.run("cat", str(target)).returncode != 0
+    script = other_user.shared / "theft.py"
+    assert other_user.run("cat", str(owned_file)).returncode != 0
     script.write_text(textwrap.dedent(THEFT))
     place = other_user.shared / "artifacts"
-    got = other_user.run("python3", str(script), ui.url, "", str(place), str(target))
+    got = other_user.run("python3", str(script), ui.url, "", str(place), str(owned_file))
     assert got.stdout.strip() == SECRET, got
-
-
-def owned_file() -> Path:
-    """Return a file that only its owner may read, in a folder that everybody may enter."""
-    folder = Path(tempfile.mkdtemp(prefix="btu-owned-"))
-    folder.chmod(0o755)
-    file = folder / "secret.txt"
-    file.write_text(SECRET)
-    file.chmod(0o600)
-    return file
 
 
 @pytest.mark.parametrize(
