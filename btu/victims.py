@@ -271,6 +271,12 @@ class Victim:
             )
         except (OSError, ValueError) as error:
             raise self._not_loadable(error) from error
+        if len(self.tokenizer) <= len(set(self.tokenizer.all_special_ids)):
+            raise UserError(
+                f"victim '{spec.name}' has no tokenizer: its vocabulary has special tokens only, "
+                "so that no word of a text can be read; save the tokenizer beside the model with "
+                "tokenizer.save_pretrained."
+            )
         size = getattr(config.get_text_config(), "vocab_size", None)
         self.vocabulary_size = None if size is None else int(size)
         # Many tokenizers of decoders are saved with their end-of-text token as padding token.
