@@ -49,11 +49,14 @@ def plan(
 def show_plan(sweep: Sweep, planner: Planner, planned: Plan, limit: int) -> None:
     """Print a plan and what is left of it. limit: how many cells to show; 0 is all."""
     from orchestrator.cli import plan_view
+    from orchestrator.plan.planner import overlooked_triggers
     from orchestrator.plan.work import survey, timings_for
     from orchestrator.store.store import Store
 
     if sweep.sequential is not None:
         planned = _example(sweep, sweep.sequential, planner)
+    for warning in overlooked_triggers(planned):
+        warn(warning)
     store = Store(sweep.store_location, warn=warn)
     committed, dropped = store.committed(), store.dropped()
     failed = {record["key"]: record["reason"] for record in store.failures()}

@@ -198,7 +198,7 @@ def _run(
     try:
         # Before the training, which takes minutes.
         reading = read_texts(plan, files.folder / STAGES, gpus=gpus, progress=progress)
-        note(*reading.notes(plan.corpus.label_names))
+        note(*map(_printable, reading.notes(plan.corpus.label_names)))
         if warning := reading.warning():
             warn(f"warning: {warning}")
         report = run_scan(plan, files.folder / STAGES, gpus=gpus, progress=progress)
