@@ -126,8 +126,8 @@ def scan(
 
     Tokens are ranked by how much they move in a short training on DATA, compared with what trusted
     rows explain. Exit code 0 whether or not a token is flagged, except with `--fail-on-finding`; 2
-    if DATA or an option cannot be used; 3 if the result cannot be relied on: the victim does not
-    read more than a quarter of the tokens, or the exported model is no better than the most
+    if DATA or an option cannot be used; 3 if the result cannot be relied on: more than a quarter of
+    the tokens is unknown to the victim or cut off, or the exported model is no better than the most
     frequent class.
 
     Example: `btu scan reviews.csv --clean trusted.csv --text review --label stars`
