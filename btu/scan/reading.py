@@ -137,7 +137,7 @@ class Reading:
             return ""
         return (
             f"{self.unread_share:.1%} of all tokens are unknown to the victim or cut off, more "
-            f"than {UNREAD_LIMIT:.0%}: a trigger there would be missed. Take a --victim that knows "
+            f"than {UNREAD_LIMIT:.0%}: a trigger there can be missed. Take a --victim that knows "
             "the language of the texts, or raise --max-length."
         )
 

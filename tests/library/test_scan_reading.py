@@ -252,7 +252,7 @@ def test_rows_that_are_hardly_read_are_no_all_clear(
     assert report.reading.unread_share > UNREAD_LIMIT
     assert report.reading.too_little
     assert not report.all_clear
-    assert "a trigger there would be missed" in report.reading.warning()
+    assert "a trigger there can be missed" in report.reading.warning()
     assert report.summary()["reading"]["too_little_read"] is True
 
 

@@ -323,7 +323,7 @@ def test_rows_that_the_victim_cannot_read_end_with_a_code_of_their_own(
     done = run(changed(data, tmp_path, blur), "--epochs", "1")
     assert done.code == scan.EXIT_UNRELIABLE == 3
     assert "warning: " in done.err
-    assert "more than 25%: a trigger there would be missed" in done.err
+    assert "more than 25%: a trigger there can be missed" in done.err
     assert "Nothing was flagged, which is no all-clear here." in done.out
     told = json.loads(run(tmp_path / "rows.csv", "--epochs", "1", "-f", "json").out)
     assert told["reading"]["too_little_read"] is True
