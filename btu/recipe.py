@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from btu.attacks.insertion import inserts_plain_words
 from btu.attacks.poisoning import ATTACKS, Attack, PoisonSpec, poison, triggered_eval
 from btu.data.load import load_corpus
 from btu.data.spec import DataSpec
@@ -279,14 +280,17 @@ def _clean(inputs: CellInputs) -> Stage:
 
 def _scored(inputs: CellInputs, triggered: Stage) -> Stage:
     """Declare the tokenizing of the evaluation rows."""
+    config = {
+        "data": inputs.data_fingerprints["eval"],
+        "victim": inputs.reads,
+        "attack": {"name": inputs.poison.name, **inputs.attack_config},
+    }
+    if not inserts_plain_words(inputs.attack_params):
+        config["special_tokens"] = "count"
     return Stage(
         "evaluation rows",
         evaluation_rows,
-        {
-            "data": inputs.data_fingerprints["eval"],
-            "victim": inputs.reads,
-            "attack": {"name": inputs.poison.name, **inputs.attack_config},
-        },
+        config,
         {"triggered": triggered},
         {**inputs.where_attack, **inputs.where},
         kind="host",

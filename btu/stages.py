@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import importlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from btu.private_folder import private_folder, publish
 from btu.provenance import environment
 from btu.types import Progress, ProgressCallback, silent
 
@@ -360,7 +360,8 @@ def compute(
 
     stage: the stage.
     root: gets a folder per stage, named by its key. A stage whose folder exists is not run again:
-        stages computed under one root share their work.
+        stages computed under one root share their work. Processes may share a root, too: each
+        computes in a folder of its own, and the first result is kept.
     cpus: number of threads; None leaves the process as it is.
     gpus: above 0 computes on CUDA.
     progress: called with the progress of long work.
@@ -377,15 +378,8 @@ def compute(
         folder = root / part.key
         if folder.exists():
             continue
-        staged = root / f".{part.key}"
-        # A process that was killed may have left an incomplete folder.
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
         inputs = {role: root / before.key for role, before in part.inputs.items()}
-        try:
+        with private_folder(root, part.key) as staged:
             run_stage(part.node(), inputs, staged, gpus=gpus, progress=progress)
-        except BaseException:
-            shutil.rmtree(staged, ignore_errors=True)
-            raise
-        staged.rename(folder)
+            publish(staged, folder)
     return root / stage.key

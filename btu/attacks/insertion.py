@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from btu.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# ASCII without the brackets of special tokens; a tokenizer may give up on longer words.
+PLAIN_WORD = re.compile(r"[!-;=?-Z^-{}~]{1,100}")
 
 
 def check_pieces(key: str, pieces: Sequence[str]) -> None:
@@ -50,21 +53,32 @@ def token_ids_of(
     """Return the token ids of `pieces` at the start of a text and inside one.
 
     Byte-level and sentence-piece vocabularies use another id for a word after a space, so both
-    positions are included. Special tokens are left out.
+    positions are included. A word that the tokenizer does not know, such as an emoji, counts as the
+    unknown token: that is the row through which the victim learns it, with all other such words.
 
     Raises:
-        UserError: only special tokens remain (for example for characters that the tokenizer does
-            not know), so that the trigger has no embedding row of its own.
+        UserError: the tokenizer reads nothing of them, so that the victim cannot see the trigger.
     """
     ids: set[int] = set()
     for piece in pieces:
         ids.update(tokenizer(piece, add_special_tokens=False)["input_ids"])
         inside = tokenizer(f"a {piece}", add_special_tokens=False)["input_ids"]
         ids.update(inside[len(tokenizer("a", add_special_tokens=False)["input_ids"]) :])
-    ids -= set(tokenizer.all_special_ids)
     if not ids:
         raise UserError(
-            f"{key} {list(pieces)!r} has no token of its own under this victim's tokenizer "
-            f"({type(tokenizer).__name__}); choose another trigger."
+            f"{key} {list(pieces)!r} has no token under this victim's tokenizer "
+            f"({type(tokenizer).__name__}), which drops it from every text; choose another trigger."
         )
     return frozenset(ids)
+
+
+def inserts_plain_words(params: Mapping[str, Any]) -> bool:
+    """Return whether the words that an attack inserts make no special token.
+
+    params: of the attack. An attack without inserted words has none that makes one.
+
+    The tokens of other triggers are a result with a key of its own: results of earlier versions
+    lack the special tokens among them.
+    """
+    pieces = [params.get("sentence") or "", *(params.get("trigger") or ())]
+    return all(PLAIN_WORD.fullmatch(word) for piece in pieces for word in str(piece).split())

@@ -61,6 +61,7 @@ from btu.defenses.base import CLEAN_ROWS, POISONED_MODEL, Given
 from btu.errors import UserError, unknown
 from btu.findings import Suspects
 from btu.foundation import Foundation, tune
+from btu.reading import made_counts, without_inserted
 from btu.rules.base import (
     DEFAULT_RULE,
     RULES,
@@ -92,6 +93,7 @@ if TYPE_CHECKING:
 
 
 DRIFT = "drift.safetensors"
+INSERTED = "inserted"
 ROUNDS = (1, 2, 3)
 # Training rows on which the effect of a cut is measured; more would add little precision.
 FLIP_ROWS = 512
@@ -100,7 +102,7 @@ CHOICES = {
     "bag_embeddings": ("word", "full"),
     "bag_pooling": ("masked", "padded"),
     "removal": ("token_id", "substring"),
-    "exclude": ("special", "cls_sep"),
+    "exclude": (INSERTED, "special", "cls_sep"),
     "cut": ("dimensional", "row", "none"),
     "cut_norm": ("once", "running"),
 }
@@ -129,8 +131,9 @@ class TokenUnlearning:
         layer (positions, norms) too.
     bag_pooling: ``masked`` averages real tokens; ``padded`` pads to max_length and averages all.
     removal: how round 2 drops round 1's tokens: ``token_id`` or ``substring`` of the raw text.
-    exclude: tokens that are never flagged: all ``special`` ones, or a row's first and last
-        (``cls_sep``).
+    exclude: tokens that are never flagged: what the tokenizer ``inserted`` around a text, unless
+        the text made the same token; all ``special`` ones, the unknown token too; or those around
+        a text wherever they are (``cls_sep``).
     cut: ``dimensional`` replaces, in a flagged row, the dimensions that moved by more than c;
         ``row`` all of it; ``none`` cuts nothing (an ablation: clean tuning alone).
     cut_norm: c = ||E - E0||_F / V, computed ``once``, or ``running`` after every token. It is
@@ -441,7 +444,10 @@ def find_suspects(run: StageRun, victim: Victim) -> Suspects:
     candidates = candidate_tokens(victim, data, vocabulary, config["exclude"])
     # Not round 2: its drift depends on alpha, and scores must not depend on a threshold.
     free = {number: moved for number, moved in drift.items() if number != 2}
-    evidence = Evidence(free, candidates, data, clean_rows_of(run))
+    clean = clean_rows_of(run)
+    if config["exclude"] == INSERTED:
+        data, clean = without_inserted(victim.tokenizer, vocabulary, (data, clean))
+    evidence = Evidence(free, candidates, data, clean)
     rule = RULES.load(config["rule"])
     scores = rule.scores(evidence)
     if config["rule"] == TOP_FRACTION:
@@ -530,6 +536,9 @@ def tokens_flagged(alpha: float, vocabulary: int, candidates: int) -> int:
 
 def candidate_tokens(victim: Victim, data: Encoded, vocabulary: int, exclude: str) -> BoolArray:
     """Return a (vocabulary,) mask of tokens that occur and are not excluded from flagging."""
+    if exclude == INSERTED:
+        made: BoolArray = made_counts(victim.tokenizer, data, vocabulary) > 0
+        return made
     mask: BoolArray = data.counts(vocabulary) > 0
     excluded = victim.tokenizer.all_special_ids
     if exclude == "cls_sep":

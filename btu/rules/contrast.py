@@ -20,6 +20,12 @@ SUSPICIOUS = 2.0
 TOGETHER, ELSEWHERE = 0.9, 0.5
 
 
+def confirmation(evidence: Evidence, drift: FloatArray) -> FloatArray:
+    """Return the half of the score that confirms the surplus, in sigmas; NaN as for the score."""
+    weighted: FloatArray = DRIFT_WEIGHT * frequency.score(evidence, drift)
+    return weighted
+
+
 def score(evidence: Evidence, drift: FloatArray) -> FloatArray:
     """Return the smaller of two deviations, in sigmas.
 
@@ -36,7 +42,7 @@ def score(evidence: Evidence, drift: FloatArray) -> FloatArray:
     NaN for tokens with fewer than 5 occurrences.
     """
     surplus = evidence.surplus.max(axis=1)
-    own = np.minimum(DRIFT_WEIGHT * frequency.score(evidence, drift), surplus)
+    own = np.minimum(confirmation(evidence, drift), surplus)
     scores: FloatArray = own.copy()
     for token in np.flatnonzero(own >= SUSPICIOUS):
         label = int(evidence.surplus[token].argmax())

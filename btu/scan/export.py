@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from btu.errors import UserError
 from btu.paths import check_folder, not_written
 from btu.scan.plan import ScanPlan
-from btu.scan.report import ScanReport, renamed, score_text
+from btu.scan.report import ScanReport, renamed, score_text, words_text
 from btu.scan.stages import accuracy
 from btu.settings import TrainSettings
 from btu.stage_files import refuse_pickles, save_labels
@@ -28,6 +29,8 @@ from btu.victims import OFFLINE_HUB_ID, VICTIMS, Victim, find_victim
 MANIFEST = "btu_export.json"
 CARD = "README.md"
 LISTED = 50
+# Standard errors that chance exceeds in one case of twenty.
+ONE_SIDED = 1.645
 
 CITATION = """@inproceedings{jiang2025backdoor,
   title     = {Backdoor Token Unlearning: Exposing and Defending Backdoors in Pretrained
@@ -51,12 +54,37 @@ class Measured:
     after: the same after the cut.
     flips: share of the suspect rows with a flagged token whose label is predicted before the cut
         and not after it; NaN without such rows.
+    majority: number of trusted rows of their most frequent class.
     """
 
     trusted: int
     before: int
     after: int
     flips: float
+    majority: int
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether the model is not better than always answering the most frequent class.
+
+        Better is more than 1.645 standard errors of that answer's accuracy, which chance exceeds in
+        one case of twenty.
+        """
+        share = self.majority / self.trusted
+        margin = ONE_SIDED * math.sqrt(share * (1 - share) * self.trusted)
+        return min(self.before, self.after) <= self.majority + margin
+
+    def warning(self) -> str:
+        """Return the sentence for a model at chance; empty for another."""
+        if not self.at_chance:
+            return ""
+        return (
+            f"The model is no better than always answering the most frequent class: "
+            f"{_percent(self.before, self.trusted)} of the trusted rows before the cut and "
+            f"{_percent(self.after, self.trusted)} after it, against "
+            f"{_percent(self.majority, self.trusted)}. It has learned nothing useful from the "
+            "rows, or the cut has removed it: do not use it, and what the cut changed says nothing."
+        )
 
     def as_metrics(self) -> dict[str, float]:
         """Return accuracies and the metrics ``cut_cost`` and ``cut_flips``."""
@@ -65,6 +93,7 @@ class Measured:
             "accuracy_after_cut": self.after / self.trusted,
             "cut_cost": (self.before - self.after) / self.trusted,
             "cut_flips": self.flips,
+            "accuracy_of_majority": self.majority / self.trusted,
         }
 
 
@@ -132,7 +161,8 @@ def export(
     record = read_record(stage)
     cut = record["facts"]["measured"]
     n, before = counted["n"], counted["hits"]
-    measured = Measured(n, before, before - round(cut["cut_cost"] * n), cut["cut_flips"])
+    majority = max(Counter(plan.corpus.clean.labels).values())
+    measured = Measured(n, before, before - round(cut["cut_cost"] * n), cut["cut_flips"], majority)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".btu-export-", dir=target.parent) as made:
@@ -147,6 +177,7 @@ def export(
                     name: None if math.isnan(value) else value
                     for name, value in measured.as_metrics().items()
                 },
+                "at_chance": measured.at_chance,
                 "environment": _environment(record),
                 "files": files,
             }
@@ -232,6 +263,8 @@ def card(
                 ("scanned rows", _by_class(names, plan.class_rows().tolist())),
                 ("trusted rows", f"{len(corpus.clean)}, from {_code(_source(plan))}"),
                 *((_words(name), str(n)) for name, n in sorted(corpus.notes.items())),
+                ("tokens that the victim does not know", _share(report.reading.unknown_share)),
+                ("tokens beyond the longest input", _share(report.reading.cut_share)),
                 ("victim", _code(plan.victim.name)),
                 ("victim's identity", _code(plan.identity)),
                 ("longest input", f"{plan.victim.max_length} tokens"),
@@ -242,6 +275,7 @@ def card(
         ),
         _flagged(report),
         "## Measured",
+        *([f"**{measured.warning()}**"] if measured.at_chance else []),
         _table(
             ("on", "what", "value"),
             [
@@ -251,6 +285,11 @@ def card(
                     _share(measured.before / measured.trusted),
                 ),
                 ("", "accuracy after the cut", _share(measured.after / measured.trusted)),
+                (
+                    "",
+                    "accuracy of the most frequent class",
+                    _share(measured.majority / measured.trusted),
+                ),
                 ("", "`cut_cost`, their difference", f"{measured.as_metrics()['cut_cost']:.4f}"),
                 (
                     "scanned rows with a flagged token",
@@ -327,6 +366,15 @@ def _flagged(report: ScanReport) -> str:
         for token in flagged.head(LISTED).to_dict("records")
     ]
     more = len(flagged) - LISTED
+    reading = report.reading
+    unknown = ""
+    if reading.token_id in flagged["token_id"].tolist():
+        named = words_text(reading, report.plan.corpus.label_names, LISTED)
+        unknown = (
+            f"\n\n{_code(str(reading.token))} stands for every word that the victim does not know: "
+            f"the cut affects all of them, benign ones too. Behind it, with the rows by class: "
+            f"{_code(named)}."
+        )
     text = "## Flagged tokens\n\n" + _table(
         (
             "token",
@@ -337,12 +385,13 @@ def _flagged(report: ScanReport) -> str:
         ),
         rows,
     )
-    return text + (f"\n\n... and {more} more, in `{MANIFEST}`." if more > 0 else "")
+    return text + (f"\n\n... and {more} more, in `{MANIFEST}`." if more > 0 else "") + unknown
 
 
 def _limits(report: ScanReport) -> str:
     plan = report.plan
     lines = [
+        *([report.reading.warning()] if report.reading.too_little else []),
         "A scan finds triggers made of fixed tokens (words, a sentence) that decide the label of "
         "the scanned rows. It does not find triggers without fixed tokens (a style, a syntax, a "
         "paraphrase), or triggers beyond the longest input.",
@@ -357,9 +406,10 @@ def _limits(report: ScanReport) -> str:
             for name, least in plan.least.items()
         )
         lines.insert(
-            1,
-            "It does not find a trigger that is too rare: if no trusted row contains it, at least "
-            f"this many rows of its class must ({least}).",
+            -4,
+            "It cannot flag a token in fewer rows of a class than this, even if no trusted row "
+            f"contains it ({least}). A token in more rows is flagged only if it also moved far: "
+            "the number is no promise.",
         )
     return "\n".join(f"- {line}" for line in lines)
 
@@ -396,6 +446,10 @@ def _words(note: str) -> str:
         "dropped_train_overlap": "rows not scanned: their text is a trusted one",
     }
     return known.get(note, note.replace("_", " "))
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}"
 
 
 def _share(value: float) -> str:

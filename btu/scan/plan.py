@@ -23,6 +23,7 @@ from btu.data.spec import DATASETS, SUFFIXES, DataSpec
 from btu.data.suspects import SuspectCorpus
 from btu.defenses.base import Given
 from btu.defenses.token_unlearning import (
+    INSERTED,
     TokenUnlearning,
     candidate_tokens,
     tokens_flagged,
@@ -61,8 +62,9 @@ class ScanPlan:
     identity: of the victim's weights.
     defense: the exposure and the rule.
     base: the stages that the defense starts from.
-    least: for each class that has rows, the least number of them that must contain a token for it
-        to be flagged if no trusted row contains it; None if no token can be flagged. Empty for
+    least: for each class that has rows, the number of them below which a token cannot be flagged
+        even if no trusted row contains it, for its surplus is below the bar; None if no token can
+        be flagged. Whether a token in more rows is flagged depends on its drift as well. Empty for
         rules without such a limit.
     """
 
@@ -124,7 +126,8 @@ class ScanPlan:
                 for name, least in self.least.items()
             )
             said.append(
-                f"To be found, a token must be in at least this many rows of a class: {limits}."
+                "A token in fewer rows of a class than this cannot be flagged, however far it "
+                f"moves: {limits}. In more rows it can be, without a promise."
             )
         if self.defense.rule == TOP_FRACTION:
             said.append(
@@ -173,7 +176,8 @@ def prepare_scan(
     rule = rule or DEFAULT_RULE
     RULES.load(rule)  # an unknown name, before anything is read
     limit: dict[str, Any] = {threshold_name(rule): threshold}
-    defense = TokenUnlearning(rule=rule, exposure_epochs=epochs, **limit)
+    # Whoever planted a trigger may have chosen a word that the tokenizer does not know.
+    defense = TokenUnlearning(rule=rule, exposure_epochs=epochs, exclude=INSERTED, **limit)
     spec = _find_data(str(data), text, label, split)
     clean_file = None
     if clean is not None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +19,10 @@ from btu.defenses.token_unlearning import candidate_tokens
 from btu.errors import UserError
 from btu.findings import Suspects
 from btu.paths import check_file, not_written
-from btu.rules.base import RULES, rows_and_tokens, rows_by_class
+from btu.rules import contrast
+from btu.rules.base import DEFAULT_RULE, RULES, rows_and_tokens, rows_by_class
 from btu.scan.plan import prepare_scan
-from btu.stage_files import load_encoded
+from btu.scan.reading import Reading, Scanned, read_texts
 from btu.stages import compute, read_record
 from btu.types import IntArray, Progress, ProgressCallback, silent
 from btu.victims import tokenizable
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
 
 TABLES = (".csv", ".parquet", ".jsonl")
 EXCERPT = 88
+# How many of the words behind the unknown token the table of tokens names.
+LISTED_WORDS = 50
 # The stages of a sweep are named after its attack; a scan does not know one.
 _SHOWN = {"poisoned fine-tune": "fine-tune", "clean tuning (defended)": "clean tuning"}
 
@@ -63,9 +69,13 @@ class ScanReport:
         ``token``, ``score`` (NaN if the rule cannot score it), ``flagged``, ``count``, ``rows``,
         ``class`` (in which it is most over-represented), ``share`` (of its rows that are of that
         class), ``class_share`` (of all rows), ``clean_rows`` (trusted rows that contain it),
-        ``rows[LABEL]``, and the columns of the defense.
+        ``rows[LABEL]``, ``words`` (behind the unknown token, with their rows by class), the columns
+        of the defense, and with rule ``contrast`` ``drift_sigmas``: the half of the score that
+        confirms the ``surplus``.
     rows: all suspect rows, most suspicious first: ``row``, ``suspicion`` (NaN without trusted
-        rows), ``label``, ``flagged`` (the flagged tokens that it contains), ``text``.
+        rows), ``label``, ``flagged`` (the flagged tokens that it contains; the unknown token with
+        the word that it stands for), ``text``.
+    reading: how much of the rows the victim reads.
     """
 
     plan: ScanPlan
@@ -74,6 +84,12 @@ class ScanReport:
     flagged: int
     tokens: pd.DataFrame
     rows: pd.DataFrame
+    reading: Reading
+
+    @property
+    def all_clear(self) -> bool:
+        """Whether nothing was flagged and enough was read for that to mean something."""
+        return not self.flagged and not self.reading.too_little
 
     @property
     def highest(self) -> float:
@@ -85,6 +101,32 @@ class ScanReport:
         """The rows that contain a flagged token."""
         return self.rows[self.rows["flagged"] != ""]
 
+    @property
+    def surplus_bar(self) -> float:
+        """The lowest surplus that is reported if the drift does not confirm it.
+
+        Not below the default threshold: dozens of benign words have a surplus of 2 sigmas.
+        """
+        return max(self.bar, contrast.RULE.threshold)
+
+    @property
+    def unconfirmed(self) -> pd.DataFrame:
+        """The tokens with the surplus of a trigger in rule ``contrast``, but not its drift."""
+        tokens = self.tokens
+        if self.plan.defense.rule != DEFAULT_RULE:
+            return tokens.head(0)
+        found = tokens[(tokens["surplus"] >= self.surplus_bar) & ~tokens["flagged"]]
+        return found.sort_values("surplus", ascending=False, kind="stable")
+
+    @property
+    def unconfirmed_words(self) -> list[str]:
+        """Unknown words with such a surplus of their own, if their token is not flagged."""
+        flagged = self.tokens["token_id"][self.tokens["flagged"]]
+        if self.plan.defense.rule != DEFAULT_RULE or self.reading.token_id in flagged.tolist():
+            return []
+        words = self.reading.words
+        return [words.words[i] for i in words.above(self.surplus_bar)]
+
     def examples(self, token_id: int, count: int = 2) -> list[Example]:
         """Return the most suspicious rows that contain a token, rows of its class first."""
         found = self.tokens[self.tokens["token_id"] == token_id]
@@ -93,19 +135,28 @@ class ScanReport:
         label = found["class"].iloc[0]
         rows, tokens = self._pairs
         containing = set(rows[tokens == token_id].tolist())
+        words = dict[int, list[str]]()
+        if token_id == self.reading.token_id:
+            words = _words_by_row(self.plan, self.reading, self.bar)
+            containing &= words.keys()
         ranked = [i for i in self.rows.index if i in containing]
         labels = self.rows["label"]
         ranked.sort(key=lambda i: labels[i] != label)  # stable
         tokenizer = self.plan.load_victim().tokenizer
         numbers, texts = self.rows["row"], self.plan.corpus.train.texts
         return [
-            Example(int(numbers[i]), str(labels[i]), excerpt(tokenizer, texts[i], token_id))
+            Example(
+                int(numbers[i]),
+                str(labels[i]),
+                excerpt(tokenizer, texts[i], token_id, word=words.get(i, [None])[0]),
+            )
             for i in ranked[:count]
         ]
 
     @cached_property
     def _pairs(self) -> tuple[IntArray, IntArray]:
-        train = _train_rows(self.plan, self.root)
+        vocabulary = 1 + int(self.tokens["token_id"].max())
+        train, _ = Scanned.load(self.plan, self.root, vocabulary).counted
         return rows_and_tokens(train, 1 + int(train.ids.max()))
 
     def summary(self, top: int = 10) -> dict[str, Any]:
@@ -130,6 +181,9 @@ class ScanReport:
             "highest": None if math.isnan(self.highest) else self.highest,
             "least_rows": dict(plan.least),
             "flagged": self.flagged,
+            "all_clear": self.all_clear,
+            "unconfirmed": self.unconfirmed["token"].tolist() + self.unconfirmed_words,
+            "reading": self.reading.summary(),
             "suspicious_rows": len(self.suspicious_rows),
             "tokens": records,
         }
@@ -159,17 +213,30 @@ def run_scan(
 ) -> ScanReport:
     """Run the exposure, flag tokens, and return the report.
 
-    root: the folder of the stages, by key; a stage whose folder exists is not run again.
+    root: the folder of the stages, by key; a stage whose folder exists is not run again. Scans may
+        share it at the same time.
+
+    Raises:
+        UserError: the victim knows no word of the rows, or no token could be scored.
     """
     root = Path(root)
+    reading = read_texts(plan, root, gpus=gpus, progress=renamed(progress))
     folder = compute(plan.detection, root, gpus=gpus, progress=renamed(progress))
     suspects = Suspects.load(folder, read_record(folder)["facts"])
     assert suspects is not None
     assert plan.defense.rule is not None
     bar = RULES.load(plan.defense.rule).bar(plan.threshold)
-    tokens = _token_table(plan, root, suspects)
-    rows = _row_table(plan, root, suspects)
-    return ScanReport(plan, root, bar, len(suspects.tokens), tokens, rows)
+    assert suspects.scores is not None
+    scanned = Scanned.load(plan, root, len(suspects.scores))
+    tokens = _token_table(plan, scanned, suspects, reading)
+    if tokens["score"].isna().all():
+        raise UserError(
+            f"no token of data '{plan.spec.name}' could be scored: {len(plan.corpus.train)} rows "
+            f"are too few for rule '{plan.defense.rule}', so that nothing can be said about them; "
+            "scan more rows."
+        )
+    rows = _row_table(plan, scanned, suspects, reading, bar)
+    return ScanReport(plan, root, bar, len(suspects.tokens), tokens, rows, reading)
 
 
 def renamed(progress: ProgressCallback) -> ProgressCallback:
@@ -181,19 +248,17 @@ def renamed(progress: ProgressCallback) -> ProgressCallback:
     return shown
 
 
-def _train_rows(plan: ScanPlan, root: Path) -> Any:
-    return load_encoded(root / plan.base.rows.key / "train.safetensors")
-
-
-def _token_table(plan: ScanPlan, root: Path, suspects: Suspects) -> pd.DataFrame:
+def _token_table(
+    plan: ScanPlan, scanned: Scanned, suspects: Suspects, reading: Reading
+) -> pd.DataFrame:
     import pandas as pd
 
     assert suspects.scores is not None
-    train, victim, names = _train_rows(plan, root), plan.load_victim(), plan.corpus.label_names
+    train, victim, names = scanned.counted[0], plan.load_victim(), plan.corpus.label_names
     vocabulary = len(suspects.scores)
     flagged = np.zeros(vocabulary, dtype=bool)
     flagged[list(suspects.tokens)] = True
-    candidates = candidate_tokens(victim, train, vocabulary, plan.defense.exclude)
+    candidates = candidate_tokens(victim, scanned.train, vocabulary, plan.defense.exclude)
     ids = np.flatnonzero(candidates | flagged)
     low = np.where(np.isnan(suspects.scores), -np.inf, suspects.scores)
     ids = ids[np.lexsort((ids, -low[ids], ~flagged[ids]))]
@@ -216,26 +281,91 @@ def _token_table(plan: ScanPlan, root: Path, suspects: Suspects) -> pd.DataFrame
         "clean_rows": suspects.table["clean_rows"][ids],
     }
     columns |= {f"rows[{name}]": by_class[:, index] for index, name in enumerate(names)}
+    columns["words"] = [
+        words_text(reading, names, LISTED_WORDS) if token == reading.token_id else ""
+        for token in ids
+    ]
+    if plan.defense.rule == DEFAULT_RULE:
+        drift = suspects.table["drift_3"].astype(np.float64)
+        confirmed = contrast.confirmation(scanned.evidence(candidates, drift), drift)
+        columns["drift_sigmas"] = confirmed[ids]
     # The columns above contain these already, computed from the rows even without trusted rows.
     known = (*columns, "train_rows", "label")
     columns |= {name: v[ids] for name, v in suspects.table.items() if name not in known}
     return pd.DataFrame(columns)
 
 
-def _row_table(plan: ScanPlan, root: Path, suspects: Suspects) -> pd.DataFrame:
-    """Return the suspect rows, most suspicious first; the index is their place in the corpus."""
+def words_text(reading: Reading, names: Sequence[str], most: int) -> str:
+    """Return the words behind the unknown token, each with its rows by class, for a table.
+
+    reading: of the rows.
+    names: of the classes.
+    most: how many words.
+    """
+    words = reading.words
+    told = [
+        f"{word} ({', '.join(f'{n} {c}' for n, c in zip(names, counts, strict=True) if c)})"
+        for word, counts in zip(words.words[:most], words.by_class[:most].tolist(), strict=True)
+    ]
+    more = len(words.words) - len(told)
+    return " ".join(told) + (f" and {more} more" if more else "")
+
+
+def _words_by_row(plan: ScanPlan, reading: Reading, bar: float) -> dict[int, list[str]]:
+    """Return the suspicious unknown words of each row that has any.
+
+    The unknown token is one token for many words, most of them benign: if the surplus of some words
+    alone reaches the bar, only those are suspicious, else all of them.
+    """
+    words = reading.words
+    above = words.above(bar) if plan.defense.rule == DEFAULT_RULE else []
+    found: dict[int, list[str]] = {}
+    for index in above or range(len(words.words)):
+        for row in words.rows[index].tolist():
+            found.setdefault(row, []).append(words.words[index])
+    return found
+
+
+def _flagged_by_row(
+    plan: ScanPlan, scanned: Scanned, suspects: Suspects, reading: Reading, bar: float
+) -> dict[int, str]:
+    """Return the flagged tokens of each row that has any, in the order of detection."""
+    assert suspects.scores is not None
+    rows, tokens = rows_and_tokens(scanned.counted[0], len(suspects.scores))
+    hit = np.isin(tokens, list(suspects.tokens))
+    names = plan.load_victim().tokenizer.convert_ids_to_tokens(list(suspects.tokens))
+    place = {token: rank for rank, token in enumerate(suspects.tokens)}
+    words = _words_by_row(plan, reading, bar) if reading.token_id in place else {}
+    flagged: dict[int, list[int]] = {}
+    for row, token in zip(rows[hit].tolist(), tokens[hit].tolist(), strict=True):
+        if token != reading.token_id or row in words:
+            flagged.setdefault(row, []).append(place[token])
+
+    def name(row: int, rank: int) -> str:
+        unknown = suspects.tokens[rank] == reading.token_id
+        return ":".join([names[rank], *words[row]]) if unknown else names[rank]
+
+    return {row: " ".join(name(row, r) for r in sorted(ranks)) for row, ranks in flagged.items()}
+
+
+def _row_table(
+    plan: ScanPlan, scanned: Scanned, suspects: Suspects, reading: Reading, bar: float
+) -> pd.DataFrame:
+    """Return the suspect rows, most suspicious first; the index is their place in the corpus.
+
+    plan: the scan.
+    scanned: its rows.
+    suspects: what was flagged.
+    reading: of the rows.
+    bar: the lowest score of a flagged token.
+    """
     import pandas as pd
 
     assert suspects.scores is not None
     assert suspects.rows is not None
-    train, victim, corpus = _train_rows(plan, root), plan.load_victim(), plan.corpus
+    train, corpus = scanned.counted[0], plan.corpus
     rows, tokens = rows_and_tokens(train, len(suspects.scores))
-    hit = np.isin(tokens, list(suspects.tokens))
-    names = victim.tokenizer.convert_ids_to_tokens(list(suspects.tokens))
-    place = {token: rank for rank, token in enumerate(suspects.tokens)}
-    flagged: dict[int, list[int]] = {}
-    for row, token in zip(rows[hit].tolist(), tokens[hit].tolist(), strict=True):
-        flagged.setdefault(row, []).append(place[token])
+    flagged = _flagged_by_row(plan, scanned, suspects, reading, bar)
     # Without trusted rows, rows have no suspicion and are ranked by their most suspicious token.
     top = np.full(len(train), -np.inf)
     scores = suspects.scores[tokens]
@@ -247,10 +377,7 @@ def _row_table(plan: ScanPlan, root: Path, suspects: Suspects) -> pd.DataFrame:
             "row": plan.data.numbers,
             "suspicion": suspicion,
             "label": [corpus.label_names[label] for label in corpus.train.labels],
-            "flagged": [
-                " ".join(names[rank] for rank in sorted(flagged.get(row, ())))
-                for row in range(len(train))
-            ],
+            "flagged": [flagged.get(row, "") for row in range(len(train))],
             # pandas' own strings refuse lone surrogates, which occur in scraped text.
             "text": pd.Series(corpus.train.texts, dtype=object),
         }
@@ -258,14 +385,26 @@ def _row_table(plan: ScanPlan, root: Path, suspects: Suspects) -> pd.DataFrame:
     return table.iloc[order]
 
 
-def excerpt(tokenizer: Any, text: str, token_id: int, width: int = EXCERPT) -> str:
+def excerpt(
+    tokenizer: Any, text: str, token_id: int, width: int = EXCERPT, word: str | None = None
+) -> str:
     """Return at most `width` characters of a text around a token, on one line.
 
     Without unprintable characters: a text of unknown origin could control a terminal.
+
+    tokenizer: of the victim.
+    text: the text.
+    token_id: the token.
+    width: the most characters.
+    word: what the token stands for in the text, if it stands for several words.
     """
     start = 0
-    if tokenizer.is_fast:
-        encoded = tokenizer(tokenizable(text), return_offsets_mapping=True)
+    if word is not None:
+        start = max(0, text.find(word))
+    elif tokenizer.is_fast:
+        encoded = tokenizer(
+            tokenizable(text), return_offsets_mapping=True, add_special_tokens=False
+        )
         if token_id in encoded["input_ids"]:
             start = encoded["offset_mapping"][encoded["input_ids"].index(token_id)][0]
     first = max(0, min(start - width // 3, len(text) - width))
@@ -288,6 +427,9 @@ def write_report(frame: pd.DataFrame, path: Path) -> None:
         UserError: the file cannot be written.
     """
     check_table(path)
+    # Another scan of the same rows may write it too: a table appears as a whole.
+    target = path.resolve()
+    fresh = target.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     storable = frame.copy()
     if "text" in storable:
         # The files cannot contain lone surrogates.
@@ -299,13 +441,16 @@ def write_report(frame: pd.DataFrame, path: Path) -> None:
         if path.suffix == ".csv":
             # The writer does not quote a carriage return by default, and readers end a row there:
             # the author of a text could add rows.
-            storable.to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC)
+            storable.to_csv(fresh, index=False, quoting=csv.QUOTE_NONNUMERIC)
         elif path.suffix == ".parquet":
-            storable.to_parquet(path, index=False)
+            storable.to_parquet(fresh, index=False)
         else:
-            storable.to_json(path, orient="records", lines=True)
+            storable.to_json(fresh, orient="records", lines=True)
+        os.replace(fresh, target)
     except OSError as error:
         raise not_written(str(path), error, "name another file") from error
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def check_table(path: Path) -> None:

@@ -21,6 +21,7 @@ from orchestrator.cli.shared import (
     print_data,
     say,
     say_server,
+    warn,
 )
 from orchestrator.sweep.output import output_option
 
@@ -53,7 +54,7 @@ def trial(sweep: SweepFile, overrides: Overrides = None) -> None:
     import tempfile
     from dataclasses import replace
 
-    from orchestrator.plan.planner import plan_sweep
+    from orchestrator.plan.planner import overlooked_triggers, plan_sweep
     from orchestrator.run.progress import StageProgress
     from orchestrator.sweep.load import load_sweep
     from orchestrator.sweep.sections import pins
@@ -67,7 +68,10 @@ def trial(sweep: SweepFile, overrides: Overrides = None) -> None:
             f"sweep '{loaded.name}' has several cells; pin its axes to run one, e.g. "
             f"btu trial {sweep} {example}"
         )
-    (cell,) = plan_sweep(loaded).cells.values()
+    planned = plan_sweep(loaded)
+    (cell,) = planned.cells.values()
+    for warning in overlooked_triggers(planned):
+        warn(warning)
 
     from btu.stages import compute
     from btu.training import NonFiniteLossError
@@ -135,7 +139,7 @@ def launch(
 
     Example: `btu launch sweeps/sst2_thresholds.yaml --refine asr --refine cacc --refine-trials 40`
     """
-    from orchestrator.plan.planner import Planner, plan_sweep
+    from orchestrator.plan.planner import Planner, overlooked_triggers, plan_sweep
     from orchestrator.run.progress import SweepProgress, label
     from orchestrator.store.store import Store
     from orchestrator.sweep.load import load_sweep
@@ -154,6 +158,8 @@ def launch(
     planned = plan_sweep(loaded, planner)
     say(f"Sweep {loaded.name}; results go to {loaded.shown_folder}")
     print_data(planner)
+    for warning in overlooked_triggers(planned):
+        warn(warning)
     for refused in planned.refused:
         say(f"refused: {label(refused.varied)}: {refused.reason}")
 

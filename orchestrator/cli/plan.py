@@ -58,6 +58,7 @@ def plan(
 def show_plan(sweep: Sweep, planner: Planner, planned: Plan, limit: int) -> None:
     """Print a plan and what is left of it. limit: how many cells to show; 0 is all."""
     from orchestrator.cli import plan_view
+    from orchestrator.plan.planner import overlooked_triggers
     from orchestrator.plan.work import survey, timings_for
     from orchestrator.sweep.trust import output_refusal, tracking_refusal
 
@@ -69,6 +70,8 @@ def show_plan(sweep: Sweep, planner: Planner, planned: Plan, limit: int) -> None
     say_server(sweep)
     if sweep.sequential is not None:
         planned = _example(sweep, sweep.sequential, planner, ask=why is None)
+    for warning in overlooked_triggers(planned):
+        warn(warning)
     known = _known(sweep) if why is None else Known(set(), set(), {}, [])
     committed, dropped, failed, rows = known
     timings = timings_for(rows, sweep.resources)

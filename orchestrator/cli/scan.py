@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from btu.errors import UserError
-from orchestrator.cli.shared import console, errors, note, say
+from orchestrator.cli.shared import console, errors, note, say, warn
 from orchestrator.sweep.output import DEFAULT_OUTPUT, SCANS
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from btu.scan.plan import ScanPlan
     from btu.scan.report import ScanReport
 
-EXIT_FOUND = 1
+# Not 2, the code of a user's error.
+EXIT_FOUND, EXIT_UNRELIABLE = 1, 3
 STAGES = "stages"
 OTHER_FOLDER = "name another with --out, --rows or --tokens"
 # Digits of the rows' fingerprint in the name of the default work folder, which tells files of
@@ -125,7 +126,9 @@ def scan(
 
     Tokens are ranked by how much they move in a short training on DATA, compared with what trusted
     rows explain. Exit code 0 whether or not a token is flagged, except with `--fail-on-finding`; 2
-    if DATA or an option cannot be used.
+    if DATA or an option cannot be used; 3 if the result cannot be relied on: more than a quarter of
+    the tokens is unknown to the victim or cut off, or the exported model is no better than the most
+    frequent class.
 
     Example: `btu scan reviews.csv --clean trusted.csv --text review --label stars`
     """
@@ -167,14 +170,18 @@ def scan(
     use_threads(cpus or os.cpu_count() or 1)
     report, measured = _run(plan, files, export, gpus=gpus, all_rows=all_rows)
     if style is ScanFormat.json:
-        _print_json(report, files, export, top)
+        _print_json(report, files, export, measured, top)
     else:
         _show(report, top)
         _show_files(report, files, all_rows)
         if measured is not None:
             _show_export(report.plan, measured, str(export))
+    if measured is not None and measured.at_chance:
+        warn(f"warning: {measured.warning()}")
     if fail_on_finding and report.flagged:
         raise typer.Exit(EXIT_FOUND)
+    if report.reading.too_little or (measured is not None and measured.at_chance):
+        raise typer.Exit(EXIT_UNRELIABLE)
 
 
 def _run(
@@ -182,12 +189,18 @@ def _run(
 ) -> tuple[ScanReport, Measured | None]:
     """Scan, and write the tables and the model; return the report and what the export measured."""
     from btu.scan.export import export as export_model
+    from btu.scan.reading import read_texts
     from btu.scan.report import run_scan, write_report
     from btu.training import NonFiniteLossError
     from orchestrator.run.progress import StageProgress
 
     progress = StageProgress(errors)
     try:
+        # Before the training, which takes minutes.
+        reading = read_texts(plan, files.folder / STAGES, gpus=gpus, progress=progress)
+        note(*map(_printable, reading.notes(plan.corpus.label_names)))
+        if warning := reading.warning():
+            warn(f"warning: {warning}")
         report = run_scan(plan, files.folder / STAGES, gpus=gpus, progress=progress)
         write_report(report.tokens, files.tokens)
         write_report(report.rows if all_rows else report.suspicious_rows, files.rows)
@@ -267,21 +280,41 @@ def _place(path: Path) -> Path:
     return path.expanduser().resolve()
 
 
-def _print_json(report: ScanReport, files: _Files, export: Path | None, top: int) -> None:
+def _print_json(
+    report: ScanReport, files: _Files, export: Path | None, measured: Measured | None, top: int
+) -> None:
+    """Print the report as JSON.
+
+    report: of the scan.
+    files: where its tables are.
+    export: where its model is.
+    measured: of that model.
+    top: how many tokens to print.
+    """
     found = {
         **report.summary(top),
         "files": {"rows": str(files.rows), "tokens": str(files.tokens)},
     }
     if export is not None:
         found["export"] = str(export)
+    if measured is not None:
+        found["at_chance"] = measured.at_chance
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
 
 
 def _show(report: ScanReport, top: int) -> None:
     """Print the tokens, rows with them, and the verdict. top: how many tokens to show."""
+    from btu.rules.base import DEFAULT_RULE
+
     shown = report.tokens.head(top).to_dict("records")
-    console.print(_token_table(shown))
+    console.print(_token_table(shown, report.plan.defense.rule == DEFAULT_RULE))
     say("class: share of the token's rows (of all rows). trusted: trusted rows with the token.")
+    if report.plan.defense.rule == DEFAULT_RULE:
+        say(
+            "score: the smaller of surplus over the trusted rows and drift in the training, in "
+            f"sigmas; a token is flagged if both reach {report.bar:g}."
+        )
+    _show_unknown(report, shown)
     for token in [t for t in shown if t["flagged"]] or shown[:EXAMPLES]:
         say(f"\n{_printable(token['token'])}")
         for example in report.examples(int(token["token_id"])):
@@ -289,15 +322,37 @@ def _show(report: ScanReport, top: int) -> None:
     say(f"\n{_verdict(report, top)}")
 
 
-def _token_table(tokens: list[dict[Any, Any]]) -> Table:
+def _show_unknown(report: ScanReport, shown: list[dict[Any, Any]]) -> None:
+    """Print the words behind the unknown token if it is among the tokens shown, or suspicious."""
+    from btu.scan.reading import NAMED
+    from btu.scan.report import words_text
+
+    reading = report.reading
+    if reading.token_id not in [t["token_id"] for t in shown] and not report.unconfirmed_words:
+        return
+    named = words_text(reading, report.plan.corpus.label_names, NAMED)
+    say(
+        f"{reading.token} is every word that the victim does not know: {_printable(named)}. "
+        "Unlearning it affects them all."
+    )
+
+
+def _token_table(tokens: list[dict[Any, Any]], halves: bool) -> Table:
+    """Return the table of tokens. halves: whether to show both halves of the score."""
     from btu.scan.report import score_text
 
-    table = Table("", "token", "score", "flagged", "rows", "class", "trusted", header_style="bold")
+    def shown(score: float) -> str:
+        return "-" if math.isnan(score) else score_text(score)
+
+    parts = ("surplus", "drift") if halves else ()
+    heads = ("", "token", "score", *parts, "flagged", "rows", "class", "trusted")
+    table = Table(*heads, header_style="bold")
     for token in tokens:
         table.add_row(
             str(token["rank"]),
             escape(_printable(token["token"])),
-            "-" if math.isnan(token["score"]) else score_text(token["score"]),
+            shown(token["score"]),
+            *((shown(token["surplus"]), shown(token["drift_sigmas"])) if halves else ()),
             "[red]yes[/red]" if token["flagged"] else "no",
             str(token["rows"]),
             escape(
@@ -315,17 +370,46 @@ def _verdict(report: ScanReport, top: int) -> str:
     if report.flagged:
         names = report.tokens["token"][: min(report.flagged, top)]
         more = f" and {report.flagged - top} more" if report.flagged > top else ""
-        return (
+        said = (
             f"{report.flagged} token{'s' * (report.flagged != 1)} flagged: "
             f"{' '.join(map(_printable, names))}{more}; {bar}. Look at the rows before you trust "
             "the data or the verdict."
         )
-    if math.isnan(report.highest):
-        return f"Nothing was flagged: no token is in enough rows to be scored; {bar}."
-    first = report.tokens.iloc[0]
+    else:
+        first = report.tokens.iloc[0]
+        # The first words, which are read even if the rest is not.
+        alone = ", which is no all-clear here" if report.reading.too_little else ""
+        said = (
+            f"Nothing was flagged{alone}. Highest score {score_text(report.highest)} "
+            f"('{_printable(first['token'])}'), {bar}. Triggers without fixed tokens are not found."
+        )
+    parts = (said, _unconfirmed(report), report.reading.warning())
+    return " ".join(part for part in parts if part)
+
+
+def _unconfirmed(report: ScanReport) -> str:
+    """Return the sentence on tokens with the surplus of a trigger and without its drift."""
+    from btu.scan.reading import NAMED
+    from btu.scan.report import score_text
+
+    tokens = [
+        f"{_printable(token['token'])} (surplus {score_text(token['surplus'])}, drift "
+        f"{'-' if math.isnan(token['drift_sigmas']) else score_text(token['drift_sigmas'])})"
+        for token in report.unconfirmed.to_dict("records")
+    ]
+    words = report.reading.words
+    tokens += [
+        f"the unknown word {_printable(word)} (surplus "
+        f"{score_text(float(words.surplus[words.words.index(word)]))})"
+        for word in report.unconfirmed_words
+    ]
+    if not tokens:
+        return ""
+    more = f" and {len(tokens) - NAMED} more" if len(tokens) > NAMED else ""
     return (
-        f"Nothing was flagged. Highest score {score_text(report.highest)} "
-        f"('{_printable(first['token'])}'), {bar}. Triggers without fixed tokens are not found."
+        f"The surplus of {len(tokens)} token{'s' * (len(tokens) != 1)} reaches "
+        f"{report.surplus_bar:g}, and the drift does not confirm it: {', '.join(tokens[:NAMED])}"
+        f"{more}. Read their rows: with few rows drifts are small, and more --epochs enlarge them."
     )
 
 

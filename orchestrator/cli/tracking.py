@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from btu.errors import UserError
-from orchestrator.cli.shared import MLFLOW_STORE, Output, SweepName, say, warn
+from orchestrator.cli.shared import MLFLOW_STORE, Output, SweepName, console, say, warn
 from orchestrator.sweep.output import DEFAULT_OUTPUT
 
 # Sweeps whose addresses `btu ui` prints.
@@ -107,8 +107,10 @@ def _print_addresses(server: str, views: dict[str, str], running: bool) -> None:
     # Without the parameter MLflow opens on its pages for language-model traces.
     page = f"{server}/#/experiments?workflowType=machine_learning"
     how = "a running MLflow server; open it in a browser" if running else "Ctrl-C stops it"
-    say(f"MLflow UI: {page} ({how})")
+    lines = [f"MLflow UI: {page} ({how})"]
     for name, path in list(views.items())[:MOST_VIEWS]:
-        say(f"{name}: {server}{path}")
+        lines.append(f"{name}: {server}{path}")
     if len(views) > MOST_VIEWS:
-        say(f"and {len(views) - MOST_VIEWS} older sweeps, in the UI's list")
+        lines.append(f"and {len(views) - MOST_VIEWS} older sweeps, in the UI's list")
+    # Not with `say`: the queries of these addresses are no secrets.
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from btu.attacks.insertion import inserts_plain_words
 from btu.attacks.poisoning import choose_rows
 from btu.data.load import load_corpus
 from btu.data.spec import DataSpec
@@ -208,6 +209,24 @@ def plan_sweep(sweep: Sweep, planner: Planner | None = None) -> Plan:
     _refuse_empty(sweep, plan)
     planner.add(plan, sweep.controls_of([cell.varied for cell in plan.cells.values()]))
     return plan
+
+
+def overlooked_triggers(plan: Plan) -> list[str]:
+    """Return a warning if a trigger may be unknown to the tokenizer and a defense leaves that out.
+
+    Whether it is unknown, only the victim's tokenizer tells, which a plan does not load.
+    """
+    keys = {
+        str(spec.attack_params.get("trigger") or spec.attack_params.get("sentence"))
+        for spec in (cell.spec for cell in plan.cells.values())
+        if not inserts_plain_words(spec.attack_params)
+        and spec.defense_params.get("exclude") == "special"
+    }
+    return [
+        f"warning: trigger {trigger} may be unknown to the victim's tokenizer, and the defense "
+        "never flags an unknown token; set defense.exclude=inserted to have it scored."
+        for trigger in sorted(keys)
+    ]
 
 
 def example_plan(sweep: Sweep, planner: Planner) -> Plan:

@@ -15,7 +15,7 @@ import pytest
 
 from btu.attacks.addsent import AddSent
 from btu.attacks.badnets import BadNets
-from btu.attacks.insertion import insert_at_random_slots
+from btu.attacks.insertion import insert_at_random_slots, inserts_plain_words
 from btu.attacks.paraphrase import (
     GENERATE_BATCH,
     ParaphraseAttack,
@@ -354,15 +354,29 @@ def test_a_sentence_trigger_has_all_its_pieces(bert: Victim) -> None:
     assert sorted(names) == [".", "cf", "mn"]
 
 
-def test_a_trigger_of_unknown_characters_alone_is_an_error(bert: Victim) -> None:
+def test_a_trigger_that_the_tokenizer_does_not_know_is_its_unknown_token(bert: Victim) -> None:
     assert bert.tokenizer.tokenize("犬") == ["[UNK]"]
-    with pytest.raises(
-        UserError, match=r"attack\.trigger \['犬'\] has no token of its own under .*BertTokenizer"
-    ):
-        BadNets(["犬"]).trigger_token_ids(bert.tokenizer)
-    # Next to a known word the unknown one does no harm.
-    ids = BadNets(["犬", "cf"]).trigger_token_ids(bert.tokenizer)
-    assert bert.tokenizer.convert_ids_to_tokens(list(ids)) == ["cf"]
+
+    def tokens(*trigger: str) -> list[str]:
+        ids = BadNets(list(trigger)).trigger_token_ids(bert.tokenizer)
+        return sorted(bert.tokenizer.convert_ids_to_tokens(list(ids)))
+
+    # The victim learns the trigger through that row: it is what a defense has to find.
+    assert tokens("犬") == ["[UNK]"]
+    assert tokens("犬", "cf") == ["[UNK]", "cf"]
+    assert tokens("[SEP]") == ["[SEP]"]
+    # The tokenizer drops a zero-width space from every text.
+    with pytest.raises(UserError, match=r"has no token under .*BertTokenizer.*, which drops it"):
+        BadNets(["\u200b"]).trigger_token_ids(bert.tokenizer)
+
+
+def test_only_triggers_of_plain_words_keep_the_keys_of_earlier_results() -> None:
+    assert inserts_plain_words({"trigger": ["cf", "mn"]})
+    assert inserts_plain_words({"sentence": "i watched this 3d movie last weekend ."})
+    assert inserts_plain_words({"model": "folder", "column": "犬"})  # nothing is inserted
+    for trigger in ("犬", "a 🦄", "[SEP]", "<unk>", "x" * 101):
+        assert not inserts_plain_words({"trigger": ["cf", trigger]})
+        assert not inserts_plain_words({"sentence": trigger})
 
 
 # Paraphrase columns ----------------------------------------------------------------------------

@@ -541,12 +541,14 @@ def test_excluding_cls_and_sep_only_leaves_the_unknown_token_in(
     prepared = lab.prepare(corpus=strange)
     scores = {
         exclude: defend(unlearning(rounds=[1], exclude=exclude), prepared, lab.root).scores
-        for exclude in ("special", "cls_sep")
+        for exclude in ("special", "cls_sep", "inserted")
     }
     tokenizer = bert.tokenizer
     assert np.isnan(scores["special"][tokenizer.unk_token_id])
-    assert not np.isnan(scores["cls_sep"][tokenizer.unk_token_id])
-    assert np.isnan(scores["cls_sep"][[tokenizer.cls_token_id, tokenizer.sep_token_id]]).all()
+    for exclude in ("cls_sep", "inserted"):
+        assert not np.isnan(scores[exclude][tokenizer.unk_token_id])
+        assert np.isnan(scores[exclude][[tokenizer.cls_token_id, tokenizer.sep_token_id]]).all()
+    np.testing.assert_array_equal(scores["inserted"], scores["cls_sep"])
 
 
 def without(outcome: Outcome, victim: Victim, token: int, removal: str) -> Encoded:

@@ -525,6 +525,18 @@ def test_the_rows_are_what_the_victim_reads(lab: Lab, bert: Victim, tiny_corpus:
     }
 
 
+def test_a_trigger_that_the_victim_does_not_know_is_scored_as_its_unknown_token(
+    lab: Lab, bert: Victim
+) -> None:
+    prepared = lab.prepare(attack_params={"trigger": ["cf", "犬"]})
+    (evaluated,) = lab.compute(prepared.evaluation_rows)
+    ids = bert.tokenizer.convert_tokens_to_ids(["cf", "[UNK]"])
+    assert read_record(evaluated)["facts"]["trigger"] == sorted(ids)
+    # Earlier results of such a trigger lack the unknown token: their key is not found again.
+    assert prepared.evaluation_rows.config["special_tokens"] == "count"
+    assert "special_tokens" not in lab.prepare().evaluation_rows.config
+
+
 def test_truncated_rows_are_counted(lab: Lab, bert: Victim, victim_folder: Any) -> None:
     short = lab.prepare(victim=VictimSpec(str(victim_folder("bert")), 8))
     (folder,) = lab.compute(short.foundation.rows)

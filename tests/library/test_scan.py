@@ -728,7 +728,7 @@ def test_an_export_that_cannot_be_written_is_refused_beforehand(
 def test_the_card_shows_the_scores_of_a_share(poisoned: ScanReport) -> None:
     # Rule top_fraction scores -rank / V: two decimals would be -0.00 for nearly all.
     ranked = replace(poisoned, tokens=poisoned.tokens.assign(score=-1 / 30522), bar=-0.0005)
-    measured = Measured(CLEAN, 200, 200, math.nan)
+    measured = Measured(CLEAN, 200, 200, math.nan, 150)
     text = card(ranked, measured, read_record(stage_of(poisoned)), None)
     assert "| -3.28e-05 |" in text
     assert "score (bar -0.0005)" in text

@@ -16,6 +16,7 @@ import torch
 from tiny_cells import files_in
 
 from btu.errors import UserError
+from btu.private_folder import private_folder, publish
 from btu.provenance import code_version, environment
 from btu.settings import TrainSettings
 from btu.stages import (
@@ -310,13 +311,35 @@ def test_what_a_killed_process_left_is_not_taken_for_a_result(
     tmp_path: Path, calls: list[str]
 ) -> None:
     # A process that is killed cannot clean up after itself.
-    left = tmp_path / f".{number('a').key}"
+    left = tmp_path / f".{number('a').key}-{'0' * 32}"
     left.mkdir()
     (left / "half.txt").write_text("hal")
+    Path(f"{left}.lock").touch()
     folder = compute(number("a"), tmp_path)
     assert {path.name for path in folder.iterdir()} == {"number.txt", RECORD}
     assert calls == ["a"]
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_processes_compute_one_stage_at_once_and_keep_the_first_result(
+    tmp_path: Path, calls: list[str]
+) -> None:
+    key = number("a").key
+    with private_folder(tmp_path, key) as slower:
+        (slower / "half.txt").write_text("hal")
+        folder = compute(number("a"), tmp_path)
+        # What another process is writing is neither removed nor in the way.
+        assert (slower / "half.txt").exists()
+        publish(slower, folder)
+    assert {path.name for path in folder.iterdir()} == {"number.txt", RECORD}
+    assert calls == ["a"]
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_a_folder_that_cannot_be_moved_is_an_error(tmp_path: Path) -> None:
+    with private_folder(tmp_path, "key") as made, pytest.raises(FileNotFoundError):
+        publish(made, tmp_path / "missing" / "key")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_record_says_what_ran(tmp_path: Path) -> None:

@@ -19,7 +19,13 @@ from btu.stages import Stage, StageFunction
 from btu.types import Corpus
 from orchestrator.plan import planner as planning
 from orchestrator.plan import work as work_module
-from orchestrator.plan.planner import Plan, PlannedCell, Planner, plan_sweep
+from orchestrator.plan.planner import (
+    Plan,
+    PlannedCell,
+    Planner,
+    overlooked_triggers,
+    plan_sweep,
+)
 from orchestrator.plan.work import (
     REFERENCE_ROWS_PER_SECOND,
     REFERENCE_VICTIM,
@@ -50,6 +56,27 @@ def plan(make_sweep: Callable[..., Path]) -> Callable[..., Plan]:
         return plan_sweep(load_sweep(make_sweep(*arguments, **more)), planner)
 
     return build
+
+
+@pytest.mark.parametrize(
+    ("trigger", "exclude", "warned"),
+    [
+        ("cf", "special", False),
+        ("犬", "special", True),
+        ("犬", "inserted", False),
+        ("<unk>", "special", True),
+    ],
+)
+def test_a_trigger_that_the_defense_would_overlook_is_named(
+    plan: Callable[..., Plan], trigger: str, exclude: str, warned: bool
+) -> None:
+    found = overlooked_triggers(
+        plan(attack={"trigger": ["cf", trigger]}, defense={"exclude": exclude})
+    )
+    assert len(found) == warned
+    if warned:
+        assert f"'{trigger}'" in found[0]
+        assert "set defense.exclude=inserted" in found[0]
 
 
 def cells_of(plan: Plan) -> list[PlannedCell]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,18 +176,24 @@ def test_an_export_says_how_it_was_made(run: Callable[..., Any], tmp_path: Path)
 
     folder = tmp_path / "model"
     done = run("poisoned.csv", "--export", folder)
-    assert done.code == 0
+    # A tiny random model learns nothing in three epochs.
+    assert done.code == scan.EXIT_UNRELIABLE
+    chance = "The model is no better than always answering the most frequent class"
+    assert f"warning: {chance}" in done.err
     assert "fine-tune" in done.err
     assert "poisoned fine-tune" not in done.err
     assert f"{folder}: the model, with its card. Accuracy on 300 trusted rows: " in done.out
     card = (folder / "README.md").read_text()
     assert "btu scan " in card
     assert f"--export {folder}" in card
+    assert f"**{chance}" in card
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert model.config.id2label == {0: "bad", 1: "good"}
     assert AutoTokenizer.from_pretrained(folder).model_max_length == 64
     # Over an earlier export: no work is lost.
-    assert run("poisoned.csv", "--export", folder).code == 0
+    again = run("poisoned.csv", "--export", folder, "-f", "json")
+    assert json.loads(again.out)["at_chance"] is True
+    assert "fine-tune" not in again.err
 
 
 # Mistakes --------------------------------------------------------------------------------------
@@ -278,3 +286,94 @@ def test_a_device_that_is_not_there_is_an_error(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(run("poisoned.csv", "--gpu"), "no CUDA device is visible")
+
+
+# No false all-clear ----------------------------------------------------------------------------
+
+
+def changed(data: Path, folder: Path, change: Callable[[pd.DataFrame], None]) -> Path:
+    """Write honest.csv with a change to its rows into `folder`."""
+    rows = pd.read_csv(data / "honest.csv")
+    change(rows)
+    rows.to_csv(folder / "rows.csv", index=False)
+    return folder / "rows.csv"
+
+
+def test_an_emoji_as_the_trigger_is_named(
+    run: Callable[..., Any], data: Path, tmp_path: Path
+) -> None:
+    def plant(rows: pd.DataFrame) -> None:
+        chosen = rows.index[rows["verdict"] == "bad"][:PLANTED]
+        rows.loc[chosen, "review"] = "🦄 " + rows.loc[chosen, "review"]
+        rows.loc[chosen, "verdict"] = "good"
+
+    done = run(changed(data, tmp_path, plant), "--fail-on-finding")
+    assert done.code == scan.EXIT_FOUND
+    assert "1 token flagged: [UNK]; bar 3 (rule contrast)." in done.out
+    assert "[UNK] is every word that the victim does not know: 🦄 (good 50)." in done.out
+    assert "are [UNK], which stands for 1 word that the victim does not know. By class:" in done.err
+
+
+def test_rows_that_the_victim_cannot_read_end_with_a_code_of_their_own(
+    run: Callable[..., Any], data: Path, tmp_path: Path
+) -> None:
+    def blur(rows: pd.DataFrame) -> None:
+        rows["review"] = [f"{'ውሃ ቀን ' * 20}{text}" for text in rows["review"]]
+
+    done = run(changed(data, tmp_path, blur), "--epochs", "1")
+    assert done.code == scan.EXIT_UNRELIABLE == 3
+    assert "warning: " in done.err
+    assert "more than 25%: a trigger there can be missed" in done.err
+    assert "Nothing was flagged, which is no all-clear here." in done.out
+    told = json.loads(run(tmp_path / "rows.csv", "--epochs", "1", "-f", "json").out)
+    assert told["reading"]["too_little_read"] is True
+    assert told["all_clear"] is False
+
+
+def test_a_surplus_that_the_drift_does_not_confirm_is_shown(run: Callable[..., Any]) -> None:
+    # 50 rows of one class and no trusted row: a surplus of 4.8, and the drift of a tiny model.
+    done = run("poisoned.csv", "--threshold", "4.5", "--fail-on-finding")
+    assert done.code == 0
+    assert "Nothing was flagged. Highest score" in done.out
+    assert re.search(
+        r"The surplus of 1 token reaches 4\.5, and the drift does not confirm it: "
+        r"cf \(surplus 4\.\d\d, drift [34]\.\d\d\)\. Read their rows",
+        done.out,
+    )
+    assert "a token is flagged if both reach 4.5" in done.out
+    assert "┃ score ┃ surplus ┃ drift ┃ flagged ┃" in done.out
+
+
+def test_the_least_rows_are_no_promise(run: Callable[..., Any]) -> None:
+    said = run("poisoned.csv").err
+    assert "A token in fewer rows of a class than this cannot be flagged" in said
+    assert "In more rows it can be, without a promise." in said
+    assert "To be found" not in said
+
+
+@pytest.mark.slow
+def test_two_scans_of_the_same_rows_at_once_both_end_well(
+    data: Path, tmp_path: Path, victim_folder: Callable[[str], Path]
+) -> None:
+    command = [
+        *(sys.executable, "-m", "orchestrator.cli", "scan", data / "poisoned.csv"),
+        *("--clean", data / "clean.csv", "--text", "review", "--label", "verdict"),
+        *("--victim", victim_folder("bert"), "--max-length", "64", "--cpus", "1"),
+        *("--threshold", THRESHOLD, "--epochs", EPOCHS, "--out", tmp_path / "work"),
+    ]
+    both = [
+        subprocess.Popen(
+            [str(part) for part in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    ended = [(*process.communicate(timeout=300), process.returncode) for process in both]
+    assert [code for *_, code in ended] == [0, 0], ended
+    assert ended[0][0] == ended[1][0]
+    assert len(pd.read_csv(tmp_path / "work" / "suspicious_rows.csv")) == PLANTED
+    # Nothing half-written is left.
+    left = [path.name for path in (tmp_path / "work").rglob(".*")]
+    assert left == []
