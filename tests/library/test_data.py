@@ -510,7 +510,7 @@ def test_a_trusted_number_that_may_be_a_name_or_a_place_is_an_error(
 ) -> None:
     hub({"train": hub_rows("train", 2)}, {"label": ["1", "2"]})
     with pytest.raises(
-        UserError, match=r"label 1 of the trusted rows may be .* \(1, 2, from 0\); give the names"
+        UserError, match=r"label 1 of the clean rows may be .* \(1, 2, from 0\); give the names"
     ):
         load_suspects(DataSpec("owner/data"), trusted_file(tmp_path / "clean.csv", [1, 2]))
     file = trusted_file(tmp_path / "clean.jsonl", ["2", "1"])
