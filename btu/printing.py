@@ -47,8 +47,8 @@ def csv_text(table: pd.DataFrame, **options: Any) -> str:
     options: further arguments of `pandas.DataFrame.to_csv`.
     """
     safe = table.rename(columns=guarded)
-    for place, name in enumerate(table.columns):
-        if table.dtypes.iloc[place].kind in "OU" or str(table.dtypes.iloc[place]) == "str":
-            safe.isetitem(place, [guarded(value) for value in table[name].tolist()])
+    for place in range(table.shape[1]):
+        if table.dtypes.iloc[place].kind not in "biufcmM":  # neither numbers nor times
+            safe.isetitem(place, [guarded(value) for value in table.iloc[:, place].tolist()])
     text: str = safe.to_csv(index=False, **options)
     return text

@@ -245,6 +245,8 @@ def _swallowed(
             number
             for number in range(first + 1, last + 1)
             if _is_row(lines[number - 1], separator, len(table.columns), place, known)
+            # A text of several lines ends with a quote, too, and then with the other fields.
+            and (number < last or f'"{separator}' not in lines[number - 1])
         ]
         if inside:
             found += inside
@@ -313,8 +315,10 @@ def _parquet(path: Path, reading: Reading) -> pd.DataFrame:
     import pyarrow.parquet as pq
 
     try:
-        # A folder has the parts of one table.
-        table = pq.read_table(path if path.is_dir() else io.BytesIO(_bytes(path)))
+        if path.is_dir():
+            table = pq.read_table(path)  # the parts of one table
+        else:
+            table = pq.ParquetFile(io.BytesIO(_bytes(path))).read()
         schema = table.schema
         frame: pd.DataFrame = table.to_pandas()
     except (OSError, EOFError, zlib.error, lzma.LZMAError):
