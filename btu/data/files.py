@@ -311,17 +311,14 @@ def _json_line(path: Path, number: int, line: str) -> Any:
 
 
 def _parquet(path: Path, reading: Reading) -> pd.DataFrame:
+    import pandas as pd
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        if path.is_dir():
-            table = pq.read_table(path)  # the parts of one table
-        else:
-            table = pq.ParquetFile(io.BytesIO(_bytes(path))).read()
+        table = _checked(path, reading)
         schema = table.schema
         frame: pd.DataFrame = table.to_pandas()
-    except (OSError, EOFError, zlib.error, lzma.LZMAError):
+    except (UserError, OSError, EOFError, zlib.error, lzma.LZMAError):
         raise
     except Exception as error:
         # Damaged files end in errors of many types, also from the metadata of other programs.
@@ -340,7 +337,8 @@ def _parquet(path: Path, reading: Reading) -> pd.DataFrame:
                 "data.text_column (--text in a scan), or write each text as one string."
             )
         if _is_bytes(value):
-            frame[name] = _decoded_column(frame[name], name, path, reading)
+            decoded = _decoded_values(frame[name].tolist(), name, path, reading)
+            frame[name] = pd.Series(decoded, dtype=object, index=frame.index)
     names = _class_names(schema, reading.label_column)
     if names is not None and reading.label_column in frame:
         frame[reading.label_column] = named_labels(
@@ -348,6 +346,31 @@ def _parquet(path: Path, reading: Reading) -> pd.DataFrame:
         )
         frame.attrs["names"] = names
     return frame
+
+
+def _checked(path: Path, reading: Reading) -> Any:
+    """Return the Arrow table of a file, with every string decoded.
+
+    Parquet does not enforce that strings are UTF-8, and Arrow reads the bytes as they are.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if path.is_dir():
+        table = pq.read_table(path)  # the parts of one table
+    else:
+        table = pq.ParquetFile(io.BytesIO(_bytes(path))).read()
+    for place, field in enumerate(table.schema):
+        if not pa.types.is_string(field.type) and not pa.types.is_large_string(field.type):
+            continue
+        try:
+            table.column(place).validate(full=True)
+        except pa.ArrowInvalid:
+            raw = table.column(place).cast(pa.large_binary()).to_pylist()
+            values = _decoded_values(raw, field.name, path, reading)
+            table = table.set_column(place, field.name, pa.array(values, pa.large_string()))
+    table.validate(full=True)
+    return table
 
 
 def _is_nested(kind: Any) -> bool:
@@ -363,14 +386,12 @@ def _is_bytes(kind: Any) -> bool:
     return any(check(kind) for check in checks) or str(kind) == "binary_view"
 
 
-def _decoded_column(
-    column: pd.Series[Any], name: str, path: Path, reading: Reading
-) -> pd.Series[Any]:
-    import pandas as pd
-
+def _decoded_values(
+    raw: Iterable[Any], name: str, path: Path, reading: Reading
+) -> list[str | None]:
     encoding = reading.encoding or "utf-8"
-    values: list[Any] = []
-    for row, value in enumerate(column.tolist()):
+    values: list[str | None] = []
+    for row, value in enumerate(raw):
         if not isinstance(value, bytes):
             values.append(None)
             continue
@@ -382,7 +403,7 @@ def _decoded_column(
                 f"{error}. If they are in another encoding, name it: data.encoding=latin-1, "
                 "--encoding latin-1 in a scan."
             ) from error
-    return pd.Series(values, dtype=object, index=column.index)
+    return values
 
 
 def _class_names(schema: Any, column: str) -> tuple[str, ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -33,6 +34,8 @@ _ENCODINGS = (
     "cp437", "cp850", "iso8859-2", "iso8859-15", "koi8-r", "mac-roman", "shift_jis", "euc-jp",
     "euc-kr", "gbk", "gb18030", "big5",
 )  # fmt: skip
+# Notations of characters inside of other texts; no file is written in one.
+_NOTATIONS = ("idna", "punycode", "unicode-escape", "raw-unicode-escape", "undefined")
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,10 @@ class Reading:
 def check_encoding(name: str) -> None:
     """Raise a `UserError` unless `name` is an encoding of text."""
     try:
-        # Not codecs.lookup, which also knows codecs that turn text into text.
+        # codecs.lookup alone also knows codecs that turn text into text.
         "a".encode(name)
+        if codecs.lookup(name).name in _NOTATIONS:
+            raise LookupError(name)
     except (LookupError, ValueError) as error:
         raise UserError(
             f"data.encoding '{name}' is no text encoding{did_you_mean(name, _ENCODINGS) or '.'} "

@@ -158,6 +158,7 @@ def test_how_a_file_is_read_is_in_the_keys_of_its_rows(tmp_path: Path) -> None:
         ({"encoding": "latin"}, None),
         ({"encoding": "lattin-1"}, r"data\.encoding 'lattin-1' is no text .*mean 'latin-1'\? Name"),
         ({"encoding": "rot13"}, r"data\.encoding 'rot13' is no text encoding\. Name one"),
+        ({"encoding": "unicode_escape"}, r"data\.encoding 'unicode_escape' is no text encoding"),
         ({"separator": "semicolons"}, r"data\.separator 'semicolons'; did you mean 'semicolon'"),
         ({"separator": "x"}, r"data\.separator 'x' cannot separate fields"),
         ({"separator": "\n"}, r"data\.separator '\\n' cannot separate fields"),
@@ -372,6 +373,17 @@ def test_bytes_that_are_no_text_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"column 'text' of .*mine\.parquet has bytes that are no utf-8 in row 5"
     ):
+        load(path)
+    assert ("café", "1") in everything(load(path, encoding="latin-1"))
+
+
+def test_strings_that_are_no_utf8_are_an_error(tmp_path: Path) -> None:
+    # Writers that do not check put other encodings into columns of strings.
+    values = [t.encode() for t in texts()]
+    values[5] = b"caf\xe9"
+    strings = pa.array(values).view(pa.string())
+    path = parquet(tmp_path / "mine.parquet", strings, alternating((0, 1)))
+    with pytest.raises(UserError, match=r"column 'text' of .* bytes that are no utf-8 in row 5"):
         load(path)
     assert ("café", "1") in everything(load(path, encoding="latin-1"))
 
