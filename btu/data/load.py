@@ -1,6 +1,6 @@
 """Load a corpus with its three roles: `load_corpus`.
 
-Sources: the embedded demo, local Parquet/CSV/TSV/JSONL files, and hub data sets. Roles: ``train``
+Sources: the embedded demo, local files (`btu.data.files`), and hub data sets. Roles: ``train``
 is what the attacker poisons, ``clean`` is the defender's reserved set, and CACC and ASR are
 reported on ``eval``. The reference code of BTU tunes and evaluates on one file for HSOL; here a
 text in two roles is dropped from the role that is not reported on.
