@@ -12,7 +12,15 @@ from rich.table import Table
 
 from btu.errors import UserError
 from orchestrator.cli.plan import SHOWN, show_plan
-from orchestrator.cli.shared import EXIT_INCOMPLETE, Overrides, SweepFile, console, print_data, say
+from orchestrator.cli.shared import (
+    EXIT_INCOMPLETE,
+    Overrides,
+    SweepFile,
+    console,
+    print_data,
+    say,
+    warn,
+)
 from orchestrator.sweep.output import output_option
 
 if TYPE_CHECKING:
@@ -44,7 +52,7 @@ def trial(sweep: SweepFile, overrides: Overrides = None) -> None:
     import tempfile
     from dataclasses import replace
 
-    from orchestrator.plan.planner import plan_sweep
+    from orchestrator.plan.planner import Planner, plan_sweep
     from orchestrator.run.progress import StageProgress
     from orchestrator.sweep.load import load_sweep
     from orchestrator.sweep.sections import pins
@@ -58,7 +66,10 @@ def trial(sweep: SweepFile, overrides: Overrides = None) -> None:
             f"sweep '{loaded.name}' has several cells; pin its axes to run one, e.g. "
             f"btu trial {sweep} {example}"
         )
-    (cell,) = plan_sweep(loaded).cells.values()
+    planner = Planner()
+    (cell,) = plan_sweep(loaded, planner).cells.values()
+    for text in planner.warnings():
+        warn(text)
 
     from btu.stages import compute
     from btu.training import NonFiniteLossError
