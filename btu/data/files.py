@@ -234,7 +234,7 @@ def _swallowed(
     many fields as there are columns and a label that other rows have.
     """
     breaks = max(text.count("\n"), text.count("\r"))
-    if breaks <= len(table):
+    if breaks <= len(table) + reading.header:
         return []
     place, known = list(table.columns).index(reading.label_column), set(labels)
     lines = io.StringIO(text, newline=None).read().split("\n")

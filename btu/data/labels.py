@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -24,16 +24,18 @@ def numbers_of(labels: Sequence[Any]) -> list[Any]:
     texts = [label for label in labels if isinstance(label, str)]
     if len(texts) < len(labels) or not texts:
         return list(labels)
-    wholes = [_WHOLE.fullmatch(text) for text in texts]
-    if all(wholes):
-        # Not int: a number may have more digits than Python converts.
-        return [_int(whole[1]) for whole in wholes if whole]
-    plain = all(_NUMBER.fullmatch(text) for text in texts)
-    padded = any(re.match(r"\s*[+-]?0[0-9]", text) for text in texts)
+    distinct = set(texts)
+    wholes = {text: _WHOLE.fullmatch(text) for text in distinct}
+    if all(wholes.values()):
+        numbers = {text: _int(match[1]) for text, match in wholes.items() if match}
+        return [numbers[text] for text in texts]
+    plain = all(_NUMBER.fullmatch(text) for text in distinct)
+    padded = any(re.match(r"\s*[+-]?0[0-9]", text) for text in distinct)
     return [float(text) for text in texts] if plain and not padded else texts
 
 
 def _int(digits: str) -> int | str:
+    # Python converts no number of more digits.
     return int(digits) if len(digits) < 4000 else digits
 
 
@@ -80,7 +82,7 @@ def class_mapping(
         _check_encodable(data, class_names)
         return {name: index for index, name in enumerate(class_names)}
     order: dict[str, tuple[bool, Any]] = {}
-    for label in labels:
+    for label in _distinct(labels):
         name = written(label)
         if name is None:
             raise UserError(
@@ -94,6 +96,14 @@ def class_mapping(
             )
     _check_encodable(data, order)
     return {name: index for index, name in enumerate(sorted(order, key=order.__getitem__))}
+
+
+def _distinct(labels: Iterable[Any]) -> list[Any]:
+    """Return each label once, in order; labels that equal each other may have two types."""
+    try:
+        return [label for _, label in dict.fromkeys((type(label), label) for label in labels)]
+    except TypeError:
+        return list(labels)  # lists and other labels that are refused
 
 
 def _check_encodable(data: str, names: Iterable[str]) -> None:
@@ -126,17 +136,16 @@ def class_indices(
     """
     numbers = _by_value(mapping)
     found: list[int] = []
-    known: dict[Hashable, int] = {}
+    known: dict[Any, int] = {}
     for label in labels:
-        # JSON and Parquet may contain lists, which are not hashable. True equals 1.
-        key = (type(label), label) if isinstance(label, Hashable) else None
-        if key is None or key not in known:
+        key = (type(label), label)  # True equals 1
+        try:
+            found.append(known[key])
+        except (KeyError, TypeError):
+            # JSON and Parquet may contain lists, which are not hashable; they are no classes.
             index = _class_of(label, mapping, numbers, where, class_names)
-            if key is not None:
-                known[key] = index
-        else:
-            index = known[key]
-        found.append(index)
+            known[key] = index
+            found.append(index)
     return found
 
 
