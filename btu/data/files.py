@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from btu.data.advice import advice, bad_bytes
 from btu.data.labels import numbers_of
 from btu.data.spec import SUFFIXES, Reading
@@ -95,7 +97,7 @@ def read_file(path: Path, reading: Reading) -> pd.DataFrame:
             raise UserError(f"{path} has two columns '{column}'; rename one of them.")
     table.attrs.setdefault("warnings", [])
     table.attrs["from"] = str(path)
-    _check_texts(table, reading.text_column, path)
+    check_texts(table, reading.text_column, str(path))
     return table
 
 
@@ -444,14 +446,20 @@ def named_labels(labels: pd.Series[Any], names: tuple[str, ...], where: str) -> 
     return pd.Series(values, dtype=object, index=labels.index)
 
 
-def _check_texts(table: pd.DataFrame, column: str, path: Path) -> None:
-    """Refuse texts that are lists or objects: their notation would be scanned."""
+def check_texts(table: pd.DataFrame, column: str, where: str) -> None:
+    """Raise a `UserError` for texts that are lists, objects or bytes: their notation is no text.
+
+    table: the rows.
+    column: of the texts; a table without it is not checked.
+    where: the rows are, for errors.
+    """
     if column not in table:
         return
     for row, value in enumerate(table[column].tolist()):
-        if isinstance(value, list | dict | tuple | set):
-            kind = "an object" if isinstance(value, dict) else "a list"
+        if isinstance(value, list | dict | tuple | set | bytes | np.ndarray):
+            names: dict[type, str] = {dict: "an object", bytes: "bytes"}
+            kind = names.get(type(value), "a list")
             raise UserError(
-                f"column '{column}' of {path} has {kind} in row {row}, not text; name another "
+                f"column '{column}' of {where} has {kind} in row {row}, not text; name another "
                 "with data.text_column (--text in a scan), or write each text as one string."
             )

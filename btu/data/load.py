@@ -17,6 +17,7 @@ import numpy as np
 
 from btu.data.files import (
     DESCRIPTIONS,
+    check_texts,
     column_advice,
     is_delimited,
     is_readable,
@@ -290,6 +291,7 @@ def _hub_frames(
     def read(split: str) -> pd.DataFrame:
         where = f"hub data set {preset.hub_id}/{split}"
         frame = rename_columns(loaded[split].to_pandas(), columns, where)
+        check_texts(frame, "text", where)
         frame.attrs |= {"from": f"{preset.hub_id}/{split}", "warnings": []}
         feature = loaded[split].features[label_column]
         if isinstance(feature, datasets.ClassLabel):
