@@ -70,6 +70,7 @@ class Corpus:
     eval: the rows that CACC and ASR are reported on; nothing is tuned on them.
     label_names: (classes,) the original label values as text, by class index.
     notes: what loading did to the rows (splits held out, overlaps dropped, rows cut), as counts.
+    warnings: what looks wrong in the data, a sentence each.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Corpus:
     eval: Rows
     label_names: tuple[str, ...]
     notes: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     def label_index(self, label: int | str) -> int:
         """Return the class index of an original label value, or of an index of named labels.

@@ -194,7 +194,8 @@ HELP = {"-h", "--help"}
 
 
 def options_of(name: str) -> set[str]:
-    return {option for parameter in COMMANDS[name].params for option in parameter.opts} | HELP
+    parameters = COMMANDS[name].params
+    return {name for p in parameters for name in (*p.opts, *p.secondary_opts)} | HELP
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=_named)

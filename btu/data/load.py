@@ -1,6 +1,6 @@
 """Load a corpus with its three roles: `load_corpus`.
 
-Sources: the embedded demo, local Parquet/CSV/TSV/JSONL files, and hub data sets. Roles: ``train``
+Sources: the embedded demo, local files (`btu.data.files`), and hub data sets. Roles: ``train``
 is what the attacker poisons, ``clean`` is the defender's reserved set, and CACC and ASR are
 reported on ``eval``. The reference code of BTU tunes and evaluates on one file for HSOL; here a
 text in two roles is dropped from the role that is not reported on.
@@ -8,18 +8,34 @@ text in two roles is dropped from the role that is not reported on.
 
 from __future__ import annotations
 
-import csv
-import json
-import warnings
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from btu.data.spec import DATASETS, DEMO_ROWS, SPLIT_NAMES, SUFFIXES, HubPreset, source_columns
-from btu.errors import UserError, unknown
+from btu.data.files import (
+    DESCRIPTIONS,
+    check_texts,
+    column_advice,
+    is_delimited,
+    is_readable,
+    named_labels,
+    read_file,
+    split_and_suffix,
+    suffixes,
+)
+from btu.data.labels import alike, class_indices, class_mapping, counted, shown, written
+from btu.data.spec import (
+    DATASETS,
+    DEMO_ROWS,
+    HELD_OUT,
+    SPLIT_NAMES,
+    HubPreset,
+    source_columns,
+)
+from btu.errors import UserError, did_you_mean, unknown
 from btu.seeding import derive_seed
 from btu.types import Corpus, Rows
 
@@ -51,7 +67,7 @@ def split_frames(
     if spec.name == "demo" and spec.path is None:
         return _demo_frames(), None
     if spec.path is not None:
-        return _local_frames(spec, roles), None
+        return _local_frames(spec, roles)
     return _hub_frames(spec, roles)
 
 
@@ -77,112 +93,160 @@ def _demo_frames() -> dict[str, pd.DataFrame]:
     }
 
 
-def _read_table(path: Path) -> pd.DataFrame:
-    import pandas as pd
-
-    try:
-        if path.suffix == ".parquet":
-            return pd.read_parquet(path)
-        if path.suffix == ".jsonl":
-            # Line by line: pandas would guess types ("007" is a text, not a 7).
-            lines = path.read_text(encoding="utf-8").split("\n")
-            records = [json.loads(line) for line in lines if line.strip()]
-            if not records:
-                raise pd.errors.EmptyDataError
-            return pd.DataFrame(records, dtype=object)
-        tabs = path.suffix == ".tsv"
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            return pd.read_csv(
-                path,
-                sep="\t" if tabs else ",",
-                # TSV data sets do not quote, and a lone quote would swallow rows.
-                quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
-                # A row whose text is "null" or "NA" is a row, not a missing value.
-                keep_default_na=False,
-                # Otherwise pandas takes the first field of rows longer than the header as index.
-                index_col=False,
-            )
-    except pd.errors.ParserWarning as error:
-        raise UserError(
-            f"{path} has rows with more fields than its header ({error}); quote texts "
-            "that contain the separator, or use Parquet."
-        ) from error
-    except pd.errors.EmptyDataError as error:
-        raise UserError(f"{path} is empty: at least 2 rows are needed.") from error
-    except (ValueError, OSError) as error:  # ArrowInvalid and ParserError are ValueErrors
-        raise UserError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from error
-
-
-def suffixes() -> str:
-    return ", ".join(SUFFIXES)
-
-
-def read_file(path: Path) -> pd.DataFrame:
-    """Return the table of a file that a user named, with its path in ``attrs``."""
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"data file {path} must end in one of {suffixes()}.")
-    table = _read_table(path)
-    table.attrs["from"] = str(path)
-    return table
-
-
-def _local_frames(spec: DataSpec, roles: Mapping[str, tuple[str, ...]]) -> dict[str, pd.DataFrame]:
+def _local_frames(
+    spec: DataSpec, roles: Mapping[str, tuple[str, ...]]
+) -> tuple[dict[str, pd.DataFrame], tuple[str, ...] | None]:
     assert spec.path is not None
     root = Path(spec.path).expanduser()
     if root.is_file():
-        named = [n for n in ("train", "clean", "eval") if getattr(spec, f"{n}_split")]
+        asked = [n for n in ("train", "clean", "eval") if getattr(spec, f"{n}_split")]
+        named = [n for n in asked if getattr(spec, f"{n}_split") != HELD_OUT]
         if named:
             raise UserError(
                 f"data.{named[0]}_split is set but data.path {root} is one file; give a folder "
-                "with a file per split, or leave the splits null."
+                "with a file per split, or remove the key."
             )
-        return {"train": read_file(root)}
-    if not root.is_dir():
+        frames = {"train": read_file(root, spec.reading)}
+    elif root.is_dir():
+        files = _split_files(spec, root)
+        frames = _chosen_frames(
+            spec,
+            _Source(files, f"folder {root}"),
+            roles,
+            lambda split: _split_of(spec, files, split),
+        )
+    else:
         raise UserError(f"data.path {root} does not exist; give a folder with a file per split.")
-    files: dict[str, Path] = {}
+    _refuse_unused_keys(spec, [Path(frame.attrs["from"]) for frame in frames.values()])
+    return frames, frames["train"].attrs.get("names")
+
+
+def _split_files(spec: DataSpec, root: Path) -> dict[str, list[Path]]:
+    """Return the files of a folder by split; a split may have several, which is then refused."""
     try:
-        paths = sorted(p for p in root.iterdir() if p.suffix in SUFFIXES)
+        paths = sorted(path for path in root.iterdir() if is_readable(path, spec.reading))
     except OSError as error:
         raise UserError(f"data.path {root} cannot be read: {error.strerror}.") from error
+    files: dict[str, list[Path]] = {}
     for path in paths:
-        if path.stem in files:
-            raise UserError(
-                f"folder {root} has the split '{path.stem}' twice ({files[path.stem].name} and "
-                f"{path.name}); remove one."
-            )
-        files[path.stem] = path
-    chosen = _choose_splits(spec, files, f"folder {root}", roles)
-    return {role: read_file(files[split]) for role, split in chosen.items()}
-
-
-def _choose_splits(
-    spec: DataSpec,
-    available: Mapping[str, Any],
-    where: str,
-    roles: Mapping[str, tuple[str, ...]],
-) -> dict[str, str]:
-    """Map each role to a split; a role without one is left out, and held out of train later."""
-    chosen: dict[str, str] = {}
-    for role in roles:
-        asked = getattr(spec, f"{role}_split")
-        if asked is not None:
-            if asked not in available:
-                raise unknown(f"split for data.{role}_split in {where}", asked, available)
-            chosen[role] = asked
-    for role in roles:
-        if role in chosen:
-            continue
-        for name in roles[role]:
-            if name in available and name not in chosen.values():
-                chosen[role] = name
-                break
-    if "train" not in chosen:
+        files.setdefault(split_and_suffix(path)[0], []).append(path)
+    if not files and any((root / f"{name}.json").is_file() for name in DESCRIPTIONS):
         raise UserError(
-            f"{where} has no train split (found: {', '.join(available) or 'nothing'}; files must "
-            f"end in one of {', '.join(SUFFIXES)}); name it with data.train_split."
+            f"folder {root} was saved by datasets.save_to_disk, which is read by "
+            "datasets.load_from_disk alone; write a file per split with "
+            "Dataset.to_parquet('train.parquet')."
         )
-    return chosen
+    return files
+
+
+def _split_of(spec: DataSpec, files: Mapping[str, list[Path]], split: str) -> pd.DataFrame:
+    path, *others = files[split]
+    if others:
+        raise UserError(
+            f"folder {path.parent} has the split '{split}' twice ({path.name} and "
+            f"{others[0].name}); remove one."
+        )
+    return read_file(path, spec.reading)
+
+
+def _refuse_unused_keys(spec: DataSpec, paths: list[Path]) -> None:
+    if any(map(is_delimited, paths)):
+        return
+    keys = {"separator": spec.separator, "header": spec.header or None, "quoting": spec.quoting}
+    if spec.header:
+        del keys["header"]
+    for key, value in keys.items():
+        if value is not None or key == "header":
+            shown = str(getattr(spec, key)).lower()
+            raise UserError(
+                f"data.{key} is {shown}, but {paths[0]} is no delimited text; remove the key "
+                "(option in a scan)."
+            )
+
+
+class _Source(NamedTuple):
+    """Splits that may be chosen. names: of the splits. where: they are, for errors."""
+
+    names: Iterable[str]
+    where: str
+
+
+def _chosen_frames(
+    spec: DataSpec,
+    source: _Source,
+    roles: Mapping[str, tuple[str, ...]],
+    read: Callable[[str], pd.DataFrame],
+) -> dict[str, pd.DataFrame]:
+    """Return the table of each role; a role without one is left out, and held out of train later.
+
+    spec: names splits, or leaves them to be found.
+    source: the splits.
+    roles: the usual names of the splits of each role.
+    read: returns the table of a split.
+
+    A split without labels is not chosen unless it was asked for, which is an error.
+    """
+    available, where = list(source.names), source.where
+    asked = {role: getattr(spec, f"{role}_split") for role in roles}
+    for role, split in asked.items():
+        if split not in (None, HELD_OUT, *available):
+            raise unknown(f"split for data.{role}_split in {where}", split, available)
+    frames: dict[str, pd.DataFrame] = {}
+    taken = {split for split in asked.values() if split is not None}
+    said: list[str] = []
+    for role, split in sorted(asked.items(), key=lambda item: item[0] != "train"):
+        if split == HELD_OUT:
+            continue
+        for name in [split] if split is not None else roles[role]:
+            if name not in available or (split is None and name in taken):
+                continue
+            frame = read(name)
+            missing = _without_labels(spec, frame, frames.get("train"))
+            if missing is None:
+                frames[role] = frame
+                taken.add(name)
+                break
+            if role != "train" and split is None:
+                said.append(f"Split '{name}' of {where} is not used: {missing}.")
+                continue
+            otherwise = "" if role == "train" else f", or data.{role}_split=null to hold it out"
+            raise UserError(
+                f"split '{name}' of {where} cannot be the {role} rows: {missing}; name another "
+                f"with data.{role}_split{otherwise}."
+            )
+        if "train" not in frames:
+            raise UserError(
+                f"{where} has no train split (found: {', '.join(available) or 'nothing'}; files "
+                f"must end in one of {suffixes()}); name it with data.train_split."
+            )
+    frames["train"].attrs["warnings"] = [*frames["train"].attrs["warnings"], *dict.fromkeys(said)]
+    return frames
+
+
+def _without_labels(spec: DataSpec, frame: pd.DataFrame, train: pd.DataFrame | None) -> str | None:
+    """Return why a split has no labels; None if it has some."""
+    column = spec.reading.label_column if spec.path is not None else "label"
+    if column not in frame:
+        # A wrong name is missing in train too, and is told there.
+        return None if train is None else f"it has no column '{column}'"
+    if frame.empty or list(frame.columns).count(column) > 1:
+        return None
+    values = {_plain(value) for value in frame[column].tolist()}
+    hidden = "-1"
+    if values <= {None, ""}:
+        return f"all its labels in column '{column}' are missing"
+    if values <= {None, "", hidden}:
+        known = set() if train is None else set(map(_plain, train[column].tolist()))
+        return None if hidden in known else f"all its labels in column '{column}' are {hidden}"
+    return None
+
+
+def _plain(label: Any) -> str | None:
+    """Return a label as it is written, with None for a missing one."""
+    if label is None or (isinstance(label, float) and label != label):
+        return None
+    name = written(label)
+    return repr(label) if name is None else name
 
 
 def _hub_frames(
@@ -221,19 +285,24 @@ def _hub_frames(
         for split in loaded
         if not known or split in (spec.train_split, spec.clean_split, spec.eval_split)
     }
-    chosen = _choose_splits(spec, available, f"hub data set {preset.hub_id}", roles)
-    frames = {}
     text_column, label_column = source_columns(spec)
-    names: tuple[str, ...] | None = None
-    for role, split in chosen.items():
-        frame = loaded[split].to_pandas()
-        columns = {text_column: "text", label_column: "label"}
-        frames[role] = rename_columns(frame, columns, f"hub data set {preset.hub_id}/{split}")
-        frames[role].attrs["from"] = f"{preset.hub_id}/{split}"
+    columns = {text_column: "text", label_column: "label"}
+
+    def read(split: str) -> pd.DataFrame:
+        where = f"hub data set {preset.hub_id}/{split}"
+        frame = rename_columns(loaded[split].to_pandas(), columns, where)
+        check_texts(frame, "text", where)
+        frame.attrs |= {"from": f"{preset.hub_id}/{split}", "warnings": []}
         feature = loaded[split].features[label_column]
         if isinstance(feature, datasets.ClassLabel):
             names = tuple(feature.names)
-    return frames, names
+            frame["label"] = named_labels(frame["label"], names, where)
+            frame.attrs["names"] = names
+        return frame
+
+    source = _Source(available, f"hub data set {preset.hub_id}")
+    frames = _chosen_frames(spec, source, roles, read)
+    return frames, frames["train"].attrs.get("names")
 
 
 def rename_columns(frame: pd.DataFrame, columns: Mapping[str, str], where: str) -> pd.DataFrame:
@@ -244,9 +313,13 @@ def rename_columns(frame: pd.DataFrame, columns: Mapping[str, str], where: str) 
     return frame.drop(columns=other).rename(columns=dict(columns))
 
 
-def _require_column(frame: pd.DataFrame, column: str, where: str) -> None:
+def _require_column(frame: pd.DataFrame, column: str, where: str, more: str = "") -> None:
     if column not in frame.columns:
-        raise unknown(f"column in {where}", column, map(str, frame.columns))
+        names = list(map(str, frame.columns))
+        raise UserError(
+            f"unknown column in {where} '{column}'{did_you_mean(column, names)} "
+            f"(known: {shown(sorted(names))}).{more}"
+        )
 
 
 def check_frames(spec: DataSpec, frames: Mapping[str, pd.DataFrame]) -> tuple[str, str]:
@@ -255,15 +328,34 @@ def check_frames(spec: DataSpec, frames: Mapping[str, pd.DataFrame]) -> tuple[st
     text_column, label_column = source_columns(spec) if spec.path is not None else ("text", "label")
     for role, frame in frames.items():
         where = f"the {role} rows of data set '{spec.name}'"
-        _require_column(frame, text_column, where)
-        _require_column(frame, label_column, where)
+        for column in (text_column, label_column):
+            if column not in frame and spec.path is not None:
+                more = column_advice(Path(frame.attrs["from"]), spec.reading)
+                _require_column(frame, column, where, more)
+            _require_column(frame, column, where)
         if frame.empty:
             raise UserError(f"{where} are empty: at least 2 rows are needed.")
         # One by one: a label may be an array, which pandas does not compare with a string.
-        empty = any(isinstance(value, str) and not value for value in frame[label_column].tolist())
-        if empty or frame[label_column].isna().any():
-            raise UserError(f"{where} have missing labels in column '{label_column}'.")
+        labels = frame[label_column].tolist()
+        missing = [
+            row
+            for row, (value, none) in enumerate(
+                zip(labels, frame[label_column].isna().tolist(), strict=True)
+            )
+            if none or (isinstance(value, str) and not value)
+        ]
+        if missing:
+            rows = ", ".join(map(str, missing[:5])) + (" ..." if missing[5:] else "")
+            raise UserError(
+                f"{where} have missing labels in column '{label_column}' (rows {rows}, from 0); "
+                "label or remove these rows."
+            )
     return text_column, label_column
+
+
+def frame_warnings(frames: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Return what looked wrong in the files of the tables."""
+    return [text for frame in frames.values() for text in frame.attrs.get("warnings", [])]
 
 
 def _assemble(
@@ -271,11 +363,15 @@ def _assemble(
 ) -> Corpus:
     text_column, label_column = check_frames(spec, frames)
     notes: dict[str, int] = {}
-    mapping = label_mapping(spec, frames["train"][label_column], class_names)
+    mapping = class_mapping(spec.name, frames["train"][label_column].tolist(), class_names)
+    classes = Classes(mapping, class_names)
     roles = {
-        role: to_rows(frame, text_column, label_column, mapping, role, notes)
+        role: to_rows(frame, text_column, label_column, classes, role, notes)
         for role, frame in frames.items()
     }
+    said = frame_warnings(frames)
+    if similar := alike(tuple(mapping), counted(roles["train"].labels)):
+        said.append(similar)
     _hold_out(spec, roles, notes)
     drop_overlaps(roles, notes)
     for role, rows in roles.items():
@@ -292,64 +388,37 @@ def _assemble(
             )
     present = sorted(set(roles["train"].labels))
     if len(present) < 2:
-        names = ", ".join(str(k) for k in mapping)
         raise UserError(
             f"the train rows of data set '{spec.name}' have one class only "
-            f"(labels: {names}); a classifier needs at least two."
+            f"(labels: {shown(mapping)}); a classifier needs at least two."
         )
     return Corpus(
         spec.name,
         roles["train"],
         roles["clean"],
         roles["eval"],
-        tuple(class_names or (str(value) for value in mapping)),
+        tuple(mapping),
         notes,
+        tuple(said),
     )
 
 
-def label_mapping(
-    spec: DataSpec, labels: pd.Series[Any], class_names: tuple[str, ...] | None
-) -> dict[Hashable, int]:
-    """Map original label values to class indices, in sorted order."""
-    if class_names is not None:
-        _check_encodable(spec, class_names)
-        return {index: index for index in range(len(class_names))}
-    values = []
-    for value in labels.tolist():
-        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        if not whole and not isinstance(value, str):
-            raise UserError(
-                f"labels of data set '{spec.name}' must be integers or strings, got {value!r}."
-            )
-        values.append(value if isinstance(value, str) else int(value))
-    distinct = sorted(set(values), key=lambda v: (isinstance(v, str), v))
-    names = [str(value) for value in distinct]
-    _check_encodable(spec, names)
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(
-            f"data set '{spec.name}' has the label {twice} both as a number and as text; use one."
-        )
-    return {value: index for index, value in enumerate(distinct)}
+class Classes(NamedTuple):
+    """The classes of a data set.
 
+    mapping: from labels, as they are written, to class indices.
+    names: the class names, if the source has them.
+    """
 
-def _check_encodable(spec: DataSpec, names: Iterable[str]) -> None:
-    # Texts may contain one; class names are written into keys, configs and reports.
-    for name in names:
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"label {name!r} of data set '{spec.name}' contains a lone surrogate, which is no "
-                "character and cannot be written; rename the label."
-            ) from error
+    mapping: Mapping[str, int]
+    names: tuple[str, ...] | None = None
 
 
 def to_rows(
     frame: pd.DataFrame,
     text_column: str,
     label_column: str,
-    mapping: dict[Hashable, int],
+    classes: Classes,
     role: str,
     notes: dict[str, int],
 ) -> Rows:
@@ -358,7 +427,7 @@ def to_rows(
     frame: the table.
     text_column: the column of the texts.
     label_column: the column of the labels.
-    mapping: from label values to class indices.
+    classes: of the data set.
     role: of the rows, for notes and errors.
     notes: gets the number of rows that were dropped.
 
@@ -367,15 +436,9 @@ def to_rows(
     """
     import pandas as pd
 
-    labels = []
-    for value in frame[label_column].tolist():
-        # JSON and Parquet may contain lists, which are not hashable.
-        if not isinstance(value, Hashable) or value not in mapping:
-            raise UserError(
-                f"label {value!r} of the {role} rows does not occur in the training labels "
-                f"({', '.join(map(str, mapping))})."
-            )
-        labels.append(mapping[value])
+    labels = class_indices(
+        frame[label_column].tolist(), classes.mapping, f"the {role} rows", classes.names
+    )
     columns = {
         str(name): _texts(frame[name])
         for name in frame.columns

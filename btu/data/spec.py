@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import codecs
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
-from btu.errors import UserError
+from btu.errors import UserError, did_you_mean, unknown
 from btu.registry import Registry
 from btu.settings import check_fraction
 
-SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
+SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
 # Usual names of each role's split; the first match wins. A `test` split is the clean set only if
 # there is another split to report on.
 SPLIT_NAMES = {
@@ -20,6 +23,72 @@ SPLIT_NAMES = {
 SCAN_ROLES = {role: SPLIT_NAMES[role] for role in ("train", "clean")}
 LAYOUT_KEYS = ("text_column", "label_column", "train_split", "clean_split", "eval_split")
 HUB_KEYS = ("hub_config", "revision")
+# How text files are read. A default leaves a file as its suffix says.
+READING_KEYS = ("encoding", "separator", "header", "quoting")
+# A role with this split is held out of train. It is how `clean_split: null` and `eval_split: null`
+# of a sweep file are kept; the fields' own None finds the split by its usual name.
+HELD_OUT = "(held out)"
+SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|", "space": " ", "\\t": "\t"}
+_ENCODINGS = (
+    "utf-8", "utf-16", "utf-16-le", "utf-16-be", "latin-1", "ascii", "cp1250", "cp1251", "cp1252",
+    "cp437", "cp850", "iso8859-2", "iso8859-15", "koi8-r", "mac-roman", "shift_jis", "euc-jp",
+    "euc-kr", "gbk", "gb18030", "big5",
+)  # fmt: skip
+# Notations of characters inside of other texts; no file is written in one.
+_NOTATIONS = ("idna", "punycode", "unicode-escape", "raw-unicode-escape", "undefined")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the files of a data set are read, and which columns are needed.
+
+    text_column: the column of the texts; a number, from 0, in a file without a header.
+    label_column: the column of the labels, likewise.
+    encoding: of text files and of bytes in Parquet; None is UTF-8.
+    separator: one character; None is a tab for ``.tsv`` and a comma for ``.csv``.
+    header: whether the first line has the names of the columns.
+    quoting: whether quotes enclose fields; None means that they do unless tabs separate.
+    """
+
+    text_column: str = "text"
+    label_column: str = "label"
+    encoding: str | None = None
+    separator: str | None = None
+    header: bool = True
+    quoting: bool | None = None
+
+
+def check_encoding(name: str) -> None:
+    """Raise a `UserError` unless `name` is an encoding of text."""
+    try:
+        # codecs.lookup alone also knows codecs that turn text into text.
+        "a".encode(name)
+        if codecs.lookup(name).name in _NOTATIONS:
+            raise LookupError(name)
+    except (LookupError, ValueError) as error:
+        raise UserError(
+            f"data.encoding '{name}' is no text encoding{did_you_mean(name, _ENCODINGS) or '.'} "
+            "Name one as Python does, for example latin-1, cp1252 or utf-16."
+        ) from error
+
+
+def separator_character(written: str) -> str:
+    """Return the character of `data.separator`, which may be a name such as ``tab``.
+
+    Raises:
+        UserError: it is neither a name nor one character that can separate.
+    """
+    if written in SEPARATORS:
+        return SEPARATORS[written]
+    if len(written) != 1:
+        names = [name for name in SEPARATORS if name.isalpha()]
+        raise unknown("data.separator", written, [*names, "one character"])
+    if written.isalnum() or not written.isascii() or written in "\"'\r\n\0":
+        raise UserError(
+            f"data.separator {written!r} cannot separate fields; use an ASCII character that is no "
+            "letter, digit, quote or line break, for example ';' or tab."
+        )
+    return written
 
 
 @dataclass(frozen=True)
@@ -32,7 +101,7 @@ class DataSpec:
     text_column: null means ``text``, or the column of the preset.
     label_column: null means ``label``, or the column of the preset.
     train_split: null finds it by its usual name.
-    clean_split: likewise.
+    clean_split: likewise; `HELD_OUT` (null in a sweep file) holds the role out of train.
     eval_split: likewise.
     clean_fraction: share of train held out, before poisoning, if there is no clean split.
     eval_fraction: share of train held out, before poisoning, if there is no eval split.
@@ -43,6 +112,13 @@ class DataSpec:
         sweep have the same corpus.
     hub_config: of the hub data set.
     revision: of the hub data set.
+    encoding: of local text files, and of bytes in Parquet; null is UTF-8.
+    separator: of local text files: a character, or comma, semicolon, tab, pipe, space; null is a
+        tab for ``.tsv`` and a comma for ``.csv``.
+    header: whether the first line of a local text file has the names of the columns. If not, the
+        columns are numbered from 0.
+    quoting: whether quotes enclose fields of local text files; null means that they do unless tabs
+        separate.
     """
 
     name: str = "demo"
@@ -60,6 +136,10 @@ class DataSpec:
     split_seed: int = 0
     hub_config: str | None = None
     revision: str | None = None
+    encoding: str | None = None
+    separator: str | None = None
+    header: bool = True
+    quoting: bool | None = None
 
     def __post_init__(self) -> None:
         check_fraction("data.clean_fraction", self.clean_fraction, open_low=True)
@@ -70,9 +150,16 @@ class DataSpec:
                 f"{self.clean_fraction} + {self.eval_fraction}: nothing would be left to train on."
             )
         if self.name == "demo" and self.path is None:
-            self._refuse_set("the demo corpus has fixed columns and splits", LAYOUT_KEYS + HUB_KEYS)
+            fixed = "the demo corpus has fixed columns and splits"
+            self._refuse_set(fixed, LAYOUT_KEYS + HUB_KEYS + READING_KEYS)
         elif self.path is not None:
             self._refuse_set("data.path reads local files", HUB_KEYS)
+        else:
+            self._refuse_set("only local files (data.path) are read that way", READING_KEYS)
+        if self.encoding is not None:
+            check_encoding(self.encoding)
+        if self.separator is not None:
+            separator_character(self.separator)
         text_column, label_column = source_columns(self)
         if text_column == label_column:
             raise UserError(
@@ -86,10 +173,33 @@ class DataSpec:
 
     def _refuse_set(self, because: str, keys: tuple[str, ...]) -> None:
         for key in keys:
-            if getattr(self, key) is not None:
-                raise UserError(
-                    f"data.{key} is {getattr(self, key)!r}, but {because}; leave it null."
-                )
+            value = getattr(self, key)
+            if value != _DEFAULTS[key]:
+                shown = "null" if value == HELD_OUT else repr(value)
+                raise UserError(f"data.{key} is {shown}, but {because}; remove the key.")
+
+    @property
+    def reading(self) -> Reading:
+        """How its files are read."""
+        text_column, label_column = source_columns(self)
+        separator = None if self.separator is None else separator_character(self.separator)
+        return Reading(
+            text_column, label_column, self.encoding, separator, self.header, self.quoting
+        )
+
+    def config(self) -> dict[str, Any]:
+        """Return its keys as plain data, without reading keys that have their default.
+
+        A record that was written before these keys existed has the same settings.
+        """
+        return {
+            key: value
+            for key, value in vars(self).items()
+            if key not in READING_KEYS or value != _DEFAULTS[key]
+        }
+
+
+_DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(DataSpec)}
 
 
 @dataclass(frozen=True)

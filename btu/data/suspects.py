@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from btu.data.files import read_file, suffixes
+from btu.data.labels import alike, class_mapping, counted, shown
 from btu.data.load import (
+    Classes,
     check_frames,
     drop_overlaps,
-    label_mapping,
-    read_file,
+    frame_warnings,
     rename_columns,
     same_text,
     split_frames,
-    suffixes,
     to_rows,
 )
-from btu.data.spec import SCAN_ROLES, SPLIT_NAMES, source_columns
+from btu.data.spec import READING_KEYS, SCAN_ROLES, SPLIT_NAMES, Reading, source_columns
 from btu.errors import UserError
 from btu.types import Corpus, Rows
 
@@ -65,12 +66,13 @@ def load_suspects(spec: DataSpec, clean_file: str | None = None) -> SuspectCorpu
         path = Path(clean_file).expanduser()
         if not path.is_file():
             raise UserError(f"trusted rows {path} do not exist; give a file ({suffixes()}).")
-        frames["clean"] = read_file(path)
-        if spec.path is None:
-            frames["clean"] = _trusted_as_hub(frames["clean"], spec)
+        frames["clean"] = (
+            _trusted(path, spec) if spec.path is not None else _trusted_as_hub(path, spec)
+        )
     text_column, label_column = check_frames(spec, frames)
     notes: dict[str, int] = {}
-    mapping = label_mapping(spec, frames["train"][label_column], label_names)
+    mapping = class_mapping(spec.name, frames["train"][label_column].tolist(), label_names)
+    classes = Classes(mapping, label_names)
     if len(mapping) < 2:
         raise _one_class(spec, mapping, notes)
     trusted = str(frames["clean"].attrs.get("from", "clean")) if "clean" in frames else "none"
@@ -80,10 +82,7 @@ def load_suspects(spec: DataSpec, clean_file: str | None = None) -> SuspectCorpu
         part = frame[[text_column, label_column]].assign(
             **{_NUMBER: [str(number) for number in range(len(frame))]}
         )
-        known = mapping
-        if role == "clean" and clean_file is not None and label_names is not None:
-            known = _mapping_with_names(label_names, part[label_column])
-        roles[role] = to_rows(part, text_column, label_column, known, role, notes)
+        roles[role] = to_rows(part, text_column, label_column, classes, role, notes)
     labels: dict[str, set[int]] = {}
     for text, value in zip(roles["clean"].texts, roles["clean"].labels, strict=True):
         labels.setdefault(same_text(text), set()).add(value)
@@ -100,39 +99,44 @@ def load_suspects(spec: DataSpec, clean_file: str | None = None) -> SuspectCorpu
     train, clean, none = (
         Rows(rows.texts, rows.labels) for rows in (roles[r] for r in ("train", "clean", "eval"))
     )
-    names = tuple(label_names or (str(value) for value in mapping))
+    names = tuple(mapping)
     _check_classes(spec, train, names, label_column, notes)
-    corpus = Corpus(spec.name, train, clean, none, names, notes)
+    said = frame_warnings(frames)
+    if similar := alike(names, counted(train.labels)):
+        said.append(similar)
+    corpus = Corpus(spec.name, train, clean, none, names, notes, tuple(said))
     return SuspectCorpus(corpus, numbers, contradicted, trusted)
 
 
 _NUMBER = "\0number"
 
 
-def _trusted_as_hub(frame: pd.DataFrame, spec: DataSpec) -> pd.DataFrame:
+def _trusted(path: Path, spec: DataSpec) -> pd.DataFrame:
+    try:
+        return read_file(path, spec.reading)
+    except UserError as error:
+        if all(getattr(spec.reading, key) == getattr(Reading(), key) for key in READING_KEYS):
+            raise
+        raise UserError(
+            f"{error} The trusted file is read with the same options as the data; if it is written "
+            "in another way, give it as Parquet or JSON lines."
+        ) from error
+
+
+def _trusted_as_hub(path: Path, spec: DataSpec) -> pd.DataFrame:
     """Return the trusted rows of a file, with columns renamed as those of loaded hub data."""
+    reading = spec.reading
+    present = read_file(path, reading).columns
     columns = {}
     asked = (spec.text_column, spec.label_column)
     for given, source, usual in zip(asked, source_columns(spec), ("text", "label"), strict=True):
         # Without a named column the usual names are accepted: users need not know a preset's.
-        plain = not given and source not in frame and usual in frame
+        plain = not given and source not in present and usual in present
         columns[usual if plain else source] = usual
-    return rename_columns(frame, columns, f"trusted rows {frame.attrs['from']}")
-
-
-def _mapping_with_names(names: tuple[str, ...], labels: pd.Series[Any]) -> dict[Hashable, int]:
-    """Map the class numbers of the hub, and the class names, to class indices."""
-    mapping: dict[Hashable, int] = {index: index for index in range(len(names))}
-    mapping |= {name: index for index, name in enumerate(names)}
-    for value in labels.tolist():
-        named = mapping.get(str(value))
-        if isinstance(value, int) and named is not None and named != value:
-            raise UserError(
-                f"label {value} of the trusted rows may be the class of that name or class number "
-                f"{value} ({', '.join(names)}, from 0); give the names as text in Parquet or JSON "
-                "lines."
-            )
-    return mapping
+    text_column, label_column = columns
+    # Again, since texts and labels are read as they are written.
+    frame = read_file(path, replace(reading, text_column=text_column, label_column=label_column))
+    return rename_columns(frame, columns, f"trusted rows {path}")
 
 
 def _check_classes(
@@ -159,5 +163,5 @@ def _one_class(spec: DataSpec, names: Iterable[Any], notes: Mapping[str, int]) -
     left = f" ({', '.join(f'{name}: {count}' for name, count in notes.items())})" if notes else ""
     return UserError(
         f"the rows of data set '{spec.name}' have fewer than two classes (labels: "
-        f"{', '.join(map(str, names))}){left}; a classifier needs at least two."
+        f"{shown(names)}){left}; a classifier needs at least two."
     )

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from btu.data.spec import DATASETS, SUFFIXES, DataSpec
+from btu.data.files import is_readable, suffixes
+from btu.data.spec import DATASETS, DataSpec
 from btu.data.suspects import SuspectCorpus
 from btu.defenses.base import Given
 from btu.defenses.token_unlearning import (
@@ -143,6 +144,10 @@ def prepare_scan(
     text: str | None = None,
     label: str | None = None,
     split: str | None = None,
+    encoding: str | None = None,
+    separator: str | None = None,
+    header: bool = True,
+    quoting: bool | None = None,
     victim: str = "offline",
     max_length: int = 128,
     rule: str | None = None,
@@ -161,6 +166,10 @@ def prepare_scan(
     text: the column of the texts.
     label: the column of the labels.
     split: the split that is scanned.
+    encoding: of the files, those of the trusted rows too; as `DataSpec.encoding`.
+    separator: likewise.
+    header: likewise.
+    quoting: likewise.
     victim: the model that is trained.
     max_length: longest input in tokens.
     rule: the detection rule; None is the default rule.
@@ -178,11 +187,13 @@ def prepare_scan(
     limit: dict[str, Any] = {threshold_name(rule): threshold}
     # Whoever planted a trigger may have chosen a word that the tokenizer does not know.
     defense = TokenUnlearning(rule=rule, exposure_epochs=epochs, exclude=INSERTED, **limit)
-    spec = _find_data(str(data), text, label, split)
+    keys: dict[str, Any] = {"text_column": text, "label_column": label, "train_split": split}
+    keys |= {"encoding": encoding, "separator": separator, "header": header, "quoting": quoting}
+    spec = _find_data(str(data), keys)
     clean_file = None
     if clean is not None:
         one_file = spec.path is not None and Path(spec.path).is_file()
-        if one_file or Path(clean).is_file() or Path(clean).suffix in SUFFIXES:
+        if one_file or Path(clean).is_file() or is_readable(Path(clean)):
             clean_file = str(clean)
         else:
             spec = replace(spec, clean_split=str(clean))
@@ -200,22 +211,21 @@ def prepare_scan(
     return ScanPlan(spec, loaded, victim_spec, found.source.identity, defense, base, least)
 
 
-def _find_data(data: str, text: str | None, label: str | None, split: str | None) -> DataSpec:
-    columns: dict[str, Any] = {"text_column": text, "label_column": label, "train_split": split}
+def _find_data(data: str, keys: Mapping[str, Any]) -> DataSpec:
     path = Path(data).expanduser()
     if path.is_file() or path.is_dir():
         place = path.resolve()
-        return DataSpec(place.stem if path.is_file() else place.name, path=str(path), **columns)
+        return DataSpec(place.stem if path.is_file() else place.name, path=str(path), **keys)
     owner, _, rest = data.partition("/")
     hub = owner and rest and "/" not in rest and not data.startswith((".", "~"))
-    if data in DATASETS or (hub and path.suffix not in SUFFIXES and not Path(owner).is_dir()):
-        return DataSpec(data, **columns)
+    if data in DATASETS or (hub and not is_readable(path) and not Path(owner).is_dir()):
+        return DataSpec(data, **keys)
     near = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(str(path), [*near, *DATASETS], n=1)
     meant = f"; did you mean '{close[0]}'?" if close else "."
     raise UserError(
         f"data '{data}' is not a file, folder or known data set{meant} Give a file "
-        f"({', '.join(SUFFIXES)}), a folder with one per split, one of {', '.join(DATASETS)}, or a "
+        f"({suffixes()}), a folder with one per split, one of {', '.join(DATASETS)}, or a "
         "hub id owner/data."
     )
 
@@ -235,6 +245,7 @@ def _check_trusted(
             f"data '{spec.name}' has no trusted rows (no split 'clean' or 'test'), with which rule "
             f"'{rule}' compares; name some with --clean FILE, {instead}. They are not taken out of "
             "the rows under suspicion: poisoned rows among them would be trusted."
+            + "".join(f" {text}" for text in corpus.warnings)
         )
     sizes, reserved = (_sizes(rows.labels, corpus) for rows in (corpus.train, corpus.clean))
     for name, size, trusted in zip(corpus.label_names, sizes, reserved, strict=True):

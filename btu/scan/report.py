@@ -19,6 +19,7 @@ from btu.defenses.token_unlearning import candidate_tokens
 from btu.errors import UserError
 from btu.findings import Suspects
 from btu.paths import check_file, not_written
+from btu.printing import csv_text
 from btu.rules import contrast
 from btu.rules.base import DEFAULT_RULE, RULES, rows_and_tokens, rows_by_class
 from btu.scan.plan import prepare_scan
@@ -173,6 +174,7 @@ class ScanReport:
             "labels": list(plan.corpus.label_names),
             "contradicted_rows": list(plan.data.contradicted),
             "trusted_from": plan.data.trusted,
+            "warnings": list(plan.corpus.warnings),
             "victim": plan.victim.name,
             "victim_identity": plan.identity,
             "rule": plan.defense.rule,
@@ -423,6 +425,8 @@ def score_text(score: float) -> str:
 def write_report(frame: pd.DataFrame, path: Path) -> None:
     """Write a table of a report as CSV, Parquet or JSON lines, by the suffix.
 
+    CSV is for spreadsheets: a text that they would take for a formula gets an apostrophe.
+
     Raises:
         UserError: the file cannot be written.
     """
@@ -441,7 +445,8 @@ def write_report(frame: pd.DataFrame, path: Path) -> None:
         if path.suffix == ".csv":
             # The writer does not quote a carriage return by default, and readers end a row there:
             # the author of a text could add rows.
-            storable.to_csv(fresh, index=False, quoting=csv.QUOTE_NONNUMERIC)
+            # Encoded here, since the system's own line breaks would change those of the texts.
+            fresh.write_bytes(csv_text(storable, quoting=csv.QUOTE_NONNUMERIC).encode())
         elif path.suffix == ".parquet":
             storable.to_parquet(fresh, index=False)
         else:

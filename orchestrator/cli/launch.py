@@ -54,7 +54,7 @@ def trial(sweep: SweepFile, overrides: Overrides = None) -> None:
     import tempfile
     from dataclasses import replace
 
-    from orchestrator.plan.planner import overlooked_triggers, plan_sweep
+    from orchestrator.plan.planner import Planner, overlooked_triggers, plan_sweep
     from orchestrator.run.progress import StageProgress
     from orchestrator.sweep.load import load_sweep
     from orchestrator.sweep.sections import pins
@@ -68,9 +68,10 @@ def trial(sweep: SweepFile, overrides: Overrides = None) -> None:
             f"sweep '{loaded.name}' has several cells; pin its axes to run one, e.g. "
             f"btu trial {sweep} {example}"
         )
-    planned = plan_sweep(loaded)
+    planner = Planner()
+    planned = plan_sweep(loaded, planner)
     (cell,) = planned.cells.values()
-    for warning in overlooked_triggers(planned):
+    for warning in (*planner.warnings(), *overlooked_triggers(planned)):
         warn(warning)
 
     from btu.stages import compute

@@ -54,8 +54,8 @@ def scan(
     data: Annotated[
         str,
         typer.Argument(
-            help="A file or a folder with a file per split (.parquet, .csv, .tsv, .jsonl), a "
-            "data set's name or a hub id.",
+            help="A file or a folder with a file per split (.parquet, .csv, .tsv, .jsonl, .json), "
+            "a data set's name or a hub id.",
             metavar="DATA",
         ),
     ],
@@ -69,6 +69,26 @@ def scan(
     text: Annotated[str | None, typer.Option(help="Column of texts. Default: text.")] = None,
     label: Annotated[str | None, typer.Option(help="Column of labels. Default: label.")] = None,
     split: Annotated[str | None, typer.Option(help="Split to scan. Default: train.")] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="Encoding of the files, e.g. latin-1. Default: utf-8.")
+    ] = None,
+    separator: Annotated[
+        str | None,
+        typer.Option(help="Separator of text files: a character, or tab. Default: by the suffix."),
+    ] = None,
+    no_header: Annotated[
+        bool,
+        typer.Option(
+            "--no-header", help="The files have no header; --text and --label are numbers from 0."
+        ),
+    ] = False,
+    quoting: Annotated[
+        bool | None,
+        typer.Option(
+            "--quoting/--no-quoting",
+            help="Whether quotes enclose fields. Default: unless tabs separate.",
+        ),
+    ] = None,
     victim: Annotated[
         str, typer.Option(help="Model to train on the rows: see `btu list victims`, or a folder.")
     ] = "offline",
@@ -148,6 +168,10 @@ def scan(
         text=text,
         label=label,
         split=split,
+        encoding=encoding,
+        separator=separator,
+        header=not no_header,
+        quoting=quoting,
         victim=victim,
         max_length=max_length,
         rule=rule,
@@ -167,6 +191,8 @@ def scan(
     _check_files(files, export, data, clean)
     # On the error output, so that --format json prints JSON alone.
     note(*plan.notes())
+    for text_of_warning in plan.corpus.warnings:
+        warn(text_of_warning)
     use_threads(cpus or os.cpu_count() or 1)
     report, measured = _run(plan, files, export, gpus=gpus, all_rows=all_rows)
     if style is ScanFormat.json:

@@ -4,23 +4,50 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.segment import Segment
 
+from btu.printing import printable
 from btu.redaction import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+
+    from rich.console import ConsoleOptions, RenderableType
+    from rich.text import Text
 
     from orchestrator.plan.planner import Planner
     from orchestrator.results.source import Source
     from orchestrator.sweep.sweep import Sweep
 
 EXIT_INCOMPLETE, EXIT_USER_ERROR = 1, 2
-console = Console()
-errors = Console(stderr=True)
+
+
+class SafeConsole(Console):
+    """A console on which no text controls the terminal: odd characters are shown as escapes.
+
+    Labels, texts, names of columns and files come from data of unknown origin.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Render a text, also one in a table, so that columns fit what is shown."""
+        return super().render_str(printable(text), **options)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Render anything else."""
+        for segment in super().render(renderable, options):
+            text = segment.text if segment.control else printable(segment.text)
+            yield segment._replace(text=text)
+
+
+# Without emoji codes: ":red_circle:" in a label is a text.
+console = SafeConsole(emoji=False)
+errors = SafeConsole(stderr=True, emoji=False)
 
 
 class Format(StrEnum):
@@ -107,10 +134,12 @@ def say_server(sweep: Sweep) -> None:
 
 
 def print_data(planner: Planner) -> None:
-    """Print each corpus with its counts, including the rows that loading left out."""
+    """Print each corpus with its counts, including left-out rows, and what looks wrong in it."""
     for name, counts in planner.counts():
         parts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in counts.items())
         say(f"data {name}: {parts}")
+    for text in planner.warnings():
+        warn(text)
 
 
 def open_source(

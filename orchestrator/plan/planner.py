@@ -115,6 +115,11 @@ class Planner:
         loaded = [found for found in self._corpora.values() if isinstance(found, _Loaded)]
         return tuple((found.corpus.name, found.corpus.counts()) for found in loaded)
 
+    def warnings(self) -> tuple[str, ...]:
+        """Return what looks wrong in the data that could be loaded, each sentence once."""
+        loaded = [found for found in self._corpora.values() if isinstance(found, _Loaded)]
+        return tuple(dict.fromkeys(text for found in loaded for text in found.corpus.warnings))
+
     def _stage(self, spec: TrialSpec) -> Stage:
         """Return the stage that a cell ends with, after every check that needs no training.
 

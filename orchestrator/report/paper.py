@@ -26,6 +26,7 @@ from btu.attacks.poisoning import ATTACKS, PoisonSpec
 from btu.defenses.base import DEFENSES
 from btu.errors import UserError
 from btu.metrics import GROUPS, METRICS
+from btu.printing import csv_text
 from orchestrator.report import latex
 from orchestrator.report.marks import GUARDS, joined, marks
 from orchestrator.report.statistics import ties_with_best
@@ -107,8 +108,8 @@ def write_pack(source: Source, folder: Path) -> list[Path]:
     cells = paper_cells(records)
     means = mean_table(cells)
     texts = {
-        "cells.csv": cells.to_csv(index=False),
-        "means.csv": means.to_csv(index=False),
+        "cells.csv": csv_text(cells),
+        "means.csv": csv_text(means),
         "tables/effect.tex": effect_table(means),
         "tables/detection.tex": detection_table(means),
         "tables/settings.tex": settings_table(records),

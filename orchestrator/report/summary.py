@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from btu.metrics import METRICS
+from btu.printing import csv_text
 from orchestrator.report import marks
 from orchestrator.report.charts import named_cells
 from orchestrator.report.figures import write_figures
@@ -78,7 +79,7 @@ def summarize(source: Source, launched: int, sweep: str, limit: int) -> Summary:
     if records:
         means = mean_over_seeds(results_table(records))
         metrics |= group_metrics(means)
-        files[MEANS] = means.to_csv(index=False).encode()
+        files[MEANS] = csv_text(means).encode()
         files[MEANS_TABLE] = table_json(means).encode()
         files[CELLS] = cells_csv(records)
         files |= pages(source)
@@ -149,7 +150,7 @@ def cells_csv(records: Sequence[Mapping[str, Any]]) -> bytes:
     """Return a CSV with a row per cell: coordinates, metrics, marks, the cell's key and its run."""
     table = named_cells(list(records))
     names = [*coordinates(records).columns, *metric_columns(table), MARKS, "key", "run_id"]
-    return table.reindex(columns=names).to_csv(index=False).encode()
+    return csv_text(table.reindex(columns=names)).encode()
 
 
 def table_json(table: pd.DataFrame) -> str:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from btu.errors import unknown
 from btu.metrics import COUNT, METRICS
+from btu.printing import csv_text, printable
 from btu.rules.base import THRESHOLD_KEYS
 from orchestrator.report.marks import GUARDS, joined, marks
 from orchestrator.report.statistics import half_width
@@ -198,7 +199,7 @@ def render(table: pd.DataFrame, style: str, metrics: Collection[str] = ALL_METRI
     if style not in FORMATS:
         raise unknown("format", style, FORMATS)
     if style == "csv":
-        return table.to_csv(index=False)
+        return csv_text(table)
     if style == "json":
         rows = [
             {str(k): None if pd.isna(v) else v for k, v in row.items()}
@@ -246,11 +247,12 @@ def reading(metric: str, value: float, *, half: bool = False) -> str:
 def _text(value: Any) -> str:
     if value is None or value != value or value == "":
         return "-"  # the cell's attack or defense does not have the key, or the cell has no mark
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else printable(str(value))
 
 
 def _rich(shown: pd.DataFrame) -> str:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(header_style="bold")
@@ -262,9 +264,9 @@ def _rich(shown: pd.DataFrame) -> str:
             no_wrap=True,
         )
     for row in shown.itertuples(index=False):
-        table.add_row(*map(str, row))
+        table.add_row(*(escape(str(value)) for value in row))
     # Wide enough for any table: a truncated number would be a different number.
-    console = Console(width=10_000)
+    console = Console(width=10_000, emoji=False)
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from btu.attacks.poisoning import ATTACKS, Attack, PoisonSpec
-from btu.data.spec import DataSpec
+from btu.data.spec import HELD_OUT, DataSpec
 from btu.defenses.base import DEFENSES, Defense, DefenseSpec
 from btu.errors import UserError, unknown
 from btu.registry import Registry
@@ -169,7 +169,7 @@ class TrialSpec:
         """Return the resolved cell in the form of a sweep file, as plain data."""
         preset = {} if self.preset is None else {"preset": self.preset}
         return {
-            "data": as_config(self.data),
+            "data": self.data.config(),
             "victim": as_config(self.victim),
             "attack": {**as_config(self.poison), **self.attack_params},
             "defense": {**as_config(self.defense), **preset, **self.defense_params},
@@ -178,6 +178,17 @@ class TrialSpec:
             "seed": self.seed,
             "resources": as_config(self.resources),
         }
+
+
+def hold_out(config: dict[str, Any]) -> None:
+    """Write `HELD_OUT` for each split that is null in the settings of a cell, as a file has them.
+
+    A resolved config keeps None for a split that is found by its usual name.
+    """
+    data = config.get("data")
+    for role in ("clean_split", "eval_split"):
+        if isinstance(data, dict) and role in data and data[role] is None:
+            data[role] = HELD_OUT
 
 
 def settings(varied: Mapping[str, Any]) -> dict[str, Any]:

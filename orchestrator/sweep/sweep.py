@@ -13,7 +13,7 @@ from btu.redaction import shown_url
 from orchestrator.sweep.modes.base import PlannedMode, SearchMode, SequentialMode
 from orchestrator.sweep.modes.optuna import OptunaMode
 from orchestrator.sweep.output import store_location
-from orchestrator.sweep.sections import CONTROL, settings, shown_coordinates
+from orchestrator.sweep.sections import CONTROL, hold_out, settings, shown_coordinates
 from orchestrator.sweep.tree import assign, copied
 
 if TYPE_CHECKING:
@@ -149,6 +149,7 @@ class Sweep:
         config = copied(self.base)
         for key, value in settings(varied).items():
             assign(config, key, value)
+        hold_out(config)
         return Cell(varied, config)
 
     def describe(self) -> str:

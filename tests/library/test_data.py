@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from btu.data.load import load_corpus
-from btu.data.spec import DEMO_ROWS, DataSpec
+from btu.data.spec import DEMO_ROWS, HELD_OUT, DataSpec
 from btu.data.suspects import load_suspects
 from btu.errors import UserError
 from btu.types import Corpus, Rows
@@ -449,6 +449,34 @@ def test_any_hub_data_set_by_its_id(hub: Callable[..., list[tuple[object, ...]]]
     assert corpus.clean.texts[0].startswith("test")
 
 
+def test_hub_splits_without_labels_are_not_chosen(
+    hub: Callable[..., list[tuple[object, ...]]],
+) -> None:
+    splits = {split: hub_rows(split, 2) for split in ("train", "validation", "test")}
+    splits["test"]["label"] = [-1] * 30
+    hub(splits, {"label": ["neg", "pos"]})
+    corpus = load_corpus(DataSpec(name="owner/data"))
+    assert corpus.notes == {"held_out_clean": 3}  # 0.1 of 30 rows
+    assert corpus.warnings[0].startswith("Split 'test' of hub data set owner/data is not used")
+    with pytest.raises(UserError, match=r"split 'test' of hub data set owner/data cannot be the c"):
+        load_corpus(DataSpec(name="owner/data", clean_split="test"))
+    held = load_corpus(DataSpec(name="owner/data", clean_split=HELD_OUT, eval_split=HELD_OUT))
+    assert held.notes == {"held_out_clean": 3, "held_out_eval": 3}
+
+
+@pytest.mark.parametrize(
+    "text", [["a", "b"], {"title": "a"}, b"a"], ids=["list", "object", "bytes"]
+)
+def test_hub_texts_that_are_no_text_are_refused(
+    hub: Callable[..., list[tuple[object, ...]]], text: object
+) -> None:
+    hub({"train": {"text": [text] * 4, "label": [0, 1, 0, 1]}})
+    with pytest.raises(
+        UserError, match=r"'text' of hub .*/train has (a list|an obj|bytes).* row 0"
+    ):
+        load_corpus(DataSpec(name="owner/data"))
+
+
 def test_a_chosen_hub_column_wins_over_one_called_text(
     hub: Callable[..., list[tuple[object, ...]]],
 ) -> None:
@@ -510,7 +538,7 @@ def test_a_trusted_number_that_may_be_a_name_or_a_place_is_an_error(
 ) -> None:
     hub({"train": hub_rows("train", 2)}, {"label": ["1", "2"]})
     with pytest.raises(
-        UserError, match=r"label 1 of the trusted rows may be .* \(1, 2, from 0\); give the names"
+        UserError, match=r"label 1 of the clean rows may be .* \(1, 2, from 0\); give the names"
     ):
         load_suspects(DataSpec("owner/data"), trusted_file(tmp_path / "clean.csv", [1, 2]))
     file = trusted_file(tmp_path / "clean.jsonl", ["2", "1"])

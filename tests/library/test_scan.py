@@ -287,6 +287,8 @@ def test_no_text_makes_rows_in_a_table(tmp_path: Path) -> None:
     frame = pd.DataFrame({"row": range(5), "suspicion": np.nan, "label": "x\ry", "text": texts})
     write_report(frame, tmp_path / "rows.csv")
     read = pd.read_csv(tmp_path / "rows.csv")
+    # An apostrophe guards a text that begins with a carriage return (test_printing.py).
+    texts[3] = "'\r"
     assert read["text"].tolist() == texts
     assert read["label"].tolist() == ["x\ry"] * 5
     assert read["row"].tolist() == list(range(5))
