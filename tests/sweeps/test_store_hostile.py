@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from other_user import OtherUser, other_user  # noqa: F401 - a fixture
@@ -29,6 +29,9 @@ from orchestrator.store.lease import LEFTOVER_S
 from orchestrator.store.remote import RemoteStorage
 from orchestrator.store.storage import LocalStorage, open_storage
 from orchestrator.store.store import Damaged, Missing, Store
+
+if TYPE_CHECKING:
+    from orchestrator.plan.planner import Planner
 
 K = key_of("k")
 GOOD = "0123456789abcdef" * 2
@@ -437,6 +440,21 @@ def test_a_pipe_is_not_waited_for(world: World) -> None:
     assert world.store.committed() == set()
 
 
+def test_a_marker_that_this_user_may_not_read_is_named(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def private(*_: object) -> bytes:  # root may read everything, so the answer is made up
+        raise PermissionError(13, "Permission denied")
+
+    world.forge()
+    monkeypatch.setattr(world.store.storage, "read", private)
+    with pytest.raises(
+        UserError, match=rf"{K}\.json cannot be read \(Permission denied\); its owner"
+    ):
+        world.store.marker(K)
+    assert world.store.committed() == {K}
+
+
 def test_a_file_that_the_marker_does_not_name_is_damage(world: World) -> None:
     folder = world.store.workspace(K)
     (folder / "model").mkdir()
@@ -585,26 +603,31 @@ def test_another_user_of_a_shared_store_reaches_nothing_of_ours(
     group_store: Path,
     tmp_path: Path,
     make_sweep: Callable[..., Path],
+    planner: Planner,
 ) -> None:
+    from orchestrator.plan.planner import plan_sweep
+    from orchestrator.sweep.load import load_sweep
+
     home = tmp_path / "home"
     (home / "x").mkdir(parents=True)
     (home / "x" / "secret").write_bytes(SECRET)
+    sweep = make_sweep(output=str(group_store))
+    (key,) = plan_sweep(load_sweep(sweep, []), planner).cells  # a cell that the sweep asks for
     store = group_store / "store"
-    key = key_of("evil")
     climb = "../" * (len(store.parts) + 1) + str(home / "x").lstrip("/")
     body = {"key": key, "attempt": climb, "name": "cell", "files": {"gone": [1, SHA]}, "info": {},
             "committed": 1.0, "dropped": False}  # fmt: skip
     sha = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     forged = json.dumps({"marker": body, "sha256": sha})
+    forge = f"printf '%s' '{forged}' > markers/{key}.json"
     script = (
-        f"cd store && printf '%s' '{forged}' > markers/{key}.json && mkdir -p entries/{key} && "
+        f"cd store && {forge} && mkdir -p entries/{key} && "
         f"rm -rf markers/{K}.dropped.json damaged && ln -s {home} damaged && "
         f"ln -s {home}/x entries/{key}/{GOOD} && ln -s {home}/x/secret timings/l-1.json"
     )
     wrote = other_user.run("sh", "-c", f"cd {group_store} && {script}")
     assert wrote.returncode == 0, wrote.stderr
 
-    sweep = make_sweep(output=str(group_store))
     for command in (
         ("store", "verify", "--output", str(group_store)),
         ("store", "ls", "--output", str(group_store)),
@@ -612,8 +635,12 @@ def test_another_user_of_a_shared_store_reaches_nothing_of_ours(
         ("plan", str(sweep)),
         ("store", "verify", "--owner", "--output", str(group_store)),
     ):
+        again = other_user.run("sh", "-c", f"cd {store} && {forge}")
+        assert again.returncode == 0, again.stderr
         code, text = btu(*command)
         assert code in (0, 1, 2), text
+        with pytest.raises(Missing):  # as a launch reads what is committed
+            Store(store).fetch(key)
         assert [str(p.relative_to(home)) for p in sorted(home.rglob("*"))] == ["x", "x/secret"]
         assert (home / "x" / "secret").read_bytes() == SECRET
 
