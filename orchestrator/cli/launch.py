@@ -56,7 +56,7 @@ def trial(sweep: SweepFile, overrides: Overrides = None) -> None:
         example = pins({key: values[0] for key, values in open_axes.items()})
         raise UserError(
             f"sweep '{loaded.name}' has several cells; pin its axes to run one, e.g. "
-            f"btu trial {sweep} {example}"
+            f"btu trial {shlex.quote(str(sweep))} {example}"
         )
     (cell,) = plan_sweep(loaded).cells.values()
 

@@ -226,6 +226,11 @@ class Results:
             self.storage.create(path, uuid.uuid4().hex.encode())  # does nothing if it exists by now
         return self.storage.read(path).decode()
 
+    def known_origin(self) -> str:
+        """Return the id of this sweep's folder; empty if it has none yet. Writes nothing."""
+        path = f"{self.name}/{ORIGIN}"
+        return self.storage.read(path).decode() if self.storage.exists(path) else ""
+
     def runs(self) -> dict[str, str]:
         """Return the ids of the MLflow runs that were written from here, by `record_id`.
 

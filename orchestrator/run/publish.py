@@ -50,7 +50,7 @@ class Publisher:
         from orchestrator.tracking import experiment, server
 
         uri = server.tracking_uri(self._sweep)
-        experiment_id, reason = experiment.prepare(self._sweep)
+        experiment_id, reason = experiment.prepare(self._sweep, self._note)
         if experiment_id is None:
             self._note(
                 f"MLflow at {server.shown(uri)} does not answer ({reason[:150]}); the sweep runs "
@@ -100,7 +100,7 @@ class Publisher:
             return
         experiment_id = self.tracking["id"] if self.tracking else None
         if experiment_id is None:
-            experiment_id, _ = experiment.prepare(self._sweep)
+            experiment_id, _ = experiment.prepare(self._sweep, self._note)
             if experiment_id is None:
                 return
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from sqlalchemy.engine import make_url
 
 from orchestrator.store.lease import LEFTOVER_S
-from orchestrator.tracking.server import SQLITE
+from orchestrator.tracking.moved import ARTIFACTS
+from orchestrator.tracking.server import is_sqlite, sqlite_uri
 
 
 def database_of(uri: str) -> Path | None:
     """Return the file of a SQLite URI; None for any other URI."""
-    name = make_url(uri).database if uri.startswith(SQLITE) else None
+    name = make_url(uri).database if is_sqlite(uri) else None
     return Path(name).resolve() if name and name != ":memory:" else None
 
 
@@ -67,10 +68,10 @@ def _remove_companions(path: Path) -> None:
 def _make_tables(path: Path) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    uri = f"{SQLITE}{path}"
+    uri = sqlite_uri(path)
     try:
         # Not through a client: its registry keeps every store that it ever created.
-        store = SqlAlchemyStore(uri, (path.parent / "mlartifacts").as_uri())
+        store = SqlAlchemyStore(uri, (path.parent / ARTIFACTS).as_uri())
         store.engine.dispose()
     finally:
         # MLflow keeps an engine per URI; this URI is not used again.
