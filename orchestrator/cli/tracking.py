@@ -91,7 +91,7 @@ def ui(
     running = uri is not None and uri.startswith(("http://", "https://"))
     uri = uri or server_module.default_uri(output)
     server = server_module.shown(uri).rstrip("/") if running else f"http://127.0.0.1:{port}"
-    views = experiment_module.views(uri)
+    views = experiment_module.views(uri, say)
     # Without the parameter MLflow opens on its pages for language-model traces.
     page = f"{server}/#/experiments?workflowType=machine_learning"
     how = "a running MLflow server; open it in a browser" if running else "Ctrl-C stops it"

@@ -1,8 +1,8 @@
 """A sweep's own folder: which cells it has, and their results and failures from the store.
 
 ``<output>/<sweep>/plans/*.json`` list the cells that were launched under this name, ``tracked/``
-those that MLflow has; ``journal.jsonl`` records what ran when. Results are in the store, which all
-sweeps of an output folder share.
+the runs that were written to MLflow; ``journal.jsonl`` records what ran when. Results are in the
+store, which all sweeps of an output folder share.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def _no_answer(uri: str, reason: str, hint: str) -> str:
 
 
 def deleted_experiment(uri: str, found: Experiment) -> str:
-    """Return the error about an experiment that was deleted in MLflow: its page cannot restore."""
+    """Return the error about an experiment that was deleted, with the command that restores it."""
     restore = ["mlflow", "experiments", "restore", "--experiment-id", str(found.experiment_id)]
     return (
         f"experiment '{found.name}' was deleted in the MLflow store {shown(uri)}; restore it with "
@@ -198,8 +198,13 @@ def _view() -> str:
     return json.dumps({"selectedColumns": VIEW_COLUMNS})
 
 
-def views(uri: str) -> dict[str, str]:
+def views(uri: str, tell: Callable[[str], None] = lambda line: None) -> dict[str, str]:
     """Return the address of each sweep's runs table, relative to the UI's, newest sweep first.
+
+    The UI reads artifacts where the database says that they are: addresses of a folder that was
+    moved or copied are corrected first.
+
+    tell: called with a line for each sweep whose addresses were corrected.
 
     Raises:
         UserError: the store cannot be read.
@@ -208,6 +213,12 @@ def views(uri: str) -> dict[str, str]:
         found = mlflow.MlflowClient(tracking_uri=uri).search_experiments(
             order_by=["last_update_time DESC"]
         )
+        database = database_of(uri)
+        for each in found:
+            if database is not None and VIEW_TAG in each.tags:
+                moved = relocate(uri, database, each)
+                if moved:
+                    tell(moved)
     except REFUSALS as error:
         raise UserError(
             f"the MLflow store {shown(uri)} cannot be read: {reason_of(error)} Name another one "

@@ -17,7 +17,7 @@ from mlflow.entities import Run, ViewType
 from btu.errors import UserError, unknown
 from btu.result_files import ROWS, TOKENS
 from orchestrator.results.source import read_table
-from orchestrator.tracking.database import database_of
+from orchestrator.tracking.database import database_of, reading_uri
 from orchestrator.tracking.experiment import deleted_experiment
 from orchestrator.tracking.moved import folder_beside
 from orchestrator.tracking.runs import (
@@ -69,7 +69,7 @@ class MlflowSource:
             # MLflow would create it.
             raise UserError(f"{shown(self.uri)} does not exist; correct --tracking-uri.")
         with self._answering():
-            self._client = mlflow.MlflowClient(tracking_uri=self.uri)
+            self._client = mlflow.MlflowClient(tracking_uri=reading_uri(self.uri))
             found = self._client.get_experiment_by_name(name)
             if found is None:
                 known = [e.name for e in self._client.search_experiments() if e.name != "Default"]
@@ -220,7 +220,8 @@ class MlflowSource:
             self._warn(
                 f"run {run.info.run_id} has no artifacts at {shown(run.info.artifact_uri)}: what "
                 "needs token scores (curves, drift plots) leaves out this run and similar ones. "
-                "Was the folder moved, or the database copied alone? Put it back, or name a server."
+                "Was the folder moved, or the database copied alone? Put it back, or have btu sync "
+                "write it again from the results on disk."
             )
         self._told_unreachable = True
 

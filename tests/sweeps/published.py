@@ -32,12 +32,14 @@ def forget() -> None:
     """Forget what a process keeps of MLflow stores: each command is a process of its own."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
     from mlflow.tracking._tracking_service import utils
+    from mlflow.tracking._tracking_service.registry import TrackingStoreRegistry
 
     from orchestrator.tracking import server
 
     server.unanswered.clear()
     server.identities.clear()
     utils._artifact_repos_cache.clear()
+    TrackingStoreRegistry._get_store_with_resolved_uri.cache_clear()
     for engine in SqlAlchemyStore._engine_map.values():
         engine.dispose()
     SqlAlchemyStore._engine_map.clear()

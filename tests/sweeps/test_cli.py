@@ -680,7 +680,7 @@ def test_the_ui_serves_the_sweeps_store(
 
     served, asked = [], []
     monkeypatch.setattr(server, "serve_ui", lambda uri, port: served.append((uri, port)) or 0)
-    monkeypatch.setattr(experiment_module, "views", lambda uri: asked.append(uri) or VIEWS)
+    monkeypatch.setattr(experiment_module, "views", lambda uri, _: asked.append(uri) or VIEWS)
     (tmp_path / "mlflow.db").write_text("")
     done = run_cli("ui", "-o", tmp_path, "--port", 5001)
     assert done.code == 0
@@ -700,7 +700,7 @@ def test_the_ui_of_a_server_points_at_it(
     from orchestrator.tracking import server
 
     monkeypatch.setattr(server, "serve_ui", lambda *_: pytest.fail("it runs already"))
-    monkeypatch.setattr(experiment_module, "views", lambda uri: VIEWS)
+    monkeypatch.setattr(experiment_module, "views", lambda *_: VIEWS)
     done = run_cli("ui", "--uri", "http://me:secret@host:5000/")
     assert done.code == 0
     assert "a running MLflow server; open it in a browser" in done.out

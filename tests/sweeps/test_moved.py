@@ -208,3 +208,16 @@ def test_a_link_to_a_folder_elsewhere_is_followed(
         assert made.launch() == []
     assert [path.name for path in big.iterdir()] == [NAME]
     assert all(str(made.folder) in address for address in made.locations())
+
+
+@pytest.mark.slow
+def test_the_ui_finds_the_artifacts_of_a_moved_folder(first: Output) -> None:
+    from orchestrator.tracking import experiment
+
+    second = Output(first.folder.rename(first.folder.with_name("B")))
+    forget()
+    told: list[str] = []
+    for _ in range(2):
+        assert set(experiment.views(second.uri, told.append)) == {NAME}
+    assert len(told) == 1
+    assert all(str(second.folder) in address for address in second.locations())
