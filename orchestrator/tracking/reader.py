@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -65,9 +66,10 @@ class MlflowSource:
         self.uri, self._name, self._warn = absolute(uri), name, warn
         self._told_unreachable = False
         self._database = database_of(self.uri)
-        if self._database is not None and not self._database.is_file():
+        if self._database is not None and not os.access(self._database, os.R_OK):
             # MLflow would create it.
-            raise UserError(f"{shown(self.uri)} does not exist; correct --tracking-uri.")
+            how = "cannot be read" if os.path.lexists(self._database) else "does not exist"
+            raise UserError(f"{shown(self.uri)} {how}; correct --tracking-uri.")
         with self._answering():
             self._client = mlflow.MlflowClient(tracking_uri=reading_uri(self.uri))
             found = self._client.get_experiment_by_name(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sqlite3
 import subprocess
@@ -90,7 +91,8 @@ def absolute(uri: str) -> str:
     # Workers start in other folders, where a relative path would name another file.
     path = Path(url.database).expanduser().resolve()
     literal = Path(re.sub(r"^[^/]*///", "", written)).expanduser().resolve()
-    if literal.parent.is_dir() and not path.parent.is_dir():
+    # `os.path`, since a `Path` raises for a name that is too long.
+    if os.path.isdir(literal.parent) and not os.path.isdir(path.parent):
         raise UserError(
             f"tracking URI {shown(uri)} names {path}, in no folder that exists; write a '%' of a "
             f"path as %25: {sqlite_uri(literal)}"
