@@ -125,18 +125,27 @@ def _open(
 
 
 def _no_answer(uri: str, reason: str, hint: str) -> str:
-    what = f"tracking.uri {shown(uri)} does not answer: {reason}"
+    return f"tracking.uri {shown(uri)} does not answer: {reason} {remedy(uri, reason, hint)}"
+
+
+def remedy(uri: str, reason: str, hint: str) -> str:
+    """Return what the user can do about a store that refused.
+
+    uri: the MLflow store.
+    reason: the first line of its refusal.
+    hint: what the user can do about the URI, as the end of a sentence.
+    """
     if "revision" in reason or "schema" in reason:
+        upgrade = f"mlflow db upgrade {shlex.quote(shown(uri))}"
         return (
-            f"{what} Another version of MLflow made the database; this is {mlflow.__version__}. "
-            "Install that version, or, for an older database, back it up and give: mlflow db "
-            f"upgrade {shlex.quote(shown(uri))}"
+            f"Another version of MLflow made the database; this is {mlflow.__version__}. Install "
+            f"that version, or, for an older database, back it up and give: {upgrade}"
         )
     if is_sqlite(uri) and "readonly" in reason:
-        return f"{what} Make the file and its folder writable, {hint}"
+        return f"Make the file and its folder writable, {hint}"
     if is_sqlite(uri) and "locked" in reason:
-        return f"{what} End the process that holds the database, or try again later."
-    return f"{what} Start the server, {hint}"
+        return "End the process that holds the database, or try again later."
+    return f"Start the server, {hint}"
 
 
 def deleted_experiment(uri: str, found: Experiment) -> str:

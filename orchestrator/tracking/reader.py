@@ -19,7 +19,7 @@ from btu.errors import UserError, unknown
 from btu.result_files import ROWS, TOKENS
 from orchestrator.results.source import read_table
 from orchestrator.tracking.database import database_of, reading_uri
-from orchestrator.tracking.experiment import deleted_experiment
+from orchestrator.tracking.experiment import deleted_experiment, remedy
 from orchestrator.tracking.moved import folder_beside
 from orchestrator.tracking.runs import (
     CELL_TAG,
@@ -238,9 +238,10 @@ class MlflowSource:
                 f"tracking URI {shown(self.uri)} needs a package that is not installed: {error}."
             ) from error
         except REFUSALS as error:
+            reason = reason_of(error)
             raise UserError(
-                f"MLflow at {shown(self.uri)} does not answer: {reason_of(error)} Start the "
-                "server, or correct --tracking-uri."
+                f"MLflow at {shown(self.uri)} does not answer: {reason} "
+                f"{remedy(self.uri, reason, 'or correct --tracking-uri.')}"
             ) from error
 
 
