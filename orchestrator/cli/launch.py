@@ -66,7 +66,7 @@ def trial(sweep: SweepFile, overrides: Overrides = None) -> None:
         example = pins({key: values[0] for key, values in open_axes.items()})
         raise UserError(
             f"sweep '{loaded.name}' has several cells; pin its axes to run one, e.g. "
-            f"btu trial {sweep} {example}"
+            f"btu trial {shlex.quote(str(sweep))} {example}"
         )
     planner = Planner()
     planned = plan_sweep(loaded, planner)
@@ -224,7 +224,7 @@ def _print_result(sweep: Sweep, planned: Plan, result: LaunchResult) -> None:
     # Without the password: the user who gave the URI has it.
     uri = f" --uri {shlex.quote(shown(sweep.tracking.uri))}" if sweep.tracking.uri else output
     say(f"Table: btu report {sweep.name}{output}")
-    if (sweep.tracking.uri or "sqlite:").startswith(("sqlite:", "file:", "http:", "https:")):
+    if (sweep.tracking.uri or "sqlite:").startswith(("sqlite", "file:", "http:", "https:")):
         say(f"Runs:  btu ui{uri}")  # which serves no other databases
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections import Counter
@@ -24,7 +25,7 @@ from orchestrator.cli.shared import (
     console,
     first_names,
 )
-from orchestrator.sweep.output import DEFAULT_OUTPUT
+from orchestrator.sweep.output import DEFAULT_OUTPUT, output_location, output_option
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -128,7 +129,10 @@ def _with_runs(stand: Status, output: str, uri: str | None, before: Status | Non
         if uri is not None:
             raise
         return replace(stand, untracked=f"{error} --tracking-uri names another store.")
-    return replace(stand, runs=tracked(stand, server.shown(where), states))
+    origin = find_sweep(output, stand.name).known_origin()
+    sync = f"btu sync {stand.name}{output_option(output_location(output))}"
+    sync += f" --uri {shlex.quote(server.shown(uri))}" if uri else ""
+    return replace(stand, runs=tracked(stand, server.shown(where), states, origin, sync))
 
 
 def _brief_facts(stand: Status) -> dict[str, object]:
@@ -244,5 +248,7 @@ def _mlflow_line(stand: Status) -> str:
     if runs.orphaned:
         line += f" ({len(runs.orphaned)} of them orphaned: {', '.join(runs.orphaned[:3])})"
     if runs.missing or runs.orphaned:
-        line += f"; {runs.missing} missing. btu sync {stand.name} writes and closes them"
+        gone = f" ({runs.deleted} of them deleted in MLflow)" if runs.deleted else ""
+        line += f"; {runs.missing} missing{gone}. {runs.sync} writes and closes them"
+        line += "; --respect-deleted leaves out the deleted ones" if runs.deleted else ""
     return f"{line}." + (f" As of an earlier look: {stand.untracked}" if stand.untracked else "")

@@ -21,10 +21,15 @@ def sync(
     name: SweepName,
     output: Output = DEFAULT_OUTPUT,
     uri: Uri = None,
+    respect_deleted: Annotated[
+        bool,
+        typer.Option("--respect-deleted", help="Leave out runs that were deleted in MLflow."),
+    ] = False,
 ) -> None:
     """Write the runs that MLflow lacks, from the results on disk; nothing is written twice.
 
-    Use it after a tracking server was away, or to fill another one, which `--uri` names.
+    Use it after a tracking server was away, or to fill another one, which `--uri` names. Runs that
+    were deleted in MLflow are written again, unless `--respect-deleted` leaves them out.
 
     Example: `btu sync main-table --uri http://mlflow:5000`
     """
@@ -40,16 +45,21 @@ def sync(
     def live(key: str) -> bool:
         return results.store.leases.held_by_other(key, "btu sync")
 
-    experiment = experiment_module.experiment(where, name)
-    synced = sync_module.sync(where, experiment, results, live)
+    experiment = experiment_module.experiment(where, name, say)
+    synced = sync_module.sync(where, experiment, results, live, respect_deleted=respect_deleted)
     say(
         f"{synced.written} runs written, {synced.closed} unfinished ones closed, "
         f"{synced.missing} still missing in {server_module.shown(where)}."
     )
+    if synced.deleted:
+        how = "left out" if respect_deleted else "written again; --respect-deleted leaves them out"
+        say(f"Runs that had been deleted in MLflow: {synced.deleted}, {how}.")
     if synced.missing:
         raise UserError(f"MLflow does not have all runs: {synced.reason}")
     try:
-        summarized = sync_module.summarize(where, experiment, results)
+        summarized = sync_module.summarize(
+            where, experiment, results, respect_deleted=respect_deleted
+        )
     except Exception as error:  # a server, disk or plotting error
         raise UserError(f"the summary run was not written: {server_module.brief(error)}") from error
     if summarized:
@@ -89,7 +99,7 @@ def ui(
         uri = ui_module.local_uri(uri)
         ui_module.check_port(port)
     server = server_module.shown(uri).rstrip("/") if running else f"http://{ui_module.HOST}:{port}"
-    _print_addresses(server, experiment_module.views(uri), running)
+    _print_addresses(server, experiment_module.views(uri, say), running)
     if running:
         return
     password = None if no_auth else ui_module.new_password()

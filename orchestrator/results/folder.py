@@ -1,8 +1,8 @@
 """A sweep's own folder: which cells it has, and their results and failures from the store.
 
 ``<output>/<sweep>/plans/*.json`` list the cells that were launched under this name, ``tracked/``
-those that MLflow has; ``journal.jsonl`` records what ran when. Results are in the store, which all
-sweeps of an output folder share.
+the runs that were written to MLflow; ``journal.jsonl`` records what ran when. Results are in the
+store, which all sweeps of an output folder share.
 """
 
 from __future__ import annotations
@@ -278,6 +278,11 @@ class Results:
         if not self.storage.exists(path):
             self.storage.create(path, uuid.uuid4().hex.encode())  # does nothing if it exists by now
         return self.storage.read(path).decode()
+
+    def known_origin(self) -> str:
+        """Return the id of this sweep's folder; empty if it has none yet. Writes nothing."""
+        path = f"{self.name}/{ORIGIN}"
+        return self.storage.read(path).decode() if self.storage.exists(path) else ""
 
     def runs(self) -> dict[str, str]:
         """Return the ids of the MLflow runs that were written from here, by `record_id`.

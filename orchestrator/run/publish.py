@@ -51,7 +51,7 @@ class Publisher:
         from orchestrator.tracking import experiment, server
 
         uri = server.tracking_uri(self._sweep)
-        experiment_id, reason = experiment.prepare(self._sweep)
+        experiment_id, reason = experiment.prepare(self._sweep, self._note)
         named = self._sweep.tracking.uri
         self._results.record_server(None if named is None else uri)
         if experiment_id is None:
@@ -103,7 +103,7 @@ class Publisher:
             return
         experiment_id = self.tracking["id"] if self.tracking else None
         if experiment_id is None:
-            experiment_id, _ = experiment.prepare(self._sweep)
+            experiment_id, _ = experiment.prepare(self._sweep, self._note)
             if experiment_id is None:
                 return
 

@@ -185,7 +185,10 @@ class Runs:
     """What MLflow has of a sweep.
 
     orphaned: ids of runs that are RUNNING although no process computes their cell.
-    missing: how many finished and failed cells have no run that ended.
+    missing: how many finished and failed cells have no run of this folder that says so; `btu sync`
+        writes these.
+    deleted: how many of those had a run that was deleted in MLflow.
+    sync: the command that writes what is missing.
     """
 
     uri: str
@@ -194,6 +197,8 @@ class Runs:
     running: int
     orphaned: list[str] = field(default_factory=list)
     missing: int = 0
+    deleted: int = 0
+    sync: str = ""
 
 
 def sweep_status(output: str, name: str, now: float | None = None) -> Status:
@@ -431,20 +436,42 @@ def _seconds_left(
 # MLflow -----------------------------------------------------------------------------------------
 
 
-def tracked(status: Status, uri: str, states: Iterable[RunState]) -> Runs:
+def tracked(
+    status: Status,
+    uri: str,
+    states: Iterable[RunState],
+    origin: str | None = None,
+    sync: str = "",
+) -> Runs:
     """Return what MLflow has of a sweep's cells, compared with what is on disk.
 
+    status: how the sweep stands on disk.
+    uri: of the MLflow store, as it is shown.
     states: those of its runs, from `orchestrator.tracking.reader.MlflowSource`.
+    origin: id of the sweep's folder; runs of other folders are no runs of its cells. None: all are.
+    sync: the command that writes what is missing.
     """
-    states = [run for run in states if run.cell]
-    by_status = Counter(run.status for run in states)
-    recorded = {run.cell for run in states if run.status in ("FINISHED", "FAILED")}
-    ended = [c.key for c in status.cells if c.state in (CellState.done, CellState.failed)]
+    cells = [run for run in states if run.cell]
+    active = [run for run in cells if not run.deleted]
+    by_status = Counter(run.status for run in active)
+    own = [run for run in cells if run.whole and origin in (None, run.origin)]
+    recorded = {(run.cell, run.status) for run in own if not run.deleted}
+    # Runs that were cut short are deleted by a sync, not by a user.
+    gone = {run.cell for run in own if run.deleted and run.status in ("FINISHED", "FAILED")}
+    expected = {CellState.done: "FINISHED", CellState.failed: "FAILED"}
+    missing = [
+        cell.key
+        for cell in status.cells
+        if cell.state in expected and (cell.key, expected[cell.state]) not in recorded
+    ]
+    present = {run.cell for run in own if not run.deleted}
     return Runs(
         uri,
         by_status["FINISHED"],
         by_status["FAILED"],
         by_status["RUNNING"],
-        [run.run_id for run in states if run.status == "RUNNING" and run.cell not in status.held],
-        sum(key not in recorded for key in ended),
+        [run.run_id for run in active if run.status == "RUNNING" and run.cell not in status.held],
+        len(missing),
+        sum(key in gone and key not in present for key in missing),
+        sync,
     )

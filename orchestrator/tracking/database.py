@@ -9,17 +9,40 @@ import time
 import uuid
 from contextlib import closing, suppress
 from pathlib import Path
+from urllib.parse import quote
 
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 
 from orchestrator.store.lease import LEFTOVER_S
-from orchestrator.tracking.server import SQLITE
+from orchestrator.tracking.moved import ARTIFACTS
+from orchestrator.tracking.server import is_sqlite, sqlite_uri
 
 
 def database_of(uri: str) -> Path | None:
     """Return the file of a SQLite URI; None for any other URI."""
-    name = make_url(uri).database if uri.startswith(SQLITE) else None
+    name = make_url(uri).database if is_sqlite(uri) else None
     return Path(name).resolve() if name and name != ":memory:" else None
+
+
+def reading_uri(uri: str) -> str:
+    """Return the URI to read a store by: without a write, where a folder cannot be written.
+
+    SQLite makes files beside a database even to read it, so that somebody else's output could not
+    be read.
+    """
+    path = database_of(uri)
+    if path is None or (_can_write(path.parent) and _can_write(path)):
+        return uri
+    if Path(f"{path}-wal").exists():
+        return uri  # in use: the files are there, and without them the newest runs are missing
+    # `immutable` is an option of SQLite's own URIs, which SQLAlchemy takes as a database's name.
+    options = {"immutable": "1", "mode": "ro", "uri": "true"}
+    name = f"file:{quote(str(path))}"
+    return URL.create("sqlite+pysqlite", database=name, query=options).render_as_string()
+
+
+def _can_write(path: Path) -> bool:
+    return os.access(path, os.W_OK)
 
 
 def make_database(path: Path) -> None:
@@ -67,10 +90,10 @@ def _remove_companions(path: Path) -> None:
 def _make_tables(path: Path) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    uri = f"{SQLITE}{path}"
+    uri = sqlite_uri(path)
     try:
         # Not through a client: its registry keeps every store that it ever created.
-        store = SqlAlchemyStore(uri, (path.parent / "mlartifacts").as_uri())
+        store = SqlAlchemyStore(uri, (path.parent / ARTIFACTS).as_uri())
         store.engine.dispose()
     finally:
         # MLflow keeps an engine per URI; this URI is not used again.

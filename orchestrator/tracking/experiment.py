@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
@@ -16,10 +18,13 @@ from orchestrator.sweep.modes.axes import GridMode
 from orchestrator.sweep.sweep import Sweep
 from orchestrator.sweep.trust import TRACKING_VARIABLE
 from orchestrator.tracking.database import database_of, make_database, use_wal
+from orchestrator.tracking.moved import artifact_folder, check_folder, relocate
 from orchestrator.tracking.runs import ID_TAG, SUMMARY, TAG_CHARACTERS
 from orchestrator.tracking.server import (
     REFUSALS,
     identities,
+    is_busy,
+    is_sqlite,
     reason_of,
     set_tag,
     shown,
@@ -37,11 +42,15 @@ VIEW_COLUMNS = (
 )
 
 
-def prepare(sweep: Sweep) -> tuple[str | None, str]:
+def prepare(
+    sweep: Sweep, tell: Callable[[str], None] = lambda line: None
+) -> tuple[str | None, str]:
     """Create store and experiment. Return the experiment's id, or None and the reason.
 
     Called once, before any worker starts: creating a database takes seconds and must not race.
-    A server that does not answer is not an error: its runs are written later from the results.
+    A store that does not answer now is not an error: its runs are written later from the results.
+
+    tell: called with a line if the output folder was moved or copied.
 
     Raises:
         UserError: the URI can never work: no such database, driver or experiment.
@@ -51,27 +60,34 @@ def prepare(sweep: Sweep) -> tuple[str | None, str]:
         hint = f"correct {TRACKING_VARIABLE}, or unset it for a local SQLite file."
     elif sweep.tracking.uri is None:
         hint = "or name another folder with output=FOLDER."
-    return _open(tracking_uri(sweep), sweep.name, _experiment_note(sweep), hint)
+    return _open(tracking_uri(sweep), sweep.name, _experiment_note(sweep), hint, tell)
 
 
-def experiment(uri: str, name: str) -> str:
+def experiment(uri: str, name: str, tell: Callable[[str], None] = lambda line: None) -> str:
     """Return the id of a sweep's experiment. Create store and experiment if they are missing.
+
+    tell: called with a line if the output folder was moved or copied.
 
     Raises:
         UserError: the store does not answer, or the URI cannot work.
     """
     hint = "or correct --uri."
-    experiment_id, reason = _open(uri, name, None, hint)
+    experiment_id, reason = _open(uri, name, None, hint, tell)
     if experiment_id is None:
         raise UserError(_no_answer(uri, reason, hint))
     return experiment_id
 
 
-def _open(uri: str, name: str, note: str | None, hint: str) -> tuple[str | None, str]:
-    """Create store and experiment. Return the experiment's id, or None and the server's reason.
+def _open(
+    uri: str, name: str, note: str | None, hint: str, tell: Callable[[str], None]
+) -> tuple[str | None, str]:
+    """Create store and experiment. Return the experiment's id, or None and the store's reason.
 
+    uri: the MLflow store.
+    name: the sweep's name.
     note: the experiment's description; None leaves it as it is.
     hint: what the user can do about the URI.
+    tell: called with a line if the output folder was moved or copied.
 
     Raises:
         UserError: the URI can never work.
@@ -83,10 +99,13 @@ def _open(uri: str, name: str, note: str | None, hint: str) -> tuple[str | None,
         client = mlflow.MlflowClient(tracking_uri=uri)
         found = _find_or_create(client, name, _artifacts(database, name), note)
         if found.lifecycle_stage != "active":
-            raise UserError(
-                f"experiment '{name}' was deleted in the MLflow store {shown(uri)}; "
-                "restore it there, or give the sweep another name."
-            )
+            raise UserError(deleted_experiment(uri, found))
+        if database is not None:
+            moved = relocate(uri, database, found)
+            if moved:
+                tell(moved)
+                found = client.get_experiment(found.experiment_id)
+        check_folder(found)
         experiment_id = str(found.experiment_id)
         if note is not None and found.tags.get("mlflow.note.content") != note:
             set_tag(client, experiment_id, "mlflow.note.content", note)
@@ -102,7 +121,7 @@ def _open(uri: str, name: str, note: str | None, hint: str) -> tuple[str | None,
         ) from error
     except REFUSALS as error:
         reason = reason_of(error)
-        if uri.startswith(("http://", "https://")):
+        if uri.startswith(("http://", "https://")) or is_busy(error):
             return None, reason
         raise UserError(_no_answer(uri, reason, hint)) from error
     if database is not None:
@@ -111,7 +130,37 @@ def _open(uri: str, name: str, note: str | None, hint: str) -> tuple[str | None,
 
 
 def _no_answer(uri: str, reason: str, hint: str) -> str:
-    return f"tracking.uri {shown(uri)} does not answer: {reason} Start the server, {hint}"
+    return f"tracking.uri {shown(uri)} does not answer: {reason} {remedy(uri, reason, hint)}"
+
+
+def remedy(uri: str, reason: str, hint: str) -> str:
+    """Return what the user can do about a store that refused.
+
+    uri: the MLflow store.
+    reason: the first line of its refusal.
+    hint: what the user can do about the URI, as the end of a sentence.
+    """
+    if "revision" in reason or "schema" in reason:
+        upgrade = f"mlflow db upgrade {shlex.quote(shown(uri))}"
+        return (
+            f"Another version of MLflow made the database; this is {mlflow.__version__}. Install "
+            f"that version, or, for an older database, back it up and give: {upgrade}"
+        )
+    if is_sqlite(uri) and "readonly" in reason:
+        return f"Make the file and its folder writable, {hint}"
+    if is_sqlite(uri) and "locked" in reason:
+        return "End the process that holds the database, or try again later."
+    return f"Start the server, {hint}"
+
+
+def deleted_experiment(uri: str, found: Experiment) -> str:
+    """Return the error about an experiment that was deleted, with the command that restores it."""
+    restore = ["mlflow", "experiments", "restore", "--experiment-id", str(found.experiment_id)]
+    return (
+        f"experiment '{found.name}' was deleted in the MLflow store {shown(uri)}; restore it with "
+        f"MLFLOW_TRACKING_URI={shlex.quote(shown(uri))} {shlex.join(restore)}, or give the sweep "
+        "another name."
+    )
 
 
 def _find_or_create(
@@ -140,7 +189,7 @@ def _artifacts(database: Path | None, name: str) -> str | None:
 
     MLflow's own default would be a folder in the current directory.
     """
-    return None if database is None else (database.parent / "mlartifacts" / name).as_uri()
+    return None if database is None else artifact_folder(database, name).as_uri()
 
 
 def _experiment_note(sweep: Sweep) -> str:
@@ -163,8 +212,13 @@ def _view() -> str:
     return json.dumps({"selectedColumns": VIEW_COLUMNS})
 
 
-def views(uri: str) -> dict[str, str]:
+def views(uri: str, tell: Callable[[str], None] = lambda line: None) -> dict[str, str]:
     """Return the address of each sweep's runs table, relative to the UI's, newest sweep first.
+
+    The UI reads artifacts where the database says that they are: addresses of a folder that was
+    moved or copied are corrected first.
+
+    tell: called with a line for each sweep whose addresses were corrected.
 
     Raises:
         UserError: the store cannot be read.
@@ -173,6 +227,12 @@ def views(uri: str) -> dict[str, str]:
         found = mlflow.MlflowClient(tracking_uri=uri).search_experiments(
             order_by=["last_update_time DESC"]
         )
+        database = database_of(uri)
+        for each in found:
+            if database is not None and VIEW_TAG in each.tags:
+                moved = relocate(uri, database, each)
+                if moved:
+                    tell(moved)
     except REFUSALS as error:
         raise UserError(
             f"the MLflow store {shown(uri)} cannot be read: {reason_of(error)} Name another one "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,24 +13,42 @@ from typing import Any, NamedTuple
 
 import mlflow
 import pandas as pd
-from mlflow.entities import Run
+from mlflow.entities import Run, ViewType
 
 from btu.errors import UserError, unknown
 from btu.result_files import ROWS, TOKENS
 from orchestrator.results.source import read_table
-from orchestrator.tracking.runs import CELL_TAG, CURVES, NOTES, OWN_TAGS
-from orchestrator.tracking.server import REFUSALS, SQLITE, absolute, reason_of, shown
-
-# Runs per request: the answer has to arrive within MLFLOW_HTTP_REQUEST_TIMEOUT.
-PAGE = 250
+from orchestrator.tracking.database import database_of, reading_uri
+from orchestrator.tracking.experiment import deleted_experiment, remedy
+from orchestrator.tracking.moved import folder_beside
+from orchestrator.tracking.runs import (
+    CELL_TAG,
+    CURVES,
+    NOTES,
+    ORIGIN_TAG,
+    OWN_TAGS,
+    PAGE,
+    RECORD_TAG,
+)
+from orchestrator.tracking.server import REFUSALS, absolute, reason_of, shown
 
 
 class RunState(NamedTuple):
-    """The state of a run. cell: the key, empty for a run of no cell. status: as in MLflow."""
+    """The state of a run.
+
+    cell: the key, empty for a run of no cell.
+    status: as in MLflow.
+    origin: the id of the folder that it was written from.
+    whole: everything was written to it.
+    deleted: a user, or a newer run of the cell, has deleted it.
+    """
 
     run_id: str
     cell: str
     status: str
+    origin: str = ""
+    whole: bool = True
+    deleted: bool = False
 
 
 class MlflowSource:
@@ -46,22 +65,20 @@ class MlflowSource:
         """
         self.uri, self._name, self._warn = absolute(uri), name, warn
         self._told_unreachable = False
-        database = self.uri.removeprefix(SQLITE) if self.uri.startswith(SQLITE) else None
-        if database is not None and not Path(database).is_file():
+        self._database = database_of(self.uri)
+        if self._database is not None and not os.access(self._database, os.R_OK):
             # MLflow would create it.
-            raise UserError(f"{shown(self.uri)} does not exist; correct --tracking-uri.")
+            how = "cannot be read" if os.path.lexists(self._database) else "does not exist"
+            raise UserError(f"{shown(self.uri)} {how}; correct --tracking-uri.")
         with self._answering():
-            self._client = mlflow.MlflowClient(tracking_uri=self.uri)
+            self._client = mlflow.MlflowClient(tracking_uri=reading_uri(self.uri))
             found = self._client.get_experiment_by_name(name)
             if found is None:
                 known = [e.name for e in self._client.search_experiments() if e.name != "Default"]
                 where = f"sweep in {shown(self.uri)}"
                 raise UserError(f"{unknown(where, name, known)}; launch or sync it first.")
         if found.lifecycle_stage != "active":
-            raise UserError(
-                f"experiment '{name}' was deleted in the MLflow store {shown(self.uri)}; restore "
-                "it there."
-            )
+            raise UserError(deleted_experiment(self.uri, found))
         self._id = str(found.experiment_id)
 
     @property
@@ -69,17 +86,24 @@ class MlflowSource:
         return self._name
 
     def records(self) -> list[dict[str, Any]]:
-        return [self._record(run) for run in self._cells.values() if run.info.status == "FINISHED"]
+        return [self._record(run) for run in self._cells.values() if _is_finished(run)]
 
     def failures(self) -> list[dict[str, Any]]:
-        return [self._record(run) for run in self._cells.values() if run.info.status == "FAILED"]
+        return [self._record(run) for run in self._cells.values() if not _is_finished(run)]
 
     def states(self) -> list[RunState]:
-        """Return the state of every run of the sweep, including unfinished ones."""
+        """Return the state of every run of the sweep, including unfinished and deleted ones."""
         with self._answering():
             return [
-                RunState(run.info.run_id, run.data.tags.get("cell", ""), run.info.status)
-                for run in self._search()
+                RunState(
+                    run.info.run_id,
+                    run.data.tags.get("cell", ""),
+                    run.info.status,
+                    run.data.tags.get(ORIGIN_TAG, ""),
+                    RECORD_TAG in run.data.tags,
+                    run.info.lifecycle_stage != "active",
+                )
+                for run in self._search(ViewType.ALL)
             ]
 
     def tokens(self, key: str) -> pd.DataFrame | None:
@@ -99,14 +123,16 @@ class MlflowSource:
             if f"{CELL_TAG}0" not in tags or run.info.status not in ("FINISHED", "FAILED"):
                 continue  # a summary, another tool's run, or one that was not completed
             before = found.get(tags["cell"])
-            if before is None or run.info.status == "FINISHED" or before.info.status == "FAILED":
+            if before is None or _is_finished(run) or not _is_finished(before):
                 found[tags["cell"]] = run
         return dict(sorted(found.items()))
 
-    def _search(self) -> Iterator[Run]:
+    def _search(self, which: int = ViewType.ACTIVE_ONLY) -> Iterator[Run]:
         token = None
         while True:
-            page = self._client.search_runs([self._id], max_results=PAGE, page_token=token)
+            page = self._client.search_runs(
+                [self._id], run_view_type=which, max_results=PAGE, page_token=token
+            )
             yield from page
             token = page.token
             if not token:
@@ -115,7 +141,7 @@ class MlflowSource:
     def _record(self, run: Run) -> dict[str, Any]:
         tags = run.data.tags
         cell = json.loads("".join(_numbered(tags, CELL_TAG)))
-        finished = run.info.status == "FINISHED"
+        finished = _is_finished(run)
         record = {
             "key": tags["cell"],
             "sweep": self._name,
@@ -143,7 +169,14 @@ class MlflowSource:
                 },
             }
         else:
-            record |= {"stage": cell["stage"], "reason": tags["reason"]}
+            # The status of a finished cell's run may have been set by hand.
+            by_hand = (
+                f"run {run.info.run_id} was set to {run.info.status} in MLflow; btu sync undoes it"
+            )
+            record |= {
+                "stage": cell.get("stage", "cell"),
+                "reason": tags.get("reason", by_hand),
+            }
         record["started"], record["ended"] = (
             moment / 1000 for moment in (run.info.start_time, run.info.end_time)
         )
@@ -155,12 +188,9 @@ class MlflowSource:
             return None
         run_id = run.info.run_id
         with self._answering(), tempfile.TemporaryDirectory(prefix="btu-mlflow-") as folder:
-            kept = {entry.path for entry in self._client.list_artifacts(run_id)}
-            if not kept:
-                self._unreachable(run)
-            if name not in kept:
+            path = self._file(run, name, Path(folder))
+            if path is None:
                 return None
-            path = Path(self._client.download_artifacts(run_id, name, folder))
             try:
                 return read_table(path)
             except (ValueError, OSError) as error:
@@ -168,6 +198,19 @@ class MlflowSource:
                     f"artifact {name} of run {run_id} cannot be read ({reason_of(error)}); write "
                     "it again, or delete the run."
                 ) from error
+
+    def _file(self, run: Run, name: str, folder: Path) -> Path | None:
+        """Return an artifact of a run as a file, in `folder` if it is fetched; None if none."""
+        beside = self._database and folder_beside(self._database, run.info.artifact_uri)
+        if beside is not None:
+            # Of a moved or copied folder. Only a launch or a sync changes what MLflow has recorded.
+            return beside / name if (beside / name).is_file() else None
+        kept = {entry.path for entry in self._client.list_artifacts(run.info.run_id)}
+        if not kept:
+            self._unreachable(run)
+        if name not in kept:
+            return None
+        return Path(self._client.download_artifacts(run.info.run_id, name, str(folder)))
 
     def _unreachable(self, run: Run) -> None:
         """Warn once that artifacts are missing.
@@ -179,7 +222,8 @@ class MlflowSource:
             self._warn(
                 f"run {run.info.run_id} has no artifacts at {shown(run.info.artifact_uri)}: what "
                 "needs token scores (curves, drift plots) leaves out this run and similar ones. "
-                "Was the folder moved, or the database copied alone? Put it back, or name a server."
+                "Was the folder moved, or the database copied alone? Put it back, or have btu sync "
+                "write it again from the results on disk."
             )
         self._told_unreachable = True
 
@@ -194,10 +238,16 @@ class MlflowSource:
                 f"tracking URI {shown(self.uri)} needs a package that is not installed: {error}."
             ) from error
         except REFUSALS as error:
+            reason = reason_of(error)
             raise UserError(
-                f"MLflow at {shown(self.uri)} does not answer: {reason_of(error)} Start the "
-                "server, or correct --tracking-uri."
+                f"MLflow at {shown(self.uri)} does not answer: {reason} "
+                f"{remedy(self.uri, reason, 'or correct --tracking-uri.')}"
             ) from error
+
+
+def _is_finished(run: Run) -> bool:
+    """Return whether a run that ended has a result. Its status may have been set by hand."""
+    return run.info.status == "FINISHED" and "reason" not in run.data.tags
 
 
 def _numbered(tags: Mapping[str, str], prefix: str) -> Iterator[str]:

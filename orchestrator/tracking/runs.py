@@ -24,6 +24,8 @@ STEP_TAG = "mlflow.btu.step"
 KIND_TAG, TRIAL, SUMMARY = "kind", "trial", "summary"
 # An experiment's id of ours: MLflow's ids start at 1 in each SQLite file, a move changes the URI.
 ID_TAG = "btu.id"
+# Runs per request: the answer has to arrive within MLFLOW_HTTP_REQUEST_TIMEOUT.
+PAGE = 250
 # MLflow refuses longer params and tags.
 PARAM_CHARACTERS, TAG_CHARACTERS = 6000, 5000
 # The params of a run by config key, with short column names. The sweep's varied keys are added.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sqlite3
 import time
 import uuid
@@ -13,6 +15,7 @@ import mlflow
 from alembic.util.exc import CommandError
 from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from btu.errors import UserError
@@ -26,6 +29,13 @@ from orchestrator.tracking.runs import ID_TAG
 # Seconds before a server that did not answer is asked again; records in a row that may fail.
 DOWN_SECONDS, GIVE_UP = 60.0, 3
 SQLITE = "sqlite:///"
+# The same store, its driver named. MLflow makes the folder that the text after `SQLITE` names,
+# without decoding it: for the folder "é" another one, "%C3%A9". After this prefix it makes none.
+QUOTED = "sqlite+pysqlite:///"
+# Options that a SQLite URL may have after "?".
+SQLITE_OPTIONS = frozenset(
+    ("cached_statements", "check_same_thread", "detect_types", "isolation_level", "timeout", "uri")
+)
 # What an unusable store raises: MLflow, the database, its migrations, files, the URI.
 REFUSALS = (MlflowException, SQLAlchemyError, CommandError, sqlite3.Error, OSError, ValueError)
 
@@ -40,12 +50,56 @@ def tracking_uri(sweep: Sweep) -> str:
     return default_uri(sweep.output) if uri is None else absolute(uri)
 
 
+def is_sqlite(uri: str) -> bool:
+    return uri.startswith((SQLITE, QUOTED))
+
+
+def sqlite_uri(path: str | Path) -> str:
+    """Return the URI of a SQLite file, quoted where the path needs it.
+
+    Raises:
+        UserError: the path is not valid UTF-8, which no URI can name.
+    """
+    try:
+        uri = URL.create("sqlite", database=str(path)).render_as_string()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{str(path)!r} is not valid UTF-8, so no address can name MLflow's database there; "
+            "rename the folder, or name another output."
+        ) from error
+    return uri if uri == f"{SQLITE}{path}" else QUOTED + uri.removeprefix(SQLITE)
+
+
 def absolute(uri: str) -> str:
-    """Return a SQLite URI with an absolute path; other URIs as they are."""
-    if uri.startswith(SQLITE):
-        # Workers start in other folders, where a relative path would name another file.
-        return SQLITE + str(Path(uri.removeprefix(SQLITE)).expanduser().resolve())
-    return uri
+    """Return a SQLite URI with an absolute path; other URIs as they are.
+
+    Raises:
+        UserError: it is a path that was not quoted.
+    """
+    if not is_sqlite(uri):
+        return uri
+    url = make_url(uri)
+    strange = sorted(set(url.query) - SQLITE_OPTIONS)
+    # SQLAlchemy drops options without a value.
+    if strange or ("?" in uri and not url.query):
+        option = strange[0] if strange else uri.partition("?")[2]
+        raise UserError(
+            f"tracking URI {shown(uri)}: {option!r} is no option of SQLite "
+            f"({', '.join(sorted(SQLITE_OPTIONS))}); write a '?' of a path as %3F."
+        )
+    if url.database in (None, "", ":memory:") or "uri" in url.query:
+        return uri
+    written, _, options = uri.partition("?")
+    # Workers start in other folders, where a relative path would name another file.
+    path = Path(url.database).expanduser().resolve()
+    literal = Path(re.sub(r"^[^/]*///", "", written)).expanduser().resolve()
+    # `os.path`, since a `Path` raises for a name that is too long.
+    if os.path.isdir(literal.parent) and not os.path.isdir(path.parent):
+        raise UserError(
+            f"tracking URI {shown(uri)} names {path}, in no folder that exists; write a '%' of a "
+            f"path as %25: {sqlite_uri(literal)}"
+        )
+    return sqlite_uri(path) + (f"?{options}" if options else "")
 
 
 def default_uri(output: str) -> str:
@@ -59,7 +113,7 @@ def default_uri(output: str) -> str:
             f"output {shown_url(output)} is an object store, where MLflow's SQLite file cannot "
             "be; name an MLflow server with tracking.uri (or --uri)."
         )
-    return f"{SQLITE}{Path(output).expanduser().resolve() / 'mlflow.db'}"
+    return sqlite_uri(Path(output).expanduser().resolve() / "mlflow.db")
 
 
 def launched_uri(results: Results, option: str) -> str:
@@ -129,3 +183,8 @@ def brief(error: Exception) -> str:
 def reason_of(error: Exception) -> str:
     """Return the first line of an error's text, without passwords."""
     return shown((str(error).splitlines() or [type(error).__name__])[0])
+
+
+def is_busy(error: Exception) -> bool:
+    """Return whether a SQLite file refused because another process writes to it for long."""
+    return "database is locked" in str(error)

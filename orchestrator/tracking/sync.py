@@ -21,12 +21,16 @@ SUMMARY_VERSION = 1
 
 @dataclass(frozen=True)
 class Synced:
-    """What `sync` did: runs written, runs closed, runs still missing, and why."""
+    """What `sync` did: runs written, runs closed, runs still missing, and why.
+
+    deleted: cells whose runs a user deleted; they were written again, or left out.
+    """
 
     written: int
     closed: int
     missing: int
     reason: str
+    deleted: int = 0
 
 
 def sync(
@@ -35,8 +39,12 @@ def sync(
     results: Results,
     live: Callable[[str], bool],
     owner: str | None = None,
+    *,
+    respect_deleted: bool = False,
 ) -> Synced:
     """Write every run that MLflow misses, and close those that dead workers left running.
+
+    MLflow is asked which runs it has. A run whose status was changed is set right.
 
     uri: the MLflow store.
     experiment_id: the sweep's experiment there.
@@ -44,19 +52,30 @@ def sync(
     live: whether a cell's worker is running right now; it writes the run itself.
     owner: the launch that calls, whose workers have ended, so that it may take their leases; None
         takes leases under a new name.
+    respect_deleted: leave out cells whose runs a user deleted in MLflow.
     """
     owner = owner or f"sync-{uuid.uuid4().hex}"
     tracker = Tracker(uri, experiment_id, results)
-    written = closed = 0
+    written = closed = deleted = 0
     missed: list[str] = []
     unanswered.pop(uri, None)
+    records = [*results.records(), *results.failures()]
     try:
         tracker.identify()
-        closed = tracker.close_orphans(live, owner)
+        known = tracker.known(records)
+    except Exception as error:
+        missing = sum(not tracker.is_logged(record) for record in records)
+        return Synced(0, 0, max(1, missing), brief(error))
+    try:
+        closed = tracker.close_orphans(live, owner, {record_id(record) for record in records})
     except Exception as error:
         missed.append(brief(error))
-    for record in (*results.records(), *results.failures()):
-        if live(record["key"]) or tracker.is_logged(record):
+    for record in records:
+        if live(record["key"]) or record_id(record) in known.whole:
+            continue
+        was_deleted = record_id(record) in known.deleted
+        deleted += was_deleted
+        if was_deleted and respect_deleted:
             continue
         # One bad record must not block the others; a dead server is not asked for each.
         if len(missed) >= GIVE_UP:
@@ -69,20 +88,24 @@ def sync(
                     missed.append(f"{record['key']} is being written by another process")
                     continue
                 now = _reread(results, record)
-                if now is not None and not tracker.is_logged(now):
+                if now is not None:
                     folder = None
                     if now["status"] == "finished":
                         folder = results.store.fetch(now["key"])
                     written += tracker.log(now, folder)
         except Exception as error:
             missed.append(brief(error))
-    return Synced(written, closed, len(missed), missed[0] if missed else "")
+    return Synced(written, closed, len(missed), missed[0] if missed else "", deleted)
 
 
-def summarize(uri: str, experiment_id: str, results: Results) -> bool:
+def summarize(
+    uri: str, experiment_id: str, results: Results, *, respect_deleted: bool = False
+) -> bool:
     """Write the sweep's summary run unless it is up to date. Return whether it was written.
 
     There is one such run. Its status is never RUNNING: the process that updates it may die.
+
+    respect_deleted: do not write it if a user deleted it in MLflow.
 
     Raises:
         Exception: the server cannot be reached, or refuses.
@@ -93,8 +116,11 @@ def summarize(uri: str, experiment_id: str, results: Results) -> bool:
         tracker.identify()
     cells, sweep = len(results.cells()), results.sweep_text()
     fingerprint = _fingerprint(source.records(), source.failures(), cells, sweep)
-    if tracker.summary_is_current(fingerprint):
-        return False
+    with breaker(uri):
+        if tracker.summary_is_current(fingerprint):
+            return False
+        if respect_deleted and tracker.summary_was_deleted():
+            return False
     from orchestrator.report import summary  # imports plotting, which workers do not need
 
     made = summary.summarize(source, cells, sweep, TAG_CHARACTERS)

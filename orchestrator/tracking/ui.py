@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from btu.errors import UserError
-from orchestrator.tracking.server import SQLITE, absolute, shown
+from orchestrator.tracking.server import absolute, is_sqlite, shown
 
 HOST, USER = "127.0.0.1", "btu"
 # Seconds that a stopped server has to end; between looks at it.
@@ -42,7 +42,7 @@ def local_uri(uri: str) -> str:
     Raises:
         UserError: it is neither a SQLite file nor a folder.
     """
-    if uri.startswith((SQLITE, "file:")) or "://" not in uri:
+    if is_sqlite(uri) or uri.startswith("file:") or "://" not in uri:
         return absolute(uri)
     raise UserError(
         f"btu ui serves SQLite files (sqlite:///FILE) and folders of this machine, not "

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +20,16 @@ from typing import TYPE_CHECKING, Any
 import mlflow
 import pandas as pd
 import yaml
-from mlflow.entities import Metric, Run
+from mlflow.entities import Metric, Run, ViewType
 
 from btu.result_files import CONFIG, FLAGGED, PLOT, RESULT, ROWS, TOKENS
 from orchestrator.results.folder import MEANS_TABLE, TRACKED, Results, record_id
+from orchestrator.tracking.database import database_of
+from orchestrator.tracking.moved import local_path
 from orchestrator.tracking.runs import (
     KIND_TAG,
     ORIGIN_TAG,
+    PAGE,
     RECORD_TAG,
     STEP_TAG,
     SUMMARY,
@@ -41,11 +46,25 @@ if TYPE_CHECKING:
     from orchestrator.report.summary import Summary
 
 
+@dataclass
+class Known:
+    """What MLflow has of a sweep, of the runs that were written from its folder.
+
+    whole: ids of records that have a run with everything, and no other run in the way.
+    present: ids of records that have a run of any kind.
+    deleted: ids of records whose run was deleted by a user.
+    """
+
+    whole: set[str] = field(default_factory=set)
+    present: set[str] = field(default_factory=set)
+    deleted: set[str] = field(default_factory=set)
+
+
 class Tracker:
     """Writes each cell of a sweep as a run, once.
 
-    The sweep's folder records which runs were written, so that a launch need not ask MLflow. Before
-    a run is written MLflow is asked anyway: a worker may have died before it recorded its run.
+    MLflow is asked which runs it has: users delete runs, and a worker may have died before it noted
+    the run that it wrote. The sweep's folder notes the ids of the runs, for reports.
     """
 
     def __init__(self, uri: str, experiment_id: str, results: Results) -> None:
@@ -57,26 +76,55 @@ class Tracker:
     def log(self, record: Mapping[str, Any], folder: Path | None) -> bool:
         """Write a cell's record, finished or failed, unless MLflow has it. Return whether it wrote.
 
-        A run of an earlier record of the cell is replaced.
+        A run of an earlier record of the cell is replaced. A run of this record whose status was
+        changed, or whose files were removed, is completed.
 
         folder: the files of a finished cell.
 
         Raises:
             Exception: the server cannot be reached, or refuses.
         """
-        if self.is_logged(record):
-            return False
         with breaker(self.uri):
             self.identify()
-            if self.is_logged(record):
-                return False
             found = self._whole_run(record)
-            run_id = found or self._write(record, folder)
+            if found is None:
+                run_id, wrote = self._write(record, folder), True
+            else:
+                run_id, wrote = str(found.info.run_id), self._complete(found, record, folder)
             self._note(record["key"], {"record": record_id(record), "run_id": run_id})
-        return found is None
+        return wrote
+
+    def known(self, records: Collection[Mapping[str, Any]]) -> Known:
+        """Ask MLflow which of these records it has.
+
+        Raises:
+            Exception: the server cannot be reached, or refuses.
+        """
+        found = Known()
+        status = {record_id(record): _status(record) for record in records}
+        cells: dict[str, list[Run]] = {}
+        for run in self._all_runs():
+            record, gone = run.data.tags.get(RECORD_TAG), run.info.lifecycle_stage != "active"
+            if not gone:
+                cells.setdefault(run.data.tags.get("cell", ""), []).append(run)
+                found.present.add(record or "")
+            # Runs that were cut short are deleted by `close_orphans`, not by a user.
+            elif record is not None and run.info.status in ("FINISHED", "FAILED"):
+                found.deleted.add(record)
+        for runs in cells.values():
+            record = runs[0].data.tags.get(RECORD_TAG, "")
+            right = runs[0].info.status == status.get(record)
+            if len(runs) == 1 and right and not self._lacks_files(runs[0]):
+                found.whole.add(record)
+        for record in records:
+            # One that was deleted for good is noted in the folder alone.
+            if self.is_logged(record):
+                found.deleted.add(record_id(record))
+        found.deleted -= found.present
+        return found
 
     def is_logged(self, record: Mapping[str, Any]) -> bool:
-        """Return whether MLflow has a record, according to the sweep's folder alone.
+        """Return whether a record was written to MLflow, according to the sweep's folder alone.
 
         False until this process has reached the experiment once: notes are kept per experiment.
         """
@@ -95,13 +143,16 @@ class Tracker:
             found = self._client.get_experiment(self._id)
             identities[self.uri, self._id] = store_identity(self._client, found)
 
-    def close_orphans(self, live: Callable[[str], bool], owner: str) -> int:
+    def close_orphans(
+        self, live: Callable[[str], bool], owner: str, whole: Collection[str] = ()
+    ) -> int:
         """Remove the runs that dead workers left unfinished. Return how many.
 
         Their content is in the store and is written again as new runs.
 
         live: whether a worker is writing the cell's run right now.
         owner: the owner of the leases that this takes.
+        whole: ids of records; a run of one of them lacks its status alone, which `log` sets.
         """
         closed = 0
         running = self._client.search_runs(
@@ -110,6 +161,8 @@ class Tracker:
         for run in running:
             key = run.data.tags.get("cell")
             if key is None or not self._is_ours(run) or live(key):
+                continue
+            if run.data.tags.get(RECORD_TAG) in whole:
                 continue
             # A worker may have finished the run since the search, and released its lease.
             with self._results.store.leases.lease(key, owner) as lease:
@@ -138,12 +191,35 @@ class Tracker:
         else:
             self._log_failure(run_id, record)
         self._client.set_tag(run_id, RECORD_TAG, record_id(record))
-        status = "FINISHED" if record["status"] == "finished" else "FAILED"
-        self._client.set_terminated(run_id, status, milliseconds(record["ended"]))
+        self._client.set_terminated(run_id, _status(record), milliseconds(record["ended"]))
         return run_id
+
+    def _complete(self, run: Run, record: Mapping[str, Any], folder: Path | None) -> bool:
+        """Give a run of a record the status and files that it lacks. Return whether it did."""
+        run_id, lacks_files = run.info.run_id, self._lacks_files(run)
+        if lacks_files and folder is not None:
+            self._log_files(run_id, folder)
+        elif lacks_files:
+            self._log_failure_files(run_id, record)
+        right = run.info.status == _status(record)
+        if not right:
+            self._client.set_terminated(run_id, _status(record), milliseconds(record["ended"]))
+        return lacks_files or not right
+
+    def _lacks_files(self, run: Run) -> bool:
+        """Return whether a run's artifacts were removed. Only known beside a SQLite file."""
+        path = local_path(run.info.artifact_uri) if self._is_local else None
+        return path is not None and not (os.path.isdir(path) and os.listdir(path))
+
+    @cached_property
+    def _is_local(self) -> bool:
+        return database_of(self.uri) is not None
 
     def _log_result(self, run_id: str, record: Mapping[str, Any], folder: Path) -> None:
         self._client.log_batch(run_id, metrics=run_metrics(record), params=run_params(record))
+        self._log_files(run_id, folder)
+
+    def _log_files(self, run_id: str, folder: Path) -> None:
         for name in (CONFIG, TOKENS, ROWS, PLOT, RESULT):
             if (folder / name).is_file():
                 self._client.log_artifact(run_id, str(folder / name))
@@ -154,10 +230,13 @@ class Tracker:
 
     def _log_failure(self, run_id: str, record: Mapping[str, Any]) -> None:
         self._client.log_batch(run_id, params=run_params(record))
+        self._log_failure_files(run_id, record)
+        self._client.set_tag(run_id, "reason", record["reason"][:TAG_CHARACTERS])
+
+    def _log_failure_files(self, run_id: str, record: Mapping[str, Any]) -> None:
         self._client.log_text(run_id, record["traceback"], "traceback.txt")
         config = yaml.safe_dump(record["config"], sort_keys=False)
         self._client.log_text(run_id, config, CONFIG)
-        self._client.set_tag(run_id, "reason", record["reason"][:TAG_CHARACTERS])
 
     def _start(self, record: Mapping[str, Any]) -> str:
         run = self._client.create_run(
@@ -171,23 +250,52 @@ class Tracker:
         )
         return str(run.info.run_id)
 
-    def _whole_run(self, record: Mapping[str, Any]) -> str | None:
-        """Return the id of the run that contains the whole record; remove the cell's other runs."""
+    def _all_runs(self) -> Iterator[Run]:
+        """Yield every run that was written from this folder, deleted ones too."""
+        token = None
+        while True:
+            page = self._client.search_runs(
+                [self._id], run_view_type=ViewType.ALL, max_results=PAGE, page_token=token
+            )
+            yield from (run for run in page if self._is_ours(run))
+            token = page.token
+            if not token:
+                return
+
+    def _whole_run(self, record: Mapping[str, Any]) -> Run | None:
+        """Return the run that contains the whole record; remove the cell's other runs."""
         whole = None
         for run in self._client.search_runs([self._id], f"tags.cell = '{record['key']}'"):
             if not self._is_ours(run):
                 continue
-            same = run.data.tags.get(RECORD_TAG) == record_id(record)
-            if whole is None and same and run.info.status in ("FINISHED", "FAILED"):
-                whole = str(run.info.run_id)
+            # This tag is the last thing that a run gets before its status.
+            if whole is None and run.data.tags.get(RECORD_TAG) == record_id(record):
+                whole = run
             else:
                 self._client.delete_run(run.info.run_id)
         return whole
 
     def summary_is_current(self, fingerprint: str) -> bool:
-        """Return whether the summary run has this content, by the sweep's folder alone."""
-        known = self._noted(SUMMARY)
-        return known.get("record") == fingerprint and "run_id" in known
+        """Return whether MLflow has the summary run with this content.
+
+        Raises:
+            Exception: the server cannot be reached, or refuses.
+        """
+        known, found = self._noted(SUMMARY), self._summary_runs()
+        return (
+            known.get("record") == fingerprint
+            and [run.info.run_id for run in found] == [known.get("run_id")]
+            and found[0].info.status == "FINISHED"
+            and not self._lacks_files(found[0])
+        )
+
+    def summary_was_deleted(self) -> bool:
+        """Return whether a user deleted the summary run.
+
+        Raises:
+            Exception: the server cannot be reached, or refuses.
+        """
+        return "run_id" in self._noted(SUMMARY) and not self._summary_runs()
 
     def write_summary(self, made: Summary, fingerprint: str) -> None:
         """Update the summary run, or create it. fingerprint: identifies its content.
@@ -226,10 +334,15 @@ class Tracker:
         """Return the summary run; the oldest if several launches created one.
 
         A run is replaced if it has metrics that the summary no longer has, because the sweep varies
-        more keys now: MLflow cannot delete a metric.
+        more keys now: MLflow cannot delete a metric. So is one whose files are elsewhere, because
+        the database was copied without them: they belong to the original.
         """
         found = self._summary_runs()
-        if not found or not set(found[0].data.metrics) <= set(metrics):
+        if (
+            not found
+            or not set(found[0].data.metrics) <= set(metrics)
+            or self._is_elsewhere(found[0])
+        ):
             for run in found:
                 self._client.delete_run(run.info.run_id)
             tags = {
@@ -244,6 +357,14 @@ class Tracker:
         for run in found[1:]:
             self._client.delete_run(run.info.run_id)
         return found[0]
+
+    def _is_elsewhere(self, run: Run) -> bool:
+        """Return whether a run's files are not where the experiment's are. Only of SQLite files."""
+        path = local_path(run.info.artifact_uri) if self._is_local else None
+        if path is None:
+            return False
+        location = local_path(self._client.get_experiment(self._id).artifact_location)
+        return location is not None and not path.is_relative_to(location)
 
     def _summary_runs(self) -> list[Run]:
         tagged = self._client.search_runs([self._id], f"tags.{KIND_TAG} = '{SUMMARY}'")
@@ -269,3 +390,8 @@ class Tracker:
 
     def _note(self, key: str, noted: Mapping[str, str]) -> None:
         self._results.storage.write(self._path(key), json.dumps(noted).encode())
+
+
+def _status(record: Mapping[str, Any]) -> str:
+    """Return the status that the run of a record has in MLflow."""
+    return "FINISHED" if record["status"] == "finished" else "FAILED"

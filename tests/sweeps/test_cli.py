@@ -681,7 +681,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, str | None]]
 
     found: list[tuple[str, int, str | None]] = []
     monkeypatch.setattr(ui, "serve_ui", lambda *asked: found.append(asked) or 0)
-    monkeypatch.setattr(experiment_module, "views", lambda uri: VIEWS)
+    monkeypatch.setattr(experiment_module, "views", lambda uri, _: VIEWS)
     return found
 
 
@@ -979,13 +979,15 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]
 
         calls: list[dict[str, Any]] = []
 
-        def sync(uri: str, experiment: str, results: Any, live: Any) -> Any:
+        def sync(uri: str, experiment: str, results: Any, live: Any, **more: bool) -> Any:
             calls.append({"uri": uri, "experiment": experiment, "results": results, "live": live})
             return sync_module.Synced(written, 1, missing, "ConnectionError: gone")
 
-        monkeypatch.setattr(experiment_module, "experiment", lambda uri, name: f"id of {name}")
+        monkeypatch.setattr(
+            experiment_module, "experiment", lambda uri, name, tell: f"id of {name}"
+        )
         monkeypatch.setattr(sync_module, "sync", sync)
-        monkeypatch.setattr(sync_module, "summarize", lambda *_: False)
+        monkeypatch.setattr(sync_module, "summarize", lambda *_, **__: False)
         return calls
 
     return ends
@@ -1016,7 +1018,7 @@ def test_sync_writes_the_summary_too(
     synced()
     asked: list[tuple[Any, ...]] = []
 
-    def summarize(*arguments: Any) -> bool:
+    def summarize(*arguments: Any, **more: bool) -> bool:
         asked.append(arguments)
         if len(asked) > 1:
             raise ConnectionError("http://me:secret@host is away")

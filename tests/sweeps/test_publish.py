@@ -43,7 +43,7 @@ class Desk:
         self.results.store.prepare()
         self.publisher = Publisher(sweep, self.results, self.notes.append)
 
-        def prepare(sweep: Any) -> tuple[str | None, str]:
+        def prepare(sweep: Any, tell: Any) -> tuple[str | None, str]:
             self.prepared += 1
             return self.answers, "" if self.answers else "Connection refused"
 

@@ -393,6 +393,32 @@ def test_mlflow_is_held_against_the_disk(made: Made) -> None:
         assert tracked(made.status(), "here", runs).orphaned == []
 
 
+def test_what_a_sync_would_write_is_missing(made: Made) -> None:
+    one, two, three = made.cells
+    for cell in made.cells:
+        made.finish(cell.key)
+    runs = [
+        RunState("a", one.key, "FINISHED", "ours"),
+        RunState("b", one.key, "FINISHED", "ours", deleted=True),  # of an earlier result
+        RunState("c", two.key, "FINISHED", "ours", deleted=True),
+        RunState("d", three.key, "FINISHED", "theirs"),
+    ]
+    found = tracked(made.status(), "here", runs, "ours", "btu sync tiny")
+    assert (found.finished, found.missing, found.deleted) == (2, 2, 1)
+    assert found.sync == "btu sync tiny"
+    # Of another status than the result, or cut short: a sync completes or replaces it.
+    for changed in (
+        RunState("a", one.key, "FAILED", "ours"),
+        RunState("a", one.key, "RUNNING", "ours"),
+        RunState("a", one.key, "FINISHED", "ours", whole=False),
+    ):
+        found = tracked(made.status(), "here", [changed, *runs[1:]], "ours")
+        assert (found.missing, found.deleted) == (3, 2 if not changed.whole else 1)
+    # Runs that were cut short are deleted by a sync.
+    for cut in (runs[2]._replace(whole=False), runs[2]._replace(status="KILLED")):
+        assert tracked(made.status(), "here", [cut], "ours").deleted == 0
+
+
 # Command ----------------------------------------------------------------------------------------
 
 

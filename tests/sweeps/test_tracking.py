@@ -1012,6 +1012,7 @@ def test_a_run_that_its_worker_finishes_just_now_is_kept(bench: Bench) -> None:
     record = bench.finish(FIRST)
     tags = {**bench.tags(FIRST), "mlflow.btu.record": f"{FIRST}-1000000-2"}
     run = bench.client.create_run(bench.experiment, tags=tags).info.run_id
+    bench.client.log_text(run, "seed: 0", "config.yaml")
 
     def live(key: str) -> bool:
         # The worker is done between the look at its run and the look at its lease.
