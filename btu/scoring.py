@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
+from btu.data.spec import as_written
 from btu.drift_plot import drift_plot
 from btu.findings import Suspects
 from btu.metrics import (
@@ -113,7 +114,7 @@ def score_cell(run: StageRun) -> dict[str, Any]:
         },
     }
     (run.folder / RESULT).write_text(dumps(result))
-    (run.folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
+    (run.folder / CONFIG).write_text(yaml.safe_dump(as_written(config), sort_keys=False))
     tokens.to_parquet(run.folder / TOKENS, index=False)
     row_table(suspects, mask, train).to_parquet(run.folder / ROWS, index=False)
     flagged_table(tokens).to_json(run.folder / FLAGGED, orient="records", indent=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from btu.errors import UserError, did_you_mean, unknown
@@ -123,8 +123,9 @@ class DataSpec:
 
     name: str = "demo"
     path: str | None = None
-    text_column: str | None = None
-    label_column: str | None = None
+    # A column of a file without a header is a number, which YAML need not quote.
+    text_column: str | None = field(default=None, metadata={"number": True})
+    label_column: str | None = field(default=None, metadata={"number": True})
     train_split: str | None = None
     clean_split: str | None = None
     eval_split: str | None = None
@@ -197,6 +198,18 @@ class DataSpec:
             for key, value in vars(self).items()
             if key not in READING_KEYS or value != _DEFAULTS[key]
         }
+
+
+def as_written(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a resolved cell as a sweep file says it.
+
+    There a split that is found by its usual name has no key, since null holds the role out.
+    """
+    found = ("clean_split", "eval_split")
+    data = {
+        key: value for key, value in config["data"].items() if key not in found or value is not None
+    }
+    return {**config, "data": data}
 
 
 _DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(DataSpec)}

@@ -7,7 +7,7 @@ import json
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -155,7 +155,7 @@ def _converted(section: str, schema: type, values: Mapping[str, Any]) -> Any:
     # A plan of another user is read without its sweep file, so that this is the only check.
     refuse_resolvers(values, section)
     for name, hint in _hints(schema).items():
-        if name in values:
+        if name in values and name not in _numbers(schema):
             _refuse_untexted(f"{section}.{name}", hint, values[name])
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), DictConfig(dict(values)))
@@ -164,6 +164,13 @@ def _converted(section: str, schema: type, values: Mapping[str, Any]) -> Any:
         reason = str(error).splitlines()[0]
         key = f"{section}.{error.full_key}" if error.full_key else section
         raise UserError(f"{key}: {reason}.") from error
+
+
+@cache
+def _numbers(schema: type) -> frozenset[str]:
+    """Return the texts of a section that may be written as a number (metadata ``number``)."""
+    marked = [one.name for one in dataclasses.fields(schema) if one.metadata.get("number")]
+    return frozenset(marked)
 
 
 def _refuse_untexted(key: str, hint: Any, value: Any) -> None:
