@@ -132,6 +132,22 @@ def test_a_backing_that_is_gone_is_named(backing: str, reason: str) -> None:
     assert missing(backing) == reason
 
 
+TEST = re.compile(r"`(tests/[\w/]+\.py::\w+)`")
+
+
+def test_every_test_that_security_names_exists() -> None:
+    pages = [ROOT / "docs/security.md", ROOT / "SECURITY.md"]
+    named = [test for page in pages for test in TEST.findall(page.read_text())]
+    assert len(named) >= 40
+    assert [reason for test in named if (reason := missing(test))] == []
+
+
+def test_every_limit_of_a_stranger_has_a_test() -> None:
+    rows = list(table_rows((ROOT / "docs/security.md").read_text()))
+    assert len(rows) >= 30
+    assert [row[0] for row in rows if not TEST.search(row[1])] == []
+
+
 def test_the_contents_name_every_section() -> None:
     sections = re.findall(r"^## (.+)$", CLAIMS, re.MULTILINE)
     assert re.findall(r"^- \[(.+)\]\(#", CLAIMS, re.MULTILINE) == sections

@@ -13,6 +13,7 @@ import textwrap
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from email.message import Message
 from pathlib import Path
 from typing import NamedTuple
 
@@ -164,6 +165,36 @@ def test_the_ui_asks_for_its_password_and_keeps_it_from_other_users(
     lines = other_user.run("sh", "-c", "cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ")
     assert "--app-name" in lines.stdout  # it does see the process
     assert ui.password not in lines.stdout
+
+
+def test_a_page_of_another_site_reads_and_changes_nothing(serve: Callable[..., Serving]) -> None:
+    # A browser sends the password along, whichever page asks.
+    ui = serve()
+    coded = base64.b64encode(f"btu:{ui.password}".encode()).decode()
+
+    def ask(path: str, headers: dict[str, str], body: bytes | None = None) -> tuple[int, Message]:
+        request = urllib.request.Request(ui.url + path, body, headers)
+        request.add_header("Authorization", f"Basic {coded}")
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, answer.headers
+        except urllib.error.HTTPError as error:
+            return error.code, error.headers
+
+    search = "/ajax-api/2.0/mlflow/experiments/search?max_results=5"
+    create, body = "/ajax-api/2.0/mlflow/experiments/create", b'{"name": "theirs"}'
+    site = {"Origin": "https://site.example"}
+    assert ask(search, {})[0] == 200
+    # A name that leads to 127.0.0.1 makes the page part of the same site (DNS rebinding).
+    assert ask(search, {"Host": "site.example"})[0] == 403
+    # The browser gives the page no answer without this header.
+    assert ask(search, site)[1]["Access-Control-Allow-Origin"] is None
+    assert ask("/", site)[1]["X-Frame-Options"] == "SAMEORIGIN"
+    # What a form or a script may send without asking first.
+    for kind in ("application/json", "text/plain", "application/x-www-form-urlencoded"):
+        assert ask(create, {**site, "Content-Type": kind}, body)[0] == 403, kind
+    assert ask(create, {"Content-Type": "text/plain"}, body)[0] == 400
+    assert ask(create, {"Content-Type": "application/json"}, body)[0] == 200
 
 
 def test_no_auth_is_what_it_says(
