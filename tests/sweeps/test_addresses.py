@@ -85,9 +85,10 @@ def test_a_sweep_is_tracked_in_a_folder_of_any_name(
     empty_database: Path,
     run_cli: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
+    free_port: int,
     name: str,
 ) -> None:
-    from orchestrator.tracking import server
+    from orchestrator.tracking import ui
 
     beside = Output(tmp_path / "a b", empty_database)
     before = beside.database.read_bytes()
@@ -108,9 +109,9 @@ def test_a_sweep_is_tracked_in_a_folder_of_any_name(
     status = run_cli("status", NAME, "--output", made.folder)
     assert f"MLflow {printed}: 2 finished, 0 failed." in status.out
     served: list[str] = []
-    monkeypatch.setattr(server, "serve_ui", lambda uri, port: served.append(uri) or 0)
-    shown = run_cli("ui", "--output", made.folder)
-    assert f"{NAME}: http://127.0.0.1:5000/#/experiments/1/runs" in shown.out
+    monkeypatch.setattr(ui, "serve_ui", lambda uri, *_: served.append(uri) or 0)
+    shown = run_cli("ui", "--output", made.folder, "--port", free_port)
+    assert f"{NAME}: http://127.0.0.1:{free_port}/#/experiments/1/runs" in shown.out
     assert served == [made.uri]
     # Nothing is made beside the folder, in it by another name, or in its neighbour.
     assert {path.name for path in tmp_path.iterdir()} == {name, "a b"}
