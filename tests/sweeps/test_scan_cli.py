@@ -341,6 +341,9 @@ def test_a_surplus_that_the_drift_does_not_confirm_is_shown(run: Callable[..., A
         done.out,
     )
     assert "a token is flagged if both reach 4.5" in done.out
+    # The rows to read are there, and not those of the next token.
+    assert " cf row " in done.out
+    assert "##r row " not in done.out
     assert "┃ score ┃ surplus ┃ drift ┃ flagged ┃" in done.out
 
 
