@@ -425,6 +425,8 @@ def _unconfirmed(report: ScanReport) -> str:
         f"{_printable(token['token'])} (surplus {score_text(token['surplus'])}, drift "
         f"{'-' if math.isnan(token['drift_sigmas']) else score_text(token['drift_sigmas'])})"
         for token in report.unconfirmed.to_dict("records")
+        # Not counted twice: its words follow.
+        if token["token_id"] != report.reading.token_id or not report.unconfirmed_words
     ]
     words = report.reading.words
     tokens += [
