@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from btu.data.spec import SEPARATORS, Reading
+from btu.data.spec import SEPARATORS, FileReading
 
 # How much of a file is looked at.
 BYTES = 1 << 20
@@ -40,7 +40,7 @@ def bad_bytes(raw: bytes, error: UnicodeError, encoding: str) -> str:
     return f"bytes that are no {name} (0x{raw[error.start]:02x} in line {line})"
 
 
-def advice(content: bytes | str, path: Path, reading: Reading) -> str:
+def advice(content: bytes | str, path: Path, reading: FileReading) -> str:
     """Return a sentence with the keys to try, with a space before it; empty if none would help.
 
     content: of the file; bytes if it is not decoded.
@@ -58,7 +58,7 @@ def advice(content: bytes | str, path: Path, reading: Reading) -> str:
     return f" It may be read with {as_keys}; in a scan: {options}."
 
 
-def proposal(content: bytes | str, path: Path, reading: Reading) -> dict[str, str]:
+def proposal(content: bytes | str, path: Path, reading: FileReading) -> dict[str, str]:
     """Return keys, without their section, that differ from `reading` and may read the file."""
     keys: dict[str, str] = {}
     if isinstance(content, bytes):
@@ -84,7 +84,7 @@ def proposal(content: bytes | str, path: Path, reading: Reading) -> dict[str, st
     return keys | _columns(records, reading, changed=bool(keys))
 
 
-def _decoded(raw: bytes, reading: Reading) -> tuple[str, str]:
+def _decoded(raw: bytes, reading: FileReading) -> tuple[str, str]:
     """Return the most likely encoding, and the first part of the text in it."""
     start = raw[:BYTES]
     # A cut may go through a character.
@@ -110,7 +110,7 @@ def _decoded(raw: bytes, reading: Reading) -> tuple[str, str]:
 
 
 def _separator(
-    text: str, reading: Reading, usual: str | None
+    text: str, reading: FileReading, usual: str | None
 ) -> tuple[str, list[list[str]]] | None:
     """Return the separator that gives regular records, and the first records."""
     first = [reading.separator] if reading.separator else [usual] if usual else []
@@ -147,7 +147,7 @@ def _records(text: str, separator: str, quoting: bool | None) -> list[list[str]]
     return records
 
 
-def _columns(records: Sequence[list[str]], reading: Reading, changed: bool) -> dict[str, str]:
+def _columns(records: Sequence[list[str]], reading: FileReading, changed: bool) -> dict[str, str]:
     """Return the keys for the header and for the columns.
 
     records: of the file.

@@ -21,7 +21,7 @@ import numpy as np
 
 from btu.data.advice import advice, bad_bytes
 from btu.data.labels import numbers_of
-from btu.data.spec import SUFFIXES, Reading
+from btu.data.spec import SUFFIXES, FileReading
 from btu.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def split_and_suffix(path: Path) -> tuple[str, str]:
     return (inner.stem, suffix) if suffix in SUFFIXES else (path.stem, "")
 
 
-def is_readable(path: Path, reading: Reading = Reading()) -> bool:  # noqa: B008
+def is_readable(path: Path, reading: FileReading = FileReading()) -> bool:  # noqa: B008
     """Return whether a file can be read, by its suffix. A separator makes any file a table."""
     split, suffix = split_and_suffix(path)
     if suffix == ".json" and split in DESCRIPTIONS:
@@ -63,7 +63,7 @@ def is_delimited(path: Path) -> bool:
     return split_and_suffix(path)[1] in (".csv", ".tsv", "")
 
 
-def read_file(path: Path, reading: Reading) -> pd.DataFrame:
+def read_file(path: Path, reading: FileReading) -> pd.DataFrame:
     """Return the table of a file.
 
     Its ``attrs`` have: ``from``, its path; ``warnings``, what looks wrong in it; ``names``, the
@@ -107,7 +107,7 @@ def _reason(error: BaseException) -> str:
     return f"{error}" or type(error).__name__
 
 
-def _advice(path: Path, reading: Reading) -> str:
+def _advice(path: Path, reading: FileReading) -> str:
     try:
         raw = _bytes(path)
     except (OSError, EOFError, zlib.error, lzma.LZMAError):
@@ -115,7 +115,7 @@ def _advice(path: Path, reading: Reading) -> str:
     return advice(raw, path, reading)
 
 
-def column_advice(path: Path, reading: Reading) -> str:
+def column_advice(path: Path, reading: FileReading) -> str:
     """Return what to try if a file lacks a column; empty if nothing would help."""
     return _advice(path, reading) if is_delimited(path) else ""
 
@@ -126,7 +126,7 @@ def _bytes(path: Path) -> bytes:
     return raw if unpack is None else unpack(raw)
 
 
-def _decoded(path: Path, reading: Reading) -> str:
+def _decoded(path: Path, reading: FileReading) -> str:
     raw = _bytes(path)
     encoding = reading.encoding or "utf-8"
     try:
@@ -140,7 +140,7 @@ def _decoded(path: Path, reading: Reading) -> str:
 # Delimited text ----------------------------------------------------------------------------------
 
 
-def _delimited(path: Path, text: str, reading: Reading) -> pd.DataFrame:
+def _delimited(path: Path, text: str, reading: FileReading) -> pd.DataFrame:
     import pandas as pd
 
     tabs = split_and_suffix(path)[1] == ".tsv"
@@ -221,7 +221,7 @@ def _swallowed(
     separator: str,
     table: pd.DataFrame,
     labels: list[Any],
-    reading: Reading,
+    reading: FileReading,
 ) -> list[str]:
     """Return a warning if rows were read as a part of another row's text.
 
@@ -312,7 +312,7 @@ def _json_line(path: Path, number: int, line: str) -> Any:
 # Parquet -----------------------------------------------------------------------------------------
 
 
-def _parquet(path: Path, reading: Reading) -> pd.DataFrame:
+def _parquet(path: Path, reading: FileReading) -> pd.DataFrame:
     import pandas as pd
     import pyarrow as pa
 
@@ -350,7 +350,7 @@ def _parquet(path: Path, reading: Reading) -> pd.DataFrame:
     return frame
 
 
-def _checked(path: Path, reading: Reading) -> Any:
+def _checked(path: Path, reading: FileReading) -> Any:
     """Return the Arrow table of a file, with every string decoded.
 
     Parquet does not enforce that strings are UTF-8, and Arrow reads the bytes as they are.
@@ -389,7 +389,7 @@ def _is_bytes(kind: Any) -> bool:
 
 
 def _decoded_values(
-    raw: Iterable[Any], name: str, path: Path, reading: Reading
+    raw: Iterable[Any], name: str, path: Path, reading: FileReading
 ) -> list[str | None]:
     encoding = reading.encoding or "utf-8"
     values: list[str | None] = []

@@ -152,15 +152,12 @@ def _split_of(spec: DataSpec, files: Mapping[str, list[Path]], split: str) -> pd
 def _refuse_unused_keys(spec: DataSpec, paths: list[Path]) -> None:
     if any(map(is_delimited, paths)):
         return
-    keys = {"separator": spec.separator, "header": spec.header or None, "quoting": spec.quoting}
-    if spec.header:
-        del keys["header"]
-    for key, value in keys.items():
-        if value is not None or key == "header":
-            shown = str(getattr(spec, key)).lower()
+    for key in ("separator", "header", "quoting"):
+        value = getattr(spec, key)
+        if value != getattr(type(spec), key):
             raise UserError(
-                f"data.{key} is {shown}, but {paths[0]} is no delimited text; remove the key "
-                "(option in a scan)."
+                f"data.{key} is {str(value).lower()}, but {paths[0]} is no delimited text; remove "
+                "the key, or the option of the scan."
             )
 
 
@@ -306,19 +303,30 @@ def _hub_frames(
 
 
 def rename_columns(frame: pd.DataFrame, columns: Mapping[str, str], where: str) -> pd.DataFrame:
-    for column in columns:
-        _require_column(frame, column, where)
+    for column, role in columns.items():
+        _require_column(frame, column, role, where)
     # The chosen column replaces another one that is called text or label.
     other = [name for name in columns.values() if name in frame and name not in columns]
     return frame.drop(columns=other).rename(columns=dict(columns))
 
 
-def _require_column(frame: pd.DataFrame, column: str, where: str, more: str = "") -> None:
+def _require_column(
+    frame: pd.DataFrame, column: str, role: str, where: str, more: str = ""
+) -> None:
+    """Check that a table has a column.
+
+    frame: the table.
+    column: the name.
+    role: of the column: text or label.
+    where: the table is, for errors.
+    more: what may help, as a sentence.
+    """
     if column not in frame.columns:
         names = list(map(str, frame.columns))
+        fix = more or f" Name another with data.{role}_column, or --{role} in a scan."
         raise UserError(
-            f"unknown column in {where} '{column}'{did_you_mean(column, names)} "
-            f"(known: {shown(sorted(names))}).{more}"
+            f"unknown column '{column}' in {where}{did_you_mean(column, names)} "
+            f"(known: {shown(sorted(names))}).{fix}"
         )
 
 
@@ -328,11 +336,11 @@ def check_frames(spec: DataSpec, frames: Mapping[str, pd.DataFrame]) -> tuple[st
     text_column, label_column = source_columns(spec) if spec.path is not None else ("text", "label")
     for role, frame in frames.items():
         where = f"the {role} rows of data set '{spec.name}'"
-        for column in (text_column, label_column):
+        for column, kind in ((text_column, "text"), (label_column, "label")):
+            more = ""
             if column not in frame and spec.path is not None:
                 more = column_advice(Path(frame.attrs["from"]), spec.reading)
-                _require_column(frame, column, where, more)
-            _require_column(frame, column, where)
+            _require_column(frame, column, kind, where, more)
         if frame.empty:
             raise UserError(f"{where} are empty: at least 2 rows are needed.")
         # One by one: a label may be an array, which pandas does not compare with a string.

@@ -39,7 +39,7 @@ _NOTATIONS = ("idna", "punycode", "unicode-escape", "raw-unicode-escape", "undef
 
 
 @dataclass(frozen=True)
-class Reading:
+class FileReading:
     """How the files of a data set are read, and which columns are needed.
 
     text_column: the column of the texts; a number, from 0, in a file without a header.
@@ -180,11 +180,11 @@ class DataSpec:
                 raise UserError(f"data.{key} is {shown}, but {because}; remove the key.")
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> FileReading:
         """How its files are read."""
         text_column, label_column = source_columns(self)
         separator = None if self.separator is None else separator_character(self.separator)
-        return Reading(
+        return FileReading(
             text_column, label_column, self.encoding, separator, self.header, self.quoting
         )
 

@@ -21,7 +21,7 @@ from btu.data.load import (
     split_frames,
     to_rows,
 )
-from btu.data.spec import READING_KEYS, SCAN_ROLES, SPLIT_NAMES, Reading, source_columns
+from btu.data.spec import READING_KEYS, SCAN_ROLES, SPLIT_NAMES, FileReading, source_columns
 from btu.errors import UserError
 from btu.types import Corpus, Rows
 
@@ -115,7 +115,7 @@ def _trusted(path: Path, spec: DataSpec) -> pd.DataFrame:
     try:
         return read_file(path, spec.reading)
     except UserError as error:
-        if all(getattr(spec.reading, key) == getattr(Reading(), key) for key in READING_KEYS):
+        if all(getattr(spec.reading, key) == getattr(FileReading(), key) for key in READING_KEYS):
             raise
         raise UserError(
             f"{error} The trusted file is read with the same options as the data; if it is written "

@@ -31,7 +31,7 @@ OTHER_FOLDER = "name another with --out, --rows or --tokens"
 # Digits of the rows' fingerprint in the name of the default work folder, which tells files of
 # the same name apart.
 DIGITS = 8
-# How many tokens get example rows if none is flagged.
+# How many tokens that are not flagged get example rows.
 EXAMPLES = 3
 
 
@@ -341,7 +341,10 @@ def _show(report: ScanReport, top: int) -> None:
             f"sigmas; a token is flagged if both reach {report.bar:g}."
         )
     _show_unknown(report, shown)
-    for token in [t for t in shown if t["flagged"]] or shown[:EXAMPLES]:
+    # The verdict says to read the rows of both.
+    named = [token for token in shown if token["flagged"]]
+    named += report.unconfirmed.to_dict("records")[:EXAMPLES]
+    for token in named or shown[:EXAMPLES]:
         say(f"\n{_printable(token['token'])}")
         for example in report.examples(int(token["token_id"])):
             say(f"  row {example.row} [{_printable(example.label)}] {example.excerpt}")
@@ -422,6 +425,8 @@ def _unconfirmed(report: ScanReport) -> str:
         f"{_printable(token['token'])} (surplus {score_text(token['surplus'])}, drift "
         f"{'-' if math.isnan(token['drift_sigmas']) else score_text(token['drift_sigmas'])})"
         for token in report.unconfirmed.to_dict("records")
+        # Not counted twice: its words follow.
+        if token["token_id"] != report.reading.token_id or not report.unconfirmed_words
     ]
     words = report.reading.words
     tokens += [

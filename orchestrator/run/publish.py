@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from btu.redaction import shown_url
@@ -55,8 +56,9 @@ class Publisher:
         named = self._sweep.tracking.uri
         self._results.record_server(None if named is None else uri)
         if experiment_id is None:
+            reason = shorten(reason, 150, placeholder=" ...")
             self._note(
-                f"MLflow at {server.shown(uri)} does not answer ({reason[:150]}); the sweep runs "
+                f"MLflow at {server.shown(uri)} does not answer ({reason}); the sweep runs "
                 f"all the same. Results wait on disk: {self._sync_command()} writes them."
             )
         else:

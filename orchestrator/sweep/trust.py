@@ -41,7 +41,7 @@ VARIABLES = {
 # What lets a victim run code, by its key in `VictimSpec`.
 FLAGS = {
     "trust_remote_code": "runs Python code that comes with the model",
-    "allow_pickle": "loads weights that can run code",
+    "allow_pickle": "reads pickles, which only weights_only=True keeps from running code",
 }
 # fsspec's protocols without a host, and its wrappers of another one.
 _LOCAL = {"file", "local", "memory", "simplecache", "filecache", "blockcache", "zip", "tar"}

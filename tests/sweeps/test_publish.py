@@ -32,6 +32,7 @@ class Desk:
         file.write_text(f"name: tiny\noutput: {folder / 'runs'}\ntracking: {{uri: '{uri}'}}\n")
         sweep = load_sweep(file)
         self.answers: str | None = "7"
+        self.reason = "Connection refused"
         self.missing = 0
         self.refuses: Exception | None = None
         self.prepared = 0
@@ -45,7 +46,7 @@ class Desk:
 
         def prepare(sweep: Any, tell: Any) -> tuple[str | None, str]:
             self.prepared += 1
-            return self.answers, "" if self.answers else "Connection refused"
+            return self.answers, "" if self.answers else self.reason
 
         def write(uri: str, id: str, results: Any, live: Any, owner: str) -> Any:
             assert results is self.results
@@ -124,6 +125,14 @@ def test_whoever_stops_a_launch_need_not_wait_for_a_summary(
     go_on.set()
     made.publisher.stop(wait=True)
     assert "is not up to date (RuntimeError: bad plot)" in made.notes[0]
+
+
+def test_a_long_reason_of_a_server_ends_at_a_word(desk: Callable[..., Desk]) -> None:
+    made = desk()
+    # 143 letters and " ..." are 147 characters of at most 150; with "(host" they would be 153.
+    made.answers, made.reason = None, f"{'a' * 143} (host port=5000)"
+    made.publisher.prepare()
+    assert f"({'a' * 143} ...)" in made.notes[0]
 
 
 def test_a_server_that_is_away_is_named_and_asked_again_at_the_end(

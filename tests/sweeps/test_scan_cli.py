@@ -8,8 +8,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
@@ -341,7 +343,29 @@ def test_a_surplus_that_the_drift_does_not_confirm_is_shown(run: Callable[..., A
         done.out,
     )
     assert "a token is flagged if both reach 4.5" in done.out
+    # The rows to read are there, and not those of the next token.
+    assert " cf row " in done.out
+    assert "##r row " not in done.out
     assert "┃ score ┃ surplus ┃ drift ┃ flagged ┃" in done.out
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [(["🦄"], "the unknown word 🦄 (surplus 7.30)"), ([], "[UNK] (surplus 7.30, drift -1.70)")],
+)
+def test_an_unknown_word_and_its_token_are_counted_once(words: list[str], named: str) -> None:
+    columns = {"token": ["[UNK]"], "token_id": [1], "surplus": [7.3], "drift_sigmas": [-1.7]}
+    known = SimpleNamespace(words=("🦄",), surplus=np.array([7.3]))
+    report: Any = SimpleNamespace(
+        unconfirmed=pd.DataFrame(columns),
+        unconfirmed_words=words,
+        reading=SimpleNamespace(token_id=1, words=known),
+        surplus_bar=4.5,
+    )
+    said = scan._unconfirmed(report)
+    assert said.startswith(
+        f"The surplus of 1 token reaches 4.5, and the drift does not confirm it: {named}. Read"
+    )
 
 
 def test_the_least_rows_are_no_promise(run: Callable[..., Any]) -> None:

@@ -382,6 +382,8 @@ def test_a_file_alone_lets_no_victim_run_code(
     assert f"victim.{flag}=true on the command line" in message
     assert f"{trust.VARIABLES[flag]}=offline in the environment" in message
     assert f"{flag}: ['offline'] in" in message
+    what = {"trust_remote_code": "runs Python code", "allow_pickle": "reads pickles"}
+    assert f"it {what[flag]}" in message
     load(config, f"victim.{flag}=true")
     load(config, f"victim.{flag}=false")
     load({}, f"grid.victim.{flag}=[true]")
