@@ -340,6 +340,7 @@ def test_mlflows_own_file_has_credentials_too(load: Callable[..., Sweep], home: 
     ("uri", "refused"),
     [
         ("sqlite:////x/mlflow.db", False),
+        ("a folder/runs", False),
         ("sqlite:///mlflow.db", False),
         ("file:///x", False),
         ("mlruns", False),
@@ -349,6 +350,11 @@ def test_mlflows_own_file_has_credentials_too(load: Callable[..., Sweep], home: 
         ("databricks", True),
         ("databricks://profile", True),
         ("uc:http://host", True),
+        # Python's urllib ignores blanks before a scheme, and line breaks and tabs anywhere.
+        (" http://host", True),
+        ("\x01http://host", True),
+        ("ht\ttp://host", True),
+        ("\npostgresql://host/db", True),
     ],
 )
 def test_databases_of_hosts_need_trust(load: Callable[..., Sweep], uri: str, refused: bool) -> None:
