@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,9 @@ from btu.errors import UserError, unknown
 from btu.redaction import has_secret, shown_url
 from btu.result_files import FLAGGED, RESULT, loads, with_nan
 from orchestrator.plan.listed import ListedStage, StageList, list_stages
+from orchestrator.store.owners import is_own
 from orchestrator.store.places import is_key
-from orchestrator.store.storage import Storage, below, open_storage
+from orchestrator.store.storage import LocalStorage, Storage, below, open_storage
 from orchestrator.store.store import Damaged, Missing, Store
 from orchestrator.store.typed import Check, holds, is_amount, is_text, parse_object
 from orchestrator.sweep.load import resolve
@@ -65,10 +66,12 @@ class LaunchedServer:
 
     uri: its URI without user name, password and values of a query.
     whole: whether that is all of it.
+    own: whether no other user can have written it: the record is a file of this user alone.
     """
 
     uri: str
     whole: bool
+    own: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -154,10 +157,17 @@ class Results:
     def server(self) -> LaunchedServer | None:
         """Return the MLflow store of the last launch; None for that of the output folder."""
         with suppress(FileNotFoundError, ValueError, AttributeError):
-            known = json.loads(self.storage.read(f"{self.name}/{SERVER}"))
+            path = f"{self.name}/{SERVER}"
+            before = self._is_own(path)
+            known = parse_object(self.storage.read(path))
             if isinstance(known.get("uri"), str):
-                return LaunchedServer(known["uri"], known.get("whole") is True)
+                own = before and self._is_own(path)
+                return LaunchedServer(known["uri"], known.get("whole") is True, own)
         return None
+
+    def _is_own(self, path: str) -> bool:
+        storage = self.storage
+        return isinstance(storage, LocalStorage) and is_own(storage.root / path)
 
     def sweep_text(self) -> str:
         """Return the sweep's file of the last launch."""
