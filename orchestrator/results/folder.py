@@ -22,11 +22,11 @@ from btu.errors import UserError, unknown
 from btu.redaction import has_secret, shown_url
 from btu.result_files import FLAGGED, RESULT, loads, with_nan
 from orchestrator.plan.listed import ListedStage, StageList, list_stages
+from orchestrator.results.shapes import EVENT, NOTE, PLAN, RECORD
 from orchestrator.store.owners import is_own
-from orchestrator.store.places import is_key
 from orchestrator.store.storage import LocalStorage, Storage, below, open_storage
 from orchestrator.store.store import Damaged, Missing, Store
-from orchestrator.store.typed import Check, holds, is_amount, is_text, parse_object
+from orchestrator.store.typed import holds, parse_object
 from orchestrator.sweep.load import resolve
 from orchestrator.sweep.output import STORE, output_location, store_location
 from orchestrator.sweep.sections import CONTROL, settings
@@ -43,21 +43,6 @@ SERVER = "server.json"
 RUN_VERSION = 2
 # The sweep's file of the last launch; a table of the sweep's summary in MLflow.
 SWEEP, MEANS_TABLE = "sweep.yaml", "means.json"
-# What a note about an MLflow run, a plan and a line of the journal contain.
-_NOTE: dict[str, Check] = dict.fromkeys(("record", "run_id"), is_text)
-_PLAN: dict[str, Check] = {
-    **dict.fromkeys(("cells", "refused"), lambda rows: isinstance(rows, list)),
-    "base": lambda base: isinstance(base, dict),
-    "stages": lambda stages: (
-        isinstance(stages, dict)
-        and all(holds(stage, {"name": is_text}, ["name"]) for stage in stages.values())
-    ),
-}
-_EVENT: dict[str, Check] = {
-    "time": is_amount,
-    **dict.fromkeys(("event", "key", "stage", "launch", "outcome", "device"), is_text),
-    "seconds": is_amount,
-}
 
 
 @dataclass(frozen=True)
@@ -239,7 +224,7 @@ class Results:
             result = self.store.read_json(key, RESULT)
         except (Damaged, Missing):
             return None
-        if not isinstance(result, dict) or not isinstance(result.get("metrics", {}), dict):
+        if not holds(result, RECORD, ["config", "started", "ended"]):
             self.store.set_aside(key, f"{RESULT} is no record of a cell")
             return None
         return {
@@ -305,7 +290,7 @@ class Results:
             for name in self.storage.names(f"{self.name}/{TRACKED}/{store}"):
                 with suppress(ValueError, FileNotFoundError):  # damaged, or replaced now
                     note = parse_object(self.storage.read(f"{self.name}/{TRACKED}/{store}/{name}"))
-                    if holds(note, _NOTE, _NOTE):
+                    if holds(note, NOTE, NOTE):
                         noted[note["record"]] = note["run_id"]
             known.append(noted)
         return {record: run for noted in sorted(known, key=len) for record, run in noted.items()}
@@ -321,7 +306,7 @@ class Results:
         for line in self.storage.lines(f"{self.name}/{JOURNAL}"):
             with suppress(ValueError):  # cut short by a full disk or a kill
                 event = parse_object(line)
-                if holds(event, _EVENT, ("time", "event", "key")):
+                if holds(event, EVENT, ("time", "event", "key")):
                     events.append(event)
         return events
 
@@ -364,11 +349,14 @@ def read_plans(storage: Storage, sweep: str) -> Iterator[dict[str, Any]]:
         path = f"{sweep}/{PLANS}/{name}"
         try:
             plan = parse_object(storage.read(path))
-            if not holds(plan, _PLAN, ["cells"]):
+            if not holds(plan, PLAN, ["cells"]):
                 raise ValueError("a part of it has another type")
+            plan = {"base": {}, "refused": [], "stages": {}, "keep": "", **plan}
             for cell in plan["cells"]:
-                if not all(map(is_key, (cell["key"], *cell["stages"]))):
-                    raise ValueError("a cell has no valid key")
+                if isinstance(cell["stages"], list) and not plan["stages"].keys() >= {
+                    *cell["stages"]
+                }:
+                    raise ValueError("a stage of a cell is not listed")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{below(storage.location, path)} is not a plan, so the cells of sweep '{sweep}' "

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import Ran
-from published import Output
+from published import NAME, Output, empty_database
 from store_fixtures import Stored
 
 from btu.errors import UserError
@@ -145,3 +145,4 @@ def test_a_launch_writes_nothing_where_others_say(
         said = error
     assert "other users can write to the store" in str(said)
     assert not home.exists()
+    assert not list(home.parent.glob(f"home/**/{NAME}"))
