@@ -153,6 +153,25 @@ def test_planning_downloads_no_data_set(
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
 
 
+def test_a_folder_is_no_data_set_of_the_hub(
+    run_cli: Callable[..., Ran],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_network: list[object],
+) -> None:
+    # `load_dataset` fetches what the README of a folder names, also offline.
+    card = {"configs": [{"config_name": "x", "data_files": "http://127.0.0.1:9/train.csv"}]}
+    (tmp_path / "own" / "data").mkdir(parents=True)
+    (tmp_path / "own" / "data" / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").write_text(yaml.safe_dump({"data": {"name": "own/data"}}))
+    done = run_cli("plan", "x.yaml")
+    assert done.code == 2
+    assert "'own/data' is also a folder here" in done.err
+    assert "data.path=own/data" in done.err
+    assert no_network == []
+
+
 def test_an_unknown_data_set_is_still_that(run_cli: Callable[..., Ran], tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("data: {name: sts2}")
