@@ -60,8 +60,8 @@ def _is_own(database: Path) -> bool:
 
 def _reason(database: Path, address: str | None) -> str:
     return (
-        f"the MLflow store {database} names {shown(str(address))} for artifacts, which is not in "
-        f"{database.parent / ARTIFACTS}, and other users can write to the store; if the address "
+        f"other users can write to the MLflow store {database}, and it names "
+        f"{shown(str(address))} for artifacts, outside of its folder {ARTIFACTS}; if the address "
         f"is yours, make the store yours alone (chmod go-w {shlex.quote(str(database))}), else "
         "name another store."
     )

@@ -50,7 +50,7 @@ def test_a_file_that_others_can_write_sends_nothing_elsewhere(
     # The user's own file: the address may be on purpose.
     refuse_elsewhere(database, address)
     database.chmod(mode)
-    with pytest.raises(UserError, match=r"other users can write to the store"):
+    with pytest.raises(UserError, match=r"other users can write to the MLflow store"):
         refuse_elsewhere(database, address)
     for beside in ("/mlartifacts/a/b/artifacts", "/mlartifacts/a%20b"):
         refuse_elsewhere(database, f"file://{database.parent}{beside}")
@@ -69,7 +69,7 @@ def test_what_sqlite_reads_with_the_file_counts_too(database: Path, suffix: str)
 def test_nothing_is_read_from_a_host_that_others_name(database: Path, address: str) -> None:
     refuse_host(database, address)
     database.chmod(0o666)
-    with pytest.raises(UserError, match="other users can write to the store"):
+    with pytest.raises(UserError, match="other users can write to the MLflow store"):
         refuse_host(database, address)
     refuse_host(database, "/elsewhere")
 
@@ -143,6 +143,6 @@ def test_a_launch_writes_nothing_where_others_say(
         said = made.launch()
     except UserError as error:
         said = error
-    assert "other users can write to the store" in str(said)
+    assert "other users can write to the MLflow store" in str(said)
     assert not home.exists()
     assert not list(home.parent.glob(f"home/**/{NAME}"))
