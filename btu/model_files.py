@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -132,6 +133,27 @@ def refuse_redirection(what: str, config: Mapping[str, Any], folder: Path | None
             f"{what} has an adapter (adapter_config.json), which names a base model elsewhere; "
             "merge it into the model (merge_and_unload in peft), and save that."
         )
+    if folder is not None:
+        _refuse_vocabulary_elsewhere(what, folder)
+
+
+def _refuse_vocabulary_elsewhere(what: str, folder: Path) -> None:
+    """Raise a `UserError` if a tokenizer reads a file that is not hashed.
+
+    Tokenizers take paths from their config before those of the folder. Old configs have paths of
+    the machine that saved them, which do not exist here.
+    """
+    path = folder / "tokenizer_config.json"
+    for key, value in (_json_object(path) if path.is_file() else {}).items():
+        named = key in ("vocab", "merges") or key.endswith("_file")
+        if not (named and isinstance(value, str) and os.path.exists(value)):
+            continue
+        if Path(value).resolve().parent != folder.resolve():
+            raise UserError(
+                f"{what}: its tokenizer_config.json names a file elsewhere ({key} is {value!r}), "
+                "which is not hashed; remove that key, and save the tokenizer there with "
+                "save_pretrained."
+            )
 
 
 def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

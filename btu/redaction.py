@@ -20,10 +20,16 @@ _SECRET = re.compile(
     r"|sig|auth|x-amz-[\w-]+)=)[^&;\s\"'`<>]+",
     re.IGNORECASE,
 )
+# Credentials of a header, as in the errors of HTTP clients that refuse one.
+_HEADER = re.compile(r"\b(Bearer|Basic) +[^\s\"'`<>]+")
 
 
 def shown(text: str) -> str:
-    """Return a text with its URLs without user names, passwords and values of queries."""
+    """Return a text without credentials.
+
+    Its URLs lose user names, passwords and values of queries; headers lose what authorizes.
+    """
+    text = _HEADER.sub(rf"\1 {HIDDEN}", text)
     return _SECRET.sub(rf"\1{HIDDEN}", _URL.sub(lambda found: shown_url(found[0]), text))
 
 

@@ -258,6 +258,12 @@ def _hub_frames(
             f"{unknown('dataset', spec.name, DATASETS)}; a data set of your own needs data.path, "
             "one from the hub its id, owner/data."
         )
+    if Path(preset.hub_id).is_dir():
+        # Its README may name files on any host, which `load_dataset` fetches even offline.
+        raise UserError(
+            f"data set '{preset.hub_id}' is also a folder here, and which is meant is not clear; "
+            f"for the folder give data.path={preset.hub_id}, for the hub start elsewhere."
+        )
     import datasets
 
     try:

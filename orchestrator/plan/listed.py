@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from btu.stages import Stage
@@ -25,6 +25,11 @@ class ListedStage:
     units: int = 0
     model: bool = False
     victim: Mapping[str, Any] = field(default_factory=dict)
+
+
+_FIELDS = {one.name for one in fields(ListedStage)} - {"key"}
+# How many stages of a plan may depend on each other in a row: a cell has eight at most.
+DEEPEST = 50
 
 
 @dataclass(frozen=True)
@@ -105,18 +110,22 @@ class StageList:
 
         key: the cell's. stages: keys of the stages it depends on.
         """
-        if any(stage not in self._facts for stage in stages):
-            return None
         if key not in self._built:
-            inputs = {stage: self._stage(stage) for stage in stages}
+            try:
+                inputs = {stage: self._stage(stage) for stage in stages}
+            except KeyError:
+                return None
             # As in `Graph.cell`: the scorer reads no model.
             self._built[key] = ListedStage(key, "cell", inputs, tuple(inputs), "host")
         return self._built[key]
 
-    def _stage(self, key: str) -> ListedStage:
+    def _stage(self, key: str, depth: int = 0) -> ListedStage:
+        """Return a stage. Raises KeyError if it is not listed, or too many depend on each other."""
+        if depth > DEEPEST:  # as where a plan says that a stage depends on itself
+            raise KeyError(key)
         if key not in self._built:
-            facts = dict(self._facts[key])
+            facts = {name: fact for name, fact in self._facts[key].items() if name in _FIELDS}
             before = facts.pop("inputs", {})
-            inputs = {role: self._stage(other) for role, other in before.items()}
+            inputs = {role: self._stage(other, depth + 1) for role, other in before.items()}
             self._built[key] = ListedStage(key, inputs=inputs, **facts)
         return self._built[key]

@@ -199,7 +199,7 @@ def render(table: pd.DataFrame, style: str, metrics: Collection[str] = ALL_METRI
     if style not in FORMATS:
         raise unknown("format", style, FORMATS)
     if style == "csv":
-        return csv_text(table)
+        return printable(csv_text(table))
     if style == "json":
         rows = [
             {str(k): None if pd.isna(v) else v for k, v in row.items()}
@@ -221,7 +221,7 @@ def readable(table: pd.DataFrame, metrics: Collection[str] = ALL_METRICS) -> pd.
         if name.endswith("_ci"):
             continue
         if name not in metrics:
-            shown[name] = table[name].map(_text)
+            shown[printable(str(name))] = table[name].map(_text)
             continue
         header = name if name in PLAIN else f"{name} %"
         spread = table.get(f"{name}_ci", pd.Series(float("nan"), index=table.index))

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,11 @@ from btu.errors import UserError, unknown
 from btu.redaction import has_secret, shown_url
 from btu.result_files import FLAGGED, RESULT, loads, with_nan
 from orchestrator.plan.listed import ListedStage, StageList, list_stages
-from orchestrator.store.places import is_key
-from orchestrator.store.storage import Storage, below, open_storage
+from orchestrator.results.shapes import EVENT, NOTE, PLAN, RECORD
+from orchestrator.store.owners import is_own
+from orchestrator.store.storage import LocalStorage, Storage, below, open_storage
 from orchestrator.store.store import Damaged, Missing, Store
-from orchestrator.store.typed import Check, holds, is_amount, is_text, parse_object
+from orchestrator.store.typed import holds, parse_object
 from orchestrator.sweep.load import resolve
 from orchestrator.sweep.output import STORE, output_location, store_location
 from orchestrator.sweep.sections import CONTROL, settings
@@ -42,21 +43,6 @@ SERVER = "server.json"
 RUN_VERSION = 2
 # The sweep's file of the last launch; a table of the sweep's summary in MLflow.
 SWEEP, MEANS_TABLE = "sweep.yaml", "means.json"
-# What a note about an MLflow run, a plan and a line of the journal contain.
-_NOTE: dict[str, Check] = dict.fromkeys(("record", "run_id"), is_text)
-_PLAN: dict[str, Check] = {
-    **dict.fromkeys(("cells", "refused"), lambda rows: isinstance(rows, list)),
-    "base": lambda base: isinstance(base, dict),
-    "stages": lambda stages: (
-        isinstance(stages, dict)
-        and all(holds(stage, {"name": is_text}, ["name"]) for stage in stages.values())
-    ),
-}
-_EVENT: dict[str, Check] = {
-    "time": is_amount,
-    **dict.fromkeys(("event", "key", "stage", "launch", "outcome", "device"), is_text),
-    "seconds": is_amount,
-}
 
 
 @dataclass(frozen=True)
@@ -65,10 +51,12 @@ class LaunchedServer:
 
     uri: its URI without user name, password and values of a query.
     whole: whether that is all of it.
+    own: whether no other user can have written it: the record is a file of this user alone.
     """
 
     uri: str
     whole: bool
+    own: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -154,10 +142,17 @@ class Results:
     def server(self) -> LaunchedServer | None:
         """Return the MLflow store of the last launch; None for that of the output folder."""
         with suppress(FileNotFoundError, ValueError, AttributeError):
-            known = json.loads(self.storage.read(f"{self.name}/{SERVER}"))
+            path = f"{self.name}/{SERVER}"
+            before = self._is_own(path)
+            known = parse_object(self.storage.read(path))
             if isinstance(known.get("uri"), str):
-                return LaunchedServer(known["uri"], known.get("whole") is True)
+                own = before and self._is_own(path)
+                return LaunchedServer(known["uri"], known.get("whole") is True, own)
         return None
+
+    def _is_own(self, path: str) -> bool:
+        storage = self.storage
+        return isinstance(storage, LocalStorage) and is_own(storage.root / path)
 
     def sweep_text(self) -> str:
         """Return the sweep's file of the last launch."""
@@ -229,7 +224,7 @@ class Results:
             result = self.store.read_json(key, RESULT)
         except (Damaged, Missing):
             return None
-        if not isinstance(result, dict) or not isinstance(result.get("metrics", {}), dict):
+        if not holds(result, RECORD, ["config", "started", "ended"]):
             self.store.set_aside(key, f"{RESULT} is no record of a cell")
             return None
         return {
@@ -295,7 +290,7 @@ class Results:
             for name in self.storage.names(f"{self.name}/{TRACKED}/{store}"):
                 with suppress(ValueError, FileNotFoundError):  # damaged, or replaced now
                     note = parse_object(self.storage.read(f"{self.name}/{TRACKED}/{store}/{name}"))
-                    if holds(note, _NOTE, _NOTE):
+                    if holds(note, NOTE, NOTE):
                         noted[note["record"]] = note["run_id"]
             known.append(noted)
         return {record: run for noted in sorted(known, key=len) for record, run in noted.items()}
@@ -311,7 +306,7 @@ class Results:
         for line in self.storage.lines(f"{self.name}/{JOURNAL}"):
             with suppress(ValueError):  # cut short by a full disk or a kill
                 event = parse_object(line)
-                if holds(event, _EVENT, ("time", "event", "key")):
+                if holds(event, EVENT, ("time", "event", "key")):
                     events.append(event)
         return events
 
@@ -354,11 +349,14 @@ def read_plans(storage: Storage, sweep: str) -> Iterator[dict[str, Any]]:
         path = f"{sweep}/{PLANS}/{name}"
         try:
             plan = parse_object(storage.read(path))
-            if not holds(plan, _PLAN, ["cells"]):
+            if not holds(plan, PLAN, ["cells"]):
                 raise ValueError("a part of it has another type")
+            plan = {"base": {}, "refused": [], "stages": {}, "keep": "", **plan}
             for cell in plan["cells"]:
-                if not all(map(is_key, (cell["key"], *cell["stages"]))):
-                    raise ValueError("a cell has no valid key")
+                if isinstance(cell["stages"], list) and not plan["stages"].keys() >= {
+                    *cell["stages"]
+                }:
+                    raise ValueError("a stage of a cell is not listed")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{below(storage.location, path)} is not a plan, so the cells of sweep '{sweep}' "

@@ -1,9 +1,11 @@
-"""Which entries of a local store belong to other Unix users."""
+"""What of a local store belongs to other Unix users."""
 
 from __future__ import annotations
 
 import os
 import pwd
+import stat
+from pathlib import Path
 
 from orchestrator.store import places
 from orchestrator.store.local import LocalStorage
@@ -23,6 +25,17 @@ def foreign_entries(store: Store) -> dict[str, list[str]]:
                 if places.is_key(key) and status.st_uid != os.geteuid():
                     found.setdefault(key, set()).add(status.st_uid)
     return {key: sorted(map(_name, users)) for key, users in sorted(found.items())}
+
+
+def is_own(path: Path) -> bool:
+    """Return whether a path is a regular file of this user that no other user can write to."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    others = stat.S_IWGRP | stat.S_IWOTH
+    own = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
+    return own and not status.st_mode & others
 
 
 def _name(user: int) -> str:

@@ -7,7 +7,8 @@ value calls is read from OmegaConf's own parse tree, not from a pattern.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from omegaconf.errors import GrammarParseError
@@ -39,6 +40,59 @@ def refuse_resolvers(value: Any, key: str = "") -> None:
             refuse_resolvers(inner, f"{key}[{index}]")
     elif isinstance(value, str):
         _check_text(value, key)
+
+
+# Interpolations that name values with interpolations of their own, and characters that all others
+# stand for. Together they bound what a file can become: 12 in a row triple it four times.
+MOST_CHAINED, MOST_CHARACTERS = 12, 1_000_000
+_NAMED = re.compile(r"\$\{\s*(\.*)([\w.-]+)\s*\}")
+
+
+def refuse_growth(config: Any) -> None:
+    """Check that interpolations do not multiply, as ``${b}${b}`` does thirty times in a row.
+
+    config: a file, before anything in it is resolved.
+
+    Raises:
+        UserError: written out, the file might not fit into the memory.
+    """
+    chained = characters = 0
+    for path, text in _texts(config, ()):
+        chained += text.count("${")
+        for dots, name in _NAMED.findall(text):
+            above = path[: -len(dots)] if dots else ()
+            target = _at(config, (*above, *name.split(".")))
+            inner = [found for _, found in _texts(target, ())]
+            if target is not None and not any("${" in found for found in inner):
+                chained -= 1
+                characters += sum(map(len, inner))
+    if chained > MOST_CHAINED or characters > MOST_CHARACTERS:
+        raise UserError(
+            f"the file has {chained} interpolations of values that have interpolations themselves, "
+            f"or that are not found, and the others stand for {characters} characters (at most "
+            f"{MOST_CHAINED} and {MOST_CHARACTERS}): written out they may not fit into the memory. "
+            "Write the values themselves."
+        )
+
+
+def _texts(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """Yield all texts in a value, each with its path."""
+    if isinstance(value, Mapping | list):
+        inner = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for name, found in inner:
+            yield from _texts(found, (*path, name))
+    elif value is not None:
+        yield path, str(value)
+
+
+def _at(value: Any, path: Iterable[Any]) -> Any:
+    """Return what is at a path; None if there is nothing."""
+    for step in path:
+        if isinstance(value, list) and str(step).isdecimal() and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            value = value.get(step) if isinstance(value, Mapping) else None
+    return value
 
 
 def unreadable(where: str, error: Exception) -> UserError:

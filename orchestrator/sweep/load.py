@@ -22,7 +22,7 @@ from btu.data.spec import DataSpec
 from btu.errors import UserError, unknown
 from btu.redaction import shown_url
 from btu.victims import VICTIMS, VictimSpec
-from orchestrator.sweep.interpolation import refuse_resolvers, unreadable
+from orchestrator.sweep.interpolation import refuse_growth, refuse_resolvers, unreadable
 from orchestrator.sweep.modes.base import SearchMode, SequentialMode
 from orchestrator.sweep.output import (
     DEFAULT_OUTPUT,
@@ -176,7 +176,9 @@ def _read(path: Path) -> dict[str, Any]:
         # OmegaConf's loader reads 2e-5 as a float, where plain YAML 1.1 gives a string.
         read = OmegaConf.load(path)
         # Before anything is resolved, and after, for what resolving has put together.
-        refuse_resolvers(OmegaConf.to_container(read))
+        written = OmegaConf.to_container(read)
+        refuse_resolvers(written)
+        refuse_growth(written)
         loaded = OmegaConf.to_container(read, resolve=True)
         refuse_resolvers(loaded)
     except GrammarParseError as error:

@@ -283,6 +283,9 @@ def _place(url: str) -> Place:
 
 def _tracking_place(uri: str) -> Place | None:
     """Return where a tracking URI leads; None for a file or an empty text."""
+    # urllib removes these before it reads the scheme, and so MLflow does.
+    if re.search(r"^[\0-\x20]|[\t\r\n]", uri):
+        return Place("", "")
     scheme = re.match(r"([A-Za-z][\w+.-]*):|databricks$", uri)
     if scheme is None:
         return None

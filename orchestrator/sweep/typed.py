@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from btu.errors import UserError, did_you_mean
-from orchestrator.sweep.interpolation import refuse_resolvers
+from orchestrator.sweep.interpolation import refuse_growth, refuse_resolvers
 from orchestrator.sweep.sections import FIXED_SECTIONS, NAMED_SECTIONS, SCALARS
 from orchestrator.sweep.tree import copied
 
@@ -154,6 +154,7 @@ def _built(section: str, schema: type, values: Mapping[str, Any]) -> Any:
 def _converted(section: str, schema: type, values: Mapping[str, Any]) -> Any:
     # A plan of another user is read without its sweep file, so that this is the only check.
     refuse_resolvers(values, section)
+    refuse_growth(values)
     for name, hint in _hints(schema).items():
         if name in values and name not in _numbers(schema):
             _refuse_untexted(f"{section}.{name}", hint, values[name])

@@ -18,6 +18,7 @@ from orchestrator.sweep.modes.axes import GridMode
 from orchestrator.sweep.sweep import Sweep
 from orchestrator.sweep.trust import TRACKING_VARIABLE
 from orchestrator.tracking.database import database_of, make_database, use_wal
+from orchestrator.tracking.elsewhere import refuse_elsewhere
 from orchestrator.tracking.moved import artifact_folder, check_folder, relocate
 from orchestrator.tracking.runs import ID_TAG, SUMMARY, TAG_CHARACTERS
 from orchestrator.tracking.server import (
@@ -106,6 +107,8 @@ def _open(
                 tell(moved)
                 found = client.get_experiment(found.experiment_id)
         check_folder(found)
+        if database is not None:
+            refuse_elsewhere(database, found.artifact_location)
         experiment_id = str(found.experiment_id)
         if note is not None and found.tags.get("mlflow.note.content") != note:
             set_tag(client, experiment_id, "mlflow.note.content", note)

@@ -19,6 +19,7 @@ from btu.errors import UserError, unknown
 from btu.result_files import ROWS, TOKENS
 from orchestrator.results.source import read_table
 from orchestrator.tracking.database import database_of, reading_uri
+from orchestrator.tracking.elsewhere import refuse_host
 from orchestrator.tracking.experiment import deleted_experiment, remedy
 from orchestrator.tracking.moved import folder_beside
 from orchestrator.tracking.runs import (
@@ -205,6 +206,8 @@ class MlflowSource:
         if beside is not None:
             # Of a moved or copied folder. Only a launch or a sync changes what MLflow has recorded.
             return beside / name if (beside / name).is_file() else None
+        if self._database is not None:
+            refuse_host(self._database, run.info.artifact_uri)
         kept = {entry.path for entry in self._client.list_artifacts(run.info.run_id)}
         if not kept:
             self._unreachable(run)

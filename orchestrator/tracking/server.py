@@ -21,7 +21,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from btu.errors import UserError
 from btu.redaction import shown as shown
 from btu.redaction import shown_url
-from orchestrator.results.folder import Results
+from orchestrator.results.folder import LaunchedServer, Results
+from orchestrator.sweep.output import DATABASE
 from orchestrator.sweep.sweep import Sweep
 from orchestrator.sweep.trust import server_refusal
 from orchestrator.tracking.runs import ID_TAG
@@ -106,14 +107,20 @@ def default_uri(output: str) -> str:
     """Return the URI of the SQLite store in an output folder.
 
     Raises:
-        UserError: the output folder is on an object store.
+        UserError: the output folder is on an object store; a link of another user is there.
     """
     if "://" in output:
         raise UserError(
             f"output {shown_url(output)} is an object store, where MLflow's SQLite file cannot "
             "be; name an MLflow server with tracking.uri (or --uri)."
         )
-    return sqlite_uri(Path(output).expanduser().resolve() / "mlflow.db")
+    path = Path(output).expanduser().resolve() / DATABASE
+    if path.is_symlink() and path.lstat().st_uid not in (os.geteuid(), 0):
+        raise UserError(
+            f"{path} is a symbolic link of another user; remove it, or name another MLflow store "
+            "with tracking.uri (or --uri)."
+        )
+    return sqlite_uri(path)
 
 
 def launched_uri(results: Results, option: str) -> str:
@@ -135,7 +142,22 @@ def launched_uri(results: Results, option: str) -> str:
         )
     if (why := server_refusal(option, found.uri)) is not None:
         raise UserError(f"sweep '{results.name}' was launched with another MLflow store. {why}")
+    if not (found.own or found.uri.startswith(("http://", "https://")) or _is_in(results, found)):
+        raise UserError(
+            f"{results.output}/{results.name} names the MLflow store {shown(found.uri)}, which is "
+            "outside of the output folder, and other users can write that record; name the store "
+            f"yourself, with {option}."
+        )
     return absolute(found.uri)
+
+
+def _is_in(results: Results, found: LaunchedServer) -> bool:
+    """Return whether a recorded SQLite store is in the output folder, without links on the way."""
+    url = make_url(found.uri) if is_sqlite(found.uri) else None
+    if url is None or not url.database or url.query or "://" in results.output:
+        return False
+    output, path = Path(results.output), Path(url.database)
+    return path.resolve() == output.resolve() / path.name
 
 
 def set_tag(client: mlflow.MlflowClient, experiment_id: str, key: str, value: str) -> None:

@@ -25,6 +25,7 @@ from mlflow.entities import Metric, Run, ViewType
 from btu.result_files import CONFIG, FLAGGED, PLOT, RESULT, ROWS, TOKENS
 from orchestrator.results.folder import MEANS_TABLE, TRACKED, Results, record_id
 from orchestrator.tracking.database import database_of
+from orchestrator.tracking.elsewhere import refuse_elsewhere
 from orchestrator.tracking.moved import local_path
 from orchestrator.tracking.runs import (
     KIND_TAG,
@@ -197,6 +198,7 @@ class Tracker:
     def _complete(self, run: Run, record: Mapping[str, Any], folder: Path | None) -> bool:
         """Give a run of a record the status and files that it lacks. Return whether it did."""
         run_id, lacks_files = run.info.run_id, self._lacks_files(run)
+        self._refuse_elsewhere(run)
         if lacks_files and folder is not None:
             self._log_files(run_id, folder)
         elif lacks_files:
@@ -212,8 +214,17 @@ class Tracker:
         return path is not None and not (os.path.isdir(path) and os.listdir(path))
 
     @cached_property
+    def _database(self) -> Path | None:
+        return database_of(self.uri)
+
+    @property
     def _is_local(self) -> bool:
-        return database_of(self.uri) is not None
+        return self._database is not None
+
+    def _refuse_elsewhere(self, run: Run) -> None:
+        """Raise a `UserError` if another user may have chosen where a run's artifacts go."""
+        if self._database is not None:
+            refuse_elsewhere(self._database, run.info.artifact_uri)
 
     def _log_result(self, run_id: str, record: Mapping[str, Any], folder: Path) -> None:
         self._client.log_batch(run_id, metrics=run_metrics(record), params=run_params(record))
@@ -248,6 +259,7 @@ class Tracker:
             },
             run_name=run_name(record),
         )
+        self._refuse_elsewhere(run)
         return str(run.info.run_id)
 
     def _all_runs(self) -> Iterator[Run]:
@@ -304,6 +316,7 @@ class Tracker:
             Exception: the server cannot be reached, or refuses.
         """
         run = self._summary_run(made.metrics)
+        self._refuse_elsewhere(run)
         now, run_id = int(time.time() * 1000), run.info.run_id
         logged = run.data.metrics
         # MLflow treats the value of the highest step as the latest, and fewer cells may be finished

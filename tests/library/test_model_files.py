@@ -167,6 +167,19 @@ def test_no_side_door_leads_to_other_weights(stored: StageRun, folder: Path, doo
         find_victim(spec_of(folder))
 
 
+@pytest.mark.parametrize("key", ["vocab", "merges", "vocab_file", "spm_file", "tokenizer_file"])
+def test_a_tokenizer_names_no_file_elsewhere(folder: Path, tmp_path: Path, key: str) -> None:
+    # Before: `vocab` was read, and what it named could change under the same identity.
+    elsewhere = tmp_path / "elsewhere.txt"
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**config, key: str(elsewhere)}))
+    find_victim(spec_of(folder))  # as of the machine that saved it
+    elsewhere.write_text("a")
+    with pytest.raises(UserError, match=rf"names a file elsewhere \({key} is '"):
+        find_victim(spec_of(folder))
+
+
 @pytest.mark.parametrize("shard", ["../x.safetensors", "/x.safetensors", "x.bin", 3, None, ""])
 def test_an_index_names_safetensors_beside_it(folder: Path, shard: object) -> None:
     (folder / "model.safetensors").unlink()

@@ -55,6 +55,13 @@ def test_queries_and_user_names_are_left_out(url: str, expected: str) -> None:
     assert shown_url(url) == expected
 
 
+@pytest.mark.parametrize("kind", ["Bearer", "Basic"])
+def test_credentials_of_a_header_are_left_out(kind: str) -> None:
+    # As requests refuses a token that ends with a line break.
+    error = f"return character(s) in header value: '{kind} s3cr3t+/=\\n'"
+    assert shown(error) == f"return character(s) in header value: '{kind} ***'"
+
+
 @pytest.mark.parametrize(
     "plain",
     [

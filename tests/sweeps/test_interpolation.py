@@ -119,6 +119,12 @@ def test_the_settings_of_a_recorded_cell_call_no_resolver(
     assert message.startswith("data.name calls the resolver 'oc.env'")
 
 
+def test_the_settings_of_a_recorded_cell_do_not_multiply() -> None:
+    words = ["a" * 10, *(f"${{trigger[{n}]}}${{trigger[{n}]}}" for n in range(29))]
+    config = {"attack": {"name": "badnets", "trigger": words}}
+    assert "may not fit into the memory" in refusal(lambda: resolve(config))
+
+
 def test_keys_of_the_file_can_still_be_named(load: Callable[..., Sweep]) -> None:
     sweep = load(
         {
@@ -135,6 +141,31 @@ def test_keys_of_the_file_can_still_be_named(load: Callable[..., Sweep]) -> None
     assert (first.data.split_seed, Path(str(first.data.path))) == (3, Path("own/x").resolve())
     assert first.attack_params["sentence"] == "seed 3 of own"
     assert [resolve(cell.config).train.epochs for cell in sweep.cells()] == [3, 5]
+
+
+@pytest.mark.parametrize(
+    "link", ["${{k{0}}}${{k{0}}}", ["${{k{0}}}", "${{k{0}}}"], "${{.k{0}}}${{ k{0} }}"]
+)
+def test_interpolations_that_multiply_are_refused(load: Callable[..., Sweep], link: Any) -> None:
+    # 2 ** 29 times ten characters: before, the process ran out of memory.
+    def at(number: int) -> Any:
+        texts = [text.format(number) for text in ([link] if isinstance(link, str) else link)]
+        return texts[0] if isinstance(link, str) else texts
+
+    config = {"k0": "a" * 10, **{f"k{n}": at(n - 1) for n in range(1, 30)}}
+    assert "may not fit into the memory" in refusal(lambda: load(config))
+
+
+def test_many_interpolations_of_plain_values_are_allowed(load: Callable[..., Sweep]) -> None:
+    config = {
+        "seed": 3,
+        "train": {"epochs": "${seed}"},
+        "list": [{"seed": n, "data.split_seed": "${seed}"} for n in range(500)],
+    }
+    assert load(config)
+    long = {"seed": 0, "attack": {"sentence": "a" * 20_000, "trigger": ["${.sentence}"] * 100}}
+    long["data"] = {"name": "${attack.sentence}" * 100}
+    assert "may not fit" in refusal(lambda: load(long))
 
 
 @pytest.mark.parametrize("text", ["${seed", "a ${} b", "${" * 300, "${a['x:y']}"])

@@ -153,6 +153,25 @@ def test_planning_downloads_no_data_set(
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
 
 
+def test_a_folder_is_no_data_set_of_the_hub(
+    run_cli: Callable[..., Ran],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_network: list[object],
+) -> None:
+    # `load_dataset` fetches what the README of a folder names, also offline.
+    card = {"configs": [{"config_name": "x", "data_files": "http://127.0.0.1:9/train.csv"}]}
+    (tmp_path / "own" / "data").mkdir(parents=True)
+    (tmp_path / "own" / "data" / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").write_text(yaml.safe_dump({"data": {"name": "own/data"}}))
+    done = run_cli("plan", "x.yaml")
+    assert done.code == 2
+    assert "'own/data' is also a folder here" in done.err
+    assert "data.path=own/data" in done.err
+    assert no_network == []
+
+
 def test_an_unknown_data_set_is_still_that(run_cli: Callable[..., Ran], tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("data: {name: sts2}")
@@ -340,6 +359,7 @@ def test_mlflows_own_file_has_credentials_too(load: Callable[..., Sweep], home: 
     ("uri", "refused"),
     [
         ("sqlite:////x/mlflow.db", False),
+        ("a folder/runs", False),
         ("sqlite:///mlflow.db", False),
         ("file:///x", False),
         ("mlruns", False),
@@ -349,6 +369,11 @@ def test_mlflows_own_file_has_credentials_too(load: Callable[..., Sweep], home: 
         ("databricks", True),
         ("databricks://profile", True),
         ("uc:http://host", True),
+        # Python's urllib ignores blanks before a scheme, and line breaks and tabs anywhere.
+        (" http://host", True),
+        ("\x01http://host", True),
+        ("ht\ttp://host", True),
+        ("\npostgresql://host/db", True),
     ],
 )
 def test_databases_of_hosts_need_trust(load: Callable[..., Sweep], uri: str, refused: bool) -> None:
