@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+from btu.printing import printable
 
 # The Okabe-Ito colors, which color-blind readers can tell apart. Yellow and black are left out:
 # they vanish on white and on black.
@@ -13,6 +16,8 @@ PURPLE, ORANGE, SKY = "#CC79A7", "#E69F00", "#56B4E9"
 GRAY = "#8A8A8A"
 # Follows a number that a guard marks.
 MARKED = "\N{DAGGER}"
+# Characters of a setting's value in a label; tables show it whole.
+VALUE = 32
 
 
 @dataclass(frozen=True)
@@ -110,3 +115,30 @@ def log_ticks(low: float, high: float) -> tuple[float, ...]:
     ticks = [float(f"{digit}e{exponent}") for exponent in exponents for digit in digits]
     kept = tuple(tick for tick in ticks if low <= tick <= high)
     return kept if len(kept) > 1 else (low, high)
+
+
+def labels(texts: Iterable[str], most: int = VALUE) -> dict[str, str]:
+    """Return a short text for each text. Different texts get different ones.
+
+    A short text is on one line; an ellipsis replaces its middle. A number tells apart the texts
+    that would look alike.
+    """
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for text in dict.fromkeys(texts):
+        short, number = _shortened(text, most), 1
+        while short in taken:
+            number += 1
+            suffix = f" ({number})"
+            short = _shortened(text, most - len(suffix)) + suffix
+        taken.add(short)
+        found[text] = short
+    return found
+
+
+def _shortened(text: str, most: int) -> str:
+    line = " ".join(printable(text).split())
+    if len(line) <= most:
+        return line
+    tail = (most - 1) // 3
+    return f"{line[: most - 1 - tail].rstrip()}\N{HORIZONTAL ELLIPSIS}{line[-tail:].lstrip()}"

@@ -8,6 +8,25 @@ from pathlib import Path
 from btu.errors import UserError
 
 
+def written_path(named: str, written: str) -> Path:
+    """Return a path as a user writes it, with ``~`` replaced by the home folder.
+
+    named: what an error calls the path: a key or an option.
+
+    Raises:
+        UserError: no path can be written so.
+    """
+    if "\0" in written:
+        raise UserError(f"{named} {written!r} has a NUL character, which no path has; remove it.")
+    try:
+        return Path(written).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{named} {written!r}: this machine has no user of that name; write the whole path of "
+            "the folder, or './' before a name that begins with '~'."
+        ) from None
+
+
 def obstacle(folder: Path) -> str:
     """Return why no file can be made in a folder, or in a new folder there; empty if one can."""
     place = folder.absolute()

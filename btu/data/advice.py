@@ -81,7 +81,7 @@ def proposal(content: bytes | str, path: Path, reading: FileReading) -> dict[str
     if separator != (reading.separator or usual):
         names = {character: name for name, character in SEPARATORS.items() if name.isalpha()}
         keys["separator"] = names[separator] if separator in "\t " else separator
-    return keys | _columns(records, reading, changed=bool(keys))
+    return keys | _columns(records, reading)
 
 
 def _decoded(raw: bytes, reading: FileReading) -> tuple[str, str]:
@@ -147,12 +147,11 @@ def _records(text: str, separator: str, quoting: bool | None) -> list[list[str]]
     return records
 
 
-def _columns(records: Sequence[list[str]], reading: FileReading, changed: bool) -> dict[str, str]:
+def _columns(records: Sequence[list[str]], reading: FileReading) -> dict[str, str]:
     """Return the keys for the header and for the columns.
 
     records: of the file.
     reading: how the file was read.
-    changed: whether it may be read with another encoding or separator.
     """
     width = Counter(map(len, records)).most_common(1)[0][0]
     rows = [fields for fields in records[1:] if len(fields) == width]
@@ -164,7 +163,7 @@ def _columns(records: Sequence[list[str]], reading: FileReading, changed: bool) 
             keys["header"] = "false"
     wanted = {"text_column": reading.text_column, "label_column": reading.label_column}
     missing = [key for key, name in wanted.items() if name not in names]
-    if missing and (changed or not header):
+    if missing:
         taken = [name for name in wanted.values() if name in names]
         keys |= {
             key: name

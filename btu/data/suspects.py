@@ -147,6 +147,12 @@ def _check_classes(
     notes: Mapping[str, int],
 ) -> None:
     sizes = np.bincount(np.asarray(rows.labels, dtype=np.int64), minlength=len(names))
+    if not sizes.sum() and notes.get("dropped_train_overlap"):
+        raise UserError(
+            f"no row of data set '{spec.name}' is left to scan: the texts of all of them "
+            f"({notes['dropped_train_overlap']}) are also among the trusted rows; name other "
+            "trusted rows."
+        )
     if (sizes > 0).sum() < 2:
         raise _one_class(spec, names, notes)
     single = [name for name, size in zip(names, sizes, strict=True) if size == 1]

@@ -27,6 +27,7 @@ from btu.panels import (
     Heat,
     Panel,
     Series,
+    labels,
 )
 from btu.rules.base import RULES
 from orchestrator.report.marks import joined, marks
@@ -106,6 +107,8 @@ def named_cells(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     setting: the place and the poison rate.
     family: the defense without its threshold, and the recipe where a setting has several recipes.
     variant: the family and the threshold.
+
+    Long values are shortened in them; different values stay different.
     """
     where = coordinates(records)
     names = list(where.columns)
@@ -137,9 +140,11 @@ def named_cells(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 def _words(table: pd.DataFrame, shared: list[str], names: list[str]) -> pd.Series[str]:
     """Return as text which settings differ among the rows that are equal in the shared columns."""
     words = pd.Series("", index=table.index)
+    # Over the whole table: a value has one label in all groups.
+    short = {name: labels(table[name].map(_short)) for name in names}
     for _, part in table.groupby(shared, sort=False, dropna=False):
         for name in names:
-            texts = part[name].map(_short)
+            texts = part[name].map(_short).map(short[name])
             if len(set(texts)) > 1:
                 prefix = "" if name == "defense.rule" else f"{name.removeprefix('defense.')} "
                 known = texts[texts != "-"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import pandas as pd
 
 from btu.drawing import FORMATS, draw, save
 from btu.errors import UserError
-from btu.panels import BLUE, GREEN, ORANGE, VERMILION, Axis, Panel, Series, log_ticks
+from btu.panels import BLUE, GREEN, ORANGE, VERMILION, Axis, Panel, Series, labels, log_ticks
 from btu.paths import check_file
 from btu.rules.base import RULES
 from orchestrator.report.charts import over_seeds
@@ -44,10 +44,11 @@ def curve_panels(curves: pd.DataFrame) -> list[Panel]:
     own = (*MEASURES, "seed", "threshold", "trained", "exact")
     coordinates = [name for name in curves.columns if name not in own]
     further = [name for name in coordinates if name not in SHOWN and _varies(curves, name)]
+    short = {name: labels(curves[name].dropna().map(str)) for name in further}
     panels = []
     for _, part in curves.groupby(coordinates, sort=False, dropna=False):
         y = Axis("", percent=True, span=(-0.04, 1.04))
-        title = _title(part, further)
+        title = _title(part, short)
         panels.append(Panel(title, "lines", _threshold_axis(part), y, list(_series(part))))
     return panels
 
@@ -74,14 +75,14 @@ def _varies(curves: pd.DataFrame, name: str) -> bool:
     return any(len(part[name].unique()) > 1 for _, part in curves.groupby("rule"))
 
 
-def _title(part: pd.DataFrame, further: list[str]) -> str:
+def _title(part: pd.DataFrame, short: Mapping[str, Mapping[str, str]]) -> str:
     first = part.iloc[0]
     title = f"{first['attack']}, rate {first['poison_rate']:g}"
-    for name in further:
+    for name, known in short.items():
         value = first[name]
         # None or NaN: the cells of this panel do not have the setting.
         if value is not None and value == value:
-            title += f"\n{name} {value}"
+            title += f"\n{name} {known[str(value)]}"
     return title
 
 

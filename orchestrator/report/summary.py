@@ -26,6 +26,7 @@ from orchestrator.report.table import (
     MARKS,
     THRESHOLD_COLUMNS,
     coordinates,
+    markdown,
     mean_over_seeds,
     metric_columns,
     readable,
@@ -162,8 +163,7 @@ def table_json(table: pd.DataFrame) -> str:
 def _markdown(means: pd.DataFrame) -> str:
     wanted = [*coordinate_columns(list(means.columns)), "seeds", *SHOWN, MARKS]
     spread = [f"{name}_ci" for name in SHOWN]
-    shown = readable(means[[*wanted, *spread]])
-    return shown.to_markdown(index=False, disable_numparse=True)
+    return markdown(readable(means[[*wanted, *spread]]))
 
 
 def _note(

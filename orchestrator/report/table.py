@@ -39,6 +39,8 @@ MARKS = "marks"
 RECIPE = "revision.recipe"
 # Shown as they are. Every other metric is a fraction and is shown in percent.
 PLAIN = frozenset(name for name, entry in METRICS.items() if not entry.fraction)
+# Markdown's characters that act within a line, in words too.
+_MARKUP = str.maketrans({mark: f"\\{mark}" for mark in "\\|`*[]<>&$~"})
 COUNTS = frozenset(name for name, entry in METRICS.items() if entry.unit == COUNT)
 
 
@@ -208,10 +210,26 @@ def render(table: pd.DataFrame, style: str, metrics: Collection[str] = ALL_METRI
         return json.dumps(rows, indent=1) + "\n"
     shown = readable(table, metrics)
     if style == "markdown":
-        return shown.to_markdown(index=False, disable_numparse=True) + "\n"
+        return markdown(shown) + "\n"
     if style == "latex":
-        return shown.to_latex(index=False, escape=True)
+        # A blank line within a cell would end a paragraph.
+        one_line = shown.map(lambda text: " ".join(text.split()))
+        return one_line.to_latex(index=False, escape=True)
     return _rich(shown)
+
+
+def markdown(shown: pd.DataFrame) -> str:
+    """Return a Markdown table of text cells, whose texts are shown as they are.
+
+    Characters that would be markup or end a cell are escaped, and line breaks are ``<br>``.
+    """
+    plain = shown.rename(columns=_plain).map(_plain)
+    text: str = plain.to_markdown(index=False, disable_numparse=True)
+    return text
+
+
+def _plain(text: str) -> str:
+    return text.translate(_MARKUP).replace("\n", "<br>")
 
 
 def readable(table: pd.DataFrame, metrics: Collection[str] = ALL_METRICS) -> pd.DataFrame:

@@ -20,6 +20,7 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from btu.attacks.poisoning import ATTACKS, PoisonSpec
 from btu.data.spec import DataSpec
 from btu.errors import UserError, unknown
+from btu.paths import written_path
 from btu.redaction import shown_url
 from btu.victims import VICTIMS, VictimSpec
 from orchestrator.sweep.interpolation import refuse_growth, refuse_resolvers, unreadable
@@ -128,10 +129,10 @@ def resolve(config: Mapping[str, Any]) -> TrialSpec:
     }
     data: DataSpec = sections["data"]
     if data.path is not None:
-        data = dataclasses.replace(data, path=str(Path(data.path).expanduser().resolve()))
+        data = dataclasses.replace(data, path=str(written_path("data.path", data.path).resolve()))
     victim: VictimSpec = sections["victim"]
     if victim.name not in VICTIMS:
-        victim = dataclasses.replace(victim, name=_as_folder(victim.name))
+        victim = dataclasses.replace(victim, name=_as_folder("victim.name", victim.name))
     poison, attack_params, _ = named_section("attack", config.get("attack") or {})
     defense, defense_params, preset = named_section("defense", config.get("defense") or {})
     seed = config.get("seed", 0)
@@ -159,13 +160,19 @@ def _with_folders(section: str, name: str, params: dict[str, Any]) -> dict[str, 
     """
     part = NAMED_SECTIONS[section][1].load(name)
     marked = [field.name for field in dataclasses.fields(part) if field.metadata.get("path")]
-    return params | {key: _as_folder(params[key]) for key in marked}
+    return params | {key: _as_folder(f"{section}.{key}", params[key]) for key in marked}
 
 
-def _as_folder(value: Any) -> Any:
-    """Return the absolute path of a folder, and any other value, e.g. a hub name, unchanged."""
-    if isinstance(value, str) and Path(value).expanduser().is_dir():
-        return str(Path(value).expanduser().resolve())
+def _as_folder(named: str, value: Any) -> Any:
+    """Return the absolute path of a folder, and any other value, e.g. a hub name, unchanged.
+
+    named: the key of the value.
+    """
+    if isinstance(value, str):
+        folder = written_path(named, value)
+        # Unlike Path.is_dir, it is false for a name that is too long for a folder.
+        if os.path.isdir(folder):
+            return str(folder.resolve())
     return value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from btu.paths import written_path
 from btu.redaction import shown_url
 
 # The output of a sweep file without the key `output`, and of a command without --output.
@@ -31,9 +32,13 @@ def taken_name(name: str) -> str | None:
 
 
 def output_location(output: str | Path) -> str:
-    """Return an output as an absolute folder, or its URL unchanged, without a final '/'."""
+    """Return an output as an absolute folder, or its URL unchanged, without a final '/'.
+
+    Raises:
+        UserError: no folder can have that name.
+    """
     text = str(output)
-    return text.rstrip("/") if "://" in text else str(Path(text).expanduser().resolve())
+    return text.rstrip("/") if "://" in text else str(written_path("output", text).resolve())
 
 
 def store_location(output: str) -> str:

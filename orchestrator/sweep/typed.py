@@ -156,6 +156,8 @@ def _converted(section: str, schema: type, values: Mapping[str, Any]) -> Any:
     refuse_resolvers(values, section)
     refuse_growth(values)
     for name, hint in _hints(schema).items():
+        if name in values:
+            _refuse_mapping(f"{section}.{name}", hint, values[name])
         if name in values and name not in _numbers(schema):
             _refuse_untexted(f"{section}.{name}", hint, values[name])
     try:
@@ -174,6 +176,13 @@ def _numbers(schema: type) -> frozenset[str]:
     return frozenset(marked)
 
 
+def _refuse_mapping(key: str, hint: Any, value: Any) -> None:
+    """Raise a `UserError` for a mapping in place of a list, of which OmegaConf has no good word."""
+    kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
+    if isinstance(value, Mapping) and any(typing.get_origin(kind) is list for kind in kinds):
+        raise UserError(f"{key} must be a list, such as [a, b], got {dict(value)!r}.")
+
+
 def _refuse_untexted(key: str, hint: Any, value: Any) -> None:
     """Check that no text was written as what YAML reads as a number or a truth value.
 
@@ -190,8 +199,7 @@ def _refuse_untexted(key: str, hint: Any, value: Any) -> None:
         for index, one in enumerate(value):
             _refuse_untexted(f"{key}[{index}]", typing.get_args(hint)[0], one)
         return
-    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    kinds = typing.get_args(hint) if union else (hint,)
+    kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
     if str not in kinds or type(value) in kinds or type(value) not in (*_WRITTEN, int, float):
         return
     what = _WRITTEN.get(type(value), lambda number: f"the number {number!r}")(value)
@@ -224,11 +232,15 @@ def _hints(schema: type) -> dict[str, Any]:
     return {name: hints[name] for name in field_names(schema)}
 
 
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)
+
+
 def _fits(hint: Any, value: Any) -> bool:
     if typing.get_origin(hint) is list:
         (inner,) = typing.get_args(hint)
         return type(value) is list and all(_fits(inner, one) for one in value)
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+    if _is_union(hint):
         return any(_fits(inner, value) for inner in typing.get_args(hint))
     if hint is Any and type(value) in (int, float, bool):
         return True

@@ -249,6 +249,12 @@ def messages() -> str:
             "data.encoding=latin-1 data.text_column=v2 data.label_column=v1",
             "--encoding latin-1 --text v2 --label v1",
         ),
+        (
+            "mine.csv",
+            csv_lines(head="v2,v1").encode(),
+            "data.text_column=v2 data.label_column=v1",
+            "--text v2 --label v1",
+        ),
         ("mine.csv", csv_lines().encode("utf-16"), "data.encoding=utf-16", "--encoding utf-16"),
         (
             "mine.csv",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from btu.drawing import draw, save
 from btu.drift_plot import drawable, drift_panel, drift_plot
-from btu.panels import BLUE, Axis, Panel, Series, log_ticks
+from btu.panels import BLUE, Axis, Heat, Panel, Series, labels, log_ticks
 
 
 @pytest.mark.parametrize(
@@ -76,3 +77,41 @@ def test_equal_figures_are_equal_files(tmp_path: Path) -> None:
         for file in files:
             save(draw([panel]), file)
         assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_labels_are_short_distinct_and_on_one_line() -> None:
+    long = "one two three four"
+    found = labels(["cf", "a\nb", long, f"{long} {long}", f"{long} - {long}", "\x1b[31m"], most=12)
+    # Of 12 characters one is the ellipsis, 3 (a third of the rest) the end and 8 the start. The
+    # later ones leave 4 characters to their numbers: 5 at the start and 2 at the end, without the
+    # white space beside the ellipsis.
+    assert found == {
+        "cf": "cf",
+        "a\nb": "a b",
+        long: "one two\N{HORIZONTAL ELLIPSIS}our",
+        f"{long} {long}": "one t\N{HORIZONTAL ELLIPSIS}ur (2)",
+        f"{long} - {long}": "one t\N{HORIZONTAL ELLIPSIS}ur (3)",
+        "\x1b[31m": "\\x1b[31m",
+    }
+
+
+def test_labels_with_odd_characters_are_drawn_as_they_are() -> None:
+    words = ["$\\frac{1}{2$", "\u65e5\u672c", "a $ b $ c"]
+    texts = [f"{word} of a row" for word in words]
+    heat = Heat(texts, ["0.1"], [[0.5]] * 3, [[False]] * 3, (0.0, 1.0))
+    panels = [Panel(f"{word} title", "heat", Axis(word), Axis(""), heat=heat) for word in words]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first, *_ = draw(panels).axes
+    shown = [tick.get_text().replace("\\$", "$") for tick in first.get_yticklabels()]
+    # The font of the figure has no Japanese.
+    assert shown == [texts[0], "\\u65e5\\u672c of a row", texts[2]]
+
+
+def test_bars_that_have_the_same_short_name_stay_two_bars() -> None:
+    names = [f"{'w' * 150}{middle}{'w' * 150}" for middle in "ab"]
+    bars = [Series("unlearn", [1.0, 2.0], names, BLUE)]
+    (axes,) = draw([Panel("", "bars", Axis("seconds"), Axis("", "category"), bars)]).axes
+    assert [bar.get_width() for bar in axes.patches] == [1.0, 2.0]
+    assert len({bar.get_y() for bar in axes.patches}) == 2
+    assert len({tick.get_text() for tick in axes.get_yticklabels()}) == 2

@@ -399,6 +399,14 @@ def test_data_that_cannot_be_scanned(
     refused(match, tmp_path / "mine.csv", settings)
 
 
+def test_rows_that_are_all_trusted_leave_nothing_to_scan(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    write(rows_of(60), tmp_path / "mine.csv")
+    message = r"no row of data set 'mine' is left to scan: .* all of them \(\d+\) .*name other"
+    refused(message, tmp_path / "mine.csv", settings, clean=tmp_path / "mine.csv")
+
+
 def test_too_few_trusted_rows_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     write(rows_of(300), tmp_path / "mine.csv")
     trusted = rows_of(60, 300)

@@ -132,15 +132,24 @@ def shelve_sweep(
     seeds: Iterable[int] = (0, 1),
     controls: bool = True,
     tokens: int = 800,
+    sentences: Iterable[str | None] = (None,),
 ) -> Results:
-    """Put a finished sweep into the store of `runs`; controls: cells without defense, too."""
+    """Put a finished sweep into the store of `runs`.
+
+    controls: whether there are cells without a defense, too.
+    tokens: the rows of a cell's token table.
+    sentences: the axis ``attack.sentence``; None: without this key.
+    """
     results = Results(str(runs), name)
     results.store.prepare()
     # A list of the axes that differ: what the cell is called in MLflow.
     bars: list[float | None] = [*([None] if controls else []), *thresholds]
     planned = []
-    for number, (attack, rate, bar, seed) in enumerate(product(attacks, rates, bars, seeds)):
+    grid = product(attacks, rates, bars, seeds, sentences)
+    for number, (attack, rate, bar, seed, sentence) in enumerate(grid):
         config = settings(attack, rate, seed, None if bar is None else "contrast", bar)
+        if sentence is not None:
+            config["attack"]["sentence"] = sentence
         metrics = measured(config)
         table = drifts(attack, rate, seed, tokens)
         table = table.assign(flagged=False if bar is None else table["score"] >= bar)
@@ -164,6 +173,8 @@ def shelve_sweep(
         (folder / RESULT).write_text(dumps(result))
         results.store.publish(key, folder, "cell", {})
         varied = {"attack.name": attack, "attack.poison_rate": rate, "seed": seed}
+        if sentence is not None:
+            varied["attack.sentence"] = sentence
         varied |= {"control": "no_defense"} if bar is None else {"defense.threshold": bar}
         planned.append({"key": key, "varied": varied, "stages": []})
     base = settings("badnets", 0.1, 0, "contrast", 4.5)

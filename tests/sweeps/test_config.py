@@ -370,6 +370,12 @@ def test_a_bad_override_is_refused(load: Callable[..., Sweep], override: str, me
         ("attack.poison_rate=-0.1", r"attack.poison_rate must be in \[0, 1\], got -0.1"),
         ("attack.label_mode=dirt", "unknown attack.label_mode 'dirt'; did you mean 'dirty'?"),
         ("attack.trigger=cf", "attack.trigger: "),
+        ("data.path=~nobody-has-this-name/x", "data.path .*no user of that name; write the whole"),
+        ("victim.name=~nobody-has-this-name/x", "victim.name .*no user of that name"),
+        ('data.path="a\\0b"', r"data.path 'a\\x00b' has a NUL character"),
+        ("attack.trigger={}", r"attack.trigger must be a list, such as \[a, b\], got \{\}"),
+        ("attack.trigger={cf: 1}", "attack.trigger must be a list"),
+        ("defense.rounds={a: 1}", "defense.rounds must be a list"),
         ("attack.trigger=[]", "attack.trigger must contain non-blank text"),
         ("attack.trigger=[' ']", "attack.trigger must contain non-blank text"),
         ("defense.preset=refrence", "unknown defense.preset 'refrence'; did you mean 'reference'?"),
@@ -402,6 +408,19 @@ def test_a_bad_value_is_refused_by_the_name_of_its_key(
 
     with pytest.raises(UserError, match=message):
         build()
+
+
+@pytest.mark.parametrize("written", ["~nobody-has-this-name/x", '"a\\0b"'])
+def test_an_output_that_no_folder_can_be_is_refused(
+    load: Callable[..., Sweep], written: str
+) -> None:
+    with pytest.raises(UserError, match=r"output '.*(no user of that name|NUL character)"):
+        load(f"output: {written}")
+
+
+def test_a_name_too_long_for_a_folder_is_kept(load: Callable[..., Sweep]) -> None:
+    # File systems allow 255 bytes; such a name is no folder here, and refused where it is read.
+    assert only(load("seed: 0", f"victim.name={'x' * 300}")).victim.name == "x" * 300
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
