@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from btu.errors import UserError
+from btu.redaction import shown
 from orchestrator.cli.shared import (
     EXIT_INCOMPLETE,
     MLFLOW_STORE,
@@ -125,10 +126,10 @@ def _with_runs(stand: Status, output: str, uri: str | None, before: Status | Non
         states = reader.MlflowSource(where, stand.name).states()
     except UserError as error:
         if before is not None and before.runs is not None:
-            return replace(stand, runs=before.runs, untracked=str(error))
+            return replace(stand, runs=before.runs, untracked=shown(str(error)))
         if uri is not None:
             raise
-        return replace(stand, untracked=f"{error} --tracking-uri names another store.")
+        return replace(stand, untracked=f"{shown(str(error))} --tracking-uri names another store.")
     origin = find_sweep(output, stand.name).known_origin()
     sync = f"btu sync {stand.name}{output_option(output_location(output))}"
     sync += f" --uri {shlex.quote(server.shown(uri))}" if uri else ""

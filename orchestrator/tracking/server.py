@@ -144,9 +144,9 @@ def launched_uri(results: Results, option: str) -> str:
         raise UserError(f"sweep '{results.name}' was launched with another MLflow store. {why}")
     if not (found.own or found.uri.startswith(("http://", "https://")) or _is_in(results, found)):
         raise UserError(
-            f"{results.output}/{results.name} names the MLflow store {shown(found.uri)}, which is "
-            "outside of the output folder, and other users can write that record; name the store "
-            f"yourself, with {option}."
+            f"{shown_url(results.output)}/{results.name} names the MLflow store "
+            f"{shown(found.uri)}, which is outside of the output folder, and other users can write "
+            f"that record; name the store yourself, with {option}."
         )
     return absolute(found.uri)
 

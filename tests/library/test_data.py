@@ -630,7 +630,8 @@ def test_a_missing_column_is_an_error_with_a_suggestion(tmp_path: Path, suffix: 
     with pytest.raises(
         UserError,
         match=r"unknown column 'text' in the train rows of data set 'mine'; did you mean 'texts'"
-        r".*Name another with data.text_column, or --text in a scan",
+        r".*(Name another with data.text_column, or --text in a scan"
+        r"|It may be read with data.text_column=texts; in a scan: --text texts)",
     ):
         load(tmp_path)
     with pytest.raises(UserError, match=r"'labels' in .*; did you mean 'label'.*--label"):

@@ -118,7 +118,9 @@ class ByHand:
             (made / "model" / "weights").write_text("big")
         if stage.name == CELL:
             varied = self.plan.cells[stage.key].varied
-            (made / RESULT).write_text(dumps({"metrics": metrics(varied), "started": 1.0}))
+            config = {"attack": {"name": "badnets"}, "defense": {"name": "btu"}}
+            result = {"config": config, "started": 1.0, "ended": 2.0, "metrics": metrics(varied)}
+            (made / RESULT).write_text(dumps(result))
         else:
             (made / "out.txt").write_text(stage.name)
         self.store.publish(stage.key, made, stage.name, {})

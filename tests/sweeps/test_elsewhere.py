@@ -6,16 +6,18 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import Ran
 from published import NAME, Output, empty_database
 from store_fixtures import Stored
 
 from btu.errors import UserError
 from orchestrator.tracking.elsewhere import refuse_elsewhere, refuse_host
 from orchestrator.tracking.server import default_uri, launched_uri
+
+if TYPE_CHECKING:
+    from conftest import Ran
 
 __all__ = ["empty_database"]
 

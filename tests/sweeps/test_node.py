@@ -524,7 +524,9 @@ def test_garbage_goes_though_what_was_imported_is_frozen(monkeypatch: pytest.Mon
 @stage_function(version=1)
 def score(run: StageRun) -> dict[str, Any]:
     """Write a cell's result."""
-    (run.folder / "result.json").write_text(json.dumps({"metrics": {"asr": 0.5}}))
+    config = {"attack": {"name": "badnets"}, "defense": {"name": "btu"}}
+    result = {"config": config, "started": 1.0, "ended": 2.0, "metrics": {"asr": 0.5}}
+    (run.folder / "result.json").write_text(json.dumps(result))
     return {"asr": 0.5}
 
 

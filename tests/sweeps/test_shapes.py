@@ -10,14 +10,16 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import Ran
 from published import NAME, Output
 from store_fixtures import publish_cell
 
 from orchestrator.results.folder import Results
+
+if TYPE_CHECKING:
+    from conftest import Ran
 
 K, L = "a" * 24, "b" * 24
 COMMANDS = (("status",), ("report",), ("curves",), ("choose",), ("status", "--json"))

@@ -76,7 +76,10 @@ def add(store: Store, key: str, name: str = "train", days: float = 0, size: int 
 def plan(store: Store, output: str, sweep: str, cells: list[Any]) -> None:
     from orchestrator.store.storage import open_storage
 
-    open_storage(output).write(f"{sweep}/plans/1.json", json.dumps({"cells": cells}).encode())
+    # The previous version listed names by key, in each cell.
+    listed = {key: {"name": "train"} for cell in cells for key in cell["stages"]}
+    content = json.dumps({"cells": cells, "stages": listed})
+    open_storage(output).write(f"{sweep}/plans/1.json", content.encode())
 
 
 def age_left_overs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,8 +224,15 @@ def test_the_oldest_go_until_the_size_is_met(store: Store, run: Callable[..., An
 def test_what_kept_sweeps_need_stays(store: Store, run: Callable[..., Any], output: str) -> None:
     for key in map(key_of, ("cell1", "stage1", "cell2", "stage2", "other")):
         add(store, key)
-    plan(store, output, "one", [{"key": key_of("cell1"), "stages": [key_of("stage1")]}])
-    plan(store, output, "two", [{"key": key_of("cell2"), "stages": {key_of("stage2"): "train"}}])
+    plan(
+        store, output, "one", [{"key": key_of("cell1"), "varied": {}, "stages": [key_of("stage1")]}]
+    )
+    plan(
+        store,
+        output,
+        "two",
+        [{"key": key_of("cell2"), "varied": {}, "stages": {key_of("stage2"): "train"}}],
+    )
     _, text = run("gc", "--keep", "one", "--keep", "two")
     assert "1 result (1.0 kB): needed by no kept sweep" in text
     run("gc", "--keep", "one", "--yes")
