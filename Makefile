@@ -53,7 +53,7 @@ slow: $(INSTALLED) ## Run the slow tests: real Ray, real MLflow, real training
 
 clean: ## Remove .venv, caches and build output; results in runs/ stay
 	rm -rf .venv build dist *.egg-info .coverage
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(1): interpreter. $(2): the fix, if the interpreter is missing or too old.
