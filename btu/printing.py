@@ -28,12 +28,13 @@ def guarded(value: Any) -> Any:
     """Return a value for a cell of a CSV file; a text that is a formula gets an apostrophe."""
     if not isinstance(value, str) or not value:
         return value
-    if value.startswith(_BREAKS) or (value.lstrip().startswith(_FORMULA) and not _number(value)):
+    if value.startswith(_BREAKS) or (value.lstrip().startswith(_FORMULA) and not is_number(value)):
         return f"'{value}"
     return value
 
 
-def _number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Return whether a text reads as a number."""
     try:
         float(text)
     except ValueError:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from btu.data.spec import SEPARATORS, FileReading
+from btu.printing import is_number
 
 # How much of a file is looked at.
 BYTES = 1 << 20
@@ -175,21 +176,13 @@ def _columns(records: Sequence[list[str]], reading: FileReading) -> dict[str, st
 
 def _is_row(first: Sequence[str], rows: Sequence[list[str]]) -> bool:
     """Return whether the first record is a row like the others, and not a header."""
-    if any(len(name) > LONGEST_NAME or _is_number(name) for name in first):
+    if any(len(name) > LONGEST_NAME or is_number(name) for name in first):
         return True
     return any(
         name and name in {fields[place] for fields in rows}
         for place, name in enumerate(first)
         if all(place < len(fields) for fields in rows)
     )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _likely(

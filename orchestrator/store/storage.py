@@ -7,13 +7,11 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from orchestrator.store.local import LocalStorage
-from orchestrator.store.places import TEMPORARY
 from orchestrator.store.primitives import Found, Storage
 from orchestrator.store.remote import RemoteStorage
 
 __all__ = [
-    "TEMPORARY", "Found", "LocalStorage", "RemoteStorage", "Storage", "below", "is_url",
-    "open_storage",
+    "Found", "LocalStorage", "RemoteStorage", "Storage", "below", "is_url", "open_storage",
 ]  # fmt: skip
 
 

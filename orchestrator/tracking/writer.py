@@ -118,8 +118,9 @@ class Tracker:
             if len(runs) == 1 and right and not self._lacks_files(runs[0]):
                 found.whole.add(record)
         for record in records:
-            # One that was deleted for good is noted in the folder alone.
-            if self.is_logged(record):
+            # One that was deleted for good is noted in the folder alone. A note is a file: those of
+            # runs that are there, usually all, are not read.
+            if record_id(record) not in found.present and self.is_logged(record):
                 found.deleted.add(record_id(record))
         found.deleted -= found.present
         return found

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from btu.errors import UserError
+from orchestrator.store.places import TEMPORARY
 from orchestrator.store.remote import _modified
 from orchestrator.store.storage import (
-    TEMPORARY,
     Found,
     LocalStorage,
     RemoteStorage,
