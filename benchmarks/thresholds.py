@@ -27,13 +27,14 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from figures import Judge, add_options, count
+from generated import Drawn, draw, numbers, write
 
 from btu.attacks.poisoning import ATTACKS, PoisonSpec
 from btu.data.load import load_corpus
@@ -44,6 +45,7 @@ from btu.metrics import area_under_roc, average_precision, row_detection, token_
 from btu.recipe import CellInputs, Prepared, evaluation, mask_of, prepare, scores_of
 from btu.rules.base import RULES, flag
 from btu.settings import TrainSettings, TuningSettings
+from btu.stage_files import load_victim
 from btu.stages import Stage, compute, read_record
 from btu.training import use_threads
 from btu.types import Corpus
@@ -91,9 +93,22 @@ class Bench:
         self.limits = {f"max_{r}_rows": getattr(options, r) for r in ("train", "clean", "eval")}
 
     def spec(self, name: str) -> DataSpec:
-        """Return where the rows of a data set are."""
+        """Return where the rows of a data set are; a generated one is written first."""
+        if name.startswith("generated-"):
+            folder = self.root / name
+            write(_drawn(name), self.words, folder)
+            return DataSpec(name, path=str(folder), **self.limits)
         path = None if name == "demo" else str(self.data / name)  # type: ignore[operator]
         return DataSpec(name, path=path, **self.limits)
+
+    @cached_property
+    def words(self) -> list[str]:
+        """The words of the victim that are one token, by id."""
+        vocabulary: dict[str, int] = load_victim(self.victim, 2).tokenizer.get_vocab()
+        words = [
+            w for w in vocabulary if w.isascii() and w.isalpha() and w.islower() and len(w) > 2
+        ]
+        return sorted(words, key=vocabulary.__getitem__)
 
     @lru_cache(maxsize=3)  # noqa: B019  # one bench a process
     def corpus(self, name: str) -> tuple[Corpus, dict[str, str]]:
@@ -104,14 +119,21 @@ class Bench:
     def prepared(self, point: Point) -> Prepared:
         corpus, fingerprints = self.corpus(point.data)
         name = WORDS[0] if point.attack == "clean" else point.attack
-        attack = ATTACKS.load(name)()
+        drawn = _drawn(point.data) if point.data.startswith("generated-") else None
+        given = drawn.params if drawn is not None and name == drawn.attack else {}
+        attack = ATTACKS.load(name)(**given)
         params = {f.name: getattr(attack, f.name) for f in dataclasses.fields(attack)}
         inputs = CellInputs(
             data=self.spec(point.data),
             data_fingerprints=fingerprints,
             victim=self.victim,
             victim_identity=find_victim(self.victim).identity,
-            poison=PoisonSpec(name, point.rate, TARGETS[point.data], "dirty"),
+            poison=PoisonSpec(
+                name,
+                point.rate,
+                TARGETS[point.data] if drawn is None else drawn.target,
+                "dirty" if drawn is None else drawn.label_mode,
+            ),
             attack_params=params,
             train=self.train,
             tuning=TuningSettings(),
@@ -148,7 +170,18 @@ class Bench:
         return {n: getattr(scores, n).value for n in ("asr", "cacc", "ftr")}
 
 
+@cache
+def _drawn(name: str) -> Drawn:
+    return draw(int(name.removeprefix("generated-")))
+
+
 def points(options: argparse.Namespace) -> Iterator[Point]:
+    if options.generated:
+        for number in numbers(options.generated, options.count):
+            drawn = draw(number)
+            yield Point(drawn.name, "clean", 0.0, CHOSEN_ON)
+            yield Point(drawn.name, drawn.attack, drawn.rate, CHOSEN_ON)
+        return
     for seed in options.seeds:
         for data in options.sets:
             rates = options.rates if data in ("sst2", "demo") else [0.05]

@@ -164,6 +164,9 @@ METRICS: dict[str, Metric] = {
     "flagged": Metric(
         "tokens flagged", None, COUNT, head="flagged", group="flagged tokens", always=True
     ),
+    "vetoed": Metric(
+        "flagged tokens that are not cut, since the cut would cost too many clean rows", None, COUNT
+    ),
     "undefended_asr": Metric(
         "asr of the poisoned model, without a defense",
         None,

@@ -130,6 +130,11 @@ class Rule:
     version: increase it when the rule scores differently; results of earlier versions are then not
         reused.
     needs_clean: whether it compares with the reserved clean rows; without them it flags nothing.
+    columns: (evidence, drift of the last round) -> (V,) columns behind the scores, for the table of
+        tokens, by name; None if there are none.
+    at_fdr: from a false-discovery rate to the threshold that keeps it; None if the scores of the
+        rule are not probabilities.
+    max_cut_cost: the default of the defense's key of that name.
     """
 
     score: Callable[[Evidence, FloatArray], FloatArray]
@@ -142,6 +147,9 @@ class Rule:
     combine: Callable[[FloatArray, FloatArray], FloatArray] = np.minimum
     version: int = 1
     needs_clean: bool = False
+    columns: Callable[[Evidence, FloatArray], dict[str, FloatArray | IntArray]] | None = None
+    at_fdr: Callable[[float], float] | None = None
+    max_cut_cost: float = 1.0
 
     def scores(self, evidence: Evidence) -> FloatArray:
         """Return the (V,) scores over all rounds of `evidence`."""

@@ -32,11 +32,12 @@ from torch import Tensor, nn
 import btu.defenses.token_unlearning
 import btu.training
 from btu.attacks.badnets import BadNets
+from btu.defenses.kit import cutting
 from btu.defenses.kit.bag import BagClassifier
+from btu.defenses.kit.cutting import cut_tokens
 from btu.defenses.token_unlearning import (
     TokenUnlearning,
     candidate_tokens,
-    cut_tokens,
     tokens_flagged,
     top_tokens,
 )
@@ -608,7 +609,7 @@ def test_the_poisoned_models_flagged_rows_are_cut(
     defense = unlearning(cut=cut)
     exposed = [stage for stage in own_stages(defense, prepared) if stage.name != "unlearn"]
     root = lab.root_with(tmp_path, prepared.foundation.model, *exposed)
-    monkeypatch.setattr(btu.defenses.token_unlearning, "tune", lambda *_: None)
+    monkeypatch.setattr(cutting, "tune", lambda *_: None)
     outcome = defend(defense, prepared, root)
     poisoned, defended = outcome.poisoned_model, outcome.model
     before, after = word_rows(poisoned), word_rows(defended)
@@ -669,12 +670,12 @@ def cut_cost(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, float]]
     def measure(
         flagged: tuple[int, ...], clean: Encoded = CLEAN, train: Encoded = TRAIN
     ) -> dict[str, float]:
-        module = btu.defenses.token_unlearning
+        module = cutting
         monkeypatch.setattr(module, "clean_rows_of", lambda _: clean)
         monkeypatch.setattr(module, "training_rows_of", lambda _: train)
         run = StageRun({"tuning": {"precision": "fp32"}, "seed": 0}, {}, {}, Path(), CPU)
         model: Any = Votes()
-        cost = module._CutCost(run, model, flagged)
+        cost = cutting._Effect(run, model, flagged)
         with torch.no_grad():
             model.rows.weight[list(flagged)] = 0.0
         return cost.after()
@@ -717,7 +718,7 @@ def test_rows_that_did_not_obey_cannot_flip(cut_cost: Callable[..., Any]) -> Non
 def test_flips_are_measured_on_so_many_rows(
     cut_cost: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(btu.defenses.token_unlearning, "FLIP_ROWS", 10)
+    monkeypatch.setattr(cutting, "FLIP_ROWS", 10)
     asked: list[int] = []
     in_batches = btu.training.in_batches
 
@@ -761,7 +762,7 @@ def test_what_a_cut_costs_is_measured_before_the_tuning(lab: Lab, bert: Victim) 
     right = [float((p == clean.labels.numpy()).mean()) for p in (before[0], after[0])]
     assert measured["cut_cost"] == pytest.approx(right[0] - right[1], abs=1e-12)
     obeyed = (before[1] == train.labels.numpy()) & train.holds(outcome.flagged)
-    assert 0 < obeyed.sum() <= btu.defenses.token_unlearning.FLIP_ROWS
+    assert 0 < obeyed.sum() <= cutting.FLIP_ROWS
     assert measured["cut_flips"] == (before[1] != after[1])[obeyed].mean()
 
 
