@@ -66,7 +66,7 @@ class BadActs:
 
     def check(self, given: Given) -> None:
         """Raise a `UserError` if a class cannot have clean rows to estimate on and to hold out."""
-        check_clean_rows("badacts", given)
+        check_clean_rows("badacts", given.clean_rows, given.classes)
 
     def stages(self, base: Foundation) -> Stage:
         """Return the poisoned model: the screen does not change it."""

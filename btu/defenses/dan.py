@@ -99,7 +99,7 @@ class Dan:
 
     def check(self, given: Given) -> None:
         """Raise a `UserError` if a class cannot have clean rows to estimate on and to hold out."""
-        check_clean_rows("dan", given)
+        check_clean_rows("dan", given.clean_rows, given.classes)
 
     def stages(self, base: Foundation) -> Stage:
         """Return the poisoned model: the screen does not change it."""
@@ -193,8 +193,7 @@ def scores(clean: FloatArray, came: FloatArray, aggregate: str) -> tuple[FloatAr
     varies = deviation > 0
     if not varies.any():
         return np.zeros(len(clean)), np.zeros(len(came))
-    over = {"mean": np.mean, "max": np.max}[aggregate]
-    first, second = (
-        over((rows[:, varies] - mean[varies]) / deviation[varies], axis=1) for rows in (clean, came)
-    )
-    return first, second
+    first, second = ((rows[:, varies] - mean[varies]) / deviation[varies] for rows in (clean, came))
+    if aggregate == "max":
+        return first.max(axis=1), second.max(axis=1)
+    return first.mean(axis=1), second.mean(axis=1)

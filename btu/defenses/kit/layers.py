@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from btu.defenses.base import Given
 from btu.defenses.kit.screening import save_values
 from btu.errors import UserError
 from btu.findings import incoming_of
@@ -51,18 +50,18 @@ def layer_stages(
     return {"clean": clean, "incoming": came}
 
 
-def check_clean_rows(name: str, given: Given) -> None:
+def check_clean_rows(name: str, rows: int, classes: int) -> None:
     """Raise a `UserError` if there are too few clean rows to estimate on and to hold out.
 
     Two rows of a class are the fewest that vary, and one is held out.
 
-    name: of the defense.
+    name: of the defense. rows: number of clean rows. classes: number of classes.
     """
-    least = 3 * given.classes
-    if given.clean_rows < least:
+    least = 3 * classes
+    if rows < least:
         raise UserError(
-            f"defense '{name}' estimates on two clean rows or more of each of {given.classes} "
-            f"classes and computes its bar from others, and the data have {given.clean_rows}; "
+            f"defense '{name}' estimates on two clean rows or more of each of {classes} classes "
+            f"and computes its bar from others, and the data have {rows}; "
             f"raise data.max_clean_rows to at least {least}."
         )
 
