@@ -48,6 +48,16 @@ DEFENSES: Registry[type[Defense]] = Registry(
         ),
         ("strip", "btu.defenses.strip:Strip", "STRIP: rejects texts that mixing hardly affects"),
         ("rap", "btu.defenses.rap:Rap", "RAP: rejects texts that a planted word hardly affects"),
+        (
+            "dan",
+            "btu.defenses.dan:Dan",
+            "DAN: rejects texts whose hidden states are far from clean ones",
+        ),
+        (
+            "badacts",
+            "btu.defenses.badacts:BadActs",
+            "BadActs: rejects texts that move many neurons out of their range",
+        ),
         ("none", "btu.defenses.none:NoDefense", "no defense: the control"),
         (
             "clean_tuning",

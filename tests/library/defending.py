@@ -53,6 +53,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "onion": {"rows": 30, "epochs": 1},
     "strip": {"copies": 4},
     "rap": {"epochs": 2},
+    "dan": {},
+    "badacts": {},
     "bki": {"rows": 60},
     "cube": {"min_samples": 5},
     "none": {},
