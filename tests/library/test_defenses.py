@@ -772,7 +772,7 @@ def test_nothing_flagged_is_the_control(lab: Lab) -> None:
     outcome = defend(TokenUnlearning(**RULED["contrast"] | {"threshold": 1e6}), prepared, lab.root)
     assert outcome.flagged == ()
     measured = read_record(outcome.folder)["facts"]["measured"]
-    np.testing.assert_equal(measured, {"cut_cost": 0.0, "cut_flips": math.nan})
+    np.testing.assert_equal(measured, {"cut_cost": 0.0, "cut_flips": math.nan, "vetoed": 0})
     lab.compute(prepared.foundation.tuned)
     control = Outcome(lab.root, prepared, [prepared.foundation.tuned])
     assert same_weights(outcome.model, control.model)
@@ -797,8 +797,15 @@ def test_detection_alone_flags_what_unlearning_cuts(lab: Lab, rule: str) -> None
     bar = whole.suspects.row_bar
     assert math.isfinite(bar)
     assert read_record(folder)["facts"] == {"flagged": list(whole.flagged), "row_bar": bar}
-    for name in ("suspects.parquet", "rows.parquet"):
-        assert (folder / name).read_bytes() == (whole.folder / name).read_bytes()
+    assert (folder / "rows.parquet").read_bytes() == (whole.folder / "rows.parquet").read_bytes()
+    alone = Suspects.load(folder, read_record(folder)["facts"])
+    assert alone is not None
+    np.testing.assert_array_equal(alone.scores, whole.scores)
+    # What a cut costs is known where there is a model to cut.
+    costs = {"cost", "cost_tuned", "vetoed"} if rule == "contrast" else set()
+    assert whole.table.keys() - alone.table.keys() == costs
+    for name, values in alone.table.items():
+        np.testing.assert_array_equal(values, whole.table[name])
     # No model is poisoned for it.
     rounds = [f"exposure round {number}" for number in RULES.load(rule).rounds]
     assert {before.name for before in stage.closure()} == {
@@ -822,7 +829,11 @@ def test_the_stages_score_as_the_rule_does(lab: Lab, bert: Victim, rule: str) ->
     np.testing.assert_array_equal(outcome.suspects.rows, suspicion(evidence))
     if rule != "top_fraction":
         assert outcome.flagged == flag(outcome.scores, BARS[rule]["threshold"])
-    np.testing.assert_array_equal(outcome.table["surplus"], evidence.surplus.max(axis=1))
+    columns = {"surplus": evidence.surplus.max(axis=1), "label": evidence.surplus.argmax(axis=1)}
+    if found.columns is not None:
+        columns |= found.columns(evidence, drift[3])
+    for name, values in columns.items():
+        np.testing.assert_array_equal(outcome.table[name], values)
     np.testing.assert_array_equal(outcome.table["train_rows"], evidence.train_rows.sum(axis=1))
     np.testing.assert_array_equal(outcome.table["clean_rows"], evidence.clean_rows.sum(axis=1))
 
@@ -1109,7 +1120,8 @@ def test_the_presets_are_what_they_say() -> None:
         for field in dataclasses.fields(TokenUnlearning)
         if getattr(reference, field.name) != getattr(TokenUnlearning(), field.name)
     }
-    assert different == set(presets["reference"]) | {"threshold", "alpha", "rounds"}
+    followed = {"threshold", "alpha", "rounds", "max_cut_cost"}
+    assert different == set(presets["reference"]) | followed
     for name in presets["reference"]:
         assert name in (btu.defenses.token_unlearning.__doc__ or "")
 
