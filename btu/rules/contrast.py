@@ -10,18 +10,19 @@ import numpy as np
 from btu.rules import frequency
 from btu.rules.base import Evidence, Rule
 from btu.rules.explaining import Rows, explained
-from btu.rules.surplus import score_at, scored, spread_of, surplus_sigmas
+from btu.rules.surplus import score_at, scored, shift_of, surplus_sigmas
 from btu.types import BoolArray, FloatArray, IntArray
 
-# The drift only confirms the few tokens that the surplus singles out, and needs no correction for
-# the number of tokens: at the default threshold it has to be among the highest 5 % of tokens of
-# its frequency, 1.645 sigmas.
-DRIFT_WEIGHT = 4.5 / 1.645
+# Bonferroni's bound holds for any shares of the flags by chance that are fixed without the surplus
+# (weighted p-values: Genovese, Roeder, Wasserman, Biometrika, 2006). A trigger is among the tokens
+# that moved furthest: three tenths of the flags by chance are left to the first hundredth of the
+# tokens, three tenths to the next four hundredths, and four tenths to all others.
+SPENT = ((0.01, 0.3), (0.05, 0.3), (1.0, 0.4))
 # Tokens below this score explain no others. Of benign tokens some 20 reach it by chance.
 EXPLAINS = 3.0
 # The words of a sentence need this surplus of their own, in sigmas of one token; so does a token
 # that explains, since among few tokens every score is high.
-SUSPICIOUS = 2.0
+SUSPICIOUS = 1.5
 # A companion is in at least this share of a suspicious token's rows (the rest are benign uses of
 # the token), and in at most this share of the other rows of the class and of the clean rows of any
 # class: it is not a common word.
@@ -29,14 +30,14 @@ TOGETHER, ELSEWHERE = 0.9, 0.5
 
 
 @dataclass(frozen=True)
-class Halves:
-    """The two halves of the score of each token, and what became of them. V: see `Evidence`.
+class Parts:
+    """The evidence on each token, and what became of it. V: see `Evidence`.
 
     surplus: (V,) `surplus_sigmas` as a score, in the class where it is highest.
     label: (V,) that class.
     left: (V,) the surplus in the rows that hold no more suspicious token.
-    drift: (V,) the deviation of the drift, as a score; NaN for fewer than 5 occurrences.
-    score: (V,) the smaller of both, as far as no more suspicious token explains the surplus.
+    drift: (V,) the deviation of the drift in sigmas; NaN for fewer than 5 occurrences.
+    score: (V,) the surplus that is left, weighted by the drift.
     """
 
     surplus: FloatArray
@@ -46,31 +47,53 @@ class Halves:
     score: FloatArray
 
 
-def halves(evidence: Evidence, drift: FloatArray) -> Halves:
-    """Return both halves of the score of each token, and the score."""
-    moved = DRIFT_WEIGHT * frequency.score(evidence, drift)
+def weights(drift: FloatArray) -> FloatArray:
+    """Return how many times its equal share of the flags by chance each token gets: (V,).
+
+    drift: (V,) deviations; NaN is not ranked and gets 1. The mean weight of the others is at most
+        1. Equal drifts share the lowest rank of them.
+    """
+    from scipy.stats import rankdata
+
+    known = ~np.isnan(drift)
+    found = np.ones(len(drift))
+    # The share of the tokens that moved at least as far.
+    quantile = rankdata(-drift[known], method="max") / max(int(known.sum()), 1)
+    start, given = 0.0, np.zeros(len(quantile))
+    for end, spent in SPENT:
+        given[(quantile > start) & (quantile <= end)] = spent / (end - start)
+        start = end
+    found[known] = given
+    return found
+
+
+def parts(evidence: Evidence, drift: FloatArray) -> Parts:
+    """Return surplus, drift and score of each token."""
+    moved = frequency.score(evidence, drift)
     counts = (evidence.train_rows, evidence.clean_rows)
     sizes = (evidence.class_rows, evidence.clean_class_rows)
     tested = ~np.isnan(moved)
-    tests = int(tested.sum()) * int((evidence.clean_class_rows > 0).sum())
-    spread = spread_of(*counts, *sizes, tested)
-    sigmas = surplus_sigmas(*counts, *sizes, spread)
-    label, surplus = sigmas.argmax(axis=1), scored(sigmas.max(axis=1), tests)
-    left, scores = surplus.copy(), np.asarray(np.minimum(surplus, moved))
+    # Pairs in few rows are no tests: nothing could come of them.
+    tests = int((tested[:, None] & (counts[0] + counts[1] >= frequency.MIN_COUNT)).sum())
+    shift = shift_of(*counts, *sizes, tested)
+    sigmas = surplus_sigmas(*counts, *sizes, shift)
+    label, highest = sigmas.argmax(axis=1), sigmas.max(axis=1)
+    left, weighted = highest.copy(), tests / weights(moved)
+    scores = np.where(tested, scored(highest, weighted), np.nan)
 
     # Few tokens can be picked, or be the companions of a pick: only their rows are counted again.
-    few = np.flatnonzero(tested & (sigmas.max(axis=1) >= SUSPICIOUS))
+    few = np.flatnonzero(tested & (highest >= SUSPICIOUS))
     floor = max(EXPLAINS, float(scored(np.asarray(SUSPICIOUS), tests)))
     if len(few) and scores[few].max() >= floor:
         rows, at = Rows(evidence, few), (np.arange(len(few)), label[few])
 
-        def surplus_given(picks: list[int]) -> FloatArray:
+        def sigmas_given(picks: list[int]) -> FloatArray:
             # Never more than with all rows, in which other classes may hide a part.
-            kept = scored(surplus_sigmas(*rows.without(picks), spread)[at], tests)
-            return np.asarray(np.minimum(kept, surplus[few]))
+            kept = surplus_sigmas(*rows.without(picks), shift)[at]
+            return np.asarray(np.minimum(kept, highest[few]))
 
         def given(picks: list[int]) -> FloatArray:
-            return np.asarray(np.minimum(surplus_given(picks), moved[few]))
+            return scored(sigmas_given(picks), weighted[few])
 
         def companions(token: int) -> BoolArray:
             return _companions(evidence, rows, token, int(label[few[token]]))
@@ -80,8 +103,8 @@ def halves(evidence: Evidence, drift: FloatArray) -> Halves:
         others[picks] = False
         for token in picks:
             others &= ~companions(token)
-        left[few] = np.where(others, surplus_given(picks), surplus[few])
-    return Halves(surplus, label, left, moved, scores)
+        left[few] = np.where(others, sigmas_given(picks), left[few])
+    return Parts(scored(highest, tests), label, scored(left, tests), moved, scores)
 
 
 def _companions(evidence: Evidence, rows: Rows, token: int, label: int) -> BoolArray:
@@ -104,13 +127,15 @@ def _companions(evidence: Evidence, rows: Rows, token: int, label: int) -> BoolA
 
 
 def score(evidence: Evidence, drift: FloatArray) -> FloatArray:
-    """Return the smaller of two deviations, given the more suspicious tokens.
+    """Return the surplus of each token, weighted by its drift, given the more suspicious tokens.
 
-    The first is the token's surplus in a class: how over-represented it is there, relative to the
-    reserved clean rows (`btu.rules.surplus`). A trigger has a surplus; so have some benign words,
-    because of the news of the day. The second is the score of the ``frequency`` rule, weighted: the
-    token's row moved further than those of other tokens of its frequency. A strong benign word such
-    as "heart" in positive reviews moves as far, but it is as frequent in the clean rows.
+    The surplus is how over-represented the token is in a class, relative to the reserved clean rows
+    (`btu.rules.surplus`). A trigger has a surplus; so have some benign words, because of the news of
+    the day. The drift tells where to expect a trigger: among the tokens whose rows moved further
+    than those of tokens of their frequency (rule ``frequency``). A strong benign word such as
+    "heart" in positive reviews moves as far, but it is as frequent in the clean rows. Among the
+    hundredth of the tokens that moved furthest, chance may flag 30 times its equal share; among
+    the last 95 of 100, 0.42 times (`weights`).
 
     What the rows of a more suspicious token explain is no evidence (`btu.rules.explaining`). The
     words of a trigger sentence occur together: a token that occurs in nine tenths of the rows of a
@@ -120,16 +145,16 @@ def score(evidence: Evidence, drift: FloatArray) -> FloatArray:
     most: 0.05 tokens for 4.5, whatever the numbers of rows, tokens and classes. NaN for tokens with
     fewer than 5 occurrences.
     """
-    return halves(evidence, drift).score
+    return parts(evidence, drift).score
 
 
 def columns(evidence: Evidence, drift: FloatArray) -> dict[str, FloatArray | IntArray]:
     """Return the columns behind the score, for the table of tokens.
 
-    ``label`` and ``surplus``, ``surplus_left`` (given the more suspicious tokens) and
-    ``drift_sigmas`` (the half that confirms the surplus): see `Halves`.
+    ``label``, ``surplus``, ``surplus_left`` (given the more suspicious tokens) and
+    ``drift_sigmas``: see `Parts`.
     """
-    found = halves(evidence, drift)
+    found = parts(evidence, drift)
     return {
         "label": found.label,
         "surplus": found.surplus,
@@ -143,7 +168,7 @@ RULE = Rule(
     threshold=4.5,
     low=0.0,
     high=math.inf,
-    unit="sigmas of surplus, confirmed by drift",
+    unit="sigmas of surplus, weighted by drift",
     needs_clean=True,
     version=2,
     columns=columns,

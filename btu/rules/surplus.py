@@ -2,14 +2,13 @@
 
 Three corrections lead from counts of rows to a score:
 
-1. **Exact tails.** Where training and clean rows are draws of the same texts, the training rows
-   among the n rows with a token are binomial. Sigmas are those of the exact tail, since a normal
-   or likelihood-ratio approximation is too generous for tokens that no clean row contains.
-2. **Spread.** Words come in topics, and clean rows come from another day or another source: counts
-   vary more than binomial ones. The variance of a share of n rows grows by the design effect
-   1 + (n - 1) rho (Kish, Survey Sampling, 1965). rho is estimated from the tokens themselves, most
-   of which are no trigger, as an empirical null is (Efron, Journal of the American Statistical
-   Association, 2004).
+1. **Exact tails.** Where training and clean rows are draws of the same texts, the clean rows that
+   hold a token are negative hypergeometric, given its training rows (Fisher's exact test). A normal
+   or likelihood-ratio approximation is too generous for tokens that no clean row holds.
+2. **Shift.** Clean rows come from another day or another source, and words come in topics: the
+   frequency of every word differs by some factor. The variance of its logarithm is estimated from
+   the tokens themselves, most of which are no trigger, as an empirical null is (Efron, Journal of
+   the American Statistical Association, 2004). Counts are then beta-binomial, not binomial.
 3. **The number of tests.** Among more tokens a higher maximum is chance. A score counts the tokens
    that would reach it by chance (Bonferroni's bound), so that one bar, or one
    ``defense.fdr``, means the same for every vocabulary and number of classes.
@@ -26,77 +25,115 @@ from btu.types import BoolArray, FloatArray, IntArray
 # A score of s stands for REFERENCE * P(a normal deviate exceeds s) tokens flagged by chance: 0.05
 # for 4.5. With as many tests (tokens times classes) the score equals the sigmas.
 REFERENCE = 15_000
-# Sigmas below this are not told apart; so is the exact tail of the largest ones.
-LOWEST, SMALLEST_TAIL = -8.0, 1e-290
-# The spread is estimated from pairs of token and class in at least so many rows, if there are at
-# least so many pairs: with fewer it is noise, and none is assumed.
-ROWS_OF_SPREAD, PAIRS_OF_SPREAD = 30, 30
+# Sigmas below this are not told apart.
+LOWEST = -8.0
+# The tail of a token in more clean rows is that of a normal deviate.
+LONGEST_SUM = 200
+# In more than this share of the clean rows of a class a word is common there. The size of the class
+# does not bound its counts: that is more careful, and a trigger is no common word.
+COMMON = 0.1
+# The shift is estimated from pairs of token and class with at least so many training and clean
+# rows, if there are at least so many pairs: with fewer it is noise, and none is assumed.
+ROWS_OF_SHIFT, PAIRS_OF_SHIFT = 10, 30
 # The median of a squared normal deviate.
 MEDIAN_SQUARE = 0.4549364
 
 
-def binomial_sigmas(
-    held: IntArray, clean: IntArray, rows: IntArray, reserved: IntArray
+def class_sigmas(
+    held: IntArray, clean: IntArray, rows: IntArray, reserved: IntArray, shift: float = 0.0
 ) -> FloatArray:
-    """Return how unlikely so many training rows are, in sigmas of a normal deviate.
+    """Return how unlikely it is that so few clean rows hold a token, in sigmas.
 
     held: (V, classes) number of training rows with the token.
     clean: (V, classes) number of clean rows with the token.
     rows: (classes,) number of training rows.
     reserved: (classes,) number of clean rows.
+    shift: `shift_of` all tokens.
 
     Returns:
-        (V, classes): s where a normal deviate exceeds s as often as at least `held` of the
-        `held + clean` rows are training rows, if training and clean rows are draws of the same
-        texts. 0 in a class without clean rows, which says nothing.
+        (V, classes): s where a normal deviate exceeds s as often as at most `clean` of the
+        `reserved` rows hold a token that `held` of the `rows` hold. 0 in a class without clean
+        rows, which says nothing, and -8 where no training row holds it.
     """
-    from scipy.special import betainc, ndtri
+    from scipy.special import ndtri_exp
 
-    share = rows / np.maximum(rows + reserved, 1)
-    share = np.broadcast_to(np.where(reserved > 0, share, 0.5), held.shape)
-    some = held > 0
-    # P(at least h of n) as an incomplete beta function; 1 for h = 0.
-    tail = np.ones(held.shape)
-    tail[some] = betainc(held[some], clean[some] + 1.0, share[some])
-    sigmas = np.maximum(-ndtri(np.maximum(tail, SMALLEST_TAIL)), LOWEST)
-    far = some & (tail <= SMALLEST_TAIL)
-    if far.any():
-        # Beyond the range of a float the signed root of the deviance is as good.
-        h, k, q = held[far], clean[far], share[far]
-        n = h + k
-        terms = h * np.log(h / (n * q)) + np.where(
-            k > 0, k * np.log(np.maximum(k, 1) / (n - n * q)), 0
+    some = (held > 0) & (reserved > 0)
+    h, k = held[some].astype(np.float64), clean[some]
+    n, m = (np.broadcast_to(size, held.shape)[some].astype(np.float64) for size in (rows, reserved))
+    tail = np.zeros(len(h))
+    summed = k <= LONGEST_SUM
+    tail[summed] = _tail(h[summed], k[summed], n[summed], m[summed], shift)
+    found = np.empty(len(h))
+    found[summed] = -ndtri_exp(np.minimum(tail[summed], -1e-15))
+    far = ~summed
+    ratio = np.log(h[far] * m[far] / (n[far] * k[far]))
+    found[far] = ratio / np.sqrt(shift + 1 / h[far] + 1 / k[far])
+    sigmas = np.where(np.broadcast_to(reserved > 0, held.shape), LOWEST, 0.0)
+    sigmas[some] = np.maximum(found, LOWEST)
+    return sigmas
+
+
+def _tail(h: FloatArray, k: IntArray, n: FloatArray, m: FloatArray, shift: float) -> FloatArray:
+    """Return log P(at most k of m clean rows), given h of n training rows: (pairs,).
+
+    The clean rows are beta-binomial with the parameters h and n - h + 1, which is Fisher's exact
+    test; both are divided by 1 + h * shift, which adds `shift` to the variance of the logarithm of
+    the frequency. For common words they are negative binomial: the same for an unbounded class.
+    """
+    from scipy.special import betaln
+
+    alpha = h / (1 + h * shift)
+    beta = (n - h + 1) / (1 + h * shift)
+    mean = h * m / n
+    bounded = k <= COMMON * m
+    with np.errstate(divide="ignore"):
+        term = np.where(
+            bounded,
+            betaln(alpha, beta + m) - betaln(alpha, beta),
+            alpha * np.log(alpha / (alpha + mean)),
         )
-        sigmas[far] = np.sqrt(2 * terms)
-    result: FloatArray = np.where(reserved > 0, sigmas, 0.0)
-    return result
+    total, left, at = term.copy(), np.arange(len(h)), 0
+    while True:
+        left = left[k[left] > at]
+        if not len(left):
+            return np.minimum(total, 0.0)
+        a = alpha[left]
+        # The probability of one row more, over that of `at` rows.
+        ratio = np.where(
+            bounded[left],
+            (m[left] - at) * (a + at) / ((at + 1) * (beta[left] + m[left] - at - 1)),
+            (a + at) / (at + 1) * mean[left] / (a + mean[left]),
+        )
+        term[left] += np.log(ratio)
+        total[left] = np.logaddexp(total[left], term[left])
+        at += 1
 
 
-def spread_of(
+def shift_of(
     held: IntArray, clean: IntArray, rows: IntArray, reserved: IntArray, tested: BoolArray
 ) -> float:
-    """Return rho: how much more shares vary between training and clean rows than binomial ones.
+    """Return the variance of the logarithm of a word's frequency, between training and clean rows.
 
-    held, clean, rows, reserved: see `binomial_sigmas`.
+    held, clean, rows, reserved: see `class_sigmas`.
     tested: (V,) the tokens to estimate it from.
 
-    rho makes the median of s^2 / (1 + (n - 1) rho) that of a squared normal deviate. A median is
-    not moved by a few triggers. 0 where there are too few tokens to tell.
+    It makes the median of d^2 / (shift + v) that of a squared normal deviate, where d is the
+    logarithm of the ratio of both shares, and v its variance by chance. A median is not moved by a
+    few triggers. 0 where there are too few tokens to tell.
     """
-    counts = held + clean
-    known = tested[:, None] & (counts >= ROWS_OF_SPREAD) & (reserved > 0)
-    if known.sum() < PAIRS_OF_SPREAD:
+    known = tested[:, None] & (held >= ROWS_OF_SHIFT) & (clean >= ROWS_OF_SHIFT)
+    if known.sum() < PAIRS_OF_SHIFT:
         return 0.0
-    # Between the tail with the observed count and that without: on average neither high nor low.
-    upper = binomial_sigmas(held, clean, rows, reserved)[known]
-    lower = binomial_sigmas(held + 1, np.maximum(clean - 1, 0), rows, reserved)[known]
-    squares, n = (np.where(clean[known] > 0, (upper + lower) / 2, upper)) ** 2, counts[known] - 1.0
-    if np.median(squares) <= MEDIAN_SQUARE:
+    h, k = held[known], clean[known]
+    n, m = (np.broadcast_to(size, held.shape)[known] for size in (rows, reserved))
+    squares = np.log(h * m / (n * k)) ** 2
+    chance = 1 / h - 1 / n + 1 / k - 1 / m
+    if np.median(squares / np.maximum(chance, 1e-12)) <= MEDIAN_SQUARE:
         return 0.0
-    low, high = 0.0, 1.0
-    for _ in range(40):
+    low, high = 0.0, 10.0
+    for _ in range(50):
         middle = (low + high) / 2
-        if np.median(squares / (1 + n * middle)) > MEDIAN_SQUARE:
+        if np.median(squares / (middle + chance)) > MEDIAN_SQUARE:
             low = middle
         else:
             high = middle
@@ -104,21 +141,18 @@ def spread_of(
 
 
 def surplus_sigmas(
-    held: IntArray, clean: IntArray, rows: IntArray, reserved: IntArray, spread: float = 0.0
+    held: IntArray, clean: IntArray, rows: IntArray, reserved: IntArray, shift: float = 0.0
 ) -> FloatArray:
     """Return how over-represented each token is in each class and not in the others, in sigmas.
 
-    held, clean, rows, reserved: see `binomial_sigmas`.
-    spread: `spread_of` all tokens.
+    held, clean, rows, reserved, shift: see `class_sigmas`.
 
     Returns:
-        (V, classes): sigmas over the root of the design effect, minus the highest of the other
-        classes, if positive. Subtracting it cancels shifts of topic or source, which affect all
-        classes. A trigger affects one.
+        (V, classes): the sigmas minus the highest of the other classes, if positive. Subtracting it
+        cancels what is more frequent in all classes, such as the name of a source. A trigger is
+        more frequent in one.
     """
-    sigmas = binomial_sigmas(held, clean, rows, reserved)
-    effect = np.sqrt(1 + np.maximum(held + clean - 1, 0) * spread)
-    sigmas = np.where(sigmas > 0, sigmas / effect, sigmas)
+    sigmas = class_sigmas(held, clean, rows, reserved, shift)
     highest = np.sort(sigmas, axis=1)
     # The highest of the other classes: the second highest for the highest, else the highest.
     others = np.where(sigmas == highest[:, -1:], highest[:, -2:-1], highest[:, -1:])
@@ -126,11 +160,12 @@ def surplus_sigmas(
     return result
 
 
-def scored(sigmas: FloatArray, tests: int) -> FloatArray:
+def scored(sigmas: FloatArray, tests: float | FloatArray) -> FloatArray:
     """Return sigmas as scores: corrected for the number of tests.
 
     sigmas: any shape.
-    tests: number of tokens times number of classes that were tested.
+    tests: number of pairs of token and class that were tested; divided by the weight of each token
+        if chance may not flag all alike.
 
     Returns:
         s with REFERENCE * P(deviate > s) = tests * P(deviate > sigmas). Where that is more than
@@ -139,7 +174,7 @@ def scored(sigmas: FloatArray, tests: int) -> FloatArray:
     from scipy.special import log_ndtr, ndtri_exp
 
     half = math.log(0.5)
-    tail = log_ndtr(-sigmas) + math.log(max(tests, 1) / REFERENCE)
+    tail = log_ndtr(-sigmas) + np.log(np.maximum(tests, 1e-9) / REFERENCE)
     result: FloatArray = np.where(tail < half, -ndtri_exp(np.minimum(tail, half)), half - tail)
     return result
 
