@@ -42,6 +42,11 @@ DEFENSES: Registry[type[Defense]] = Registry(
             "keeps the largest cluster of each class (CUBE)",
         ),
         (
+            "zdef",
+            "btu.defenses.zdef:ZScoreFilter",
+            "drops rows with a token far too common in their class (Z-defence)",
+        ),
+        (
             "onion",
             "btu.defenses.onion:Onion",
             "ONION: removes words that a language model finds odd",

@@ -55,6 +55,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "rap": {"epochs": 2},
     "bki": {"rows": 60},
     "cube": {"min_samples": 5},
+    "zdef": {"threshold": 1.9},
     "none": {},
     "clean_tuning": {},
     "random_cut": {"rule": "contrast", "threshold": 0.8, "exposure_learning_rate": 1e-3},

@@ -85,6 +85,8 @@ FUNCTIONS = {
     "btu.defenses.token_unlearning:detect": 1,
     "btu.defenses.token_unlearning:expose": 1,
     "btu.defenses.token_unlearning:unlearn": 2,
+    "btu.defenses.zdef:drop_rows": 1,
+    "btu.defenses.zdef:score_tokens": 1,
     "btu.foundation:fine_tune_kept": 1,
     "btu.recipe:clean_rows": 1,
     "btu.recipe:clean_tune": 1,
