@@ -32,6 +32,11 @@ DEFENSES: Registry[type[Defense]] = Registry(
             "Reconstructive Neuron Pruning: unlearn, recover, prune",
         ),
         (
+            "fine_mixing",
+            "btu.defenses.fine_mixing:FineMixing",
+            "gives most weights their pretrained values, and tunes (Fine-mixing)",
+        ),
+        (
             "bki",
             "btu.defenses.bki:KeywordIdentification",
             "drops rows with the word that moves the model most (BKI)",

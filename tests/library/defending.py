@@ -50,6 +50,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "recover_learning_rate": 5.0,
         "threshold": 0.8,
     },
+    "fine_mixing": {"purify": 5},
     "onion": {"rows": 30, "epochs": 1},
     "strip": {"copies": 4},
     "rap": {"epochs": 2},

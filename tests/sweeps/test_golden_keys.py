@@ -68,6 +68,8 @@ FUNCTIONS = {
     "btu.defenses.cube:cluster": 1,
     "btu.defenses.cube:hidden_states": 1,
     "btu.defenses.cuts:cut_others": 1,
+    "btu.defenses.fine_mixing:mix_weights": 1,
+    "btu.defenses.fine_mixing:try_ratios": 1,
     "btu.defenses.neuron_pruning:judge": 1,
     "btu.defenses.neuron_pruning:prune": 2,
     "btu.defenses.neuron_pruning:recover": 2,
