@@ -32,6 +32,11 @@ DEFENSES: Registry[type[Defense]] = Registry(
             "Reconstructive Neuron Pruning: unlearn, recover, prune",
         ),
         (
+            "crow",
+            "btu.defenses.crow:Crow",
+            "CROW: keeps neighbouring layers consistent on perturbed clean rows",
+        ),
+        (
             "bki",
             "btu.defenses.bki:KeywordIdentification",
             "drops rows with the word that moves the model most (BKI)",

@@ -50,6 +50,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "recover_learning_rate": 5.0,
         "threshold": 0.8,
     },
+    "crow": {"clean_rows": 30, "epochs": 1, "learning_rate": 1e-3},
     "onion": {"rows": 30, "epochs": 1},
     "strip": {"copies": 4},
     "rap": {"epochs": 2},

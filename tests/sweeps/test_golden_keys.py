@@ -65,6 +65,7 @@ FUNCTIONS = {
     "btu.defenses.attention_distillation:teach": 1,
     "btu.defenses.bki:find_keywords": 1,
     "btu.defenses.bki:score_words": 1,
+    "btu.defenses.crow:regularize": 1,
     "btu.defenses.cube:cluster": 1,
     "btu.defenses.cube:hidden_states": 1,
     "btu.defenses.cuts:cut_others": 1,
