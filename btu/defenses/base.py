@@ -22,6 +22,11 @@ DEFENSES: Registry[type[Defense]] = Registry(
             "Anti-Backdoor Learning: isolate what is learned first, unlearn it",
         ),
         (
+            "dpoe",
+            "btu.defenses.dpoe:DenoisedProductOfExperts",
+            "DPoE: a shallow model takes the trigger's shortcut from the main one",
+        ),
+        (
             "nad",
             "btu.defenses.attention_distillation:AttentionDistillation",
             "Neural Attention Distillation: a teacher tuned on clean rows",

@@ -42,6 +42,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "rest_learning_rate": 1e-3,
         "unlearning_learning_rate": 1e-3,
     },
+    "dpoe": {"layers": 1},
     "nad": {"epochs": 1, "learning_rate": 1e-3},
     "rnp": {
         "clean_rows": 30,

@@ -69,6 +69,7 @@ FUNCTIONS = {
     "btu.defenses.cube:cluster": 1,
     "btu.defenses.cube:hidden_states": 1,
     "btu.defenses.cuts:cut_others": 1,
+    "btu.defenses.dpoe:train_experts": 1,
     "btu.defenses.neuron_pruning:judge": 1,
     "btu.defenses.neuron_pruning:prune": 2,
     "btu.defenses.neuron_pruning:recover": 2,
