@@ -214,11 +214,11 @@ def layer_states(
         hook.remove()
     # The first is the output of the embeddings.
     states = (getattr(output, "hidden_states", None) or ())[1:]
-    usable = len(embedded) == 1 and all(state.shape[:2] == ids.shape for state in states)
-    if len(states) < 2 or not usable:
+    read = sum(state.shape[:2] == ids.shape for state in states)
+    if len(embedded) != 1 or read < max(2, len(states)):
         raise UserError(
-            f"CROW compares neighbouring layers, and a {type(model).__name__} returns "
-            f"{len(states)} of them with a state for each token; use an encoder or a decoder of at "
+            f"CROW compares neighbouring layers, and a {type(model).__name__} returns the states "
+            f"of {read} layers for each token; use an encoder or a decoder of at "
             "least two layers, or another defense."
         )
     return output.logits.float(), states, embedded[0]

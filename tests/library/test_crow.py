@@ -253,8 +253,8 @@ def tiny(kind: str, **sizes: Any) -> Any:
                 "num_attention_heads": 2,
                 "intermediate_size": 16,
             },
-            r"a BertForSequenceClassification returns 1 of them with a state for each token.*at "
-            r"least two layers, or another defense",
+            r"a BertForSequenceClassification returns the states of 1 layers for each token; use an "
+            r"encoder or a decoder of at least two layers, or another defense",
         ),
         (
             "bart",
@@ -267,7 +267,7 @@ def tiny(kind: str, **sizes: Any) -> Any:
                 "encoder_ffn_dim": 16,
                 "decoder_ffn_dim": 16,
             },
-            r"a BartForSequenceClassification returns 0 of them",
+            r"a BartForSequenceClassification returns the states of 0 layers",
         ),
     ],
 )
