@@ -218,8 +218,8 @@ def layer_states(
     if len(embedded) != 1 or read < max(2, len(states)):
         raise UserError(
             f"CROW compares neighbouring layers, and a {type(model).__name__} returns the states "
-            f"of {read} layers for each token; use an encoder or a decoder of at "
-            "least two layers, or another defense."
+            f"of {read} layers for each token; use an encoder or a decoder of at least two layers, "
+            "or another defense."
         )
     return output.logits.float(), states, embedded[0]
 

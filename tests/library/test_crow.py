@@ -253,8 +253,8 @@ def tiny(kind: str, **sizes: Any) -> Any:
                 "num_attention_heads": 2,
                 "intermediate_size": 16,
             },
-            r"a BertForSequenceClassification returns the states of 1 layers for each token; use an "
-            r"encoder or a decoder of at least two layers, or another defense",
+            r"a BertForSequenceClassification returns the states of 1 layers for each token; use "
+            r"an encoder or a decoder of at least two layers, or another defense",
         ),
         (
             "bart",
