@@ -37,7 +37,8 @@ epsilon is absolute, as in the original: each number of a token's word embedding
 Its effect depends on the victim's scale. In MiniLM these numbers have a standard deviation of 0.056
 (measured), so that 0.1 is a large move there.
 
-``docs/defenses.md`` has how learning rate, epochs and batch size were chosen, on clean rows alone.
+Learning rate and epochs were chosen on clean rows alone, with batches of 16. On SST-2 with MiniLM
+the defaults do not remove BadNets: ASR stays 1.00. ``docs/defenses.md`` has what was tried.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Crow:
 
     alpha: float = 5.5
     epsilon: float = 0.1
-    epochs: int = 3
+    epochs: int = 10
     learning_rate: float = 5e-5
     batch_size: int = 16
     clean_rows: int | None = 100

@@ -37,12 +37,13 @@ Differences here, and their reasons:
   from the shallow model's certainty, is not here: `layers` is a key to sweep. The default is the
   lowest of the paper's range, and was not tuned.
 - Epochs, batch size and the main model's learning rate are those of `train` unless given: a
-  difference to the undefended model then comes from the defense. At ``beta: 0`` the main model is
-  the undefended one. The shallow model's learning rate is four times as large, as in the original.
+  difference to the undefended model then comes from the defense. With ``beta: 0`` and ``denoise:
+  none`` the main model is the undefended one. The shallow model's learning rate is four times as
+  large, as in the original.
 - Gradients are clipped by the norm of both models together.
 
 How likely the shallow model finds a training row's label is the row's suspicion, since the shallow
-model is to learn the trigger (`Suspects.rows`).
+model is to learn the trigger (`Suspects.rows`). The defaults were not measured on real data.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ class DenoisedProductOfExperts:
     """Denoised product of experts.
 
     layers: depth of the shallow model, at most that of the victim.
-    beta: exponent, at least 0, of the shallow model's probabilities in the product. 0 is plain
-        fine-tuning (an ablation), and the rows' suspicion then has no meaning.
+    beta: exponent, at least 0, of the shallow model's probabilities in the product. 0 trains the
+        main model alone (an ablation), and the rows' suspicion then has no meaning.
     denoise: ``r_drop``, ``reweight`` or ``none``.
     r_drop_weight: weight, at least 0, of the divergence; has an effect with ``r_drop``.
     threshold: in (0, 1): a row whose label is more probable to the shallow model gets weight 0; has
