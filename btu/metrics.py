@@ -272,6 +272,7 @@ METRICS: dict[str, Metric] = {
         "rnp: accuracy on the unlearned rows after learning the masks", None
     ),
     "neurons_pruned": Metric("rnp: feed-forward units and attention heads pruned", None, COUNT),
+    "tokens_pruned": Metric("rnp: word-embedding rows pruned", None, COUNT),
     "prune_threshold": Metric(
         "rnp: masks up to this value were pruned; none if nothing was pruned", None
     ),

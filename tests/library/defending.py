@@ -76,10 +76,17 @@ RULED = {
     rule: {name: value for name, value in BTU.items() if name != "alpha"} | {"rule": rule} | bar
     for rule, bar in BARS.items()
 }
-# What the contract runs: each defense as in `SMALL`, and btu once for each rule.
+# What the contract runs: each defense as in `SMALL`, btu once for each rule, and rnp once more with
+# everything that it can prune.
 KEPT: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, settings) for name, settings in SMALL.items() if name != "btu"},
     **{f"btu-{rule}": ("btu", settings) for rule, settings in RULED.items()},
+    "rnp-embeddings": (
+        "rnp",
+        SMALL["rnp"]
+        | {"filters": ["feed_forward", "heads", "embeddings"], "unlearn_parts": "embeddings"}
+        | {"unlearn_learning_rate": 0.05, "threshold": 0.2},
+    ),
 }
 
 
