@@ -277,6 +277,9 @@ METRICS: dict[str, Metric] = {
         "rnp: masks up to this value were pruned; none if nothing was pruned", None
     ),
     "prune_cost": Metric("rnp: accuracy on held-out clean rows that pruning costs", False),
+    "held_out_accuracy": Metric(
+        "musclelora: accuracy on the reserved clean rows that do not guide the training", None
+    ),
     "clean_rows_used": Metric("reserved clean rows that the defense may use", False, COUNT),
     "seconds_defense": Metric(
         "wall time of the defense's own stages", False, SECONDS, head="defense", group="cost"

@@ -22,6 +22,11 @@ DEFENSES: Registry[type[Defense]] = Registry(
             "Anti-Backdoor Learning: isolate what is learned first, unlearn it",
         ),
         (
+            "musclelora",
+            "btu.defenses.low_rank_training:LowRankTraining",
+            "MuScleLoRA: low-rank training along the gradients of clean rows",
+        ),
+        (
             "nad",
             "btu.defenses.attention_distillation:AttentionDistillation",
             "Neural Attention Distillation: a teacher tuned on clean rows",

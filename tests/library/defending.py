@@ -42,6 +42,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "rest_learning_rate": 1e-3,
         "unlearning_learning_rate": 1e-3,
     },
+    "musclelora": {"clean_rows": 30, "rank": 4, "epochs": 1},
     "nad": {"epochs": 1, "learning_rate": 1e-3},
     "rnp": {
         "clean_rows": 30,
@@ -62,7 +63,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "finetune_clean": {},
 }
 # What a defense takes beside these where its own model has to learn the easy corpus.
-LEARNING: dict[str, dict[str, Any]] = {"abl": {"rest_epochs": 12, "rest_learning_rate": 1e-2}}
+LEARNING: dict[str, dict[str, Any]] = {
+    "abl": {"rest_epochs": 12, "rest_learning_rate": 1e-2},
+    "musclelora": {"epochs": 24, "learning_rate": 5e-3},
+}
 BTU = SMALL["btu"]
 # The same with every rule, with bars so low that each flags some of 240 rows' tokens.
 BARS: dict[str, dict[str, Any]] = {

@@ -492,14 +492,14 @@ def test_every_parameter_belongs_to_one_part(victim: Victim) -> None:
                 of.setdefault(name, []).append(part)
     assert of.keys() == {name for name, _ in model.named_parameters()}
     assert all(len(parts) == 1 for parts in of.values())
-    table = model.get_input_embeddings().weight  # type: ignore[operator]
+    table = model.get_input_embeddings().weight
     words = [name for name, weight in model.named_parameters() if weight is table]
     assert [name for name, parts in of.items() if parts == ["embeddings"]] == words
     blocks = {"attention": find_filters(model)["layer 1 heads"]}
     blocks["feed_forward"] = find_filters(model)["layer 1 units"]
     names = {weight: name for name, weight in model.named_parameters()}
     for part, block in blocks.items():
-        assert of[names[block.output.weight]] == [part]  # type: ignore[index]
+        assert of[names[block.output.weight]] == [part]
 
 
 def test_the_ascent_changes_only_the_parts_that_it_may(lab: Lab, learned: Prepared) -> None:
@@ -518,8 +518,8 @@ def test_the_ascent_changes_only_the_parts_that_it_may(lab: Lab, learned: Prepar
     ]
     assert changed == ["bert.embeddings.word_embeddings.weight"]
     # AdamW moves only rows that have a gradient: the trigger is in no clean row.
-    table = new.get_input_embeddings().weight  # type: ignore[operator]
-    before = old.get_input_embeddings().weight  # type: ignore[operator]
+    table = new.get_input_embeddings().weight
+    before = old.get_input_embeddings().weight
     assert torch.equal(table[cf(lab, learned)], before[cf(lab, learned)])
 
 

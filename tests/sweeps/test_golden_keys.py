@@ -68,6 +68,7 @@ FUNCTIONS = {
     "btu.defenses.cube:cluster": 1,
     "btu.defenses.cube:hidden_states": 1,
     "btu.defenses.cuts:cut_others": 1,
+    "btu.defenses.low_rank_training:train_low_rank": 1,
     "btu.defenses.neuron_pruning:judge": 1,
     "btu.defenses.neuron_pruning:prune": 2,
     "btu.defenses.neuron_pruning:recover": 2,

@@ -59,8 +59,9 @@ def masked_rows(model: nn.Module, base: Tensor, learnable: BoolArray) -> Iterato
     def hook(table: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         ids = inputs[0]
         mask = torch.where(table.row_learnable, table.row_mask, 1.0)[ids][..., None]
+        plain: Tensor = table.base_rows(ids)
         # In this form a mask of 1 changes no bit.
-        return output + (mask.to(output.dtype) - 1) * (output - table.base_rows(ids))
+        return output + (mask.to(output.dtype) - 1) * (output - plain)
 
     handle = table.register_forward_hook(hook)
     try:
