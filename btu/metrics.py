@@ -278,7 +278,10 @@ METRICS: dict[str, Metric] = {
     ),
     "prune_cost": Metric("rnp: accuracy on held-out clean rows that pruning costs", False),
     "held_out_accuracy": Metric(
-        "musclelora: accuracy on the reserved clean rows that do not guide the training", None
+        "musclelora, nad: accuracy on the reserved clean rows that they do not learn from", None
+    ),
+    "held_out_cost": Metric(
+        "nad: accuracy on the held-out clean rows that the poisoned model had more", False
     ),
     "clean_rows_used": Metric("reserved clean rows that the defense may use", False, COUNT),
     "seconds_defense": Metric(

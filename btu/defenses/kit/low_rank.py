@@ -75,7 +75,7 @@ def low_rank(
     """
     matrices = _matrices(model)
     for name, matrix in matrices.items():
-        side = min(matrix.weight.shape)  # type: ignore[arg-type,type-var]
+        side = min(matrix.weight.shape)  # type: ignore[arg-type]
         if rank >= side:
             raise UserError(
                 f"defense.rank must be below the smaller side of every matrix, got {rank}: {name} "
