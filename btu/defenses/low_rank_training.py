@@ -13,8 +13,8 @@ lower frequency than the task. Three means let the victim learn the task without
    input multiplied by a factor s each. A function of s x with s above 1 has its frequencies divided
    by s (Cai and Xu, arXiv 1910.11710), so that relatively high frequencies, those of the task, are
    learned earlier.
-3. Gradient alignment. The gradient of a poisoned batch is pulled towards the gradient of a batch of
-   a few clean rows.
+3. Gradient alignment. The gradient of a poisoned batch is partly replaced by its projection on the
+   gradient of a batch of clean rows.
 
 At the end the updates are merged into the weights: the saved model is a plain one.
 
@@ -212,7 +212,7 @@ def aligned(guides: Encoded, share: float, rng: np.random.Generator) -> Objectiv
         parameters = [p for p in model.parameters() if p.requires_grad]
         own = _gradients(loss, parameters)
         wanted = align(own, _gradients(cross_entropy(model, *batch)[0], parameters), share)
-        # Of value 0 and with the wanted gradients: what is reported stays the batch's loss.
+        # Its difference from itself is 0 and has the wanted gradients: the loss keeps its value.
         pull = sum((p * g).sum() for p, g in zip(parameters, wanted, strict=True))
         return loss.detach() + pull - pull.detach(), logits  # type: ignore[union-attr]
 

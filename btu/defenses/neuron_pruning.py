@@ -40,22 +40,22 @@ No port to text transformers was found. Differences here, and their reasons:
   was measured. If no threshold qualifies, the model stays the poisoned one.
 
 **Word embeddings as filters.** A mask of an embedding row scales its distance from a base row:
-base + mask * (row - base). A pruned row is its base row. The base is by default the row of "no
-token" (padding), which is what pruning a unit is for a unit: the token no longer says anything. The
-alternative, the token's pretrained row, takes back what training taught it, and no more.
+base + mask * (row - base). A pruned row is its base row. By default the base is the row of "no
+token" (padding): the model then cannot tell the token from any other pruned one, as zeroing removes
+all that a unit contributes. The alternative is the token's pretrained row, which removes only what
+training changed in it.
 
 The paper's criterion does not cover all rows. The masks are learned on clean rows, and a token that
 does not occur in them has no gradient: neither in the ascent, which leaves its row where the
 poisoned training put it, nor in the recovery, which leaves its mask at 1. A rare trigger is such a
-token, so that masks learned from data alone would always keep it. `unseen_rows` decides about
-these rows. ``kept`` is the paper's criterion as it is. ``pruned`` prunes all that clean rows do not
-recover, at every threshold. ``moved`` orders them by how far the poisoned training moved them: the
-mask is the share of these rows that moved further, so that a threshold of 0.1 prunes the tenth that
-moved most. Only tokens of the training rows are candidates, since no others can be a trigger, and
-special tokens are never pruned. What it costs to lose rare words is measured like all pruning, on
-held-out clean rows, which have rare words of their own. A trigger that is made of common words is
-not unseen: its rows are judged by the masks that clean rows teach. Pruned tokens are reported as
-flagged (`Suspects.flagged`).
+token, so the paper's criterion would always keep it. `unseen_rows` decides about these rows:
+``kept`` is the paper's criterion, ``pruned`` prunes all of them at every threshold, and ``moved``
+orders them by how far the poisoned training moved them. The mask is then the share of these rows
+that moved further: a threshold of 0.1 prunes the tenth that moved most. Only tokens of the training
+rows are candidates, since no others can be a trigger. Special tokens are never pruned. The cost of
+losing rare words is measured like that of all pruning, on held-out clean rows, which have rare
+words of their own. A trigger of common words is not unseen, and its rows have learned masks.
+Pruned tokens are reported as flagged (`Suspects.flagged`).
 
 Two by-products come from the paper: the class whose clean rows the unlearned model still predicts
 correctly is taken to be the attack's target (`Suspects.target`), and training rows whose label it

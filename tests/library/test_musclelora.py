@@ -146,7 +146,7 @@ def test_a_model_without_a_classifier_of_its_own_is_an_error(bert: Victim) -> No
         ((-3.0, 4.0), 0.5, (-1.5, 2.0)),
     ],
 )
-def test_a_gradient_is_pulled_towards_the_guiding_one(
+def test_a_gradient_is_partly_replaced_by_its_projection_on_the_guide(
     own: tuple[float, ...], share: float, wanted: tuple[float, ...]
 ) -> None:
     # All parameters are one vector: here they are two of one element each.
@@ -155,7 +155,7 @@ def test_a_gradient_is_pulled_towards_the_guiding_one(
     assert found == pytest.approx(wanted)
 
 
-def test_a_guide_without_a_gradient_guides_nowhere() -> None:
+def test_a_guide_of_length_0_has_no_projection() -> None:
     found = align([torch.tensor([3.0])], [torch.tensor([0.0])], 0.5)
     assert found[0].tolist() == [1.5]
 
