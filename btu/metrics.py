@@ -276,6 +276,21 @@ METRICS: dict[str, Metric] = {
         "rnp: masks up to this value were pruned; none if nothing was pruned", None
     ),
     "prune_cost": Metric("rnp: accuracy on held-out clean rows that pruning costs", False),
+    "mix_ratio": Metric(
+        "fine_mixing: share of weights that keep the poisoned model's value; the others get their "
+        "pretrained value",
+        None,
+    ),
+    "mix_cost": Metric(
+        "fine_mixing: accuracy on the reserved clean rows that purifying and mixing cost, before "
+        "the tuning",
+        False,
+    ),
+    "mix_held_out_cost": Metric(
+        "fine_mixing: accuracy on held-out clean rows that the chosen ratio costs, after tuning on "
+        "the others; none if the ratio is given",
+        False,
+    ),
     "clean_rows_used": Metric("reserved clean rows that the defense may use", False, COUNT),
     "seconds_defense": Metric(
         "wall time of the defense's own stages", False, SECONDS, head="defense", group="cost"

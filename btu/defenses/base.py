@@ -32,6 +32,11 @@ DEFENSES: Registry[type[Defense]] = Registry(
             "Reconstructive Neuron Pruning: unlearn, recover, prune",
         ),
         (
+            "fine_mixing",
+            "btu.defenses.fine_mixing:FineMixing",
+            "gives most weights their pretrained values, and tunes (Fine-mixing)",
+        ),
+        (
             "bki",
             "btu.defenses.bki:KeywordIdentification",
             "drops rows with the word that moves the model most (BKI)",
@@ -40,6 +45,11 @@ DEFENSES: Registry[type[Defense]] = Registry(
             "cube",
             "btu.defenses.cube:ClusterFilter",
             "keeps the largest cluster of each class (CUBE)",
+        ),
+        (
+            "zdef",
+            "btu.defenses.zdef:ZScoreFilter",
+            "drops rows with a token far too common in their class (Z-defence)",
         ),
         (
             "onion",

@@ -88,7 +88,7 @@ _CAPTIONS = {
     "triggered rows that are left without the trigger (removed).",
 }
 # Defenses that end with the same clean tuning as the control. Others tune differently, or not.
-TUNED_ALIKE = ("btu", "random_cut", "frequency_cut")
+TUNED_ALIKE = ("btu", "fine_mixing", "random_cut", "frequency_cut")
 FOOTNOTE = "n/a"
 _NAMES = {"poison_rate": r"rate (\%)", "seeds": "seeds", MARKS: "marks"}
 
