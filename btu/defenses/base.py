@@ -22,6 +22,11 @@ DEFENSES: Registry[type[Defense]] = Registry(
             "Anti-Backdoor Learning: isolate what is learned first, unlearn it",
         ),
         (
+            "dpoe",
+            "btu.defenses.dpoe:DenoisedProductOfExperts",
+            "DPoE: a shallow model takes the trigger's shortcut from the main one",
+        ),
+        (
             "nad",
             "btu.defenses.attention_distillation:AttentionDistillation",
             "Neural Attention Distillation: a teacher tuned on clean rows",
@@ -35,6 +40,9 @@ DEFENSES: Registry[type[Defense]] = Registry(
             "fine_mixing",
             "btu.defenses.fine_mixing:FineMixing",
             "gives most weights their pretrained values, and tunes (Fine-mixing)",
+            "crow",
+            "btu.defenses.crow:Crow",
+            "CROW: keeps neighbouring layers consistent on perturbed clean rows",
         ),
         (
             "bki",

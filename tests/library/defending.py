@@ -42,6 +42,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "rest_learning_rate": 1e-3,
         "unlearning_learning_rate": 1e-3,
     },
+    "dpoe": {"layers": 1},
     "nad": {"epochs": 1, "learning_rate": 1e-3},
     "rnp": {
         "clean_rows": 30,
@@ -51,6 +52,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "threshold": 0.8,
     },
     "fine_mixing": {"purify": 5},
+    "crow": {"clean_rows": 30, "epochs": 1, "learning_rate": 1e-3},
     "onion": {"rows": 30, "epochs": 1},
     "strip": {"copies": 4},
     "rap": {"epochs": 2},
