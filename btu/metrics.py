@@ -272,6 +272,7 @@ METRICS: dict[str, Metric] = {
         "rnp: accuracy on the unlearned rows after learning the masks", None
     ),
     "neurons_pruned": Metric("rnp: feed-forward units and attention heads pruned", None, COUNT),
+    "tokens_pruned": Metric("rnp: word-embedding rows pruned", None, COUNT),
     "prune_threshold": Metric(
         "rnp: masks up to this value were pruned; none if nothing was pruned", None
     ),
@@ -290,6 +291,11 @@ METRICS: dict[str, Metric] = {
         "fine_mixing: accuracy on held-out clean rows that the chosen ratio costs, after tuning on "
         "the others; none if the ratio is given",
         False,
+    "held_out_accuracy": Metric(
+        "musclelora, nad: accuracy on the reserved clean rows that they do not learn from", None
+    ),
+    "held_out_cost": Metric(
+        "nad: accuracy on the held-out clean rows that the poisoned model had more", False
     ),
     "clean_rows_used": Metric("reserved clean rows that the defense may use", False, COUNT),
     "seconds_defense": Metric(

@@ -25,6 +25,9 @@ DEFENSES: Registry[type[Defense]] = Registry(
             "dpoe",
             "btu.defenses.dpoe:DenoisedProductOfExperts",
             "DPoE: a shallow model takes the trigger's shortcut from the main one",
+            "musclelora",
+            "btu.defenses.low_rank_training:LowRankTraining",
+            "MuScleLoRA: low-rank training along the gradients of clean rows",
         ),
         (
             "nad",

@@ -32,9 +32,30 @@ No port to text transformers was found. Differences here, and their reasons:
 - ``tuning``: a short fine-tune on clean rows follows the pruning, which the original does not have:
   filters of a transformer that serve the backdoor serve clean rows too, and tuning restores
   accuracy. It does not keep the pruned filters at zero.
+- ``filters`` may add the word ``embeddings``, where a text backdoor lives too. See below.
+- ``unlearn_parts`` may limit the ascent to some parts of the model. The original, and the default,
+  train all parameters.
 - A null threshold is chosen on clean rows that the steps above have not used: the largest on a grid
   up to which accuracy, after tuning, falls by at most `max_clean_loss`. The model is the one that
   was measured. If no threshold qualifies, the model stays the poisoned one.
+
+**Word embeddings as filters.** A mask of an embedding row scales its distance from a base row:
+base + mask * (row - base). A pruned row is its base row. By default the base is the row of "no
+token" (padding): the model then cannot tell the token from any other pruned one, as zeroing removes
+all that a unit contributes. The alternative is the token's pretrained row, which removes only what
+training changed in it.
+
+The paper's criterion does not cover all rows. The masks are learned on clean rows, and a token that
+does not occur in them has no gradient: neither in the ascent, which leaves its row where the
+poisoned training put it, nor in the recovery, which leaves its mask at 1. A rare trigger is such a
+token, so the paper's criterion would always keep it. `unseen_rows` decides about these rows:
+``kept`` is the paper's criterion, ``pruned`` prunes all of them at every threshold, and ``moved``
+orders them by how far the poisoned training moved them. The mask is then the share of these rows
+that moved further: a threshold of 0.1 prunes the tenth that moved most. Only tokens of the training
+rows are candidates, since no others can be a trigger. Special tokens are never pruned. The cost of
+losing rare words is measured like that of all pruning, on held-out clean rows, which have rare
+words of their own. A trigger of common words is not unseen, and its rows have learned masks.
+Pruned tokens are reported as flagged (`Suspects.flagged`).
 
 Two by-products come from the paper: the class whose clean rows the unlearned model still predicts
 correctly is taken to be the attack's target (`Suspects.target`), and training rows whose label it
@@ -51,14 +72,31 @@ import dataclasses
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from btu.defenses.base import CLEAN_ROWS, POISONED_MODEL, Given
-from btu.defenses.kit.neurons import find_filters, masked, prune_filters
-from btu.errors import UserError
+from btu.defenses.kit.embedding_rows import (
+    BASES,
+    UNSEEN,
+    base_rows,
+    masked_rows,
+    occurring,
+    prune_rows,
+    unseen_masks,
+)
+from btu.defenses.kit.neurons import (
+    PARTS,
+    Filters,
+    find_filters,
+    masked,
+    prune_filters,
+    train_only,
+)
+from btu.errors import UserError, unknown
 from btu.findings import Suspects
 from btu.foundation import Foundation
 from btu.seeding import derive_seed
@@ -69,19 +107,27 @@ from btu.stage_files import (
     read_table,
     save_model,
     training_rows_of,
+    victim_of,
     write_table,
 )
 from btu.stages import Stage, StageRun, as_config, stage
-from btu.types import FloatArray, IntArray
+from btu.types import BoolArray, FloatArray, IntArray
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from btu.training import Encoded
+    from btu.victims import Victim
 
 
 MASKS, JUDGED = "masks.safetensors", "judged.parquet"
+# What may be pruned -> how the names of such filters end (`find_filters`); the word embeddings have
+# one array of masks, of this name.
+ENDINGS = {"feed_forward": " units", "heads": " heads"}
+EMBEDDINGS = "embeddings"
+FILTERS = (*ENDINGS, EMBEDDINGS)
+NEURONS = tuple(ENDINGS)
 # The accuracy that ends the ascent is averaged over this many batches.
 STOP_BATCHES = 3
 # Thresholds to try if none is given. Masks start at 1, so 1 is not a threshold.
@@ -97,6 +143,15 @@ class NeuronPruning:
 
     clean_rows: number of reserved clean rows, drawn at random, for unlearning and recovery. The
         others are held out to choose the threshold.
+    filters: what is pruned: a list of ``feed_forward`` units, attention ``heads`` and word
+        ``embeddings``, or one of them. Null is units and heads.
+    embedding_base: what a pruned embedding row becomes: the ``neutral`` row, or the token's
+        ``pretrained`` one. Like `unseen_rows`, it has an effect if `filters` has ``embeddings``.
+    unseen_rows: the masks of tokens in the training rows that the rows of the recovery do not
+        contain: ordered by how far training ``moved`` them, all ``pruned``, or all ``kept``.
+    unlearn_parts: what the ascent trains: a list of ``attention``, ``feed_forward``, word
+        ``embeddings`` and the ``rest`` (positions, norms, classifier), or one of them. Null is the
+        whole model.
     unlearn_stop: the ascent ends when the accuracy is at most this many times chance, which is
         1 / classes; above 0.
     unlearn_epochs: passes by which the ascent must have ended.
@@ -128,11 +183,24 @@ class NeuronPruning:
     tuning: bool = True
     tune_epochs: int | None = 2
     tune_learning_rate: float | None = 2e-4
+    filters: Any = None
+    embedding_base: str = "neutral"
+    unseen_rows: str = "moved"
+    unlearn_parts: Any = None
 
     KIND: ClassVar[str] = "after training"
     NEEDS: ClassVar[tuple[str, ...]] = (POISONED_MODEL, CLEAN_ROWS)
 
     def __post_init__(self) -> None:
+        # The dataclass is frozen; the values used then appear in the config.
+        filters = NEURONS if self.filters is None else self.filters
+        object.__setattr__(self, "filters", _chosen("defense.filters", filters, FILTERS))
+        if self.unlearn_parts is not None:
+            parts = _chosen("defense.unlearn_parts", self.unlearn_parts, PARTS)
+            object.__setattr__(self, "unlearn_parts", parts)
+        for name, choices in (("embedding_base", BASES), ("unseen_rows", UNSEEN)):
+            if getattr(self, name) not in choices:
+                raise unknown(f"defense.{name}", getattr(self, name), choices)
         for name in ("clean_rows", "unlearn_epochs", "recover_epochs", "batch_size"):
             check_count(f"defense.{name}", getattr(self, name))
         for name in ("unlearn_stop", "unlearn_learning_rate", "recover_learning_rate"):
@@ -177,6 +245,8 @@ class NeuronPruning:
             {
                 **rows,
                 "stop": self.unlearn_stop,
+                # Left out where it has its default, as in the keys of earlier results.
+                **({} if self.unlearn_parts is None else {"parts": self.unlearn_parts}),
                 "train": as_config(
                     self._train(base, self.unlearn_epochs, self.unlearn_learning_rate),
                 ),
@@ -185,11 +255,14 @@ class NeuronPruning:
             units=self.clean_rows * 2,
             model=True,
         )
+        embeddings, read = self._embeddings(base)
         recovered = base.stage(
             recover,
             "recover neurons",
             {
                 **rows,
+                **({} if self.filters == list(NEURONS) else {"filters": self.filters}),
+                **embeddings,
                 "train": as_config(
                     dataclasses.replace(
                         self._train(base, self.recover_epochs, self.recover_learning_rate),
@@ -197,7 +270,7 @@ class NeuronPruning:
                     )
                 ),
             },
-            {"clean": base.clean, "unlearned": unlearned},
+            {"clean": base.clean, "unlearned": unlearned, **read},
             units=self.clean_rows * self.recover_epochs,
         )
         judged = base.stage(
@@ -207,9 +280,22 @@ class NeuronPruning:
             {"rows": base.rows, "clean": base.clean, "unlearned": unlearned},
             units=(base.train_rows + base.clean_rows) // 3,
         )
+        return self._pruned(base, recovered, judged)
+
+    def _embeddings(self, base: Foundation) -> tuple[dict[str, Any], dict[str, Stage]]:
+        """Return what the recovery needs for masks of embedding rows: its config, its inputs."""
+        if EMBEDDINGS not in self.filters:
+            return {}, {}
+        config = {"base": self.embedding_base, "unseen": self.unseen_rows}
+        moved = {"model": base.model} if self.unseen_rows == "moved" else {}
+        return config, {"rows": base.rows, **moved}
+
+    def _pruned(self, base: Foundation, recovered: Stage, judged: Stage) -> Stage:
         chosen: dict[str, Any] = {"threshold": self.threshold}
         if self.threshold is None:
             chosen["max_clean_loss"] = self.max_clean_loss
+        if EMBEDDINGS in self.filters:
+            chosen["base"] = self.embedding_base
         tuning: dict[str, Any] = {}
         passes = 1
         if self.tuning:
@@ -225,7 +311,7 @@ class NeuronPruning:
             prune,
             "prune neurons",
             {
-                **rows,
+                "clean_rows": self.clean_rows,
                 **chosen,
                 "precision": base.train.precision,
                 **tuning,
@@ -249,6 +335,23 @@ class NeuronPruning:
         )
 
 
+def _chosen(name: str, value: Any, known: tuple[str, ...]) -> list[str]:
+    """Return the names in a list, or the one name, in the order of `known`, each once.
+
+    Raises:
+        UserError: there is none, or one that is not known.
+    """
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not names:
+        raise UserError(
+            f"{name} must be a list of at least one of {', '.join(known)}, got {value!r}."
+        )
+    for one in names:
+        if one not in known:
+            raise unknown(name, one, known)
+    return [one for one in known if one in names]
+
+
 # What the stages do ------------------------------------------------------------------------------
 
 
@@ -264,6 +367,8 @@ def unlearn(run: StageRun) -> dict[str, Any]:
     model = model_of(run, "model")
     # A victim whose neurons cannot be found is refused before anything is trained.
     find_filters(model)
+    if "parts" in run.config:
+        train_only(model, run.config["parts"])
     settings = TrainSettings(**run.config["train"])
     data, _, _ = _split(run)
     bar = run.config["stop"] / run.facts("clean")["classes"]
@@ -307,14 +412,22 @@ def unlearn(run: StageRun) -> dict[str, Any]:
 def recover(run: StageRun) -> dict[str, Any]:
     """Learn which filters of the unlearned model recover the clean rows.
 
-    Writes ``masks.safetensors``: a (filters,) mask in [0, 1] for each of `find_filters`, by name.
+    Writes ``masks.safetensors``: a (filters,) mask in [0, 1] for each of `find_filters` that may be
+    pruned, by name, and a (vocabulary,) one for the word embeddings if they may.
     """
     import torch
     from safetensors.torch import save_file
 
     model = model_of(run, "unlearned").requires_grad_(False)
     rows, _, _ = _split(run)
-    with masked(find_filters(model)) as masks:
+    kinds = run.config.get("filters", NEURONS)
+    victim = victim_of(run) if EMBEDDINGS in kinds else None
+    with ExitStack() as stack:
+        masks = stack.enter_context(masked(_filters(model, kinds)))
+        if victim is not None:
+            base = base_rows(victim, run.config["base"])
+            seen = occurring(victim, rows, len(base))
+            masks[EMBEDDINGS] = stack.enter_context(masked_rows(model, base, seen))
 
         def clip(_: float) -> bool:
             with torch.no_grad():
@@ -339,11 +452,29 @@ def recover(run: StageRun) -> dict[str, Any]:
             model, rows, precision=run.config["train"]["precision"], stage="recover neurons"
         )
         right = logits.argmax(axis=1) == rows.labels.numpy()
+    if victim is not None:
+        found[EMBEDDINGS] *= torch.from_numpy(_unseen(run, victim, seen)).float()
     save_file(found, run.folder / MASKS)
     return {
         "recovered_accuracy": float(right.mean()),
         "filters": sum(len(mask) for mask in found.values()),
     }
+
+
+def _filters(model: PreTrainedModel, kinds: Sequence[str]) -> dict[str, Filters]:
+    endings = tuple(ending for kind, ending in ENDINGS.items() if kind in kinds)
+    return {name: block for name, block in find_filters(model).items() if name.endswith(endings)}
+
+
+def _unseen(run: StageRun, victim: Victim, seen: BoolArray) -> FloatArray:
+    """Return the masks of the rows that the recovery cannot learn; 1 for those that it learned."""
+    unseen = occurring(victim, training_rows_of(run), len(seen)) & ~seen
+    moved = np.zeros(len(seen))
+    if run.config["unseen"] == "moved":
+        model: Any = model_of(run, "model")
+        rows = model.get_input_embeddings().weight.detach()
+        moved = (rows - base_rows(victim, "pretrained")).norm(dim=1).double().numpy()
+    return unseen_masks(moved, unseen, run.config["unseen"])
 
 
 @stage(version=1)
@@ -393,9 +524,13 @@ def prune(run: StageRun) -> dict[str, Any]:
     chosen = largest_affordable(tried, affordable)
     # The model is then the poisoned one. A cost of 0 would look like a free pruning: leave it out.
     measured = {"neurons_pruned": 0, "prune_cost": math.nan}
+    tokens = None
+    if EMBEDDINGS in masks:
+        tokens = () if chosen is None else _tokens(masks[EMBEDDINGS], chosen.threshold)
+        measured["tokens_pruned"] = len(tokens)
     if chosen is not None:
-        measured = {
-            "neurons_pruned": chosen.pruned,
+        measured |= {
+            "neurons_pruned": chosen.pruned - len(tokens or ()),
             "prune_cost": chosen.cost,
             "prune_threshold": chosen.threshold,
         }
@@ -406,12 +541,18 @@ def prune(run: StageRun) -> dict[str, Any]:
         "unlearned_accuracy": judged["unlearned_accuracy"],
         "recovered_accuracy": run.facts("masks")["recovered_accuracy"],
     }
-    found = Suspects(rows=suspicion, target=judged["target"])
+    found = Suspects(tokens, rows=suspicion, target=judged["target"])
     return {
         **found.save(run.folder),
         "measured": measured,
         "tried": [dataclasses.asdict(threshold) for threshold in tried],
     }
+
+
+def _tokens(masks: Tensor, threshold: float) -> tuple[int, ...]:
+    """Return the tokens whose rows are pruned, those with the lowest masks first."""
+    order = masks.argsort(stable=True)
+    return tuple(order[masks[order] <= threshold].tolist())
 
 
 @dataclass(frozen=True)
@@ -452,6 +593,9 @@ def _tried(run: StageRun, masks: Mapping[str, Tensor]) -> tuple[list[Tried], Pre
         logits = run.predict(model, held_out, **where, of=(number, len(grid) + 1))
         return float((logits.argmax(axis=1) == held_out.labels.numpy()).mean())
 
+    base = None
+    if EMBEDDINGS in masks:
+        base = base_rows(victim_of(run, run.facts("clean")["classes"]), config["base"])
     kept = model_of(run, "model")
     before = accuracy(kept, 0)
     tried: list[Tried] = []
@@ -463,6 +607,8 @@ def _tried(run: StageRun, masks: Mapping[str, Tensor]) -> tuple[list[Tried], Pre
             continue
         model = model_of(run, "model")
         prune_filters(find_filters(model), masks, threshold)
+        if base is not None:
+            prune_rows(model, base, masks[EMBEDDINGS], threshold)
         if tuning is not None:
             run.fit(
                 model,

@@ -43,6 +43,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "unlearning_learning_rate": 1e-3,
     },
     "dpoe": {"layers": 1},
+    "musclelora": {"clean_rows": 30, "rank": 4, "epochs": 1},
     "nad": {"epochs": 1, "learning_rate": 1e-3},
     "rnp": {
         "clean_rows": 30,
@@ -68,7 +69,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "finetune_clean": {},
 }
 # What a defense takes beside these where its own model has to learn the easy corpus.
-LEARNING: dict[str, dict[str, Any]] = {"abl": {"rest_epochs": 12, "rest_learning_rate": 1e-2}}
+LEARNING: dict[str, dict[str, Any]] = {
+    "abl": {"rest_epochs": 12, "rest_learning_rate": 1e-2},
+    "musclelora": {"epochs": 24, "learning_rate": 5e-3},
+}
 BTU = SMALL["btu"]
 # The same with every rule, with bars so low that each flags some of 240 rows' tokens.
 BARS: dict[str, dict[str, Any]] = {
@@ -82,10 +86,17 @@ RULED = {
     rule: {name: value for name, value in BTU.items() if name != "alpha"} | {"rule": rule} | bar
     for rule, bar in BARS.items()
 }
-# What the contract runs: each defense as in `SMALL`, and btu once for each rule.
+# What the contract runs: each defense as in `SMALL`, btu once for each rule, and rnp once more with
+# everything that it can prune.
 KEPT: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, settings) for name, settings in SMALL.items() if name != "btu"},
     **{f"btu-{rule}": ("btu", settings) for rule, settings in RULED.items()},
+    "rnp-embeddings": (
+        "rnp",
+        SMALL["rnp"]
+        | {"filters": ["feed_forward", "heads", "embeddings"], "unlearn_parts": "embeddings"}
+        | {"unlearn_learning_rate": 0.05, "threshold": 0.2},
+    ),
 }
 
 

@@ -178,6 +178,7 @@ def test_counts_and_seconds_are_no_fractions() -> None:
         "flagged",
         "unlearning_steps",
         "neurons_pruned",
+        "tokens_pruned",
         "clean_rows_used",
         "triggers_cut_train",
         "triggers_cut_eval",

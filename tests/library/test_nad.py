@@ -9,8 +9,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from defending import Fitted, same_rows
 from tiny_cells import Lab
 
 from btu.defenses.attention_distillation import (
@@ -22,12 +24,13 @@ from btu.defenses.attention_distillation import (
     map_distance,
     unit_readers,
 )
+from btu.defenses.base import Given
 from btu.defenses.kit.neurons import find_filters
 from btu.errors import UserError
 from btu.recipe import Prepared
 from btu.stage_files import clean_rows_of, model_of
 from btu.stages import Stage, StageRun, compute, read_record
-from btu.training import cross_entropy, logits_of
+from btu.training import Encoded, cross_entropy, logits_of
 from btu.victims import Victim
 
 CPU = torch.device("cpu")
@@ -318,12 +321,69 @@ def test_fractions_and_numbers_of_layers_give_the_same_model(lab: Lab, tmp_path:
         ({"teacher_epochs": 0}, r"defense.teacher_epochs must be at least 1, got 0"),
         ({"teacher_learning_rate": -1.0}, r"defense.teacher_learning_rate must be above 0"),
         ({"maps": "fnn"}, r"did you mean 'ffn'"),
+        ({"held_out": -0.1}, r"defense.held_out must be in \[0, 1\], got -0.1"),
+        ({"held_out": 1}, r"defense.held_out must be below 1, got 1"),
         ({"teacher": "pretrainde"}, r"did you mean 'pretrained'"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         AttentionDistillation(**settings)
+
+
+@pytest.mark.parametrize(("share", "rows"), [(0.001, 0), (0.999, 60)])
+def test_a_share_that_leaves_one_side_empty_is_refused(share: float, rows: int) -> None:
+    given = Given(400, classes=2, train_rows=240, clean_rows=60)
+    AttentionDistillation(held_out=0.25).check(given)
+    AttentionDistillation().check(given)
+    with pytest.raises(UserError, match=rf"{share} holds out {rows} of 60 clean rows"):
+        AttentionDistillation(held_out=share).check(given)
+
+
+def test_held_out_rows_are_learned_by_neither_and_measured_on(lab: Lab, fits: list[Fitted]) -> None:
+    prepared = lab.prepare()
+    fits.clear()
+    last = AttentionDistillation(epochs=1, held_out=0.25).stages(prepared.foundation)
+    facts = read_record(compute(last, lab.root))["facts"]
+    # A quarter of 60 rows is 15: teacher and student learn the same 45.
+    teacher, student = [
+        call for call in fits if call.stage in ("teacher", "attention distillation")
+    ]
+    assert len(student.data) == 45
+    assert same_rows(teacher.data, student.data)
+    inputs = {role: lab.root / stage.key for role, stage in last.inputs.items()}
+    run = StageRun({}, {}, {**inputs, "student": lab.root / last.key}, lab.root, CPU)
+    clean = clean_rows_of(run)
+    learned = {tuple(row) for row in rows_of(student.data)}
+    held_out = clean.take(
+        np.array([i for i, row in enumerate(rows_of(clean)) if tuple(row) not in learned])
+    )
+    assert len(held_out) == 15
+    ids, mask, labels = held_out.batch(torch.arange(15), int(held_out.host_lengths.max()))
+    right = [
+        float((logits_of(model_of(run, role), ids, mask).argmax(1) == labels).float().mean())
+        for role in ("model", "student")
+    ]
+    measured = facts["measured"]
+    assert measured["held_out_accuracy"] == pytest.approx(right[1])
+    assert measured["held_out_cost"] == pytest.approx(right[0] - right[1])
+
+
+def rows_of(data: Encoded) -> list[list[int]]:
+    return [part.tolist() for part in data.ids.split(data.lengths.tolist())]
+
+
+def test_nothing_changes_where_nothing_is_held_out(lab: Lab) -> None:
+    base = lab.prepare().foundation
+    default, zero = (AttentionDistillation(**held).stages(base) for held in ({}, {"held_out": 0.0}))
+    assert default.key == zero.key
+    some = AttentionDistillation(held_out=0.5).stages(base)
+    assert some.key != default.key
+    assert some.inputs["teacher"].key != default.inputs["teacher"].key
+    # The control has learned all clean rows.
+    as_control = {"teacher": "poisoned", "teacher_epochs": None, "teacher_learning_rate": None}
+    assert AttentionDistillation(**as_control).teacher_stage(base) is base.tuned
+    assert AttentionDistillation(**as_control, held_out=0.5).teacher_stage(base) is not base.tuned
 
 
 def test_the_reference_preset_names_fields() -> None:

@@ -17,8 +17,16 @@ from tiny_cells import Lab
 from torch import nn
 
 from btu.defenses.base import Given
-from btu.defenses.kit.neurons import find_filters, masked, prune_filters
+from btu.defenses.kit.embedding_rows import (
+    base_rows,
+    masked_rows,
+    occurring,
+    prune_rows,
+    unseen_masks,
+)
+from btu.defenses.kit.neurons import PARTS, find_filters, masked, prune_filters, train_only
 from btu.defenses.neuron_pruning import (
+    FILTERS,
     NeuronPruning,
     Tried,
     class_recalls,
@@ -26,7 +34,7 @@ from btu.defenses.neuron_pruning import (
 )
 from btu.errors import UserError
 from btu.findings import Suspects
-from btu.recipe import Prepared
+from btu.recipe import Prepared, evaluation
 from btu.settings import TrainSettings
 from btu.stage_files import model_of, training_rows_of
 from btu.stages import Stage, StageRun, compute, read_record
@@ -389,6 +397,16 @@ def test_clean_tuning_follows_where_it_is_asked_for(lab: Lab, learned: Prepared)
         ({"threshold": 1.0}, r"threshold must be below 1, got 1"),
         ({"threshold": -0.1}, r"defense.threshold must be in \[0, 1\], got -0.1"),
         ({"max_clean_loss": 1.5}, r"defense.max_clean_loss must be in \[0, 1\], got 1.5"),
+        (
+            {"filters": []},
+            r"filters must be a list of at least one of feed_forward, heads, emb.*\[\]",
+        ),
+        ({"filters": 3}, r"filters must be a list of at least one of .*, got 3"),
+        ({"filters": ["head"]}, r"unknown defense.filters 'head'; did you mean 'heads'"),
+        ({"unlearn_parts": ["norms"]}, r"unknown defense.unlearn_parts 'norms'.*known: attention"),
+        ({"unlearn_parts": []}, r"unlearn_parts must be a list of at least one of attention"),
+        ({"embedding_base": "zero"}, r"unknown defense.embedding_base 'zero'.*neutral, pretrained"),
+        ({"unseen_rows": "prune"}, r"unknown defense.unseen_rows 'prune'; did you mean 'pruned'"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -403,3 +421,199 @@ def test_a_cell_that_leaves_nothing_to_measure_on_is_refused() -> None:
         pruning(clean_rows=60).check(cell)
     with pytest.raises(UserError, match=r"below the number of classes, 2, got 2"):
         pruning(unlearn_stop=2.0).check(cell)
+
+
+# Word embeddings as filters, and the ascent on parts ----------------------------------------------
+
+
+def test_a_mask_scales_how_far_a_row_is_from_its_base_row(victim: Victim) -> None:
+    model = lively(victim)
+    table: Any = model.get_input_embeddings()
+    count = len(table.weight)
+    base = torch.zeros_like(table.weight)
+    values = torch.linspace(0, 1, count)
+    # Token 12 may not be masked.
+    learnable = np.arange(count) != 12
+    before = model.state_dict().keys()
+    with torch.no_grad():
+        plain = logits_of(model, *ids_and_mask())
+        with masked_rows(model, base, learnable) as masks:
+            assert torch.equal(logits_of(model, *ids_and_mask()), plain)
+            masks.copy_(values)
+            found = logits_of(model, *ids_and_mask())
+        assert torch.equal(logits_of(model, *ids_and_mask()), plain)
+        # base + mask * (row - base) with base 0 is mask * row.
+        values[12] = 1
+        table.weight.mul_(values[:, None])
+        expected = logits_of(model, *ids_and_mask())
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(found, plain, atol=1e-4)
+    assert model.state_dict().keys() == before
+
+
+def test_rows_up_to_the_threshold_become_their_base_rows(bert: Victim) -> None:
+    model: Any = bert.new_model(0)
+    table = model.get_input_embeddings().weight
+    before = table.detach().clone()
+    base, masks = base_rows(bert, "neutral"), torch.ones(len(before))
+    masks[[7, 9, 11]] = torch.tensor([0.2, 0.3, 0.31])
+    prune_rows(model, base, masks, 0.3)
+    changed = (table != before).any(dim=1).nonzero()[:, 0].tolist()
+    assert changed == [7, 9]
+    padding = before[bert.tokenizer.pad_token_id]
+    assert torch.equal(table[7], padding)
+    assert torch.equal(base_rows(bert, "pretrained"), before)
+
+
+def test_masks_of_rows_without_a_gradient_follow_the_choice() -> None:
+    moved = np.array([5.0, 1.0, 3.0, 3.0, 9.0])
+    unseen = np.array([True, True, True, True, False])
+    # Of the four unseen rows, none moved further than 5, three further than 1, one further than 3.
+    assert unseen_masks(moved, unseen, "moved").tolist() == [0.0, 0.75, 0.25, 0.25, 1.0]
+    assert unseen_masks(moved, unseen, "pruned").tolist() == [0.0, 0.0, 0.0, 0.0, 1.0]
+    assert unseen_masks(moved, unseen, "kept").tolist() == [1.0] * 5
+    assert unseen_masks(moved, np.zeros(5, dtype=bool), "moved").tolist() == [1.0] * 5
+
+
+def test_special_tokens_count_as_not_occurring(bert: Victim) -> None:
+    data = bert.encode(Rows(("a cf a",), (0,)))
+    found = occurring(bert, data, len(bert.tokenizer))
+    tokens = bert.tokenizer.convert_ids_to_tokens(np.flatnonzero(found).tolist())
+    assert sorted(tokens) == ["a", "cf"]
+
+
+def test_every_parameter_belongs_to_one_part(victim: Victim) -> None:
+    model = victim.new_model(0)
+    of: dict[str, list[str]] = {}
+    for part in PARTS:
+        train_only(model, [part])
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                of.setdefault(name, []).append(part)
+    assert of.keys() == {name for name, _ in model.named_parameters()}
+    assert all(len(parts) == 1 for parts in of.values())
+    table = model.get_input_embeddings().weight
+    words = [name for name, weight in model.named_parameters() if weight is table]
+    assert [name for name, parts in of.items() if parts == ["embeddings"]] == words
+    blocks = {"attention": find_filters(model)["layer 1 heads"]}
+    blocks["feed_forward"] = find_filters(model)["layer 1 units"]
+    names = {weight: name for name, weight in model.named_parameters()}
+    for part, block in blocks.items():
+        assert of[names[block.output.weight]] == [part]
+
+
+def test_the_ascent_changes_only_the_parts_that_it_may(lab: Lab, learned: Prepared) -> None:
+    last = pruning(unlearn_parts="embeddings", unlearn_learning_rate=0.05).stages(
+        learned.foundation
+    )
+    unlearned = stage_of(last, "unlearn clean rows")
+    compute(unlearned, lab.root)
+    inputs = {"new": lab.root / unlearned.key, "old": lab.root / learned.foundation.model.key}
+    run = StageRun({}, {}, inputs, lab.root, torch.device("cpu"))
+    new, old = model_of(run, "new"), model_of(run, "old")
+    changed = [
+        name
+        for (name, first), second in zip(new.named_parameters(), old.parameters(), strict=True)
+        if not torch.equal(first, second)
+    ]
+    assert changed == ["bert.embeddings.word_embeddings.weight"]
+    # AdamW moves only rows that have a gradient: the trigger is in no clean row.
+    table = new.get_input_embeddings().weight
+    before = old.get_input_embeddings().weight
+    assert torch.equal(table[cf(lab, learned)], before[cf(lab, learned)])
+
+
+def cf(lab: Lab, prepared: Prepared) -> int:
+    """The trigger's token."""
+    from btu.stage_files import load_victim
+    from btu.victims import VictimSpec
+
+    victim = load_victim(VictimSpec(**prepared.foundation.where["victim"]), 2)
+    return int(victim.tokenizer.convert_tokens_to_ids("cf"))
+
+
+@pytest.mark.parametrize(
+    ("unseen", "base", "pruned"),
+    [("moved", "neutral", True), ("pruned", "pretrained", True), ("kept", "neutral", False)],
+)
+def test_a_trigger_that_no_clean_row_contains_is_pruned_if_unseen_rows_are(
+    lab: Lab, learned: Prepared, unseen: str, base: str, pruned: bool
+) -> None:
+    settings = {"filters": "embeddings", "unseen_rows": unseen, "embedding_base": base}
+    last = pruning(**settings, threshold=0.0).stages(learned.foundation)
+    folder = compute(last, lab.root)
+    facts = facts_of(lab.root, last)
+    found = Suspects.load(folder, facts)
+    assert found is not None
+    assert found.flagged is not None
+    assert (cf(lab, learned) in found.flagged) == pruned
+    assert facts["measured"]["tokens_pruned"] == len(found.flagged)
+    assert facts["measured"]["neurons_pruned"] == 0
+    scored = evaluation(learned, last, "defended")
+    attacked = read_record(compute(scored, lab.root))["facts"]["asr"]
+    if base == "neutral":
+        # The undefended model obeys; without the trigger's row it cannot see the trigger.
+        assert (attacked["hits"] >= 0.9 * attacked["n"]) != pruned
+
+
+def test_where_no_pruning_is_affordable_no_token_is_flagged(
+    lab: Lab, learned: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = pruning(filters="embeddings", max_clean_loss=0.01).stages(learned.foundation)
+    compute(last, lab.root)
+    assert cf(lab, learned) in facts_of(lab.root, last)["flagged"]
+
+    def all_wrong_later(run: StageRun, model: Any, data: Any, *, of: Any, **_: Any) -> Any:
+        labels = data.labels.numpy()
+        return np.eye(2)[labels if of[0] == 0 else 1 - labels]
+
+    monkeypatch.setattr(StageRun, "predict", all_wrong_later)
+    inputs = {role: lab.root / stage.key for role, stage in last.inputs.items()}
+    facts = MODULE.prune(StageRun(last.config, last.where, inputs, tmp_path, torch.device("cpu")))
+    assert facts["flagged"] == []
+    assert facts["measured"]["tokens_pruned"] == facts["measured"]["neurons_pruned"] == 0
+    assert math.isnan(facts["measured"]["prune_cost"])
+
+
+def test_what_may_be_pruned_is_all_that_has_masks(lab: Lab, learned: Prepared) -> None:
+    from safetensors.torch import load_file
+
+    names = {}
+    for filters in ("heads", ["embeddings", "feed_forward"]):
+        last = pruning(filters=filters).stages(learned.foundation)
+        folder = compute(last.inputs["masks"], lab.root)
+        names[str(filters)] = sorted(load_file(folder / "masks.safetensors"))
+    assert names == {
+        "heads": ["layer 1 heads", "layer 2 heads"],
+        "['embeddings', 'feed_forward']": ["embeddings", "layer 1 units", "layer 2 units"],
+    }
+
+
+def test_keys_are_those_of_earlier_results_unless_a_new_choice_acts(learned: Prepared) -> None:
+    def keys(**changes: Any) -> dict[str, str]:
+        last = pruning(**changes).stages(learned.foundation)
+        own = ("unlearn clean rows", "recover neurons", "judge training rows", "prune neurons")
+        return {name: stage_of(last, name).key for name in own}
+
+    def changed(first: dict[str, str], second: dict[str, str]) -> list[str]:
+        return [name.split()[0] for name in first if first[name] != second[name]]
+
+    default = keys()
+    assert keys(filters=["heads", "feed_forward"]) == default
+    # Without masks of rows, their choices have no effect.
+    assert keys(unseen_rows="kept", embedding_base="pretrained") == default
+    assert changed(keys(filters="heads"), default) == ["recover", "prune"]
+    everything = keys(filters=list(FILTERS))
+    assert changed(everything, default) == ["recover", "prune"]
+    assert changed(keys(filters=list(FILTERS), unseen_rows="kept"), everything) == [
+        "recover",
+        "prune",
+    ]
+    assert changed(keys(filters=list(FILTERS), embedding_base="pretrained"), everything) == [
+        "recover",
+        "prune",
+    ]
+    assert changed(keys(filters=list(FILTERS), threshold=0.5), everything) == ["prune"]
+    parts = keys(unlearn_parts=["attention", "embeddings"])
+    assert changed(parts, default) == ["unlearn", "recover", "judge", "prune"]
+    assert keys(unlearn_parts=["embeddings", "attention"]) == parts

@@ -78,6 +78,7 @@ FUNCTIONS = {
     "btu.defenses.fine_mixing:mix_weights": 1,
     "btu.defenses.fine_mixing:try_ratios": 1,
     "btu.defenses.dpoe:train_experts": 1,
+    "btu.defenses.low_rank_training:train_low_rank": 1,
     "btu.defenses.neuron_pruning:judge": 1,
     "btu.defenses.neuron_pruning:prune": 2,
     "btu.defenses.neuron_pruning:recover": 2,

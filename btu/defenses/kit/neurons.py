@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,9 @@ from btu.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+# What `train_only` tells apart: every parameter belongs to one of these.
+PARTS = ("attention", "feed_forward", "embeddings", "rest")
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,31 @@ class Filters:
         return values.repeat_interleave(self.weight.shape[1] // self.count)
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """The matrices of a layer, in order. The last one of each block is its output layer."""
+
+    attention: tuple[nn.Module, ...]
+    feed_forward: tuple[nn.Module, ...]
+
+
 def find_filters(model: nn.Module) -> dict[str, Filters]:
     """Return the attention heads and feed-forward units of every layer, by name.
+
+    Raises:
+        UserError: the model's layers have another structure (`find_blocks`).
+    """
+    heads = int(model.config.num_attention_heads)  # type: ignore[union-attr,arg-type]
+    found: dict[str, Filters] = {}
+    for number, layer in enumerate(find_blocks(model), 1):
+        last = layer.feed_forward[-1]
+        found[f"layer {number} heads"] = Filters(layer.attention[-1], heads)
+        found[f"layer {number} units"] = Filters(last, _inputs_outputs(last)[0])
+    return found
+
+
+def find_blocks(model: nn.Module) -> list[Blocks]:
+    """Return the matrices of attention and feed-forward block of every layer.
 
     Layers are identified by their number, and matrices by shape and order: the last matrix of a
     layer ends the feed-forward block, those of its width directly before it start that block, and
@@ -53,8 +79,8 @@ def find_filters(model: nn.Module) -> dict[str, Filters]:
     depth, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
     hidden = int(config.hidden_size)
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    found: dict[str, Filters] = {}
-    for number, layer in enumerate(stacks[0] if len(stacks) == 1 else (), 1):
+    found: list[Blocks] = []
+    for layer in stacks[0] if len(stacks) == 1 else ():
         matrices = [m for m in layer.modules() if isinstance(m, nn.Linear | Conv1D)]
         # (inputs, outputs), however the weight is stored.
         shapes = [_inputs_outputs(m) for m in matrices]
@@ -72,9 +98,8 @@ def find_filters(model: nn.Module) -> dict[str, Filters]:
             or shapes[attention][0] % heads
         ):
             break
-        found[f"layer {number} heads"] = Filters(matrices[attention], heads)
-        found[f"layer {number} units"] = Filters(matrices[last], units)
-    if len(found) != 2 * depth:
+        found.append(Blocks(tuple(matrices[:opening]), tuple(matrices[opening:])))
+    if len(found) != depth:
         raise UserError(
             f"cannot find the neurons of a {type(model).__name__}: NAD and RNP look for a stack of "
             f"{depth} layers, in each of them an attention block that ends with a matrix to "
@@ -82,6 +107,28 @@ def find_filters(model: nn.Module) -> dict[str, Filters]:
             "width; use another victim or another defense."
         )
     return found
+
+
+def train_only(model: nn.Module, parts: Collection[str]) -> None:
+    """Let only some parts of a model require gradients.
+
+    parts: of `PARTS`: the matrices, with biases, of the ``attention`` blocks, those of the
+        ``feed_forward`` blocks, the word ``embeddings``, and the ``rest`` (positions, norms,
+        classifier).
+
+    Raises:
+        UserError: the model's layers have another structure (`find_blocks`).
+    """
+    blocks = find_blocks(model)
+    of: dict[str, list[nn.Module]] = {
+        "attention": [matrix for layer in blocks for matrix in layer.attention],
+        "feed_forward": [matrix for layer in blocks for matrix in layer.feed_forward],
+        "embeddings": [model.get_input_embeddings()],  # type: ignore[operator]
+    }
+    model.requires_grad_("rest" in parts)
+    for part, modules in of.items():
+        for module in modules:
+            module.requires_grad_(part in parts)
 
 
 def _inputs_outputs(matrix: nn.Module) -> tuple[int, int]:
@@ -128,12 +175,15 @@ def prune_filters(
 ) -> int:
     """Zero the weights that read filters whose mask is at most `threshold`, in place.
 
-    masks: (filters,) by name. Return the number of pruned filters.
+    masks: (filters,) by name; filters without one stay as they are. Return the number of pruned
+    filters.
     """
     import torch
 
     pruned = 0
     for name, block in filters.items():
+        if name not in masks:
+            continue
         gone = masks[name] <= threshold
         pruned += int(gone.sum())
         with torch.no_grad():
