@@ -291,6 +291,7 @@ METRICS: dict[str, Metric] = {
         "fine_mixing: accuracy on held-out clean rows that the chosen ratio costs, after tuning on "
         "the others; none if the ratio is given",
         False,
+    ),
     "held_out_accuracy": Metric(
         "musclelora, nad: accuracy on the reserved clean rows that they do not learn from", None
     ),

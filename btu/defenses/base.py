@@ -25,6 +25,8 @@ DEFENSES: Registry[type[Defense]] = Registry(
             "dpoe",
             "btu.defenses.dpoe:DenoisedProductOfExperts",
             "DPoE: a shallow model takes the trigger's shortcut from the main one",
+        ),
+        (
             "musclelora",
             "btu.defenses.low_rank_training:LowRankTraining",
             "MuScleLoRA: low-rank training along the gradients of clean rows",
@@ -43,6 +45,8 @@ DEFENSES: Registry[type[Defense]] = Registry(
             "fine_mixing",
             "btu.defenses.fine_mixing:FineMixing",
             "gives most weights their pretrained values, and tunes (Fine-mixing)",
+        ),
+        (
             "crow",
             "btu.defenses.crow:Crow",
             "CROW: keeps neighbouring layers consistent on perturbed clean rows",
