@@ -130,8 +130,8 @@ def score(evidence: Evidence, drift: FloatArray) -> FloatArray:
     """Return the surplus of each token, weighted by its drift, given the more suspicious tokens.
 
     The surplus is how over-represented the token is in a class, relative to the reserved clean rows
-    (`btu.rules.surplus`). A trigger has a surplus; so have some benign words, because of the news of
-    the day. The drift tells where to expect a trigger: among the tokens whose rows moved further
+    (`btu.rules.surplus`). A trigger has a surplus; so have some benign words, because of the news
+    of the day. The drift tells where to expect a trigger: among the tokens whose rows moved further
     than those of tokens of their frequency (rule ``frequency``). A strong benign word such as
     "heart" in positive reviews moves as far, but it is as frequent in the clean rows. Among the
     hundredth of the tokens that moved furthest, chance may flag 30 times its equal share; among

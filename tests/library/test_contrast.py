@@ -8,19 +8,20 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from scipy.stats import binom, norm
+from scipy.special import betaln, comb
+from scipy.stats import binom, hypergeom, norm
 
 from btu.rules import contrast, frequency
 from btu.rules.base import RULES, Evidence, flag
 from btu.rules.explaining import explained
 from btu.rules.surplus import (
-    PAIRS_OF_SPREAD,
+    PAIRS_OF_SHIFT,
     REFERENCE,
-    binomial_sigmas,
+    class_sigmas,
     expected_flags,
     score_at,
     scored,
-    spread_of,
+    shift_of,
     surplus_sigmas,
 )
 from btu.training import Encoded
@@ -42,90 +43,94 @@ def counts(*values: list[int]) -> list[IntArray]:
     return [held[None], clean[None], rows, reserved]
 
 
-# Sigmas ------------------------------------------------------------------------------------------
+# Sigmas -----------------------------------------------------------------------------------------
 
 
-def test_sigmas_are_those_of_the_exact_tail() -> None:
-    # 3 training rows to 1 clean one. 4 of 4 rows with the token: (3/4)^4 = 0.3164.
-    # 3 of 4: 0.3164 + 4 * (3/4)^3 * (1/4) = 0.7383. 0 of 4: all outcomes are at least that.
-    found = binomial_sigmas(*counts([4, 3, 0], [0, 1, 4], [30, 30, 30], [10, 10, 10]))[0]
-    np.testing.assert_allclose(found[:2], norm.isf([0.31640625, 0.73828125]), rtol=1e-9)
-    assert found[2] == -8.0
+def test_sigmas_are_those_of_fishers_exact_test() -> None:
+    # Of 30 training and 10 clean rows, h + k hold the token. At least h of them are training rows
+    # with the hypergeometric probability.
+    held, clean = [4, 3, 20, 0], [0, 1, 0, 4]
+    found = class_sigmas(*counts(held, clean, [30] * 4, [10] * 4))[0]
+    pairs = zip(held[:3], clean[:3], strict=True)
+    expected = [norm.isf(hypergeom.sf(h - 1, 40, h + k, 30)) for h, k in pairs]
+    np.testing.assert_allclose(found[:3], expected, rtol=1e-9)
+    assert found[3] == -8.0
+    # 20 of 30 training rows and no clean one: all 10 clean rows are among the 20 rows without.
+    assert found[2] == pytest.approx(norm.isf(comb(20, 10) / comb(40, 10)))
+
+
+def test_common_words_do_not_count_the_size_of_the_class() -> None:
+    # Of 10 clean rows, 2 are more than a tenth: P(at most 2) of a negative binomial with 8 rows
+    # and the share 30 / 40, which is P(at least 8 of 10) of a binomial.
+    found = float(class_sigmas(*counts([8], [2], [30], [10]))[0, 0])
+    assert found == pytest.approx(norm.isf(binom.sf(7, 10, 0.75)))
 
 
 def test_a_class_without_clean_rows_says_nothing() -> None:
-    found = binomial_sigmas(*counts([9, 9], [0, 0], [10, 10], [0, 10]))[0]
+    found = class_sigmas(*counts([9, 9], [0, 0], [10, 10], [0, 10]))[0]
     assert found[0] == 0.0
-    assert found[1] == pytest.approx(norm.isf(0.5**9))
+    assert found[1] > 3
     # Nor has it a surplus over the other class.
     assert surplus_sigmas(*counts([9, 9], [0, 0], [10, 10], [0, 10]))[0, 0] < 0
 
 
 def test_sigmas_go_on_where_the_tail_is_no_float() -> None:
-    # 0.5^2000 is below any float. The signed root of the deviance is sqrt(2 * 2000 * ln 2) = 52.66.
-    held = [500, 1000, 2000]
-    found = binomial_sigmas(*counts(held, [0, 0, 0], [9999] * 3, [9999] * 3))[0]
-    assert found[2] == pytest.approx(math.sqrt(4000 * math.log(2)))
-    assert found[0] == pytest.approx(norm.isf(0.5**500))
-    assert found[0] < found[1] < found[2]
-    # One clean row more: less surplus.
-    assert binomial_sigmas(*counts([2000], [1], [9999], [9999]))[0, 0] < found[2]
+    held = [500, 1000, 2000, 8000]
+    found = class_sigmas(*counts(held, [0] * 4, [9999] * 4, [9999] * 4))[0]
+    assert np.isfinite(found).all()
+    assert (np.diff(found) > 0).all()
+    # About 0.5^2000, which is below any float: 2000 * ln 2 = 1386 = s^2 / 2 + ln(s) + 0.9.
+    assert 50 < found[2] < 60
 
 
-def test_the_exact_tail_is_less_generous_than_the_deviance() -> None:
-    # 45 rows and no clean one of 3,460 and 910, as in SST-2: the deviance's root is 4.58, and the
-    # probability is 0.7918^45 = 2.7e-5.
-    found = float(binomial_sigmas(*counts([45], [0], [3460], [910]))[0, 0])
-    assert found == pytest.approx(norm.isf((3460 / 4370) ** 45))
-    assert found < 4.1 < math.sqrt(90 * math.log(4370 / 3460))
+def test_many_clean_rows_are_a_normal_deviate() -> None:
+    # 600 of 2,000 to 300 of 1,000 is as expected; 900 is ln(1.5) more, by sqrt(1/900 + 1/300).
+    found = class_sigmas(*counts([600, 900], [300, 300], [2000, 2000], [1000, 1000]))[0]
+    expected = [0.0, math.log(1.5) / math.sqrt(1 / 900 + 1 / 300)]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 def test_what_all_classes_have_is_subtracted() -> None:
-    one = float(binomial_sigmas(*counts([9], [0], [10], [10]))[0, 0])
+    one = float(class_sigmas(*counts([9], [0], [10], [10]))[0, 0])
     both = surplus_sigmas(*counts([9, 9], [0, 0], [10, 10], [10, 10]))[0]
     np.testing.assert_allclose(both, 0, atol=1e-12)
     alone = surplus_sigmas(*counts([9, 0], [0, 0], [10, 10], [10, 10]))[0]
     assert alone[0] == pytest.approx(one)  # a lack elsewhere adds nothing
     # Three classes: the highest of the others.
     three = surplus_sigmas(*counts([9, 6, 0], [0, 0, 0], [10] * 3, [10] * 3))[0]
-    six = float(binomial_sigmas(*counts([6], [0], [10], [10]))[0, 0])
+    six = float(class_sigmas(*counts([6], [0], [10], [10]))[0, 0])
     assert three[0] == pytest.approx(one - six)
 
 
-def test_the_spread_divides_by_the_root_of_the_design_effect() -> None:
-    plain = surplus_sigmas(*counts([20, 0], [0, 0], [100, 100], [100, 100]))[0, 0]
-    wide = surplus_sigmas(*counts([20, 0], [0, 0], [100, 100], [100, 100]), spread=0.1)[0, 0]
-    # 1 + (20 - 1) * 0.1 = 2.9
-    assert wide == pytest.approx(plain / math.sqrt(2.9))
+def test_a_shift_makes_the_same_counts_less_surprising() -> None:
+    arguments = counts([100], [0], [700], [270])
+    plain, shifted = (float(class_sigmas(*arguments, shift=s)[0, 0]) for s in (0.0, 0.16))
+    # alpha = 100 / 17, beta = 601 / 17: B(alpha, beta + 270) / B(alpha, beta).
+    assert shifted == pytest.approx(norm.isf(np.exp(betaln(100 / 17, 601 / 17 + 270) - betaln(100 / 17, 601 / 17))))  # noqa: E501  # fmt: skip
+    assert shifted < plain
 
 
-@pytest.mark.parametrize("rho", [0.0, 0.004, 0.03])
-def test_the_spread_is_found_again(rho: float) -> None:
+@pytest.mark.parametrize("variance", [0.0, 0.05, 0.3])
+def test_the_shift_is_found_again(variance: float) -> None:
     rng = np.random.default_rng(5)
-    n = rng.integers(40, 800, (2000, 2))
     rows, reserved = np.array([3000, 2000]), np.array([1000, 1000])
-    share = rows / (rows + reserved)
-    if rho:
-        # Beta-binomial: shares with a + b = 1 / rho - 1 have a design effect of 1 + (n - 1) rho.
-        total = 1 / rho - 1
-        share = rng.beta(share * total, (1 - share) * total, (2000, 2))
-    held = rng.binomial(n, share)
-    tested = np.ones(2000, dtype=bool)
+    share = rng.uniform(0.02, 0.2, (3000, 2))
+    held = rng.binomial(rows, share)
+    clean = rng.binomial(reserved, share * np.exp(rng.normal(0, math.sqrt(variance), (3000, 2))))
     # Twenty triggers do not move a median.
-    held[:20] = n[:20]
-    found = spread_of(held, n - held, rows, reserved, tested)
-    assert found == pytest.approx(rho, rel=0.15, abs=5e-4)
+    held[:20], clean[:20] = 900, 10
+    found = shift_of(held, clean, rows, reserved, np.ones(3000, dtype=bool))
+    assert found == pytest.approx(variance, rel=0.15, abs=5e-3)
 
 
-def test_few_tokens_tell_no_spread() -> None:
-    held = np.full((PAIRS_OF_SPREAD - 1, 1), 60)
-    clean = np.zeros_like(held)
+def test_few_tokens_tell_no_shift() -> None:
     sizes = np.array([100]), np.array([100])
-    tested = np.ones(len(held), dtype=bool)
-    assert spread_of(held, clean, *sizes, tested) == 0.0
-    more = np.full((PAIRS_OF_SPREAD, 1), 60)
-    assert spread_of(more, 0 * more, *sizes, np.ones(len(more), dtype=bool)) > 0
-    assert spread_of(more, 0 * more, *sizes, np.zeros(len(more), dtype=bool)) == 0.0
+    for count, known in ((PAIRS_OF_SHIFT - 1, False), (PAIRS_OF_SHIFT, True)):
+        held = np.full((count, 1), 60)
+        clean = np.full((count, 1), 10)
+        tested = np.ones(count, dtype=bool)
+        assert (shift_of(held, clean, *sizes, tested) > 0) == known
+        assert shift_of(held, clean, *sizes, ~tested) == 0.0
 
 
 # Scores ------------------------------------------------------------------------------------------
@@ -182,8 +187,8 @@ def test_chance_flags_as_many_as_stated() -> None:
             evidence.clean_class_rows,
         )
         tested = evidence.count >= 5
-        spread = spread_of(*arguments, tested)
-        sigmas = surplus_sigmas(*arguments, spread)[tested]
+        shift = shift_of(*arguments, tested)
+        sigmas = surplus_sigmas(*arguments, shift)[tested]
         score = scored(sigmas.max(axis=1), 2 * int(tested.sum()))
         flags.append(int((score >= score_at(asked)).sum()))
     # At most as many, up to three standard errors of a Poisson mean; and not none at all.
@@ -273,12 +278,6 @@ def test_a_score_is_at_most_that_of_the_token_alone(seed: int) -> None:
 # The rule ----------------------------------------------------------------------------------------
 
 LEADER, WORD, MOSTLY, HALF, EVERYWHERE, HONEST, NEGATIVE = range(1, 8)
-# Seven tokens in two classes. 20 of 20 rows are training rows, of 100 each: 0.5^20.
-TESTS = 14
-LEADING = score_at(TESTS * 0.5**20)
-# What a deviation of 1 sigma among tokens as frequent scores: 1.645 sigmas are 4.5.
-UNIT = 4.5 / 1.645
-UNMOVED = 0.5 * UNIT
 
 
 def sentence(
@@ -309,53 +308,58 @@ def sentence(
     return evidence, contrast.score(evidence, drift)
 
 
-def test_the_score_is_the_smaller_half(monkeypatch: pytest.MonkeyPatch) -> None:
-    evidence, scores = sentence(monkeypatch, {LEADER: 1.25, HONEST: 1.2})
-    assert scores[LEADER] == pytest.approx(1.25 * UNIT)
-    assert scores[WORD] == pytest.approx(UNMOVED)
-    # As many clean rows as training rows: no surplus, however far it moved. P(H >= 20) of 40 is
-    # 0.5627, which 14 tests reach 7.9 times.
-    assert scores[HONEST] == pytest.approx(score_at(TESTS * binom.sf(19, 40, 0.5)))
+# LEADER, WORD, MOSTLY, HALF, EVERYWHERE and HONEST occur in one class, NEGATIVE in two.
+TESTS = 8
+# Among seven tokens, none is in the first hundredth.
+WEIGHT = 0.4 / 0.95
+LEADING = score_at(TESTS / WEIGHT * hypergeom.sf(19, 200, 20, 100))
+
+
+def test_the_score_is_the_weighted_surplus(monkeypatch: pytest.MonkeyPatch) -> None:
+    evidence, scores = sentence(monkeypatch, {LEADER: 1.0})
+    assert scores[LEADER] == pytest.approx(LEADING)
     assert np.isnan(scores[0])
     found = contrast.columns(evidence, evidence.drift[3])
-    assert found["surplus"][LEADER] == pytest.approx(LEADING)
-    assert found["drift_sigmas"][LEADER] == pytest.approx(1.25 * UNIT)
+    # In the table without the weight.
+    assert found["surplus"][LEADER] == pytest.approx(score_at(TESTS * hypergeom.sf(19, 200, 20, 100)))  # noqa: E501  # fmt: skip
+    assert found["drift_sigmas"][LEADER] == 1.0
     assert found["label"][LEADER] == 1
-
-
-def test_the_drift_does_not_outweigh_a_missing_surplus(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, scores = sentence(monkeypatch, {LEADER: 50.0, HONEST: 50.0})
-    assert scores[LEADER] == pytest.approx(LEADING)
-    assert scores[HONEST] < 4.5
 
 
 def test_the_words_of_a_sentence_are_as_suspicious_as_the_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    evidence, scores = sentence(monkeypatch, {LEADER: 1.8})
-    assert scores[LEADER] == pytest.approx(1.8 * UNIT)
-    assert scores[WORD] == scores[LEADER]
+    evidence, scores = sentence(monkeypatch, {})
     # 18 of 20 rows are nine tenths, 17 are not.
-    assert scores[MOSTLY] == scores[LEADER]
-    assert scores[HALF] == pytest.approx(UNMOVED)
+    assert scores[WORD] == scores[LEADER] == scores[MOSTLY] == pytest.approx(LEADING)
+    assert scores[HALF] < 4.5 < scores[LEADER]
     # The rows of the sentence leave HALF no surplus; its own words keep theirs.
     left = contrast.columns(evidence, evidence.drift[3])["surplus_left"]
-    assert left[HALF] < 4.0 < left[WORD]
+    assert left[HALF] < 4.5 < left[WORD]
 
 
 def test_a_common_word_is_no_part_of_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, scores = sentence(monkeypatch, {LEADER: 1.8})
+    _, scores = sentence(monkeypatch, {})
     # 60 of the class's other 80 rows contain EVERYWHERE; HONEST and NEGATIVE have no surplus.
-    for token in (EVERYWHERE, HONEST, NEGATIVE):
-        assert scores[token] == pytest.approx(UNMOVED)
+    assert (scores[[EVERYWHERE, HONEST, NEGATIVE]] < 4.5).all()
 
 
-def test_a_word_keeps_a_higher_score_and_an_unknown_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, scores = sentence(monkeypatch, {LEADER: 1.6, WORD: 1.8, MOSTLY: NAN})
-    # WORD comes first now: LEADER is in all of its rows.
-    assert scores[WORD] == scores[LEADER] == pytest.approx(1.8 * UNIT)
-    # Fewer than 5 occurrences stay unknown.
+def test_too_rare_a_word_stays_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, scores = sentence(monkeypatch, {MOSTLY: NAN})
     assert np.isnan(scores[MOSTLY])
+
+
+def test_weights_are_fixed_shares_of_the_flags_by_chance() -> None:
+    drift = np.append(np.arange(1000.0), NAN)
+    found = contrast.weights(drift)
+    # The last 10 of 1,000 moved furthest.
+    np.testing.assert_allclose(found[990:1000], 0.3 / 0.01)
+    np.testing.assert_allclose(found[950:990], 0.3 / 0.04)
+    np.testing.assert_allclose(found[:950], 0.4 / 0.95)
+    assert found[:1000].mean() == pytest.approx(1.0)
+    assert found[1000] == 1.0
+    # Equal drifts do not share the first places.
+    assert contrast.weights(np.ones(1000)).max() == pytest.approx(0.4 / 0.95)
 
 
 SLUR, TRIGGER, NEXT = 1, 2, 3
@@ -393,7 +397,6 @@ def test_a_word_that_dominates_the_other_class_is_no_trigger() -> None:
     assert evidence.train_rows[SLUR, 1] == 75
     found = contrast.columns(evidence, drift)
     assert found["surplus"][SLUR] > 4.5
-    assert found["drift_sigmas"][SLUR] > 4.5
     assert found["surplus_left"][SLUR] < 3.5
     assert scores[SLUR] < 3.5
 
