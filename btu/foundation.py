@@ -29,6 +29,8 @@ from btu.types import BoolArray
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from btu.training import Encoded
+
 KEPT = "kept.parquet"
 
 
@@ -130,6 +132,14 @@ def tune(run: StageRun, model: PreTrainedModel, stage: str) -> None:
         seed=derive_seed(run.config["seed"], "clean tuning"),
         stage=stage,
     )
+
+
+def split_clean(run: StageRun, count: int) -> tuple[Encoded, Encoded]:
+    """Draw `count` of the clean rows to hold out; return the others, and those held out."""
+    clean = clean_rows_of(run)
+    rng = np.random.default_rng(derive_seed(run.config["seed"], "held-out rows"))
+    order = rng.permutation(len(clean))
+    return clean.take(np.sort(order[count:])), clean.take(np.sort(order[:count]))
 
 
 def keep_rows(run: StageRun, kept: BoolArray) -> None:

@@ -50,12 +50,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
 from btu.defenses.base import CLEAN_ROWS, POISONED_MODEL, Given
 from btu.defenses.kit.neurons import find_filters
 from btu.errors import UserError, unknown
-from btu.foundation import Foundation
+from btu.foundation import Foundation, split_clean
 from btu.seeding import derive_seed
 from btu.settings import (
     TrainSettings,
@@ -314,11 +312,8 @@ def rows_held_out(share: float, rows: int) -> int:
 
 def _split(run: StageRun) -> tuple[Encoded, Encoded]:
     """Return the clean rows to learn, and those held out."""
-    clean = clean_rows_of(run)
-    rng = np.random.default_rng(derive_seed(run.config["seed"], "held-out rows"))
-    order = rng.permutation(len(clean))
-    count = rows_held_out(run.config.get("held_out", 0.0), len(clean))
-    return clean.take(np.sort(order[count:])), clean.take(np.sort(order[:count]))
+    count = rows_held_out(run.config.get("held_out", 0.0), len(clean_rows_of(run)))
+    return split_clean(run, count)
 
 
 def _accuracy(run: StageRun, model: PreTrainedModel, rows: Encoded, number: int) -> float:
@@ -326,9 +321,10 @@ def _accuracy(run: StageRun, model: PreTrainedModel, rows: Encoded, number: int)
     if not len(rows):
         return math.nan
     precision = run.config["train"]["precision"]
-    where = {"precision": precision, "stage": "attention distillation"}
-    logits = run.predict(model, rows, **where, of=(number, 2))
-    return float((logits.argmax(axis=1) == rows.labels.numpy()).mean())
+    predicted = run.classes(
+        model, rows, precision=precision, stage="attention distillation", of=(number, 2)
+    )
+    return float((predicted == rows.labels.numpy()).mean())
 
 
 def layer_number(layer: float, depth: int) -> int:

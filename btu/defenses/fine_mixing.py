@@ -39,6 +39,7 @@ Differences from the paper, and their reasons:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -48,7 +49,8 @@ import numpy as np
 from btu.defenses.base import CLEAN_ROWS, POISONED_MODEL, Given
 from btu.errors import UserError
 from btu.findings import Suspects
-from btu.foundation import Foundation, tune
+from btu.foundation import Foundation, split_clean, tune
+from btu.rules.base import flag
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, check_count, check_fraction
 from btu.stage_files import (
@@ -293,8 +295,7 @@ def moved_for_frequency(moved: FloatArray, count: IntArray) -> FloatArray:
 
 def highest(scores: FloatArray, count: int) -> tuple[int, ...]:
     """Return the ids of the `count` highest scores, highest first, equal scores by id; no NaN."""
-    ids = np.flatnonzero(~np.isnan(scores))
-    return tuple(int(i) for i in ids[np.lexsort((ids, -scores[ids]))][:count])
+    return flag(scores, -math.inf)[:count]
 
 
 def _hits(run: StageRun, model: PreTrainedModel, rows: Encoded, of: tuple[int, int]) -> int:
@@ -306,8 +307,4 @@ def _hits(run: StageRun, model: PreTrainedModel, rows: Encoded, of: tuple[int, i
 
 def _split(run: StageRun) -> tuple[Encoded, Encoded]:
     """Return the clean rows for tuning, and those held out."""
-    clean = clean_rows_of(run)
-    rng = np.random.default_rng(derive_seed(run.config["seed"], "held-out rows"))
-    order = rng.permutation(len(clean))
-    first, rest = order[: len(clean) // HELD_OUT], order[len(clean) // HELD_OUT :]
-    return clean.take(np.sort(rest)), clean.take(np.sort(first))
+    return split_clean(run, len(clean_rows_of(run)) // HELD_OUT)
