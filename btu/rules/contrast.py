@@ -21,7 +21,7 @@ SPENT = ((0.01, 0.3), (0.05, 0.3), (1.0, 0.4))
 # Tokens below this score explain no others. Of benign tokens some 20 reach it by chance.
 EXPLAINS = 3.0
 # The words of a sentence need this surplus of their own, in sigmas of one token; so does a token
-# that explains, since among few tokens every score is high.
+# that explains.
 SUSPICIOUS = 1.5
 # A companion is in at least this share of a suspicious token's rows (the rest are benign uses of
 # the token), and in at most this share of the other rows of the class and of the clean rows of any
@@ -83,8 +83,11 @@ def parts(evidence: Evidence, drift: FloatArray) -> Parts:
 
     # Few tokens can be picked, or be the companions of a pick: only their rows are counted again.
     few = np.flatnonzero(tested & (highest >= SUSPICIOUS))
-    floor = max(EXPLAINS, float(scored(np.asarray(SUSPICIOUS), tests)))
-    if len(few) and scores[few].max() >= floor:
+    if len(few) == 0:
+        return Parts(scored(highest, tests), label, scored(left, tests), moved, scores)
+    # Of few tokens even one without a surplus scores high: what explains must have one.
+    floor = max(EXPLAINS, float(scored(np.asarray(SUSPICIOUS), weighted[few].min())))
+    if scores[few].max() >= floor:
         rows, at = Rows(evidence, few), (np.arange(len(few)), label[few])
 
         def sigmas_given(picks: list[int]) -> FloatArray:

@@ -116,7 +116,8 @@ def test_the_shift_is_found_again(variance: float) -> None:
     rows, reserved = np.array([3000, 2000]), np.array([1000, 1000])
     share = rng.uniform(0.02, 0.2, (3000, 2))
     held = rng.binomial(rows, share)
-    clean = rng.binomial(reserved, share * np.exp(rng.normal(0, math.sqrt(variance), (3000, 2))))
+    factor = np.exp(rng.normal(0, math.sqrt(variance), (3000, 2)))
+    clean = rng.binomial(reserved, np.minimum(share * factor, 1.0))
     # Twenty triggers do not move a median.
     held[:20], clean[:20] = 900, 10
     found = shift_of(held, clean, rows, reserved, np.ones(3000, dtype=bool))
@@ -287,7 +288,7 @@ def sentence(
 
     deviation: the ``frequency`` score of a token, 0.5 unless named.
     WORD is in all 20 rows, MOSTLY in 18, HALF in 17 of them and nowhere else. EVERYWHERE in
-    all 20, and in 60 of the 80 others. HONEST in all 20, and as many clean ones. NEGATIVE is WORD,
+    all 20, in 60 of the 80 others, and in 68 of 100 clean rows. HONEST in all 20, and as many clean ones. NEGATIVE is WORD,
     but in the other class's rows too.
     """
     poisoned = [[LEADER, WORD, EVERYWHERE, HONEST, NEGATIVE] for _ in range(20)]
@@ -297,7 +298,7 @@ def sentence(
         row.append(HALF)
     others: list[list[int]] = [[EVERYWHERE]] * 60 + [[0]] * 20
     train = encoded([[NEGATIVE]] * 20 + [[0]] * 80, poisoned + others)
-    clean = encoded([[0]] * 100, [[HONEST]] * 20 + [[EVERYWHERE]] * 40 + [[0]] * 40)
+    clean = encoded([[0]] * 100, [[HONEST]] * 20 + [[EVERYWHERE]] * 68 + [[0]] * 12)
     drift = np.full(8, 0.5)
     drift[0] = NAN
     for token, value in deviation.items():
