@@ -59,15 +59,6 @@ class Evidence:
         """(V, classes) the number of training rows of each class that contain each token."""
         return self._by_class(self.train, self.pairs)
 
-    def rows_with(self, token: int, label: int) -> IntArray:
-        """Return (V,) how many training rows with `token` and `label` contain each token."""
-        rows, tokens = self.pairs
-        contains = np.zeros(len(self.train), dtype=bool)
-        contains[rows[tokens == token]] = True
-        contains &= self.train.labels.cpu().numpy() == label
-        counted: IntArray = np.bincount(tokens[contains[rows]], minlength=len(self.candidates))
-        return counted
-
     @cached_property
     def pairs(self) -> tuple[IntArray, IntArray]:
         """Every pair of a training row and a token in it, once: two (pairs,) arrays."""
@@ -173,7 +164,7 @@ RULES: Registry[Rule] = Registry(
         (
             "contrast",
             "btu.rules.contrast:RULE",
-            "surplus over the clean rows, confirmed by the drift",
+            "surplus over the clean rows, weighted by the drift",
         ),
         ("frequency", "btu.rules.frequency:RULE", "drift against tokens as frequent, over the MAD"),
         ("mad", "btu.rules.mad:RULE", "drift over median and MAD of all drifts"),

@@ -13,7 +13,7 @@ from scipy.stats import binom, hypergeom, norm
 
 from btu.rules import contrast, frequency
 from btu.rules.base import RULES, Evidence, flag
-from btu.rules.explaining import explained
+from btu.rules.explaining import Rows, explained
 from btu.rules.surplus import (
     PAIRS_OF_SHIFT,
     REFERENCE,
@@ -416,7 +416,8 @@ def test_a_word_in_nearly_all_rows_of_the_other_class_is_no_part_of_the_trigger(
         Encoded.from_lists(train, evidence.train.labels.tolist(), 0),
         Encoded.from_lists(everywhere[1], evidence.clean.labels.tolist(), 0),
     )
-    assert again.rows_with(TRIGGER, 1)[NEXT] == 150
+    together, _ = Rows(again, np.array([TRIGGER, NEXT])).together(0)
+    assert together[1, 1] == 150
     assert flag(contrast.score(again, drift), 4.5) == (TRIGGER,)
 
 

@@ -976,7 +976,7 @@ def test_only_the_share_depends_on_the_vocabulary() -> None:
         ({"rule": "contrst"}, r"unknown rule 'contrst'; did you mean 'contrast'\?"),
         (
             {"threshold": 0},
-            r"defense\.threshold must be above 0, got 0; it counts sigmas of surplus, confirmed",
+            r"defense\.threshold must be above 0, got 0; it counts sigmas of surplus, weighted",
         ),
         ({"rule": "gap", "threshold": 1}, r"defense\.threshold must be above 1, got 1; it counts"),
         ({"rule": "mad", "threshold": math.nan}, r"defense\.threshold must be above 0, got nan"),

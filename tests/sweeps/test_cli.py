@@ -174,7 +174,7 @@ def test_rules_are_listed_with_threshold_unit_and_rounds() -> None:
         else:
             rows[-1] = [f"{a} {b}".strip() for a, b in zip(rows[-1], cells, strict=True)]
     told = {name: rest for name, _, *rest in rows}
-    assert told["contrast"] == ["4.5", "sigmas of surplus, confirmed by drift", "3"]
+    assert told["contrast"] == ["4.5", "sigmas of surplus, weighted by drift", "3"]
     assert told["top_fraction"] == [
         "0.0005", "the share of the vocabulary that a round flags", "1, 2, 3"
     ]  # fmt: skip
