@@ -26,11 +26,18 @@ GROUPS = (
 CROWD = 2000
 # How many flagged tokens are named in a cell's plot, in addition to the trigger's.
 NAMED = 5
+# What follows the name of a flagged token that is not cut, since the cut would cost too much.
+NOT_CUT = " (not cut)"
 
 
 def drift_columns(tokens: pd.DataFrame) -> list[str]:
     """Return the columns of a token table that contain the drift of an exposure round."""
-    return [name for name in tokens.columns if name.startswith(PREFIX)]
+    # Not ``drift_sigmas``, which is no distance.
+    return [
+        name
+        for name in tokens.columns
+        if name.startswith(PREFIX) and name.removeprefix(PREFIX).isdigit()
+    ]
 
 
 def drawable(tokens: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -42,6 +49,8 @@ def drawable(tokens: pd.DataFrame, column: str) -> pd.DataFrame:
 def drift_panel(title: str, tokens: pd.DataFrame, column: str, named: Set[int]) -> Panel:
     """Return the drift in one exposure round against how often each token occurs.
 
+    The names of flagged tokens that were not cut say so.
+
     tokens: those to draw, of `drawable`.
     column: one of `drift_columns`.
     named: the index of the tokens that are named beside their point.
@@ -52,6 +61,8 @@ def drift_panel(title: str, tokens: pd.DataFrame, column: str, named: Set[int]) 
         if part.empty:
             continue
         words = part["token"].astype(str)
+        if "vetoed" in part:
+            words += np.where(part["vetoed"] == 1, NOT_CUT, "")
         text = [word if i in named else "" for i, word in words.items()]
         drawn.append(
             Series(

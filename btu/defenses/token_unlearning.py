@@ -206,6 +206,7 @@ class TokenUnlearning:
                 f"defense.rounds {self.rounds} has round 2, whose drift depends on what round 1 "
                 f"flagged; rule '{self.rule}' takes 1, 3 or both."
             )
+        assert self.max_cut_cost is not None  # resolved by now
         if not is_number(self.max_cut_cost) or not 0 <= self.max_cut_cost <= NEVER:
             raise UserError(
                 f"defense.max_cut_cost must be between 0 and 1, got {self.max_cut_cost!r}: it is a "
@@ -235,7 +236,7 @@ class TokenUnlearning:
                 )
             resolved = {"threshold": found.threshold}
         if self.fdr is not None:
-            resolved["threshold"] = self._threshold_at_fdr(rule, found)
+            resolved["threshold"] = self._threshold_at(self.fdr, rule, found)
         resolved |= {
             "rule": rule,
             "rounds": list(found.rounds),
@@ -249,23 +250,25 @@ class TokenUnlearning:
             assert self.threshold is not None
             found.check(self.threshold)
 
-    def _threshold_at_fdr(self, rule: str, found: Rule) -> float:
+    def _threshold_at(self, fdr: float, rule: str, found: Rule) -> float:
         if found.at_fdr is None:
             raise UserError(
-                f"defense.fdr {self.fdr!r} does not act with rule '{rule}', whose scores are no "
+                f"defense.fdr {fdr!r} does not act with rule '{rule}', whose scores are no "
                 f"probabilities; set defense.{threshold_name(rule)}, or take rule '{DEFAULT_RULE}'."
             )
-        if self.threshold is not None:
+        if not is_number(fdr) or not 0 < fdr < 1:
             raise UserError(
-                f"defense.fdr {self.fdr!r} and defense.threshold {self.threshold!r} both say where "
-                "tokens are flagged; give one of them."
-            )
-        if not is_number(self.fdr) or not 0 < self.fdr < 1:
-            raise UserError(
-                f"defense.fdr must be above 0 and below 1, got {self.fdr!r}: it is the number of "
+                f"defense.fdr must be above 0 and below 1, got {fdr!r}: it is the number of "
                 "benign tokens that are flagged in a data set, on average."
             )
-        return round(found.at_fdr(self.fdr), 4)
+        threshold = round(found.at_fdr(fdr), 4)
+        # A resolved config has both.
+        if self.threshold not in (None, threshold):
+            raise UserError(
+                f"defense.fdr {fdr!r} and defense.threshold {self.threshold!r} both say where "
+                "tokens are flagged; give one of them."
+            )
+        return threshold
 
     @property
     def _rounds(self) -> list[int]:

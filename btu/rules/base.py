@@ -176,6 +176,8 @@ DEFAULT_RULE, TOP_FRACTION = "contrast", "top_fraction"
 # The settings of a defense that are the threshold of a rule: `top_fraction` has its own.
 THRESHOLD_NAMES = ("threshold", "alpha")
 THRESHOLD_KEYS = tuple(f"defense.{name}" for name in THRESHOLD_NAMES)
+# The setting that states a threshold as a false-discovery rate.
+FDR_KEY = "defense.fdr"
 THRESHOLD_IN_WORDS = f"{THRESHOLD_KEYS[0]} ({THRESHOLD_KEYS[1]} with rule {TOP_FRACTION})"
 
 

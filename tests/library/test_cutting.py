@@ -201,6 +201,12 @@ def test_a_rate_shares_the_stages_of_its_threshold(lab: Lab) -> None:
     assert by_rate.key == TokenUnlearning(threshold=4.5041).stages(base).key
 
 
+def test_a_resolved_rate_can_be_read_again() -> None:
+    # A run's config.yaml has the rate and its threshold.
+    once = TokenUnlearning(fdr=0.05)
+    assert TokenUnlearning(**as_config(once)) == once
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from btu.drawing import draw, save
-from btu.drift_plot import drawable, drift_panel, drift_plot
+from btu.drift_plot import drawable, drift_columns, drift_panel, drift_plot
 from btu.panels import BLUE, Axis, Heat, Panel, Series, labels, log_ticks
 
 
@@ -59,6 +59,22 @@ def test_a_drift_panel_groups_and_names_the_tokens_that_can_be_drawn() -> None:
     ]
     (axes,) = draw([panel]).axes
     assert [text.get_text() for text in axes.texts] == [r"\$", "cf"]
+
+
+def test_a_flagged_token_that_is_not_cut_is_named_so() -> None:
+    # "$" and "far" are vetoed; "the", which is not flagged, has a 0, as in tables of btu.
+    seen = drawable(tokens().assign(vetoed=[0, 1, 0, 0, 1]), "drift_1")
+    panel = drift_panel("round 1", seen, "drift_1", named={0, 1})
+    assert [(made.label, made.tip, made.text) for made in panel.series] == [
+        ("not flagged", ["the"], []),
+        ("flagged, clean", ["$ (not cut)"], ["$ (not cut)"]),
+        ("trigger, missed", ["cf"], ["cf"]),
+    ]
+
+
+def test_only_rounds_are_drawn() -> None:
+    # The sigmas of rule contrast are of the last round, and may be negative.
+    assert drift_columns(tokens().assign(drift_sigmas=-1.0, drift_3=0.2)) == ["drift_1", "drift_3"]
 
 
 def test_a_cells_plot_is_written_where_it_has_drifts(tmp_path: Path) -> None:
