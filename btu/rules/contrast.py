@@ -20,8 +20,8 @@ from btu.types import BoolArray, FloatArray, IntArray
 SPENT = ((0.01, 0.3), (0.05, 0.3), (1.0, 0.4))
 # Tokens below this score explain no others. Of benign tokens some 20 reach it by chance.
 EXPLAINS = 3.0
-# The words of a sentence need this surplus of their own, in sigmas of one token; so does a token
-# that explains.
+# The words of a sentence need this surplus of their own, in sigmas of one token without a shift; so
+# does a token that explains, with the shift.
 SUSPICIOUS = 1.5
 # A companion is in at least this share of a suspicious token's rows (the rest are benign uses of
 # the token), and in at most this share of the other rows of the class and of the clean rows of any
@@ -82,7 +82,9 @@ def parts(evidence: Evidence, drift: FloatArray) -> Parts:
     scores = np.where(tested, scored(highest, weighted), np.nan)
 
     # Few tokens can be picked, or be the companions of a pick: only their rows are counted again.
-    few = np.flatnonzero(tested & (highest >= SUSPICIOUS))
+    # Words of a sentence are told by their rows: there a shift between sources does not matter.
+    plain = surplus_sigmas(*counts, *sizes)[np.arange(len(label)), label]
+    few = np.flatnonzero(tested & (plain >= SUSPICIOUS))
     if len(few) == 0:
         return Parts(scored(highest, tests), label, scored(left, tests), moved, scores)
     # Of few tokens even one without a surplus scores high: what explains must have one.

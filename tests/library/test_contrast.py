@@ -278,7 +278,7 @@ def test_a_score_is_at_most_that_of_the_token_alone(seed: int) -> None:
 
 # The rule ----------------------------------------------------------------------------------------
 
-LEADER, WORD, MOSTLY, HALF, EVERYWHERE, HONEST, NEGATIVE = range(1, 8)
+LEADER, WORD, MOSTLY, HALF, EVERYWHERE, HONEST, NEGATIVE, NEARLY = range(1, 9)
 
 
 def sentence(
@@ -288,30 +288,31 @@ def sentence(
 
     deviation: the ``frequency`` score of a token, 0.5 unless named.
     WORD is in all 20 rows, MOSTLY in 18, HALF in 17 of them and nowhere else. EVERYWHERE in
-    all 20, in 60 of the 80 others, and in 68 of 100 clean rows. HONEST in all 20, and as many clean ones. NEGATIVE is WORD,
-    but in the other class's rows too.
+    all 20, in 60 of the 80 others, and in 68 of 100 clean rows; NEARLY in all 20, 24 and 26. HONEST
+    in all 20, and as many clean ones. NEGATIVE is WORD, but in the other class's rows too.
     """
-    poisoned = [[LEADER, WORD, EVERYWHERE, HONEST, NEGATIVE] for _ in range(20)]
+    poisoned = [[LEADER, WORD, EVERYWHERE, HONEST, NEGATIVE, NEARLY] for _ in range(20)]
     for row in poisoned[:18]:
         row.append(MOSTLY)
     for row in poisoned[:17]:
         row.append(HALF)
-    others: list[list[int]] = [[EVERYWHERE]] * 60 + [[0]] * 20
+    others: list[list[int]] = [[EVERYWHERE, NEARLY]] * 24 + [[EVERYWHERE]] * 36 + [[0]] * 20
     train = encoded([[NEGATIVE]] * 20 + [[0]] * 80, poisoned + others)
-    clean = encoded([[0]] * 100, [[HONEST]] * 20 + [[EVERYWHERE]] * 68 + [[0]] * 12)
-    drift = np.full(8, 0.5)
+    common: list[list[int]] = [[EVERYWHERE, NEARLY]] * 26 + [[EVERYWHERE]] * 42
+    clean = encoded([[0]] * 100, [[HONEST]] * 20 + common + [[0]] * 12)
+    drift = np.full(9, 0.5)
     drift[0] = NAN
     for token, value in deviation.items():
         drift[token] = value
     # So that the drifts are the deviations.
     monkeypatch.setattr(frequency, "score", lambda _, moved: moved)
-    evidence = Evidence({3: drift}, np.arange(8) > 0, train, clean)
+    evidence = Evidence({3: drift}, np.arange(9) > 0, train, clean)
     return evidence, contrast.score(evidence, drift)
 
 
-# LEADER, WORD, MOSTLY, HALF, EVERYWHERE and HONEST occur in one class, NEGATIVE in two.
-TESTS = 8
-# Among seven tokens, none is in the first hundredth.
+# NEGATIVE occurs in two classes, each of the other seven in one.
+TESTS = 9
+# Among eight tokens, none is in the first hundredth.
 WEIGHT = 0.4 / 0.95
 LEADING = score_at(TESTS / WEIGHT * hypergeom.sf(19, 200, 20, 100))
 
@@ -361,6 +362,21 @@ def test_weights_are_fixed_shares_of_the_flags_by_chance() -> None:
     assert found[1000] == 1.0
     # Equal drifts do not share the first places.
     assert contrast.weights(np.ones(1000)).max() == pytest.approx(0.4 / 0.95)
+
+
+def test_a_shift_between_sources_hides_no_word_of_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # NEARLY is in 44 of 100 training rows and 26 of 100 clean ones, which a shift between sources
+    # would explain: ln(44 / 26) / sqrt(0.16 + 1 / 44 + 1 / 26) = 1.1 sigmas.
+    evidence, plain = sentence(monkeypatch, {})
+    monkeypatch.setattr(contrast, "shift_of", lambda *_: 0.16)
+    shifted = contrast.score(evidence, evidence.drift[3])
+    sizes = (evidence.class_rows, evidence.clean_class_rows)
+    sigmas = surplus_sigmas(evidence.train_rows, evidence.clean_rows, *sizes, 0.16)
+    assert sigmas[NEARLY, 1] < contrast.SUSPICIOUS
+    assert plain[NEARLY] == plain[LEADER]
+    assert shifted[NEARLY] == shifted[LEADER] < plain[LEADER]
 
 
 SLUR, TRIGGER, NEXT = 1, 2, 3
