@@ -53,12 +53,11 @@ def weights(drift: FloatArray) -> FloatArray:
     drift: (V,) deviations; NaN is not ranked and gets 1. The mean weight of the others is at most
         1. Equal drifts share the lowest rank of them.
     """
-    from scipy.stats import rankdata
-
     known = ~np.isnan(drift)
     found = np.ones(len(drift))
     # The share of the tokens that moved at least as far.
-    quantile = rankdata(-drift[known], method="max") / max(int(known.sum()), 1)
+    moved = drift[known]
+    quantile = (len(moved) - np.searchsorted(np.sort(moved), moved)) / max(len(moved), 1)
     start, given = 0.0, np.zeros(len(quantile))
     for end, spent in SPENT:
         given[(quantile > start) & (quantile <= end)] = spent / (end - start)

@@ -37,10 +37,10 @@ def encoded(*classes: Lists) -> Encoded:
     return Encoded.from_lists([row for rows in classes for row in rows], labels, pad_id=0)
 
 
-def counts(*values: list[int]) -> list[IntArray]:
+def counts(*values: list[int]) -> tuple[IntArray, IntArray, IntArray, IntArray]:
     """The arguments of the surplus functions, of one token: held, clean, rows, reserved."""
     held, clean, rows, reserved = (np.array(v) for v in values)
-    return [held[None], clean[None], rows, reserved]
+    return held[None], clean[None], rows, reserved
 
 
 # Sigmas -----------------------------------------------------------------------------------------
