@@ -1,8 +1,9 @@
-"""A family of generated data sets, to see whether a detection rule holds where nobody tuned it.
+"""Generated data sets, to see whether a detection rule holds where nobody tuned it, and its limits.
 
-A number draws one set: classes, skew, sizes, length of texts, topics, words that dominate a class,
-templates, a shift between training and clean rows, and the attack on it. Even numbers are for
-development. Odd numbers are held back: a rule is measured on them once, when it is finished.
+A number draws one set of a family: classes, skew, sizes, length of texts, topics, words that
+dominate a class, templates, a shift between training and clean rows, and the attack on it. Even
+numbers are for development. Odd numbers are held back: a rule is measured on them once, when it is
+finished. Beside the family, `reserves` changes one factor of a fixed set at a time.
 
 Texts are words of the victim's vocabulary, drawn by topic: salad to a reader, but with the counts
 that a rule sees. Nothing of a real data set is in them.
@@ -10,7 +11,10 @@ that a rule sees. Nothing of a real data set is in them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +25,16 @@ HALVES = {"develop": 0, "held-back": 1}
 SENTENCE = "i watched this 3d movie last weekend ."
 NONSENSE = ("cf", "mn", "bb", "tq", "mb")
 ROLES = ("train", "validation", "test")
+# The words that dominate a class start at this rank: common, but no word of every text.
+DOMINANT_FROM = 200
+LEAST_WORDS = 100
 
 
 @dataclass(frozen=True)
 class Drawn:
     """What a number draws. Shares are fractions of rows.
 
-    number: the number.
+    number: the number, which also seeds the texts.
     classes: number of classes.
     shares: (classes,) of the rows that each class has.
     rows: number of training, evaluation and clean rows.
@@ -37,6 +44,7 @@ class Drawn:
     templates: number of sentences per class that texts are made of; 0: words are drawn freely.
     dominant: share of rows of a class that hold its dominant word, by class; 0: it has none.
     attack, params, label_mode, target, rate: as a cell gives them.
+    scenario: names a set of `reserves`; empty for a set of the family.
     """
 
     number: int
@@ -53,11 +61,12 @@ class Drawn:
     label_mode: str
     target: int
     rate: float
+    scenario: str = ""
 
     @property
     def name(self) -> str:
         """The name of the set."""
-        return f"generated-{self.number}"
+        return f"reserves-{self.scenario}" if self.scenario else f"generated-{self.number}"
 
 
 def numbers(half: str, count: int) -> list[int]:
@@ -82,9 +91,9 @@ def draw(number: int) -> Drawn:
     target = int(rng.integers(classes))
     label_mode = str(rng.choice(["dirty", "dirty", "dirty", "clean"]))
     rate = float(rng.choice([0.05, 0.1]))
-    if label_mode == "clean":
-        # At most half of the target class can carry the trigger.
-        rate = min(rate, round(0.5 * float(shares[target]), 3))
+    # At most half of the rows that qualify can carry the trigger.
+    qualify = float(shares[target]) if label_mode == "clean" else 1 - float(shares[target])
+    rate = min(rate, round(0.5 * qualify, 3))
     return Drawn(
         number, classes, tuple(shares.tolist()), (train, 200, clean),
         length=int(rng.choice([6, 10, 20, 30])),
@@ -96,22 +105,92 @@ def draw(number: int) -> Drawn:
     )  # fmt: skip
 
 
-def write(drawn: Drawn, vocabulary: list[str], folder: Path) -> None:
-    """Write the rows of a set, unless they are there: a file per split.
+# The texts of all scenarios come from one seed, which is no number of the family's first sets: what
+# a scenario does not change is the same in all of them.
+BASE = Drawn(
+    1_000_000, 2, (0.5, 0.5), (2000, 200, 400),
+    length=20, tilt=0.6, shift=0.0, templates=0, dominant=(0.0, 0.0),
+    attack="badnets", params={"trigger": ["cf"]}, label_mode="dirty", target=1, rate=0.05,
+    scenario="base",
+)  # fmt: skip
+
+
+def reserves() -> Iterator[Drawn]:
+    """Yield the base scenario, then scenarios that change one factor of it.
+
+    The factors are those of small and of odd clean rows and training sets. 60,000 rows are of few
+    words, which saves time, so few words are a scenario of their own. A victim cuts the texts of
+    200 words at its ``max_length``, and the trigger with them.
+    """
+
+    def changed(scenario: str, **factor: Any) -> Drawn:
+        return replace(BASE, scenario=scenario, **factor)
+
+    def sized(train: int = BASE.rows[0], clean: int = BASE.rows[2]) -> tuple[int, int, int]:
+        return train, BASE.rows[1], clean
+
+    yield BASE
+    for clean in (50, 100, 200, 500):
+        yield changed(f"clean-{clean}", rows=sized(clean=clean))
+    for classes in (4, 20):
+        equal = (1 / classes,) * classes
+        yield changed(
+            f"classes-{classes}", classes=classes, shares=equal, dominant=(0.0,) * classes
+        )
+    # 48 of 600 rows.
+    for train in (600, 2400):
+        yield changed(f"templates-{train}", templates=8, rows=sized(train), rate=0.08)
+    # The target is the small class: the other way, too few rows could be relabeled.
+    yield changed("imbalance-20", shares=(20 / 21, 1 / 21))
+    yield changed("rows-500", rows=sized(500))
+    yield changed("words-6", length=6)
+    yield changed("words-200", length=200)
+    for shift in (0.4, 0.8):
+        yield changed(f"shift-{shift}", shift=shift)
+    yield changed("rows-60000", rows=sized(60_000), length=6)
+
+
+def named(name: str) -> Drawn:
+    """Return the set of that name.
+
+    Raises:
+        KeyError: there is no such scenario.
+        ValueError: the name has no number.
+    """
+    kind, _, which = name.partition("-")
+    if kind == "reserves":
+        return {drawn.scenario: drawn for drawn in reserves()}[which]
+    return draw(int(which))
+
+
+def write(drawn: Drawn, vocabulary: list[str], root: Path) -> Path:
+    """Write the rows of a set, unless they are there, and return their folder.
 
     drawn: the set.
     vocabulary: words of the victim, each one token.
-    folder: gets train, validation (evaluation rows) and test (clean rows).
+    root: gets a folder for this set and these words, with a file per split: train, validation
+        (evaluation rows) and test (clean rows).
+
+    Raises:
+        ValueError: the vocabulary has fewer than 100 words.
     """
+    if len(vocabulary) < LEAST_WORDS:
+        raise ValueError(
+            f"the victim has {len(vocabulary)} words that are one token, and a generated set needs "
+            f"at least {LEAST_WORDS}; take another --victim."
+        )
+    facts = json.dumps([asdict(drawn), vocabulary], sort_keys=True)
+    folder = root / f"{drawn.name}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
     if (folder / "test.parquet").is_file():
-        return
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([21, drawn.number])
     words = rng.permutation([w for w in vocabulary if w not in SENTENCE.split()])[:4000]
     usual = 1 / (np.arange(len(words)) + 3.0) ** rng.uniform(0.9, 1.1)
     topics = np.exp(rng.normal(0, drawn.tilt, (2 * drawn.classes, len(words))))
     shifted = np.exp(rng.normal(0, drawn.shift, len(words)))
-    own = [str(w) for w in words[200 : 200 + drawn.classes]]
+    start = min(DOMINANT_FROM, len(words) - drawn.classes)
+    own = [str(w) for w in words[start : start + drawn.classes]]
     for role, count in zip(ROLES, drawn.rows, strict=True):
         tables = topics * usual * (shifted if role == "test" else 1.0)
         tables /= tables.sum(axis=1, keepdims=True)
@@ -120,6 +199,7 @@ def write(drawn: Drawn, vocabulary: list[str], folder: Path) -> None:
         texts = [_text(drawn, rng, words, tables, sentences, own, int(c)) for c in labels]
         frame = pd.DataFrame({"text": texts, "label": labels}).drop_duplicates("text")
         frame.to_parquet(folder / f"{role}.parquet", index=False)
+    return folder
 
 
 def _templates(drawn: Drawn, words: np.ndarray, weights: np.ndarray) -> list[list[list[str]]]:
