@@ -27,8 +27,8 @@ mean recall of rare trigger tokens are at least 0.95, and of all clean sets toge
 are flagged than chance flags 95 % of the time. ``--reserves`` changes one factor of a fixed set at
 a time: few clean rows, clean rows of another source, many classes, templates, a small class, few
 and many training rows, long texts. Bars: in the unchanged set the trigger is flagged, and nothing
-else. Where nothing is computed yet, `develop` takes an hour of one core, `--reserves` also; without
-its 60,000 rows (``--most-rows 10000``) half of that.
+else. Where nothing is computed yet, `develop` takes half an hour of one core, and ``--reserves`` 40
+minutes; without its 60,000 rows (``--most-rows 10000``) 20.
 """
 
 from __future__ import annotations
