@@ -15,19 +15,20 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PREFIX = "drift_"
-# Label, whether flagged, whether of the trigger, color, marker, size, opacity.
+# Label, whether flagged, whether flagged and not cut, whether of the trigger, color, marker, size,
+# opacity.
 GROUPS = (
-    ("not flagged", False, False, GRAY, "circle", 4, 0.7),
-    ("flagged, clean", True, False, ORANGE, "square", 7, 1.0),
-    ("trigger, missed", False, True, BLUE, "x", 10, 1.0),
-    ("trigger, flagged", True, True, BLUE, "star", 13, 1.0),
+    ("not flagged", False, False, False, GRAY, "circle", 4, 0.7),
+    ("flagged, clean", True, False, False, ORANGE, "square", 7, 1.0),
+    ("flagged, clean, not cut", True, True, False, ORANGE, "square-open", 7, 1.0),
+    ("trigger, missed", False, False, True, BLUE, "x", 10, 1.0),
+    ("trigger, flagged", True, False, True, BLUE, "star", 13, 1.0),
+    ("trigger, flagged, not cut", True, True, True, BLUE, "star-open", 13, 1.0),
 )
 # With more points than this they overlap and are drawn smaller.
 CROWD = 2000
 # How many flagged tokens are named in a cell's plot, in addition to the trigger's.
 NAMED = 5
-# What follows the name of a flagged token that is not cut, since the cut would cost too much.
-NOT_CUT = " (not cut)"
 
 
 def drift_columns(tokens: pd.DataFrame) -> list[str]:
@@ -49,20 +50,21 @@ def drawable(tokens: pd.DataFrame, column: str) -> pd.DataFrame:
 def drift_panel(title: str, tokens: pd.DataFrame, column: str, named: Set[int]) -> Panel:
     """Return the drift in one exposure round against how often each token occurs.
 
-    The names of flagged tokens that were not cut say so.
-
     tokens: those to draw, of `drawable`.
     column: one of `drift_columns`.
     named: the index of the tokens that are named beside their point.
     """
     drawn = []
-    for label, flagged, trigger, color, marker, size, opacity in GROUPS:
-        part = tokens[(tokens["flagged"] == flagged) & (tokens["trigger"] == trigger)]
+    # Only tables of a defense with a bar on the cost of a cut say which tokens are vetoed.
+    vetoed = np.zeros(len(tokens), dtype=bool)
+    if "vetoed" in tokens:
+        vetoed = tokens["vetoed"].to_numpy() == 1
+    for label, flagged, kept, trigger, color, marker, size, opacity in GROUPS:
+        shared = (tokens["flagged"] == flagged) & (tokens["trigger"] == trigger)
+        part = tokens[shared & (vetoed == kept)]
         if part.empty:
             continue
         words = part["token"].astype(str)
-        if "vetoed" in part:
-            words += np.where(part["vetoed"] == 1, NOT_CUT, "")
         text = [word if i in named else "" for i, word in words.items()]
         drawn.append(
             Series(

@@ -61,15 +61,15 @@ def test_a_drift_panel_groups_and_names_the_tokens_that_can_be_drawn() -> None:
     assert [text.get_text() for text in axes.texts] == [r"\$", "cf"]
 
 
-def test_a_flagged_token_that_is_not_cut_is_named_so() -> None:
-    # "$" and "far" are vetoed; "the", which is not flagged, has a 0, as in tables of btu.
-    seen = drawable(tokens().assign(vetoed=[0, 1, 0, 0, 1]), "drift_1")
-    panel = drift_panel("round 1", seen, "drift_1", named={0, 1})
-    assert [(made.label, made.tip, made.text) for made in panel.series] == [
-        ("not flagged", ["the"], []),
-        ("flagged, clean", ["$ (not cut)"], ["$ (not cut)"]),
-        ("trigger, missed", ["cf"], ["cf"]),
+def test_flagged_tokens_that_are_not_cut_have_a_group_of_their_own() -> None:
+    seen = drawable(tokens().assign(flagged=True, vetoed=[1, 1, 0, 0, 0]), "drift_1")
+    panel = drift_panel("round 1", seen, "drift_1", named=set())
+    assert [(made.label, made.tip, made.marker) for made in panel.series] == [
+        ("flagged, clean", ["the"], "square"),
+        ("flagged, clean, not cut", ["$"], "square-open"),
+        ("trigger, flagged, not cut", ["cf"], "star-open"),
     ]
+    draw([panel])
 
 
 def test_only_rounds_are_drawn() -> None:

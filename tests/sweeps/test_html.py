@@ -393,11 +393,11 @@ def test_flagged_tokens_that_are_not_drawn_are_counted(monkeypatch: pytest.Monke
     assert "39 flagged clean tokens that moved least are not drawn" in made.notes[0]
 
 
-def test_a_vetoed_token_is_named_in_the_drift_plot_and_counted_in_the_marks() -> None:
+def test_a_vetoed_token_has_a_sign_in_the_drift_plot_and_is_counted_in_the_marks() -> None:
     tokens = drifts("badnets", 0.1, 0, 600).assign(flagged=lambda t: t["token_id"] < 2)
     (panel,) = drift_chart(tokens.assign(vetoed=[1] + [0] * 599)).panels
-    drawn = series(panel, "flagged, clean")
-    assert sorted(drawn.text) == sorted(drawn.tip) == ["word0 (not cut)", "word1"]
+    assert series(panel, "flagged, clean").text == ["word1"]
+    assert series(panel, "flagged, clean, not cut").text == ["word0"]
     # At rate 0.1 the made attack works.
     cell = ("badnets", 0.1, 0, "contrast", 4.5, {"flagged": 2, "vetoed": 1})
     (record,) = records_of(cell)
