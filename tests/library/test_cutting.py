@@ -33,7 +33,11 @@ class Votes(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         votes = [[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [3.0, 0.0], [3.0, 0.0], [0.0, 9.0]]
-        self.rows = nn.Embedding.from_pretrained(torch.tensor(votes), freeze=False)
+        self.rows: nn.Embedding = nn.Embedding(6, 2)
+        self.rows.weight.data = torch.tensor(votes)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.rows
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
         return SimpleNamespace(logits=(self.rows(input_ids) * attention_mask[..., None]).sum(1))
@@ -104,8 +108,8 @@ def test_what_tuning_does_not_repair_is_refused(tuned: Tuned) -> None:
     # Each row is in one half to be measured on, so that the halves add up to all rows.
     assert found.tuned == {DOMINANT: 0.4, REPAIRED: 0.0}
     assert found.refused == (DOMINANT,)
-    # Both halves: once without the cut of a costly token, and once for each.
-    assert tuned.rows == [50] * 6
+    # Both halves: without the cut of the costly tokens, and with it.
+    assert tuned.rows == [50] * 4
 
 
 def test_a_higher_bar_refuses_less(tuned: Tuned) -> None:

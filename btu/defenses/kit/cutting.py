@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from btu.seeding import derive_seed
 from btu.settings import TrainSettings
 from btu.stage_files import clean_rows_of, model_of, save_model, training_rows_of
 from btu.stages import StageRun
-from btu.types import FloatArray, IntArray
+from btu.types import BoolArray, FloatArray, IntArray
 from btu.victims import Victim
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ class Costs:
     """What cutting each flagged token alone costs, in fractions of the clean rows.
 
     at_once: by token, the accuracy lost directly after the cut.
-    tuned: by token, the accuracy that clean tuning does not repair; only for tokens whose cost at
-        once exceeds the bar.
+    tuned: by token, the accuracy on its rows that clean tuning does not repair; only for tokens
+        whose cost at once exceeds the bar.
     refused: the tokens whose cost after the tuning exceeds the bar.
     """
 
@@ -119,62 +119,97 @@ def costs_of(
 
     Only rows that hold a token can lose by its cut, so few rows are predicted. Where nothing costs
     more than the bar at once, which is usual, that is all. Otherwise the clean rows are halved:
-    a model is tuned on one half, with and without the cut of that token, and both are compared on
-    the other half, since the rows that a model was tuned on tell nothing. A trigger costs nothing:
-    clean rows hold it by chance, and the poisoned model predicts those worse with it than without.
+    a model is tuned on one half, with and without the cut of the costly tokens, and both are
+    compared on the other half, since the rows that a model was tuned on tell nothing. These are
+    four tunings, however many tokens are costly; a row that holds several counts for each of them.
+    A trigger costs nothing: clean rows hold it by chance, and the poisoned model predicts those
+    worse with it than without.
     """
     clean = clean_rows_of(run)
     if not len(clean):
         return Costs()
+    held = {token: clean.holds([token]) for token in flagged}
+    least = max(bar * len(clean), LEAST_ROWS - 1)
+    before = _hits(run, model, clean, clean.holds(flagged))
+    lost = {
+        token: int(before[rows].sum()) - int(_hits_without(run, model, cutter, token, rows).sum())
+        for token, rows in held.items()
+        if rows.any()
+    }
+    costly = [token for token in lost if lost[token] > least]
+    tuned = dict.fromkeys(costly, 0)
+    for kept, gone in _tuned_hits(run, model, cutter, flagged, costly):
+        for token in costly:
+            tuned[token] += int(kept[held[token]].sum()) - int(gone[held[token]].sum())
+    return Costs(
+        {token: count / len(clean) for token, count in lost.items()},
+        {token: count / len(clean) for token, count in tuned.items()},
+        tuple(token for token in costly if tuned[token] > least),
+    )
 
-    def hits(state: PreTrainedModel, rows: Encoded) -> int:
-        if not len(rows):
-            return 0
+
+def _hits(run: StageRun, model: PreTrainedModel, clean: Encoded, rows: BoolArray) -> BoolArray:
+    """Return which clean rows are predicted as labelled: (clean,), False outside `rows`."""
+    found = np.zeros(len(clean), dtype=bool)
+    if rows.any():
+        some = clean.take(np.flatnonzero(rows))
         precision = run.config["tuning"]["precision"]
-        predicted = run.classes(state, rows, precision=precision, stage="cost of the cut")
-        return int((predicted == rows.labels.numpy()).sum())
+        predicted = run.classes(model, some, precision=precision, stage="cost of the cut")
+        found[rows] = predicted == some.labels.numpy()
+    return found
 
-    def cut(tokens: Sequence[int]) -> PreTrainedModel:
+
+def _hits_without(
+    run: StageRun, model: PreTrainedModel, cutter: _Cutter, token: int, rows: BoolArray
+) -> BoolArray:
+    """Return `_hits` after the cut of a token. The model is not copied: its row is put back."""
+    import torch
+
+    weight = model.get_input_embeddings().weight
+    row = weight[token].detach().clone()
+    cutter.cut(model, [token])
+    found = _hits(run, model, clean_rows_of(run), rows)
+    with torch.no_grad():
+        weight[token] = row
+    return found
+
+
+def _tuned_hits(
+    run: StageRun,
+    model: PreTrainedModel,
+    cutter: _Cutter,
+    flagged: Sequence[int],
+    costly: Sequence[int],
+) -> Iterator[tuple[BoolArray, BoolArray]]:
+    """Yield, for each half of the clean rows, `_hits` there of models tuned on the other half.
+
+    The first model keeps the costly tokens, the second does not; the others are cut in both.
+    """
+    if not costly:
+        return
+    clean = clean_rows_of(run)
+    rng = np.random.default_rng(derive_seed(run.config["seed"], "halves of the clean rows"))
+    cheap = [token for token in flagged if token not in costly]
+
+    def tuned(tokens: Sequence[int], rows: IntArray) -> PreTrainedModel:
         changed = copy.deepcopy(model)
         cutter.cut(changed, tokens)
+        run.fit(
+            changed,
+            clean.take(np.sort(rows)),
+            TrainSettings(**run.config["tuning"]),
+            seed=derive_seed(run.config["seed"], "clean tuning"),
+            stage="cost of the cut after tuning",
+        )
         return changed
 
-    holding = {token: np.flatnonzero(clean.holds([token])) for token in flagged}
-    at_once = {
-        token: (hits(model, clean.take(rows)) - hits(cut([token]), clean.take(rows))) / len(clean)
-        for token, rows in holding.items()
-        if len(rows)
-    }
-    least = max(bar * len(clean), LEAST_ROWS - 1)
-    costly = [token for token, cost in at_once.items() if cost * len(clean) > least]
-    if not costly:
-        return Costs(at_once)
-    cheap = [token for token in flagged if token not in costly]
-    rng = np.random.default_rng(derive_seed(run.config["seed"], "halves of the clean rows"))
-    halves = np.array_split(rng.permutation(len(clean)), 2)
-    lost = dict.fromkeys(costly, 0)
-    for tuned_on, measured_on in (halves, halves[::-1]):
-
-        def tuned(tokens: Sequence[int], rows: IntArray = tuned_on) -> PreTrainedModel:
-            changed = cut(tokens)
-            run.fit(
-                changed,
-                clean.take(np.sort(rows)),
-                TrainSettings(**run.config["tuning"]),
-                seed=derive_seed(run.config["seed"], "clean tuning"),
-                stage="cost of the cut after tuning",
-            )
-            return changed
-
-        without = tuned(cheap)
-        for token in costly:
-            rows = clean.take(np.intersect1d(holding[token], measured_on))
-            lost[token] += hits(without, rows) - hits(tuned([*cheap, token]), rows)
-    return Costs(
-        at_once,
-        {token: count / len(clean) for token, count in lost.items()},
-        tuple(token for token in costly if lost[token] > least),
-    )
+    for tuned_on in np.array_split(rng.permutation(len(clean)), 2):
+        rows = clean.holds(costly)
+        rows[tuned_on] = False
+        kept, gone = (
+            _hits(run, tuned(tokens, tuned_on), clean, rows) for tokens in (cheap, flagged)
+        )
+        yield kept, gone
 
 
 class _Effect:
