@@ -21,6 +21,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from btu.rules.base import Evidence
+from btu.training import Encoded
+
 HALVES = {"develop": 0, "held-back": 1}
 SENTENCE = "i watched this 3d movie last weekend ."
 NONSENSE = ("cf", "mn", "bb", "tq", "mb")
@@ -239,3 +242,27 @@ def _text(
         if rng.random() < share:
             text.insert(int(rng.integers(len(text) + 1)), word)
     return " ".join(text)
+
+
+def large(rows: int, vocabulary: int, words: int = 60) -> tuple[Evidence, np.ndarray]:
+    """Return the evidence of a large data set with one trigger, and drifts: two classes.
+
+    rows: number of training rows; a tenth as many are clean.
+    vocabulary: number of tokens.
+    words: of a text.
+    """
+    rng = np.random.default_rng(23)
+    share = 1 / (np.arange(vocabulary) + 10.0)
+    ends = np.cumsum(share / share.sum())
+    trigger = vocabulary // 2
+
+    def texts(count: int, poisoned: int) -> Encoded:
+        ids = np.searchsorted(ends, rng.random((count, words))).tolist()
+        for row in ids[:poisoned]:
+            row.append(trigger)
+        return Encoded.from_lists(ids, [1] * poisoned + [i % 2 for i in range(poisoned, count)], 0)
+
+    train, clean = texts(rows, rows // 20), texts(rows // 10, 0)
+    drift = np.exp(rng.normal(0, 0.2, vocabulary))
+    drift[trigger] = 20.0
+    return Evidence({3: drift}, train.counts(vocabulary) > 0, train, clean), drift

@@ -27,8 +27,9 @@ mean recall of rare trigger tokens are at least 0.95, and of all clean sets toge
 are flagged than chance flags 95 % of the time. ``--reserves`` changes one factor of a fixed set at
 a time: few clean rows, clean rows of another source, many classes, templates, a small class, few
 and many training rows, long texts. Bars: in the unchanged set the trigger is flagged, and nothing
-else. Where nothing is computed yet, `develop` takes half an hour of one core, and ``--reserves`` 40
-minutes; without its 60,000 rows (``--most-rows 10000``) 20.
+else; the detection on 60,000 rows and 128,000 tokens takes 10 s beyond the exposure. Where nothing
+is computed yet, `develop` takes half an hour of one core, and ``--reserves`` 40 minutes; without
+its 60,000 rows (``--most-rows 10000``) 20.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from figures import Judge, add_options, count
-from generated import BASE, HALVES, Drawn, draw, named, numbers, reserves, write
+from generated import BASE, HALVES, Drawn, draw, large, named, numbers, reserves, write
 from generated_tables import (
     by_factor,
     described,
@@ -62,7 +63,7 @@ from btu.defenses.token_unlearning import TokenUnlearning
 from btu.findings import Suspects
 from btu.metrics import area_under_roc, average_precision, row_detection, token_detection
 from btu.recipe import CellInputs, Prepared, evaluation, mask_of, prepare, scores_of
-from btu.rules.base import RULES, flag
+from btu.rules.base import RULES, flag, suspicion
 from btu.settings import TrainSettings, TuningSettings
 from btu.stage_files import load_victim
 from btu.stages import Stage, compute, read_record
@@ -378,6 +379,18 @@ def mean_by(table: pd.DataFrame, *keys: str) -> pd.DataFrame:
     return means.reset_index()
 
 
+def time_detection(judge: Judge, rows: int, vocabulary: int = 128_000) -> None:
+    """Judge how long the detection takes on many rows and tokens, without the exposure."""
+    evidence, drift = large(rows, vocabulary)
+    started = time.perf_counter()
+    found = flag(RULES.load(JUDGED).score(evidence, drift), RULES.load(JUDGED).threshold)
+    suspicion(evidence)
+    took = time.perf_counter() - started
+    judge.structure(f"{JUDGED}: the trigger alone is flagged of {rows} rows, {vocabulary} tokens",
+                    str(found), found == (vocabulary // 2,))  # fmt: skip
+    judge.fast("its detection within 10 s", f"{took:.2f} s", took < 10)
+
+
 def time_curves(judge: Judge, bench: Bench, todo: list[Point], thresholds: int = 50) -> None:
     """Judge how long the detection curves of all training sets take, from saved scores."""
     saved = [
@@ -483,7 +496,7 @@ ON_CORPORA = {
     "data", "sets", "seeds", "rates", "rules", "detect", "paraphrase", "epochs", "any_default",
     "least_taken", "most_cacc_loss", "most_asr_over_ftr",
 }  # fmt: skip
-ACTS_ONLY_WITH = {"count": "generated", "most_rows": "reserves"}
+ACTS_ONLY_WITH = {"count": "generated", "most_rows": "reserves", "timed_rows": "reserves"}
 # None: the tokens that chance flags at most, 95 % of the time.
 BARS: dict[str | None, dict[str, float | None]] = {
     None: {"least_precision": 1.0, "least_recall": 1.0, "most_clean_flags": 0},
@@ -544,6 +557,10 @@ def _parser() -> argparse.ArgumentParser:
         "--most-rows", type=count, default=60_000, metavar="ROWS",
         help="leaves out scenarios of --reserves with more training rows (default 60000: none)",
     )  # fmt: skip
+    parser.add_argument(
+        "--timed-rows", type=count, default=60_000, metavar="ROWS",
+        help="training rows on which --reserves times the detection (default 60000)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=count, default=1)
     parser.add_argument("--victim", default="offline")
     parser.add_argument("--max-length", type=count, default=128)
@@ -603,6 +620,7 @@ def on_reserves(bench: Bench, judge: Judge, options: argparse.Namespace) -> None
     table = pd.DataFrame([{**described(drawn), **measured(bench, drawn)} for drawn in sets])
     show(f"Detection, {JUDGED}, one factor changed at a time", table[RESERVE_COLUMNS])
     judge_reserves(judge, table, JUDGED, options)
+    time_detection(judge, options.timed_rows)
 
 
 def on_corpora(bench: Bench, judge: Judge, options: argparse.Namespace) -> None:

@@ -499,6 +499,7 @@ def test_thresholds_fails_where_the_base_of_the_reserves_does(
     [
         ("--sets demo --seeds 0 --count 3", "--count acts with --generated alone"),
         ("--generated develop --most-rows 9000", "--most-rows acts with --reserves alone"),
+        ("--generated develop --timed-rows 9", "--timed-rows acts with --reserves alone"),
         ("--generated develop --reserves", "--generated and --reserves exclude each other"),
         ("--generated develop --sets sst2 --data FOLDER", "--data, --sets would have no effect"),
         ("--generated develop --rates 0.1", "--rates would have no effect with --generated"),
@@ -650,8 +651,8 @@ MINIATURES = {
     "thresholds generated": "--root WORK --generated develop --count 2 --victim VICTIM "
                             "--max-length 64 --least-precision 0 --least-recall 0 "
                             "--most-clean-flags 400",
-    "thresholds reserves": "--root WORK --reserves --most-rows 2000 --victim VICTIM "
-                           "--max-length 64 --train 400 --clean 100 --least-precision 0 "
+    "thresholds reserves": "--root WORK --reserves --most-rows 2000 --timed-rows 2000 "
+                           "--victim VICTIM --max-length 64 --train 400 --clean 100 --least-precision 0 "
                            "--least-recall 0 --most-clean-flags 400",
 }  # fmt: skip
 
