@@ -357,10 +357,10 @@ def _show(report: ScanReport, top: int) -> None:
     say("class: share of the token's rows (of all rows). trusted: trusted rows with the token.")
     if report.plan.defense.rule == DEFAULT_RULE:
         say(
-            "surplus: how much too often for chance a class has the token, by the trusted rows (in "
-            "brackets: without the rows of more suspicious tokens). drift: how far its embedding "
-            "moved, among tokens as frequent. score: the surplus, raised for tokens that moved "
-            f"far; on average at most {expected_flags(report.bar):.2g} benign tokens reach "
+            "surplus: how much more often a class has the token than the trusted rows and chance "
+            "explain (in brackets: without the rows of more suspicious tokens). drift: how far its "
+            "embedding moved, among tokens as frequent. score: the surplus, raised for tokens that "
+            f"moved far; on average at most {expected_flags(report.bar):.2g} benign tokens reach "
             f"{report.bar:g}."
         )
     _show_unknown(report, shown)
