@@ -652,8 +652,8 @@ MINIATURES = {
                             "--max-length 64 --least-precision 0 --least-recall 0 "
                             "--most-clean-flags 400",
     "thresholds reserves": "--root WORK --reserves --most-rows 2000 --timed-rows 2000 "
-                           "--victim VICTIM --max-length 64 --train 400 --clean 100 --least-precision 0 "
-                           "--least-recall 0 --most-clean-flags 400",
+                           "--victim VICTIM --max-length 64 --train 400 --clean 100 "
+                           "--least-precision 0 --least-recall 0 --most-clean-flags 400",
 }  # fmt: skip
 
 
