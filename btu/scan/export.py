@@ -48,11 +48,12 @@ CITATION = """@inproceedings{jiang2025backdoor,
 
 @dataclass(frozen=True)
 class CutCost:
-    """What cutting a flagged token alone costs, in fractions of the trusted rows.
+    """What cutting a flagged token costs, in fractions of the trusted rows.
 
     token: its name.
-    cost: the accuracy lost directly after the cut; NaN if no trusted row contains the token.
-    cost_tuned: the accuracy that tuning does not repair; NaN where `cost` is low.
+    cost: the accuracy lost directly after the cut of this token alone; NaN if no trusted row
+        contains it.
+    cost_tuned: the accuracy on its rows that tuning does not repair; NaN where `cost` is low.
     vetoed: whether the token was not cut, since `cost_tuned` is above ``max_cut_cost``.
     """
 
@@ -446,7 +447,7 @@ def _flagged(report: ScanReport, measured: Measured) -> str:
     text += f"\n\n... and {more} more, in `{MANIFEST}`." if more > 0 else ""
     if measured.vetoed:
         text += (
-            "\n\nA token that is not cut is one whose cut alone, after tuning, costs more than "
+            "\n\nA token is not cut if its cut costs, after tuning, more than "
             f"{_share(float(report.plan.defense.max_cut_cost or 0))} of the trusted rows. Such a "
             "word usually carries the meaning of a class. If it is a trigger, its backdoor is in "
             "the model: with `--max-cut-cost 1` every flagged token is cut."

@@ -534,7 +534,7 @@ def _export_lines(plan: ScanPlan, measured: Measured, folder: str) -> list[str]:
     kept = [f"{_printable(cost.token)} ({cost.cost_tuned:.1%})" for cost in measured.vetoed]
     return [
         line,
-        f"Flagged and not cut, since the cut alone costs more than {plan.defense.max_cut_cost:.1%} "
+        f"Flagged and not cut, since the cut costs more than {plan.defense.max_cut_cost:.1%} "
         f"of the trusted rows after tuning: {_some(kept)}. If one of them is a trigger, its "
         "backdoor is still in the model; --max-cut-cost 1 cuts all flagged tokens.",
     ]

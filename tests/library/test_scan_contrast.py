@@ -297,7 +297,7 @@ def test_an_export_tells_cut_tokens_from_vetoed_ones(
         "yes |",
         "yes |",
     ]
-    assert "costs more than 2.0 % of the trusted rows" in text
+    assert "costs, after tuning, more than 2.0 % of the trusted rows" in text
     assert "It does not ignore flagged tokens that were not cut." in text
 
 

@@ -430,7 +430,7 @@ def test_a_token_that_is_not_cut_is_told(
     options = ("--export", tmp_path / "model")
     done = run("poisoned.csv", *options, out=tmp_path / "work")
     assert (
-        "Flagged and not cut, since the cut alone costs more than 2.0% of the trusted rows after "
+        "Flagged and not cut, since the cut costs more than 2.0% of the trusted rows after "
         "tuning: cf (4.0%). If one of them is a trigger, its backdoor is still in the model; "
         "--max-cut-cost 1 cuts all flagged tokens."
     ) in done.out
