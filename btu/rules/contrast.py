@@ -72,10 +72,12 @@ def parts(evidence: Evidence, drift: FloatArray) -> Parts:
     counts = (evidence.train_rows, evidence.clean_rows)
     sizes = (evidence.class_rows, evidence.clean_class_rows)
     tested = ~np.isnan(moved)
-    # Pairs in few rows are no tests: nothing could come of them.
-    tests = int((tested[:, None] & (counts[0] + counts[1] >= frequency.MIN_COUNT)).sum())
+    # Pairs of token and class in few rows are no tests, and get no surplus.
+    enough = counts[0] + counts[1] >= frequency.MIN_COUNT
+    tests = int((tested[:, None] & enough).sum())
     shift = shift_of(*counts, *sizes, tested)
     sigmas = surplus_sigmas(*counts, *sizes, shift)
+    sigmas[~enough] = np.minimum(sigmas[~enough], 0.0)
     label, highest = sigmas.argmax(axis=1), sigmas.max(axis=1)
     left, weighted = highest.copy(), tests / weights(moved)
     scores = np.where(tested, scored(highest, weighted), np.nan)
@@ -108,6 +110,9 @@ def parts(evidence: Evidence, drift: FloatArray) -> Parts:
         for token in picks:
             others &= ~companions(token)
         left[few] = np.where(others, sigmas_given(picks), left[few])
+        # A pick is explained by those before it.
+        for rank, token in enumerate(picks):
+            left[few[token]] = sigmas_given(picks[:rank])[token]
     return Parts(scored(highest, tests), label, scored(left, tests), moved, scores)
 
 
