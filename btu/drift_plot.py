@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PREFIX = "drift_"
-# Label, whether flagged, whether of the trigger, color, marker, size, opacity.
+# Label, whether flagged, whether flagged and not cut, whether of the trigger, color, marker, size,
+# opacity.
 GROUPS = (
-    ("not flagged", False, False, GRAY, "circle", 4, 0.7),
-    ("flagged, clean", True, False, ORANGE, "square", 7, 1.0),
-    ("trigger, missed", False, True, BLUE, "x", 10, 1.0),
-    ("trigger, flagged", True, True, BLUE, "star", 13, 1.0),
+    ("not flagged", False, False, False, GRAY, "circle", 4, 0.7),
+    ("flagged, clean", True, False, False, ORANGE, "square", 7, 1.0),
+    ("flagged, clean, not cut", True, True, False, ORANGE, "square-open", 7, 1.0),
+    ("trigger, missed", False, False, True, BLUE, "x", 10, 1.0),
+    ("trigger, flagged", True, False, True, BLUE, "star", 13, 1.0),
+    ("trigger, flagged, not cut", True, True, True, BLUE, "star-open", 13, 1.0),
 )
 # With more points than this they overlap and are drawn smaller.
 CROWD = 2000
@@ -30,7 +33,12 @@ NAMED = 5
 
 def drift_columns(tokens: pd.DataFrame) -> list[str]:
     """Return the columns of a token table that contain the drift of an exposure round."""
-    return [name for name in tokens.columns if name.startswith(PREFIX)]
+    # Not ``drift_sigmas``, which is no distance.
+    return [
+        name
+        for name in tokens.columns
+        if name.startswith(PREFIX) and name.removeprefix(PREFIX).isdigit()
+    ]
 
 
 def drawable(tokens: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -47,8 +55,13 @@ def drift_panel(title: str, tokens: pd.DataFrame, column: str, named: Set[int]) 
     named: the index of the tokens that are named beside their point.
     """
     drawn = []
-    for label, flagged, trigger, color, marker, size, opacity in GROUPS:
-        part = tokens[(tokens["flagged"] == flagged) & (tokens["trigger"] == trigger)]
+    # Only tables of a defense with a bar on the cost of a cut say which tokens are vetoed.
+    vetoed = np.zeros(len(tokens), dtype=bool)
+    if "vetoed" in tokens:
+        vetoed = tokens["vetoed"].to_numpy() == 1
+    for label, flagged, kept, trigger, color, marker, size, opacity in GROUPS:
+        shared = (tokens["flagged"] == flagged) & (tokens["trigger"] == trigger)
+        part = tokens[shared & (vetoed == kept)]
         if part.empty:
             continue
         words = part["token"].astype(str)

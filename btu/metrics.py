@@ -107,7 +107,7 @@ METRICS: dict[str, Metric] = {
         compared=True,
     ),
     "detection_precision": Metric(
-        "flagged tokens that belong to the trigger",
+        "flagged tokens, vetoed ones included, that belong to the trigger",
         True,
         interval=True,
         head="precision",
@@ -117,7 +117,7 @@ METRICS: dict[str, Metric] = {
         summarized=True,
     ),
     "detection_recall": Metric(
-        "trigger tokens that are flagged",
+        "trigger tokens that are flagged, vetoed ones included",
         True,
         interval=True,
         head="recall",
@@ -162,7 +162,15 @@ METRICS: dict[str, Metric] = {
         None,
     ),
     "flagged": Metric(
-        "tokens flagged", None, COUNT, head="flagged", group="flagged tokens", always=True
+        "tokens flagged, vetoed ones included",
+        None,
+        COUNT,
+        head="flagged",
+        group="flagged tokens",
+        always=True,
+    ),
+    "vetoed": Metric(
+        "flagged tokens that are not cut, since the cut would cost too many clean rows", None, COUNT
     ),
     "undefended_asr": Metric(
         "asr of the poisoned model, without a defense",

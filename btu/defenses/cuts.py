@@ -21,7 +21,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from btu.defenses.token_unlearning import TokenUnlearning, candidate_tokens, cut_and_tune
+from btu.defenses.kit.cutting import cut_and_tune
+from btu.defenses.token_unlearning import TokenUnlearning, candidate_tokens
 from btu.errors import UserError
 from btu.findings import Suspects
 from btu.foundation import Foundation
@@ -50,6 +51,7 @@ class _OtherCut(TokenUnlearning):
                 "exclude": self.exclude,
                 "cut": self.cut,
                 "cut_norm": self.cut_norm,
+                **self.veto_config(),
                 **base.tuning_config(),
             },
             {
@@ -107,8 +109,9 @@ def cut_others(run: StageRun) -> dict[str, Any]:
         drawn = [int(i) for i in rng.choice(others, len(found.flagged), replace=False)]
     else:
         drawn = as_frequent(found.flagged, others, data.counts(vocabulary), rng)
-    measured = cut_and_tune(run, victim, drawn)
-    return {**Suspects(flagged=tuple(drawn)).save(run.folder), "measured": measured}
+    measured, columns = cut_and_tune(run, victim, drawn)
+    suspects = Suspects(flagged=tuple(drawn), table=columns)
+    return {**suspects.save(run.folder), "measured": measured}
 
 
 def as_frequent(

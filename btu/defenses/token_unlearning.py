@@ -52,37 +52,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from btu.defenses.base import CLEAN_ROWS, POISONED_MODEL, Given
+from btu.defenses.kit.cutting import NEVER, cut_and_tune
 from btu.errors import UserError, unknown
 from btu.findings import Suspects
-from btu.foundation import Foundation, tune
+from btu.foundation import Foundation
 from btu.reading import made_counts, without_inserted
 from btu.rules.base import (
     DEFAULT_RULE,
     RULES,
     TOP_FRACTION,
     Evidence,
+    Rule,
     flag,
     suspicion,
     suspicion_bar,
+    threshold_name,
 )
 from btu.seeding import derive_seed
 from btu.settings import SCHEDULES, TrainSettings, check_count, check_positive, is_number
 from btu.stage_files import (
     clean_rows_of,
-    model_of,
-    save_model,
     texts_of,
     training_rows_of,
     victim_of,
 )
 from btu.stages import Stage, StageRun, as_config, stage
-from btu.types import BoolArray, FloatArray, IntArray, Rows
+from btu.types import BoolArray, FloatArray, Rows
 from btu.victims import Victim
 
 if TYPE_CHECKING:
@@ -95,8 +96,6 @@ if TYPE_CHECKING:
 DRIFT = "drift.safetensors"
 INSERTED = "inserted"
 ROUNDS = (1, 2, 3)
-# Training rows on which the effect of a cut is measured; more would add little precision.
-FLIP_ROWS = 512
 CHOICES = {
     "exposure_schedule": SCHEDULES,
     "bag_embeddings": ("word", "full"),
@@ -115,6 +114,9 @@ class TokenUnlearning:
     rule: how the drifts become flags (`btu.rules.base.RULES`); null takes ``contrast``, or
         ``top_fraction`` where alpha is given.
     threshold: tokens with at least this score are flagged, in the rule's unit; null is its default.
+    fdr: states the threshold of rule ``contrast`` as a false-discovery rate in (0, 1): the expected
+        number of benign tokens that it flags in a data set. It then replaces `threshold`: 0.05 is
+        4.5, 0.01 is 4.83.
     alpha: the threshold of ``top_fraction``: the share of the vocabulary that each round flags, in
         (0, 1); one value, or one per round. Null is 0.0005.
     rounds: exposure rounds that run. 1 trains a bag of embeddings, 2 the same without the tokens
@@ -136,12 +138,17 @@ class TokenUnlearning:
         a text wherever they are (``cls_sep``).
     cut: ``dimensional`` replaces, in a flagged row, the dimensions that moved by more than c;
         ``row`` all of it; ``none`` cuts nothing (an ablation: clean tuning alone).
+    max_cut_cost: a flagged token is not cut if the cut alone costs more than this fraction of the
+        clean rows, after clean tuning, and at least 3 rows; the table of tokens marks it as
+        ``vetoed``. 1 cuts every flagged token. Null is the rule's default: 0.02 for ``contrast``, 1
+        for the others.
     cut_norm: c = ||E - E0||_F / V, computed ``once``, or ``running`` after every token. It is
         the reference code's formula: a norm over all rows divided by V, not a mean row norm.
     """
 
     rule: str | None = None
     threshold: float | None = None
+    fdr: float | None = None
     alpha: Any = None
     rounds: Any = None
     exposure_epochs: int = 1
@@ -155,6 +162,7 @@ class TokenUnlearning:
     exclude: str = "special"
     cut: str = "dimensional"
     cut_norm: str = "once"
+    max_cut_cost: float | None = None
 
     KIND: ClassVar[str] = "after training"
     NEEDS: ClassVar[tuple[str, ...]] = (POISONED_MODEL, CLEAN_ROWS)
@@ -198,12 +206,18 @@ class TokenUnlearning:
                 f"defense.rounds {self.rounds} has round 2, whose drift depends on what round 1 "
                 f"flagged; rule '{self.rule}' takes 1, 3 or both."
             )
+        assert self.max_cut_cost is not None  # resolved by now
+        if not is_number(self.max_cut_cost) or not 0 <= self.max_cut_cost <= NEVER:
+            raise UserError(
+                f"defense.max_cut_cost must be between 0 and 1, got {self.max_cut_cost!r}: it is a "
+                "fraction of the clean rows; 1 cuts every flagged token."
+            )
         check_positive("defense.exposure_learning_rate", self.exposure_learning_rate)
         for name in ("exposure_epochs", "bag_batch_size", "exposure_batch_size"):
             check_count(f"defense.{name}", getattr(self, name))
 
     def _resolve_rule(self) -> None:
-        """Replace null in rule, threshold, alpha and rounds by the values used, for the config."""
+        """Replace null in rule, threshold and other keys by the values used, for the config."""
         rule = self.rule or (DEFAULT_RULE if self.alpha is None else TOP_FRACTION)
         found = RULES.load(rule)
         if rule == TOP_FRACTION:
@@ -221,7 +235,13 @@ class TokenUnlearning:
                     "defense.rule."
                 )
             resolved = {"threshold": found.threshold}
-        resolved |= {"rule": rule, "rounds": list(found.rounds)}
+        if self.fdr is not None:
+            resolved["threshold"] = self._threshold_at(self.fdr, rule, found)
+        resolved |= {
+            "rule": rule,
+            "rounds": list(found.rounds),
+            "max_cut_cost": found.max_cut_cost,
+        }
         for name, value in resolved.items():
             if getattr(self, name) is None:
                 # Frozen for everyone else.
@@ -229,6 +249,26 @@ class TokenUnlearning:
         if rule != TOP_FRACTION:
             assert self.threshold is not None
             found.check(self.threshold)
+
+    def _threshold_at(self, fdr: float, rule: str, found: Rule) -> float:
+        if found.at_fdr is None:
+            raise UserError(
+                f"defense.fdr {fdr!r} does not act with rule '{rule}', whose scores are no "
+                f"probabilities; set defense.{threshold_name(rule)}, or take rule '{DEFAULT_RULE}'."
+            )
+        if not is_number(fdr) or not 0 < fdr < 1:
+            raise UserError(
+                f"defense.fdr must be above 0 and below 1, got {fdr!r}: it is the number of "
+                "benign tokens that are flagged in a data set, on average."
+            )
+        threshold = round(found.at_fdr(fdr), 4)
+        # A resolved config has both.
+        if self.threshold not in (None, threshold):
+            raise UserError(
+                f"defense.fdr {fdr!r} and defense.threshold {self.threshold!r} both say where "
+                "tokens are flagged; give one of them."
+            )
+        return threshold
 
     @property
     def _rounds(self) -> list[int]:
@@ -269,6 +309,7 @@ class TokenUnlearning:
                 **self._detection_config(),
                 "cut": self.cut,
                 "cut_norm": self.cut_norm,
+                **self.veto_config(),
                 **base.tuning_config(),
             },
             {"rows": base.rows, "clean": base.clean, "model": base.model, **rounds},
@@ -323,6 +364,10 @@ class TokenUnlearning:
             **threshold,
             "exclude": self.exclude,
         }
+
+    def veto_config(self) -> dict[str, Any]:
+        """Return the bar on the cost of a cut; nothing where no cut is refused."""
+        return {} if self.max_cut_cost == NEVER else {"max_cut_cost": self.max_cut_cost}
 
     def _alphas(self) -> dict[int, float]:
         """Return the share that each round flags, by round."""
@@ -403,32 +448,9 @@ def unlearn(run: StageRun) -> dict[str, Any]:
     """
     victim = victim_of(run)
     suspects = find_suspects(run, victim)
-    measured = cut_and_tune(run, victim, suspects.tokens)
+    measured, columns = cut_and_tune(run, victim, suspects.tokens)
+    suspects = replace(suspects, table={**suspects.table, **columns})
     return {**suspects.save(run.folder), "measured": measured}
-
-
-def cut_and_tune(run: StageRun, victim: Victim, flagged: Sequence[int]) -> dict[str, float]:
-    """Cut tokens from the poisoned model, tune it on the clean rows, and write it.
-
-    Return the effect of the cut on rows that the defender has: ``cut_cost`` and ``cut_flips``.
-    """
-    model = model_of(run, "model")
-    fresh = victim.new_model(derive_seed(run.config["seed"], "exposure classifier"))
-    pretrained = fresh.get_input_embeddings().weight.detach()
-    cost = _CutCost(run, model, flagged)
-    cut_tokens(
-        model.get_input_embeddings().weight,
-        pretrained,
-        victim.neutral_row(pretrained),
-        flagged,
-        run.config["cut"],
-        run.config["cut_norm"],
-    )
-    # Measured before the tuning, which uses these rows.
-    measured = cost.after()
-    tune(run, model, "clean tuning (defended)")
-    save_model(model, run.folder)
-    return measured
 
 
 def find_suspects(run: StageRun, victim: Victim) -> Suspects:
@@ -466,49 +488,9 @@ def find_suspects(run: StageRun, victim: Victim) -> Suspects:
         "label": evidence.surplus.argmax(axis=1),
         "surplus": evidence.surplus.max(axis=1),
     }
+    if rule.columns is not None:
+        table |= rule.columns(evidence, next(reversed(free.values())))
     return Suspects(flagged, scores, table, suspicion(evidence), suspicion_bar(evidence))
-
-
-class _CutCost:
-    """The effect of a cut on the model, on rows that the defender has.
-
-    Only rows with a flagged token can change their prediction: the others are not predicted.
-    """
-
-    def __init__(self, run: StageRun, model: PreTrainedModel, flagged: Sequence[int]) -> None:
-        self._run, self._model = run, model
-        clean, train = clean_rows_of(run), training_rows_of(run)
-        self._clean_rows = len(clean)
-        self._clean = clean.take(np.flatnonzero(clean.holds(flagged)))
-        touched = np.flatnonzero(train.holds(flagged))
-        if len(touched) > FLIP_ROWS:
-            rng = np.random.default_rng(derive_seed(run.config["seed"], "flip rows"))
-            touched = np.sort(rng.choice(touched, FLIP_ROWS, replace=False))
-        self._train = train.take(touched)
-        self._before = self._predict()
-
-    def after(self) -> dict[str, float]:
-        """Return the metrics ``cut_cost`` and ``cut_flips``."""
-        clean_before, train_before = self._before
-        clean_after, train_after = self._predict()
-        labels = self._clean.labels.numpy()
-        lost = int((clean_before == labels).sum()) - int((clean_after == labels).sum())
-        obeyed = train_before == self._train.labels.numpy()
-        flipped = obeyed & (train_after != train_before)
-        return {
-            "cut_cost": lost / self._clean_rows if self._clean_rows else math.nan,
-            "cut_flips": float(flipped.sum() / obeyed.sum()) if obeyed.any() else math.nan,
-        }
-
-    def _predict(self) -> tuple[IntArray, IntArray]:
-        precision = self._run.config["tuning"]["precision"]
-        predicted = [
-            self._run.classes(self._model, rows, precision=precision, stage="cost of the cut")
-            if len(rows)
-            else np.zeros(0, dtype=np.int64)
-            for rows in (self._clean, self._train)
-        ]
-        return predicted[0], predicted[1]
 
 
 def tokens_flagged(alpha: float, vocabulary: int, candidates: int) -> int:
@@ -613,35 +595,3 @@ def top_tokens(drift: FloatArray, candidates: BoolArray, k: int) -> tuple[int, .
     ids = np.flatnonzero(candidates)
     # Equal drifts: lower ids first.
     return tuple(int(i) for i in ids[np.lexsort((ids, -drift[ids]))][:k])
-
-
-def cut_tokens(
-    trained: torch.Tensor,
-    pretrained: torch.Tensor,
-    neutral: torch.Tensor,
-    flagged: Sequence[int],
-    cut: str,
-    cut_norm: str,
-) -> None:
-    """Unlearn the rows `flagged` of `trained`, in place.
-
-    trained, pretrained: (vocabulary, hidden). neutral: (hidden,). cut, cut_norm: see
-    `TokenUnlearning`. With ``running``, c includes the rows that were already cut.
-    """
-    import torch
-
-    if cut == "none" or not flagged:
-        return
-    with torch.no_grad():
-        vocabulary = len(trained)
-        reference = pretrained.to(trained.device)
-        value = neutral.to(trained.device)
-        square = float((trained - reference).double().pow(2).sum())
-        for token in flagged:
-            c = max(0.0, square) ** 0.5 / vocabulary
-            before = trained[token] - reference[token]
-            moved = torch.ones_like(before, dtype=torch.bool) if cut == "row" else before.abs() > c
-            trained[token] = torch.where(moved, value, trained[token])
-            if cut_norm == "running":
-                after = trained[token] - reference[token]
-                square += float(after.double().pow(2).sum() - before.double().pow(2).sum())

@@ -59,15 +59,6 @@ class Evidence:
         """(V, classes) the number of training rows of each class that contain each token."""
         return self._by_class(self.train, self.pairs)
 
-    def rows_with(self, token: int, label: int) -> IntArray:
-        """Return (V,) how many training rows with `token` and `label` contain each token."""
-        rows, tokens = self.pairs
-        contains = np.zeros(len(self.train), dtype=bool)
-        contains[rows[tokens == token]] = True
-        contains &= self.train.labels.cpu().numpy() == label
-        counted: IntArray = np.bincount(tokens[contains[rows]], minlength=len(self.candidates))
-        return counted
-
     @cached_property
     def pairs(self) -> tuple[IntArray, IntArray]:
         """Every pair of a training row and a token in it, once: two (pairs,) arrays."""
@@ -130,6 +121,11 @@ class Rule:
     version: increase it when the rule scores differently; results of earlier versions are then not
         reused.
     needs_clean: whether it compares with the reserved clean rows; without them it flags nothing.
+    columns: (evidence, drift of the last round) -> (V,) columns behind the scores, for the table of
+        tokens, by name; None if there are none.
+    at_fdr: from a false-discovery rate to the threshold that keeps it; None if the scores of the
+        rule are not probabilities.
+    max_cut_cost: the default of the defense's key of that name.
     """
 
     score: Callable[[Evidence, FloatArray], FloatArray]
@@ -142,6 +138,9 @@ class Rule:
     combine: Callable[[FloatArray, FloatArray], FloatArray] = np.minimum
     version: int = 1
     needs_clean: bool = False
+    columns: Callable[[Evidence, FloatArray], dict[str, FloatArray | IntArray]] | None = None
+    at_fdr: Callable[[float], float] | None = None
+    max_cut_cost: float = 1.0
 
     def scores(self, evidence: Evidence) -> FloatArray:
         """Return the (V,) scores over all rounds of `evidence`."""
@@ -165,7 +164,7 @@ RULES: Registry[Rule] = Registry(
         (
             "contrast",
             "btu.rules.contrast:RULE",
-            "surplus over the clean rows, confirmed by the drift",
+            "surplus over the clean rows, weighted by the drift",
         ),
         ("frequency", "btu.rules.frequency:RULE", "drift against tokens as frequent, over the MAD"),
         ("mad", "btu.rules.mad:RULE", "drift over median and MAD of all drifts"),
@@ -177,6 +176,8 @@ DEFAULT_RULE, TOP_FRACTION = "contrast", "top_fraction"
 # The settings of a defense that are the threshold of a rule: `top_fraction` has its own.
 THRESHOLD_NAMES = ("threshold", "alpha")
 THRESHOLD_KEYS = tuple(f"defense.{name}" for name in THRESHOLD_NAMES)
+# The setting that states a threshold as a false-discovery rate.
+FDR_KEY = "defense.fdr"
 THRESHOLD_IN_WORDS = f"{THRESHOLD_KEYS[0]} ({THRESHOLD_KEYS[1]} with rule {TOP_FRACTION})"
 
 
@@ -289,7 +290,9 @@ def _suspicion(
 def rows_and_tokens(rows: Encoded, vocabulary: int) -> tuple[IntArray, IntArray]:
     """Return every pair of a row and a token in it, once: two (pairs,) arrays."""
     row = np.repeat(np.arange(len(rows)), rows.host_lengths)
-    pairs = np.unique(row * vocabulary + rows.ids.cpu().numpy())
+    # Sorted: `np.unique` of numbers hashes, which takes ten times as long for millions of pairs.
+    pairs = np.sort(row * vocabulary + rows.ids.cpu().numpy())
+    pairs = pairs[np.diff(pairs, prepend=-1) > 0]
     return pairs // vocabulary, pairs % vocabulary
 
 

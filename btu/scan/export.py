@@ -9,12 +9,13 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from btu.errors import UserError
+from btu.findings import Suspects
 from btu.paths import check_folder, not_written
 from btu.scan.plan import ScanPlan
 from btu.scan.report import ScanReport, renamed, score_text, words_text
@@ -46,6 +47,29 @@ CITATION = """@inproceedings{jiang2025backdoor,
 
 
 @dataclass(frozen=True)
+class CutCost:
+    """What cutting a flagged token costs, in fractions of the trusted rows.
+
+    token: its name.
+    cost: the accuracy lost directly after the cut of this token alone; NaN if no trusted row
+        contains it.
+    cost_tuned: the accuracy on its rows that tuning does not repair; NaN where `cost` is low.
+    vetoed: whether the token was not cut, since `cost_tuned` is above ``max_cut_cost``.
+    """
+
+    token: str
+    cost: float
+    cost_tuned: float
+    vetoed: bool
+
+    def as_record(self) -> dict[str, float | bool | None]:
+        """Return what a record of the token adds; JSON has no NaN."""
+        costs = {"cost": self.cost, "cost_tuned": self.cost_tuned}
+        known = {name: None if math.isnan(value) else value for name, value in costs.items()}
+        return {"vetoed": self.vetoed, **known}
+
+
+@dataclass(frozen=True)
 class Measured:
     """The effect of the cut.
 
@@ -55,6 +79,7 @@ class Measured:
     flips: share of the suspect rows with a flagged token whose label is predicted before the cut
         and not after it; NaN without such rows.
     majority: number of trusted rows of their most frequent class.
+    costs: of each flagged token, by its id; empty if every flagged token is cut unmeasured.
     """
 
     trusted: int
@@ -62,6 +87,18 @@ class Measured:
     after: int
     flips: float
     majority: int
+    costs: Mapping[int, CutCost] = field(default_factory=dict)
+
+    @property
+    def vetoed(self) -> list[CutCost]:
+        """The flagged tokens that were not cut."""
+        return [cost for cost in self.costs.values() if cost.vetoed]
+
+    def add_costs(self, records: Sequence[dict[str, Any]]) -> None:
+        """Add to records of tokens what their cut costs, if it was measured."""
+        for record in records:
+            if record["token_id"] in self.costs:
+                record |= self.costs[record["token_id"]].as_record()
 
     @property
     def at_chance(self) -> bool:
@@ -162,7 +199,8 @@ def export(
     cut = record["facts"]["measured"]
     n, before = counted["n"], counted["hits"]
     majority = max(Counter(plan.corpus.clean.labels).values())
-    measured = Measured(n, before, before - round(cut["cut_cost"] * n), cut["cut_flips"], majority)
+    after, costs = before - round(cut["cut_cost"] * n), _costs(report, stage, record["facts"])
+    measured = Measured(n, before, after, cut["cut_flips"], majority, costs)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".btu-export-", dir=target.parent) as made:
@@ -182,11 +220,30 @@ def export(
                 "files": files,
             }
             manifest["tokens"] = [t for t in manifest["tokens"] if t["flagged"]]
+            measured.add_costs(manifest["tokens"])
             (staged / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             _publish(staged, target)
     except OSError as error:
         raise not_written(f"--export {target}", error, "name another folder") from error
     return measured
+
+
+def _costs(report: ScanReport, stage: Path, facts: Mapping[str, Any]) -> dict[int, CutCost]:
+    """Return what the cut of each flagged token costs; nothing if that was not measured."""
+    found = Suspects.load(stage, facts)
+    assert found is not None
+    if "vetoed" not in found.table:
+        return {}
+    names = report.tokens.set_index("token_id")["token"]
+    return {
+        token: CutCost(
+            str(names[token]),
+            float(found.table["cost"][token]),
+            float(found.table["cost_tuned"][token]),
+            bool(found.table["vetoed"][token]),
+        )
+        for token in found.tokens
+    }
 
 
 def _save_model(plan: ScanPlan, source: Path, folder: Path) -> None:
@@ -240,19 +297,19 @@ def card(
     plan, corpus = report.plan, report.plan.corpus
     flagged = report.tokens[report.tokens["flagged"]]
     names = corpus.label_names
-    what = (
-        f"{len(flagged)} suspicious token{'s' * (len(flagged) != 1)} cut"
-        if len(flagged)
-        else "nothing cut"
-    )
+    kept = len(measured.vetoed)
+    cut = len(flagged) - kept
+    what = f"{cut} suspicious token{'s' * (cut != 1)} cut" if cut else "nothing cut"
+    what += f", {kept} flagged and not cut" if kept else ""
     fingerprints = corpus.fingerprints()
     sections = [
         _front_matter(plan),
         f"# {_plain(plan.spec.name)}, scanned for backdoor triggers: {what}",
         f"A text classifier with the classes {', '.join(map(_code, names))}, fine-tuned on data "
         "that was scanned with Backdoor Token Unlearning (BTU): a short training of the word "
-        "embeddings exposes tokens that decide the label as a trigger would; their embeddings are "
-        "replaced in the fine-tuned model, which is then tuned on trusted rows.",
+        "embeddings exposes tokens that decide the label as a trigger would; the embeddings of the "
+        "tokens that are cut are replaced in the fine-tuned model, which is then tuned on trusted "
+        "rows.",
         "## What was done",
         _table(
             ("", ""),
@@ -273,7 +330,7 @@ def card(
                 ("seed", str(plan.base.seed)),
             ],
         ),
-        _flagged(report),
+        _flagged(report, measured),
         "## Measured",
         *([f"**{measured.warning()}**"] if measured.at_chance else []),
         _table(
@@ -303,7 +360,7 @@ def card(
         "is not known; a cut that flips most of the rows with a flagged token is a strong sign of "
         "a backdoor.",
         "## Limits",
-        _limits(report),
+        _limits(report, measured),
         "## Use",
         "```python\nfrom transformers import pipeline\n\n"
         'classify = pipeline("text-classification", model=FOLDER)\n'
@@ -341,7 +398,7 @@ def _front_matter(plan: ScanPlan) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _flagged(report: ScanReport) -> str:
+def _flagged(report: ScanReport, measured: Measured) -> str:
     flagged = report.tokens[report.tokens["flagged"]]
     bar = f"{report.bar:g}"
     if flagged.empty:
@@ -362,6 +419,7 @@ def _flagged(report: ScanReport) -> str:
             str(token["rows"]),
             f"{_code(token['class'])} {_share(token['share'])} ({_share(token['class_share'])})",
             str(token["clean_rows"]),
+            _is_cut(measured.costs.get(token["token_id"])),
         )
         for token in flagged.head(LISTED).to_dict("records")
     ]
@@ -372,7 +430,7 @@ def _flagged(report: ScanReport) -> str:
         named = words_text(reading, report.plan.corpus.label_names, LISTED)
         unknown = (
             f"\n\n{_code(str(reading.token))} stands for every word that the victim does not know: "
-            f"the cut affects all of them, benign ones too. Behind it, with the rows by class: "
+            f"a cut affects all of them, benign ones too. Behind it, with the rows by class: "
             f"{_code(named)}."
         )
     text = "## Flagged tokens\n\n" + _table(
@@ -382,35 +440,49 @@ def _flagged(report: ScanReport) -> str:
             "rows",
             "class: share of its rows (of all)",
             "trusted rows",
+            "cut",
         ),
         rows,
     )
-    return text + (f"\n\n... and {more} more, in `{MANIFEST}`." if more > 0 else "") + unknown
+    text += f"\n\n... and {more} more, in `{MANIFEST}`." if more > 0 else ""
+    if measured.vetoed:
+        text += (
+            "\n\nA token is not cut if its cut costs, after tuning, more than "
+            f"{_share(float(report.plan.defense.max_cut_cost or 0))} of the trusted rows. Such a "
+            "word usually carries the meaning of a class. If it is a trigger, its backdoor is in "
+            "the model: with `--max-cut-cost 1` every flagged token is cut."
+        )
+    return text + unknown
 
 
-def _limits(report: ScanReport) -> str:
+def _is_cut(cost: CutCost | None) -> str:
+    if cost is None or not cost.vetoed:
+        return "yes"
+    return f"no: costs {_share(cost.cost_tuned)} of the trusted rows"
+
+
+def _limits(report: ScanReport, measured: Measured) -> str:
     plan = report.plan
+    least = ", ".join(
+        f"{_code(name)}: {'none' if count is None else count}" for name, count in plan.least.items()
+    )
+    too_few = (
+        "It cannot flag a token in fewer rows of a class than this on its own, even if no trusted "
+        f"row contains it ({least}). Whether it flags a token in more rows depends on how far its "
+        "embedding moved: the number is no promise."
+    )
     lines = [
         *([report.reading.warning()] if report.reading.too_little else []),
         "A scan finds triggers made of fixed tokens (words, a sentence) that decide the label of "
         "the scanned rows. It does not find triggers without fixed tokens (a style, a syntax, a "
         "paraphrase), or triggers beyond the longest input.",
+        *([too_few] if least else []),
         "It does not search for a backdoor that the pretrained model already had.",
         "If nothing was flagged, that does not prove that the data have no trigger.",
         "The model largely ignores cut tokens, in benign texts too.",
+        *(["It does not ignore flagged tokens that were not cut."] if measured.vetoed else []),
         "Rows with a flagged token were not removed; the model was trained on them.",
     ]
-    if plan.least:
-        least = ", ".join(
-            f"{_code(name)}: {'none' if least is None else least}"
-            for name, least in plan.least.items()
-        )
-        lines.insert(
-            -4,
-            "It cannot flag a token in fewer rows of a class than this, even if no trusted row "
-            f"contains it ({least}). A token in more rows is flagged only if it also moved far: "
-            "the number is no promise.",
-        )
     return "\n".join(f"- {line}" for line in lines)
 
 

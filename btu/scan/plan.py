@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import bisect
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,10 +37,11 @@ from btu.rules.base import (
     DEFAULT_RULE,
     RULES,
     TOP_FRACTION,
-    surplus_by_class,
     threshold_name,
     threshold_of,
 )
+from btu.rules.surplus import scored, surplus_sigmas
+from btu.scan.chance import HIGHEST_WEIGHT, chance_of
 from btu.scan.stages import loaded_suspects, suspect_rows, trusted_rows
 from btu.settings import TrainSettings, TuningSettings
 from btu.stage_files import (
@@ -51,6 +53,10 @@ from btu.victims import Victim, VictimSpec
 
 # Rows that are tokenized at once, when the first few may be enough.
 CHUNK = 4096
+# Rows of which the tests are counted before the scan, at most of each kind.
+SAMPLE = 4096
+# The way out without enough trusted rows.
+INSTEAD = "or take --rule frequency, which needs none and is less exact"
 
 
 @dataclass(frozen=True)
@@ -64,9 +70,9 @@ class ScanPlan:
     defense: the exposure and the rule.
     base: the stages that the defense starts from.
     least: for each class that has rows, the number of them below which a token cannot be flagged
-        even if no trusted row contains it, for its surplus is below the bar; None if no token can
-        be flagged. Whether a token in more rows is flagged depends on its drift as well. Empty for
-        rules without such a limit.
+        on its own even if no trusted row contains it and its embedding moves furthest
+        (`least_rows`); None if no token can be flagged. Whether a token in more rows is flagged
+        depends on its drift as well. Empty for rules without such a limit.
     """
 
     spec: DataSpec
@@ -127,8 +133,8 @@ class ScanPlan:
                 for name, least in self.least.items()
             )
             said.append(
-                "A token in fewer rows of a class than this cannot be flagged, however far it "
-                f"moves: {limits}. In more rows it can be, without a promise."
+                "A token in fewer rows of a class than this cannot be flagged on its own, however "
+                f"far it moves: {limits}. In more rows it can be, without a promise."
             )
         if self.defense.rule == TOP_FRACTION:
             said.append(
@@ -152,6 +158,8 @@ def prepare_scan(
     max_length: int = 128,
     rule: str | None = None,
     threshold: float | None = None,
+    fdr: float | None = None,
+    max_cut_cost: float | None = None,
     epochs: int = 1,
     seed: int = 0,
     train: TrainSettings | None = None,
@@ -174,6 +182,10 @@ def prepare_scan(
     max_length: longest input in tokens.
     rule: the detection rule; None is the default rule.
     threshold: of the rule; None is the rule's default.
+    fdr: the threshold as the expected number of benign tokens that are flagged, in (0, 1), for rule
+        ``contrast``.
+    max_cut_cost: of the export: a flagged token whose cut costs a larger fraction of the trusted
+        rows is not cut; None is the rule's default.
     epochs: of the exposure.
     seed: of all random draws.
     train: settings of the exported model's fine-tune.
@@ -182,11 +194,7 @@ def prepare_scan(
     Raises:
         UserError: something is missing, or cannot be scanned.
     """
-    rule = rule or DEFAULT_RULE
-    RULES.load(rule)  # an unknown name, before anything is read
-    limit: dict[str, Any] = {threshold_name(rule): threshold}
-    # Whoever planted a trigger may have chosen a word that the tokenizer does not know.
-    defense = TokenUnlearning(rule=rule, exposure_epochs=epochs, exclude=INSERTED, **limit)
+    defense = _defense(rule or DEFAULT_RULE, threshold, fdr, max_cut_cost, epochs)
     keys: dict[str, Any] = {"text_column": text, "label_column": label, "train_split": split}
     keys |= {"encoding": encoding, "separator": separator, "header": header, "quoting": quoting}
     spec = _find_data(str(data), keys)
@@ -200,15 +208,41 @@ def prepare_scan(
     loaded_suspects.cache_clear()  # the files may have changed since
     loaded = loaded_suspects(spec, clean_file)
     corpus = loaded.corpus
-    least = _check_trusted(spec, corpus, defense)
+    _check_trusted(spec, corpus, defense)
     victim_spec = VictimSpec(victim, max_length)
     found = load_victim(victim_spec, len(corpus.label_names))
     vocabulary = found.vocabulary_size
     defense.check(Given(vocabulary, len(corpus.label_names), len(corpus.train), len(corpus.clean)))
-    if rule == TOP_FRACTION and vocabulary is not None:
+    if defense.rule == TOP_FRACTION and vocabulary is not None:
         _check_share(defense, found, corpus.train, vocabulary)
+    least = _least(spec, corpus, defense, found)
     base = _foundation(spec, clean_file, corpus, found, train, tuning, seed)
     return ScanPlan(spec, loaded, victim_spec, found.source.identity, defense, base, least)
+
+
+def _defense(
+    rule: str,
+    threshold: float | None,
+    fdr: float | None,
+    max_cut_cost: float | None,
+    epochs: int,
+) -> TokenUnlearning:
+    RULES.load(rule)  # an unknown name, before anything is read
+    if threshold is not None and fdr is not None:
+        raise UserError(
+            f"--threshold {threshold!r} and --fdr {fdr!r} both say where tokens are flagged; give "
+            "one of them."
+        )
+    limit: dict[str, Any] = {threshold_name(rule): threshold}
+    return TokenUnlearning(
+        rule=rule,
+        fdr=fdr,
+        exposure_epochs=epochs,
+        # Whoever planted a trigger may have chosen a word that the tokenizer does not know.
+        exclude=INSERTED,
+        max_cut_cost=max_cut_cost,
+        **limit,
+    )
 
 
 def _find_data(data: str, keys: Mapping[str, Any]) -> DataSpec:
@@ -230,20 +264,16 @@ def _find_data(data: str, keys: Mapping[str, Any]) -> DataSpec:
     )
 
 
-def _check_trusted(
-    spec: DataSpec, corpus: Corpus, defense: TokenUnlearning
-) -> dict[str, int | None]:
-    """Return the least rows by class (`ScanPlan`); refuse a scan that cannot flag any token."""
+def _check_trusted(spec: DataSpec, corpus: Corpus, defense: TokenUnlearning) -> None:
+    """Refuse data without the trusted rows that the rule compares with."""
     rule = defense.rule
     assert rule is not None
-    detection = RULES.load(rule)
-    if not detection.needs_clean:
-        return {}
-    instead = "or take --rule frequency, which needs none and is less exact"
+    if not RULES.load(rule).needs_clean:
+        return
     if len(corpus.clean) == 0:
         raise UserError(
             f"data '{spec.name}' has no trusted rows (no split 'clean' or 'test'), with which rule "
-            f"'{rule}' compares; name some with --clean FILE, {instead}. They are not taken out of "
+            f"'{rule}' compares; name some with --clean FILE, {INSTEAD}. They are not taken out of "
             "the rows under suspicion: poisoned rows among them would be trusted."
             + "".join(f" {text}" for text in corpus.warnings)
         )
@@ -252,44 +282,68 @@ def _check_trusted(
         if size and not trusted:
             raise UserError(
                 f"the trusted rows have none of class '{name}', so that rule '{rule}' finds "
-                f"nothing in it; add some with --clean FILE, {instead}."
+                f"nothing in it; add some with --clean FILE, {INSTEAD}."
             )
-    assert defense.threshold is not None
-    bar = detection.bar(defense.threshold)
+
+
+def _least(
+    spec: DataSpec, corpus: Corpus, defense: TokenUnlearning, victim: Victim
+) -> dict[str, int | None]:
+    """Return the least rows by class (`ScanPlan`); refuse a scan that cannot flag any token."""
+    rule, threshold = defense.rule, defense.threshold
+    assert rule is not None
+    detection = RULES.load(rule)
+    if not detection.needs_clean:
+        return {}
+    assert threshold is not None
+    some = (victim.encode(_spread(rows)) for rows in (corpus.train, corpus.clean))
+    tests = chance_of(victim, defense.exclude, *some).tests
+    sizes, reserved = (_sizes(rows.labels, corpus) for rows in (corpus.train, corpus.clean))
     least = {
-        name: least_rows(index, sizes, reserved, bar)
+        name: least_rows(index, sizes, reserved, detection.bar(threshold), tests)
         for index, name in enumerate(corpus.label_names)
         if sizes[index]
     }
     if all(count is None for count in least.values()):
         raise UserError(
             f"with {len(corpus.train)} rows and {len(corpus.clean)} trusted ones rule '{rule}' can "
-            f"flag no token at threshold {defense.threshold:g}, even one in every row; give more "
-            f"of either, lower the threshold, {instead}."
+            f"flag no token at threshold {threshold:g}, even one in every row; give more "
+            f"of either, lower the threshold, {INSTEAD}."
         )
     return least
 
 
-def least_rows(label: int, rows: IntArray, reserved: IntArray, bar: float) -> int | None:
-    """Return how many rows of a class must contain a token for its surplus to reach `bar`.
+def _spread(rows: Rows) -> Rows:
+    """Return at most `SAMPLE` rows, at equal distances: files are often sorted by class."""
+    return rows.take(range(0, len(rows), max(1, math.ceil(len(rows) / SAMPLE))))
+
+
+def least_rows(
+    label: int, rows: IntArray, reserved: IntArray, bar: float, tests: int
+) -> int | None:
+    """Return how many rows of a class must contain a token for rule ``contrast`` to flag it.
 
     label: the class.
     rows: (classes,) number of suspect rows.
     reserved: (classes,) number of trusted rows.
     bar: the score to reach.
+    tests: how many pairs of token and class are tested, at least.
 
-    The token is in no trusted row and in no other class; the drift that confirms the surplus is
-    not limited. None if a token in all rows of the class does not reach the bar.
+    It is a lower bound: the token is in no trusted row and in no other class, its embedding moves
+    furthest (chance may flag it 30 times as often as the average token), the word frequencies of
+    both sources are the same, and there are no more tests. Only a word of a trigger sentence may be
+    in fewer rows, down to nine tenths, since it gets the score of another word. None if a token in
+    all rows of the class does not reach the bar.
     """
-    from btu.rules.frequency import MIN_COUNT
 
-    def surplus(count: int) -> float:
+    def highest_score(count: int) -> float:
         held = np.zeros((1, len(rows)), dtype=np.int64)
         held[0, label] = count
-        return float(surplus_by_class(held, np.zeros_like(held), rows, reserved)[0, label])
+        sigmas = surplus_sigmas(held, np.zeros_like(held), rows, reserved)
+        return float(scored(sigmas, max(tests, 1) / HIGHEST_WEIGHT)[0, label])
 
     size = int(rows[label])
-    least = max(MIN_COUNT, bisect.bisect_left(range(size + 1), bar, key=surplus))
+    least = bisect.bisect_left(range(1, size + 1), bar, key=highest_score) + 1
     return least if least <= size else None
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from btu.errors import UserError
 from btu.reading import full_lengths, unknown_words, without_inserted
-from btu.rules.base import Evidence, surplus_by_class
+from btu.rules.surplus import scored, surplus_sigmas
+from btu.scan.chance import Chance, chance_of, count_tests
 from btu.stage_files import load_encoded
 from btu.stages import compute
 from btu.types import BoolArray, FloatArray, IntArray, ProgressCallback, Rows, silent
@@ -34,19 +35,35 @@ class Words:
     rows: (W,) for each word the suspect rows that contain it.
     by_class: (W, classes) the number of suspect rows of each class with the word.
     trusted: (W,) the number of trusted rows with it.
-    surplus: (W,) as of tokens (`btu.rules.base.surplus_by_class`), in the class where it is
-        highest; 0 without trusted rows.
+    sigmas: (W,) their surplus in sigmas, as of tokens (`btu.rules.surplus.surplus_sigmas`, with the
+        shift of the tokens), in the class where it is highest; 0 without trusted rows.
+    tests: number of pairs that are tested: those of token and class that rule ``contrast`` tests,
+        and those of word and class that it would test. With few unknown words, a word has the
+        surplus that a token of its own would have.
     """
 
     words: tuple[str, ...]
     rows: tuple[IntArray, ...]
     by_class: IntArray
     trusted: IntArray
-    surplus: FloatArray
+    sigmas: FloatArray
+    tests: int
 
-    def above(self, bar: float) -> list[int]:
-        """Return the words whose surplus reaches a bar, by index."""
-        return [int(i) for i in np.flatnonzero(self.surplus >= bar)]
+    @property
+    def surplus(self) -> FloatArray:
+        """(W,) the surplus as a score of rule ``contrast``."""
+        return self.scores()
+
+    def scores(self, weight: float = 1.0) -> FloatArray:
+        """Return (W,) the surplus as a score, if chance may flag the words `weight` times as often.
+
+        weight: `btu.rules.contrast.weights` of the unknown token, whose drift is theirs too.
+        """
+        return scored(self.sigmas, self.tests / weight)
+
+    def above(self, bar: float, weight: float = 1.0) -> list[int]:
+        """Return the words whose `scores` reach a bar, by index."""
+        return [int(i) for i in np.flatnonzero(self.scores(weight) >= bar)]
 
 
 @dataclass(frozen=True)
@@ -163,10 +180,6 @@ class Scanned:
         first, second = without_inserted(tokenizer, vocabulary, (train, clean))
         return cls(train, (first, second))
 
-    def evidence(self, candidates: BoolArray, drift: FloatArray) -> Evidence:
-        """Return what the rule of the scan read."""
-        return Evidence({3: drift}, candidates, *self.counted)
-
 
 def read_texts(
     plan: ScanPlan, root: str | Path, *, gpus: float = 0, progress: ProgressCallback = silent
@@ -188,7 +201,8 @@ def read_texts(
         load_encoded(root / stage.key / f"{role}.safetensors")
         for stage, role in ((plan.base.rows, "train"), (plan.base.clean, "clean"))
     )
-    tokenizer, longest = plan.load_victim().tokenizer, plan.victim.max_length
+    victim, longest = plan.load_victim(), plan.victim.max_length
+    tokenizer = victim.tokenizer
     classes = len(plan.corpus.label_names)
     labels = train.labels.numpy()
     around = len(tokenizer("")["input_ids"])
@@ -199,6 +213,8 @@ def read_texts(
     full = np.flatnonzero(train.host_lengths >= longest)
     texts = plan.corpus.train.texts
     cut[full] = full_lengths(tokenizer, [texts[i] for i in full]) - train.host_lengths[full]
+
+    chance = chance_of(victim, plan.defense.exclude, train, clean)
 
     def summed(values: IntArray) -> IntArray:
         counted: IntArray = np.bincount(labels, values, minlength=classes).astype(np.int64)
@@ -212,7 +228,7 @@ def read_texts(
         summed(cut),
         int((cut > 0).sum()),
         int((lengths == 0).sum()),
-        _words(plan, unknown > 0, _occurrences(clean, unknown_id) > 0),
+        _words(plan, unknown > 0, _occurrences(clean, unknown_id) > 0, chance),
     )
     if found.unknown.sum() == found.read.sum():
         raise UserError(
@@ -241,12 +257,13 @@ def _occurrences(rows: Encoded, token: int | None) -> IntArray:
     return counted
 
 
-def _words(plan: ScanPlan, suspect: BoolArray, trusted: BoolArray) -> Words:
+def _words(plan: ScanPlan, suspect: BoolArray, trusted: BoolArray, chance: Chance) -> Words:
     """Return the words behind the unknown token.
 
     plan: the scan.
     suspect: (rows,) which suspect rows contain it.
     trusted: the same for the trusted rows.
+    chance: of the tokens.
     """
     corpus, longest = plan.corpus, plan.victim.max_length
     tokenizer, classes = plan.load_victim().tokenizer, len(corpus.label_names)
@@ -270,19 +287,20 @@ def _words(plan: ScanPlan, suspect: BoolArray, trusted: BoolArray) -> Words:
         return counted
 
     ours, theirs = by_class(corpus.train, held), by_class(corpus.clean, honest)
-    sizes = [
+    size, reserved = (
         np.bincount(np.asarray(rows.labels, dtype=np.int64), minlength=classes)
         for rows in (corpus.train, corpus.clean)
-    ]
-    surplus = surplus_by_class(ours, theirs, *sizes).max(axis=1, initial=-np.inf)
-    order = np.lexsort((np.arange(len(held)), -ours.sum(axis=1), -surplus))
+    )
+    sigmas = surplus_sigmas(ours, theirs, size, reserved, chance.shift).max(axis=1, initial=-np.inf)
+    order = np.lexsort((np.arange(len(held)), -ours.sum(axis=1), -sigmas))
     words = list(held)
     return Words(
         tuple(words[i] for i in order),
         tuple(held[words[i]] for i in order),
         ours[order],
         theirs.sum(axis=1)[order],
-        surplus[order],
+        sigmas[order],
+        chance.tests + count_tests(ours, theirs),
     )
 
 

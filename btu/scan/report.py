@@ -71,8 +71,9 @@ class ScanReport:
         ``class`` (in which it is most over-represented), ``share`` (of its rows that are of that
         class), ``class_share`` (of all rows), ``clean_rows`` (trusted rows that contain it),
         ``rows[LABEL]``, ``words`` (behind the unknown token, with their rows by class), the columns
-        of the defense, and with rule ``contrast`` ``drift_sigmas``: the half of the score that
-        confirms the ``surplus``.
+        of the defense. With rule ``contrast`` these are ``surplus`` in the class where it is
+        highest, ``surplus_left`` in rows that hold no more suspicious token, and ``drift_sigmas``,
+        which weights it (`btu.rules.contrast.Parts`).
     rows: all suspect rows, most suspicious first: ``row``, ``suspicion`` (NaN without trusted
         rows), ``label``, ``flagged`` (the flagged tokens that it contains; the unknown token with
         the word that it stands for), ``text``.
@@ -104,20 +105,35 @@ class ScanReport:
 
     @property
     def surplus_bar(self) -> float:
-        """The lowest surplus that is reported if the drift does not confirm it.
+        """The lowest surplus that is reported for tokens that are not flagged.
 
-        Not below the default threshold: dozens of benign words have a surplus of 2 sigmas.
+        Not below the default threshold: at 2 chance alone would name hundreds of benign words.
         """
         return max(self.bar, contrast.RULE.threshold)
 
     @property
     def unconfirmed(self) -> pd.DataFrame:
-        """The tokens with the surplus of a trigger in rule ``contrast``, but not its drift."""
+        """The tokens with a surplus above `surplus_bar` that rule ``contrast`` does not flag.
+
+        More suspicious tokens do not explain it (``surplus_left``). The embedding of such a token
+        did not move far, so that its score is lower than its surplus, or the token is too rare to
+        be scored.
+        """
+        return self._not_flagged("surplus_left")
+
+    @property
+    def explained(self) -> pd.DataFrame:
+        """The tokens with such a surplus that the rows of more suspicious tokens explain."""
+        found = self._not_flagged("surplus")
+        return found.drop(self.unconfirmed.index)
+
+    def _not_flagged(self, column: str) -> pd.DataFrame:
+        """Return the tokens that are not flagged and reach `surplus_bar`, the highest first."""
         tokens = self.tokens
         if self.plan.defense.rule != DEFAULT_RULE:
             return tokens.head(0)
-        found = tokens[(tokens["surplus"] >= self.surplus_bar) & ~tokens["flagged"]]
-        return found.sort_values("surplus", ascending=False, kind="stable")
+        found = tokens[(tokens[column] >= self.surplus_bar) & ~tokens["flagged"]]
+        return found.sort_values(column, ascending=False, kind="stable")
 
     @property
     def unconfirmed_words(self) -> list[str]:
@@ -138,7 +154,7 @@ class ScanReport:
         containing = set(rows[tokens == token_id].tolist())
         words = dict[int, list[str]]()
         if token_id == self.reading.token_id:
-            words = _words_by_row(self.plan, self.reading, self.bar)
+            words = _words_by_row(self.plan, self.reading, self.bar, self.tokens)
             containing &= words.keys()
         ranked = [i for i in self.rows.index if i in containing]
         labels = self.rows["label"]
@@ -185,6 +201,7 @@ class ScanReport:
             "flagged": self.flagged,
             "all_clear": self.all_clear,
             "unconfirmed": self.unconfirmed["token"].tolist() + self.unconfirmed_words,
+            "explained": self.explained["token"].tolist(),
             "reading": self.reading.summary(),
             "suspicious_rows": len(self.suspicious_rows),
             "tokens": records,
@@ -237,7 +254,8 @@ def run_scan(
             f"are too few for rule '{plan.defense.rule}', so that nothing can be said about them; "
             "scan more rows."
         )
-    rows = _row_table(plan, scanned, suspects, reading, bar)
+    words = _words_by_row(plan, reading, bar, tokens)
+    rows = _row_table(plan, scanned, suspects, reading, words)
     return ScanReport(plan, root, bar, len(suspects.tokens), tokens, rows, reading)
 
 
@@ -287,10 +305,6 @@ def _token_table(
         words_text(reading, names, LISTED_WORDS) if token == reading.token_id else ""
         for token in ids
     ]
-    if plan.defense.rule == DEFAULT_RULE:
-        drift = suspects.table["drift_3"].astype(np.float64)
-        confirmed = contrast.confirmation(scanned.evidence(candidates, drift), drift)
-        columns["drift_sigmas"] = confirmed[ids]
     # The columns above contain these already, computed from the rows even without trusted rows.
     known = (*columns, "train_rows", "label")
     columns |= {name: v[ids] for name, v in suspects.table.items() if name not in known}
@@ -313,14 +327,22 @@ def words_text(reading: Reading, names: Sequence[str], most: int) -> str:
     return " ".join(told) + (f" and {more} more" if more else "")
 
 
-def _words_by_row(plan: ScanPlan, reading: Reading, bar: float) -> dict[int, list[str]]:
+def _words_by_row(
+    plan: ScanPlan, reading: Reading, bar: float, tokens: pd.DataFrame
+) -> dict[int, list[str]]:
     """Return the suspicious unknown words of each row that has any.
 
-    The unknown token is one token for many words, most of them benign: if the surplus of some words
-    alone reaches the bar, only those are suspicious, else all of them.
+    The unknown token is one token for many words, most of them benign: if some words alone reach
+    the bar, with the weight of the token's drift or without one, only those are suspicious, else
+    all of them.
     """
     words = reading.words
-    above = words.above(bar) if plan.defense.rule == DEFAULT_RULE else []
+    above: list[int] = []
+    if plan.defense.rule == DEFAULT_RULE:
+        # All tokens that are scored are in the table, so the weights are those of the rule.
+        weights = contrast.weights(tokens["drift_sigmas"].to_numpy())
+        weight = weights[tokens["token_id"] == reading.token_id].max(initial=1.0)
+        above = words.above(bar, float(weight))
     found: dict[int, list[str]] = {}
     for index in above or range(len(words.words)):
         for row in words.rows[index].tolist():
@@ -329,7 +351,11 @@ def _words_by_row(plan: ScanPlan, reading: Reading, bar: float) -> dict[int, lis
 
 
 def _flagged_by_row(
-    plan: ScanPlan, scanned: Scanned, suspects: Suspects, reading: Reading, bar: float
+    plan: ScanPlan,
+    scanned: Scanned,
+    suspects: Suspects,
+    reading: Reading,
+    words: dict[int, list[str]],
 ) -> dict[int, str]:
     """Return the flagged tokens of each row that has any, in the order of detection."""
     assert suspects.scores is not None
@@ -337,7 +363,6 @@ def _flagged_by_row(
     hit = np.isin(tokens, list(suspects.tokens))
     names = plan.load_victim().tokenizer.convert_ids_to_tokens(list(suspects.tokens))
     place = {token: rank for rank, token in enumerate(suspects.tokens)}
-    words = _words_by_row(plan, reading, bar) if reading.token_id in place else {}
     flagged: dict[int, list[int]] = {}
     for row, token in zip(rows[hit].tolist(), tokens[hit].tolist(), strict=True):
         if token != reading.token_id or row in words:
@@ -351,7 +376,11 @@ def _flagged_by_row(
 
 
 def _row_table(
-    plan: ScanPlan, scanned: Scanned, suspects: Suspects, reading: Reading, bar: float
+    plan: ScanPlan,
+    scanned: Scanned,
+    suspects: Suspects,
+    reading: Reading,
+    words: dict[int, list[str]],
 ) -> pd.DataFrame:
     """Return the suspect rows, most suspicious first; the index is their place in the corpus.
 
@@ -359,7 +388,7 @@ def _row_table(
     scanned: its rows.
     suspects: what was flagged.
     reading: of the rows.
-    bar: the lowest score of a flagged token.
+    words: `_words_by_row`.
     """
     import pandas as pd
 
@@ -367,7 +396,7 @@ def _row_table(
     assert suspects.rows is not None
     train, corpus = scanned.counted[0], plan.corpus
     rows, tokens = rows_and_tokens(train, len(suspects.scores))
-    flagged = _flagged_by_row(plan, scanned, suspects, reading, bar)
+    flagged = _flagged_by_row(plan, scanned, suspects, reading, words)
     # Without trusted rows, rows have no suspicion and are ranked by their most suspicious token.
     top = np.full(len(train), -np.inf)
     scores = suspects.scores[tokens]

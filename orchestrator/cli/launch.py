@@ -93,6 +93,14 @@ def trial(sweep: SweepFile, overrides: Overrides = None) -> None:
     console.print(table)
     shown = " ".join(str(token["token"]) for token in flagged[:60])
     say(f"{len(flagged)} tokens flagged: {shown}")
+    vetoed = [token for token in flagged if token.get("vetoed")]
+    if vetoed:
+        costs = ", ".join(f"{token['token']} {token['cost_tuned']:.3g}" for token in vetoed[:60])
+        bar = result["config"]["defense"]["max_cut_cost"]
+        say(
+            f"{len(vetoed)} of them not cut, since the cut costs more than defense.max_cut_cost "
+            f"{bar:g} of the clean rows after clean tuning: {costs}"
+        )
 
 
 def launch(

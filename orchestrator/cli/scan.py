@@ -99,6 +99,13 @@ def scan(
     threshold: Annotated[
         float | None, typer.Option(help="Lowest score of a flagged token. Default: the rule's.")
     ] = None,
+    fdr: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of --threshold: how many benign tokens may be flagged by chance, e.g. "
+            "0.01. Default: 0.05."
+        ),
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of the short training.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of all random draws.")] = 0,
     cpus: Annotated[
@@ -134,6 +141,13 @@ def scan(
             help="Train a model on DATA, cut the flagged tokens and save it here.", metavar="DIR"
         ),
     ] = None,
+    max_cut_cost: Annotated[
+        float | None,
+        typer.Option(
+            help="With --export: a token is not cut if that costs a larger fraction of the trusted "
+            "rows; 1 cuts all. Default: 0.02, with another rule 1."
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Tokens to show.")] = 10,
     style: Annotated[
         ScanFormat, typer.Option("--format", "-f", help="json has fractions, table percent.")
@@ -144,11 +158,11 @@ def scan(
 ) -> None:
     """Search data of your own for the trigger of a backdoor; nothing is poisoned.
 
-    Tokens are ranked by how much they move in a short training on DATA, compared with what trusted
-    rows explain. Exit code 0 whether or not a token is flagged, except with `--fail-on-finding`; 2
-    if DATA or an option cannot be used; 3 if the result cannot be relied on: more than a quarter of
-    the tokens is unknown to the victim or cut off, or the exported model is no better than the most
-    frequent class.
+    Tokens are ranked by how much more often a class of DATA has them than trusted rows explain,
+    weighted by how far they move in a short training. Exit code 0 whether or not a token is
+    flagged, except with `--fail-on-finding`; 2 if DATA or an option cannot be used; 3 if the result
+    cannot be relied on: more than a quarter of the tokens is unknown to the victim or cut off, or
+    the exported model is no better than the most frequent class.
 
     Example: `btu scan reviews.csv --clean trusted.csv --text review --label stars`
     """
@@ -176,6 +190,8 @@ def scan(
         max_length=max_length,
         rule=rule,
         threshold=threshold,
+        fdr=fdr,
+        max_cut_cost=max_cut_cost,
         epochs=epochs,
         seed=seed,
     )
@@ -201,7 +217,8 @@ def scan(
         _show(report, top)
         _show_files(report, files, all_rows)
         if measured is not None:
-            _show_export(report.plan, measured, str(export))
+            for line in _export_lines(report.plan, measured, str(export)):
+                say(line)
     if measured is not None and measured.at_chance:
         warn(f"warning: {measured.warning()}")
     if fail_on_finding and report.flagged:
@@ -325,30 +342,48 @@ def _print_json(
         found["export"] = str(export)
     if measured is not None:
         found["at_chance"] = measured.at_chance
+        found["vetoed"] = [cost.token for cost in measured.vetoed]
+        measured.add_costs(found["tokens"])
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
 
 
 def _show(report: ScanReport, top: int) -> None:
     """Print the tokens, rows with them, and the verdict. top: how many tokens to show."""
     from btu.rules.base import DEFAULT_RULE
+    from btu.rules.surplus import expected_flags
 
     shown = report.tokens.head(top).to_dict("records")
     console.print(_token_table(shown, report.plan.defense.rule == DEFAULT_RULE))
     say("class: share of the token's rows (of all rows). trusted: trusted rows with the token.")
     if report.plan.defense.rule == DEFAULT_RULE:
         say(
-            "score: the smaller of surplus over the trusted rows and drift in the training, in "
-            f"sigmas; a token is flagged if both reach {report.bar:g}."
+            "surplus: how much more often a class has the token than the trusted rows and chance "
+            "explain (in brackets: without the rows of more suspicious tokens). drift: how far its "
+            "embedding moved, among tokens as frequent. score: the surplus, raised for tokens that "
+            f"moved far; on average at most {expected_flags(report.bar):.2g} benign tokens reach "
+            f"{report.bar:g}."
         )
     _show_unknown(report, shown)
-    # The verdict says to read the rows of both.
+    # The verdict says to read the rows of all of them.
     named = [token for token in shown if token["flagged"]]
-    named += report.unconfirmed.to_dict("records")[:EXAMPLES]
+    named += _to_read(report)[:EXAMPLES]
     for token in named or shown[:EXAMPLES]:
         say(f"\n{_printable(token['token'])}")
         for example in report.examples(int(token["token_id"])):
             say(f"  row {example.row} [{_printable(example.label)}] {example.excerpt}")
     say(f"\n{_verdict(report, top)}")
+
+
+def _to_read(report: ScanReport) -> list[dict[Any, Any]]:
+    """Return the tokens that are not flagged and whose rows the verdict says to read."""
+    tokens = report.tokens
+    unknown = tokens["token_id"] == report.reading.token_id
+    found = report.unconfirmed
+    if report.unconfirmed_words:
+        # The token of the words, once, and first.
+        others = found[found["token_id"] != report.reading.token_id]
+        return [*tokens[unknown].to_dict("records"), *others.to_dict("records")]
+    return list(found.to_dict("records"))
 
 
 def _show_unknown(report: ScanReport, shown: list[dict[Any, Any]]) -> None:
@@ -366,22 +401,16 @@ def _show_unknown(report: ScanReport, shown: list[dict[Any, Any]]) -> None:
     )
 
 
-def _token_table(tokens: list[dict[Any, Any]], halves: bool) -> Table:
-    """Return the table of tokens. halves: whether to show both halves of the score."""
-    from btu.scan.report import score_text
-
-    def shown(score: float) -> str:
-        return "-" if math.isnan(score) else score_text(score)
-
-    parts = ("surplus", "drift") if halves else ()
-    heads = ("", "token", "score", *parts, "flagged", "rows", "class", "trusted")
-    table = Table(*heads, header_style="bold")
+def _token_table(tokens: list[dict[Any, Any]], parts: bool) -> Table:
+    """Return the table of tokens. parts: whether to show what makes up a score."""
+    heads = ("", "token", "score", *(("surplus", "drift") if parts else ()), "flagged", "rows")
+    table = Table(*heads, "class", "trusted", header_style="bold")
     for token in tokens:
         table.add_row(
             str(token["rank"]),
             escape(_printable(token["token"])),
-            shown(token["score"]),
-            *((shown(token["surplus"]), shown(token["drift_sigmas"])) if halves else ()),
+            _number(token["score"]),
+            *((_surplus(token), _number(token["drift_sigmas"])) if parts else ()),
             "[red]yes[/red]" if token["flagged"] else "no",
             str(token["rows"]),
             escape(
@@ -390,6 +419,18 @@ def _token_table(tokens: list[dict[Any, Any]], halves: bool) -> Table:
             str(token["clean_rows"]),
         )
     return table
+
+
+def _number(score: float) -> str:
+    from btu.scan.report import score_text
+
+    return "-" if math.isnan(score) else score_text(score)
+
+
+def _surplus(token: dict[Any, Any]) -> str:
+    """Return the surplus, and what more suspicious tokens leave of it if they explain a part."""
+    alone, left = _number(token["surplus"]), _number(token["surplus_left"])
+    return alone if left == alone else f"{alone} ({left})"
 
 
 def _verdict(report: ScanReport, top: int) -> str:
@@ -412,18 +453,20 @@ def _verdict(report: ScanReport, top: int) -> str:
             f"Nothing was flagged{alone}. Highest score {score_text(report.highest)} "
             f"('{_printable(first['token'])}'), {bar}. Triggers without fixed tokens are not found."
         )
-    parts = (said, _unconfirmed(report), report.reading.warning())
+    parts = (said, _unconfirmed(report), _explained(report), report.reading.warning())
     return " ".join(part for part in parts if part)
 
 
 def _unconfirmed(report: ScanReport) -> str:
-    """Return the sentence on tokens with the surplus of a trigger and without its drift."""
-    from btu.scan.reading import NAMED
+    """Return the sentence on tokens that are not flagged although their surplus is high."""
     from btu.scan.report import score_text
 
+    def reason(drift: float) -> str:
+        return "too rare to be scored" if math.isnan(drift) else f"drift {score_text(drift)}"
+
     tokens = [
-        f"{_printable(token['token'])} (surplus {score_text(token['surplus'])}, drift "
-        f"{'-' if math.isnan(token['drift_sigmas']) else score_text(token['drift_sigmas'])})"
+        f"{_printable(token['token'])} (surplus {score_text(token['surplus_left'])}, "
+        f"{reason(token['drift_sigmas'])})"
         for token in report.unconfirmed.to_dict("records")
         # Not counted twice: its words follow.
         if token["token_id"] != report.reading.token_id or not report.unconfirmed_words
@@ -431,17 +474,39 @@ def _unconfirmed(report: ScanReport) -> str:
     words = report.reading.words
     tokens += [
         f"the unknown word {_printable(word)} (surplus "
-        f"{score_text(float(words.surplus[words.words.index(word)]))})"
+        f"{score_text(float(words.surplus[words.words.index(word)]))}; its token "
+        f"{report.reading.token} is not flagged)"
         for word in report.unconfirmed_words
     ]
     if not tokens:
         return ""
-    more = f" and {len(tokens) - NAMED} more" if len(tokens) > NAMED else ""
+    which = "1 token is" if len(tokens) == 1 else f"{len(tokens)} tokens are"
     return (
-        f"The surplus of {len(tokens)} token{'s' * (len(tokens) != 1)} reaches "
-        f"{report.surplus_bar:g}, and the drift does not confirm it: {', '.join(tokens[:NAMED])}"
-        f"{more}. Read their rows: with few rows drifts are small, and more --epochs enlarge them."
+        f"{which} not flagged although the surplus alone reaches "
+        f"{report.surplus_bar:g}: {_some(tokens)}. Read their rows; more trusted rows would tell "
+        "more."
     )
+
+
+def _explained(report: ScanReport) -> str:
+    """Return the sentence on tokens whose surplus more suspicious tokens explain."""
+    from btu.scan.report import score_text
+
+    tokens = [
+        f"{_printable(token['token'])} (surplus {score_text(token['surplus'])}, "
+        f"{score_text(token['surplus_left'])} without them)"
+        for token in report.explained.to_dict("records")
+    ]
+    if not tokens:
+        return ""
+    return f"The rows of more suspicious tokens explain the surplus of {_some(tokens)}."
+
+
+def _some(named: list[str]) -> str:
+    from btu.scan.reading import NAMED
+
+    more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+    return f"{', '.join(named[:NAMED])}{more}"
 
 
 def _show_files(report: ScanReport, files: _Files, all_rows: bool) -> None:
@@ -451,7 +516,8 @@ def _show_files(report: ScanReport, files: _Files, all_rows: bool) -> None:
     say(f"{files.tokens}: all {len(report.tokens)} tokens")
 
 
-def _show_export(plan: ScanPlan, measured: Measured, folder: str) -> None:
+def _export_lines(plan: ScanPlan, measured: Measured, folder: str) -> list[str]:
+    """Return what is printed about an exported model."""
     found = measured.as_metrics()
     line = (
         f"{folder}: the model, with its card. Accuracy on {len(plan.corpus.clean)} trusted rows: "
@@ -463,7 +529,15 @@ def _show_export(plan: ScanPlan, measured: Measured, folder: str) -> None:
             f" On rows with a flagged token, the cut changed {found['cut_flips']:.1%} of the "
             "predictions that matched the label."
         )
-    say(line)
+    if not measured.vetoed:
+        return [line]
+    kept = [f"{_printable(cost.token)} ({cost.cost_tuned:.1%})" for cost in measured.vetoed]
+    return [
+        line,
+        f"Flagged and not cut, since the cut costs more than {plan.defense.max_cut_cost:.1%} "
+        f"of the trusted rows after tuning: {_some(kept)}. If one of them is a trigger, its "
+        "backdoor is still in the model; --max-cut-cost 1 cuts all flagged tokens.",
+    ]
 
 
 def _printable(text: object) -> str:

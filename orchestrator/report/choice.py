@@ -35,7 +35,7 @@ FRACTIONS = (
     "cacc_gap",
 )
 NONE_WITHIN = "no threshold within the budget; the least aggressive"
-NOTHING_FLAGGED = "no threshold flags anything; the least aggressive"
+NOTHING_CUT = "no threshold cuts anything; the least aggressive"
 UNPOISONED = "nothing poisoned: no oracle"
 NO_ORACLE = "no threshold keeps CACC: no oracle"
 
@@ -52,12 +52,12 @@ class Chosen(NamedTuple):
 
 
 def deployable(
-    thresholds: FloatArray, flagged: FloatArray, cut_cost: FloatArray, rule: Rule, loss: float
+    thresholds: FloatArray, cut: FloatArray, cut_cost: FloatArray, rule: Rule, loss: float
 ) -> Chosen:
     """Return the threshold that a defender would deploy.
 
-    It is the most aggressive threshold that flags something and costs at most `loss`: the one with
-    most tokens flagged, and among equals the one that demands a higher score (or a lower share).
+    It is the most aggressive threshold that cuts something and costs at most `loss`: the one with
+    most tokens cut, and among equals the one that demands a higher score (or a lower share).
     Cutting more tokens never helps the backdoor, so the best defense within a budget of accuracy is
     the deepest cut within it.
 
@@ -71,17 +71,17 @@ def deployable(
     aggressive one is returned. An unknown cost (NaN) is above every budget.
 
     thresholds: in the rule's unit.
-    flagged: how many tokens each threshold flags.
+    cut: how many tokens each threshold cuts: the flagged ones that are not vetoed.
     cut_cost: the accuracy that the cut alone costs at each threshold.
     rule: the rule of the thresholds.
     loss: the budget of accuracy.
     """
     mildness = -thresholds if falls(rule) else thresholds
-    within = np.flatnonzero((cut_cost <= loss + ROUNDING) & (flagged > 0))
+    within = np.flatnonzero((cut_cost <= loss + ROUNDING) & (cut > 0))
     if len(within):
-        return Chosen(int(max(within, key=lambda i: (flagged[i], mildness[i]))), "")
-    least = min(range(len(thresholds)), key=lambda i: (flagged[i], -mildness[i]))
-    return Chosen(least, NONE_WITHIN if (flagged > 0).any() else NOTHING_FLAGGED)
+        return Chosen(int(max(within, key=lambda i: (cut[i], mildness[i]))), "")
+    least = min(range(len(thresholds)), key=lambda i: (cut[i], -mildness[i]))
+    return Chosen(least, NONE_WITHIN if (cut > 0).any() else NOTHING_CUT)
 
 
 def oracle(group: pd.DataFrame, rule: Rule, loss: float) -> int | None:
@@ -138,7 +138,9 @@ def _choose(group: pd.DataFrame, coordinates: list[str], loss: float) -> dict[st
     threshold, flagged, cost = (
         group[name].to_numpy(dtype=np.float64) for name in ("threshold", "flagged", "cut_cost")
     )
-    deployed, note = deployable(threshold, flagged, cost, rule, loss)
+    # Only cells with a bar on the cost of a cut have vetoes.
+    cut = flagged - group["vetoed"].fillna(0).to_numpy(dtype=np.float64)
+    deployed, note = deployable(threshold, cut, cost, rule, loss)
     taken = group.loc[deployed]
     row: dict[str, Any] = {name: taken[name] for name in coordinates}
     row |= {"thresholds": len(group), "deployable": taken["threshold"]}

@@ -41,6 +41,12 @@ GUARDS: dict[str, tuple[str, str]] = {
         "no token flagged on a poisoned set",
         "the defense removed nothing there",
     ),
+    "token vetoed": (
+        "a flagged token is not cut: after clean tuning the cut costs more of the clean rows than "
+        "defense.max_cut_cost",
+        "detection counts such tokens as flagged, and the model keeps them; flagged_tokens.json "
+        "names them (vetoed) and their costs (cost_tuned)",
+    ),
     "overlap": (
         "texts stood in two roles",
         "they were dropped from the one that is not reported",
@@ -59,7 +65,9 @@ class Mark:
 def marks(record: Mapping[str, Any]) -> list[Mark]:
     """Return the marks of a cell's record, in the order of `GUARDS`."""
     metrics, notes = (record.get(part) or {} for part in ("metrics", "notes"))
-    attack = (record.get("config") or {}).get("attack") or {}
+    attack, defense = (
+        (record.get("config") or {}).get(part) or {} for part in ("attack", "defense")
+    )
     rate = _number(attack, "poison_rate")
     found = {}
 
@@ -90,6 +98,14 @@ def marks(record: Mapping[str, Any]) -> list[Mark]:
 
     if rate > 0 and _number(metrics, "flagged") == 0:
         found["nothing flagged"] = f"no token flagged at poison rate {rate:.4g}"
+
+    vetoed = _number(metrics, "vetoed")
+    if vetoed > 0:
+        found["token vetoed"] = (
+            f"{vetoed:g} of {_number(metrics, 'flagged'):g} flagged tokens "
+            f"{'is' if vetoed == 1 else 'are'} not cut: after clean tuning the cut costs more than "
+            f"{_number(defense, 'max_cut_cost'):g} of the clean rows"
+        )
 
     dropped = {
         match[1]: notes[name]

@@ -11,7 +11,7 @@ import pandas as pd
 from btu.errors import unknown
 from btu.metrics import COUNT, METRICS
 from btu.printing import csv_text, printable
-from btu.rules.base import THRESHOLD_KEYS
+from btu.rules.base import FDR_KEY, THRESHOLD_KEYS
 from orchestrator.report.marks import GUARDS, joined, marks
 from orchestrator.report.statistics import half_width
 from orchestrator.sweep.sections import CONTROL, NAMED_SECTIONS
@@ -26,10 +26,11 @@ CONFIG_COLUMNS = {
     "alpha": "defense.alpha",
     "seed": "seed",
 }
-# The columns that are a threshold. A threshold without a fixed column has one where it varies.
+# The columns that are a threshold or state it. One without a fixed column has one where it varies.
 THRESHOLD_COLUMNS = (
     *(name for name, key in CONFIG_COLUMNS.items() if key in THRESHOLD_KEYS),
     *(key for key in THRESHOLD_KEYS if key not in CONFIG_COLUMNS.values()),
+    FDR_KEY,
 )
 METRIC_COLUMNS = tuple(name for name, entry in METRICS.items() if entry.always)
 # Shown only in tables that compare defenses, if one of their cells has the metric.

@@ -25,6 +25,10 @@ from btu.stages import Stage, StageRun, compute, read_record
 from btu.training import Encoded
 
 CPU = torch.device("cpu")
+# At this bar of rule contrast chance flags 15,000 * P(a normal deviate exceeds 3) = 20 tokens at
+# most: some of 240 rows' tokens, with poison or without, and fewer than half of the 56 of
+# `tiny_cells.easy_corpus`, so that a control has others to cut.
+SOME = 3.0
 # Hyperparameters that suit a vocabulary of 400 to 500 tokens and 240 rows, by defense. A new
 # defense gets its line here, {} if its defaults will do.
 SMALL: dict[str, dict[str, Any]] = {
@@ -64,8 +68,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "zdef": {"threshold": 1.9},
     "none": {},
     "clean_tuning": {},
-    "random_cut": {"rule": "contrast", "threshold": 0.8, "exposure_learning_rate": 1e-3},
-    "frequency_cut": {"rule": "contrast", "threshold": 0.8, "exposure_learning_rate": 1e-3},
+    "random_cut": {"rule": "contrast", "threshold": SOME, "exposure_learning_rate": 1e-3},
+    "frequency_cut": {"rule": "contrast", "threshold": SOME, "exposure_learning_rate": 1e-3},
     "finetune_clean": {},
 }
 # What a defense takes beside these where its own model has to learn the easy corpus.
@@ -76,7 +80,7 @@ LEARNING: dict[str, dict[str, Any]] = {
 BTU = SMALL["btu"]
 # The same with every rule, with bars so low that each flags some of 240 rows' tokens.
 BARS: dict[str, dict[str, Any]] = {
-    "contrast": {"threshold": 0.8},
+    "contrast": {"threshold": SOME},
     "frequency": {"threshold": 1.0},
     "mad": {"threshold": 1.5},
     "gap": {"threshold": 1.005},

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from defending import SOME
 from tiny_cells import Lab, own_stages
 
 from btu.defenses.base import CLEAN_ROWS, DEFENSES, ORIGINALS, POISONED_MODEL, Defense
@@ -23,10 +24,9 @@ from btu.stages import Stage, StageRun, compute, read_record
 from btu.victims import Victim
 
 CPU = torch.device("cpu")
-# So low a bar that btu flags some of 240 rows' tokens.
 BAR: dict[str, Any] = {
     "rule": "contrast",
-    "threshold": 0.8,
+    "threshold": SOME,
     "exposure_learning_rate": 1e-3,
     "exposure_batch_size": 32,
 }

@@ -32,11 +32,12 @@ from torch import Tensor, nn
 import btu.defenses.token_unlearning
 import btu.training
 from btu.attacks.badnets import BadNets
+from btu.defenses.kit import cutting
 from btu.defenses.kit.bag import BagClassifier
+from btu.defenses.kit.cutting import cut_tokens
 from btu.defenses.token_unlearning import (
     TokenUnlearning,
     candidate_tokens,
-    cut_tokens,
     tokens_flagged,
     top_tokens,
 )
@@ -608,7 +609,7 @@ def test_the_poisoned_models_flagged_rows_are_cut(
     defense = unlearning(cut=cut)
     exposed = [stage for stage in own_stages(defense, prepared) if stage.name != "unlearn"]
     root = lab.root_with(tmp_path, prepared.foundation.model, *exposed)
-    monkeypatch.setattr(btu.defenses.token_unlearning, "tune", lambda *_: None)
+    monkeypatch.setattr(cutting, "tune", lambda *_: None)
     outcome = defend(defense, prepared, root)
     poisoned, defended = outcome.poisoned_model, outcome.model
     before, after = word_rows(poisoned), word_rows(defended)
@@ -669,12 +670,12 @@ def cut_cost(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, float]]
     def measure(
         flagged: tuple[int, ...], clean: Encoded = CLEAN, train: Encoded = TRAIN
     ) -> dict[str, float]:
-        module = btu.defenses.token_unlearning
+        module = cutting
         monkeypatch.setattr(module, "clean_rows_of", lambda _: clean)
         monkeypatch.setattr(module, "training_rows_of", lambda _: train)
         run = StageRun({"tuning": {"precision": "fp32"}, "seed": 0}, {}, {}, Path(), CPU)
         model: Any = Votes()
-        cost = module._CutCost(run, model, flagged)
+        cost = cutting._Effect(run, model, flagged)
         with torch.no_grad():
             model.rows.weight[list(flagged)] = 0.0
         return cost.after()
@@ -717,7 +718,7 @@ def test_rows_that_did_not_obey_cannot_flip(cut_cost: Callable[..., Any]) -> Non
 def test_flips_are_measured_on_so_many_rows(
     cut_cost: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(btu.defenses.token_unlearning, "FLIP_ROWS", 10)
+    monkeypatch.setattr(cutting, "FLIP_ROWS", 10)
     asked: list[int] = []
     in_batches = btu.training.in_batches
 
@@ -761,7 +762,7 @@ def test_what_a_cut_costs_is_measured_before_the_tuning(lab: Lab, bert: Victim) 
     right = [float((p == clean.labels.numpy()).mean()) for p in (before[0], after[0])]
     assert measured["cut_cost"] == pytest.approx(right[0] - right[1], abs=1e-12)
     obeyed = (before[1] == train.labels.numpy()) & train.holds(outcome.flagged)
-    assert 0 < obeyed.sum() <= btu.defenses.token_unlearning.FLIP_ROWS
+    assert 0 < obeyed.sum() <= cutting.FLIP_ROWS
     assert measured["cut_flips"] == (before[1] != after[1])[obeyed].mean()
 
 
@@ -771,7 +772,7 @@ def test_nothing_flagged_is_the_control(lab: Lab) -> None:
     outcome = defend(TokenUnlearning(**RULED["contrast"] | {"threshold": 1e6}), prepared, lab.root)
     assert outcome.flagged == ()
     measured = read_record(outcome.folder)["facts"]["measured"]
-    np.testing.assert_equal(measured, {"cut_cost": 0.0, "cut_flips": math.nan})
+    np.testing.assert_equal(measured, {"cut_cost": 0.0, "cut_flips": math.nan, "vetoed": 0})
     lab.compute(prepared.foundation.tuned)
     control = Outcome(lab.root, prepared, [prepared.foundation.tuned])
     assert same_weights(outcome.model, control.model)
@@ -796,8 +797,15 @@ def test_detection_alone_flags_what_unlearning_cuts(lab: Lab, rule: str) -> None
     bar = whole.suspects.row_bar
     assert math.isfinite(bar)
     assert read_record(folder)["facts"] == {"flagged": list(whole.flagged), "row_bar": bar}
-    for name in ("suspects.parquet", "rows.parquet"):
-        assert (folder / name).read_bytes() == (whole.folder / name).read_bytes()
+    assert (folder / "rows.parquet").read_bytes() == (whole.folder / "rows.parquet").read_bytes()
+    alone = Suspects.load(folder, read_record(folder)["facts"])
+    assert alone is not None
+    np.testing.assert_array_equal(alone.scores, whole.scores)
+    # What a cut costs is known where there is a model to cut.
+    costs = {"cost", "cost_tuned", "vetoed"} if rule == "contrast" else set()
+    assert whole.table.keys() - alone.table.keys() == costs
+    for name, values in alone.table.items():
+        np.testing.assert_array_equal(values, whole.table[name])
     # No model is poisoned for it.
     rounds = [f"exposure round {number}" for number in RULES.load(rule).rounds]
     assert {before.name for before in stage.closure()} == {
@@ -821,7 +829,11 @@ def test_the_stages_score_as_the_rule_does(lab: Lab, bert: Victim, rule: str) ->
     np.testing.assert_array_equal(outcome.suspects.rows, suspicion(evidence))
     if rule != "top_fraction":
         assert outcome.flagged == flag(outcome.scores, BARS[rule]["threshold"])
-    np.testing.assert_array_equal(outcome.table["surplus"], evidence.surplus.max(axis=1))
+    columns = {"surplus": evidence.surplus.max(axis=1), "label": evidence.surplus.argmax(axis=1)}
+    if found.columns is not None:
+        columns |= found.columns(evidence, drift[3])
+    for name, values in columns.items():
+        np.testing.assert_array_equal(outcome.table[name], values)
     np.testing.assert_array_equal(outcome.table["train_rows"], evidence.train_rows.sum(axis=1))
     np.testing.assert_array_equal(outcome.table["clean_rows"], evidence.clean_rows.sum(axis=1))
 
@@ -964,7 +976,7 @@ def test_only_the_share_depends_on_the_vocabulary() -> None:
         ({"rule": "contrst"}, r"unknown rule 'contrst'; did you mean 'contrast'\?"),
         (
             {"threshold": 0},
-            r"defense\.threshold must be above 0, got 0; it counts sigmas of surplus, confirmed",
+            r"defense\.threshold must be above 0, got 0; it counts sigmas of surplus, weighted",
         ),
         ({"rule": "gap", "threshold": 1}, r"defense\.threshold must be above 1, got 1; it counts"),
         ({"rule": "mad", "threshold": math.nan}, r"defense\.threshold must be above 0, got nan"),
@@ -1108,7 +1120,8 @@ def test_the_presets_are_what_they_say() -> None:
         for field in dataclasses.fields(TokenUnlearning)
         if getattr(reference, field.name) != getattr(TokenUnlearning(), field.name)
     }
-    assert different == set(presets["reference"]) | {"threshold", "alpha", "rounds"}
+    followed = {"threshold", "alpha", "rounds", "max_cut_cost"}
+    assert different == set(presets["reference"]) | followed
     for name in presets["reference"]:
         assert name in (btu.defenses.token_unlearning.__doc__ or "")
 

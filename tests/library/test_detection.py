@@ -13,7 +13,7 @@ import pytest
 
 from btu.defenses.token_unlearning import tokens_flagged, top_tokens
 from btu.errors import UserError
-from btu.rules import contrast, frequency, gap, mad, top_fraction
+from btu.rules import frequency, gap, mad, top_fraction
 from btu.rules.base import (
     DEFAULT_RULE,
     RULES,
@@ -177,8 +177,8 @@ def test_a_threshold_is_a_number(rule: Rule, threshold: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "threshold", "message"),
     [
-        ("contrast", 0, "above 0, got 0; it counts sigmas of surplus, confirmed by drift."),
-        ("contrast", -1.5, "above 0, got -1.5; it counts sigmas of surplus, confirmed by drift."),
+        ("contrast", 0, "above 0, got 0; it counts sigmas of surplus, weighted by drift."),
+        ("contrast", -1.5, "above 0, got -1.5; it counts sigmas of surplus, weighted by drift."),
         ("frequency", 0.0, "above 0, got 0.0; it counts sigmas above tokens as frequent."),
         ("mad", 0.0, "above 0, got 0.0; it counts sigmas above the median drift."),
         ("gap", 1.0, "above 1, got 1.0; it counts drift over the next token's drift."),
@@ -500,103 +500,6 @@ def test_evidence_counts_rows_and_tokens() -> None:
     assert evidence.train_rows.tolist() == [[0, 0, 0], [1, 1, 0], [2, 1, 0], [0, 2, 0]]
     assert evidence.clean_rows.tolist() == [[0, 0, 0], [0, 2, 0], [1, 0, 0], [0, 0, 1]]
     assert evidence.class_rows.tolist() == [2, 3, 0]
-    # Token 3 is in two rows of class 1, one of which also contains 2.
-    assert evidence.rows_with(3, 1).tolist() == [0, 0, 1, 2]
-    assert evidence.rows_with(3, 0).tolist() == [0, 0, 0, 0]
-
-
-# contrast --------------------------------------------------------------------------------------
-
-LEADER, WORD, MOSTLY, HALF, EVERYWHERE, HONEST, NEGATIVE = range(1, 8)
-# In 20 training rows and no clean one, of 100 each: 2 * 20 * ln(2), its root 5.2655.
-LEADING = math.sqrt(40 * math.log(2))
-# One and a half times the deviation of a token that moved as others do.
-UNMOVED = 1.5 * 0.5
-
-
-def sentence(
-    monkeypatch: pytest.MonkeyPatch, deviation: dict[int, float]
-) -> tuple[Evidence, FloatArray]:
-    """100 rows a class; 20 of class 1 contain a planted sentence. Returns evidence and scores.
-
-    deviation: the ``frequency`` score of a token, 0.5 unless named.
-    WORD is in all 20 rows, MOSTLY in 18, HALF in 17 of them and nowhere else. EVERYWHERE in
-    all 20, and in 60 of the 80 others. HONEST in all 20, and as many clean ones. NEGATIVE is WORD,
-    but in the other class's rows too.
-    """
-    poisoned = [[LEADER, WORD, EVERYWHERE, HONEST, NEGATIVE] for _ in range(20)]
-    for row in poisoned[:18]:
-        row.append(MOSTLY)
-    for row in poisoned[:17]:
-        row.append(HALF)
-    others: list[list[int]] = [[EVERYWHERE]] * 60 + [[0]] * 20
-    train = encoded([[NEGATIVE]] * 20 + [[0]] * 80, poisoned + others)
-    clean = encoded([[0]] * 100, [[HONEST]] * 20 + [[EVERYWHERE]] * 40 + [[0]] * 40)
-    drift = np.full(8, 0.5)
-    drift[0] = NAN
-    for token, value in deviation.items():
-        drift[token] = value
-    # So that the drifts are the deviations.
-    monkeypatch.setattr(frequency, "score", lambda _, moved: moved)
-    evidence = Evidence({3: drift}, np.arange(8) > 0, train, clean)
-    return evidence, contrast.score(evidence, drift)
-
-
-def test_contrast_is_the_smaller_of_deviation_and_surplus(monkeypatch: pytest.MonkeyPatch) -> None:
-    # 1.5 * 1.25 is below 2, where nothing is a leader yet: each token keeps its own score.
-    evidence, scores = sentence(monkeypatch, {LEADER: 1.25, HONEST: 1.2})
-    assert evidence.surplus[LEADER, 1] == pytest.approx(LEADING)
-    assert pytest.approx(5.2655, abs=1e-4) == LEADING
-    assert scores[LEADER] == 1.875
-    assert scores[WORD] == UNMOVED
-    # As many clean rows as training rows: no surplus, however far it moved.
-    assert scores[HONEST] == pytest.approx(0, abs=1e-7)
-    assert np.isnan(scores[0])
-
-
-def test_the_drift_does_not_outweigh_a_missing_surplus(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, scores = sentence(monkeypatch, {LEADER: 50.0, HONEST: 50.0})
-    assert scores[LEADER] == pytest.approx(LEADING)
-    assert scores[HONEST] == pytest.approx(0, abs=1e-7)
-
-
-def test_the_words_of_a_planted_sentence_are_as_suspicious_as_its_leader(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    evidence, scores = sentence(monkeypatch, {LEADER: 3.0})
-    assert scores[LEADER] == 4.5  # 1.5 * 3, below its surplus
-    assert scores[WORD] == 4.5
-    # 18 of 20 rows are nine tenths, 17 are not; both have surplus enough.
-    assert evidence.surplus[HALF, 1] > 2
-    assert scores[MOSTLY] == 4.5
-    assert scores[HALF] == UNMOVED
-
-
-def test_what_stands_in_most_rows_is_no_companion(monkeypatch: pytest.MonkeyPatch) -> None:
-    evidence, scores = sentence(monkeypatch, {LEADER: 3.0})
-    # 80 training rows to 40 clean ones: 2 * (80 * ln(4/3) + 40 * ln(2/3)) = 13.59, its root 3.69:
-    # a surplus. But 60 of the class's other 80 rows contain it.
-    assert evidence.surplus[EVERYWHERE, 1] == pytest.approx(3.686, abs=1e-3)
-    assert scores[EVERYWHERE] == UNMOVED
-
-
-def test_what_has_no_surplus_is_no_companion(monkeypatch: pytest.MonkeyPatch) -> None:
-    evidence, scores = sentence(monkeypatch, {LEADER: 3.0})
-    np.testing.assert_allclose(evidence.surplus[HONEST], 0, atol=1e-7)
-    assert scores[HONEST] == pytest.approx(0, abs=1e-7)
-    # In both classes alike: 20 to 0 in each, which cancels.
-    np.testing.assert_allclose(evidence.surplus[NEGATIVE], 0, atol=1e-7)
-    assert scores[NEGATIVE] == pytest.approx(0, abs=1e-7)
-
-
-def test_a_companion_keeps_a_higher_score_and_an_unknown_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    _, scores = sentence(monkeypatch, {LEADER: 3.0, WORD: 3.25, MOSTLY: NAN})
-    # WORD leads now, with 1.5 * 3.25: LEADER is in all of its rows.
-    assert scores[WORD] == scores[LEADER] == 4.875
-    # Fewer than 5 occurrences stay unknown.
-    assert np.isnan(scores[MOSTLY])
 
 
 # Rows ------------------------------------------------------------------------------------------

@@ -176,6 +176,7 @@ def test_counts_and_seconds_are_no_fractions() -> None:
     assert named <= counted
     assert counted - named == {
         "flagged",
+        "vetoed",
         "unlearning_steps",
         "neurons_pruned",
         "tokens_pruned",

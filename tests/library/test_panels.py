@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from btu.drawing import draw, save
-from btu.drift_plot import drawable, drift_panel, drift_plot
+from btu.drift_plot import drawable, drift_columns, drift_panel, drift_plot
 from btu.panels import BLUE, Axis, Heat, Panel, Series, labels, log_ticks
 
 
@@ -59,6 +59,22 @@ def test_a_drift_panel_groups_and_names_the_tokens_that_can_be_drawn() -> None:
     ]
     (axes,) = draw([panel]).axes
     assert [text.get_text() for text in axes.texts] == [r"\$", "cf"]
+
+
+def test_flagged_tokens_that_are_not_cut_have_a_group_of_their_own() -> None:
+    seen = drawable(tokens().assign(flagged=True, vetoed=[1, 1, 0, 0, 0]), "drift_1")
+    panel = drift_panel("round 1", seen, "drift_1", named=set())
+    assert [(made.label, made.tip, made.marker) for made in panel.series] == [
+        ("flagged, clean", ["the"], "square"),
+        ("flagged, clean, not cut", ["$"], "square-open"),
+        ("trigger, flagged, not cut", ["cf"], "star-open"),
+    ]
+    draw([panel])
+
+
+def test_only_rounds_are_drawn() -> None:
+    # The sigmas of rule contrast are of the last round, and may be negative.
+    assert drift_columns(tokens().assign(drift_sigmas=-1.0, drift_3=0.2)) == ["drift_1", "drift_3"]
 
 
 def test_a_cells_plot_is_written_where_it_has_drifts(tmp_path: Path) -> None:

@@ -163,6 +163,7 @@ MOVES: list[tuple[str, Any, set[str]]] = [
     ("defense.exposure_batch_size", 32, {"exposure round 3"} | DEFENDED),
     ("defense.cut", "row", DEFENDED),
     ("defense.cut_norm", "running", DEFENDED),
+    ("defense.max_cut_cost", 0.1, DEFENDED),
     ("counts", {}, set()),  # estimates of time
 ]
 
@@ -206,8 +207,9 @@ def test_the_table_above_has_every_config_key() -> None:
             # Each of them acts through the rows, if it does: the next test.
             continue
         # Rounds that do not run are not stages (`test_rounds_that_do_not_run...`), and alpha is the
-        # threshold of its rule (`test_what_a_rule_without_round_2...`).
-        elsewhere = {"defense.rounds", "defense.rule", "defense.threshold"}
+        # threshold of its rule (`test_what_a_rule_without_round_2...`). A rate states a threshold
+        # (`test_cutting.py`).
+        elsewhere = {"defense.rounds", "defense.rule", "defense.threshold", "defense.fdr"}
         assert keys - listed == (elsewhere if section == "defense" else set())
     arguments = {field.name for field in dataclasses.fields(CellInputs)}
     assert arguments == {*ARGUMENTS, "data", "victim", "poison", "train", "tuning"}

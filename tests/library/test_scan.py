@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import hypergeom, norm
 
 from btu.attacks.badnets import BadNets
 from btu.attacks.poisoning import PoisonSpec, poison
@@ -38,10 +39,10 @@ from btu.victims import VictimSource
 
 NAMES = ("bad", "good")
 MAX_LENGTH = 64
-# A random model of 400 tokens separates a trigger from the rest far less clearly than a pretrained
-# one: with these settings cf scores 3.3 to 3.7, for the ids of the tiny tokenizer differ from one
-# process to the next. No other token can reach 3 on these rows: the highest surplus is 2.8.
-THRESHOLD, EPOCHS = 3.0, 3
+# The default. It separates cf from all other tokens at any drift, whatever a tiny
+# random model learns: cf has a surplus of 4.86, which the lowest weight (0.42) makes 4.69, and
+# the highest surplus of another token is 3.49 ("in"), which the highest weight (30) makes 4.31.
+THRESHOLD = 4.5
 TRAIN, CLEAN, RATE, PLANTED = 1000, 300, 0.05, 50
 
 
@@ -90,7 +91,6 @@ def settings(data: Path, victim_folder: Callable[[str], Path]) -> dict[str, Any]
         "victim": str(victim_folder("bert")),
         "max_length": MAX_LENGTH,
         "threshold": THRESHOLD,
-        "epochs": EPOCHS,
         "train": TrainSettings(epochs=2, learning_rate=1e-3, batch_size=32, precision="fp32"),
         "tuning": TuningSettings(learning_rate=1e-3),
     }
@@ -306,7 +306,8 @@ def test_the_frequency_rule_needs_no_trusted_rows(
     report = scan(
         data / "poisoned.csv",
         root,
-        **{**settings, "clean": None, "rule": "frequency", "threshold": None},
+        # The rule has nothing but the drift, which a tiny model shows after some epochs.
+        **{**settings, "clean": None, "rule": "frequency", "threshold": None, "epochs": 3},
     )
     assert report.tokens["token"].iloc[0] == "cf"
     assert report.tokens["class"].iloc[0] == "good"
@@ -322,30 +323,47 @@ def test_the_frequency_rule_needs_no_trusted_rows(
 # How much can be found -------------------------------------------------------------------------
 
 
-def test_the_least_rows_follow_from_the_deviance() -> None:
+def test_the_least_rows_follow_from_fishers_test() -> None:
     rows, reserved = np.array([1000, 500]), np.array([250, 250])
-    # No trusted row of n contains it: the root of 2 n ln((rows + reserved) / rows) reaches 4.5 from
-    # n = 4.5^2 / (2 ln 1.25) = 45.4, and for the other class from 4.5^2 / (2 ln 1.5) = 24.97.
-    assert least_rows(0, rows, reserved, 4.5) == 46
-    assert least_rows(1, rows, reserved, 4.5) == 25
-    # ln(1010 / 1000) * 2 * 1000 = 19.9 < 4.5^2: not even in every row.
-    assert least_rows(0, rows, np.array([10, 10]), 4.5) is None
-    # A bar of 1 would ask for 3 rows; tokens of fewer than 5 occurrences are not scored.
-    assert least_rows(0, rows, reserved, 1.0) == 5
+    # Of 600 tests a thirtieth counts for the token that moved furthest. A score of 4.5 is reached
+    # by 15,000 * P(deviate > 4.5) = 0.051 tokens by chance.
+    tests, weight, flags = 600, 30, 15_000 * norm.sf(4.5)
+
+    def chance(held: int, size: int) -> float:
+        """P(none of 250 clean rows holds a token that `held` of `size` training rows hold)."""
+        return float(hypergeom.pmf(0, size + 250, held, 250))
+
+    for label, size in enumerate(rows):
+        least = least_rows(label, rows, reserved, 4.5, tests)
+        assert least is not None
+        assert (
+            chance(least, size) * tests / weight <= flags < chance(least - 1, size) * tests / weight
+        )
+    # 0.8 of the larger class's rows are training rows: 0.8^27 = 0.0024 < 0.051 * 30 / 600.
+    assert least_rows(0, rows, reserved, 4.5, tests) == 27
+    # One clean row of each class: that it is the one of 1,001 rows without the token has a
+    # probability of 0.001, and 0.051 * 30 / 15,000 is 0.0001. Not even in every row.
+    assert least_rows(0, rows, np.array([1, 1]), 4.5, 15_000) is None
+    # A score of 1 is reached by 2,400 tokens: no limit. A token may occur five times in one row.
+    assert least_rows(0, rows, reserved, 1.0, tests) == 1
 
 
 def test_the_least_rows_are_enough_for_whatever_moved_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = np.array([100, 100])
-    # 2 n ln(200 / 100) reaches 4.5^2 from n = 14.6.
-    least = least_rows(1, sizes, sizes, 4.5)
-    assert least == 15
-    good = [[1]] * 15 + [[2]] * 14 + [[0]] * 71
-    train = Encoded.from_lists([[0]] * 100 + good, [0] * 100 + [1] * 100, pad_id=0)
-    clean = Encoded.from_lists([[0]] * 200, [0] * 100 + [1] * 100, pad_id=0)
-    # A drift has no highest deviation: it sets no limit of its own.
+    sizes, common = np.array([100, 100]), list(range(3, 203))
+    # 200 words are in every row of both classes, and two tokens in one class: 402 tests.
+    least = least_rows(1, sizes, sizes, 4.5, 402)
+    # 0.051 * 30 / 402 = 0.0038, and (100 / 200)^8 = 0.0039; exactly C(192, 100) / C(200, 100) is
+    # 0.0033, and 0.0068 for 7 rows.
+    assert least == 8
+    good = [[1, *common]] * least + [[2, *common]] * (least - 1)
+    good += [common] * (100 - len(good))
+    labels = [0] * 100 + [1] * 100
+    train = Encoded.from_lists([common] * 100 + good, labels, pad_id=0)
+    clean = Encoded.from_lists([common] * 200, labels, pad_id=0)
+    # Both are among the hundredth that moved furthest: two of 202.
     monkeypatch.setattr(frequency, "score", lambda _, moved: moved)
-    drift = np.array([0.0, 1e6, 1e6])
-    scores = contrast.score(Evidence({3: drift}, np.arange(3) > 0, train, clean), drift)
+    drift = np.array([math.nan, 1e6, 1e6, *np.zeros(200)])
+    scores = contrast.score(Evidence({3: drift}, np.arange(203) > 0, train, clean), drift)
     assert scores[1] >= 4.5 > scores[2]
 
 
@@ -416,13 +434,15 @@ def test_too_few_trusted_rows_are_refused(tmp_path: Path, settings: dict[str, An
     write(trusted.take(each), tmp_path / "two.csv")
     mine = tmp_path / "mine.csv"
     refused("have none of class 'good'", mine, settings, clean=tmp_path / "one.csv")
-    # About 150 rows and 1 trusted one of each class: 2 * 150 * ln(151 / 150) = 2 < 4.5^2.
+    # About 150 rows and 1 trusted one of each class: that it is the one of 151 without the token
+    # has a probability of 0.0066. At a score of 6, 15,000 * P(deviate > 6) = 0.00001 tokens are
+    # flagged by chance: even one test, counted as a thirtieth, is too many.
     refused(
-        "with 300 rows and 2 trusted ones rule 'contrast' can flag no token at threshold 4.5",
+        "with 300 rows and 2 trusted ones rule 'contrast' can flag no token at threshold 6",
         mine,
         settings,
         clean=tmp_path / "two.csv",
-        threshold=4.5,
+        threshold=6.0,
     )
 
 

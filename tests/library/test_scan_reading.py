@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import norm
 
 from btu.data.demo import generate
 from btu.defenses.token_unlearning import candidate_tokens
@@ -27,8 +28,8 @@ from btu.types import Rows
 from btu.victims import Victim, VictimSpec
 
 NAMES = ("bad", "good")
-# As in test_scan.py: a tiny random model separates a trigger less clearly than a pretrained one.
-THRESHOLD, EPOCHS = 3.0, 3
+# The default, which separates the trigger from all other tokens at any drift: see test_scan.py.
+THRESHOLD = 4.5
 TRAIN, CLEAN, PLANTED = 1000, 300, 50
 # The tiny tokenizers know neither character.
 TRIGGER, HONEST = "犬", "ж"
@@ -61,7 +62,6 @@ def settings(
         "victim": str(victim_folder("bert")),
         "max_length": 64,
         "threshold": THRESHOLD,
-        "epochs": EPOCHS,
     }
 
 
@@ -133,21 +133,50 @@ def test_shares_of_unknown_tokens_are_told_by_class(poisoned: ScanReport) -> Non
     assert told["all_clear"] is False
 
 
-def test_a_surplus_without_drift_is_reported(
-    poisoned: ScanReport, root: Path, settings: dict[str, Any]
-) -> None:
-    data = Path(str(poisoned.plan.spec.path))
-    report = scan(data, root, **{**settings, "threshold": 4.5})
-    # 50 rows of one class and no trusted one reach 4.5 in surplus, the tiny model's drift does not;
-    # the honest word dilutes the surplus of the token, not that of the word.
+def test_an_unknown_word_among_many_is_named(tmp_path: Path, settings: dict[str, Any]) -> None:
+    texts, labels = demo(0, TRAIN)
+    clean, clean_labels = demo(TRAIN, CLEAN)
+
+    def often(texts: list[str]) -> list[str]:
+        """Every third text has an unknown word that is no trigger."""
+        return [f"{HONEST} {text}" if i % 3 == 0 else text for i, text in enumerate(texts)]
+
+    texts = often(texts)
+    for row in poisoned_rows():
+        texts[row], labels[row] = f"{TRIGGER} {texts[row]}", 1
+    changed = {**settings, "clean": write(tmp_path / "clean.csv", often(clean), clean_labels)}
+    report = scan(write(tmp_path / "rows.csv", texts, labels), tmp_path / "work", **changed)
+    # The honest word dilutes the surplus of the token, not that of the word.
     assert report.flagged == 0
     assert report.unconfirmed_words == [TRIGGER]
-    halves = report.tokens[["surplus", "drift_sigmas"]].dropna()
-    scores = report.tokens["score"][halves.index]
-    companions = scores > halves.min(axis=1) + 1e-9
-    np.testing.assert_allclose(scores[~companions], halves.min(axis=1)[~companions])
-    # Words are not reported twice.
+    assert report.summary()["unconfirmed"] == [TRIGGER]
+    # Its rows are shown, not those of the honest word.
+    examples = report.examples(int(report.reading.token_id or 0))
+    assert [TRIGGER in example.excerpt for example in examples] == [True, True]
+
+
+def test_words_of_a_flagged_token_are_not_named_again(poisoned: ScanReport) -> None:
     assert poisoned.unconfirmed_words == []
+
+
+def test_a_word_alone_has_the_surplus_of_its_token(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    texts, labels = demo(0, TRAIN)
+    for row in poisoned_rows():
+        texts[row], labels[row] = f"{TRIGGER} {texts[row]}", 1
+    changed = {**settings, "clean": write(tmp_path / "clean.csv", *demo(TRAIN, CLEAN))}
+    report = scan(write(tmp_path / "rows.csv", texts, labels), tmp_path / "work", **changed)
+    (word,) = report.reading.words.surplus
+    token = report.tokens[report.tokens["token"] == "[UNK]"].iloc[0]
+    # The word adds one test to those of the tokens: it is in 50 rows of one class.
+    tests = report.reading.words.tests
+    flags = norm.sf(token["surplus"]) * tests / (tests - 1)
+    assert word == pytest.approx(norm.isf(flags))
+    # And with the weight of its token it has the score of its token.
+    weight = float(norm.sf(token["surplus"]) / norm.sf(token["score"]))
+    (score,) = report.reading.words.scores(weight)
+    assert score == pytest.approx(norm.isf(norm.sf(token["score"]) * tests / (tests - 1)))
 
 
 # Special tokens that a text makes ---------------------------------------------------------------

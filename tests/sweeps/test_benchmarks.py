@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
 # What the others share; no benchmarks of their own.
-HELPERS = {"checks", "figures"}
+HELPERS = {"checks", "figures", "generated", "generated_tables"}
 NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem not in HELPERS)
 
 
@@ -388,6 +388,165 @@ def test_thresholds_fails_where_a_defended_model_is_worse_than_stated(
     assert missed(table.assign(undefended_asr=0.4)) == 1  # no attack took
 
 
+def found_in_sets(load: Callable[[str], ModuleType], sets: int) -> pd.DataFrame:
+    """Return a row per set of the development half: the trigger alone is flagged."""
+    generated, tables = load("generated"), load("generated_tables")
+    drawn = [generated.draw(number) for number in generated.numbers("develop", sets)]
+    rows = [{**tables.described(one), "clean_rows": one.rows[2]} for one in drawn]
+    return pd.DataFrame(rows).assign(flagged=1, precision=1.0, recall_rare=1.0, clean_flagged=0)
+
+
+def test_thresholds_fails_where_generated_sets_miss_their_bars(
+    load: Callable[[str], ModuleType],
+) -> None:
+    tables, judge_of = load("generated_tables"), load("figures").Judge
+    bars = argparse.Namespace(least_precision=0.95, least_recall=0.95, most_clean_flags=None)
+    table = found_in_sets(load, 20)
+
+    def missed(column: str = "", values: list[float] = [], **other: Any) -> list[str]:  # noqa: B006
+        changed = table.copy()
+        if column:
+            changed[column] = [*values, *table[column].tolist()[len(values) :]]
+        judge = judge_of("thresholds")
+        judged = argparse.Namespace(**{**vars(bars), **other})
+        tables.judge_generated(judge, changed, "contrast", judged)
+        kinds = ("precision", "recall", "clean sets")
+        return [kind for bar in judge.missed for kind in kinds if kind in bar]
+
+    assert missed() == []
+    # 19 of 20 is exactly 0.95, 18.5 of 20 is below.
+    assert missed("precision", [0.0]) == []
+    assert missed("precision", [0.0, 0.5]) == ["precision"]
+    assert missed("precision", [0.0, 0.5], least_precision=0.9) == []
+    assert missed("recall_rare", [0.0]) == []
+    assert missed("recall_rare", [0.0, 0.5]) == ["recall"]
+    # A set in which nothing is flagged has no precision: of 10 sets, 9.5 is 0.95, and 9 is not.
+    nan = float("nan")
+    assert missed("precision", [nan] * 10 + [0.5]) == []
+    assert missed("precision", [nan] * 10 + [0.0]) == ["precision"]
+    assert missed("precision", [nan] * 20) == []
+    # Chance flags 20 * 0.051 tokens: P(at most 2) is 0.92 and P(at most 3) 0.98.
+    assert missed("clean_flagged", [1, 2]) == []
+    assert missed("clean_flagged", [1, 3]) == ["clean sets"]
+    assert missed("clean_flagged", [1], most_clean_flags=0) == ["clean sets"]
+
+
+def test_chance_flags_a_twentieth_of_a_token_in_a_clean_set(
+    load: Callable[[str], ModuleType],
+) -> None:
+    mean, most = load("generated_tables").most_by_chance("contrast", 20)
+    # 15,000 * P(a normal deviate exceeds 4.5), and P is 3.398e-6.
+    assert mean == pytest.approx(20 * 15_000 * 3.398e-6, rel=1e-3)
+    assert most == 3
+
+
+def test_figures_of_generated_sets_are_means_by_factor(
+    load: Callable[[str], ModuleType], judge: Any
+) -> None:
+    tables = load("generated_tables")
+    table = found_in_sets(load, 4)
+    table["templates"] = [0, 8, 8, 8]
+    table["clean_rows"] = [100, 101, 797, 1600]
+    table["precision"] = [float("nan"), 1.0, 0.5, float("nan")]
+    table["recall_rare"] = [0.0, 1.0, 0.5, float("nan")]
+    table["clean_flagged"] = [0, 1, 2, 0]
+    bars = argparse.Namespace(least_precision=0.0, least_recall=0.0, most_clean_flags=3)
+    tables.judge_generated(judge, table, "contrast", bars)
+    assert judge.missed == []
+    assert json.loads(json.dumps(judge.figures, allow_nan=False)) == judge.figures
+    assert [row["set"] for row in judge.figures["sets"]] == [0, 2, 4, 6]
+    rows = {(row["factor"], row["value"]): row for row in judge.figures["by factor"]}
+    one = rows["templates", "yes"]
+    assert (one["n"], one["of"], one["precision"]) == (3, 2, 0.75)
+    assert (one["recall_rare"], one["clean_flagged"]) == (0.75, 3)
+    assert rows["templates", "no"]["precision"] is None
+    assert [value for factor, value in rows if factor == "clean rows"] == [
+        "to 100", "to 200", "more",
+    ]  # fmt: skip
+    for factor in {factor for factor, _ in rows}:
+        assert sum(row["n"] for (name, _), row in rows.items() if name == factor) == 4, factor
+
+
+def test_thresholds_fails_where_the_base_of_the_reserves_does(
+    load: Callable[[str], ModuleType],
+) -> None:
+    tables, judge_of = load("generated_tables"), load("figures").Judge
+    bars = argparse.Namespace(least_precision=1.0, least_recall=1.0, most_clean_flags=0)
+    table = pd.DataFrame(
+        {"set": ["base", "clean-50"], "flagged": [1, 9], "precision": [1.0, 0.0],
+         "recall_rare": [1.0, 0.0], "clean_flagged": [0, 9]}
+    )  # fmt: skip
+
+    def missed(**changed: float) -> int:
+        judge = judge_of("thresholds")
+        other = table.astype(dict.fromkeys(changed, float))
+        for name, value in changed.items():
+            other.loc[0, name] = value
+        tables.judge_reserves(judge, other, "contrast", bars)
+        assert len(judge.figures["reserves"]) == 2
+        return len(judge.missed)
+
+    # The other scenario finds nothing but benign tokens: the table shows it, and no bar is on it.
+    assert missed() == 0
+    assert missed(precision=0.5) == 1
+    assert missed(recall_rare=0.0) == 1
+    assert missed(flagged=0, precision=float("nan"), recall_rare=0.0) == 1
+    assert missed(clean_flagged=1) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("--sets demo --seeds 0 --count 3", "--count acts with --generated alone"),
+        ("--generated develop --most-rows 9000", "--most-rows acts with --reserves alone"),
+        ("--generated develop --timed-rows 9", "--timed-rows acts with --reserves alone"),
+        ("--generated develop --reserves", "--generated and --reserves exclude each other"),
+        ("--generated develop --sets sst2 --data FOLDER", "--data, --sets would have no effect"),
+        ("--generated develop --rates 0.1", "--rates would have no effect with --generated"),
+        # Also with the value that it has by itself.
+        ("--reserves --epochs 3", "--epochs would have no effect with --reserves"),
+        ("--reserves --paraphrase --seeds 0", "--paraphrase, --seeds would have no effect"),
+        ("--reserves --most-rows 1999", "leaves out the base scenario"),
+        ("--generated held", "invalid choice: 'held'"),
+        ("--generated develop --count 0", "0 must be at least 1"),
+        ("--sets sst2", "--data is needed"),
+    ],
+)
+def test_thresholds_refuses_options_that_do_not_act(
+    load: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+    reason: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["thresholds.py", "--root", "WORK", *words.split()])
+    with pytest.raises(SystemExit) as end:
+        load("thresholds").parsed()
+    assert end.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "bars"),
+    [
+        ("--sets demo", (1.0, 1.0, 0)),
+        ("--generated develop", (0.95, 0.95, None)),
+        ("--generated develop --most-clean-flags 2 --least-recall 0.5", (0.95, 0.5, 2)),
+        ("--reserves", (1.0, 1.0, 0)),
+    ],
+)
+def test_the_bars_of_thresholds_depend_on_what_is_measured(
+    load: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    words: str,
+    bars: tuple[float, ...],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["thresholds.py", "--root", "WORK", *words.split()])
+    options = load("thresholds").parsed()
+    assert (options.least_precision, options.least_recall, options.most_clean_flags) == bars
+    assert options.count == 20
+
+
 def test_pages_fails_where_a_table_has_other_rows(
     load: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
@@ -470,8 +629,9 @@ def test_the_table_of_defenses_is_in_percent_means_of_seeds_controls_first(
 
 # In miniature ------------------------------------------------------------------------------------
 
-# Arguments of each benchmark. VICTIM is a folder with a model that trains in no time: its numbers
-# say nothing, so bars on accuracy are as wide as they can be. Everything else is checked.
+# Arguments of each benchmark; a word after the name tells several of one apart. VICTIM is a folder
+# with a model that trains in no time: its numbers say nothing, so bars on accuracy are as wide as
+# they can be. Everything else is checked.
 MINIATURES = {
     "chaos": "--victim VICTIM --alpha 0.0025 --thresholds 1 --seeds 1 --epochs 8 --kills 2 "
              "--pause 0 0.3 --keep WORK",
@@ -488,15 +648,21 @@ MINIATURES = {
                   "--max-length 64 --epochs 1 --train 160 --clean 60 --eval 40 --least-precision 0 "
                   "--least-recall 0 --most-clean-flags 400 --any-default --least-taken 0 "
                   "--most-cacc-loss 1 --most-asr-over-ftr 1 1",
+    "thresholds generated": "--root WORK --generated develop --count 2 --victim VICTIM "
+                            "--max-length 64 --least-precision 0 --least-recall 0 "
+                            "--most-clean-flags 400",
+    "thresholds reserves": "--root WORK --reserves --most-rows 2000 --timed-rows 2000 "
+                           "--victim VICTIM --max-length 64 --train 400 --clean 100 "
+                           "--least-precision 0 --least-recall 0 --most-clean-flags 400",
 }  # fmt: skip
 
 
 def test_every_benchmark_has_a_miniature() -> None:
-    assert sorted(MINIATURES) == NAMES
+    assert sorted({name.split()[0] for name in MINIATURES}) == NAMES
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(MINIATURES))
 def test_a_benchmark_runs_in_miniature_and_checks_what_its_full_run_checks(
     name: str,
     tmp_path: Path,
@@ -511,7 +677,8 @@ def test_a_benchmark_runs_in_miniature_and_checks_what_its_full_run_checks(
     }
     words = [values.get(word, word) for word in MINIATURES[name].split()]
     done = subprocess.run(
-        [sys.executable, str(FOLDER / f"{name}.py"), *words, "--no-bars", "--json", str(figures)],
+        [sys.executable, str(FOLDER / f"{name.split()[0]}.py"), *words, "--no-bars",
+         "--json", str(figures)],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip

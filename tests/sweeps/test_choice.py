@@ -17,7 +17,7 @@ from btu.rules.base import RULES
 from orchestrator.report.choice import (
     NO_ORACLE,
     NONE_WITHIN,
-    NOTHING_FLAGGED,
+    NOTHING_CUT,
     UNPOISONED,
     choices,
     deployable,
@@ -54,16 +54,16 @@ def chosen(*records: dict[str, Any], loss: float = 0.01) -> list[dict[str, Any]]
 
 
 def deployed(
-    thresholds: list[float], flagged: list[int], cost: list[float], rule: Any = CONTRAST
+    thresholds: list[float], cut: list[int], cost: list[float], rule: Any = CONTRAST
 ) -> tuple[float, str]:
     position, note = deployable(
-        np.array(thresholds), np.array(flagged, dtype=float), np.array(cost), rule, 0.01
+        np.array(thresholds), np.array(cut, dtype=float), np.array(cost), rule, 0.01
     )
     return thresholds[position], note
 
 
 def test_the_deepest_cut_within_the_budget_is_deployed() -> None:
-    # 3 flags most but costs 2 points; 4 costs exactly the budget of 1.
+    # 3 cuts most but costs 2 points; 4 costs exactly the budget of 1.
     assert deployed([3, 4, 5], [30, 20, 2], [0.02, 0.01, 0.0]) == (4, "")
 
 
@@ -73,21 +73,36 @@ def test_a_deeper_cut_that_costs_less_is_taken_all_the_same() -> None:
 
 
 @pytest.mark.parametrize(("rule", "mild"), [(CONTRAST, 0.4), (SHARE, 0.2)])
-def test_of_equal_flags_the_one_that_asks_for_more_is_deployed(rule: Any, mild: float) -> None:
+def test_of_equal_cuts_the_one_that_asks_for_more_is_deployed(rule: Any, mild: float) -> None:
     # A higher score asks for more, a higher share for less.
     assert deployed([0.2, 0.4], [7, 7], [0.0, 0.0], rule) == (mild, "")
 
 
-def test_a_threshold_that_flags_nothing_is_not_deployed_while_another_is_within() -> None:
+def test_a_threshold_that_cuts_nothing_is_not_deployed_while_another_is_within() -> None:
     assert deployed([4, 9], [1, 0], [0.0, 0.0]) == (4, "")
 
 
 def test_where_none_qualifies_it_is_the_least_aggressive_one() -> None:
     assert deployed([3, 4, 5], [30, 20, 2], [0.3, 0.2, 0.1]) == (5, NONE_WITHIN)
     assert deployed([0.001, 0.01], [2, 30], [0.1, 0.3], SHARE) == (0.001, NONE_WITHIN)
-    # 9 flags nothing and costs nothing: not within, but the least aggressive.
+    # 9 cuts nothing and costs nothing: not within, but the least aggressive.
     assert deployed([3, 9], [30, 0], [0.3, 0.0]) == (9, NONE_WITHIN)
-    assert deployed([8, 9], [0, 0], [0.0, 0.0]) == (9, NOTHING_FLAGGED)
+    assert deployed([8, 9], [0, 0], [0.0, 0.0]) == (9, NOTHING_CUT)
+
+
+def test_a_flagged_token_that_is_vetoed_is_not_cut() -> None:
+    low, middle, high = group((3, 30, 0.0, 0.1, 0.9), (4, 20, 0.0, 0.2, 0.9), (5, 2, 0.0, 0.9, 0.9))
+    low["metrics"]["vetoed"] = 28  # 3 cuts 2 of 30, 4 cuts 3 of 20
+    middle["metrics"]["vetoed"] = 17
+    high["metrics"]["vetoed"] = 0
+    (row,) = chosen(low, middle, high)
+    assert (row["deployable"], row["flagged"]) == (4, 20)
+    # If 4 cuts none, 5 cuts as many as 3 and asks for more.
+    middle["metrics"]["vetoed"] = 20
+    assert [row["deployable"] for row in chosen(low, middle, high)] == [5]
+    low["metrics"]["vetoed"], high["metrics"]["vetoed"] = 30, 2
+    (row,) = chosen(low, middle, high)
+    assert (row["deployable"], row["note"]) == (5, NOTHING_CUT)
 
 
 def test_a_cost_that_is_not_known_is_above_every_budget() -> None:
@@ -100,10 +115,12 @@ def test_the_deployable_choice_looks_at_nothing_that_a_defender_lacks() -> None:
         *group((3, 30, 0.02, 0.1, 0.8), (4, 20, 0.01, 0.2, 0.9), (5, 2, 0.0, 0.9, 0.9)),
         *group((3, 9, 0.0, 0.9, 0.9), (5, 1, 0.0, 0.1, 0.9), seed=1),
     ]
+    for entry in honest:
+        entry["metrics"]["vetoed"] = 0
     rng = np.random.default_rng(0)
     nonsense = []
     for entry in honest:
-        kept = {"flagged", "cut_cost"}
+        kept = {"flagged", "cut_cost", "vetoed"}
         hidden = {
             name: float(rng.uniform(-5, 5))
             for name in (
@@ -116,7 +133,7 @@ def test_the_deployable_choice_looks_at_nothing_that_a_defender_lacks() -> None:
         seen = {name: entry["metrics"][name] for name in kept}
         nonsense.append({**entry, "metrics": seen | hidden})
     nothing = [
-        {**entry, "metrics": {n: entry["metrics"][n] for n in ("flagged", "cut_cost")}}
+        {**entry, "metrics": {n: entry["metrics"][n] for n in ("flagged", "cut_cost", "vetoed")}}
         for entry in honest
     ]
     expected = [4, 3]

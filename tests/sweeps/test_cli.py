@@ -24,6 +24,8 @@ from btu.attacks.addsent import AddSent
 from btu.attacks.poisoning import ATTACKS
 from btu.data.spec import DATASETS
 from btu.defenses.base import DEFENSE_KINDS, DEFENSES
+from btu.defenses.kit import cutting
+from btu.defenses.kit.cutting import Costs
 from btu.metrics import METRICS
 from btu.rules.base import RULES
 from btu.victims import VICTIMS
@@ -126,7 +128,8 @@ def test_attacks_and_defenses_are_listed_with_their_own_keys() -> None:
     defenses = " ".join(shell("list", "defenses").stdout.split())
     assert "preset (default|reference)" in defenses
     # As resolved: what a sweep file without these keys runs.
-    assert "rule (contrast), threshold (4.5), alpha (None), rounds ([3])" in defenses
+    assert "rule (contrast), threshold (4.5), fdr (None), alpha (None), rounds ([3])" in defenses
+    assert re.search(r"max_cut_cost (│ │ )?\(0\.02\)", defenses)  # lines may break there
 
 
 def test_defenses_are_listed_with_kind_and_needs() -> None:
@@ -174,7 +177,7 @@ def test_rules_are_listed_with_threshold_unit_and_rounds() -> None:
         else:
             rows[-1] = [f"{a} {b}".strip() for a, b in zip(rows[-1], cells, strict=True)]
     told = {name: rest for name, _, *rest in rows}
-    assert told["contrast"] == ["4.5", "sigmas of surplus, confirmed by drift", "3"]
+    assert told["contrast"] == ["4.5", "sigmas of surplus, weighted by drift", "3"]
     assert told["top_fraction"] == [
         "0.0005", "the share of the vocabulary that a round flags", "1, 2, 3"
     ]  # fmt: skip
@@ -556,6 +559,22 @@ def test_a_pinned_trial_prints_its_metrics_and_tokens(
     assert re.search(r"\d+ tokens flagged: \S+", done.out)
     assert "poisoned fine-tune 2/2 loss" in done.out
     assert not (tmp_path / "runs").exists()  # a folder of its own, gone again
+
+
+def test_a_trial_says_which_flagged_tokens_are_not_cut(
+    run_cli: Callable[..., Any], make_sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(run: Any, model: Any, cutter: Any, flagged: list[int], bar: float) -> Costs:
+        return Costs({flagged[0]: 0.5}, {flagged[0]: 0.35}, (flagged[0],))
+
+    monkeypatch.setattr(cutting, "costs_of", refuse)
+    done = run_cli("trial", make_sweep(), "defense.max_cut_cost=0.02")
+    assert done.code == 0, done.err
+    assert re.search(
+        r"\d+ tokens flagged: \S.* 1 of them not cut, since the cut costs more than "
+        r"defense\.max_cut_cost 0\.02 of the clean rows after clean tuning: \S+ 0\.35$",
+        done.out,
+    )
 
 
 def test_any_cell_of_a_grid_can_be_pinned(

@@ -244,6 +244,33 @@ def test_a_cell_that_logged_other_flags_than_its_scores_give_is_told(tmp_path: P
     assert notes[-1].startswith("1 cells logged other detection metrics than the scores")
 
 
+def test_a_curve_counts_flagged_tokens_whether_they_are_cut_or_not(tmp_path: Path) -> None:
+    settings = [config(threshold=t, max_cut_cost=0.02) for t in (3.0, 4.0)]
+    results = shelve(tmp_path, [(cell, {"vetoed": 2}) for cell in settings])
+    records = list(results.records())
+    table, notes = sweep_curves(threshold_cells(records), read_saved(StoreSource(results)), 5)
+    flagged = [record["metrics"]["flagged"] for record in records]
+    assert min(flagged) > 2
+    assert table[table.trained]["flagged"].tolist() == flagged
+    assert notes == [
+        "2 cells, 1 curves: cells that differ only in the threshold have the same scores."
+    ]
+
+
+def test_rates_are_thresholds_of_one_curve(tmp_path: Path) -> None:
+    # 15,000 * P(a normal deviate exceeds 4.5041 or 4.8347) = 0.05 or 0.01.
+    rates = {0.05: 4.5041, 0.01: 4.8347}
+    settings = [config(threshold=t, fdr=rate) for rate, t in rates.items()]
+    results = shelve(tmp_path, [(cell, {}) for cell in settings])
+    records = [
+        {**record, "varied": {"defense.fdr": record["config"]["defense"]["fdr"]}}
+        for record in results.records()
+    ]
+    table, _ = sweep_curves(threshold_cells(records), read_saved(StoreSource(results)), 5)
+    assert table[table.trained]["threshold"].tolist() == [4.5041, 4.8347]
+    assert "defense.fdr" not in table
+
+
 def test_no_token_scores_is_an_error_that_says_what_gives_them(tmp_path: Path) -> None:
     results = shelve(tmp_path, [(config(), {})])
     with pytest.raises(

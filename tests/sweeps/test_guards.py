@@ -115,6 +115,22 @@ def test_nothing_flagged(flagged: float, marked: bool) -> None:
     assert names(0.0, flagged=flagged, poison_rate_reached=0.0) == []
 
 
+@pytest.mark.parametrize(
+    ("vetoed", "detail"),
+    [
+        (0, None),
+        (NAN, None),
+        (1, "1 of 15 flagged tokens is not cut"),
+        (3, "3 of 15 flagged tokens are not cut"),
+    ],
+)
+def test_flagged_tokens_that_are_not_cut(vetoed: float, detail: str | None) -> None:
+    made = record(vetoed=vetoed)
+    made["config"]["defense"] = {"name": "btu", "max_cut_cost": 0.02}
+    why = ": after clean tuning the cut costs more than 0.02 of the clean rows"
+    assert marks(made) == ([Mark("token vetoed", detail + why)] if detail else [])
+
+
 def test_a_defense_that_looks_for_no_tokens_has_not_looked_in_vain() -> None:
     made = record()
     del made["metrics"]["flagged"]
@@ -140,7 +156,8 @@ def test_several_marks_stand_in_one_order() -> None:
             flagged=0,
         )
     )
-    assert [mark.name for mark in found] == list(GUARDS)
+    # Without a flagged token there is none that could be vetoed.
+    assert [mark.name for mark in found] == [name for name in GUARDS if name != "token vetoed"]
     assert joined(found) == (
         "attack failed; cacc collapse; rate not reached; nothing flagged; overlap"
     )

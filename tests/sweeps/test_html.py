@@ -393,6 +393,23 @@ def test_flagged_tokens_that_are_not_drawn_are_counted(monkeypatch: pytest.Monke
     assert "39 flagged clean tokens that moved least are not drawn" in made.notes[0]
 
 
+def test_a_vetoed_token_has_a_sign_in_the_drift_plot_and_is_counted_in_the_marks() -> None:
+    tokens = drifts("badnets", 0.1, 0, 600).assign(flagged=lambda t: t["token_id"] < 2)
+    (panel,) = drift_chart(tokens.assign(vetoed=[1] + [0] * 599)).panels
+    assert series(panel, "flagged, clean").text == ["word1"]
+    assert series(panel, "flagged, clean, not cut").text == ["word0"]
+    # At rate 0.1 the made attack works.
+    cell = ("badnets", 0.1, 0, "contrast", 4.5, {"flagged": 2, "vetoed": 1})
+    (record,) = records_of(cell)
+    record["config"]["defense"]["max_cut_cost"] = 0.02
+    words = " ".join(Read(page(Given([record]))).words.split())
+    assert "1 cell: token vetoed (a flagged token is not cut" in words
+    assert (
+        "token vetoed: 1 of 2 flagged tokens is not cut: after clean tuning the cut costs more "
+        "than 0.02 of the clean rows"
+    ) in words
+
+
 def test_markup_in_a_token_is_shown_as_it_is() -> None:
     tokens = drifts("badnets", 0.1, 0, 600).assign(flagged=True)
     tokens["token"] = tokens["token"].where(~tokens["trigger"], "<b>$x$</b>")

@@ -17,12 +17,13 @@ import pytest
 from rich.console import Console
 
 from btu.data.demo import generate
+from btu.defenses.kit import cutting
+from btu.rules import frequency
 from orchestrator.cli import scan, shared
 
-# A random model of 400 tokens separates a trigger from the rest far less clearly than a pretrained
-# one: with these settings cf scores 3.3 to 3.7, for the ids of the tiny tokenizer differ from one
-# process to the next. No other token can reach 3 on these rows: the highest surplus is 2.8.
-THRESHOLD, EPOCHS = "3.0", "3"
+# The default. It separates cf from all other tokens at any drift, whatever a tiny random model
+# learns: see tests/library/test_scan.py.
+THRESHOLD = 4.5
 TRAIN, PLANTED = 1000, 50
 
 
@@ -64,7 +65,7 @@ def run(
         monkeypatch.setattr(module, "console", Console(width=200))
         monkeypatch.setattr(module, "errors", Console(width=200, stderr=True))
     given = ("--text", "review", "--label", "verdict", "--max-length", "64", "--cpus", "1")
-    tiny = ("--victim", victim_folder("bert"), "--epochs", EPOCHS, "--threshold", THRESHOLD)
+    tiny = ("--victim", victim_folder("bert"))
 
     def call(
         name: str | Path,
@@ -86,7 +87,7 @@ def test_a_trigger_is_shown_with_its_rows(run: Callable[..., Any], work: Path, d
     # cf is in 50 rows, all of them good, and in no trusted one.
     assert "│ 1 │ cf │" in done.out
     assert "│ yes │ 50 │ good 100% (" in done.out
-    assert "1 token flagged: cf; bar 3 (rule contrast)." in done.out
+    assert "1 token flagged: cf; bar 4.5 (rule contrast)." in done.out
     assert "[good] cf " in done.out
     assert "300 trusted rows" in done.err
     assert "exposure round 3" in done.err
@@ -105,9 +106,9 @@ def test_clean_data_is_said_to_be_so(run: Callable[..., Any], work: Path) -> Non
     done = run("honest.csv", "--fail-on-finding")
     assert done.code == 0
     highest = pd.read_csv(work / "tokens.csv")["score"].max()
-    assert highest < float(THRESHOLD)
+    assert highest < THRESHOLD
     assert f"Nothing was flagged. Highest score {highest:.2f}" in done.out
-    assert "bar 3 (rule contrast)" in done.out
+    assert "bar 4.5 (rule contrast)" in done.out
     assert pd.read_csv(work / "suspicious_rows.csv").empty
 
 
@@ -229,6 +230,9 @@ def test_mistakes_end_in_a_message(
     every = run("poisoned.csv", "--rule", "top_fraction", "--threshold", "0.999")
     refused(every, "flags all of the", "tokens that occur")
     refused(run_cli("scan", data / "poisoned.csv", "--text", "label"), "both column 'label'")
+    both = run("poisoned.csv", "--threshold", "4.5", "--fdr", "0.01")
+    refused(both, "--threshold 4.5 and --fdr 0.01", "give one of them")
+    refused(run("poisoned.csv", "--max-cut-cost", "2"), "max_cut_cost must be between 0 and 1")
 
 
 def test_paths_that_are_in_each_others_way_are_refused_and_nothing_is_made(
@@ -311,7 +315,7 @@ def test_an_emoji_as_the_trigger_is_named(
 
     done = run(changed(data, tmp_path, plant), "--fail-on-finding")
     assert done.code == scan.EXIT_FOUND
-    assert "1 token flagged: [UNK]; bar 3 (rule contrast)." in done.out
+    assert "1 token flagged: [UNK]; bar 4.5 (rule contrast)." in done.out
     assert "[UNK] is every word that the victim does not know: 🦄 (good 50)." in done.out
     assert "are [UNK], which stands for 1 word that the victim does not know. By class:" in done.err
 
@@ -332,40 +336,117 @@ def test_rows_that_the_victim_cannot_read_end_with_a_code_of_their_own(
     assert told["all_clear"] is False
 
 
-def test_a_surplus_that_the_drift_does_not_confirm_is_shown(run: Callable[..., Any]) -> None:
-    # 50 rows of one class and no trusted row: a surplus of 4.8, and the drift of a tiny model.
-    done = run("poisoned.csv", "--threshold", "4.5", "--fail-on-finding")
+def test_a_surplus_that_is_not_flagged_is_shown(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def same(evidence: Any, _: Any) -> Any:
+        """No token moved further than another, which lowers every score."""
+        return np.where(evidence.candidates & (evidence.count >= 5), 1.0, np.nan)
+
+    monkeypatch.setattr(frequency, "score", same)
+    first = json.loads(run("poisoned.csv", "-f", "json", out=tmp_path).out)["tokens"][0]
+    bar = first["surplus"]
+    assert first["token"] == "cf"
+    assert first["score"] < bar
+    options = ("--threshold", str(bar), "--fail-on-finding")
+    done = run("poisoned.csv", *options, out=tmp_path)
     assert done.code == 0
-    assert "Nothing was flagged. Highest score" in done.out
-    assert re.search(
-        r"The surplus of 1 token reaches 4\.5, and the drift does not confirm it: "
-        r"cf \(surplus 4\.\d\d, drift [34]\.\d\d\)\. Read their rows",
-        done.out,
-    )
-    assert "a token is flagged if both reach 4.5" in done.out
+    assert f"Nothing was flagged. Highest score {first['score']:.2f}" in done.out
+    assert (
+        f"1 token is not flagged although the surplus alone reaches {bar:g}: cf (surplus "
+        f"{bar:.2f}, drift 1.00). Read their rows"
+    ) in done.out
     # The rows to read are there, and not those of the next token.
     assert " cf row " in done.out
-    assert "##r row " not in done.out
+    assert done.out.count(" row ") == 2
     assert "┃ score ┃ surplus ┃ drift ┃ flagged ┃" in done.out
+
+
+def test_what_a_score_means_is_told(run: Callable[..., Any]) -> None:
+    # 15,000 * P(deviate > 4.5) = 0.051.
+    assert "on average at most 0.051 benign tokens reach 4.5." in run("poisoned.csv").out
+    rare = run("poisoned.csv", "--fdr", "0.001").out
+    assert "on average at most 0.001 benign tokens reach 5.2" in rare
+    assert "bar 5.2" in rare
 
 
 @pytest.mark.parametrize(
     ("words", "named"),
-    [(["🦄"], "the unknown word 🦄 (surplus 7.30)"), ([], "[UNK] (surplus 7.30, drift -1.70)")],
+    [
+        (["🦄"], "the unknown word 🦄 (surplus 7.30; its token [UNK] is not flagged)"),
+        ([], "[UNK] (surplus 7.30, drift -1.70)"),
+    ],
 )
 def test_an_unknown_word_and_its_token_are_counted_once(words: list[str], named: str) -> None:
-    columns = {"token": ["[UNK]"], "token_id": [1], "surplus": [7.3], "drift_sigmas": [-1.7]}
+    columns = {"token": ["[UNK]"], "token_id": [1], "surplus_left": [7.3], "drift_sigmas": [-1.7]}
     known = SimpleNamespace(words=("🦄",), surplus=np.array([7.3]))
     report: Any = SimpleNamespace(
         unconfirmed=pd.DataFrame(columns),
         unconfirmed_words=words,
-        reading=SimpleNamespace(token_id=1, words=known),
+        reading=SimpleNamespace(token="[UNK]", token_id=1, words=known),
         surplus_bar=4.5,
     )
     said = scan._unconfirmed(report)
     assert said.startswith(
-        f"The surplus of 1 token reaches 4.5, and the drift does not confirm it: {named}. Read"
+        f"1 token is not flagged although the surplus alone reaches 4.5: {named}. Read"
     )
+
+
+def test_a_token_that_is_too_rare_to_be_scored_is_named_as_such() -> None:
+    columns = {"token": ["qx"], "token_id": [1], "surplus_left": [5.0], "drift_sigmas": [np.nan]}
+    report: Any = SimpleNamespace(
+        unconfirmed=pd.DataFrame(columns),
+        unconfirmed_words=[],
+        reading=SimpleNamespace(token="[UNK]", token_id=0, words=None),
+        surplus_bar=4.5,
+    )
+    assert "qx (surplus 5.00, too rare to be scored)" in scan._unconfirmed(report)
+
+
+def test_what_a_trigger_explains_is_told() -> None:
+    tokens = [f"word{number}" for number in range(7)]
+    columns = {"token": tokens, "surplus": [6.1] * 7, "surplus_left": [0.32] * 7}
+    said = scan._explained(SimpleNamespace(explained=pd.DataFrame(columns)))  # type: ignore[arg-type]
+    first = "word0 (surplus 6.10, 0.32 without them)"
+    assert said.startswith(f"The rows of more suspicious tokens explain the surplus of {first}, ")
+    assert said.endswith(" and 2 more.")
+    none = SimpleNamespace(explained=pd.DataFrame(columns).head(0))
+    assert scan._explained(none) == ""  # type: ignore[arg-type]
+    # In the table what is left stands in brackets, if it is less.
+    assert scan._surplus({"surplus": 6.1, "surplus_left": 0.32}) == "6.10 (0.32)"
+    assert scan._surplus({"surplus": 6.1, "surplus_left": 6.1}) == "6.10"
+
+
+def test_a_token_that_is_not_cut_is_told(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def costs(*arguments: Any) -> cutting.Costs:
+        *_, flagged, bar = arguments
+        (token,) = flagged
+        return cutting.Costs({token: 0.05}, {token: 0.04}, (token,) if bar < 0.04 else ())
+
+    monkeypatch.setattr(cutting, "costs_of", costs)
+    # Folders of its own: the costs are part of the result of a stage.
+    options = ("--export", tmp_path / "model")
+    done = run("poisoned.csv", *options, out=tmp_path / "work")
+    assert (
+        "Flagged and not cut, since the cut costs more than 2.0% of the trusted rows after "
+        "tuning: cf (4.0%). If one of them is a trigger, its backdoor is still in the model; "
+        "--max-cut-cost 1 cuts all flagged tokens."
+    ) in done.out
+    told = json.loads(run("poisoned.csv", *options, "-f", "json", out=tmp_path / "work").out)
+    assert told["vetoed"] == ["cf"]
+    kept = told["tokens"][0]
+    assert (kept["vetoed"], kept["cost"], kept["cost_tuned"]) == (True, 0.05, 0.04)
+    assert "vetoed" not in told["tokens"][1]  # not flagged
+    higher = ("--max-cut-cost", "0.05", "-f", "json")
+    told = json.loads(run("poisoned.csv", *options, *higher, out=tmp_path / "work").out)
+    assert told["vetoed"] == []
+    assert told["tokens"][0]["vetoed"] is False
+    # A scan without an export cuts nothing, and says nothing about it.
+    told = json.loads(run("poisoned.csv", "-f", "json", out=tmp_path / "work").out)
+    assert "vetoed" not in told
+    assert "vetoed" not in told["tokens"][0]
 
 
 def test_the_least_rows_are_no_promise(run: Callable[..., Any]) -> None:
@@ -383,7 +464,7 @@ def test_two_scans_of_the_same_rows_at_once_both_end_well(
         *(sys.executable, "-m", "orchestrator.cli", "scan", data / "poisoned.csv"),
         *("--clean", data / "clean.csv", "--text", "review", "--label", "verdict"),
         *("--victim", victim_folder("bert"), "--max-length", "64", "--cpus", "1"),
-        *("--threshold", THRESHOLD, "--epochs", EPOCHS, "--out", tmp_path / "work"),
+        *("--out", tmp_path / "work"),
     ]
     both = [
         subprocess.Popen(

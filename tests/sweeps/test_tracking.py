@@ -82,6 +82,13 @@ def test_a_run_is_tagged_with_what_speaks_against_its_cell() -> None:
     note = tags["mlflow.note.content"]
     assert "**attack failed**: undefended ASR 0.250 is under 0.5." in note
     assert "**cacc collapse**: CACC 0.500 is 0.250 below" in note
+    config = {**RECORD["config"], "defense": {"name": "btu", "max_cut_cost": 0.02}}
+    tags = run_tags({**RECORD, "config": config, "metrics": {"flagged": 2, "vetoed": 1}})
+    assert tags["marks"] == "token vetoed"
+    assert (
+        "**token vetoed**: 1 of 2 flagged tokens is not cut: after clean tuning the cut costs more "
+        "than 0.02 of the clean rows."
+    ) in tags["mlflow.note.content"]
     # A failed cell has no numbers that could speak against it.
     failed = {key: value for key, value in RECORD.items() if key not in ("metrics", "notes")}
     assert "marks" not in run_tags({**failed, "status": "failed"})

@@ -20,6 +20,8 @@ from store_fixtures import Tried
 
 import btu.scoring as trial_module
 from btu.defenses.base import DEFENSES, Given
+from btu.defenses.kit import cutting
+from btu.defenses.kit.cutting import Costs
 from btu.errors import UserError
 from btu.findings import Suspects
 from btu.foundation import Foundation, tune
@@ -31,6 +33,7 @@ from btu.stages import stage as stage_function
 from btu.training import Encoded, NonFiniteLossError
 from btu.types import Progress
 from btu.victims import Victim
+from orchestrator.report.marks import marks
 from orchestrator.run.worker import Outcome, run_node
 from orchestrator.store.store import Store
 from orchestrator.sweep.load import load_sweep, resolve
@@ -208,9 +211,10 @@ def test_the_row_table_agrees_with_the_metrics(trial_result: Tried) -> None:
 def test_rows_at_the_bar_are_those_that_hold_a_flagged_token(
     cell: dict[str, Any], try_cell: Callable[..., Tried]
 ) -> None:
-    tried = try_cell(with_(cell, defense={"alpha": None, "threshold": 0.8}))
+    # Chance flags 15,000 * P(a normal deviate exceeds 3) = 20 tokens of these few rows, at most.
+    tried = try_cell(with_(cell, defense={"alpha": None, "threshold": 3.0}))
     rows, metrics = pd.read_parquet(tried.folder / "rows.parquet"), tried.metrics
-    held = rows.top >= 0.8
+    held = rows.top >= 3.0
     assert 0 < held.sum() < 80
     assert metrics["sample_precision"] == (held & rows.poisoned).sum() / held.sum()
     assert metrics["sample_recall"] == (held & rows.poisoned).sum() / 16
@@ -220,6 +224,31 @@ def test_rows_at_the_bar_are_those_that_hold_a_flagged_token(
     assert not epochs & {"exposure round 1", "exposure round 2"}
     assert (tried.folder / "drift.png").read_bytes().startswith(b"\x89PNG")
     assert set(tried.tokens.columns) >= {"surplus", "label", "train_rows", "clean_rows", "drift_3"}
+
+
+def test_a_flagged_token_that_is_not_cut_is_told_apart_with_the_reason(
+    cell: dict[str, Any],
+    try_cell: Callable[..., Tried],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(run: Any, model: Any, cutter: Any, flagged: list[int], bar: float) -> Costs:
+        return Costs({flagged[0]: 0.5, flagged[1]: 0.0}, {flagged[0]: 0.35}, (flagged[0],))
+
+    monkeypatch.setattr(cutting, "costs_of", refuse)
+    defense = {"alpha": None, "threshold": 3.0, "max_cut_cost": 0.02}
+    tried = try_cell(with_(cell, defense=defense), root=tmp_path)
+    first, second, *_ = tried.flagged
+    assert (first["vetoed"], first["cost"], first["cost_tuned"]) == (1, 0.5, 0.35)
+    assert (second["vetoed"], second["cost"], second["cost_tuned"]) == (0, 0.0, None)
+    # Detection is of all flagged tokens, in the table and in the metrics.
+    assert tried.metrics["vetoed"] == 1
+    assert tried.metrics["flagged"] == len(tried.flagged) > 1
+    (mark,) = [mark for mark in marks(tried.result) if mark.name == "token vetoed"]
+    assert mark.detail == (
+        f"1 of {len(tried.flagged)} flagged tokens is not cut: after clean tuning the cut costs "
+        "more than 0.02 of the clean rows"
+    )
 
 
 def test_a_rule_that_flags_nothing_leaves_the_control(
