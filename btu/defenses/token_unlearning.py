@@ -138,10 +138,10 @@ class TokenUnlearning:
         a text wherever they are (``cls_sep``).
     cut: ``dimensional`` replaces, in a flagged row, the dimensions that moved by more than c;
         ``row`` all of it; ``none`` cuts nothing (an ablation: clean tuning alone).
-    max_cut_cost: a flagged token is not cut if the cut alone costs more than this fraction of the
-        clean rows, after clean tuning, and at least 3 rows; the table of tokens marks it as
-        ``vetoed``. 1 cuts every flagged token. Null is the rule's default: 0.02 for ``contrast``, 1
-        for the others.
+    max_cut_cost: a flagged token is not cut if its cut costs more than this fraction of the clean
+        rows, and at least 3 rows, both at once and after clean tuning, where all tokens that cost
+        so much at once are cut together; the table of tokens marks it as ``vetoed``. 1 cuts every
+        flagged token. Null is the rule's default: 0.02 for ``contrast``, 1 for the others.
     cut_norm: c = ||E - E0||_F / V, computed ``once``, or ``running`` after every token. It is
         the reference code's formula: a norm over all rows divided by V, not a mean row norm.
     """
