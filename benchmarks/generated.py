@@ -194,11 +194,11 @@ def write(drawn: Drawn, vocabulary: list[str], root: Path) -> Path:
     shifted = np.exp(rng.normal(0, drawn.shift, len(words)))
     start = min(DOMINANT_FROM, len(words) - drawn.classes)
     own = [str(w) for w in words[start : start + drawn.classes]]
+    sentences = _templates(drawn, words, topics * usual)
     for role, count in zip(ROLES, drawn.rows, strict=True):
         tables = topics * usual * (shifted if role == "test" else 1.0)
         tables /= tables.sum(axis=1, keepdims=True)
         labels = rng.choice(drawn.classes, count, p=drawn.shares)
-        sentences = _templates(drawn, words, topics * usual)
         texts = [_text(drawn, rng, words, tables, sentences, own, int(c)) for c in labels]
         frame = pd.DataFrame({"text": texts, "label": labels}).drop_duplicates("text")
         frame.to_parquet(folder / f"{role}.parquet", index=False)

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from figures import Judge
-from generated import Drawn
+from generated import BASE, Drawn
 
 from btu.rules.base import RULES
 from btu.rules.surplus import expected_flags
 
 # With this probability chance flags no more tokens of clean sets than the bar.
 QUANTILE = 0.95
-BASE = "base"
 
 
 def described(drawn: Drawn) -> dict[str, Any]:
@@ -129,14 +128,15 @@ def judge_reserves(judge: Judge, table: pd.DataFrame, rule: str, bars: argparse.
     judge, rule, bars: see `judge_generated`; most_clean_flags is a number.
     table: a row per scenario.
     """
-    base = table.set_index("set").loc[BASE]
-    judge.structure(f"{rule}, {BASE} scenario: precision at least {bars.least_precision}",
+    name = BASE.scenario
+    base = table.set_index("set").loc[name]
+    judge.structure(f"{rule}, {name} scenario: precision at least {bars.least_precision}",
                     f"{base.precision:.3f} of {base.flagged} flagged tokens",
                     not base.flagged or bool(base.precision >= bars.least_precision))  # fmt: skip
-    judge.structure(f"{rule}, {BASE} scenario: recall of rare tokens at least {bars.least_recall}",
+    judge.structure(f"{rule}, {name} scenario: recall of rare tokens at least {bars.least_recall}",
                     f"{base.recall_rare:.3f}",
                     bool(base.recall_rare >= bars.least_recall))  # fmt: skip
-    judge.structure(f"{rule}, {BASE} scenario: at most {bars.most_clean_flags} tokens flagged of "
+    judge.structure(f"{rule}, {name} scenario: at most {bars.most_clean_flags} tokens flagged of "
                     "the clean set",
                     str(base.clean_flagged),
                     bool(base.clean_flagged <= bars.most_clean_flags))  # fmt: skip

@@ -47,6 +47,39 @@ class Parts:
     score: FloatArray
 
 
+@dataclass(frozen=True)
+class Chance:
+    """What scores are corrected for (`btu.rules.surplus`).
+
+    tests: the number of pairs of token and class that are tested.
+    shift: the variance of the logarithm of a word's frequency, between training and clean rows.
+    """
+
+    tests: int
+    shift: float
+
+
+def are_tests(held: IntArray, clean: IntArray) -> BoolArray:
+    """Return which pairs of word and class are in 5 rows or more: nothing could come of the others.
+
+    held: (W, classes) number of training rows with each word.
+    clean: (W, classes) number of clean rows with it.
+    """
+    found: BoolArray = held + clean >= frequency.MIN_COUNT
+    return found
+
+
+def chance_of(evidence: Evidence, tested: BoolArray) -> Chance:
+    """Return what rows alone tell; no drift is needed for it.
+
+    tested: (V,) the tokens that are scored.
+    """
+    counts = (evidence.train_rows, evidence.clean_rows)
+    sizes = (evidence.class_rows, evidence.clean_class_rows)
+    tests = int(are_tests(*counts)[tested].sum())
+    return Chance(tests, shift_of(*counts, *sizes, tested))
+
+
 def weights(drift: FloatArray) -> FloatArray:
     """Return how many times its equal share of the flags by chance each token gets: (V,).
 
@@ -72,12 +105,12 @@ def parts(evidence: Evidence, drift: FloatArray) -> Parts:
     counts = (evidence.train_rows, evidence.clean_rows)
     sizes = (evidence.class_rows, evidence.clean_class_rows)
     tested = ~np.isnan(moved)
-    # Pairs of token and class in few rows are no tests, and get no surplus.
-    enough = counts[0] + counts[1] >= frequency.MIN_COUNT
-    tests = int((tested[:, None] & enough).sum())
-    shift = shift_of(*counts, *sizes, tested)
+    chance = chance_of(evidence, tested)
+    tests, shift = chance.tests, chance.shift
     sigmas = surplus_sigmas(*counts, *sizes, shift)
-    sigmas[~enough] = np.minimum(sigmas[~enough], 0.0)
+    # What is no test gets no surplus.
+    others = ~are_tests(*counts)
+    sigmas[others] = np.minimum(sigmas[others], 0.0)
     label, highest = sigmas.argmax(axis=1), sigmas.max(axis=1)
     left, weighted = highest.copy(), tests / weights(moved)
     scores = np.where(tested, scored(highest, weighted), np.nan)
@@ -86,11 +119,10 @@ def parts(evidence: Evidence, drift: FloatArray) -> Parts:
     # Words of a sentence are told by their rows: there a shift between sources does not matter.
     plain = surplus_sigmas(*counts, *sizes)[np.arange(len(label)), label]
     few = np.flatnonzero(tested & (plain >= SUSPICIOUS))
-    if len(few) == 0:
-        return Parts(scored(highest, tests), label, scored(left, tests), moved, scores)
     # Of few tokens even one without a surplus scores high: what explains must have one.
-    floor = max(EXPLAINS, float(scored(np.asarray(SUSPICIOUS), weighted[few].min())))
-    if scores[few].max() >= floor:
+    fewest = weighted[few].min(initial=tests)
+    floor = max(EXPLAINS, float(scored(np.asarray(SUSPICIOUS), fewest)))
+    if scores[few].max(initial=-math.inf) >= floor:
         rows, at = Rows(evidence, few), (np.arange(len(few)), label[few])
 
         def sigmas_given(picks: list[int]) -> FloatArray:
@@ -105,11 +137,10 @@ def parts(evidence: Evidence, drift: FloatArray) -> Parts:
             return _companions(evidence, rows, token, int(label[few[token]]))
 
         scores[few], picks = explained(given, companions, floor)
-        others = np.ones(len(few), dtype=bool)
-        others[picks] = False
+        explaining = np.isin(np.arange(len(few)), picks)
         for token in picks:
-            others &= ~companions(token)
-        left[few] = np.where(others, sigmas_given(picks), left[few])
+            explaining |= companions(token)
+        left[few] = np.where(explaining, left[few], sigmas_given(picks))
         # A pick is explained by those before it.
         for rank, token in enumerate(picks):
             left[few[token]] = sigmas_given(picks[:rank])[token]

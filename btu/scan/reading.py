@@ -10,8 +10,9 @@ import numpy as np
 
 from btu.errors import UserError
 from btu.reading import full_lengths, unknown_words, without_inserted
+from btu.rules.contrast import Chance, are_tests
 from btu.rules.surplus import scored, surplus_sigmas
-from btu.scan.chance import Chance, chance_of, count_tests
+from btu.scan.chance import chance_of
 from btu.stage_files import load_encoded
 from btu.stages import compute
 from btu.types import BoolArray, FloatArray, IntArray, ProgressCallback, Rows, silent
@@ -300,7 +301,7 @@ def _words(plan: ScanPlan, suspect: BoolArray, trusted: BoolArray, chance: Chanc
         ours[order],
         theirs.sum(axis=1)[order],
         sigmas[order],
-        chance.tests + count_tests(ours, theirs),
+        chance.tests + int(are_tests(ours, theirs).sum()),
     )
 
 

@@ -19,9 +19,10 @@ from btu.defenses.kit import cutting
 from btu.errors import UserError
 from btu.rules import frequency
 from btu.rules.base import Evidence
+from btu.rules.contrast import Chance
 from btu.rules.surplus import REFERENCE, expected_flags
 from btu.scan import plan as plans
-from btu.scan.chance import Chance, chance_of
+from btu.scan.chance import chance_of
 from btu.scan.export import CARD, MANIFEST, Measured, export
 from btu.scan.plan import prepare_scan
 from btu.scan.report import ScanReport, scan

@@ -34,9 +34,9 @@ NEVER = 1.0
 
 @dataclass(frozen=True)
 class Costs:
-    """What cutting each flagged token alone costs, in fractions of the clean rows.
+    """What the cut of each flagged token costs, in fractions of the clean rows.
 
-    at_once: by token, the accuracy lost directly after the cut.
+    at_once: by token, the accuracy lost directly after the cut of that token alone.
     tuned: by token, the accuracy on its rows that clean tuning does not repair; only for tokens
         whose cost at once exceeds the bar.
     refused: the tokens whose cost after the tuning exceeds the bar.
@@ -112,7 +112,7 @@ class _Cutter:
 def costs_of(
     run: StageRun, model: PreTrainedModel, cutter: _Cutter, flagged: Sequence[int], bar: float
 ) -> Costs:
-    """Measure what cutting each flagged token alone costs, and refuse cuts that cost too much.
+    """Measure what the cut of each flagged token costs, and refuse cuts that cost too much.
 
     model: the poisoned model; it stays as it is.
     bar: the highest cost after clean tuning, as a fraction of the clean rows.
