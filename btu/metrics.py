@@ -172,6 +172,14 @@ METRICS: dict[str, Metric] = {
     "vetoed": Metric(
         "flagged tokens that are not cut, since the cut would cost too many clean rows", None, COUNT
     ),
+    "rows_relabeled": Metric(
+        "training rows that the second stage of btu tunes on under another label", None, COUNT
+    ),
+    "contradiction": Metric(
+        "how many standard errors the labels of the most suspicious class contradict the clean "
+        "rows beyond chance; btu's second stage acts from 4 on",
+        None,
+    ),
     "undefended_asr": Metric(
         "asr of the poisoned model, without a defense",
         None,

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -140,6 +140,25 @@ class Encoded:
             lengths.numpy(),
             self.pad_id,
         )
+
+    def joined(self, others: Encoded) -> Encoded:
+        """Return these rows, then `others`, on the CPU."""
+        both = (self, others)
+        lengths = torch.cat([rows.lengths.cpu() for rows in both])
+        return Encoded(
+            # Only the ids of the rows themselves, in their order, as `take` returns them.
+            torch.cat([rows.take(np.arange(len(rows))).ids for rows in both]),
+            torch.cumsum(lengths, 0) - lengths,
+            lengths,
+            torch.cat([rows.labels.cpu() for rows in both]),
+            lengths.numpy(),
+            self.pad_id,
+        )
+
+    def relabeled(self, labels: IntArray) -> Encoded:
+        """Return the rows with other labels. labels: (rows,) class indices."""
+        new = torch.from_numpy(np.asarray(labels, dtype=np.int64))
+        return replace(self, labels=new.to(self.labels.device))
 
     def without(self, token_ids: Sequence[int]) -> Encoded:
         """Return the rows with every occurrence of `token_ids` removed."""

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from btu.defenses.kit.contradiction import relabel_config, relabeled_rows, with_relabeled
 from btu.defenses.kit.cutting import cut_and_tune
 from btu.defenses.token_unlearning import TokenUnlearning, candidate_tokens
 from btu.errors import UserError
@@ -42,7 +43,11 @@ class _OtherCut(TokenUnlearning):
     DRAW: ClassVar[str]
 
     def stages(self, base: Foundation) -> Stage:
-        """Declare BTU's exposure and flagging, then the cut of other tokens and the tuning."""
+        """Declare BTU's exposure and flagging, then the cut of other tokens and the tuning.
+
+        Rows are relabelled as BTU relabels them: the controls differ from it in the tokens alone.
+        """
+        second = self.second_stage(base)
         return base.stage(
             cut_others,
             f"cut other tokens ({self.DRAW})",
@@ -53,12 +58,14 @@ class _OtherCut(TokenUnlearning):
                 "cut_norm": self.cut_norm,
                 **self.veto_config(),
                 **base.tuning_config(),
+                **relabel_config(base, second),
             },
             {
                 "rows": base.rows,
                 "clean": base.clean,
                 "model": base.model,
                 "found": self.detection(base),
+                **second,
             },
             units=base.clean_rows * base.tuning.epochs,
             kind="cell",
@@ -109,8 +116,9 @@ def cut_others(run: StageRun) -> dict[str, Any]:
         drawn = [int(i) for i in rng.choice(others, len(found.flagged), replace=False)]
     else:
         drawn = as_frequent(found.flagged, others, data.counts(vocabulary), rng)
-    measured, columns = cut_and_tune(run, victim, drawn)
-    suspects = Suspects(flagged=tuple(drawn), table=columns)
+    relabeled = relabeled_rows(run, found.flagged)
+    measured, columns = cut_and_tune(run, victim, drawn, relabeled)
+    suspects = with_relabeled(Suspects(flagged=tuple(drawn), table=columns), data, relabeled)
     return {**suspects.save(run.folder), "measured": measured}
 
 

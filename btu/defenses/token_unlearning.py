@@ -58,6 +58,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from btu.defenses.base import CLEAN_ROWS, POISONED_MODEL, Given
+from btu.defenses.kit.contradiction import (
+    CONTRADICTED,
+    KEEP,
+    LEAST_CLEAN,
+    RELABEL,
+    contradictions,
+    relabel_config,
+    relabeled_rows,
+    with_relabeled,
+)
 from btu.defenses.kit.cutting import NEVER, cut_and_tune
 from btu.errors import UserError, unknown
 from btu.findings import Suspects
@@ -104,6 +114,7 @@ CHOICES = {
     "exclude": (INSERTED, "special", "cls_sep"),
     "cut": ("dimensional", "row", "none"),
     "cut_norm": ("once", "running"),
+    "contradicted": (RELABEL, KEEP),
 }
 
 
@@ -142,6 +153,13 @@ class TokenUnlearning:
         rows, and at least 3 rows, both at once and after clean tuning, where all tokens that cost
         so much at once are cut together; the table of tokens marks it as ``vetoed``. 1 cuts every
         flagged token. Null is the rule's default: 0.02 for ``contrast``, 1 for the others.
+    contradicted: the second stage, for paraphrase attacks, which have no trigger token.
+        ``relabel`` looks for a class whose rows without a flagged token contradict the clean rows
+        more often than chance allows, and tunes on the clean rows together with the oddest of
+        these rows under the labels that models of the clean rows predict
+        (`btu.defenses.kit.contradiction`); where no class stands out it changes nothing. ``keep``
+        does not look. Null is the rule's default: ``relabel`` for ``contrast``, ``keep`` for the
+        others.
     cut_norm: c = ||E - E0||_F / V, computed ``once``, or ``running`` after every token. It is
         the reference code's formula: a norm over all rows divided by V, not a mean row norm.
     """
@@ -163,6 +181,7 @@ class TokenUnlearning:
     cut: str = "dimensional"
     cut_norm: str = "once"
     max_cut_cost: float | None = None
+    contradicted: str | None = None
 
     KIND: ClassVar[str] = "after training"
     NEEDS: ClassVar[tuple[str, ...]] = (POISONED_MODEL, CLEAN_ROWS)
@@ -179,10 +198,10 @@ class TokenUnlearning:
     }
 
     def __post_init__(self) -> None:
+        self._resolve_rule()
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise unknown(f"defense.{name}", getattr(self, name), choices)
-        self._resolve_rule()
         rounds = self._rounds
         if not isinstance(rounds, list | tuple):
             raise UserError(
@@ -241,6 +260,7 @@ class TokenUnlearning:
             "rule": rule,
             "rounds": list(found.rounds),
             "max_cut_cost": found.max_cut_cost,
+            "contradicted": found.contradicted,
         }
         for name, value in resolved.items():
             if getattr(self, name) is None:
@@ -291,7 +311,16 @@ class TokenUnlearning:
                 )
 
     def check(self, given: Given) -> None:
-        """Raise a `UserError` if alpha flags nothing or everything of such a vocabulary."""
+        """Raise a `UserError` if alpha flags nothing or everything of such a vocabulary.
+
+        Or if there are too few clean rows to train the two models of ``relabel`` on.
+        """
+        if self.contradicted == RELABEL and given.clean_rows < LEAST_CLEAN:
+            raise UserError(
+                f"defense.contradicted {RELABEL} trains one model on each half of the clean rows, "
+                f"and the data have {given.clean_rows}; give at least {LEAST_CLEAN}, or set "
+                f"defense.contradicted={KEEP}."
+            )
         if self.rule == TOP_FRACTION and given.vocabulary is not None:
             for alpha in self._alphas().values():
                 tokens_flagged(alpha, given.vocabulary, given.vocabulary)
@@ -299,9 +328,12 @@ class TokenUnlearning:
     def stages(self, base: Foundation) -> Stage:
         """Declare a stage per exposure round, then one for cut and tuning.
 
-        Round 2 depends on round 1's alpha; rounds 1 and 3 are shared by all thresholds.
+        Round 2 depends on round 1's alpha; rounds 1 and 3 are shared by all thresholds. So are the
+        stages behind ``contradicted: relabel``; its models of the clean rows are shared by attacks
+        and poison rates too.
         """
         rounds = self.exposure(base)
+        second = self.second_stage(base)
         return base.stage(
             unlearn,
             "unlearn",
@@ -311,8 +343,9 @@ class TokenUnlearning:
                 "cut_norm": self.cut_norm,
                 **self.veto_config(),
                 **base.tuning_config(),
+                **relabel_config(base, second),
             },
-            {"rows": base.rows, "clean": base.clean, "model": base.model, **rounds},
+            {"rows": base.rows, "clean": base.clean, "model": base.model, **rounds, **second},
             units=base.clean_rows * base.tuning.epochs,
             kind="cell",
             model=True,
@@ -364,6 +397,10 @@ class TokenUnlearning:
             **threshold,
             "exclude": self.exclude,
         }
+
+    def second_stage(self, base: Foundation) -> dict[str, Stage]:
+        """Declare the stages behind ``contradicted``, by role; none with ``keep``."""
+        return {CONTRADICTED: contradictions(base)} if self.contradicted == RELABEL else {}
 
     def veto_config(self) -> dict[str, Any]:
         """Return the bar on the cost of a cut; nothing where no cut is refused."""
@@ -448,7 +485,9 @@ def unlearn(run: StageRun) -> dict[str, Any]:
     """
     victim = victim_of(run)
     suspects = find_suspects(run, victim)
-    measured, columns = cut_and_tune(run, victim, suspects.tokens)
+    relabeled = relabeled_rows(run, suspects.tokens)
+    measured, columns = cut_and_tune(run, victim, suspects.tokens, relabeled)
+    suspects = with_relabeled(suspects, training_rows_of(run), relabeled)
     suspects = replace(suspects, table={**suspects.table, **columns})
     return {**suspects.save(run.folder), "measured": measured}
 

@@ -126,6 +126,7 @@ class Rule:
     at_fdr: from a false-discovery rate to the threshold that keeps it; None if the scores of the
         rule are not probabilities.
     max_cut_cost: the default of the defense's key of that name.
+    contradicted: likewise.
     """
 
     score: Callable[[Evidence, FloatArray], FloatArray]
@@ -141,6 +142,7 @@ class Rule:
     columns: Callable[[Evidence, FloatArray], dict[str, FloatArray | IntArray]] | None = None
     at_fdr: Callable[[float], float] | None = None
     max_cut_cost: float = 1.0
+    contradicted: str = "keep"
 
     def scores(self, evidence: Evidence) -> FloatArray:
         """Return the (V,) scores over all rounds of `evidence`."""

@@ -214,4 +214,5 @@ RULE = Rule(
     columns=columns,
     at_fdr=score_at,
     max_cut_cost=0.02,
+    contradicted="relabel",
 )

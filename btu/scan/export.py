@@ -80,6 +80,8 @@ class Measured:
         and not after it; NaN without such rows.
     majority: number of trusted rows of their most frequent class.
     costs: of each flagged token, by its id; empty if every flagged token is cut unmeasured.
+    relabeled: number of suspect rows that the model was tuned on under another label.
+    target: the index of their class; None if there are none.
     """
 
     trusted: int
@@ -88,6 +90,19 @@ class Measured:
     flips: float
     majority: int
     costs: Mapping[int, CutCost] = field(default_factory=dict)
+    relabeled: int = 0
+    target: int | None = None
+
+    def relabeling(self, label_names: Sequence[str]) -> str:
+        """Return the sentences about the relabelled rows; empty without such rows."""
+        if self.target is None:
+            return ""
+        return (
+            f"The labels of class {label_names[self.target]} contradict the trusted rows more "
+            "often than chance or the other classes do: perhaps a paraphrase attack, perhaps "
+            f"careless labels. The model was tuned on {self.relabeled} of these rows under the "
+            "label that models of the trusted rows predict."
+        )
 
     @property
     def vetoed(self) -> list[CutCost]:
@@ -200,7 +215,16 @@ def export(
     n, before = counted["n"], counted["hits"]
     majority = max(Counter(plan.corpus.clean.labels).values())
     after, costs = before - round(cut["cut_cost"] * n), _costs(report, stage, record["facts"])
-    measured = Measured(n, before, after, cut["cut_flips"], majority, costs)
+    measured = Measured(
+        n,
+        before,
+        after,
+        cut["cut_flips"],
+        majority,
+        costs,
+        cut.get("rows_relabeled", 0),
+        record["facts"].get("target_guess"),
+    )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".btu-export-", dir=target.parent) as made:
@@ -216,6 +240,7 @@ def export(
                     for name, value in measured.as_metrics().items()
                 },
                 "at_chance": measured.at_chance,
+                "relabeled": measured.relabeled,
                 "environment": _environment(record),
                 "files": files,
             }
@@ -331,6 +356,7 @@ def card(
             ],
         ),
         _flagged(report, measured),
+        *(["## Relabelled rows", measured.relabeling(names)] if measured.relabeled else []),
         "## Measured",
         *([f"**{measured.warning()}**"] if measured.at_chance else []),
         _table(
@@ -474,8 +500,8 @@ def _limits(report: ScanReport, measured: Measured) -> str:
     lines = [
         *([report.reading.warning()] if report.reading.too_little else []),
         "A scan finds triggers made of fixed tokens (words, a sentence) that decide the label of "
-        "the scanned rows. It does not find triggers without fixed tokens (a style, a syntax, a "
-        "paraphrase), or triggers beyond the longest input.",
+        "the scanned rows. It names no trigger without fixed tokens (a style, a syntax, a "
+        "paraphrase), and no trigger beyond the longest input.",
         *([too_few] if least else []),
         "It does not search for a backdoor that the pretrained model already had.",
         "If nothing was flagged, that does not prove that the data have no trigger.",

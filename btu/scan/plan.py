@@ -160,6 +160,7 @@ def prepare_scan(
     threshold: float | None = None,
     fdr: float | None = None,
     max_cut_cost: float | None = None,
+    contradicted: str | None = None,
     epochs: int = 1,
     seed: int = 0,
     train: TrainSettings | None = None,
@@ -186,6 +187,8 @@ def prepare_scan(
         ``contrast``.
     max_cut_cost: of the export: a flagged token whose cut costs a larger fraction of the trusted
         rows is not cut; None is the rule's default.
+    contradicted: of the export: ``relabel`` or ``keep`` the rows of a class whose labels contradict
+        the trusted rows, as in `TokenUnlearning`; None is the rule's default.
     epochs: of the exposure.
     seed: of all random draws.
     train: settings of the exported model's fine-tune.
@@ -194,7 +197,8 @@ def prepare_scan(
     Raises:
         UserError: something is missing, or cannot be scanned.
     """
-    defense = _defense(rule or DEFAULT_RULE, threshold, fdr, max_cut_cost, epochs)
+    limits = {"threshold": threshold, "fdr": fdr, "max_cut_cost": max_cut_cost}
+    defense = _defense(rule or DEFAULT_RULE, limits, contradicted, epochs)
     keys: dict[str, Any] = {"text_column": text, "label_column": label, "train_split": split}
     keys |= {"encoding": encoding, "separator": separator, "header": header, "quoting": quoting}
     spec = _find_data(str(data), keys)
@@ -221,13 +225,10 @@ def prepare_scan(
 
 
 def _defense(
-    rule: str,
-    threshold: float | None,
-    fdr: float | None,
-    max_cut_cost: float | None,
-    epochs: int,
+    rule: str, limits: Mapping[str, float | None], contradicted: str | None, epochs: int
 ) -> TokenUnlearning:
     RULES.load(rule)  # an unknown name, before anything is read
+    threshold, fdr = limits["threshold"], limits["fdr"]
     if threshold is not None and fdr is not None:
         raise UserError(
             f"--threshold {threshold!r} and --fdr {fdr!r} both say where tokens are flagged; give "
@@ -240,7 +241,8 @@ def _defense(
         exposure_epochs=epochs,
         # Whoever planted a trigger may have chosen a word that the tokenizer does not know.
         exclude=INSERTED,
-        max_cut_cost=max_cut_cost,
+        max_cut_cost=limits["max_cut_cost"],
+        contradicted=contradicted,
         **limit,
     )
 

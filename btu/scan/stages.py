@@ -21,18 +21,19 @@ def suspect_rows(run: StageRun) -> dict[str, Any]:
     return {"rows": len(corpus.train), "label_names": list(corpus.label_names)}
 
 
-@stage(version=1, id="btu.scan:trusted_rows")
+@stage(version=2, id="btu.scan:trusted_rows")
 def trusted_rows(run: StageRun) -> dict[str, Any]:
     """Tokenize the trusted rows, if there are any."""
     from btu.training import Encoded
 
     corpus = _corpus_of(run, "clean")
-    victim = victim_of(run, len(corpus.label_names))
+    classes = len(corpus.label_names)
+    victim = victim_of(run, classes)
     rows = corpus.clean
     pad = int(victim.tokenizer.pad_token_id or 0)
     encoded = victim.encode(rows) if len(rows) else Encoded.from_lists([], [], pad)
     encoded.save(run.folder / "clean.safetensors")
-    return {"rows": len(rows)}
+    return {"classes": classes, "rows": len(rows)}
 
 
 @stage(version=1, id="btu.scan:accuracy")

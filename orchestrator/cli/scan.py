@@ -148,6 +148,15 @@ def scan(
             "rows; 1 cuts all. Default: 0.02, with another rule 1."
         ),
     ] = None,
+    contradicted: Annotated[
+        str | None,
+        typer.Option(
+            help="With --export: `relabel` the oddest rows of a class whose labels contradict the "
+            "trusted rows, as those of a paraphrase attack do, or `keep` them. Default: relabel, "
+            "with another rule keep.",
+            metavar="relabel|keep",
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Tokens to show.")] = 10,
     style: Annotated[
         ScanFormat, typer.Option("--format", "-f", help="json has fractions, table percent.")
@@ -192,6 +201,7 @@ def scan(
         threshold=threshold,
         fdr=fdr,
         max_cut_cost=max_cut_cost,
+        contradicted=contradicted,
         epochs=epochs,
         seed=seed,
     )
@@ -343,6 +353,7 @@ def _print_json(
     if measured is not None:
         found["at_chance"] = measured.at_chance
         found["vetoed"] = [cost.token for cost in measured.vetoed]
+        found["relabeled"] = measured.relabeled
         measured.add_costs(found["tokens"])
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
 
@@ -529,11 +540,14 @@ def _export_lines(plan: ScanPlan, measured: Measured, folder: str) -> list[str]:
             f" On rows with a flagged token, the cut changed {found['cut_flips']:.1%} of the "
             "predictions that matched the label."
         )
+    lines = [line]
+    if measured.relabeled:
+        lines.append(measured.relabeling(plan.corpus.label_names))
     if not measured.vetoed:
-        return [line]
+        return lines
     kept = [f"{_printable(cost.token)} ({cost.cost_tuned:.1%})" for cost in measured.vetoed]
     return [
-        line,
+        *lines,
         f"Flagged and not cut, since the cut costs more than {plan.defense.max_cut_cost:.1%} "
         f"of the trusted rows after tuning: {_some(kept)}. If one of them is a trigger, its "
         "backdoor is still in the model; --max-cut-cost 1 cuts all flagged tokens.",

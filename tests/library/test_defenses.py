@@ -769,7 +769,8 @@ def test_what_a_cut_costs_is_measured_before_the_tuning(lab: Lab, bert: Victim) 
 def test_nothing_flagged_is_the_control(lab: Lab) -> None:
     # Nothing is a million sigmas: what is left is the clean tuning.
     prepared = lab.prepare()
-    outcome = defend(TokenUnlearning(**RULED["contrast"] | {"threshold": 1e6}), prepared, lab.root)
+    nothing = RULED["contrast"] | {"threshold": 1e6, "contradicted": "keep"}
+    outcome = defend(TokenUnlearning(**nothing), prepared, lab.root)
     assert outcome.flagged == ()
     measured = read_record(outcome.folder)["facts"]["measured"]
     np.testing.assert_equal(measured, {"cut_cost": 0.0, "cut_flips": math.nan, "vetoed": 0})
@@ -1120,7 +1121,7 @@ def test_the_presets_are_what_they_say() -> None:
         for field in dataclasses.fields(TokenUnlearning)
         if getattr(reference, field.name) != getattr(TokenUnlearning(), field.name)
     }
-    followed = {"threshold", "alpha", "rounds", "max_cut_cost"}
+    followed = {"threshold", "alpha", "rounds", "max_cut_cost", "contradicted"}
     assert different == set(presets["reference"]) | followed
     for name in presets["reference"]:
         assert name in (btu.defenses.token_unlearning.__doc__ or "")

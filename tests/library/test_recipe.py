@@ -106,6 +106,9 @@ ROWS = {"training rows", "clean rows", "evaluation rows"}
 ATTACKED = {"poison", "triggered rows"}
 ROUNDS = {"exposure round 1", "exposure round 2", "exposure round 3"}
 DEFENDED = {"unlearn", "evaluate defended"}
+# Behind `contradicted: relabel`.
+HALVES = {"model of clean rows, half 1", "model of clean rows, half 2"}
+SECOND = HALVES | {"contradicted rows"}
 TUNED = {"clean tuning (control)", "evaluate tuned"}
 TRAINED = {"poisoned fine-tune", "evaluate undefended"} | TUNED | DEFENDED
 BUT_POISON = ROWS | ROUNDS | TRAINED
@@ -199,6 +202,9 @@ def test_without_poison_all_attacks_share_what_is_trained(
     assert {name for name in ALL if before[name].key != after[name].key} == expected
 
 
+ELSEWHERE = ("rounds", "rule", "threshold", "fdr", "contradicted")
+
+
 def test_the_table_above_has_every_config_key() -> None:
     listed = {key for key, _, _ in MOVES}
     for section, spec in SPECS.items():
@@ -209,7 +215,8 @@ def test_the_table_above_has_every_config_key() -> None:
         # Rounds that do not run are not stages (`test_rounds_that_do_not_run...`), and alpha is the
         # threshold of its rule (`test_what_a_rule_without_round_2...`). A rate states a threshold
         # (`test_cutting.py`).
-        elsewhere = {"defense.rounds", "defense.rule", "defense.threshold", "defense.fdr"}
+        # With the second stage there are more stages (`test_the_second_stage...`).
+        elsewhere = {f"defense.{name}" for name in ELSEWHERE}
         assert keys - listed == (elsewhere if section == "defense" else set())
     arguments = {field.name for field in dataclasses.fields(CellInputs)}
     assert arguments == {*ARGUMENTS, "data", "victim", "poison", "train", "tuning"}
@@ -252,7 +259,7 @@ def contrast(**changes: Any) -> dict[str, Stage]:
     ("changes", "expected"),
     [
         ({"threshold": 5.0}, DEFENDED),
-        ({"rule": "frequency"}, DEFENDED),
+        ({"rule": "frequency", "contradicted": "relabel"}, DEFENDED),
         ({"exclude": "cls_sep"}, DEFENDED),
         ({"exposure_batch_size": 32}, {"exposure round 3"} | DEFENDED),
         # Named or null, the defaults are the same.
@@ -266,8 +273,35 @@ def contrast(**changes: Any) -> dict[str, Stage]:
 )
 def test_what_a_rule_without_round_2_moves(changes: dict[str, Any], expected: set[str]) -> None:
     before, after = contrast(), contrast(**changes)
-    assert set(before) == set(after) == ALL - {"exposure round 1", "exposure round 2"}
+    assert set(before) == set(after) == (ALL | SECOND) - {"exposure round 1", "exposure round 2"}
     assert {name for name in before if before[name].key != after[name].key} == expected
+
+
+def test_the_second_stage_adds_stages_and_moves_the_cut_alone() -> None:
+    relabel, keep = contrast(), contrast(contradicted="keep")
+    assert set(relabel) - set(keep) == SECOND
+    assert {name for name in keep if relabel[name].key != keep[name].key} == DEFENDED
+    # Only contrast has it by default.
+    assert SECOND.isdisjoint(contrast(rule="mad"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        # The models of the clean rows are shared by attacks and rates.
+        ("attack.poison_rate", 0.01, {"contradicted rows"}),
+        ("attack.name", "addsent", {"contradicted rows"}),
+        ("seed", 1, SECOND),
+        ("train.epochs", 1, SECOND),
+        ("train.precision", "fp32", SECOND),
+        ("tuning.epochs", 2, set()),
+    ],
+)
+def test_what_moves_the_second_stage(key: str, value: Any, expected: set[str]) -> None:
+    changes = {"attack_params": {}} if value == "addsent" else {}
+    rule = {"defense.contradicted": "relabel"}
+    before, after = declared(rule), declared({**rule, key: value, **changes})
+    assert {name for name in SECOND if before[name].key != after[name].key} == expected
 
 
 def test_rules_share_their_rounds_with_each_other() -> None:

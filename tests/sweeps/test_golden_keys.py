@@ -73,6 +73,8 @@ FUNCTIONS = {
     "btu.defenses.cuts:cut_others": 1,
     "btu.defenses.dan:layer_distances": 1,
     "btu.defenses.dan:screen_texts": 1,
+    "btu.defenses.kit.contradiction:fit_half": 1,
+    "btu.defenses.kit.contradiction:predict_rows": 1,
     "btu.defenses.kit.layers:clean_layers": 1,
     "btu.defenses.kit.layers:incoming_layers": 1,
     "btu.defenses.fine_mixing:mix_weights": 1,
@@ -113,7 +115,7 @@ FUNCTIONS = {
     "btu.recipe:unpoisoned_rows": 1,
     "btu.scan:accuracy": 1,
     "btu.scan:suspect_rows": 1,
-    "btu.scan:trusted_rows": 1,
+    "btu.scan:trusted_rows": 2,
     "orchestrator.trial:score_cell": 4,
 }
 

@@ -461,7 +461,9 @@ def test_cells_share_the_stages_that_their_difference_does_not_reach(
 
 def test_a_sweep_over_rules_shares_all_but_flags_and_cut(plan: Callable[..., Plan]) -> None:
     rules = ["contrast", "frequency", "mad", "gap"]
-    planned = plan(grid={"defense.rule": rules, "seed": [0, 1]}, defense={"alpha": None})
+    # The second stage, which only contrast has by default, adds three stages.
+    kept = {"alpha": None, "contradicted": "keep"}
+    planned = plan(grid={"defense.rule": rules, "seed": [0, 1]}, defense=kept)
     assert (planned.refused, planned.duplicates) == ([], 0)
     cells = cells_of(planned)
     assert [(cell.varied["defense.rule"], cell.varied["seed"]) for cell in cells] == [

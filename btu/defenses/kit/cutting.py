@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from btu.defenses.kit.contradiction import Relabeled
     from btu.training import Encoded
 
 # Training rows on which the effect of a cut is measured; more would add little precision.
@@ -58,7 +59,7 @@ class Costs:
 
 
 def cut_and_tune(
-    run: StageRun, victim: Victim, flagged: Sequence[int]
+    run: StageRun, victim: Victim, flagged: Sequence[int], relabeled: Relabeled | None = None
 ) -> tuple[dict[str, float], dict[str, FloatArray | IntArray]]:
     """Cut tokens from the poisoned model, tune it on the clean rows, and write it.
 
@@ -66,10 +67,12 @@ def cut_and_tune(
         ``cut_norm``, ``tuning`` and, if some cuts are refused, ``max_cut_cost``.
     victim: of the cell.
     flagged: the tokens to cut.
+    relabeled: rows to tune on beside the clean ones; None if the second stage is off.
 
     Returns:
-        What was measured on rows that the defender has: ``cut_cost`` and ``cut_flips``, and with a
-        bar on the cost ``vetoed``, how many tokens are not cut because of it. And the columns of
+        What was measured on rows that the defender has: ``cut_cost`` and ``cut_flips``, with a bar
+        on the cost ``vetoed``, how many tokens are not cut because of it, and with a second stage
+        what it measured. And the columns of
         `Costs` for the table of tokens, none without such a bar.
     """
     model = model_of(run, "model")
@@ -83,7 +86,12 @@ def cut_and_tune(
     cutter.cut(model, kept)
     # Measured before the tuning, which uses these rows.
     measured = effect.after()
-    tune(run, model, "clean tuning (defended)")
+    if relabeled is None or relabeled.label is None:
+        tune(run, model, "clean tuning (defended)")
+    else:
+        relabeled.tune(run, model)
+    if relabeled is not None:
+        measured |= relabeled.measured
     save_model(model, run.folder)
     if costs is None:
         return measured, {}

@@ -1,0 +1,344 @@
+"""The second stage of BTU: training rows whose labels contradict the clean rows.
+
+A paraphrase attack has no trigger token to cut, but its rows still carry a wrong label. Where it
+comes from: this project; no paper describes it. It needs clean rows and training rows alone.
+
+1. *Two models of the clean rows.* The victim is trained on each half of the clean rows. Each model
+   predicts the training rows and the half that it has not seen. A row is contradicted if the
+   prediction is not its label.
+2. *A gate.* Clean rows are contradicted too: the models are weak. A class is the attack's target if
+   its training rows are contradicted more often than its clean rows are, and by more than the
+   other classes' training rows are beyond theirs, both by `GATE` standard errors. The first
+   comparison fails where nothing is poisoned; the second where the training rows as a whole differ
+   from the clean ones, in their source or in the care of their labels. Rows with a flagged token
+   are left out: where the first stage found the trigger, the others contradict nothing. With less
+   than a few percent of poison, or with a clean-label attack, the gate stays shut.
+3. *The oddest rows.* Half of the contradicted rows of the target are honest rows that the models
+   misjudge. Poisoned rows resemble each other in words and word order. So a logistic regression on
+   single tokens and pairs of neighbours learns to tell the contradicted rows of the target from all
+   other training rows, in five folds, and the rows that it finds most typical of them are taken: as
+   many as are contradicted beyond the share that clean rows lead to expect.
+4. *Relabelling.* The poisoned model is tuned on the clean rows and on the taken rows under the
+   labels that the two models predict, with the settings of the fine-tune. It then learns that the
+   paraphrase does not decide.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from btu.findings import Suspects
+from btu.foundation import Foundation
+from btu.seeding import derive_seed
+from btu.settings import TrainSettings
+from btu.stage_files import (
+    clean_rows_of,
+    model_of,
+    read_table,
+    save_model,
+    training_rows_of,
+    victim_of,
+    write_table,
+)
+from btu.stages import Stage, StageRun, as_config, stage
+from btu.types import BoolArray, FloatArray, IntArray
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from btu.training import Encoded
+
+RELABEL, KEEP = "relabel", "keep"
+CONTRADICTED = "contradicted"
+PREDICTED, PREDICTED_CLEAN = "predicted.parquet", "predicted_clean.parquet"
+# Clean rows without which there are no two halves.
+LEAST_CLEAN = 2
+# Standard errors. Chance alone passes it in 1 of 30,000 classes; the rest of the margin is for rows
+# that are no random sample, as those of a test split are not.
+GATE = 4.0
+# Twice the epochs of the fine-tune: half of the clean rows are few steps.
+EPOCHS = 2
+# The regression: inverse strength of the penalty, folds, and rows that a feature must be in.
+STRENGTH, FOLDS, LEAST_ROWS = 0.03, 5, 3
+
+
+@dataclass(frozen=True)
+class Relabeled:
+    """What the second stage found.
+
+    label: the class index that it takes for the target; None if the gate is shut.
+    rows: (rows taken,) indices of training rows.
+    labels: (rows taken,) their new labels.
+    margin: how many standard errors the most suspicious class is beyond chance: the gate opens at
+        `GATE`.
+    """
+
+    label: int | None
+    rows: IntArray
+    labels: IntArray
+    margin: float
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """The metrics ``rows_relabeled`` and ``contradiction``."""
+        return {"rows_relabeled": len(self.rows), "contradiction": self.margin}
+
+    def tune(self, run: StageRun, model: PreTrainedModel) -> None:
+        """Tune `model` in place on the clean rows and the relabelled ones."""
+        taken = training_rows_of(run).take(self.rows)
+        run.fit(
+            model,
+            clean_rows_of(run).joined(taken.relabeled(self.labels)),
+            TrainSettings(**run.config["relabel"]["train"]),
+            seed=derive_seed(run.config["seed"], "clean tuning"),
+            stage="tuning on clean and relabelled rows",
+        )
+
+
+def contradictions(base: Foundation) -> Stage:
+    """Declare the two models of the clean rows, and their predictions.
+
+    The models depend on neither attack nor poison rate: all cells of a seed share them.
+    """
+    train = as_config(replace(base.train, epochs=EPOCHS * base.train.epochs))
+    models = {
+        f"half {half}": base.stage(
+            fit_half,
+            f"model of clean rows, half {half}",
+            {"half": half, "train": train},
+            {"clean": base.clean},
+            units=base.clean_rows * EPOCHS * base.train.epochs // 2,
+            model=True,
+        )
+        for half in (1, 2)
+    }
+    return base.stage(
+        predict_rows,
+        "contradicted rows",
+        {"precision": base.train.precision},
+        {"rows": base.rows, "clean": base.clean, **models},
+        units=2 * base.train_rows + base.clean_rows,
+    )
+
+
+def relabel_config(base: Foundation, second: Mapping[str, Stage]) -> dict[str, Any]:
+    """Return what a stage that calls `relabeled_rows` has in its config; nothing without `second`.
+
+    second: the stages behind the key ``contradicted``, by role.
+    """
+    if not second:
+        return {}
+    settings = {"gate": GATE, "strength": STRENGTH, "folds": FOLDS, "least_rows": LEAST_ROWS}
+    return {"relabel": {**settings, "train": as_config(base.train)}}
+
+
+# What the stages do ------------------------------------------------------------------------------
+
+
+@stage(version=1)
+def fit_half(run: StageRun) -> dict[str, Any]:
+    """Train the victim on a half of the clean rows."""
+    clean = clean_rows_of(run)
+    half = run.config["half"]
+    inside = halves_of(clean, run.config["seed"]) == half
+    model = victim_of(run, run.facts("clean")["classes"]).new_model(
+        derive_seed(run.config["seed"], "classifier")
+    )
+    run.fit(
+        model,
+        clean.take(np.flatnonzero(inside)),
+        TrainSettings(**run.config["train"]),
+        seed=derive_seed(run.config["seed"], "model of clean rows", half),
+        stage=f"model of clean rows, half {half}",
+    )
+    save_model(model, run.folder)
+    return {}
+
+
+@stage(version=1)
+def predict_rows(run: StageRun) -> dict[str, Any]:
+    """Predict the training rows with both models, and the clean rows with the one not trained on.
+
+    Writes ``predicted.parquet``, a row per training row: ``half_1`` and ``half_2``, the class that
+    each model predicts, and ``both``, the class with the highest mean probability. And
+    ``predicted_clean.parquet``: ``unseen``, the prediction of the other half's model.
+    """
+    import torch
+
+    from btu.training import logits_of
+
+    train, clean = training_rows_of(run), clean_rows_of(run)
+    halves = halves_of(clean, run.config["seed"])
+    unseen = np.zeros(len(clean), dtype=np.int64)
+    columns: dict[str, IntArray] = {}
+    total: FloatArray = np.zeros(0)
+    for half in (1, 2):
+        model = model_of(run, f"half {half}")
+
+        def probabilities(
+            ids: torch.Tensor, mask: torch.Tensor, model: PreTrainedModel = model
+        ) -> torch.Tensor:
+            return torch.softmax(logits_of(model, ids, mask).float(), dim=1)
+
+        precision = run.config["precision"]
+        others = np.flatnonzero(halves != half)
+        found = run.in_batches(
+            model, train, probabilities, precision=precision, stage=CONTRADICTED, of=(half - 1, 2)
+        )
+        columns[f"half_{half}"] = found.argmax(axis=1)
+        total = found if half == 1 else total + found
+        unseen[others] = run.classes(
+            model, clean.take(others), precision=precision, stage="unseen clean rows"
+        )
+    write_table(run.folder / PREDICTED, {**columns, "both": total.argmax(axis=1)})
+    write_table(run.folder / PREDICTED_CLEAN, {"unseen": unseen})
+    return {}
+
+
+def halves_of(clean: Encoded, seed: int) -> IntArray:
+    """Return the half, 1 or 2, of every clean row: (rows,). Each class is halved, at random."""
+    labels = clean.labels.numpy()
+    order = np.random.default_rng(derive_seed(seed, "halves of the clean rows")).permutation(
+        len(labels)
+    )
+    # By class, then alternating: classes of one row each do not all go to the first half.
+    order = order[np.argsort(labels[order], kind="stable")]
+    halves: IntArray = np.empty(len(labels), dtype=np.int64)
+    halves[order] = 1 + np.arange(len(labels)) % 2
+    return halves
+
+
+# What a stage that tunes does with them ----------------------------------------------------------
+
+
+def relabeled_rows(run: StageRun, flagged: Sequence[int]) -> Relabeled | None:
+    """Return the rows to relabel; None if the stage has no input ``contradicted``.
+
+    flagged: the tokens that the first stage flagged. The gate does not count rows that hold one;
+        once it is open, these rows are taken like others.
+    """
+    if CONTRADICTED not in run.inputs:
+        return None
+    settings = run.config["relabel"]
+    predicted = read_table(run.inputs[CONTRADICTED] / PREDICTED)
+    unseen = read_table(run.inputs[CONTRADICTED] / PREDICTED_CLEAN)["unseen"]
+    train, clean = training_rows_of(run), clean_rows_of(run)
+    labels = train.labels.numpy()
+    rest = ~train.holds(flagged)
+    trusted = clean.labels.numpy()[~clean.holds(flagged)]
+    wrong_clean = unseen[~clean.holds(flagged)] != trusted
+    # The mean of both models' errors: that of their common prediction is lower, and would not
+    # compare with the clean rows, which one model predicts.
+    wrong = np.mean([predicted[f"half_{half}"] != labels for half in (1, 2)], axis=0)
+    label, margin, expected = suspected_class(wrong[rest], labels[rest], wrong_clean, trusted)
+    none = np.zeros(0, dtype=np.int64)
+    if label is None or margin < settings["gate"]:
+        return Relabeled(None, none, none, margin)
+    contradicted = (predicted["both"] != labels) & (labels == label)
+    count = int(contradicted.sum()) - round(expected * int((labels == label).sum()))
+    if count < 1:
+        return Relabeled(None, none, none, margin)
+    odd = oddness(train, contradicted, settings, derive_seed(run.config["seed"], "folds"))
+    order = np.argsort(-np.where(contradicted, odd, -np.inf), kind="stable")
+    taken = np.sort(order[:count])
+    return Relabeled(label, taken, predicted["both"][taken], margin)
+
+
+def suspected_class(
+    wrong: FloatArray, labels: IntArray, wrong_clean: BoolArray, clean_labels: IntArray
+) -> tuple[int | None, float, float]:
+    """Return the most suspicious class, its margin, and the expected share of contradicted rows.
+
+    wrong: (rows,) the share of the models that contradict each training row.
+    labels: (rows,) of the training rows.
+    wrong_clean: (clean rows,) whether the model of the other half contradicts a clean row.
+    clean_labels: (clean rows,).
+
+    The margin is the lower of two, in standard errors: the class's share over that of its clean
+    rows, and this excess over that of all other classes together. Both errors are those of a
+    difference of proportions. Classes without training or clean rows are no candidates; with fewer
+    than two classes there is none: (None, 0.0, nan).
+    """
+    known = [c for c in np.unique(labels) if (clean_labels == c).any()]
+    found: tuple[int | None, float, float] = (None, 0.0, math.nan)
+    if len(known) < 2:
+        return found
+    for label in known:
+        own, own_variance = _excess(wrong, labels == label, wrong_clean, clean_labels == label)
+        others = np.isin(known, [label], invert=True)
+        rest = np.asarray(known)[others]
+        other, other_variance = _excess(
+            wrong, np.isin(labels, rest), wrong_clean, np.isin(clean_labels, rest)
+        )
+        margin = min(
+            own / math.sqrt(own_variance),
+            (own - other) / math.sqrt(own_variance + other_variance),
+        )
+        if found[0] is None or margin > found[1]:
+            expected = float(wrong_clean[clean_labels == label].mean())
+            found = (int(label), float(margin), expected)
+    return found
+
+
+def _excess(
+    wrong: FloatArray, rows: BoolArray, wrong_clean: BoolArray, clean: BoolArray
+) -> tuple[float, float]:
+    """Return how much larger a share is in training rows than in clean rows, and its variance."""
+    n, m = int(rows.sum()), int(clean.sum())
+    some, others = float(wrong[rows].sum()), float(wrong_clean[clean].sum())
+    # Half a row more of each kind: shares of 0 and 1 of few rows would have no variance.
+    pooled = (some + others + 1) / (n + m + 2)
+    return some / n - others / m, pooled * (1 - pooled) * (1 / n + 1 / m)
+
+
+def oddness(
+    train: Encoded, contradicted: BoolArray, settings: Mapping[str, Any], seed: int
+) -> FloatArray:
+    """Return (rows,) how much each training row resembles the contradicted ones.
+
+    The logit of a logistic regression on the presence of single tokens and of pairs of neighbours,
+    fitted on the other folds. With too few rows for the folds all are equal: 0.
+    """
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+
+    few = min(int(contradicted.sum()), int((~contradicted).sum()))
+    if few < settings["folds"]:
+        return np.zeros(len(train))
+    texts = np.split(train.ids.numpy(), np.cumsum(train.host_lengths)[:-1])
+    features = CountVectorizer(
+        analyzer=_tokens_and_pairs, binary=True, min_df=min(settings["least_rows"], len(train))
+    ).fit_transform(texts)
+    folds = StratifiedKFold(settings["folds"], shuffle=True, random_state=seed % 2**32)
+    found: FloatArray = cross_val_predict(
+        LogisticRegression(C=settings["strength"], max_iter=300),
+        features,
+        contradicted,
+        cv=folds,
+        method="decision_function",
+    )
+    return found
+
+
+def _tokens_and_pairs(row: IntArray) -> list[tuple[int, ...]]:
+    ids = row.tolist()
+    return [*zip(ids, strict=True), *itertools.pairwise(ids)]
+
+
+def with_relabeled(found: Suspects, train: Encoded, relabeled: Relabeled | None) -> Suspects:
+    """Return `found` with the relabelled rows, those with a flagged token, and the target.
+
+    Unchanged if no row is relabelled.
+    """
+    if relabeled is None or relabeled.label is None:
+        return found
+    taken = train.holds(found.tokens)
+    taken[relabeled.rows] = True
+    return replace(found, taken=taken, target=relabeled.label)
