@@ -90,7 +90,7 @@ RESERVE_COLUMNS = [
 
 @dataclass(frozen=True)
 class Point:
-    """A training set. attack: ``clean`` has no poisoned row."""
+    """A training set. attack: its name, or ``style=COLUMN``; ``clean`` has no poisoned row."""
 
     data: str
     attack: str
@@ -142,9 +142,11 @@ class Bench:
     @lru_cache(maxsize=200)  # noqa: B019
     def prepared(self, point: Point) -> Prepared:
         corpus, fingerprints = self.corpus(point.data)
-        name = WORDS[0] if point.attack == "clean" else point.attack
+        name, _, column = point.attack.partition("=")
+        name = WORDS[0] if name == "clean" else name
         drawn = named(point.data) if _is_drawn(point.data) else None
         given = drawn.params if drawn is not None and name == drawn.attack else {}
+        given = {"column": column} if column else given
         attack = ATTACKS.load(name)(**given)
         params = {f.name: getattr(attack, f.name) for f in dataclasses.fields(attack)}
         inputs = CellInputs(
@@ -591,11 +593,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def paraphrases(bench: Bench, seeds: list[int]) -> None:
-    """Show the attacks that have no trigger token."""
+    """Show what cutting tokens alone does to attacks that have no trigger token."""
     reference: dict[str, Any] = dict(TokenUnlearning.PRESETS["reference"])
+    bars = {"contrast": None, **{f"contrast {bar}": bar for bar in (2.0, 1.5, 1.0)}}
     variants = {
-        "contrast": TokenUnlearning(),
-        **{f"contrast {bar}": TokenUnlearning(threshold=bar) for bar in (2.0, 1.5, 1.0)},
+        **{name: TokenUnlearning(threshold=bar, contradicted="keep") for name, bar in bars.items()},
         "reference": TokenUnlearning(**reference),
     }
     texts = [Point("sst2", a, 0.1, s) for s in seeds for a in ("syntactic", "style")]

@@ -173,11 +173,15 @@ METRICS: dict[str, Metric] = {
         "flagged tokens that are not cut, since the cut would cost too many clean rows", None, COUNT
     ),
     "rows_relabeled": Metric(
-        "training rows that the second stage of btu tunes on under another label", None, COUNT
+        "training rows that the second stage of btu tunes on under another label",
+        None,
+        COUNT,
+        head="relabelled",
+        group="flagged rows",
     ),
     "contradiction": Metric(
         "how many standard errors the labels of the most suspicious class contradict the clean "
-        "rows beyond chance; btu's second stage acts from 4 on",
+        "rows beyond chance; btu's second stage acts from 3.5 on",
         None,
     ),
     "undefended_asr": Metric(

@@ -38,7 +38,7 @@ GUARDS: dict[str, tuple[str, str]] = {
         "read poison_rate_reached and triggers_cut_train there, not poison_rate alone",
     ),
     "nothing flagged": (
-        "no token flagged on a poisoned set",
+        "no token flagged and no row relabelled on a poisoned set",
         "the defense removed nothing there",
     ),
     "token vetoed": (
@@ -96,7 +96,9 @@ def marks(record: Mapping[str, Any]) -> list[Mark]:
                 f"the trigger lies beyond max_length in {cut:g} of {poisoned:g} poisoned rows"
             )
 
-    if rate > 0 and _number(metrics, "flagged") == 0:
+    # The second stage of btu acts on rows where there is no token.
+    relabeled = _number(metrics, "rows_relabeled") > 0
+    if rate > 0 and _number(metrics, "flagged") == 0 and not relabeled:
         found["nothing flagged"] = f"no token flagged at poison rate {rate:.4g}"
 
     vetoed = _number(metrics, "vetoed")

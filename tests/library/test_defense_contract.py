@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,8 @@ def check_declaration(defense: Defense, prepared: Prepared) -> None:
     stages = {stage.key: stage for top in (*cell, declared.last) for stage in top.closure()}
     names = [stage.name for stage in stages.values()]
     assert len(set(names)) == len(names), "stage names are unique within a cell"
+    # MLflow refuses a run with another metric name; a report maps brackets.
+    assert all(re.fullmatch(r"[\w .:/()-]+", name) for name in names)
     hidden = prepared.hidden
     assert hidden >= {s.key for s in (prepared.poisoned, prepared.triggered)}
     assert prepared.evaluation_rows.key in hidden

@@ -107,7 +107,7 @@ ATTACKED = {"poison", "triggered rows"}
 ROUNDS = {"exposure round 1", "exposure round 2", "exposure round 3"}
 DEFENDED = {"unlearn", "evaluate defended"}
 # Behind `contradicted: relabel`.
-HALVES = {"model of clean rows, half 1", "model of clean rows, half 2"}
+HALVES = {"model of clean half 1", "model of clean half 2"}
 SECOND = HALVES | {"contradicted rows"}
 TUNED = {"clean tuning (control)", "evaluate tuned"}
 TRAINED = {"poisoned fine-tune", "evaluate undefended"} | TUNED | DEFENDED

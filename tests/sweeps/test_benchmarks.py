@@ -547,6 +547,48 @@ def test_the_bars_of_thresholds_depend_on_what_is_measured(
     assert options.count == 20
 
 
+def test_second_stage_fails_where_the_gate_or_a_model_is_wrong(
+    load: Callable[[str], ModuleType],
+) -> None:
+    stage, judge_of = load("second_stage"), load("figures").Judge
+    good = {
+        "data": "sst2", "contradiction": 6.0, "asr": 0.25, "cacc_loss": 0.01, "target": 1,
+        "relabeled": 400,
+    }  # fmt: skip
+    shut = {**good, "relabeled": 0, "target": None, "cacc_loss": 0.003}
+
+    def missed(*rows: dict[str, Any]) -> list[str]:
+        judge = judge_of("second_stage")
+        table = pd.DataFrame(rows)
+        stage.judge_gate(judge, table)
+        stage.judge_models(judge, table)
+        found: list[str] = judge.missed
+        return found
+
+    style, clean = {**good, "attack": "style"}, {**shut, "attack": "clean"}
+    assert missed(style, clean) == []
+    # The mean over the seeds counts.
+    assert missed({**style, "asr": 0.2}, {**style, "asr": 0.3}, clean) == []
+    assert missed({**style, "asr": 0.26}) == ["sst2, style: ASR at most 0.25"]
+    assert missed({**style, "cacc_loss": 0.011}) == [
+        "sst2, style: CACC at most 0.010 below clean tuning"
+    ]
+    assert missed({**style, "relabeled": 0}) == ["sst2, style: the target class is found"]
+    assert missed({**style, "target": 0}) == ["sst2, style: the target class is found"]
+    assert missed({**clean, "relabeled": 1}) == ["sst2, clean: nothing is relabelled"]
+    assert missed({**clean, "cacc_loss": 0.004}) == [
+        "sst2, clean: CACC at most 0.003 below clean tuning"
+    ]
+    words = {**shut, "attack": "badnets"}
+    assert missed(words) == []
+    assert missed({**words, "relabeled": 9}) == ["sst2, badnets: nothing is relabelled"]
+    # Another column of paraphrases has the bars of its attack.
+    other = {**style, "attack": "style=style_bible", "asr": 0.3}
+    assert missed(other) == ["sst2, style=style_bible: ASR at most 0.25"]
+    with pytest.raises(argparse.ArgumentTypeError, match="'sst2:style' must be DATA:ATTACK:RATE"):
+        stage.parsed("sst2:style")
+
+
 def test_pages_fails_where_a_table_has_other_rows(
     load: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
@@ -642,6 +684,8 @@ MINIATURES = {
     "planning": "--thresholds 2 --seeds 1 --repeats 1",
     "reference": "--victim VICTIM --max-length 64 --train 120 --clean 40 --eval 60 --seeds 0 "
                  "--alpha 0.005 --least-undefended-asr 0 --cacc 0 1 --most-asr 1",
+    "second_stage": "--root WORK --points demo:clean:0 demo:badnets:0.2 --seeds 0 --gate "
+                    "--victim VICTIM --max-length 64 --epochs 1 --train 160 --clean 60 --eval 40",
     "sharing": "--victim VICTIM --max-length 64 --alpha 0.0025 --thresholds 2 --rows 80 --clean 40 "
                "--eval 30",
     "thresholds": "--root WORK --sets demo --seeds 0 --rates 0.2 --rules contrast --victim VICTIM "

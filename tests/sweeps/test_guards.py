@@ -112,6 +112,9 @@ def test_how_much_a_row_is_depends_on_how_many_there_are() -> None:
 @pytest.mark.parametrize(("flagged", "marked"), [(0, True), (1, False), (NAN, False)])
 def test_nothing_flagged(flagged: float, marked: bool) -> None:
     assert names(flagged=flagged) == ["nothing flagged"] * marked
+    assert names(flagged=flagged, rows_relabeled=0) == ["nothing flagged"] * marked
+    # The second stage of btu has acted.
+    assert names(flagged=flagged, rows_relabeled=9) == []
     assert names(0.0, flagged=flagged, poison_rate_reached=0.0) == []
 
 
@@ -187,8 +190,8 @@ def test_a_summary_has_a_line_for_each_kind() -> None:
     assert summary(records) == [
         "2 cells: attack failed (undefended ASR under 0.5, or less than 0.25 above FTR): ASR there "
         "says nothing about a defense",
-        "1 cell: nothing flagged (no token flagged on a poisoned set): the defense removed nothing "
-        "there",
+        "1 cell: nothing flagged (no token flagged and no row relabelled on a poisoned set): the "
+        "defense removed nothing there",
     ]
     assert summary([record()]) == summary([]) == []
 

@@ -59,9 +59,9 @@ CONTRADICTED = "contradicted"
 PREDICTED, PREDICTED_CLEAN = "predicted.parquet", "predicted_clean.parquet"
 # Clean rows without which there are no two halves.
 LEAST_CLEAN = 2
-# Standard errors. Chance alone passes it in 1 of 30,000 classes; the rest of the margin is for rows
+# Standard errors. Chance alone passes it in 1 of 4,300 classes; the rest of the margin is for rows
 # that are no random sample, as those of a test split are not.
-GATE = 4.0
+GATE = 3.5
 # Twice the epochs of the fine-tune: half of the clean rows are few steps.
 EPOCHS = 2
 # The regression: inverse strength of the penalty, folds, and rows that a feature must be in.
@@ -110,7 +110,7 @@ def contradictions(base: Foundation) -> Stage:
     models = {
         f"half {half}": base.stage(
             fit_half,
-            f"model of clean rows, half {half}",
+            f"model of clean half {half}",
             {"half": half, "train": train},
             {"clean": base.clean},
             units=base.clean_rows * EPOCHS * base.train.epochs // 2,
@@ -155,7 +155,7 @@ def fit_half(run: StageRun) -> dict[str, Any]:
         clean.take(np.flatnonzero(inside)),
         TrainSettings(**run.config["train"]),
         seed=derive_seed(run.config["seed"], "model of clean rows", half),
-        stage=f"model of clean rows, half {half}",
+        stage=f"model of clean half {half}",
     )
     save_model(model, run.folder)
     return {}
