@@ -84,8 +84,8 @@ def found(bench: Bench, point: Point) -> dict[str, object]:
         "contradiction": relabeled.margin,
         "relabeled": len(relabeled.rows),
         "target": relabeled.label,
-        "precision": score.precision.value,
-        "recall": score.recall.value,
+        "precision": score.precision,
+        "recall": score.recall,
     }
 
 

@@ -29,6 +29,9 @@ removal             substring               token_id        deleting "a" as a su
 exclude             cls_sep                 special         padding and unknown are no triggers
 cut_norm            running                 once            with c recomputed after every token the
                                                             result depends on the tokens' order
+max_cut_cost        1                       0.02            a cut that clean tuning does not repair
+                                                            is refused
+contradicted        keep                    relabel         a paraphrase attack has no token to cut
 ==================  ======================  ==============  =======================================
 
 Both presets fix bugs of the reference code: k is computed from the real size of the vocabulary (the

@@ -224,8 +224,14 @@ def _differing(group: pd.DataFrame, part: pd.DataFrame) -> int:
     here = part[part["trained"] & part["exact"]][list(LOGGED)].to_numpy(dtype=np.float64)
     if not len(here):
         return 0
-    logged = group.sort_values("threshold")[list(LOGGED.values())].to_numpy(dtype=np.float64)
-    return int((~np.isclose(here, logged, equal_nan=True)).any(axis=1).sum())
+    group = group.sort_values("threshold")
+    logged = group[list(LOGGED.values())].to_numpy(dtype=np.float64)
+    apart = ~np.isclose(here, logged, equal_nan=True)
+    if "rows_relabeled" in group:
+        # The cell logged these rows too; a curve counts the rows of tokens.
+        relabeled = group["rows_relabeled"].to_numpy(dtype=np.float64) > 0
+        apart &= ~(relabeled[:, None] & np.isin(list(LOGGED), SAMPLES))
+    return int(apart.any(axis=1).sum())
 
 
 def curve_means(curves: pd.DataFrame) -> pd.DataFrame:

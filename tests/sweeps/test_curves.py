@@ -244,6 +244,21 @@ def test_a_cell_that_logged_other_flags_than_its_scores_give_is_told(tmp_path: P
     assert notes[-1].startswith("1 cells logged other detection metrics than the scores")
 
 
+@pytest.mark.parametrize(("relabeled", "told"), [(9, False), (0, True)])
+def test_relabelled_rows_are_no_difference(tmp_path: Path, relabeled: int, told: bool) -> None:
+    # Such a cell logs the rows of its tokens and those that the second stage took.
+    logged = {"rows_relabeled": relabeled, "sample_precision": 0.123}
+    results = shelve(tmp_path, [(config(threshold=3.0), logged)])
+    _, notes = sweep_curves(threshold_cells(results.records()), read_saved(StoreSource(results)), 5)
+    assert notes[-1].startswith("1 cells logged other") is told
+
+
+def test_relabelled_rows_excuse_no_other_tokens(tmp_path: Path) -> None:
+    results = shelve(tmp_path, [(config(threshold=3.0), {"rows_relabeled": 9, "flagged": 599})])
+    _, notes = sweep_curves(threshold_cells(results.records()), read_saved(StoreSource(results)), 5)
+    assert notes[-1].startswith("1 cells logged other")
+
+
 def test_a_curve_counts_flagged_tokens_whether_they_are_cut_or_not(tmp_path: Path) -> None:
     settings = [config(threshold=t, max_cut_cost=0.02) for t in (3.0, 4.0)]
     results = shelve(tmp_path, [(cell, {"vetoed": 2}) for cell in settings])
