@@ -23,6 +23,7 @@ in WORK: an interrupted run goes on.
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ import torch
 from figures import Judge, add_options, count
 from thresholds import TARGETS, WORDS, Bench, Point, show
 
+from btu.attacks.poisoning import ATTACKS
 from btu.defenses.kit.contradiction import CONTRADICTED, relabel_config, relabeled_rows
 from btu.defenses.token_unlearning import TokenUnlearning
 from btu.metrics import row_detection
@@ -45,9 +47,17 @@ POINTS = ["sst2:style:0.1", "sst2:syntactic:0.1", "sst2:clean:0"]
 def parsed(text: str) -> tuple[str, str, float]:
     """Return data set, attack and rate of a point on the command line."""
     parts = text.split(":")
-    if len(parts) != 3 or parts[0] not in TARGETS:
+    known = ("clean", *ATTACKS)
+    if (
+        len(parts) != 3
+        or parts[0] not in TARGETS
+        or parts[1].partition("=")[0] not in known
+        or not re.fullmatch(r"0|0?\.\d*[1-9]\d*", parts[2])
+        or (parts[1] == "clean") != (parts[2] == "0")
+    ):
         raise argparse.ArgumentTypeError(
-            f"{text!r} must be DATA:ATTACK:RATE with one of {', '.join(TARGETS)}"
+            f"{text!r} must be DATA:ATTACK:RATE with one of {', '.join(TARGETS)}, one of "
+            f"{', '.join(known)}, and a rate below 1; clean, and nothing else, has the rate 0"
         )
     return parts[0], parts[1], float(parts[2])
 

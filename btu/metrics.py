@@ -232,7 +232,12 @@ METRICS: dict[str, Metric] = {
         COUNT,
     ),
     "truncated_rows": Metric("training rows as long as max_length, or cut to it", None, COUNT),
-    "rows_flagged": Metric("training rows that the defense isolates or removes", None, COUNT),
+    "rows_flagged": Metric(
+        "training rows that the defense isolates, removes or relabels, and those with a flagged "
+        "token if it relabels",
+        None,
+        COUNT,
+    ),
     "rows_kept": Metric("training rows that the defense keeps", None, COUNT),
     "isolated_purity": Metric(
         "isolated (lowest-loss) rows that belong to their most frequent class", None

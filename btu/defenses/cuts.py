@@ -3,7 +3,8 @@
 Any cut removes something from the model, and the clean tuning after it repairs some of the
 poisoning. These controls measure how much of BTU's effect comes from that: they flag tokens as BTU
 does with the same settings, and then cut the same number of other tokens, with the same cut and
-the same clean tuning. If BTU flags nothing, they cut nothing and equal the clean-tuned control.
+the same clean tuning. If BTU flags nothing, they cut nothing and equal the clean-tuned control,
+unless the second stage relabels rows: it does so for them as for BTU (``contradicted``).
 
 No paper defines them. `random_cut` draws from all tokens that could be flagged and were not; most
 of them are rare. `frequency_cut` takes for each flagged token one that occurs about as often in the
@@ -21,7 +22,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from btu.defenses.kit.contradiction import relabel_config, relabeled_rows, with_relabeled
+from btu.defenses.kit.contradiction import relabel_config, with_relabeled
 from btu.defenses.kit.cutting import cut_and_tune
 from btu.defenses.token_unlearning import TokenUnlearning, candidate_tokens
 from btu.errors import UserError
@@ -116,8 +117,7 @@ def cut_others(run: StageRun) -> dict[str, Any]:
         drawn = [int(i) for i in rng.choice(others, len(found.flagged), replace=False)]
     else:
         drawn = as_frequent(found.flagged, others, data.counts(vocabulary), rng)
-    relabeled = relabeled_rows(run, found.flagged)
-    measured, columns = cut_and_tune(run, victim, drawn, relabeled)
+    measured, columns, relabeled = cut_and_tune(run, victim, drawn, found.flagged)
     suspects = with_relabeled(Suspects(flagged=tuple(drawn), table=columns), data, relabeled)
     return {**suspects.save(run.folder), "measured": measured}
 

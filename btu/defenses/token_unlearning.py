@@ -68,7 +68,6 @@ from btu.defenses.kit.contradiction import (
     RELABEL,
     contradictions,
     relabel_config,
-    relabeled_rows,
     with_relabeled,
 )
 from btu.defenses.kit.cutting import NEVER, cut_and_tune
@@ -161,8 +160,7 @@ class TokenUnlearning:
         more often than chance allows, and tunes on the clean rows together with the oddest of
         these rows under the labels that models of the clean rows predict
         (`btu.defenses.kit.contradiction`); where no class stands out it changes nothing. ``keep``
-        does not look. Null is the rule's default: ``relabel`` for ``contrast``, ``keep`` for the
-        others.
+        does not look. Null is ``relabel`` for rule ``contrast`` if tokens are cut, else ``keep``.
     cut_norm: c = ||E - E0||_F / V, computed ``once``, or ``running`` after every token. It is
         the reference code's formula: a norm over all rows divided by V, not a mean row norm.
     """
@@ -263,7 +261,7 @@ class TokenUnlearning:
             "rule": rule,
             "rounds": list(found.rounds),
             "max_cut_cost": found.max_cut_cost,
-            "contradicted": found.contradicted,
+            "contradicted": KEEP if self.cut == "none" else found.contradicted,
         }
         for name, value in resolved.items():
             if getattr(self, name) is None:
@@ -488,8 +486,7 @@ def unlearn(run: StageRun) -> dict[str, Any]:
     """
     victim = victim_of(run)
     suspects = find_suspects(run, victim)
-    relabeled = relabeled_rows(run, suspects.tokens)
-    measured, columns = cut_and_tune(run, victim, suspects.tokens, relabeled)
+    measured, columns, relabeled = cut_and_tune(run, victim, suspects.tokens)
     suspects = with_relabeled(suspects, training_rows_of(run), relabeled)
     suspects = replace(suspects, table={**suspects.table, **columns})
     return {**suspects.save(run.folder), "measured": measured}

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from btu.defenses.kit.contradiction import KEEP, LEAST_CLEAN, RELABEL
 from btu.errors import UserError
 from btu.findings import Suspects
 from btu.paths import check_folder, not_written
 from btu.scan.plan import ScanPlan
 from btu.scan.report import ScanReport, renamed, score_text, words_text
 from btu.scan.stages import accuracy
-from btu.settings import TrainSettings
 from btu.stage_files import refuse_pickles, save_labels
 from btu.stages import MODEL, Stage, as_config, compute, read_record
 from btu.types import ProgressCallback, silent
@@ -82,6 +82,8 @@ class Measured:
     costs: of each flagged token, by its id; empty if every flagged token is cut unmeasured.
     relabeled: number of suspect rows that the model was tuned on under another label.
     target: the index of their class; None if there are none.
+    contradiction: how many standard errors the labels of the most suspicious class contradict the
+        trusted rows beyond chance; NaN if that was not looked at.
     """
 
     trusted: int
@@ -92,17 +94,28 @@ class Measured:
     costs: Mapping[int, CutCost] = field(default_factory=dict)
     relabeled: int = 0
     target: int | None = None
+    contradiction: float = math.nan
 
-    def relabeling(self, label_names: Sequence[str]) -> str:
-        """Return the sentences about the relabelled rows; empty without such rows."""
-        if self.target is None:
-            return ""
+    def relabeling(self, class_name: str) -> str:
+        """Return the sentences about the relabelled rows.
+
+        class_name: of `target`, as it may be shown: label names are the user's data.
+        """
         return (
-            f"The labels of class {label_names[self.target]} contradict the trusted rows more "
+            f"The labels of class {class_name} contradict the trusted rows more "
             "often than chance or the other classes do: perhaps a paraphrase attack, perhaps "
             f"careless labels. The model was tuned on {self.relabeled} of these rows under the "
             "label that models of the trusted rows predict."
         )
+
+    def second_stage(self, label_names: Sequence[str]) -> dict[str, Any]:
+        """Return what manifest and JSON say of the second stage; JSON has no NaN."""
+        known = not math.isnan(self.contradiction)
+        return {
+            "relabeled": self.relabeled,
+            "relabeled_class": None if self.target is None else label_names[self.target],
+            "contradiction": self.contradiction if known else None,
+        }
 
     @property
     def vetoed(self) -> list[CutCost]:
@@ -156,6 +169,12 @@ def check_export(plan: ScanPlan, folder: str | Path) -> None:
         raise UserError(
             f"an export of data '{plan.spec.name}' needs trusted rows, which the model is tuned "
             "and measured on after the cut; name some with --clean FILE, or leave out --export."
+        )
+    if plan.defense.contradicted == RELABEL and len(plan.corpus.clean) < LEAST_CLEAN:
+        raise UserError(
+            "relabelling trains one model on each half of the trusted rows, and there are "
+            f"{len(plan.corpus.clean)}; name at least {LEAST_CLEAN} with --clean FILE, or set "
+            f"--contradicted {KEEP}."
         )
     source = Path(find_victim(plan.victim).location)
     if source.is_dir() and target.resolve() == source.resolve():
@@ -224,6 +243,7 @@ def export(
         costs,
         cut.get("rows_relabeled", 0),
         record["facts"].get("target_guess"),
+        cut.get("contradiction", math.nan),
     )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -240,7 +260,7 @@ def export(
                     for name, value in measured.as_metrics().items()
                 },
                 "at_chance": measured.at_chance,
-                "relabeled": measured.relabeled,
+                **measured.second_stage(plan.corpus.label_names),
                 "environment": _environment(record),
                 "files": files,
             }
@@ -334,7 +354,7 @@ def card(
         "that was scanned with Backdoor Token Unlearning (BTU): a short training of the word "
         "embeddings exposes tokens that decide the label as a trigger would; the embeddings of the "
         "tokens that are cut are replaced in the fine-tuned model, which is then tuned on trusted "
-        "rows.",
+        f"rows{' and on relabelled ones' if measured.relabeled else ''}.",
         "## What was done",
         _table(
             ("", ""),
@@ -356,7 +376,7 @@ def card(
             ],
         ),
         _flagged(report, measured),
-        *(["## Relabelled rows", measured.relabeling(names)] if measured.relabeled else []),
+        *_relabeled(names, measured),
         "## Measured",
         *([f"**{measured.warning()}**"] if measured.at_chance else []),
         _table(
@@ -395,7 +415,7 @@ def card(
         f"```\n{command}\n```"
         if command
         else "From Python: `btu.scan.report.scan`, then `btu.scan.export`.",
-        "```json\n" + json.dumps(_settings(plan), indent=1) + "\n```",
+        "```json\n" + json.dumps(_settings(plan, measured), indent=1) + "\n```",
         _table(
             ("computed with", ""),
             [(name, _code(value)) for name, value in _environment(record).items()],
@@ -424,6 +444,10 @@ def _front_matter(plan: ScanPlan) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
+def _on_rows(measured: Measured) -> str:
+    return f" on the trusted rows{' and the relabelled ones' if measured.relabeled else ''}"
+
+
 def _flagged(report: ScanReport, measured: Measured) -> str:
     flagged = report.tokens[report.tokens["flagged"]]
     bar = f"{report.bar:g}"
@@ -436,7 +460,7 @@ def _flagged(report: ScanReport, measured: Measured) -> str:
         )
         return (
             "## Flagged tokens\n\nNone, and nothing was cut: no score reached the bar of "
-            f"{bar}; {best}. The model was still tuned on the trusted rows."
+            f"{bar}; {best}. The model was still tuned{_on_rows(measured)}."
         )
     rows = [
         (
@@ -481,6 +505,12 @@ def _flagged(report: ScanReport, measured: Measured) -> str:
     return text + unknown
 
 
+def _relabeled(names: Sequence[str], measured: Measured) -> list[str]:
+    if measured.target is None:
+        return []
+    return ["## Relabelled rows", measured.relabeling(_code(names[measured.target]))]
+
+
 def _is_cut(cost: CutCost | None) -> str:
     if cost is None or not cost.vetoed:
         return "yes"
@@ -512,13 +542,15 @@ def _limits(report: ScanReport, measured: Measured) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _settings(plan: ScanPlan) -> dict[str, Any]:
+def _settings(plan: ScanPlan, measured: Measured) -> dict[str, Any]:
     train = plan.base.train
-    tuning: TrainSettings = plan.base.tuning.applied_to(train)
+    last = ("clean tuning", plan.base.tuning.applied_to(train))
+    if measured.relabeled:
+        last = ("tuning on trusted and relabelled rows", train)
     return {
         "unlearning": as_config(plan.defense),
         "fine-tune": as_config(train),
-        "clean tuning": as_config(tuning),
+        last[0]: as_config(last[1]),
     }
 
 

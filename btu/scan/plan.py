@@ -24,6 +24,7 @@ from btu.data.files import is_readable, suffixes
 from btu.data.spec import DATASETS, DataSpec
 from btu.data.suspects import SuspectCorpus
 from btu.defenses.base import Given
+from btu.defenses.kit.contradiction import KEEP
 from btu.defenses.token_unlearning import (
     INSERTED,
     TokenUnlearning,
@@ -216,7 +217,10 @@ def prepare_scan(
     victim_spec = VictimSpec(victim, max_length)
     found = load_victim(victim_spec, len(corpus.label_names))
     vocabulary = found.vocabulary_size
-    defense.check(Given(vocabulary, len(corpus.label_names), len(corpus.train), len(corpus.clean)))
+    # What relabelling needs, only an export needs (`btu.scan.export.check_export`).
+    replace(defense, contradicted=KEEP).check(
+        Given(vocabulary, len(corpus.label_names), len(corpus.train), len(corpus.clean))
+    )
     if defense.rule == TOP_FRACTION and vocabulary is not None:
         _check_share(defense, found, corpus.train, vocabulary)
     least = _least(spec, corpus, defense, found)

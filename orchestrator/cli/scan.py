@@ -353,7 +353,7 @@ def _print_json(
     if measured is not None:
         found["at_chance"] = measured.at_chance
         found["vetoed"] = [cost.token for cost in measured.vetoed]
-        found["relabeled"] = measured.relabeled
+        found |= measured.second_stage(report.plan.corpus.label_names)
         measured.add_costs(found["tokens"])
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
 
@@ -541,8 +541,9 @@ def _export_lines(plan: ScanPlan, measured: Measured, folder: str) -> list[str]:
             "predictions that matched the label."
         )
     lines = [line]
-    if measured.relabeled:
-        lines.append(measured.relabeling(plan.corpus.label_names))
+    if measured.target is not None:
+        name = _printable(plan.corpus.label_names[measured.target])
+        lines.append(measured.relabeling(name))
     if not measured.vetoed:
         return lines
     kept = [f"{_printable(cost.token)} ({cost.cost_tuned:.1%})" for cost in measured.vetoed]

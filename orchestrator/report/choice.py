@@ -36,6 +36,7 @@ FRACTIONS = (
 )
 NONE_WITHIN = "no threshold within the budget; the least aggressive"
 NOTHING_CUT = "no threshold cuts anything; the least aggressive"
+RELABELED = "rows relabelled: defense.contradicted=keep compares tokens alone"
 UNPOISONED = "nothing poisoned: no oracle"
 NO_ORACLE = "no threshold keeps CACC: no oracle"
 
@@ -59,7 +60,8 @@ def deployable(
     It is the most aggressive threshold that cuts something and costs at most `loss`: the one with
     most tokens cut, and among equals the one that demands a higher score (or a lower share).
     Cutting more tokens never helps the backdoor, so the best defense within a budget of accuracy is
-    the deepest cut within it.
+    the deepest cut within it. That holds for the cut alone: groups in which the second stage of btu
+    relabelled rows have a note.
 
     The cost is measured on the reserved clean rows before the clean tuning on the same rows: at
     that moment no weight was trained on them, and the tuning repairs part of the loss. At low
@@ -155,7 +157,10 @@ def _choose(group: pd.DataFrame, coordinates: list[str], loss: float) -> dict[st
         row |= {"oracle_cacc": known["cacc"], "gap": taken["asr"] - known["asr"]}
         row |= {"cacc_gap": taken["cacc"] - known["cacc"]}
     missing = UNPOISONED if unpoisoned else NO_ORACLE if best is None else ""
-    return {**row, "note": "; ".join(filter(None, (note, missing)))}
+    # The gate of the second stage depends on what is flagged: fewer tokens may then do more.
+    acted = "rows_relabeled" in group and (group["rows_relabeled"] > 0).any()
+    notes = (note, RELABELED if acted else "", missing)
+    return {**row, "note": "; ".join(filter(None, notes))}
 
 
 def recommended(cells: ThresholdCells, chosen: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,14 @@ from tiny_cells import Lab, easy_corpus
 
 from btu.defenses.base import Given
 from btu.defenses.cuts import RandomCut
+from btu.defenses.kit import cutting
 from btu.defenses.kit.contradiction import (
     GATE,
     halves_of,
     oddness,
     suspected_class,
 )
+from btu.defenses.kit.cutting import Costs
 from btu.defenses.token_unlearning import TokenUnlearning
 from btu.errors import UserError
 from btu.evaluation import EvalSet, evaluate
@@ -76,8 +79,22 @@ def test_rows_that_are_contradicted_alike_in_all_classes_are_another_source() ->
 def test_the_others_are_compared_together() -> None:
     label, margin, _ = gate([(450, 2550), (900, 2100), (450, 2550)], [(150, 850)] * 3)
     assert label == 1
-    # The others have 6,000 rows and 2,000 clean ones: half the variance of one of them.
+    # The mean of two classes has half the variance of one.
     assert margin == pytest.approx(0.15 / math.sqrt(2.582e-4 + 1.702e-4 / 2), abs=0.01)
+
+
+def test_another_mix_of_classes_is_no_contradiction() -> None:
+    # Every class is contradicted by 0.05 more often than its clean rows; class 2, which the models
+    # hardly know, has a quarter of the clean rows and a twentieth of the training rows.
+    train = [(600, 2400), (270, 2430), (135, 165)]
+    clean = [(150, 850), (25, 475), (200, 300)]
+    assert gate(train, clean)[1] < 1
+    # Nor does it hide a class that is contradicted: 0.3 instead of 0.15.
+    label, margin, _ = gate(
+        [(900, 2100), (60, 540), (960, 1440)], [(150, 850), (50, 450), (200, 300)]
+    )
+    assert label == 0
+    assert margin > 5
 
 
 def test_few_clean_rows_open_no_gate() -> None:
@@ -140,6 +157,12 @@ def test_rows_that_share_their_words_are_odd() -> None:
     odd = oddness(Encoded.from_lists(rows, [1] * 400, 0), contradicted, SETTINGS, seed=0)
     taken = np.argsort(-np.where(contradicted, odd, -np.inf))[:40]
     assert style[taken].mean() > 0.95
+
+
+def test_rows_without_a_common_token_are_all_alike() -> None:
+    rows = Encoded.from_lists([[2 * i, 2 * i + 1] for i in range(40)], [1] * 40, 0)
+    half: BoolArray = np.arange(40) % 2 == 0
+    assert (oddness(rows, half, SETTINGS, seed=0) == 0).all()
 
 
 def test_too_few_rows_for_the_folds_are_all_alike() -> None:
@@ -238,6 +261,20 @@ def test_rows_that_a_flagged_token_explains_open_no_gate(lab: Lab, attacked: Pre
     assert measured["rows_relabeled"] == 0
 
 
+def test_a_token_that_is_not_cut_explains_nothing(
+    lab: Lab, attacked: Prepared, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(run: Any, model: Any, cutter: Any, flagged: list[int], bar: float) -> Costs:
+        return Costs(refused=tuple(flagged))
+
+    monkeypatch.setattr(cutting, "costs_of", refuse)
+    root = lab.base_root(tmp_path, attacked)
+    found = defend(second(threshold=4.5, max_cut_cost=0.01), attacked, root)
+    measured = read_record(found.folder)["facts"]["measured"]
+    assert measured["vetoed"] == len(found.flagged) > 0
+    assert measured["rows_relabeled"] > 0
+
+
 # Settings ----------------------------------------------------------------------------------------
 
 
@@ -246,6 +283,8 @@ def test_only_contrast_looks_by_default() -> None:
     assert TokenUnlearning(rule="mad").contradicted == "keep"
     assert TokenUnlearning(**TokenUnlearning.PRESETS["reference"]).contradicted == "keep"
     assert TokenUnlearning(rule="mad", contradicted="relabel").contradicted == "relabel"
+    # The ablation of the cut is clean tuning alone.
+    assert TokenUnlearning(cut="none").contradicted == "keep"
 
 
 def test_a_value_that_does_not_exist_is_refused() -> None:

@@ -6,7 +6,9 @@ import itertools
 import json
 import math
 import random
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from btu.rules.contrast import Chance
 from btu.rules.surplus import REFERENCE, expected_flags
 from btu.scan import plan as plans
 from btu.scan.chance import chance_of
-from btu.scan.export import CARD, MANIFEST, Measured, export
+from btu.scan.export import CARD, MANIFEST, Measured, card, check_export, export
 from btu.scan.plan import prepare_scan
 from btu.scan.report import ScanReport, scan
 from btu.settings import TrainSettings, TuningSettings
@@ -315,3 +317,41 @@ def test_every_flagged_token_is_cut_if_asked_to(
     assert "not cut" not in text
     with pytest.raises(UserError, match=r"max_cut_cost must be between 0 and 1, got 2"):
         prepare_scan(str(found.plan.spec.path), **{**changed, "max_cut_cost": 2})
+
+
+# An export that relabels rows ---------------------------------------------------------------------
+
+
+def test_a_card_tells_what_was_relabelled_and_escapes_the_class(found: ScanReport) -> None:
+    names = found.plan.corpus.label_names
+    hostile = replace(found.plan.data.corpus, label_names=("<script>\n# Heading\x1b", *names[1:]))
+    plan = replace(found.plan, data=replace(found.plan.data, corpus=hostile))
+    environment = ("code", "python", "torch", "transformers", "device", "threads")
+    record = {"environment": dict.fromkeys(environment, "x"), "precisions": ["fp32"]}
+    measured = Measured(100, 90, 90, 0.0, 50, {}, 155, 0, 6.1)
+    text = card(replace(found, plan=plan), measured, record, None)
+    section = text.split("## Relabelled rows")[1].split("## Measured")[0]
+    assert "tuned on 155 of these rows" in section
+    assert not {"\x1b", "\n# Heading"} & {part for part in ("\x1b", "\n# Heading") if part in text}
+    assert "<script>" not in re.sub(r"`[^`]*`", "", section)
+    assert '"tuning on trusted and relabelled rows"' in text
+    assert '"clean tuning"' not in text
+    said = measured.second_stage(names)
+    assert said == {"relabeled": 155, "relabeled_class": names[0], "contradiction": 6.1}
+    nothing = Measured(100, 90, 90, 0.0, 50)
+    assert "Relabelled rows" not in card(found, nothing, record, None)
+    assert nothing.second_stage(names) == {
+        "relabeled": 0, "relabeled_class": None, "contradiction": None,
+    }  # fmt: skip
+
+
+def test_relabelling_needs_two_trusted_rows_in_an_export_alone(
+    found: ScanReport, tmp_path: Path
+) -> None:
+    settings = {**settings_of(found), "rule": "frequency", "contradicted": "relabel"}
+    trusted = tmp_path / "one.csv"
+    source = pd.read_csv(found.plan.data.trusted)
+    source.iloc[:1].to_csv(trusted, index=False)
+    plan = prepare_scan(str(found.plan.spec.path), **{**settings, "clean": str(trusted)})
+    with pytest.raises(UserError, match=r"there are 1; name at least 2 with --clean FILE, or set"):
+        check_export(plan, tmp_path / "model")

@@ -585,8 +585,12 @@ def test_second_stage_fails_where_the_gate_or_a_model_is_wrong(
     # Another column of paraphrases has the bars of its attack.
     other = {**style, "attack": "style=style_bible", "asr": 0.3}
     assert missed(other) == ["sst2, style=style_bible: ASR at most 0.25"]
-    with pytest.raises(argparse.ArgumentTypeError, match="'sst2:style' must be DATA:ATTACK:RATE"):
-        stage.parsed("sst2:style")
+    assert stage.parsed("sst2:style=style_bible:0.1") == ("sst2", "style=style_bible", 0.1)
+    assert stage.parsed("olid:clean:0") == ("olid", "clean", 0.0)
+    for text in ("sst2:style", "sst2:style:0", "sst2:clean:0.1", "sst2:stile:0.1", "x:style:0.1",
+                 "sst2:style:abc", "sst2:style:1"):  # fmt: skip
+        with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' must be DATA:ATTACK:RATE"):
+            stage.parsed(text)
 
 
 def test_pages_fails_where_a_table_has_other_rows(

@@ -7,12 +7,12 @@ comes from: this project; no paper describes it. It needs clean rows and trainin
    predicts the training rows and the half that it has not seen. A row is contradicted if the
    prediction is not its label.
 2. *A gate.* Clean rows are contradicted too: the models are weak. A class is the attack's target if
-   its training rows are contradicted more often than its clean rows are, and by more than the
-   other classes' training rows are beyond theirs, both by `GATE` standard errors. The first
-   comparison fails where nothing is poisoned; the second where the training rows as a whole differ
-   from the clean ones, in their source or in the care of their labels. Rows with a flagged token
-   are left out: where the first stage found the trigger, the others contradict nothing. With less
-   than a few percent of poison, or with a clean-label attack, the gate stays shut.
+   its training rows are contradicted more often than its clean rows are, and by more than the mean
+   of the other classes, both by `GATE` standard errors. The first comparison fails where nothing is
+   poisoned; the second where the training rows as a whole differ from the clean ones, in their
+   source or in the care of their labels. Rows with a token that is cut are left out: where the
+   first stage found the trigger, the others contradict nothing. With less than a few percent of
+   poison, or with a clean-label attack, the gate stays shut.
 3. *The oddest rows.* Half of the contradicted rows of the target are honest rows that the models
    misjudge. Poisoned rows resemble each other in words and word order. So a logistic regression on
    single tokens and pairs of neighbours learns to tell the contradicted rows of the target from all
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,8 @@ GATE = 3.5
 EPOCHS = 2
 # The regression: inverse strength of the penalty, folds, and rows that a feature must be in.
 STRENGTH, FOLDS, LEAST_ROWS = 0.03, 5, 3
+# Of the regression's logits.
+DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -220,8 +223,8 @@ def halves_of(clean: Encoded, seed: int) -> IntArray:
 def relabeled_rows(run: StageRun, flagged: Sequence[int]) -> Relabeled | None:
     """Return the rows to relabel; None if the stage has no input ``contradicted``.
 
-    flagged: the tokens that the first stage flagged. The gate does not count rows that hold one;
-        once it is open, these rows are taken like others.
+    flagged: the tokens that the first stage cuts. The gate does not count rows that hold one; once
+        it is open, these rows are taken like others.
     """
     if CONTRADICTED not in run.inputs:
         return None
@@ -261,21 +264,23 @@ def suspected_class(
     clean_labels: (clean rows,).
 
     The margin is the lower of two, in standard errors: the class's share over that of its clean
-    rows, and this excess over that of all other classes together. Both errors are those of a
-    difference of proportions. Classes without training or clean rows are no candidates; with fewer
-    than two classes there is none: (None, 0.0, nan).
+    rows, and this excess over the mean excess of the other classes, weighted by their training
+    rows. Both errors are those of differences of proportions. Classes without training or clean
+    rows are no candidates; with fewer than two classes there is none: (None, 0.0, nan).
     """
     known = [c for c in np.unique(labels) if (clean_labels == c).any()]
     found: tuple[int | None, float, float] = (None, 0.0, math.nan)
     if len(known) < 2:
         return found
+    excesses = {c: _excess(wrong, labels == c, wrong_clean, clean_labels == c) for c in known}
     for label in known:
-        own, own_variance = _excess(wrong, labels == label, wrong_clean, clean_labels == label)
-        others = np.isin(known, [label], invert=True)
-        rest = np.asarray(known)[others]
-        other, other_variance = _excess(
-            wrong, np.isin(labels, rest), wrong_clean, np.isin(clean_labels, rest)
-        )
+        own, own_variance = excesses[label]
+        # Class by class: another mix of classes among the clean rows is no contradiction.
+        others = [c for c in known if c != label]
+        weights = np.array([(labels == c).sum() for c in others], dtype=np.float64)
+        weights /= weights.sum()
+        other = float(weights @ [excesses[c][0] for c in others])
+        other_variance = float(weights**2 @ [excesses[c][1] for c in others])
         margin = min(
             own / math.sqrt(own_variance),
             (own - other) / math.sqrt(own_variance + other_variance),
@@ -303,7 +308,8 @@ def oddness(
     """Return (rows,) how much each training row resembles the contradicted ones.
 
     The logit of a logistic regression on the presence of single tokens and of pairs of neighbours,
-    fitted on the other folds. With too few rows for the folds all are equal: 0.
+    fitted on the other folds, rounded: its last digits depend on the number of threads. With too
+    few rows for the folds, or without a feature that is in enough rows, all are equal: 0.
     """
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -313,9 +319,13 @@ def oddness(
     if few < settings["folds"]:
         return np.zeros(len(train))
     texts = np.split(train.ids.numpy(), np.cumsum(train.host_lengths)[:-1])
-    features = CountVectorizer(
-        analyzer=_tokens_and_pairs, binary=True, min_df=min(settings["least_rows"], len(train))
-    ).fit_transform(texts)
+    held = Counter(feature for row in texts for feature in set(_tokens_and_pairs(row)))
+    known = sorted(feature for feature, rows in held.items() if rows >= settings["least_rows"])
+    if not known:
+        return np.zeros(len(train))
+    features = CountVectorizer(analyzer=_tokens_and_pairs, binary=True, vocabulary=known).transform(
+        texts
+    )
     folds = StratifiedKFold(settings["folds"], shuffle=True, random_state=seed % 2**32)
     found: FloatArray = cross_val_predict(
         LogisticRegression(C=settings["strength"], max_iter=300),
@@ -324,7 +334,8 @@ def oddness(
         cv=folds,
         method="decision_function",
     )
-    return found
+    rounded: FloatArray = np.round(found, DIGITS)
+    return rounded
 
 
 def _tokens_and_pairs(row: IntArray) -> list[tuple[int, ...]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from btu.defenses.kit.contradiction import Relabeled, relabeled_rows
 from btu.foundation import tune
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from btu.defenses.kit.contradiction import Relabeled
     from btu.training import Encoded
 
 # Training rows on which the effect of a cut is measured; more would add little precision.
@@ -59,20 +59,21 @@ class Costs:
 
 
 def cut_and_tune(
-    run: StageRun, victim: Victim, flagged: Sequence[int], relabeled: Relabeled | None = None
-) -> tuple[dict[str, float], dict[str, FloatArray | IntArray]]:
+    run: StageRun, victim: Victim, flagged: Sequence[int], explain: Sequence[int] | None = None
+) -> tuple[dict[str, float], dict[str, FloatArray | IntArray], Relabeled | None]:
     """Cut tokens from the poisoned model, tune it on the clean rows, and write it.
 
     run: of a stage with the inputs ``rows``, ``clean`` and ``model``; its config has ``cut``,
         ``cut_norm``, ``tuning`` and, if some cuts are refused, ``max_cut_cost``.
     victim: of the cell.
     flagged: the tokens to cut.
-    relabeled: rows to tune on beside the clean ones; None if the second stage is off.
+    explain: the tokens whose rows the second stage does not count, as far as they are cut; None
+        takes `flagged`.
 
     Returns:
         What was measured on rows that the defender has: ``cut_cost`` and ``cut_flips``, with a bar
         on the cost ``vetoed``, how many tokens are not cut because of it, and with a second stage
-        what it measured. And the columns of
+        what it measured. Then the columns of
         `Costs` for the table of tokens, none without such a bar.
     """
     model = model_of(run, "model")
@@ -82,6 +83,10 @@ def cut_and_tune(
     bar = run.config.get("max_cut_cost", NEVER)
     costs = None if bar >= NEVER else costs_of(run, model, cutter, flagged, bar)
     kept = flagged if costs is None else [t for t in flagged if t not in costs.refused]
+    explain = flagged if explain is None else explain
+    refused = () if costs is None else costs.refused
+    cut = [] if run.config["cut"] == "none" else [t for t in explain if t not in refused]
+    relabeled = relabeled_rows(run, cut)
     effect = _Effect(run, model, kept)
     cutter.cut(model, kept)
     # Measured before the tuning, which uses these rows.
@@ -94,8 +99,9 @@ def cut_and_tune(
         measured |= relabeled.measured
     save_model(model, run.folder)
     if costs is None:
-        return measured, {}
-    return {**measured, "vetoed": len(costs.refused)}, costs.columns(len(pretrained))
+        return measured, {}, relabeled
+    measured["vetoed"] = len(costs.refused)
+    return measured, costs.columns(len(pretrained)), relabeled
 
 
 @dataclass(frozen=True)
