@@ -16,6 +16,7 @@ from btu.defenses.cuts import RandomCut
 from btu.defenses.kit import cutting
 from btu.defenses.kit.contradiction import (
     GATE,
+    epochs_for,
     halves_of,
     oddness,
     suspected_class,
@@ -140,6 +141,23 @@ def test_halves_have_every_class_and_are_drawn_once() -> None:
         assert abs(2 * first - labels.count(label)) <= 1
     assert (halves == halves_of(rows, seed=0)).all()
     assert (halves != halves_of(rows, seed=1)).any()
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "epochs"),
+    [
+        (910, 64, 6),  # 15 steps an epoch, 90 in all
+        (430, 64, 12),  # 7 steps an epoch: 84 instead of 42
+        (100, 16, 12),
+        (1, 64, 80),
+        (5000, 64, 6),
+    ],
+)
+def test_half_of_few_rows_is_trained_on_for_80_steps(
+    rows: int, batch_size: int, epochs: int
+) -> None:
+    train = TrainSettings(epochs=3, batch_size=batch_size)
+    assert epochs_for(rows, train, 2, 80) == epochs
 
 
 # Which rows --------------------------------------------------------------------------------------

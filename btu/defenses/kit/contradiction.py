@@ -63,8 +63,9 @@ LEAST_CLEAN = 2
 # Standard errors. Chance alone passes it in 1 of 4,300 classes; the rest of the margin is for rows
 # that are no random sample, as those of a test split are not.
 GATE = 3.5
-# Twice the epochs of the fine-tune: half of the clean rows are few steps.
-EPOCHS = 2
+# Twice the epochs of the fine-tune, and at least so many steps: half of the clean rows are few.
+# After 42 steps MiniLM predicts one class for all of OLID, after 90 it knows SST-2.
+EPOCHS, LEAST_STEPS = 2, 80
 # The regression: inverse strength of the penalty, folds, and rows that a feature must be in.
 STRENGTH, FOLDS, LEAST_ROWS = 0.03, 5, 3
 # Of the regression's logits.
@@ -109,14 +110,16 @@ def contradictions(base: Foundation) -> Stage:
 
     The models depend on neither attack nor poison rate: all cells of a seed share them.
     """
-    train = as_config(replace(base.train, epochs=EPOCHS * base.train.epochs))
+    config = {"train": as_config(base.train), "epochs": EPOCHS, "least_steps": LEAST_STEPS}
+    rows = base.clean_rows // 2
+    epochs = epochs_for(rows, base.train, EPOCHS, LEAST_STEPS) if rows else 0
     models = {
         f"half {half}": base.stage(
             fit_half,
             f"model of clean half {half}",
-            {"half": half, "train": train},
+            {"half": half, **config},
             {"clean": base.clean},
-            units=base.clean_rows * EPOCHS * base.train.epochs // 2,
+            units=rows * epochs,
             model=True,
         )
         for half in (1, 2)
@@ -144,19 +147,30 @@ def relabel_config(base: Foundation, second: Mapping[str, Stage]) -> dict[str, A
 # What the stages do ------------------------------------------------------------------------------
 
 
+def epochs_for(rows: int, train: TrainSettings, times: int, least_steps: int) -> int:
+    """Return the epochs of a model of `rows` clean rows, at least 1.
+
+    `times` as many as those of the fine-tune, or more where these are fewer than `least_steps`.
+    """
+    return max(times * train.epochs, math.ceil(least_steps / math.ceil(rows / train.batch_size)))
+
+
 @stage(version=1)
 def fit_half(run: StageRun) -> dict[str, Any]:
     """Train the victim on a half of the clean rows."""
     clean = clean_rows_of(run)
     half = run.config["half"]
     inside = halves_of(clean, run.config["seed"]) == half
+    train = TrainSettings(**run.config["train"])
+    least = run.config["least_steps"]
+    epochs = epochs_for(int(inside.sum()), train, run.config["epochs"], least)
     model = victim_of(run, run.facts("clean")["classes"]).new_model(
         derive_seed(run.config["seed"], "classifier")
     )
     run.fit(
         model,
         clean.take(np.flatnonzero(inside)),
-        TrainSettings(**run.config["train"]),
+        replace(train, epochs=epochs),
         seed=derive_seed(run.config["seed"], "model of clean rows", half),
         stage=f"model of clean half {half}",
     )
