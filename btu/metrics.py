@@ -184,6 +184,11 @@ METRICS: dict[str, Metric] = {
         "rows beyond chance; btu's second stage acts from 3.5 on",
         None,
     ),
+    "contradiction_shift": Metric(
+        "how many standard errors the contradicted rows of that class are unlike contradicted "
+        "clean rows; btu's second stage acts from 3 on; undefined where contradiction is too low",
+        None,
+    ),
     "undefended_asr": Metric(
         "asr of the poisoned model, without a defense",
         None,

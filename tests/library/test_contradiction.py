@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from btu.defenses.cuts import RandomCut
 from btu.defenses.kit import cutting
 from btu.defenses.kit.contradiction import (
     GATE,
+    SHIFT,
     epochs_for,
     halves_of,
     oddness,
+    shift_of,
     suspected_class,
 )
 from btu.defenses.kit.cutting import Costs
@@ -172,22 +175,35 @@ def test_rows_that_share_their_words_are_odd() -> None:
     rows = [[10, 11, 12, *w] if s else [12, 11, 10, *w] for w, s in zip(words, style, strict=True)]
     contradicted = style.copy()
     contradicted[40:80] = True  # as many misjudged rows
-    odd = oddness(Encoded.from_lists(rows, [1] * 400, 0), contradicted, SETTINGS, seed=0)
+    train, clean = (Encoded.from_lists(r, [1] * len(r), 0) for r in (rows, rows[80:120]))
+    odd, odd_clean = oddness(train, clean, contradicted, SETTINGS, seed=0)
     taken = np.argsort(-np.where(contradicted, odd, -np.inf))[:40]
     assert style[taken].mean() > 0.95
+    assert odd_clean.max() < odd[style].min()
 
 
 def test_rows_without_a_common_token_are_all_alike() -> None:
     rows = Encoded.from_lists([[2 * i, 2 * i + 1] for i in range(40)], [1] * 40, 0)
     half: BoolArray = np.arange(40) % 2 == 0
-    assert (oddness(rows, half, SETTINGS, seed=0) == 0).all()
+    assert all((odd == 0).all() for odd in oddness(rows, rows, half, SETTINGS, seed=0))
 
 
 def test_too_few_rows_for_the_folds_are_all_alike() -> None:
     rows = Encoded.from_lists([[5, 6]] * 20, [1] * 20, 0)
     few: BoolArray = np.zeros(20, dtype=bool)
     few[:4] = True
-    assert (oddness(rows, few, SETTINGS, seed=0) == 0).all()
+    assert all((odd == 0).all() for odd in oddness(rows, rows, few, SETTINGS, seed=0))
+
+
+def test_a_shift_of_contradicted_rows_alone_counts() -> None:
+    low, high = np.arange(100.0), np.arange(100.0) + 200
+    # All contradicted training rows are above all such clean rows, the others are alike:
+    # (1 - 0.5) / sqrt(2 * 201 / (12 * 100 * 100)) = 0.5 / 0.0579.
+    assert shift_of((high, low), (low, low)) == pytest.approx(8.64, abs=0.01)
+    # Where the whole class differs from its clean rows, the contradicted rows tell nothing.
+    assert shift_of((high, low), (high, low)) == 0
+    assert shift_of((low, low), (low, low)) == 0
+    assert shift_of((low, low[:0]), (low, low)) == 0
 
 
 # An attack that the first stage misses -----------------------------------------------------------
@@ -291,6 +307,20 @@ def test_a_token_that_is_not_cut_explains_nothing(
     measured = read_record(found.folder)["facts"]["measured"]
     assert measured["vetoed"] == len(found.flagged) > 0
     assert measured["rows_relabeled"] > 0
+
+
+def test_careless_labels_of_one_class_are_left_as_they_are(lab: Lab, tiny_corpus: Corpus) -> None:
+    # A fifth of the rows of class 1 belong to class 0, and nothing else sets them apart.
+    corpus = larger(tiny_corpus)
+    labels, rng = np.array(corpus.train.labels), np.random.default_rng(0)
+    zero = np.flatnonzero(labels == 0)
+    labels[rng.choice(zero, len(zero) // 5, replace=False)] = 1
+    careless = replace(corpus, train=replace(corpus.train, labels=tuple(labels.tolist())))
+    prepared = lab.prepare(corpus=careless, rate=0.0, train=LEARN)
+    measured = read_record(defend(second(), prepared, lab.root).folder)["facts"]["measured"]
+    assert measured["contradiction"] > GATE
+    assert measured["contradiction_shift"] < SHIFT
+    assert measured["rows_relabeled"] == 0
 
 
 # Settings ----------------------------------------------------------------------------------------

@@ -6,19 +6,25 @@ comes from: this project; no paper describes it. It needs clean rows and trainin
 1. *Two models of the clean rows.* The victim is trained on each half of the clean rows. Each model
    predicts the training rows and the half that it has not seen. A row is contradicted if the
    prediction is not its label.
-2. *A gate.* Clean rows are contradicted too: the models are weak. A class is the attack's target if
-   its training rows are contradicted more often than its clean rows are, and by more than the mean
-   of the other classes, both by `GATE` standard errors. The first comparison fails where nothing is
-   poisoned; the second where the training rows as a whole differ from the clean ones, in their
-   source or in the care of their labels. Rows with a token that is cut are left out: where the
-   first stage found the trigger, the others contradict nothing. With less than a few percent of
+2. *A gate, by number.* Clean rows are contradicted too: the models are weak. A class is suspected
+   if its training rows are contradicted more often than its clean rows are, and by more than the
+   mean of the other classes, both by `GATE` standard errors. The first comparison fails where
+   nothing is poisoned; the second where the training rows as a whole differ from the clean ones, in
+   their source or in the care of their labels. Rows with a token that is cut are left out: where
+   the first stage found the trigger, the others contradict nothing. With less than a few percent of
    poison, or with a clean-label attack, the gate stays shut.
-3. *The oddest rows.* Half of the contradicted rows of the target are honest rows that the models
-   misjudge. Poisoned rows resemble each other in words and word order. So a logistic regression on
-   single tokens and pairs of neighbours learns to tell the contradicted rows of the target from all
-   other training rows, in five folds, and the rows that it finds most typical of them are taken: as
-   many as are contradicted beyond the share that clean rows lead to expect.
-4. *Relabelling.* The poisoned model is tuned on the clean rows and on the taken rows under the
+3. *A gate, by likeness.* Labels that are careless in one class alone pass the first gate. Poisoned
+   rows resemble each other in words and word order. So a logistic regression on single tokens and
+   pairs of neighbours learns to tell the contradicted rows of the class from all other training
+   rows, in five folds. Its scores of the contradicted training rows must be above those of the
+   contradicted clean rows, as an AUROC, and by `SHIFT` standard errors more than they are among the
+   rows that are not contradicted, where they tell how the two sources differ. Where good models
+   contradict fewer than `LEAST_COMPARED` clean rows of the class, the clean rows to which they give
+   another class take their place: an honest row with a wrong label looks like these.
+4. *The oddest rows.* Half of the contradicted rows of the target are honest rows that the models
+   misjudge. Those with the highest scores are taken: as many as are contradicted beyond the share
+   that clean rows lead to expect.
+5. *Relabelling.* The poisoned model is tuned on the clean rows and on the taken rows under the
    labels that the two models predict, with the settings of the fine-tune. It then learns that the
    paraphrase does not decide.
 """
@@ -34,8 +40,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from btu.defenses.kit.screening import ids_by_row
 from btu.findings import Suspects
 from btu.foundation import Foundation
+from btu.metrics import area_under_roc
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings
 from btu.stage_files import (
@@ -63,6 +71,11 @@ LEAST_CLEAN = 2
 # Standard errors. Chance alone passes it in 1 of 4,300 classes; the rest of the margin is for rows
 # that are no random sample, as those of a test split are not.
 GATE = 3.5
+# Standard errors, too. Poisoned sets have 3.6 and more (SST-2, AG News); the class of OLID's clean
+# set that passes the first gate has none.
+SHIFT = 3.0
+# Contradicted clean rows, below which others are compared with.
+LEAST_COMPARED = 20
 # Twice the epochs of the fine-tune, and at least so many steps: half of the clean rows are few.
 # After 42 steps MiniLM predicts one class for all of OLID, after 90 it knows SST-2.
 EPOCHS, LEAST_STEPS = 2, 80
@@ -79,19 +92,26 @@ class Relabeled:
     label: the class index that it takes for the target; None if the gate is shut.
     rows: (rows taken,) indices of training rows.
     labels: (rows taken,) their new labels.
-    margin: how many standard errors the most suspicious class is beyond chance: the gate opens at
-        `GATE`.
+    margin: how many standard errors the most suspicious class is beyond chance: the first gate
+        opens at `GATE`.
+    shift: how many standard errors its contradicted rows are unlike contradicted clean rows: the
+        second gate opens at `SHIFT`. NaN if the first is shut.
     """
 
     label: int | None
     rows: IntArray
     labels: IntArray
     margin: float
+    shift: float = math.nan
 
     @property
     def measured(self) -> dict[str, float]:
-        """The metrics ``rows_relabeled`` and ``contradiction``."""
-        return {"rows_relabeled": len(self.rows), "contradiction": self.margin}
+        """The metrics ``rows_relabeled``, ``contradiction`` and ``contradiction_shift``."""
+        return {
+            "rows_relabeled": len(self.rows),
+            "contradiction": self.margin,
+            "contradiction_shift": self.shift,
+        }
 
     def tune(self, run: StageRun, model: PreTrainedModel) -> None:
         """Tune `model` in place on the clean rows and the relabelled ones."""
@@ -140,7 +160,14 @@ def relabel_config(base: Foundation, second: Mapping[str, Stage]) -> dict[str, A
     """
     if not second:
         return {}
-    settings = {"gate": GATE, "strength": STRENGTH, "folds": FOLDS, "least_rows": LEAST_ROWS}
+    settings = {
+        "gate": GATE,
+        "shift": SHIFT,
+        "least_compared": LEAST_COMPARED,
+        "strength": STRENGTH,
+        "folds": FOLDS,
+        "least_rows": LEAST_ROWS,
+    }
     return {"relabel": {**settings, "train": as_config(base.train)}}
 
 
@@ -247,24 +274,39 @@ def relabeled_rows(run: StageRun, flagged: Sequence[int]) -> Relabeled | None:
     unseen = read_table(run.inputs[CONTRADICTED] / PREDICTED_CLEAN)["unseen"]
     train, clean = training_rows_of(run), clean_rows_of(run)
     labels = train.labels.numpy()
-    rest = ~train.holds(flagged)
-    trusted = clean.labels.numpy()[~clean.holds(flagged)]
-    wrong_clean = unseen[~clean.holds(flagged)] != trusted
+    trusted = clean.labels.numpy()
+    rest, rest_clean = ~train.holds(flagged), ~clean.holds(flagged)
     # The mean of both models' errors: that of their common prediction is lower, and would not
     # compare with the clean rows, which one model predicts.
     wrong = np.mean([predicted[f"half_{half}"] != labels for half in (1, 2)], axis=0)
-    label, margin, expected = suspected_class(wrong[rest], labels[rest], wrong_clean, trusted)
+    wrong_clean = unseen != trusted
+    label, margin, expected = suspected_class(
+        wrong[rest], labels[rest], wrong_clean[rest_clean], trusted[rest_clean]
+    )
     none = np.zeros(0, dtype=np.int64)
     if label is None or margin < settings["gate"]:
         return Relabeled(None, none, none, margin)
-    contradicted = (predicted["both"] != labels) & (labels == label)
-    count = int(contradicted.sum()) - round(expected * int((labels == label).sum()))
-    if count < 1:
-        return Relabeled(None, none, none, margin)
-    odd = oddness(train, contradicted, settings, derive_seed(run.config["seed"], "folds"))
+    of_class, of_class_clean = labels == label, trusted == label
+    contradicted = (predicted["both"] != labels) & of_class
+    odd, odd_clean = oddness(
+        train, clean, contradicted, settings, derive_seed(run.config["seed"], "folds")
+    )
+    compared = wrong_clean & of_class_clean & rest_clean
+    if compared.sum() < settings["least_compared"]:
+        compared = (unseen != label) & rest_clean
+    shift = shift_of(
+        (odd[contradicted & rest], odd_clean[compared]),
+        (
+            odd[~contradicted & of_class & rest],
+            odd_clean[~wrong_clean & of_class_clean & rest_clean],
+        ),
+    )
+    count = int(contradicted.sum()) - round(expected * int(of_class.sum()))
+    if shift < settings["shift"] or count < 1:
+        return Relabeled(None, none, none, margin, shift)
     order = np.argsort(-np.where(contradicted, odd, -np.inf), kind="stable")
     taken = np.sort(order[:count])
-    return Relabeled(label, taken, predicted["both"][taken], margin)
+    return Relabeled(label, taken, predicted["both"][taken], margin, shift)
 
 
 def suspected_class(
@@ -316,40 +358,64 @@ def _excess(
     return some / n - others / m, pooled * (1 - pooled) * (1 / n + 1 / m)
 
 
-def oddness(
-    train: Encoded, contradicted: BoolArray, settings: Mapping[str, Any], seed: int
-) -> FloatArray:
-    """Return (rows,) how much each training row resembles the contradicted ones.
+def shift_of(
+    contradicted: tuple[FloatArray, FloatArray], others: tuple[FloatArray, FloatArray]
+) -> float:
+    """Return by how many standard errors contradicted rows are unlike contradicted clean rows.
 
-    The logit of a logistic regression on the presence of single tokens and of pairs of neighbours,
-    fitted on the other folds, rounded: its last digits depend on the number of threads. With too
-    few rows for the folds, or without a feature that is in enough rows, all are equal: 0.
+    contradicted: scores of contradicted training rows, and of contradicted clean rows.
+    others: the same of the rows of the class that are not contradicted.
+
+    It is the AUROC of the first pair minus that of the second, over the error that the two have if
+    rows of one kind do not differ (Mann and Whitney's). 0 if a kind has no rows: nothing can then
+    be said.
+    """
+    areas, variances = [], []
+    for train, clean in (contradicted, others):
+        n, m = len(train), len(clean)
+        if not n or not m:
+            return 0.0
+        is_train = np.arange(n + m) < n
+        areas.append(area_under_roc(np.concatenate([train, clean]), is_train))
+        variances.append((n + m + 1) / (12 * n * m))
+    return (areas[0] - areas[1]) / math.sqrt(sum(variances))
+
+
+def oddness(
+    train: Encoded,
+    clean: Encoded,
+    contradicted: BoolArray,
+    settings: Mapping[str, Any],
+    seed: int,
+) -> tuple[FloatArray, FloatArray]:
+    """Return how much each training row, and each clean row, resembles the contradicted ones.
+
+    (rows,) and (clean rows,): the logit of a logistic regression on the presence of single tokens
+    and of pairs of neighbours. A training row gets that of the model of the other folds, a clean
+    row, which no model has seen, the mean of all. They are rounded: the last digits depend on the
+    number of threads. With too few rows for the folds, or without a feature that is in enough rows,
+    all are 0.
     """
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.model_selection import StratifiedKFold
 
+    scores, clean_scores = np.zeros(len(train)), np.zeros(len(clean))
     few = min(int(contradicted.sum()), int((~contradicted).sum()))
-    if few < settings["folds"]:
-        return np.zeros(len(train))
-    texts = np.split(train.ids.numpy(), np.cumsum(train.host_lengths)[:-1])
+    texts = ids_by_row(train)
     held = Counter(feature for row in texts for feature in set(_tokens_and_pairs(row)))
     known = sorted(feature for feature, rows in held.items() if rows >= settings["least_rows"])
-    if not known:
-        return np.zeros(len(train))
-    features = CountVectorizer(analyzer=_tokens_and_pairs, binary=True, vocabulary=known).transform(
-        texts
-    )
+    if few < settings["folds"] or not known:
+        return scores, clean_scores
+    counter = CountVectorizer(analyzer=_tokens_and_pairs, binary=True, vocabulary=known)
+    features, clean_features = counter.transform(texts), counter.transform(ids_by_row(clean))
     folds = StratifiedKFold(settings["folds"], shuffle=True, random_state=seed % 2**32)
-    found: FloatArray = cross_val_predict(
-        LogisticRegression(C=settings["strength"], max_iter=300),
-        features,
-        contradicted,
-        cv=folds,
-        method="decision_function",
-    )
-    rounded: FloatArray = np.round(found, DIGITS)
-    return rounded
+    for others, fold in folds.split(features, contradicted):
+        model = LogisticRegression(C=settings["strength"], max_iter=300)
+        model.fit(features[others], contradicted[others])
+        scores[fold] = model.decision_function(features[fold])
+        clean_scores += model.decision_function(clean_features) / settings["folds"]
+    return np.round(scores, DIGITS), np.round(clean_scores, DIGITS)
 
 
 def _tokens_and_pairs(row: IntArray) -> list[tuple[int, ...]]:
