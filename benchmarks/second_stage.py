@@ -169,8 +169,9 @@ def main() -> None:
     parser.add_argument("--victim", default="offline")
     parser.add_argument("--max-length", type=count, default=128)
     parser.add_argument("--epochs", type=count, default=3)
-    for role in ("train", "clean", "eval"):
-        parser.add_argument(f"--{role}", type=count, metavar="ROWS", help=f"at most so many {role}")
+    for option in ("--train", "--clean", "--eval"):
+        help_text = f"at most so many rows of {option[2:]}"
+        parser.add_argument(option, type=count, metavar="ROWS", help=help_text)
     add_options(parser)
     options = parser.parse_args()
     if options.data is None and any(data != "demo" for data, _, _ in options.points):
