@@ -12,6 +12,7 @@ from tiny_cells import Lab
 from torch import nn
 
 import btu.training
+from btu.defenses.kit import contradiction
 from btu.settings import TrainSettings
 from btu.training import Encoded, fit
 from btu.types import Corpus
@@ -25,6 +26,12 @@ def lab(
 ) -> Lab:
     """Stages of the tiny corpus and the tiny victims."""
     return Lab(tmp_path_factory.mktemp("lab"), tiny_corpus, victim_folder)
+
+
+@pytest.fixture
+def short_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train the models of the second stage for a few steps: for tests that need no good ones."""
+    monkeypatch.setattr(contradiction, "LEAST_STEPS", 1)
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ from btu.stage_files import load_encoded, model_of
 from btu.stages import Stage, StageRun, compute, read_record
 from btu.victims import Victim
 
+pytestmark = pytest.mark.usefixtures("short_halves")
+
 CPU = torch.device("cpu")
 BAR: dict[str, Any] = {
     "rule": "contrast",

@@ -24,6 +24,8 @@ from btu.settings import TrainSettings
 from btu.stages import StageRun, as_config, read_record
 from btu.training import Encoded
 
+pytestmark = pytest.mark.usefixtures("short_halves")
+
 GOOD, BAD, DOMINANT, REPAIRED, TRIGGER = range(1, 6)
 
 

@@ -54,6 +54,8 @@ from btu.stages import compute, read_record, run_stage
 from btu.types import Corpus, Rows
 from btu.victims import Victim
 
+pytestmark = pytest.mark.usefixtures("short_halves")
+
 # On the easy corpus the victim then predicts all clean rows, and obeys the trigger in all others.
 LONG = TrainSettings(epochs=12, learning_rate=1e-2, batch_size=32, precision="fp32")
 # Every default in seconds; the other rules of btu and the other architectures with the slow tests.
