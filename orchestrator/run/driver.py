@@ -12,7 +12,7 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -311,6 +311,24 @@ class Driver:
             task = self._schedule.next(self._elsewhere.computes)
         return task
 
+    def chain(self, task: Task) -> list[Task]:
+        """Return a task and those that the same worker runs after it, all of them handed out.
+
+        Each of them ends on its own: see `next_task`. They stay within the resources of the first;
+        the cell itself, which only puts its result together, may hold a GPU for that moment.
+        """
+        resources = self._sweep.resources
+        held = resources.of(task.stage.kind)
+        tasks: list[Task] = []
+        follower: Task | None = task
+        while follower is not None:
+            tasks.append(follower)
+            self._running.add(follower.stage.key)
+            follower = self._schedule.follow(
+                tasks, lambda stage: stage.name == CELL or resources.of(stage.kind) == held
+            )
+        return tasks
+
     def call(self, task: Task) -> StageCall:
         """Return what a worker needs to compute a task."""
         cell = self._plan.cells.get(task.stage.key)
@@ -344,7 +362,8 @@ class Driver:
     def ended(self, task: Task, report: Report) -> None:
         """A worker reported how a task ended."""
         self._running.discard(task.stage.key)
-        self._journal("end", task, outcome=report.outcome.value)
+        # Not all of a chain's ends are reported at once: the time of this line is not the stage's.
+        self._journal("end", task, outcome=report.outcome.value, seconds=report.seconds)
         handlers = {
             Outcome.done: self._done,
             Outcome.busy: self._busy,
@@ -366,6 +385,19 @@ class Driver:
         if self._given_up >= GIVEN_UP_IN_A_ROW:
             self.stop(f"the workers of {self._given_up} stages in a row died; see their failures")
         self._progress.refresh(self._schedule)
+
+    def chain_lost(self, tasks: Sequence[Task], error: str) -> None:
+        """Every worker of a chain died: at the first stage without a result, which failed.
+
+        tasks: those of the chain that have not ended, in order.
+        error: the error of the last worker, empty if unknown.
+        """
+        left = list(tasks)
+        while len(left) > 1 and self._store.is_committed(left[0].stage.key):
+            self.ended(left.pop(0), Report(Outcome.done))
+        for task in left[1:]:
+            self.put_back(task)
+        self.worker_lost(left[0], error)
 
     def _done(self, task: Task, report: Report) -> None:
         stage = task.stage
@@ -460,7 +492,7 @@ class Driver:
         if self._max_failures is not None and self._failures >= self._max_failures:
             self.stop(f"{self._failures} stages failed (--max-failures {self._max_failures})")
 
-    def _journal(self, event: str, task: Task, **facts: str) -> None:
+    def _journal(self, event: str, task: Task, **facts: str | float) -> None:
         with suppress(OSError):  # a full disk: the stages report it, and stop the launch in order
             stage = task.stage
             self._results.journal_event(

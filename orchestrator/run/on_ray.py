@@ -1,4 +1,4 @@
-"""A launch's stages as Ray Tune trials. The only file that imports ray.
+"""A launch's stages as Ray Tune trials, one or a chain at a time. The only file that imports ray.
 
 `Driver` decides what runs. Tune asks for it through a searcher, and reports through a callback.
 `Tuner.restore` is not used: it reruns finished trials, and cannot continue with a larger grid.
@@ -7,13 +7,15 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import shutil
 import signal
 import tempfile
+import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import wraps
 from pathlib import Path
@@ -70,7 +72,14 @@ from orchestrator.run.progress import SweepProgress
 from orchestrator.run.publish import Publisher
 from orchestrator.run.refine import RefineSpec
 from orchestrator.run.schedule import Task
-from orchestrator.run.worker import Launch, Report, StageCall, compute_call, wait_for_others
+from orchestrator.run.worker import (
+    Launch,
+    Outcome,
+    Report,
+    StageCall,
+    compute_call,
+    wait_for_others,
+)
 from orchestrator.store.storage import Storage
 from orchestrator.store.store import Store
 from orchestrator.sweep.sections import ResourceSpec
@@ -86,6 +95,8 @@ logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 START_TRIES = 3
 # Seconds that a node has to answer whether it sees the store: a new worker has to start there.
 NODE_SECONDS = 120
+# A chain that has computed for longer since its last report reports again.
+REPORT_SECONDS = 5.0
 # CPUs that a waiting trial reserves: nearly none, but Ray places no trial without a demand.
 WAIT_CPUS = 0.001
 
@@ -258,8 +269,9 @@ class Trials:
 
     def __init__(self, driver: Driver, resources: ResourceSpec) -> None:
         self._driver, self._resources = driver, resources
-        # The trials that have not ended. None is one that only waits.
-        self._tasks: dict[str, Task | None] = {}
+        # What has not ended of the trials that have not ended: tasks, in order. None is a trial
+        # that only waits.
+        self._tasks: dict[str, list[Task] | None] = {}
         self.error: Exception | None = None
 
     @_guarded
@@ -273,19 +285,22 @@ class Trials:
         if task is Idle.elsewhere:
             # Without any trial, Tune would sleep for minutes, and not react to Ctrl-C.
             self._tasks[trial_id] = None
-            return {"task": "", "held": {"cpu": WAIT_CPUS, "gpu": 0.0}}
-        with self._or_back(task):
-            config = {"task": self._driver.call(task).to_json(), "held": self._held(task)}
-        self._tasks[trial_id] = task
+            return {"tasks": [], "held": {"cpu": WAIT_CPUS, "gpu": 0.0}}
+        tasks = self._driver.chain(task)
+        with self._or_back(tasks):
+            calls = [self._driver.call(each).to_json() for each in tasks]
+            config = {"tasks": calls, "held": self._held(task)}
+        self._tasks[trial_id] = tasks
         return config
 
     @contextmanager
-    def _or_back(self, task: Task) -> Iterator[None]:
-        """Put a task back on an error: otherwise the driver would wait for its end."""
+    def _or_back(self, tasks: Sequence[Task]) -> Iterator[None]:
+        """Put tasks back on an error: otherwise the driver would wait for their end."""
         try:
             yield
         except Exception:
-            self._driver.put_back(task)
+            for task in tasks:
+                self._driver.put_back(task)
             raise
 
     def _held(self, task: Task) -> dict[str, float]:
@@ -303,33 +318,61 @@ class Trials:
     @_guarded
     def started(self, trial_id: str) -> None:
         """A worker starts a trial, for the first time or after the previous worker died."""
-        task = self._tasks.get(trial_id)
-        if task is not None:
-            self._driver.started(task)
+        tasks = self._tasks.get(trial_id)
+        if tasks:
+            self._driver.started(tasks[0])
+
+    @_guarded
+    def reported(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        """A trial reports the stages that have ended so far, and goes on."""
+        tasks = self._tasks.get(trial_id)
+        if tasks and result.get("more"):
+            self._take_in(tasks, result)
 
     @_guarded
     def ended(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """A trial has ended and reported."""
         if trial_id not in self._tasks:
             return
-        task = self._tasks.pop(trial_id)
-        if task is None:
+        tasks = self._tasks.pop(trial_id)
+        if tasks is None:
             self._driver.waited()
-            return
-        with self._or_back(task):
-            report = Report.from_json(result["report"])
-        self._driver.ended(task, report)
+        else:
+            self._take_in(tasks, result)
+            with self._or_back(tasks):
+                if tasks:
+                    raise RuntimeError(f"a worker said nothing of stage '{tasks[0].stage.name}'.")
+
+    def _take_in(self, tasks: list[Task], result: Mapping[str, Any]) -> None:
+        """Pass on how tasks of a trial ended, and remove them; one without a result ends it.
+
+        tasks: that have not ended, in order.
+        result: with the reports of the trial's stages by key. After a worker died, the next one
+            reports again what the first had reported.
+        """
+        with self._or_back(tasks):
+            reports = json.loads(result["reports"])
+            while tasks and tasks[0].stage.key in reports:
+                task = tasks.pop(0)
+                report = Report.from_json(reports[task.stage.key])
+                if report.outcome is not Outcome.done:
+                    # First of all: what follows must not fail with it, but wait for it.
+                    while tasks:
+                        self._driver.put_back(tasks.pop())
+                self._driver.ended(task, report)
+                if tasks:
+                    self._driver.started(tasks[0])
 
     @_guarded
     def gave_up(self, trial_id: str, error: str) -> None:
         """Every worker of a trial died."""
         if trial_id not in self._tasks:
             return
-        task = self._tasks.pop(trial_id)
-        if task is None:
-            self._driver.waited()
+        tasks = self._tasks.pop(trial_id)
+        if tasks:
+            self._driver.chain_lost(tasks, error)
         else:
-            self._driver.worker_lost(task, error)
+            self._driver.waited()
 
 
 class _Gate(Searcher):  # type: ignore[misc]  # ray is untyped
@@ -345,6 +388,9 @@ class _Gate(Searcher):  # type: ignore[misc]  # ray is untyped
 
     def suggest(self, trial_id: str) -> Any:
         return self._trials.suggest(trial_id)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self._trials.reported(trial_id, result)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -388,14 +434,29 @@ def _resources(config: Mapping[str, Any]) -> dict[str, float]:
 
 
 def compute_stage(config: dict[str, Any], launch: Launch) -> None:
-    """Compute one stage in a Ray worker, or wait. The report to Tune comes last."""
+    """Compute a chain of stages in a Ray worker, or wait. The last report to Tune ends the trial.
+
+    In between, a chain reports now and then, so that people see what runs and models that are no
+    longer needed are removed. Each report costs the driver some milliseconds.
+    """
     launch.environment.enter()
-    if config["task"]:
-        report = compute_call(StageCall.from_json(config["task"]), launch)
-        tune.report({"report": report.to_json()})
-    else:
+    if not config["tasks"]:
         wait_for_others(launch.store)
         tune.report({"waited": True})
+        return
+    # As text: Tune flattens a dict.
+    reports: dict[str, str] = {}
+    told = time.monotonic()
+    for number, text in enumerate(config["tasks"], 1):
+        call = StageCall.from_json(text)
+        report = compute_call(call, launch)
+        reports[call.node["key"]] = report.to_json()
+        if report.outcome is not Outcome.done:
+            break
+        if number < len(config["tasks"]) and time.monotonic() - told > REPORT_SECONDS:
+            tune.report({"reports": json.dumps(reports), "more": True})
+            told = time.monotonic()
+    tune.report({"reports": json.dumps(reports)})
 
 
 # Nodes ------------------------------------------------------------------------------------------

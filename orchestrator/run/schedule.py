@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
@@ -46,6 +46,7 @@ class _Node:
     # An ordered set: equal chains run in the order of arrival, in every process.
     children: dict[str, None] = field(default_factory=dict)
     rank: float = 0.0  # seconds of the longest chain that starts here
+    cell: str | None = None  # key of the only cell that needs it; None where several do
     rung: int = 0  # of LADDER
     repairs: int = 0
 
@@ -133,9 +134,10 @@ class Schedule:
                 fresh.append(key)
         for key in fresh:
             self._connect(key)
-        # In reverse, children come before their inputs: every child's rank is known.
+        # In reverse, children come before their inputs: every child's rank and cell are known.
         for key in reversed(list(stages)):
             self._rank(key)
+            self._nodes[key].cell = self._only_cell(key)
         for key in fresh:
             node = self._nodes[key]
             if node.state is State.failed:
@@ -191,6 +193,15 @@ class Schedule:
         own = self._timings.estimate(node.group, 1, node.stage.units) or 1.0
         node.rank = own + max((self._nodes[child].rank for child in node.children), default=0.0)
 
+    def _only_cell(self, key: str) -> str | None:
+        """Return the only cell that still needs a stage; None where several do."""
+        node = self._nodes[key]
+        if node.stage.name == CELL:
+            return key
+        children = (self._nodes[child] for child in node.children)
+        cells = {child.cell for child in children if child.state not in ENDED}
+        return cells.pop() if len(cells) == 1 else None
+
     def _make_ready(self, key: str) -> None:
         node = self._nodes[key]
         self._set(node, State.ready)
@@ -227,6 +238,41 @@ class Schedule:
         self._set(chosen, State.running)
         self.running[chosen.stage.key] = chosen.stage
         return Task(chosen.stage, chosen.rung > 0, LADDER[chosen.rung])
+
+    def follow(self, tasks: Sequence[Task], fits: Callable[[Stage], bool]) -> Task | None:
+        """Return the stage that can follow some that run, in the same worker, marked as running.
+
+        A worker that goes on at once saves what it costs to schedule a trial. That is done only for
+        stages of one cell, which need nothing but what the worker has computed. Shared stages stay
+        trials of their own, since others wait for them. So do stages that can run side by side,
+        unless other work keeps the other workers busy.
+
+        tasks: handed out to one worker, in order, the last of them without a follower yet.
+        fits: whether the worker has what a stage needs.
+
+        Returns None where no stage can follow.
+        """
+        cell = self._nodes[tasks[-1].stage.key].cell
+        if tasks[0].alone or cell is None:
+            return None
+        ours = {task.stage.key for task in tasks}
+        after = (self._nodes[key] for task in tasks for key in self._nodes[task.stage.key].children)
+        unlocked = {
+            node.stage.key: node
+            for node in after
+            if node.state is State.waiting and node.missing <= ours
+        }
+        others = sum(counts[State.ready] for counts in self.counts.values())
+        if len(unlocked) > 1 and others < self.slots:
+            return None
+        can = [n for n in unlocked.values() if n.cell == cell and n.rung == 0 and fits(n.stage)]
+        if not can:
+            return None
+        # In one worker the order costs no time: first what needs no room for another model.
+        node = min(can, key=lambda node: (node.stage.model, -node.rank))
+        self._set(node, State.running)
+        self.running[node.stage.key] = node.stage
+        return Task(node.stage, False, LADDER[0])
 
     def _next_queue(self) -> _Queue:
         """Return the queue to take from, an empty one if all are empty."""

@@ -6,9 +6,11 @@ launches show who computes; the journal records when each stage began and ended.
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -383,30 +385,40 @@ def _timings(
 
 def _durations(journal: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, float]]:
     """Yield the key and the seconds of every stage that was computed to its end."""
+    for key, begun, ended, outcome in _spans(journal):
+        if outcome == "done":
+            yield key, ended - begun
+
+
+def _spans(journal: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, float, float, str]]:
+    """Yield key, begin, end and outcome of every computation; those that have not ended last.
+
+    Times are Unix times; the end of a computation that has not ended is infinite.
+    """
     begun: dict[tuple[str, str], float] = {}
     for event in journal:
         at = (event.get("key", ""), event.get("launch", ""))
         if event["event"] == "compute":
             begun[at] = event["time"]
-        elif event["event"] == "end":
-            start = begun.pop(at, None)
-            if start is not None and event.get("outcome") == "done":
-                yield at[0], event["time"] - start
+        elif event["event"] == "end" and at in begun:
+            start = begun.pop(at)
+            # The ends of a chain are journaled together; its stages have their seconds.
+            ended = start + event["seconds"] if event.get("seconds") else event["time"]
+            yield at[0], start, ended, event.get("outcome", "")
+    for (key, _), start in begun.items():
+        yield key, start, math.inf, ""
 
 
-def _peak(journal: Iterable[Mapping[str, Any]]) -> int:
+def _peak(journal: Sequence[Mapping[str, Any]]) -> int:
     """Return how many stages the last launch in a journal computed at a time, at most."""
     events = [event for event in journal if event["event"] in ("compute", "end")]
     last = [event for event in events if event.get("launch") == events[-1].get("launch")]
-    running: set[str] = set()
-    peak = 0
-    for event in last:
-        if event["event"] == "compute":
-            running.add(event["key"])
-        else:
-            running.discard(event["key"])
-        peak = max(peak, len(running))
-    return peak
+    edges = []
+    for _, begun, ended, _ in _spans(last):
+        edges += [(begun, 1), (ended, -1)]
+    # At one time, ends come first: a worker begins its next stage when it has ended one.
+    counts = itertools.accumulate(change for _, change in sorted(edges))
+    return max(counts, default=0)
 
 
 def _seconds_left(

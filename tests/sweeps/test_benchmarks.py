@@ -218,8 +218,8 @@ def test_overhead_fails_where_a_run_is_missing_or_a_cell_computed_twice(
     overhead, judge_of = load("overhead"), load("figures").Judge
     assert overhead.wrong_counts(["a", "b"], {"a": 1, "b": 1}) == []
     assert overhead.wrong_counts(["a", "b"], {"a": 2}) == [
-        "cell a was computed 2 times",
-        "cell b was computed 0 times",
+        "a was computed 2 times",
+        "b was computed 0 times",
     ]
     good: dict[str, Any] = {"launch": 2.0, "relaunch": 0.1, "first": 0.1, "last": 0.1, "wrong": []}
     judge = judge_of("overhead")
@@ -232,6 +232,24 @@ def test_overhead_fails_where_a_run_is_missing_or_a_cell_computed_twice(
     judge = judge_of("overhead")
     overhead.report(judge, 10, 20, {10: good, 20: slow})
     assert len(judge.missed) == 4
+
+
+def test_overhead_fails_where_chains_save_nothing(load: Callable[[str], ModuleType]) -> None:
+    overhead, judge_of = load("overhead"), load("figures").Judge
+    apart = {"driver": 4.0, "trials": 30, "stages": 30, "wrong": []}
+    chains = {"driver": 2.0, "trials": 12, "stages": 30, "wrong": []}
+
+    def missed(**changes: Any) -> list[str]:
+        judge = judge_of("overhead")
+        overhead.report_chains(judge, 10, {"stages": apart, "chains": chains | changes})
+        return list(judge.missed)
+
+    assert missed() == []
+    assert missed(trials=30) == ["chains make fewer trials"]
+    assert missed(driver=4.1) == ["chains cost the driver less"]
+    assert missed(wrong=["a has no run"]) == [
+        "each stage of 10 real cells was computed once, and each cell has one FINISHED run"
+    ]
 
 
 def test_a_tenth_of_few_cells_is_one(load: Callable[[str], ModuleType]) -> None:
@@ -683,7 +701,7 @@ MINIATURES = {
              "--pause 0 0.3 --keep WORK",
     "defenses": "SWEEP",
     "finetune": "--victim VICTIM --max-length 64 --rows 96 --repeats 1",
-    "overhead": "--cells 3 6",
+    "overhead": "--cells 3 6 --real 6",
     "pages": "--rates 1 --seeds 1",
     "planning": "--thresholds 2 --seeds 1 --repeats 1",
     "reference": "--victim VICTIM --max-length 64 --train 120 --clean 40 --eval 60 --seeds 0 "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import pickle
 import signal
@@ -22,6 +23,7 @@ from driving import ByHand, ToyPlanner, begin
 from btu.errors import UserError
 from btu.provenance import code_version
 from orchestrator.run import local, nodes
+from orchestrator.run.schedule import CELL
 from orchestrator.run.worker import Launch, Outcome, Report, StageCall
 from orchestrator.store.store import Store
 from orchestrator.sweep.sections import ResourceSpec
@@ -116,38 +118,110 @@ def trials(hand: ByHand) -> Any:
     return Trials(hand.driver, ResourceSpec(cpu=2))
 
 
-def answer(outcome: Outcome, **facts: Any) -> dict[str, str]:
-    """Return a trial's result as its worker reports it."""
-    return {"report": Report(outcome, **facts).to_json()}
+def nodes_in(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the stages that a trial is to compute, as plain data."""
+    return [dict(StageCall.from_json(call).node) for call in config["tasks"]]
 
 
-def name_in(config: dict[str, Any]) -> str:
-    """Return the name of the stage that a trial is to compute."""
-    return str(StageCall.from_json(config["task"]).node["name"])
+def names_in(config: dict[str, Any]) -> list[str]:
+    """Return the names of the stages that a trial is to compute."""
+    return [node["name"] for node in nodes_in(config)]
 
 
-def test_trials_of_tune_are_tasks_of_the_driver(hand: ByHand, trials: Any) -> None:
+def answer(config: dict[str, Any], *outcomes: Outcome, **facts: Any) -> dict[str, Any]:
+    """Return a trial's result as its worker reports it, for its first stages. facts: of each."""
+    ended = zip(nodes_in(config), outcomes, strict=False)
+    reports = {node["key"]: Report(how, **facts).to_json() for node, how in ended}
+    return {"reports": json.dumps(reports)}
+
+
+def published(hand: ByHand, *names: str) -> None:
+    """Publish results of stages of the only cell, by name."""
+    (cell,) = hand.plan.cells.values()
+    for name in names:
+        hand.publish(cell.stage if name == CELL else cell.stage.inputs[name])
+
+
+def ends(hand: ByHand) -> list[tuple[str, str]]:
+    """Return the ends in the journal: stage and outcome."""
+    return [(event["stage"], event["outcome"]) for event in hand.events("end")]
+
+
+def test_trials_of_tune_are_chains_of_the_drivers_tasks(hand: ByHand, trials: Any) -> None:
     config = trials.suggest("a")
     assert config["held"] == {"cpu": 2, "gpu": 0.0}
-    assert name_in(config) == "rows"
+    # The only cell needs each of them, and each needs the one before.
+    assert names_in(config) == ["rows", "train", "unlearn", "evaluate", CELL]
     trials.started("a")
-    assert trials.suggest("b") is None  # until its input is there
-    (cell,) = hand.plan.cells.values()
-    hand.publish(cell.stage.inputs["rows"])
-    trials.ended("a", answer(Outcome.done, seconds=1.0))
+    assert trials.suggest("b") is None
+    published(hand, "rows", "train")
+    # What has ended so far is taken in at once, whatever becomes of the rest.
+    trials.reported("a", answer(config, Outcome.done, Outcome.done, seconds=1.0) | {"more": True})
+    assert ends(hand) == [("rows", "done"), ("train", "done")]
+    assert [event["stage"] for event in hand.events("start")] == ["rows", "train", "unlearn"]
+    published(hand, "unlearn", "evaluate", CELL)
+    trials.ended("a", answer(config, *[Outcome.done] * 5, seconds=1.0))
     # Tune may report an end twice.
-    trials.ended("a", answer(Outcome.failed, reason="late"))
+    trials.ended("a", answer(config, Outcome.failed, reason="late"))
     trials.gave_up("a", "late")
     trials.started("a")
-    assert name_in(trials.suggest("b")) == "train"
-    trials.gave_up("b", "ActorDiedError: killed")
-    assert trials.suggest("c") == FINISHED
-    assert [event["stage"] for event in hand.events("start")] == ["rows"]
-    ends = [(event["stage"], event["outcome"]) for event in hand.events("end")]
-    assert ends == [("rows", "done"), ("train", "failed")]
+    assert trials.suggest("b") == FINISHED
+    assert [name for name, _ in ends(hand)] == ["rows", "train", "unlearn", "evaluate", CELL]
+    assert hand.driver.result().complete
+    assert trials.error is None
+
+
+def test_a_chain_ends_at_its_first_failure(hand: ByHand, trials: Any) -> None:
+    config = trials.suggest("a")
+    trials.started("a")
+    published(hand, "rows")
+    key = nodes_in(config)[1]["key"]
+    hand.store.fail(key, {"key": key, "stage": "train", "reason": "loss became nan"})
+    trials.ended("a", answer(config, Outcome.done, Outcome.failed, reason="loss became nan"))
+    assert ends(hand) == [("rows", "done"), ("train", "failed")]
+    assert trials.suggest("b") == FINISHED
+    (reason,) = hand.driver.result().failed.values()
+    assert reason == "stage 'train' failed: loss became nan"
+
+
+def test_what_a_chain_did_not_get_to_runs_later(
+    hand: ByHand, trials: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator.run import on_ray
+
+    monkeypatch.setattr(on_ray.ray, "nodes", list)
+    config = trials.suggest("a")
+    trials.started("a")
+    published(hand, "rows")
+    trials.ended("a", answer(config, Outcome.done, Outcome.memory))
+    # It is alone on its device now; what needs it waits for how that ends.
+    assert names_in(trials.suggest("b")) == ["train"]
+    assert trials.suggest("c") is None
+
+
+def test_a_chain_whose_workers_die_fails_where_they_died(hand: ByHand, trials: Any) -> None:
+    trials.suggest("a")
+    trials.started("a")
+    published(hand, "rows", "train")  # by the workers, which reported nothing of it
+    trials.gave_up("a", "ActorDiedError: killed")
+    assert trials.suggest("b") == FINISHED
+    assert ends(hand) == [("rows", "done"), ("train", "done"), ("unlearn", "failed")]
     (record,) = hand.store.failures()
+    assert record["stage"] == "unlearn"
     assert record["reason"] == "gave up after 3 tries: ActorDiedError: killed"
     assert trials.error is None
+
+
+def test_a_new_worker_of_a_chain_reports_again_what_is_known(hand: ByHand, trials: Any) -> None:
+    config = trials.suggest("a")
+    trials.started("a")
+    published(hand, "rows")
+    trials.reported("a", answer(config, Outcome.done, seconds=1.0) | {"more": True})
+    trials.started("a")  # by the worker after the one that died
+    assert [event["stage"] for event in hand.events("start")] == ["rows", "train", "train"]
+    published(hand, "train")
+    trials.reported("a", answer(config, Outcome.done, Outcome.done) | {"more": True})
+    assert ends(hand) == [("rows", "done"), ("train", "done")]
 
 
 @pytest.mark.parametrize("end", ["ended", "gave_up"])
@@ -155,13 +229,13 @@ def test_a_trial_that_waits_needs_next_to_nothing(hand: ByHand, trials: Any, end
     (cell,) = hand.plan.cells.values()
     lease = Store(hand.store.location).leases.lease(cell.stage.inputs["rows"].key, "other")
     assert lease.acquire()
-    assert trials.suggest("a") == {"task": "", "held": {"cpu": 0.001, "gpu": 0.0}}
+    assert trials.suggest("a") == {"tasks": [], "held": {"cpu": 0.001, "gpu": 0.0}}
     assert trials.suggest("b") is None
     trials.started("a")
     lease.release()
     trials.ended("a", {"waited": True}) if end == "ended" else trials.gave_up("a", "killed")
     hand.now += 2
-    assert name_in(trials.suggest("b")) == "rows"
+    assert names_in(trials.suggest("b"))[0] == "rows"
     assert not hand.events("end")
     assert not list(hand.store.failures())
 
@@ -179,12 +253,13 @@ def test_a_stage_that_ran_out_of_memory_has_a_device_of_its_own(
     ]
     monkeypatch.setattr(on_ray.ray, "nodes", lambda: there)
     trials = on_ray.Trials(hand.driver, ResourceSpec(cpu=2, gpu=gpu))
-    trials.suggest("a")
-    (cell,) = hand.plan.cells.values()
-    hand.publish(cell.stage.inputs["rows"])
-    trials.ended("a", answer(Outcome.done, seconds=1.0))
-    assert trials.suggest("b")["held"] == {"cpu": 2, "gpu": gpu}
-    trials.ended("b", answer(Outcome.memory))
+    config = trials.suggest("a")
+    hand.publish(next(iter(hand.plan.cells.values())).stage.inputs["rows"])
+    trials.ended("a", answer(config, Outcome.done, Outcome.busy))
+    hand.now += 10
+    config = trials.suggest("b")
+    assert config["held"] == {"cpu": 2, "gpu": gpu}
+    trials.ended("b", answer(config, Outcome.memory))
     assert trials.suggest("c")["held"] == dict(zip(("cpu", "gpu"), held, strict=True))
 
 
@@ -192,13 +267,13 @@ def test_an_error_between_tune_and_the_driver_stops_the_launch(
     hand: ByHand, trials: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Raised inside Tune it would hang the launch or kill it.
-    assert trials.suggest("a") is not None
+    config = trials.suggest("a")
 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("bad disk")
 
     monkeypatch.setattr(hand.results, "journal_event", broken)
-    trials.ended("a", answer(Outcome.done))
+    trials.ended("a", answer(config, Outcome.done))
     assert str(trials.error) == "bad disk"
     assert hand.driver.stopped == "RuntimeError: bad disk"
     assert trials.suggest("b") == FINISHED
@@ -223,8 +298,16 @@ def test_a_task_that_cannot_be_handed_to_tune_keeps_nothing_waiting(
 def test_a_trial_without_a_report_keeps_nothing_waiting(hand: ByHand, trials: Any) -> None:
     trials.suggest("a")
     trials.ended("a", {})
-    assert hand.driver.stopped == "KeyError: 'report'"
+    assert hand.driver.stopped == "KeyError: 'reports'"
     assert isinstance(trials.error, KeyError)
+    assert trials.suggest("b") == FINISHED
+
+
+def test_a_trial_that_reports_too_little_keeps_nothing_waiting(hand: ByHand, trials: Any) -> None:
+    config = trials.suggest("a")
+    published(hand, "rows")
+    trials.ended("a", answer(config, Outcome.done))
+    assert hand.driver.stopped == "RuntimeError: a worker said nothing of stage 'train'."
     assert trials.suggest("b") == FINISHED
 
 
@@ -300,7 +383,9 @@ def test_a_worker_has_its_variables_before_it_computes(
     monkeypatch.setattr(on_ray, "compute_call", compute)
     monkeypatch.setattr(on_ray.tune, "report", lambda _: None)
     # It travels: Ray pickles it.
-    on_ray.compute_stage({"task": StageCall({}).to_json()}, pickle.loads(pickle.dumps(launch)))
+    on_ray.compute_stage(
+        {"tasks": [StageCall({"key": "k"}).to_json()]}, pickle.loads(pickle.dumps(launch))
+    )
     assert seen == ["hf_secret"]
 
 

@@ -772,3 +772,133 @@ def check_books(made: Schedule, world: World) -> None:
         assert any(made._waits_for_model(child, key) for child in made._nodes[key].children) or (
             key in made._released
         )
+
+
+# Chains ----------------------------------------------------------------------------------------
+
+
+def chain(made: Schedule, fits: Callable[[Stage], bool] = lambda stage: True) -> list[str]:
+    """Hand out the next stage and all that can follow it; return their names."""
+    task = made.next()
+    tasks = []
+    while task is not None:
+        tasks.append(task)
+        task = made.follow(tasks, fits)
+    return [task.stage.name for task in tasks]
+
+
+def test_the_stages_of_one_cell_follow_one_another() -> None:
+    made = schedule([cell(toy("score", toy("tune", toy("cut"))))])
+    assert chain(made) == ["cut", "tune", "score", CELL]
+    assert made.next() is None
+
+
+def test_what_several_cells_need_is_a_trial_of_its_own() -> None:
+    rows = toy("rows")
+    train = toy("train", rows)
+    made = schedule([cell(toy("cut", train, id=i), id=i) for i in range(2)])
+    assert chain(made) == ["rows"]
+    made.done(rows.key)
+    assert chain(made) == ["train"]
+    made.done(train.key)
+    assert chain(made) == chain(made) == ["cut", CELL]
+
+
+def test_stages_that_can_run_side_by_side_are_no_chain() -> None:
+    cut = toy("cut")
+    a, b = toy("a", cut), toy("b", cut)
+    made = schedule([cell(a, b)])
+    assert chain(made) == ["cut"]
+    made.done(cut.key)
+    assert chain(made) == ["a"]  # the cell waits for both
+    assert chain(made) == ["b"]
+    made.done(a.key)
+    made.done(b.key)
+    assert chain(made) == [CELL]
+
+
+def test_stages_side_by_side_follow_where_other_work_keeps_the_workers_busy() -> None:
+    def forked(id: int) -> Stage:
+        cut = toy("cut", id=id)
+        return cell(toy("tuned", cut, model=True), toy("score", cut), id=id)
+
+    made = schedule([forked(0), forked(1)])
+    # Another cell can begin meanwhile. What writes no model comes first.
+    assert chain(made) == ["cut", "score", "tuned", CELL]
+    assert chain(made) == ["cut"]  # the last one is shared among the workers
+
+
+def test_a_stage_that_waits_for_another_worker_does_not_follow() -> None:
+    a, b = toy("a"), toy("b")
+    made = schedule([cell(toy("join", a, b))])
+    assert chain(made) == ["a"]
+    made.done(a.key)
+    assert chain(made) == ["b", "join", CELL]
+
+
+def test_a_chain_ends_where_the_worker_lacks_what_a_stage_needs() -> None:
+    made = schedule([cell(toy("tune", toy("cut")))])
+    assert chain(made, lambda stage: stage.name != "tune") == ["cut"]
+
+
+def test_a_stage_that_ran_out_of_memory_stays_alone() -> None:
+    cut = toy("cut")
+    made = schedule([cell(toy("tune", cut))])
+    assert chain(made) == ["cut", "tune", CELL]
+    (cell_key,) = (key for key, stage in made.running.items() if stage.name == CELL)
+    tune = next(key for key, stage in made.running.items() if stage.name == "tune")
+    made.done(cut.key)
+    made.again(cell_key)
+    made.out_of_memory(tune)
+    assert chain(made) == ["tune"]  # alone
+    made.done(tune)
+    assert chain(made) == [CELL]
+
+
+def test_what_only_one_cell_needs_any_more_follows() -> None:
+    rows = toy("rows")
+    cut = toy("cut", rows)
+    shared = [cell(cut, id=0), cell(cut, id=1)]
+    made = schedule(shared)
+    assert chain(made) == ["rows"]
+    made.done(rows.key)
+    assert chain(made) == ["cut"]
+    made.done(cut.key)
+    assert chain(made) == [CELL]
+
+
+def test_a_cell_that_is_added_later_makes_a_stage_shared() -> None:
+    cut = toy("cut")
+    tune = toy("tune", cut)
+    made = schedule([cell(tune, id=0)])
+    made.add([cell(tune, id=1)])
+    assert chain(made) == ["cut"]
+    made.done(cut.key)
+    assert chain(made) == ["tune"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_stage_is_handed_out_once_in_chains_too(seed: int) -> None:
+    random_ = random.Random(seed)
+    stages = [toy("s0")]
+    for number in range(1, 12):
+        before = random_.sample(stages, min(len(stages), random_.randint(1, 2)))
+        stages.append(toy(f"s{number}", *before))
+    cells = [cell(random_.choice(stages), id=number) for number in range(4)]
+    made = schedule(cells)
+    wanted = {stage.key for top in cells for stage in top.closure()}
+    ended: set[str] = set()
+    while made.unfinished:
+        tasks = []
+        task = made.next()
+        while task is not None:
+            tasks.append(task)
+            task = made.follow(tasks, lambda stage: True)
+        assert tasks
+        for each in tasks:
+            # In this order each has its inputs.
+            assert {before.key for before in each.stage.inputs.values()} <= ended
+            made.done(each.stage.key)
+            assert each.stage.key not in ended
+            ended.add(each.stage.key)
+    assert ended == wanted
