@@ -43,6 +43,8 @@ SERVER = "server.json"
 RUN_VERSION = 2
 # The sweep's file of the last launch; a table of the sweep's summary in MLflow.
 SWEEP, MEANS_TABLE = "sweep.yaml", "means.json"
+# The stage that writes the training rows of a cell, poisoned: its key identifies them.
+POISON = "poison"
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,11 @@ class Launched:
         None if the cell is only in plans of the previous version, which listed names alone.
         """
         return self.listed.cell(self.key, self.stages)
+
+    @property
+    def training_set(self) -> str:
+        """The key of the stage that poisons its training rows; empty if it has none."""
+        return next((key for key, name in self.stages.items() if name == POISON), "")
 
     def config(self) -> dict[str, Any]:
         """Return the resolved config of the cell."""

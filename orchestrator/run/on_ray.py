@@ -163,7 +163,7 @@ def _compute(
     driver: Driver,
     sweep: Sweep,
     results: Results,
-    tracking: Mapping[str, str] | None,
+    tracking: Mapping[str, Any] | None,
     address: str | None,
 ) -> None:
     """Run the driver's tasks on Ray until it has none left.
@@ -171,7 +171,7 @@ def _compute(
     driver: of the launch.
     sweep: what is launched.
     results: of the sweep, with the store that all nodes must see.
-    tracking: URI and experiment id, for workers; None if MLflow does not answer.
+    tracking: `Publisher.tracking`; None if MLflow does not answer.
     address: of a cluster; None for a local Ray.
 
     Raises:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from btu.redaction import shown_url
 from orchestrator.results.folder import Results
@@ -25,8 +25,8 @@ SUMMARY_LOOK = 1.0
 class Publisher:
     """Keeps MLflow up to date with one launch. No failure of MLflow ends the launch.
 
-    tracking: URI and experiment id, for the workers, which write the runs of cells; None while the
-    server does not answer.
+    tracking: URI, experiment id and whether it had no run yet (``fresh``), for the workers, which
+    write the runs of cells; None while the server does not answer.
     """
 
     def __init__(self, sweep: Sweep, results: Results, note: Callable[[str], None]) -> None:
@@ -37,7 +37,7 @@ class Publisher:
         note: prints a line for the user.
         """
         self._sweep, self._results, self._note = sweep, results, note
-        self.tracking: dict[str, str] | None = None
+        self.tracking: dict[str, Any] | None = None
         self._due = threading.Event()  # a cell has ended since the last summary
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
@@ -62,7 +62,8 @@ class Publisher:
                 f"all the same. Results wait on disk: {self._sync_command()} writes them."
             )
         else:
-            self.tracking = {"uri": uri, "id": experiment_id}
+            fresh = experiment.has_no_run(uri, experiment_id)
+            self.tracking = {"uri": uri, "id": experiment_id, "fresh": fresh}
 
     def start(self) -> None:
         """Start to update the summary whenever cells have ended.
@@ -118,7 +119,7 @@ class Publisher:
                 f"{synced.missing} results are on disk but not in MLflow ({synced.reason}); "
                 f"{self._sync_command()} writes them once {server.shown(uri)} answers."
             )
-        self.tracking = {"uri": uri, "id": experiment_id}
+        self.tracking = {"uri": uri, "id": experiment_id, "fresh": False}
         if not interrupted:
             self._summarize(self._results)
 

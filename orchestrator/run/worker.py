@@ -20,7 +20,7 @@ from btu.errors import UserError
 from btu.provenance import code_version
 from btu.stages import run_stage
 from btu.types import ProgressCallback, silent
-from orchestrator.results.folder import Results
+from orchestrator.results.folder import POISON, Results
 from orchestrator.run.nodes import Environment
 from orchestrator.run.schedule import CELL
 from orchestrator.store.store import Damaged, Missing, Store
@@ -58,7 +58,7 @@ class Launch:
     store: where the store is.
     output: the sweep's output folder or URL.
     sweep: the sweep's name.
-    tracking: URI and experiment id; None if MLflow does not answer.
+    tracking: URI, experiment id and whether it had no run; None if MLflow does not answer.
     environment: variables of a worker's process, to be set before anything else is imported.
     """
 
@@ -67,7 +67,7 @@ class Launch:
     output: str
     sweep: str
     # A URI may contain a password.
-    tracking: Mapping[str, str] | None = field(repr=False)
+    tracking: Mapping[str, Any] | None = field(repr=False)
     environment: Environment = field(default_factory=Environment)
 
 
@@ -144,7 +144,8 @@ def compute_call(call: StageCall, launch: Launch) -> Report:
         where = launch.tracking
         record = results.record(key, call.varied)
         if where is not None and record is not None:
-            Tracker(where["uri"], where["id"], results).log(record, folder)
+            tracker = Tracker(where["uri"], where["id"], results, fresh=where["fresh"])
+            tracker.log(record, folder, call.node["inputs"].get(POISON, ""))
 
     def begin() -> None:
         with suppress(OSError):  # the journal of a full disk; the stage will report it

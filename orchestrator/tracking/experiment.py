@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
-from mlflow.entities import Experiment
+from mlflow.entities import Experiment, ViewType
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -62,6 +62,16 @@ def prepare(
     elif sweep.tracking.uri is None:
         hint = "or name another folder with output=FOLDER."
     return _open(tracking_uri(sweep), sweep.name, _experiment_note(sweep), hint, tell)
+
+
+def has_no_run(uri: str, experiment_id: str) -> bool:
+    """Return whether an experiment has no run, deleted ones included; False if nobody answers."""
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    try:
+        found = client.search_runs([experiment_id], run_view_type=ViewType.ALL, max_results=1)
+    except REFUSALS:
+        return False  # the runs are looked up one by one, and whoever does meets the same error
+    return not found
 
 
 def experiment(uri: str, name: str, tell: Callable[[str], None] = lambda line: None) -> str:

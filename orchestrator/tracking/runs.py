@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from mlflow.entities import Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 
 from btu.rules.base import THRESHOLD_KEYS, THRESHOLD_NAMES
 from orchestrator.report.marks import joined, marks
@@ -47,6 +47,8 @@ PARAMS = {
 }
 # First parts of metric names: notes on the data, and curves over epochs.
 NOTES, CURVES = "data", ("loss", "accuracy")
+# Notes on the data that MLflow shows with the training rows.
+PROFILE = ("rows_train", "rows_clean", "rows_eval")
 # Tags that this module adds; a run's other tags are those of the record.
 OWN_TAGS = ("cell", KIND_TAG, CONTROL, "marks", "reason")
 
@@ -146,6 +148,39 @@ def run_metrics(record: Mapping[str, Any]) -> list[Metric]:
                 Metric(f"{name}/{stage}", epoch[name], milliseconds(clock), epoch["epoch"])
             )
     return metrics
+
+
+def training_input(record: Mapping[str, Any], digest: str) -> DatasetInput:
+    """Return the training rows of a cell as an input of its run.
+
+    Cells with equal rows have an equal name and digest: MLflow filters runs by both.
+
+    digest: identifies the rows, poisoned (the key of the stage that poisons them).
+    """
+    config = record["config"]
+    data, attack = config.get("data", {}).get("name", "data"), config["attack"]
+    poison = {
+        name: attack[name]
+        for name in ("name", "poison_rate", "label_mode", "target_label")
+        if name in attack
+    }
+    # Without poison all attacks have the same rows.
+    how = [attack["name"], str(attack.get("poison_rate")), f"seed {config.get('seed', 0)}"]
+    poisoned = attack.get("poison_rate") != 0
+    dataset = Dataset(
+        name=" ".join([data, *(how if poisoned else ["unpoisoned"])]),
+        digest=digest,
+        source_type="btu",
+        source=json.dumps({"data": config.get("data"), "attack": poison if poisoned else None}),
+        profile=json.dumps(
+            {
+                name: record.get("notes", {})[name]
+                for name in PROFILE
+                if name in record.get("notes", {})
+            }
+        ),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
 
 
 def _metric_name(name: str) -> str:

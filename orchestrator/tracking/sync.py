@@ -60,6 +60,7 @@ def sync(
     missed: list[str] = []
     unanswered.pop(uri, None)
     records = [*results.records(), *results.failures()]
+    cells = results.cells()
     try:
         tracker.identify()
         known = tracker.known(records)
@@ -92,7 +93,7 @@ def sync(
                     folder = None
                     if now["status"] == "finished":
                         folder = results.store.fetch(now["key"])
-                    written += tracker.log(now, folder)
+                    written += tracker.log(now, folder, cells[now["key"]].training_set)
         except Exception as error:
             missed.append(brief(error))
     return Synced(written, closed, len(missed), missed[0] if missed else "", deleted)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import mlflow
 import pandas as pd
 import yaml
-from mlflow.entities import Metric, Run, ViewType
+from mlflow.entities import Metric, Run, RunTag, ViewType
 
 from btu.result_files import CONFIG, FLAGGED, PLOT, RESULT, ROWS, TOKENS
 from orchestrator.results.folder import MEANS_TABLE, TRACKED, Results, record_id
@@ -40,11 +40,18 @@ from orchestrator.tracking.runs import (
     run_name,
     run_params,
     run_tags,
+    training_input,
 )
 from orchestrator.tracking.server import breaker, identities, store_identity
 
 if TYPE_CHECKING:
     from orchestrator.report.summary import Summary
+
+
+# Which artifacts the UI shows as tables.
+TABLES_TAG = "mlflow.loggedArtifacts"
+# MLflow sends at most 1,000 metrics, params and tags at a time, and at most 100 of the last two.
+BATCH_METRICS = 800
 
 
 @dataclass
@@ -68,28 +75,40 @@ class Tracker:
     the run that it wrote. The sweep's folder notes the ids of the runs, for reports.
     """
 
-    def __init__(self, uri: str, experiment_id: str, results: Results) -> None:
-        self.uri = uri
+    def __init__(
+        self, uri: str, experiment_id: str, results: Results, *, fresh: bool = False
+    ) -> None:
+        """Ask nothing yet.
+
+        uri: of the MLflow store.
+        experiment_id: of the sweep's experiment there.
+        results: of the sweep.
+        fresh: whether the experiment had no run of the sweep when the launch began. Then no cell is
+            looked up before its run is written: a launch computes a cell once, and `sync`, at its
+            end, removes what a worker that died has left.
+        """
+        self.uri, self._fresh = uri, fresh
         self._id = experiment_id
         self._results = results
         self._client = mlflow.MlflowClient(tracking_uri=uri)
 
-    def log(self, record: Mapping[str, Any], folder: Path | None) -> bool:
+    def log(self, record: Mapping[str, Any], folder: Path | None, training_set: str = "") -> bool:
         """Write a cell's record, finished or failed, unless MLflow has it. Return whether it wrote.
 
         A run of an earlier record of the cell is replaced. A run of this record whose status was
         changed, or whose files were removed, is completed.
 
         folder: the files of a finished cell.
+        training_set: the digest of its training rows, poisoned; empty where that is not known.
 
         Raises:
             Exception: the server cannot be reached, or refuses.
         """
         with breaker(self.uri):
             self.identify()
-            found = self._whole_run(record)
+            found = None if self._fresh else self._whole_run(record)
             if found is None:
-                run_id, wrote = self._write(record, folder), True
+                run_id, wrote = self._write(record, folder, training_set), True
             else:
                 run_id, wrote = str(found.info.run_id), self._complete(found, record, folder)
             self._note(record["key"], {"record": record_id(record), "run_id": run_id})
@@ -185,14 +204,24 @@ class Tracker:
         info = self._client.get_run(run_id).info
         return bool(info.status == "RUNNING" and info.lifecycle_stage == "active")
 
-    def _write(self, record: Mapping[str, Any], folder: Path | None) -> str:
-        run_id = self._start(record)
+    def _write(self, record: Mapping[str, Any], folder: Path | None, training_set: str) -> str:
+        run_id = self._start(record, folder)
+        metrics: list[Metric] = []
         if record["status"] == "finished":
             assert folder is not None
-            self._log_result(run_id, record, folder)
+            self._log_files(run_id, folder)
+            metrics = run_metrics(record)
         else:
             self._log_failure(run_id, record)
-        self._client.set_tag(run_id, RECORD_TAG, record_id(record))
+        if training_set:
+            self._client.log_inputs(run_id, [training_input(record, training_set)])
+        # The last thing that a run gets before its status. In one request with the rest, unless
+        # that is split: the metrics of further requests would come after the tag.
+        tag = RunTag(RECORD_TAG, record_id(record))
+        whole = len(metrics) <= BATCH_METRICS
+        self._client.log_batch(run_id, metrics, run_params(record), [tag] if whole else [])
+        if not whole:
+            self._client.set_tag(run_id, tag.key, tag.value)
         self._client.set_terminated(run_id, _status(record), milliseconds(record["ended"]))
         return run_id
 
@@ -227,21 +256,18 @@ class Tracker:
         if self._database is not None:
             refuse_elsewhere(self._database, run.info.artifact_uri)
 
-    def _log_result(self, run_id: str, record: Mapping[str, Any], folder: Path) -> None:
-        self._client.log_batch(run_id, metrics=run_metrics(record), params=run_params(record))
-        self._log_files(run_id, folder)
-
     def _log_files(self, run_id: str, folder: Path) -> None:
-        for name in (CONFIG, TOKENS, ROWS, PLOT, RESULT):
-            if (folder / name).is_file():
-                self._client.log_artifact(run_id, str(folder / name))
-        if (folder / FLAGGED).is_file():
-            flagged = pd.DataFrame(json.loads((folder / FLAGGED).read_text()))
-            if len(flagged):
-                self._client.log_table(run_id, flagged, FLAGGED)
+        """Log the files of a finished cell, all at once."""
+        with tempfile.TemporaryDirectory(prefix="btu-run-") as staged:
+            for name in (CONFIG, TOKENS, ROWS, PLOT, RESULT):
+                if (folder / name).is_file():
+                    os.symlink((folder / name).resolve(), Path(staged) / name)
+            flagged = _flagged(folder)
+            if flagged is not None:
+                flagged.to_json(Path(staged) / FLAGGED, orient="split", index=False)
+            self._client.log_artifacts(run_id, staged)
 
     def _log_failure(self, run_id: str, record: Mapping[str, Any]) -> None:
-        self._client.log_batch(run_id, params=run_params(record))
         self._log_failure_files(run_id, record)
         self._client.set_tag(run_id, "reason", record["reason"][:TAG_CHARACTERS])
 
@@ -250,13 +276,17 @@ class Tracker:
         config = yaml.safe_dump(record["config"], sort_keys=False)
         self._client.log_text(run_id, config, CONFIG)
 
-    def _start(self, record: Mapping[str, Any]) -> str:
+    def _start(self, record: Mapping[str, Any], folder: Path | None) -> str:
+        tables = {}
+        if folder is not None and _flagged(folder) is not None:
+            tables = {TABLES_TAG: json.dumps([{"path": FLAGGED, "type": "table"}])}
         run = self._client.create_run(
             self._id,
             start_time=milliseconds(record["started"]),
             tags={
                 **{k: str(v)[:TAG_CHARACTERS] for k, v in run_tags(record).items()},
                 ORIGIN_TAG: self._origin,
+                **tables,
             },
             run_name=run_name(record),
         )
@@ -340,7 +370,7 @@ class Tracker:
         self._client.set_tag(run_id, STEP_TAG, str(step))
         if MEANS_TABLE in made.files:
             tables = [{"path": MEANS_TABLE, "type": "table"}]
-            self._client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps(tables))
+            self._client.set_tag(run_id, TABLES_TAG, json.dumps(tables))
         self._client.set_terminated(run_id, "FINISHED", now)
         self._note(SUMMARY, {"record": fingerprint, "run_id": run_id})
 
@@ -404,6 +434,14 @@ class Tracker:
 
     def _note(self, key: str, noted: Mapping[str, str]) -> None:
         self._results.storage.write(self._path(key), json.dumps(noted).encode())
+
+
+def _flagged(folder: Path) -> pd.DataFrame | None:
+    """Return the table of a cell's flagged tokens; None if it has none."""
+    if not (folder / FLAGGED).is_file():
+        return None
+    flagged = pd.DataFrame(json.loads((folder / FLAGGED).read_text()))
+    return flagged if len(flagged) else None
 
 
 def _status(record: Mapping[str, Any]) -> str:

@@ -603,7 +603,7 @@ def test_a_deleted_experiment_is_told_as_such(
 # Records by hand: two cells, of which each test finishes or fails what it wants.
 CELLS = {"a" * 24: 0, "b" * 24: 1}
 FIRST, SECOND = CELLS
-SHARED = "c" * 24
+SHARED, ROWS = "c" * 24, "d" * 24
 METRICS = {
     "asr": 0.75, "cacc": 0.5, "asr_n": 16.0, "detection_precision": 0.25,
     "seconds/poisoned fine-tune": 2.0, "seconds/clean tuning (control)": 1.0,
@@ -670,10 +670,10 @@ class Bench(NamedTuple):
 
         return Tracker(self.uri, self.experiment, self.results)
 
-    def log(self, record: Mapping[str, Any]) -> bool:
+    def log(self, record: Mapping[str, Any], training_set: str = ROWS) -> bool:
         finished = record["status"] == "finished"
         folder = self.results.store.fetch(record["key"]) if finished else None
-        return self.tracker().log(record, folder)
+        return self.tracker().log(record, folder, training_set)
 
     def runs(self) -> list[Any]:
         return list(self.client.search_runs([self.experiment]))
@@ -712,7 +712,7 @@ def bench(
         {
             "key": key,
             "varied": {"attack.name": "badnets", "seed": seed},
-            "stages": {SHARED: "poisoned fine-tune"},
+            "stages": {SHARED: "poisoned fine-tune", ROWS: "poison"},
         }
         for key, seed in CELLS.items()
     ]
@@ -773,6 +773,89 @@ def test_a_finished_cell_is_one_run_with_everything(bench: Bench) -> None:
     }  # fmt: skip
     table = json.loads(bench.artifact(run, "flagged_tokens.json"))
     assert table == {"columns": ["token", "score", "trigger"], "data": [["cf", 2.0, True]]}
+    # By this tag of MLflow's own, the UI shows it as a table.
+    shown = json.loads(tags["mlflow.loggedArtifacts"])
+    assert shown == [{"path": "flagged_tokens.json", "type": "table"}]
+
+
+@pytest.mark.slow
+def test_runs_are_found_by_the_rows_that_they_trained_on(bench: Bench) -> None:
+    bench.log(bench.finish(FIRST))
+    bench.log(bench.finish(SECOND), "e" * 24)
+
+    def found(query: str) -> list[str]:
+        return [r.data.tags["cell"] for r in bench.client.search_runs([bench.experiment], query)]
+
+    assert found(f"dataset.digest = '{ROWS}'") == [FIRST]
+    assert found("dataset.name = 'tiny badnets 0.2 seed 1'") == [SECOND]
+    assert sorted(found("dataset.context = 'training'")) == [FIRST, SECOND]
+    (run,) = (run for run in bench.runs() if run.data.tags["cell"] == FIRST)
+    (used,) = run.inputs.dataset_inputs
+    assert json.loads(used.dataset.source)["attack"]["poison_rate"] == 0.2
+    assert json.loads(used.dataset.profile) == {"rows_train": 80}
+
+
+@pytest.mark.slow
+def test_a_run_that_is_written_later_names_its_rows_too(bench: Bench) -> None:
+    bench.finish(FIRST)
+    assert bench.sync().written == 1
+    (run,) = bench.runs()
+    assert [used.dataset.digest for used in run.inputs.dataset_inputs] == [ROWS]
+
+
+@pytest.mark.parametrize("attack", ["badnets", "style"])
+def test_without_poison_all_attacks_have_the_same_rows(attack: str) -> None:
+    from orchestrator.tracking.runs import training_input
+
+    config = {"data": {"name": "sst2"}, "attack": {"name": attack, "poison_rate": 0.0}, "seed": 3}
+    used = training_input({"config": config}, ROWS).dataset
+    assert (used.name, used.digest) == ("sst2 unpoisoned", ROWS)
+    assert json.loads(used.source)["attack"] is None
+
+
+@pytest.mark.slow
+def test_an_experiment_without_runs_is_not_searched_for_each(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    from orchestrator.tracking.experiment import has_no_run
+    from orchestrator.tracking.writer import Tracker
+
+    assert has_no_run(bench.uri, bench.experiment)
+    record = bench.finish(FIRST)
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "search_runs", lambda *_, **__: 1 / 0)
+        fresh = Tracker(bench.uri, bench.experiment, bench.results, fresh=True)
+        assert fresh.log(record, bench.results.store.fetch(FIRST), ROWS)
+        with pytest.raises(ZeroDivisionError):
+            bench.log(record)
+    assert bench.statuses() == [(FIRST, "FINISHED")]
+    assert not has_no_run(bench.uri, bench.experiment)
+    # A deleted run is one: a user may have deleted it on purpose.
+    bench.client.delete_run(bench.runs()[0].info.run_id)
+    assert not has_no_run(bench.uri, bench.experiment)
+
+
+@pytest.mark.slow
+def test_a_run_that_a_fresh_launch_left_unfinished_is_replaced_at_its_end(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    from orchestrator.tracking.writer import Tracker
+
+    def cut(*_: object, **__: object) -> None:
+        raise ConnectionError("the worker died")
+
+    record = bench.finish(FIRST)
+    fresh = Tracker(bench.uri, bench.experiment, bench.results, fresh=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "set_terminated", cut)
+        with pytest.raises(ConnectionError):
+            fresh.log(record, bench.results.store.fetch(FIRST), ROWS)
+    assert bench.sync().written == 1
+    assert bench.statuses() == [(FIRST, "FINISHED")]
 
 
 @pytest.mark.slow
@@ -818,7 +901,7 @@ def test_a_cell_that_is_written_twice_is_one_run(bench: Bench, note: str) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("last", ["log_batch", "log_artifact", "log_table", "set_terminated"])
+@pytest.mark.parametrize("last", ["log_batch", "log_artifacts", "log_inputs", "set_terminated"])
 def test_a_run_that_was_cut_short_is_written_again(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, last: str
 ) -> None:
