@@ -494,7 +494,7 @@ class Driver:
             return
         if self._suggestions.searching and self._schedule.stage(key).kind != "cell":
             return  # the next suggestion may start from it
-        if key in self._store.leases.in_use(but=self.id):
+        if self._store.leases.is_wanted(key, but=self.id):
             return
         try:
             self._store.drop(key)

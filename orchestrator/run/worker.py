@@ -130,13 +130,26 @@ _stores: dict[str, Store] = {}
 
 def _store(location: str) -> Store:
     # Kept for the next stage: it remembers which files were verified.
-    return _stores.setdefault(location, Store(location))
+    if location not in _stores:
+        _stores[location] = Store(location)
+    return _stores[location]
+
+
+_sweeps: dict[tuple[str, str, str], Results] = {}
+
+
+def _results(launch: Launch) -> Results:
+    # Kept as well: on an object store each has connections of its own.
+    place = (launch.store, launch.output, launch.sweep)
+    if place not in _sweeps:
+        _sweeps[place] = Results(launch.output, launch.sweep, _store(launch.store))
+    return _sweeps[place]
 
 
 def compute_call(call: StageCall, launch: Launch) -> Report:
     """Compute a stage of a launch, and write the run of a cell to MLflow."""
-    store = _store(launch.store)
-    results = Results(launch.output, launch.sweep, store)
+    results = _results(launch)
+    store = results.store
 
     def track(key: str, folder: Path) -> None:
         from orchestrator.tracking.writer import Tracker
@@ -148,7 +161,8 @@ def compute_call(call: StageCall, launch: Launch) -> Report:
 
     def begin() -> None:
         with suppress(OSError):  # the journal of a full disk; the stage will report it
-            results.journal_event("compute", key=call.node["key"], launch=launch.id)
+            # Now: whoever dies while computing has begun to.
+            results.journal_now("compute", key=call.node["key"], launch=launch.id)
 
     report = run_node(
         call.node,
@@ -229,22 +243,22 @@ class _Attempt:
 
     def run(self, owner: str) -> Report:
         """Take the lease and compute, unless the stage has ended or somebody else has the lease."""
-        if self.store.is_committed(self.key):
-            return Report(Outcome.done)
         lease = self.store.leases.lease(self.key, owner)
+        # The lease first: whoever hands out a stage has just seen that it has no result.
         if not lease.acquire():
-            return Report(Outcome.busy)
+            done = self.store.is_committed(self.key)
+            return Report(Outcome.done if done else Outcome.busy)
         with lease:
-            if self.store.is_committed(self.key):  # published while this waited
+            seen = self.store.look(self.key)
+            if seen.committed:  # published meanwhile
                 return Report(Outcome.done)
-            failure = self.store.failure(self.key)
-            if failure is not None:  # another launch ran it meanwhile
-                return Report(Outcome.failed, reason=failure["reason"])
+            if seen.failure is not None:  # another launch ran it meanwhile
+                return Report(Outcome.failed, reason=seen.failure["reason"])
             inputs, lost = self._inputs()
             if lost:
                 return Report(Outcome.inputs, reason=", ".join(lost.values()), lost=tuple(lost))
             self.begin()
-            return self._compute(inputs)
+            return self._compute(inputs, new=not seen.dropped)
 
     def _inputs(self) -> tuple[dict[str, Path], dict[str, str]]:
         """Return the folders of the inputs by role, and what is wrong with the lost ones by key."""
@@ -253,12 +267,13 @@ class _Attempt:
         lost: dict[str, str] = {}
         for role, before in node["inputs"].items():
             try:
-                inputs[role] = self.store.fetch(before, light=role in node["light"])
+                inputs[role] = self.store.input(before, light=role in node["light"])
             except (Damaged, Missing) as error:
                 lost[before] = f"{role} ({error})"
         return inputs, lost
 
-    def _compute(self, inputs: Mapping[str, Path]) -> Report:
+    def _compute(self, inputs: Mapping[str, Path], *, new: bool) -> Report:
+        """Compute and publish. new: whether the store has nothing of the stage."""
         from btu.training import use_threads
 
         started = time.time()
@@ -282,7 +297,7 @@ class _Attempt:
                 "seconds": record["seconds"],
                 "device": record["environment"]["device"],
             }
-            store.publish(self.key, folder, node["name"], facts)
+            store.publish(self.key, folder, node["name"], facts, new=new)
         except BaseException as error:
             if folder is not None:
                 store.discard(folder)
@@ -305,7 +320,7 @@ class _Attempt:
         if self.track is None or self.call.node["name"] != CELL:
             return ""
         try:
-            self.track(self.key, self.store.fetch(self.key))
+            self.track(self.key, self.store.input(self.key))
         except Exception as error:
             # The result is safe; the driver reports it, and `btu sync` writes the run later.
             return f"{type(error).__name__}: {str(error)[:200]}"
