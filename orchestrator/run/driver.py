@@ -316,7 +316,8 @@ class Driver:
         cell = self._plan.cells.get(task.stage.key)
         cpus, gpus = self._sweep.resources.of(task.stage.kind)
         varied = dict(cell.varied) if cell else {}
-        return StageCall(task.stage.node(), cpus, gpus, task.accumulation, varied)
+        stage = task.stage
+        return StageCall(stage.node(), cpus, gpus, task.accumulation, varied, stage.model)
 
     def put_back(self, task: Task) -> None:
         """A task could not be passed on to a worker: it is ready again."""

@@ -80,6 +80,7 @@ class StageCall:
     gpus: how many GPUs, or which share of one.
     accumulation: number of parts that each batch is cut into, to save memory.
     varied: the coordinates of a cell, by dotted key.
+    model: whether it has a model, which may have been dropped.
     """
 
     node: Mapping[str, Any]
@@ -87,6 +88,7 @@ class StageCall:
     gpus: float = 0
     accumulation: int = 1
     varied: Mapping[str, Any] = field(default_factory=dict)
+    model: bool = True
 
     def to_json(self) -> str:
         return json.dumps(vars(self))
@@ -171,6 +173,7 @@ def compute_call(call: StageCall, launch: Launch) -> Report:
         cpus=call.cpus,
         gpus=call.gpus,
         accumulation=call.accumulation,
+        model=call.model,
         track=track,
         begin=begin,
     )
@@ -196,6 +199,7 @@ def run_node(
     cpus: float = 1,
     gpus: float = 0,
     accumulation: int = 1,
+    model: bool = True,
     track: Callable[[str, Path], None] | None = None,
     begin: Callable[[], None] = lambda: None,
     progress: ProgressCallback = silent,
@@ -208,6 +212,7 @@ def run_node(
     cpus: how many threads torch uses.
     gpus: above 0 computes on CUDA.
     accumulation: number of parts that each batch is cut into, to save memory.
+    model: whether it has a model, which may have been dropped.
     track: called with a cell's key and folder once its result is published, still under the lease,
         so that only one process writes a cell to MLflow.
     begin: called when computing begins, not if the result is there already.
@@ -217,7 +222,7 @@ def run_node(
         Exception: of machines, not of the stage: an unusable device, a file system that is gone.
             A fresh worker may do better.
     """
-    call = StageCall(node, cpus, gpus, accumulation)
+    call = StageCall(node, cpus, gpus, accumulation, model=model)
     try:
         return _Attempt(call, store, track, begin, progress).run(owner)
     except Exception as error:
@@ -249,7 +254,7 @@ class _Attempt:
             done = self.store.is_committed(self.key)
             return Report(Outcome.done if done else Outcome.busy)
         with lease:
-            seen = self.store.look(self.key)
+            seen = self.store.look(self.key, dropped=self.call.model)
             if seen.committed:  # published meanwhile
                 return Report(Outcome.done)
             if seen.failure is not None:  # another launch ran it meanwhile

@@ -139,7 +139,9 @@ class Leases:
 
     def leased(self) -> set[str]:
         """Return the keys that have a lease, live or expired, from one listing."""
-        return set(filter(None, map(places.key_of, self.storage.names(places.LEASES))))
+        # Not `names`: of a folder that is empty, a listing of its files is cheaper.
+        files = (found.path.rpartition("/")[2] for found in self.storage.walk(places.LEASES))
+        return set(filter(None, map(places.key_of, files)))
 
     def in_use(self, now: float | None = None, *, but: str = "") -> set[str]:
         """Return the keys of live launches and of live leases.

@@ -16,7 +16,7 @@ from orchestrator.store.places import HEAVY
 from orchestrator.store.tree import FileFact
 
 # What the small files of one entry may have together. Markers are read by the thousand.
-PACKED_BYTES = 64_000
+PACKED_BYTES = 32_000
 
 
 def pack(folder: Path, files: Mapping[str, FileFact]) -> dict[str, bytes]:

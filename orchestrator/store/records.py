@@ -55,7 +55,7 @@ class Records(ABC):
 
     def failed(self) -> set[str]:
         """Return the keys whose last attempt failed and that are not committed."""
-        names = self.storage.names(places.FAILED)
+        names = (found.path.rpartition("/")[2] for found in self.storage.walk(places.FAILED))
         failed = {key for name in names if (key := places.key_of(name)) is not None}
         return failed - self.committed() if failed else failed
 

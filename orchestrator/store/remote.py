@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 import shutil
@@ -66,9 +67,17 @@ class RemoteStorage:
         self._atomic = self.objects = bool(names & _OBJECT_STORES)
         self.exclusive = False
         self._probed = self._swept = False
+        # s3fs asks for a file's size first, to get large ones in parts. None that is read whole is.
+        self._in_one = {"max_concurrency": 1} if self._takes("cat_file", "max_concurrency") else {}
+        self._finds_prefixes = self._takes("find", "prefix")
+
+    def _takes(self, method: str, name: str) -> bool:
+        """Return whether a method of the file system has an argument of this name."""
+        call = getattr(self._fs, f"_{method}", getattr(self._fs, method))
+        return name in inspect.signature(call).parameters
 
     def read(self, path: str) -> bytes:
-        data: bytes = self._fs.cat_file(self._at(path))
+        data: bytes = self._fs.cat_file(self._at(path), **self._in_one)
         return data
 
     def digest(self, path: str) -> tuple[int, str]:
@@ -152,7 +161,11 @@ class RemoteStorage:
         at = self._at(folder)
         self._fs.invalidate_cache(at)
         try:
-            found = self._fs.find(at, detail=True)
+            if self._finds_prefixes and folder:
+                # Otherwise a folder without files is looked for twice more, as a file.
+                found = self._fs.find(self._root, detail=True, prefix=f"{folder}/")
+            else:
+                found = self._fs.find(at, detail=True)
         except FileNotFoundError:
             return
         for name, facts in found.items():

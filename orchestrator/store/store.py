@@ -52,7 +52,6 @@ from orchestrator.store.local import LocalStorage
 from orchestrator.store.marker import SIGNING_KEY, Marker, Unsigned, dump, parse, signing_key
 from orchestrator.store.packed import pack, separate, unpack
 from orchestrator.store.places import HEAVY
-from orchestrator.store.primitives import Found
 from orchestrator.store.records import Records
 from orchestrator.store.storage import open_storage
 from orchestrator.store.tree import FileFact
@@ -189,17 +188,20 @@ class Store(Records):
             return False
         return self._signing is None or self.marker(key) is not None
 
-    def look(self, key: str) -> Look:
-        """Return what the store has of a key now."""
-        paths = [places.marker(key), places.dropped(key)]
-        marker, dropped, failure = self.storage.map(
-            lambda path: peek(self.storage, path), [*paths, places.failure(key)]
-        )
+    def look(self, key: str, *, dropped: bool = True) -> Look:
+        """Return what the store has of a key now.
+
+        dropped: look for a dropped entry as well.
+        """
+        paths = [places.marker(key), places.failure(key)]
+        paths += [places.dropped(key)] if dropped else []
+        found = self.storage.map(lambda path: peek(self.storage, path), paths)
+        marker, failure, rest = found[0], found[1], found[2:]
         committed = marker is not None
         if committed and self._signing is not None:
             committed = self.marker(key) is not None
         known = None if committed or failure is None else self._as_failure(key, failure)
-        return Look(committed, known, dropped is not None)
+        return Look(committed, known, any(data is not None for data in rest))
 
     def marker(self, key: str, *, dropped: bool = False) -> Marker | None:
         """Return the marker of an entry, or None.
@@ -524,21 +526,21 @@ class Store(Records):
             self.storage.write(places.dropped(key), dump(left, self._signing))
             self.storage.remove_files(places.marker(key))
         freed = sum(len(data) for name, data in marker.small.items() if name not in kept)
-        # Without large files it has no folder on an object store.
-        there = self.storage.walk(marker.folder) if large or marker.dropped else ()
-        gone = [f for f in there if f.path.removeprefix(f"{marker.folder}/") not in kept]
+        if self.storage.objects and not marker.dropped:
+            # Its objects are known: a listing would be a request more.
+            there = {places.below(marker.folder, name): fact.size for name, fact in large.items()}
+        else:
+            there = {found.path: found.bytes for found in self.storage.walk(marker.folder)}
+        gone = {p: n for p, n in there.items() if p.removeprefix(f"{marker.folder}/") not in kept}
         if gone:
-            self._remove_found(gone)
-        return freed + sum(found.bytes for found in gone)
+            self._remove_all(gone)
+        return freed + sum(gone.values())
 
-    def _remove_found(self, gone: list[Found]) -> None:
+    def _remove_all(self, paths: Collection[str]) -> None:
         """Remove files, and the folders that are empty then."""
-        if self.storage.objects:
-            self.storage.remove_files(*(found.path for found in gone))
-            return
-        for found in gone:
-            self.storage.remove(found.path)
-            self.storage.prune(places.above(found.path))
+        self.storage.remove_files(*paths)
+        for path in paths if not self.storage.objects else ():
+            self.storage.prune(places.above(path))
 
     def set_aside(self, key: str, reason: str, state: str = "damaged") -> None:
         """Take an entry out of use: remove its marker, then move its files to ``damaged/``.
