@@ -315,12 +315,17 @@ class Results:
         self.journal_event(event, **facts)
         self._journal.flush()
 
+    def end_journal(self) -> None:
+        """Write the lines that were collected. If that fails, they are lost with this process."""
+        with suppress(Exception):  # each client of an object store has its own
+            self._journal.flush()
+
     @property
     def _journal(self) -> Journal:
         return journal_of(self.storage, f"{self.name}/{JOURNAL}")
 
     def journal(self) -> list[dict[str, Any]]:
-        """Return the journal of all launches, in the order of time."""
+        """Return the journal of all launches."""
         self._journal.flush()
         events = []
         for line in self.storage.lines(f"{self.name}/{JOURNAL}"):
@@ -328,8 +333,9 @@ class Results:
                 event = parse_object(line)
                 if holds(event, EVENT, ("time", "event", "key")):
                     events.append(event)
-        # On an object store each process writes its lines together.
-        return sorted(events, key=lambda event: float(event["time"]))
+        if self.storage.objects:  # where each process writes its lines together
+            events.sort(key=lambda event: float(event["time"]))
+        return events
 
 
 def record_id(record: Mapping[str, Any]) -> str:

@@ -59,7 +59,7 @@ class Journal:
                 self._lines.clear()
 
     def _last(self) -> None:
-        # A lost connection: the next event tries again. Nobody waits for the journal.
+        # A lost connection: the next event tries again. Nothing waits for the journal.
         with suppress(Exception):
             self.flush()
 

@@ -162,6 +162,7 @@ class Driver:
                 finally:
                     self._progress.end()
         finally:
+            self._results.end_journal()
             self._store.leases.release_launch(self.id)
 
     @property

@@ -41,7 +41,7 @@ def usage(store: Store) -> dict[str, Usage]:
         # Small files are in the marker on an object store, where there may be no folder.
         packed = 0 if store.storage.local else sum(map(len, marker.small.values()))
         size = sizes.pop(marker.folder, None)
-        if size is not None or packed:
+        if size is not None or marker.small:
             found.setdefault(marker.name, []).append(packed + (size or 0))
     for size in sizes.values():
         found.setdefault("(unfinished)", []).append(size)

@@ -359,10 +359,13 @@ class Store(Records):
 
     def _keep_copy(self, marker: Marker, folder: Path) -> None:
         """Keep the files of a published entry on this machine; a full disk is no error here."""
-        with suppress(OSError):
+        try:
             self._cache.adopt(folder, marker.folder, marker.bytes)
             self._note(marker)
-        self.discard(folder)
+        except OSError as error:
+            _log.debug("no copy of %s is kept: %s", marker.key, error)
+        finally:
+            self.discard(folder)
 
     def _note(self, marker: Marker) -> None:
         if not marker.dropped:
@@ -525,10 +528,11 @@ class Store(Records):
             left = replace(marker, files=kept, small=small, dropped=True)
             self.storage.write(places.dropped(key), dump(left, self._signing))
             self.storage.remove_files(places.marker(key))
-        freed = sum(len(data) for name, data in marker.small.items() if name not in kept)
+        freed = 0
         if self.storage.objects and not marker.dropped:
             # Its objects are known: a listing would be a request more.
             there = {places.below(marker.folder, name): fact.size for name, fact in large.items()}
+            freed = sum(len(data) for name, data in marker.small.items() if name not in kept)
         else:
             there = {found.path: found.bytes for found in self.storage.walk(marker.folder)}
         gone = {p: n for p, n in there.items() if p.removeprefix(f"{marker.folder}/") not in kept}
