@@ -5,7 +5,8 @@
 
 Two cells of eight stages, with files as the quick start has them, are computed one after the other
 by a launch's driver and worker, without Ray and MLflow. Then `btu report` and a launch with nothing
-to do run on 1,000 finished cells, tracked to SQLite. Every request is counted and takes the latency
+to do run on 1,000 finished cells, tracked to SQLite; of the checkout to compare with on 100, since
+each cell costs the same there. Every request is counted and takes the latency
 given. The store is in memory and charges each call of its file system what it costs s3fs
 (benchmarks/s3_costs.py, checked against a server).
 
@@ -189,10 +190,9 @@ def whole(folder: Path, cells: int, latencies: Sequence[float]) -> list[dict[str
     results.write_plan(sweep, plan.cells.values())
     for cell in plan.cells.values():
         made = store.workspace(cell.key)
-        for name, size in STAGES["cell"][1].items():
-            # Not a table: nothing here reads one.
-            if not name.endswith(".parquet"):
-                (made / name).write_bytes(b"[]" if name.endswith(".json") else b"0" * size)
+        # Neither tables nor a figure: nothing here reads one.
+        (made / "flagged_tokens.json").write_text("[]")
+        (made / "config.yaml").write_text("{}")
         result = result_of({**cell.spec.config(), "seed": cell.varied["seed"]})
         (made / "result.json").write_text(json.dumps(result))
         store.publish(cell.key, made, "cell", {"stage": "cell"})
@@ -254,6 +254,10 @@ def main() -> None:
     parser.add_argument(
         "--before", type=Path, metavar="FOLDER", help="a checkout to measure as well, first"
     )
+    parser.add_argument(
+        "--before-cells", type=count, default=100, metavar="CELLS",
+        help="finished cells of that checkout",
+    )  # fmt: skip
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     add_options(parser)
     options = parser.parse_args()
@@ -262,12 +266,16 @@ def main() -> None:
         print(json.dumps(measure(options.cells, seconds, options.one)))
         return
     judge = Judge.of("object_store", options)
-    for label, code in (("before", options.before), ("now", HERE.parent)):
+    measured = (
+        ("before", options.before, options.before_cells),
+        ("now", HERE.parent, options.cells),
+    )
+    for label, code, cells in measured:
         if code is not None:
-            found = _measured_apart(code, options.cells, options.latencies)
-            judge.figures[label] = found
-            show(label, found)
-    report(judge, options.cells, judge.figures["now"])
+            found = _measured_apart(code, cells, options.latencies)
+            judge.figures[label] = {"cells": cells, "costs": found}
+            show(label, cells, found)
+    report(judge, options.cells, judge.figures["now"]["costs"])
     judge.end()
 
 
@@ -289,14 +297,14 @@ def _measured_apart(code: Path, cells: int, latencies: Sequence[int]) -> list[di
     return found
 
 
-def show(label: str, found: Sequence[Mapping[str, Any]]) -> None:
+def show(label: str, cells: int, found: Sequence[Mapping[str, Any]]) -> None:
     """Print the figures of one checkout."""
     for run in found:
         for what in ("stage", "report", "relaunch"):
-            cost = run[what]
+            cost, of = run[what], "" if what == "stage" else f" of {cells} cells"
             kinds = ", ".join(f"{n:.4g} {kind}" for kind, n in cost["kinds"].items())
             print(
-                f"{label:6} {run['ms']:3} ms  {what:8} {cost['requests']:8.1f} requests, "
+                f"{label:6} {run['ms']:3} ms  {what + of:22} {cost['requests']:8.1f} requests, "
                 f"{cost['seconds']:7.2f} s  ({kinds})",
                 flush=True,
             )
