@@ -40,8 +40,10 @@ from orchestrator.sweep.sweep import Cell, Sweep
 WORKER_RETRIES = 2
 # When the workers of this many stages in a row die, the machines are at fault, not the stages.
 GIVEN_UP_IN_A_ROW = 3
-# Seconds between listings of the leases.
+# Seconds between listings of the leases in a folder, and on an object store, where it is a request.
+# A stage that another launch has taken meanwhile is handed out in vain: its worker finds the lease.
 LEASES_SECONDS = 1.0
+LEASES_REMOTE_SECONDS = 5.0
 # `LaunchResult.stopped` of a launch that ended before its work did, with no other reason.
 INTERRUPTED = "interrupted"
 
@@ -562,13 +564,14 @@ class _Elsewhere:
     def __init__(self, store: Store, owner: str, clock: Callable[[], float]) -> None:
         self._store, self._owner, self._clock = store, owner, clock
         self._leased: set[str] = set()
+        self._every = LEASES_REMOTE_SECONDS if store.storage.objects else LEASES_SECONDS
         self._listed = -math.inf  # when
         self._busy_until: dict[str, float] = {}
 
     def computes(self, key: str) -> bool:
         """Return whether another launch computes a stage."""
         now = self._clock()
-        if now - self._listed > LEASES_SECONDS:
+        if now - self._listed > self._every:
             self._leased = self._store.leases.leased()
             self._listed = now
         if key not in self._leased:

@@ -22,6 +22,7 @@ from btu.stages import Stage, StageRun, stage
 from orchestrator.results import journal as journal_module
 from orchestrator.results.folder import Results
 from orchestrator.results.journal import Journal
+from orchestrator.run.driver import LEASES_REMOTE_SECONDS, _Elsewhere
 from orchestrator.run.worker import Outcome, run_node
 from orchestrator.store import lease as lease_module
 from orchestrator.store.gc import Usage, gc, gc_candidates, usage
@@ -408,6 +409,25 @@ def test_looks_cost_a_listing(store: Store, fake: Any) -> None:
     assert requests(fake, store.dropped) == {"LIST": 1}
     # Of the launches, and the lease, which is not there.
     assert requests(fake, lambda: store.leases.is_wanted(K, but="mine")) == {"LIST": 1, "GET": 1}
+
+
+def test_a_launch_lists_the_leases_now_and_then(store: Store, fake: Any, clock: Clock) -> None:
+    elsewhere = _Elsewhere(store, "mine", clock)
+
+    def computes() -> bool:
+        return elsewhere.computes(K)
+
+    assert requests(fake, computes) == {"LIST": 1}
+    clock.seconds += LEASES_REMOTE_SECONDS
+    assert requests(fake, computes) == {}
+    clock.seconds += 1
+    assert requests(fake, computes) == {"LIST": 1}
+    # A worker has found the lease of another launch: the next look lists them, and reads it.
+    held = {"owner": "other", "host": "elsewhere", "pid": 1, "started": "1", "token": "t"}
+    store.storage.write(f"leases/{K}.json", json.dumps(held).encode())
+    assert not computes()
+    elsewhere.found(K)
+    assert computes()
 
 
 def test_another_launch_or_lease_wants_a_key(
