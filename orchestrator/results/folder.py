@@ -22,6 +22,7 @@ from btu.errors import UserError, unknown
 from btu.redaction import has_secret, shown_url
 from btu.result_files import FLAGGED, RESULT, loads, with_nan
 from orchestrator.plan.listed import ListedStage, StageList, list_stages
+from orchestrator.results.journal import Journal, journal_of
 from orchestrator.results.shapes import EVENT, NOTE, PLAN, RECORD
 from orchestrator.store.owners import is_own
 from orchestrator.store.storage import LocalStorage, Storage, below, open_storage
@@ -218,12 +219,11 @@ class Results:
 
         A damaged result is set aside with a warning and left out, as if the cell had not run.
         """
-        committed = self.store.committed()
-        for cell in self.cells().values():
-            if cell.key in committed:
-                record = self.record(cell.key, cell.varied)
-                if record is not None:
-                    yield record
+        cells = self.cells()
+        for key, result in self.store.read_jsons(cells, RESULT):
+            record = self._record(key, cells[key].varied, result)
+            if record is not None:
+                yield record
 
     def record(self, key: str, varied: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return a cell's result; None if it is missing or damaged."""
@@ -231,6 +231,10 @@ class Results:
             result = self.store.read_json(key, RESULT)
         except (Damaged, Missing):
             return None
+        return self._record(key, varied, result)
+
+    def _record(self, key: str, varied: Mapping[str, Any], result: Any) -> dict[str, Any] | None:
+        """Return the record of a cell; None, and set aside, where its result is none."""
         if not holds(result, RECORD, ["config", "started", "ended"]):
             self.store.set_aside(key, f"{RESULT} is no record of a cell")
             return None
@@ -294,27 +298,50 @@ class Results:
         known: list[dict[str, str]] = []
         for store in self.storage.names(f"{self.name}/{TRACKED}"):
             noted = {}
-            for name in self.storage.names(f"{self.name}/{TRACKED}/{store}"):
-                with suppress(ValueError, FileNotFoundError):  # damaged, or replaced now
-                    note = parse_object(self.storage.read(f"{self.name}/{TRACKED}/{store}/{name}"))
-                    if holds(note, NOTE, NOTE):
-                        noted[note["record"]] = note["run_id"]
+            folder = f"{self.name}/{TRACKED}/{store}"
+            paths = [f"{folder}/{name}" for name in self.storage.names(folder)]
+            for note in filter(None, self.storage.map(self._tracked, paths)):
+                noted[note["record"]] = note["run_id"]
             known.append(noted)
         return {record: run for noted in sorted(known, key=len) for record, run in noted.items()}
 
+    def _tracked(self, path: str) -> dict[str, Any] | None:
+        """Return the note about an MLflow run; None if it is damaged, or replaced now."""
+        with suppress(ValueError, FileNotFoundError):
+            note = parse_object(self.storage.read(path))
+            if holds(note, NOTE, NOTE):
+                return note
+        return None
+
     def journal_event(self, event: str, **facts: Any) -> None:
-        """Add a line to the sweep's journal."""
-        line = json.dumps({"time": time.time(), "event": event, **facts})
-        self.storage.append(f"{self.name}/{JOURNAL}", line)
+        """Add a line to the sweep's journal. An object store may get it a few seconds later."""
+        self._journal.add(json.dumps({"time": time.time(), "event": event, **facts}))
+
+    def journal_now(self, event: str, **facts: Any) -> None:
+        """Add a line to the sweep's journal, and write it before returning."""
+        self.journal_event(event, **facts)
+        self._journal.flush()
+
+    def end_journal(self) -> None:
+        """Write the lines that were collected. If that fails, they are lost with this process."""
+        with suppress(Exception):  # each client of an object store has its own
+            self._journal.flush()
+
+    @property
+    def _journal(self) -> Journal:
+        return journal_of(self.storage, f"{self.name}/{JOURNAL}")
 
     def journal(self) -> list[dict[str, Any]]:
         """Return the journal of all launches."""
+        self._journal.flush()
         events = []
         for line in self.storage.lines(f"{self.name}/{JOURNAL}"):
             with suppress(ValueError):  # cut short by a full disk or a kill
                 event = parse_object(line)
                 if holds(event, EVENT, ("time", "event", "key")):
                     events.append(event)
+        if self.storage.objects:  # where each process writes its lines together
+            events.sort(key=lambda event: float(event["time"]))
         return events
 
 

@@ -72,8 +72,9 @@ class StoreSource:
         return [trimmed(record, FIELDS, runs) for record in self._results.records()]
 
     def failures(self) -> list[dict[str, Any]]:
-        runs = self._results.runs()
-        return [trimmed(record, FAILURE_FIELDS, runs) for record in self._results.failures()]
+        failures = list(self._results.failures())
+        runs = self._results.runs() if failures else {}
+        return [trimmed(record, FAILURE_FIELDS, runs) for record in failures]
 
     def tokens(self, key: str) -> pd.DataFrame | None:
         return self._table(key, TOKENS)

@@ -40,8 +40,10 @@ from orchestrator.sweep.sweep import Cell, Sweep
 WORKER_RETRIES = 2
 # When the workers of this many stages in a row die, the machines are at fault, not the stages.
 GIVEN_UP_IN_A_ROW = 3
-# Seconds between listings of the leases.
+# Seconds between listings of the leases in a folder, and on an object store, where it is a request.
+# A stage that another launch has taken meanwhile is handed out in vain: its worker finds the lease.
 LEASES_SECONDS = 1.0
+LEASES_REMOTE_SECONDS = 5.0
 # `LaunchResult.stopped` of a launch that ended before its work did, with no other reason.
 INTERRUPTED = "interrupted"
 
@@ -162,6 +164,7 @@ class Driver:
                 finally:
                     self._progress.end()
         finally:
+            self._results.end_journal()
             self._store.leases.release_launch(self.id)
 
     @property
@@ -334,7 +337,8 @@ class Driver:
         cell = self._plan.cells.get(task.stage.key)
         cpus, gpus = self._sweep.resources.of(task.stage.kind)
         varied = dict(cell.varied) if cell else {}
-        return StageCall(task.stage.node(), cpus, gpus, task.accumulation, varied)
+        stage = task.stage
+        return StageCall(stage.node(), cpus, gpus, task.accumulation, varied, stage.model)
 
     def put_back(self, task: Task) -> None:
         """A task could not be passed on to a worker: it is ready again."""
@@ -526,7 +530,7 @@ class Driver:
             return
         if self._suggestions.searching and self._schedule.stage(key).kind != "cell":
             return  # the next suggestion may start from it
-        if key in self._store.leases.in_use(but=self.id):
+        if self._store.leases.is_wanted(key, but=self.id):
             return
         try:
             self._store.drop(key)
@@ -592,13 +596,14 @@ class _Elsewhere:
     def __init__(self, store: Store, owner: str, clock: Callable[[], float]) -> None:
         self._store, self._owner, self._clock = store, owner, clock
         self._leased: set[str] = set()
+        self._every = LEASES_REMOTE_SECONDS if store.storage.objects else LEASES_SECONDS
         self._listed = -math.inf  # when
         self._busy_until: dict[str, float] = {}
 
     def computes(self, key: str) -> bool:
         """Return whether another launch computes a stage."""
         now = self._clock()
-        if now - self._listed > LEASES_SECONDS:
+        if now - self._listed > self._every:
             self._leased = self._store.leases.leased()
             self._listed = now
         if key not in self._leased:

@@ -80,6 +80,7 @@ class StageCall:
     gpus: how many GPUs, or which share of one.
     accumulation: number of parts that each batch is cut into, to save memory.
     varied: the coordinates of a cell, by dotted key.
+    model: whether it has a model, which may have been dropped.
     """
 
     node: Mapping[str, Any]
@@ -87,6 +88,7 @@ class StageCall:
     gpus: float = 0
     accumulation: int = 1
     varied: Mapping[str, Any] = field(default_factory=dict)
+    model: bool = True
 
     def to_json(self) -> str:
         return json.dumps(vars(self))
@@ -130,13 +132,26 @@ _stores: dict[str, Store] = {}
 
 def _store(location: str) -> Store:
     # Kept for the next stage: it remembers which files were verified.
-    return _stores.setdefault(location, Store(location))
+    if location not in _stores:
+        _stores[location] = Store(location)
+    return _stores[location]
+
+
+_sweeps: dict[tuple[str, str, str], Results] = {}
+
+
+def _results(launch: Launch) -> Results:
+    # Kept as well: on an object store each has connections of its own.
+    place = (launch.store, launch.output, launch.sweep)
+    if place not in _sweeps:
+        _sweeps[place] = Results(launch.output, launch.sweep, _store(launch.store))
+    return _sweeps[place]
 
 
 def compute_call(call: StageCall, launch: Launch) -> Report:
     """Compute a stage of a launch, and write the run of a cell to MLflow."""
-    store = _store(launch.store)
-    results = Results(launch.output, launch.sweep, store)
+    results = _results(launch)
+    store = results.store
 
     def track(key: str, folder: Path) -> None:
         from orchestrator.tracking.writer import Tracker
@@ -149,7 +164,8 @@ def compute_call(call: StageCall, launch: Launch) -> Report:
 
     def begin() -> None:
         with suppress(OSError):  # the journal of a full disk; the stage will report it
-            results.journal_event("compute", key=call.node["key"], launch=launch.id)
+            # Now: whoever dies while computing has begun to.
+            results.journal_now("compute", key=call.node["key"], launch=launch.id)
 
     report = run_node(
         call.node,
@@ -158,6 +174,7 @@ def compute_call(call: StageCall, launch: Launch) -> Report:
         cpus=call.cpus,
         gpus=call.gpus,
         accumulation=call.accumulation,
+        model=call.model,
         track=track,
         begin=begin,
     )
@@ -183,6 +200,7 @@ def run_node(
     cpus: float = 1,
     gpus: float = 0,
     accumulation: int = 1,
+    model: bool = True,
     track: Callable[[str, Path], None] | None = None,
     begin: Callable[[], None] = lambda: None,
     progress: ProgressCallback = silent,
@@ -195,6 +213,7 @@ def run_node(
     cpus: how many threads torch uses.
     gpus: above 0 computes on CUDA.
     accumulation: number of parts that each batch is cut into, to save memory.
+    model: whether it has a model, which may have been dropped.
     track: called with a cell's key and folder once its result is published, still under the lease,
         so that only one process writes a cell to MLflow.
     begin: called when computing begins, not if the result is there already.
@@ -204,7 +223,7 @@ def run_node(
         Exception: of machines, not of the stage: an unusable device, a file system that is gone.
             A fresh worker may do better.
     """
-    call = StageCall(node, cpus, gpus, accumulation)
+    call = StageCall(node, cpus, gpus, accumulation, model=model)
     try:
         return _Attempt(call, store, track, begin, progress).run(owner)
     except Exception as error:
@@ -230,22 +249,22 @@ class _Attempt:
 
     def run(self, owner: str) -> Report:
         """Take the lease and compute, unless the stage has ended or somebody else has the lease."""
-        if self.store.is_committed(self.key):
-            return Report(Outcome.done)
         lease = self.store.leases.lease(self.key, owner)
+        # The lease first: whoever hands out a stage has just seen that it has no result.
         if not lease.acquire():
-            return Report(Outcome.busy)
+            done = self.store.is_committed(self.key)
+            return Report(Outcome.done if done else Outcome.busy)
         with lease:
-            if self.store.is_committed(self.key):  # published while this waited
+            seen = self.store.look(self.key, dropped=self.call.model)
+            if seen.committed:  # published meanwhile
                 return Report(Outcome.done)
-            failure = self.store.failure(self.key)
-            if failure is not None:  # another launch ran it meanwhile
-                return Report(Outcome.failed, reason=failure["reason"])
+            if seen.failure is not None:  # another launch ran it meanwhile
+                return Report(Outcome.failed, reason=seen.failure["reason"])
             inputs, lost = self._inputs()
             if lost:
                 return Report(Outcome.inputs, reason=", ".join(lost.values()), lost=tuple(lost))
             self.begin()
-            return self._compute(inputs)
+            return self._compute(inputs, new=not seen.dropped)
 
     def _inputs(self) -> tuple[dict[str, Path], dict[str, str]]:
         """Return the folders of the inputs by role, and what is wrong with the lost ones by key."""
@@ -254,12 +273,13 @@ class _Attempt:
         lost: dict[str, str] = {}
         for role, before in node["inputs"].items():
             try:
-                inputs[role] = self.store.fetch(before, light=role in node["light"])
+                inputs[role] = self.store.input(before, light=role in node["light"])
             except (Damaged, Missing) as error:
                 lost[before] = f"{role} ({error})"
         return inputs, lost
 
-    def _compute(self, inputs: Mapping[str, Path]) -> Report:
+    def _compute(self, inputs: Mapping[str, Path], *, new: bool) -> Report:
+        """Compute and publish. new: whether the store has nothing of the stage."""
         from btu.training import use_threads
 
         started = time.time()
@@ -283,7 +303,7 @@ class _Attempt:
                 "seconds": record["seconds"],
                 "device": record["environment"]["device"],
             }
-            store.publish(self.key, folder, node["name"], facts)
+            store.publish(self.key, folder, node["name"], facts, new=new)
         except BaseException as error:
             if folder is not None:
                 store.discard(folder)
@@ -306,7 +326,7 @@ class _Attempt:
         if self.track is None or self.call.node["name"] != CELL:
             return ""
         try:
-            self.track(self.key, self.store.fetch(self.key))
+            self.track(self.key, self.store.input(self.key))
         except Exception as error:
             # The result is safe; the driver reports it, and `btu sync` writes the run later.
             return f"{type(error).__name__}: {str(error)[:200]}"

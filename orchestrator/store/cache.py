@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import shutil
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from orchestrator.store import places
+from orchestrator.store import places, tree
 from orchestrator.store.local import LocalStorage
 from orchestrator.store.primitives import Storage
 
@@ -37,6 +38,43 @@ class Cache:
             os.utime(copy)
         self._fetched += sum(size for name, size in files.items() if not (copy / name).exists())
 
+    def adopt(self, folder: Path, entry: str, size: int) -> None:
+        """Make the files of an attempt the copy of the entry that was made from them.
+
+        So the next stage on this machine need not fetch what the last one sent.
+
+        folder: with the files; it is gone afterwards. entry: its folder. size: of all files, bytes.
+
+        Raises:
+            OSError: the cache is full or has a copy already. The copy is whole or not there.
+        """
+        os.close(tree.open_folder(str(self.folder), places.above(entry), make=True))
+        target = self.folder / entry
+        try:
+            os.rename(folder, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            staged = self.folder / places.temporary(uuid.uuid4().hex)
+            try:
+                shutil.copytree(folder, staged)
+                os.rename(staged, target)
+            finally:
+                shutil.rmtree(staged, ignore_errors=True)
+        self._fetched += size
+
+    def note(self, key: str, marker: bytes) -> None:
+        """Keep the marker of a copy, so that `noted` finds the copy without asking the store."""
+        if self.noted(key) != marker:
+            self.storage.write(places.marker(key), marker, durable=False)
+
+    def noted(self, key: str) -> bytes | None:
+        """Return the marker of a copy; None if there is none."""
+        try:
+            return self.storage.read(places.marker(key))
+        except FileNotFoundError:
+            return None
+
     def trim(self, max_bytes: int) -> int:
         """Remove the least recently used entries until at most `max_bytes` are left.
 
@@ -60,6 +98,7 @@ class Cache:
                 aside = places.temporary(uuid.uuid4().hex)
                 if self._used(entry) <= used and self.storage.move(entry, aside):
                     self.storage.prune(places.above(entry))
+                    self.storage.remove(places.marker(entry.split("/")[1]))
                     freed += size
         shutil.rmtree(self.folder / places.TEMPORARY, ignore_errors=True)
         return freed

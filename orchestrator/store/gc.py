@@ -35,10 +35,16 @@ class Candidate(NamedTuple):
 
 def usage(store: Store) -> dict[str, Usage]:
     """Return count and bytes by stage name, and for "(unfinished)" and "(damaged)" entries."""
-    stages = {marker.folder: marker.name for marker in store.markers(unsigned=True)}
+    sizes = {f: size for f, (size, _) in folder_sizes(store.storage, places.ENTRIES, 3).items()}
     found: dict[str, list[int]] = {}
-    for folder, (size, _) in folder_sizes(store.storage, places.ENTRIES, 3).items():
-        found.setdefault(stages.get(folder, "(unfinished)"), []).append(size)
+    for marker in store.markers(unsigned=True):
+        # Small files are in the marker on an object store, where there may be no folder.
+        packed = 0 if store.storage.local else sum(map(len, marker.small.values()))
+        size = sizes.pop(marker.folder, None)
+        if size is not None or marker.small:
+            found.setdefault(marker.name, []).append(packed + (size or 0))
+    for size in sizes.values():
+        found.setdefault("(unfinished)", []).append(size)
     for size, _ in folder_sizes(store.storage, places.DAMAGED, 2).values():
         found.setdefault("(damaged)", []).append(size)
     return {stage: Usage(len(all_), sum(all_)) for stage, all_ in sorted(found.items())}

@@ -2,10 +2,13 @@
 
 ::
 
-    leases/<key>.json             a process is computing this key
+    leases/<key>.json, <key>.beat a process is computing this key
     launches/<id>.json, <id>.beat the keys that a running launch needs
 
 Both only avoid duplicate work. Losing one is harmless, so neither is flushed to disk.
+
+A heartbeat writes the second file and reads nothing: only who takes a lease writes the first, so a
+process that lost its lease without knowing it cannot take it back by a heartbeat.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -31,6 +34,8 @@ from orchestrator.store.typed import Check, is_count, is_text, parse_object
 HEARTBEAT_S = 5.0
 # A lease unchanged for this long has expired.
 TTL_S = 30.0
+# How often the holder of a lease looks whether it still has it.
+LOOK_S = TTL_S / 2
 # Unfinished files of this age are abandoned. Clocks of machines differ by less.
 LEFTOVER_S = 3600.0
 
@@ -87,7 +92,7 @@ class Leases:
 
     def __init__(self, storage: Storage, clock: Callable[[], float] = time.monotonic) -> None:
         self.storage = storage
-        self._clock = clock
+        self.clock = clock
         # The content of each heartbeat file, and when this process first saw it.
         self._seen: dict[str, tuple[bytes, float]] = {}
 
@@ -102,7 +107,17 @@ class Leases:
         if data is None:
             self._seen.pop(path, None)
             return False
-        return not self.is_stale(path, data, owner)
+        return not self.is_free(path, data, owner)
+
+    def is_wanted(self, key: str, *, but: str) -> bool:
+        """Return whether a live lease or launch needs a key. but: the id of a launch to leave out.
+
+        Like `in_use` for one key, with two requests where no other launch runs.
+        """
+        files = [name for name in self.storage.names(places.LAUNCHES) if name.endswith(places.JSON)]
+        if any(name.removesuffix(places.JSON) != but for name in files):
+            return key in self.in_use(but=but)
+        return self.held_by_other(key, but)
 
     def register_launch(self, launch_id: str, sweep_name: str, keys: Iterable[str]) -> None:
         """Record that a launch is running and needs `keys`."""
@@ -116,8 +131,7 @@ class Leases:
 
     def release_launch(self, launch_id: str) -> None:
         """Record that a launch has ended."""
-        self.storage.remove(places.launch(launch_id))
-        self.storage.remove(places.beat(launch_id))
+        self.storage.remove_files(places.launch(launch_id), places.beat(launch_id))
 
     def held(self, now: float | None = None) -> dict[str, dict[str, Any]]:
         """Return the content of each live lease by key. now: Unix time in seconds."""
@@ -125,7 +139,9 @@ class Leases:
 
     def leased(self) -> set[str]:
         """Return the keys that have a lease, live or expired, from one listing."""
-        return set(filter(None, map(places.key_of, self.storage.names(places.LEASES))))
+        # Not `names`: of a folder that is empty, a listing of its files is cheaper.
+        files = (found.path.rpartition("/")[2] for found in self.storage.walk(places.LEASES))
+        return set(filter(None, map(places.key_of, files)))
 
     def in_use(self, now: float | None = None, *, but: str = "") -> set[str]:
         """Return the keys of live launches and of live leases.
@@ -146,34 +162,51 @@ class Leases:
         now = time.time() if now is None else now
         modified = {found.path: found.modified for found in self.storage.walk(folder)}
         live = {}
-        for path in filter(places.is_holder, modified):
-            beat = places.beat_of(path)
-            data = peek(self.storage, path)
-            if data is None:
-                continue
-            times = [modified[path], modified.get(beat)]
+        for path, data, beat in self._holding(modified):
+            times = [modified[path], modified.get(places.beat_of(path))]
             age = now - max((t for t in times if t is not None), default=now)
-            stale = self.is_stale(path, data + (peek(self.storage, beat) or b""), None, data)
-            alive = _is_alive(_facts_of(data))
+            stale = self.is_stale(path, data + beat, None, data)
+            facts = _facts_of(data)
+            alive = _is_alive(facts)
             if alive or (alive is None and not stale and age <= LEFTOVER_S):
-                live[path] = _facts_of(data)
+                beaten = _facts_of(beat)
+                if "token" in facts and beaten.get("token") == facts["token"]:
+                    facts["beat"] = beaten.get("beat", 0)
+                live[path] = facts
         return live
+
+    def _holding(self, listed: Collection[str]) -> list[tuple[str, bytes, bytes]]:
+        """Return path, content and heartbeat of leases or launches. listed: paths of all files."""
+        paths = [path for path in listed if places.is_holder(path)]
+        beats = [beat for path in paths if (beat := places.beat_of(path)) in listed]
+        read = [*paths, *beats]
+        # In one go: each costs a round trip on an object store.
+        found = dict(
+            zip(read, self.storage.map(lambda path: peek(self.storage, path), read), strict=True)
+        )
+        return [
+            (path, data, found.get(places.beat_of(path)) or b"")
+            for path in paths
+            if (data := found[path]) is not None  # otherwise it was released meanwhile
+        ]
 
     def holders(self, folder: str, now: float | None = None) -> list[Holder]:
         """Return all holders in ``leases`` or ``launches``, dead ones too, sorted by name."""
         now = time.time() if now is None else now
         modified = {found.path: found.modified for found in self.storage.walk(folder)}
         found = []
-        for path in sorted(filter(places.is_holder, modified)):
-            data = peek(self.storage, path)
-            if data is None:  # released meanwhile
-                continue
+        for path, data, _ in sorted(self._holding(modified)):
             times = [modified[path], modified.get(places.beat_of(path))]
             last = max((t for t in times if t is not None), default=None)
             silent = None if last is None else max(0.0, now - last)
             facts = _facts_of(data)
             found.append(Holder(Path(path).stem, facts, _is_alive(facts), silent))
         return found
+
+    def is_free(self, path: str, data: bytes, owner: str) -> bool:
+        """Return whether a lease has expired, or was an earlier one of `owner`. data: its file."""
+        beat = peek(self.storage, places.beat_of(path)) or b""
+        return self.is_stale(path, data + beat, owner, data)
 
     def is_stale(
         self, path: str, content: bytes, owner: str | None, facts: bytes | None = None
@@ -194,9 +227,9 @@ class Leases:
         # Clocks of machines are not compared: this measures our time since the content changed.
         seen = self._seen.get(path)
         if seen is None or seen[0] != content:
-            self._seen[path] = (content, self._clock())
+            self._seen[path] = (content, self.clock())
             return False
-        return self._clock() - seen[1] >= TTL_S
+        return self.clock() - seen[1] >= TTL_S
 
 
 class Lease:
@@ -207,7 +240,9 @@ class Lease:
         self._leases = leases
         self._storage = leases.storage
         self._path = places.lease(key)
-        self._beat = 0
+        self._beats = 0
+        self._looked = 0.0  # when it was last known to be ours
+        self._replaced = False  # another process's lease, whose heartbeat may be there still
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -233,11 +268,18 @@ class Lease:
         return True
 
     def beat(self) -> bool:
-        """Rewrite the lease once. Return whether this process still holds it."""
-        if not self._is_ours():
-            return False
-        self._beat += 1
-        self._storage.write(self._path, self._content(), durable=False)
+        """Write the heartbeat once. Return whether this process still holds the lease.
+
+        It looks every LOOK_S seconds only: a lease that was lost less long ago counts as held.
+        """
+        now = self._leases.clock()
+        if now - self._looked >= LOOK_S:
+            if not self._is_ours():
+                return False
+            self._looked = now
+        self._beats += 1
+        content = json.dumps({"token": self.token, "beat": self._beats}).encode()
+        self._storage.write(places.beat_of(self._path), content, durable=False)
         return True
 
     def release(self) -> None:
@@ -250,7 +292,9 @@ class Lease:
         # A lease that cannot be removed expires.
         with suppress(Exception):
             if self._is_ours():
-                self._storage.remove(self._path)
+                beaten = self._beats or self._replaced
+                beat = [places.beat_of(self._path)] if beaten else []
+                self._storage.remove_files(self._path, *beat)
 
     def _run(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
@@ -261,27 +305,32 @@ class Lease:
 
     def _take(self) -> bool:
         leases, storage, content = self._leases, self._storage, self._content()
+        self._looked = leases.clock()
+        self._replaced = False
+        if storage.create(self._path, content, durable=False):
+            # Where creating may not be exclusive, the last writer wins.
+            return storage.exclusive or self._is_ours()
         held = peek(storage, self._path)
-        if held is None:
-            storage.create(self._path, content, durable=False)
-        elif not leases.is_stale(self._path, held, self.owner):
+        if held is None or not leases.is_free(self._path, held, self.owner):
             return False
-        else:
-            # Only the holder of the guard may replace a lease, and only the expired one that it
-            # read: otherwise the second of two processes would replace the first one's new lease.
-            guard = places.guard(self._path)
-            if not storage.create(guard, content, durable=False):
-                guarding = peek(storage, guard)
-                if guarding is not None and leases.is_stale(guard, guarding, self.owner):
-                    storage.remove(guard)
+        # Only the holder of the guard may replace a lease, and only the expired one that it read:
+        # otherwise the second of two processes would replace the first one's new lease.
+        guard = places.guard(self._path)
+        if not storage.create(guard, content, durable=False):
+            guarding = peek(storage, guard)
+            if guarding is not None and leases.is_stale(guard, guarding, self.owner):
+                storage.remove_files(guard)
+            return False
+        try:
+            # It may have changed hands meanwhile, or its holder may be back.
+            if peek(storage, self._path) != held or not leases.is_free(
+                self._path, held, self.owner
+            ):
                 return False
-            try:
-                if peek(storage, self._path) != held:
-                    return False
-                storage.write(self._path, content, durable=False)
-            finally:
-                storage.remove(guard)
-        # Some object stores cannot create exclusively: there the last writer wins.
+            storage.write(self._path, content, durable=False)
+            self._replaced = True
+        finally:
+            storage.remove_files(guard)
         return self._is_ours()
 
     def _is_ours(self) -> bool:
@@ -289,7 +338,7 @@ class Lease:
         return data is not None and _facts_of(data).get("token") == self.token
 
     def _content(self) -> bytes:
-        facts = _holder(self.owner) | {"token": self.token, "beat": self._beat}
+        facts = _holder(self.owner) | {"token": self.token, "beat": 0}
         return json.dumps(facts).encode()
 
 

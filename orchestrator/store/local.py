@@ -7,9 +7,10 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from orchestrator.store import places, tree
 from orchestrator.store.places import refused
@@ -18,6 +19,8 @@ from orchestrator.store.primitives import Found, digest, lines_of
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
+_T = TypeVar("_T")
+_S = TypeVar("_S")
 # A path, and what the file system says of it.
 Status = tuple[str, os.stat_result]
 
@@ -26,6 +29,8 @@ class LocalStorage:
     """A folder. It may be a symbolic link; links below it are refused (`Outside`)."""
 
     local = True
+    objects = False
+    exclusive = False
 
     def __init__(self, root: Path) -> None:
         self.location = os.path.abspath(root)
@@ -71,8 +76,8 @@ class LocalStorage:
                 _sync(folder)
         return True
 
-    def append(self, path: str, line: str) -> None:
-        data = (line.rstrip("\n") + "\n").encode()
+    def append(self, path: str, *lines: str) -> None:
+        data = "".join(line.rstrip("\n") + "\n" for line in lines).encode()
         with self._target(path) as (folder, name):
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
             opened, _ = tree.open_file(folder, name, flags, self._shown(path))
@@ -155,6 +160,13 @@ class LocalStorage:
             else:
                 os.unlink(name, dir_fd=folder)
 
+    def remove_files(self, *paths: str) -> None:
+        for path in paths:
+            self.remove(path)
+
+    def map(self, call: Callable[[_S], _T], items: Iterable[_S]) -> list[_T]:
+        return [call(item) for item in items]
+
     def prune(self, folder: str) -> None:
         with suppress(OSError), self._parent(folder) as (parent, name):
             os.rmdir(name, dir_fd=parent)
@@ -166,7 +178,9 @@ class LocalStorage:
         os.close(tree.open_folder(self._root, path, make=True))
         return self.root / path
 
-    def upload(self, folder: Path, path: str, *, durable: bool = True) -> None:
+    def upload(
+        self, folder: Path, path: str, *, skip: Collection[str] = (), durable: bool = True
+    ) -> None:
         if folder != self.root / path:
             with self._target(path):
                 shutil.copytree(folder, self.root / path, symlinks=True)

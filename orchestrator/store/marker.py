@@ -7,13 +7,15 @@ the environment a marker has an HMAC-SHA256 with this key too, which only its ho
 
 from __future__ import annotations
 
+import binascii
 import hashlib
 import hmac
 import json
 import os
 import re
+from base64 import b64decode, b64encode
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from btu.errors import UserError
@@ -45,6 +47,8 @@ class Marker:
     info: small facts, as JSON.
     committed: Unix time in seconds.
     dropped: whether only the files in `files` are left.
+    small: the contents of files that the marker has itself (`orchestrator.store.packed`). They are
+        none of its statements: `files` has their hashes.
     """
 
     key: str
@@ -54,6 +58,7 @@ class Marker:
     info: Mapping[str, Any]
     committed: float
     dropped: bool = False
+    small: Mapping[str, bytes] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def folder(self) -> str:
@@ -112,9 +117,11 @@ def signing_key(environment: Mapping[str, str] = os.environ) -> bytes | None:
 def dump(marker: Marker, key: bytes | None = None) -> bytes:
     """Return the content of a marker's file. key: signs it."""
     # Not asdict(): its deep copies would take most of the time.
-    body = vars(marker)
+    body = {name: vars(marker)[name] for name in _FIELDS}
     text = _text(body)
     record = {"marker": body, "sha256": hashlib.sha256(text).hexdigest()}
+    if marker.small:
+        record["small"] = {name: b64encode(data).decode() for name, data in marker.small.items()}
     if key is not None:
         record["hmac"] = _sign(key, text)
     return json.dumps(record).encode()
@@ -154,7 +161,23 @@ def parse(key: str, data: bytes, *, dropped: bool, signed_with: bytes | None = N
         ):
             raise Unsigned("not signed" if signature is None else "signed with another key")
     files = {name: FileFact(*fact) for name, fact in body["files"].items()}
-    return Marker(**{**body, "files": files})
+    return Marker(**{**body, "files": files}, small=_small(record.get("small", {}), files))
+
+
+def _small(packed: Any, files: Mapping[str, FileFact]) -> dict[str, bytes]:
+    """Return the contents of packed files. Raises ValueError: one of them is not as `files` say."""
+    if not isinstance(packed, dict) or not packed.keys() <= files.keys():
+        raise ValueError("its marker has wrong files")
+    contents = {}
+    for name, text in packed.items():
+        try:
+            data = b64decode(text, validate=True)
+        except (binascii.Error, TypeError, ValueError):
+            data = b""
+        if FileFact(len(data), hashlib.sha256(data).hexdigest()) != files[name]:
+            raise ValueError(f"{name} has other content")
+        contents[name] = data
+    return contents
 
 
 def _is_file(item: tuple[str, Any]) -> bool:

@@ -9,17 +9,25 @@ folder are not flushed, which is several times as fast. A crash of the process a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol, TypeVar
+
+_T = TypeVar("_T")
+_S = TypeVar("_S")
 
 
 class Found(NamedTuple):
-    """A file, or an empty folder. modified: Unix time in seconds, None where it is unknown."""
+    """A file, or an empty folder.
+
+    modified: Unix time in seconds, None where it is unknown.
+    version: what an object store calls its content (ETag); empty where it has no name for it.
+    """
 
     path: str
     bytes: int
     modified: float | None
+    version: str = ""
 
 
 class Storage(Protocol):
@@ -27,10 +35,15 @@ class Storage(Protocol):
 
     location: absolute path, or URL without user name, password and values of a query.
     local: whether the files can be opened by path.
+    objects: whether it is an object store: a PUT is atomic, and each request costs a round trip.
+    exclusive: whether `create` was seen to refuse what exists. A local folder does not say: there
+        reading what was created costs nothing.
     """
 
     location: str
     local: bool
+    objects: bool
+    exclusive: bool
 
     def read(self, path: str) -> bytes:
         """Return the content. Raises FileNotFoundError."""
@@ -47,8 +60,8 @@ class Storage(Protocol):
         Exclusive on a local folder and where the object store has conditional writes.
         """
 
-    def append(self, path: str, line: str) -> None:
-        """Append one line. On an object store each line is an object of its own below `path`."""
+    def append(self, path: str, *lines: str) -> None:
+        """Append lines. On an object store each call makes an object of its own below `path`."""
 
     def lines(self, path: str) -> list[str]:
         """Return the lines that `append` wrote. A full disk may have cut one short."""
@@ -68,6 +81,16 @@ class Storage(Protocol):
     def remove(self, path: str) -> None:
         """Remove a file, or a folder with its content. A missing path is not an error."""
 
+    def remove_files(self, *paths: str) -> None:
+        """Remove files, on an object store in one request. A missing file is not an error."""
+
+    def map(self, call: Callable[[_S], _T], items: Iterable[_S]) -> list[_T]:
+        """Return what a function returns for each item.
+
+        A store over a network answers slowly, but serves many requests at once: there the calls
+        run in threads. `call` must not call `map`.
+        """
+
     def prune(self, folder: str) -> None:
         """Remove a folder if it is empty."""
 
@@ -77,8 +100,13 @@ class Storage(Protocol):
     def workspace(self, path: str) -> Path:
         """Return a new local folder for files that `upload` will put at `path`."""
 
-    def upload(self, folder: Path, path: str, *, durable: bool = True) -> None:
-        """Put the files of a `workspace` at `path`."""
+    def upload(
+        self, folder: Path, path: str, *, skip: Collection[str] = (), durable: bool = True
+    ) -> None:
+        """Put the files of a `workspace` at `path`.
+
+        skip: paths below the folder that need not be put there. A local store keeps all.
+        """
 
     def download(self, path: str, files: Iterable[str], cache: Path) -> Path:
         """Return a local folder with the named files of the folder `path`.

@@ -12,7 +12,7 @@ from btu.redaction import shown
 from btu.result_files import dumps, json_value, with_nan
 from orchestrator.store import places
 from orchestrator.store.lease import peek
-from orchestrator.store.primitives import Storage
+from orchestrator.store.primitives import Storage, lines_of
 from orchestrator.store.typed import Check, holds, is_amount, is_text, parse, parse_object
 
 # What records of failures and timings contain.
@@ -55,22 +55,23 @@ class Records(ABC):
 
     def failed(self) -> set[str]:
         """Return the keys whose last attempt failed and that are not committed."""
-        names = self.storage.names(places.FAILED)
+        names = (found.path.rpartition("/")[2] for found in self.storage.walk(places.FAILED))
         failed = {key for name in names if (key := places.key_of(name)) is not None}
         return failed - self.committed() if failed else failed
 
     def failures(self) -> Iterator[dict[str, Any]]:
         """Yield the last failure of every key that is not committed, by key."""
-        for key in sorted(self.failed()):
-            failure = self._failure(key)
-            if failure is not None:
-                yield failure
+        found = self.storage.map(self._failure, sorted(self.failed()))
+        yield from (failure for failure in found if failure is not None)
 
     def _failure(self, key: str) -> dict[str, Any] | None:
         """Return the record of a failure; None if there is none, or if it is no such record."""
-        data = peek(self.storage, places.failure(key))
+        return self._as_failure(key, peek(self.storage, places.failure(key)) or b"")
+
+    def _as_failure(self, key: str, data: bytes) -> dict[str, Any] | None:
+        """Return the record of a failure from its file; None if it is no such record."""
         with suppress(ValueError):
-            record = parse_object(data or b"")
+            record = parse_object(data)
             known = {"key": key, "stage": "?", "code": "", "started": 0.0, "ended": 0.0, **record}
             if known["key"] == key and holds(known, _FAILURE, ["reason"]):
                 return with_nan(known)
@@ -78,7 +79,7 @@ class Records(ABC):
 
     def clear_failure(self, key: str) -> None:
         """Forget a failure."""
-        self.storage.remove(places.failure(key))
+        self.storage.remove_files(places.failure(key))
 
     def add_timings(self, launch_id: str, rows: list[dict[str, Any]]) -> None:
         """Append timings of a launch's stages."""
@@ -88,13 +89,12 @@ class Records(ABC):
     def timings(self) -> list[dict[str, Any]]:
         """Return the timings of all launches, without what is none: they serve estimates alone."""
         rows: list[dict[str, Any]] = []
-        for name in self.storage.names(places.TIMINGS):
-            lines: list[str] = []
-            with suppress(places.Outside):
-                lines = self.storage.lines(places.in_timings(name))
-            for line in lines:
-                with suppress(ValueError):  # cut short by a full disk
-                    found = parse(line)
-                    if isinstance(found, list):
-                        rows += [row for row in found if holds(row, _TIMING, _TIMING)]
+        # One listing for all launches: on an object store each has a folder of its own.
+        paths = [found.path for found in self.storage.walk(places.TIMINGS)]
+        contents = self.storage.map(lambda path: peek(self.storage, path) or b"", paths)
+        for line in (line for data in contents for line in lines_of(data)):
+            with suppress(ValueError):  # cut short by a full disk
+                found = parse(line)
+                if isinstance(found, list):
+                    rows += [row for row in found if holds(row, _TIMING, _TIMING)]
         return rows

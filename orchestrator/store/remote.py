@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 import shutil
@@ -10,11 +11,13 @@ import stat
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from btu.errors import UserError
 from btu.redaction import shown, shown_url
@@ -27,6 +30,10 @@ _WORKSPACE = "btu-workspace-"
 _ABANDONED_AFTER = 24 * 3600.0
 # A PUT to these is atomic. Elsewhere a file is written under another name and moved into place.
 _OBJECT_STORES = {"memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss"}
+# How many requests of a process are under way at once. S3 serves thousands; each takes a thread.
+_AT_ONCE = 32
+_T = TypeVar("_T")
+_S = TypeVar("_S")
 
 
 class RemoteStorage:
@@ -37,7 +44,9 @@ class RemoteStorage:
     def __init__(self, url: str) -> None:
         try:
             core: Any = importlib.import_module("fsspec.core")
-            self._fs, root = core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
+            self._fs, root = core.url_to_fs(
+                url, use_listings_cache=False, skip_instance_cache=True, **_options(url)
+            )
         except ImportError as error:
             package = re.search(r"[Ii]nstall (\S+)", str(error))
             name = package[1] if package else (error.name or "fsspec")
@@ -55,11 +64,20 @@ class RemoteStorage:
         self._root = str(root).rstrip("/")
         named = self._fs.protocol
         names = {named} if isinstance(named, str) else set(named)
-        self._atomic = bool(names & _OBJECT_STORES)
-        self._swept = False
+        self._atomic = self.objects = bool(names & _OBJECT_STORES)
+        self.exclusive = False
+        self._probed = self._swept = False
+        # s3fs asks for a file's size first, to get large ones in parts. None that is read whole is.
+        self._in_one = {"max_concurrency": 1} if self._takes("cat_file", "max_concurrency") else {}
+        self._finds_prefixes = self._takes("find", "prefix")
+
+    def _takes(self, method: str, name: str) -> bool:
+        """Return whether a method of the file system has an argument of this name."""
+        call = getattr(self._fs, f"_{method}", getattr(self._fs, method))
+        return name in inspect.signature(call).parameters
 
     def read(self, path: str) -> bytes:
-        data: bytes = self._fs.cat_file(self._at(path))
+        data: bytes = self._fs.cat_file(self._at(path), **self._in_one)
         return data
 
     def digest(self, path: str) -> tuple[int, str]:
@@ -76,6 +94,14 @@ class RemoteStorage:
     def create(self, path: str, data: bytes, *, durable: bool = True) -> bool:
         if not self._atomic:
             return self._create_by_name(path, data)
+        created = self._put_new(path, data)
+        if created and not self._probed:
+            # Once: a store that ignores the condition creates the same object again, and says so.
+            self._probed = True
+            self.exclusive = not self._put_new(path, data)
+        return created
+
+    def _put_new(self, path: str, data: bytes) -> bool:
         try:
             self._fs.pipe_file(self._at(path), data, mode="create")
         except FileExistsError:
@@ -105,17 +131,19 @@ class RemoteStorage:
                 return False
         return True
 
-    def append(self, path: str, line: str) -> None:
-        self.write(f"{path}/{time.time_ns()}-{uuid.uuid4().hex}.jsonl", line.encode())
+    def append(self, path: str, *lines: str) -> None:
+        text = "\n".join(line.rstrip("\n") for line in lines)
+        self.write(f"{path}/{time.time_ns()}-{uuid.uuid4().hex}.jsonl", text.encode())
 
     def lines(self, path: str) -> list[str]:
-        # On some stores the listing of a file contains the file itself.
-        if self._fs.isfile(self._at(path)):
-            return lines_of(self.read(path))
-        paths = [self._at(f"{path}/{name}") for name in self.names(path)]
-        # In one call where the file system supports it: single calls cost a round trip each.
-        contents: dict[str, bytes] = self._fs.cat(paths) if paths else {}
-        return [line for at in paths for line in lines_of(contents[at])]
+        pieces = [f"{path}/{name}" for name in self.names(path)]
+        if not pieces:
+            try:
+                # A copy from a local folder is one file.
+                return lines_of(self.read(path))
+            except (FileNotFoundError, IsADirectoryError):
+                return []
+        return [line for data in self.map(self.read, pieces) for line in lines_of(data)]
 
     def names(self, folder: str) -> list[str]:
         at = self._at(folder)
@@ -133,13 +161,18 @@ class RemoteStorage:
         at = self._at(folder)
         self._fs.invalidate_cache(at)
         try:
-            found = self._fs.find(at, detail=True)
+            if self._finds_prefixes and folder:
+                # Otherwise a folder without files is looked for twice more, as a file.
+                found = self._fs.find(self._root, detail=True, prefix=f"{folder}/")
+            else:
+                found = self._fs.find(at, detail=True)
         except FileNotFoundError:
             return
         for name, facts in found.items():
             path = str(name)[len(self._root) :].lstrip("/")
             if places.is_inside(path):  # what a server lists is data too
-                yield Found(path, int(facts.get("size") or 0), _modified(facts))
+                version = str(facts.get("ETag") or facts.get("etag") or "")
+                yield Found(path, int(facts.get("size") or 0), _modified(facts), version)
 
     def exists(self, path: str) -> bool:
         self._fs.invalidate_cache(self._at(path))
@@ -160,6 +193,23 @@ class RemoteStorage:
             return False
         self.remove(source)
         return True
+
+    def remove_files(self, *paths: str) -> None:
+        targets = [self._at(path) for path in paths]
+        with suppress(FileNotFoundError):
+            if self._atomic and len(targets) > 1:
+                self._fs.rm(targets)
+                return
+        for target in targets:
+            with suppress(FileNotFoundError):
+                self._fs.rm_file(target)
+
+    def map(self, call: Callable[[_S], _T], items: Iterable[_S]) -> list[_T]:
+        return list(self._pool.map(call, items))
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="store")
 
     def remove(self, path: str) -> None:
         with suppress(FileNotFoundError):
@@ -185,25 +235,36 @@ class RemoteStorage:
         folder.mkdir()
         return folder
 
-    def upload(self, folder: Path, path: str, *, durable: bool = True) -> None:
-        for file in sorted(folder.rglob("*")):
-            if file.is_file():
-                target = self._target(f"{path}/{file.relative_to(folder).as_posix()}")
-                self._fs.put_file(str(file), target)
+    def upload(
+        self, folder: Path, path: str, *, skip: Collection[str] = (), durable: bool = True
+    ) -> None:
+        files = {
+            file.relative_to(folder).as_posix(): file
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
+
+        def put(name: str) -> None:
+            self._fs.put_file(str(files[name]), self._target(f"{path}/{name}"))
+
+        self.map(put, [name for name in files if name not in skip])
 
     def download(self, path: str, files: Iterable[str], cache: Path) -> Path:
         copies = LocalStorage(cache)
         folder = copies.workspace(path)
-        for name in files:
+
+        def get(name: str) -> None:
             at = places.below(path, name)
-            if copies.exists(at):
-                continue
             staged = Path(copies.workspace(at.rpartition("/")[0])) / f".{uuid.uuid4().hex}"
             try:
                 self._fs.get_file(self._at(at), str(staged))
                 os.replace(staged, folder / name)
             finally:
                 staged.unlink(missing_ok=True)
+
+        missing = [name for name in files if not copies.exists(places.below(path, name))]
+        if missing:
+            self.map(get, missing)
         return folder
 
     def _at(self, path: str) -> str:
@@ -225,6 +286,18 @@ class RemoteStorage:
         finally:
             with suppress(OSError):
                 self.remove(name)
+
+
+def _options(url: str) -> dict[str, Any]:
+    """Return the options of a URL's client: as many connections as `RemoteStorage` has threads.
+
+    What the user set for fsspec comes first.
+    """
+    if not url.startswith(("s3://", "s3a://")):
+        return {}
+    config: Any = importlib.import_module("fsspec.config")
+    known = config.conf.get(url.partition(":")[0], {}).get("config_kwargs", {})
+    return {"config_kwargs": {"max_pool_connections": _AT_ONCE, **known}}
 
 
 def _sweep_workspaces() -> None:

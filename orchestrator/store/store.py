@@ -2,13 +2,18 @@
 
 ::
 
-    markers/<key>.json            committed: every file of the entry with its size and SHA-256
+    markers/<key>.json            committed: every file of the entry with its size and SHA-256;
+                                  on an object store also the contents of the small ones
     markers/<key>.dropped.json    the record is kept, the large files are not
     entries/<key>/<attempt>/      files
     leases/, launches/            see `orchestrator.store.lease`
     failed/<key>.json             why the last attempt failed
     damaged/<key>-<attempt>/      files that did not match their marker
     timings/<id>.json             seconds that stages took
+
+On an object store every request costs a round trip, and often money: a stage makes about ten. So
+nobody asks whether a file exists where the next call says so, and what a machine has written or
+read once it has in its local cache (`orchestrator.store.cache`), which its workers share.
 
 The marker is written last and exclusively, so that one of two publishers wins, whatever the leases
 say. A large entry is flushed to disk before its marker. Small entries are not: after a power cut
@@ -29,13 +34,12 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 from btu.cache_folder import cache_folder
 from btu.errors import UserError
@@ -46,6 +50,7 @@ from orchestrator.store.cache import CACHE_BYTES, Cache
 from orchestrator.store.lease import Leases, peek
 from orchestrator.store.local import LocalStorage
 from orchestrator.store.marker import SIGNING_KEY, Marker, Unsigned, dump, parse, signing_key
+from orchestrator.store.packed import pack, separate, unpack
 from orchestrator.store.places import HEAVY
 from orchestrator.store.records import Records
 from orchestrator.store.storage import open_storage
@@ -57,7 +62,8 @@ LEAST_FREE_BYTES = 200_000_000
 # Entries from this size are flushed to disk before they are committed. For a small entry flushing
 # takes longer than the rest of publishing, a thousand times in a sweep.
 DURABLE_BYTES = 1_000_000
-_T = TypeVar("_T")
+# How many records are read at once, from a store with many.
+_AT_ONCE = 256
 _log = logging.getLogger(__name__)
 
 
@@ -75,6 +81,19 @@ class Missing(Exception):  # noqa: N818
     def __init__(self, key: str) -> None:
         super().__init__(f"there is no stored result {key}")
         self.key = key
+
+
+class Look(NamedTuple):
+    """What a store has of a key at one moment, from one round trip.
+
+    committed: whether it has a result.
+    failure: the last failure, if it has no result.
+    dropped: whether it has a dropped entry.
+    """
+
+    committed: bool
+    failure: dict[str, Any] | None
+    dropped: bool
 
 
 class Store(Records):
@@ -102,6 +121,8 @@ class Store(Records):
         self._warn = warn
         self._signing = signing_key()
         self._told_unsigned = False
+        # Files that `read_jsons` has read from an object store, with the versions of their markers.
+        self._read_before: dict[tuple[str, str], tuple[tuple[Any, ...], bytes]] = {}
 
     @cached_property
     def _cache(self) -> Cache:
@@ -156,13 +177,31 @@ class Store(Records):
 
     def dropped(self) -> set[str]:
         """Return the keys of dropped entries, which keep only their record."""
-        return self._signed(self._keys(places.DROPPED)) - self.committed()
+        names = self.storage.names(places.MARKERS)
+        committed = places.keys_of(names, places.JSON)
+        keys = self._signed(places.keys_of(names, places.DROPPED) | committed)
+        return keys - committed
 
     def is_committed(self, key: str) -> bool:
         """Return whether a marker exists; `marker` checks that it is valid."""
         if not self.storage.exists(places.marker(key)):
             return False
         return self._signing is None or self.marker(key) is not None
+
+    def look(self, key: str, *, dropped: bool = True) -> Look:
+        """Return what the store has of a key now.
+
+        dropped: look for a dropped entry as well.
+        """
+        paths = [places.marker(key), places.failure(key)]
+        paths += [places.dropped(key)] if dropped else []
+        found = self.storage.map(lambda path: peek(self.storage, path), paths)
+        marker, failure, rest = found[0], found[1], found[2:]
+        committed = marker is not None
+        if committed and self._signing is not None:
+            committed = self.marker(key) is not None
+        known = None if committed or failure is None else self._as_failure(key, failure)
+        return Look(committed, known, any(data is not None for data in rest))
 
     def marker(self, key: str, *, dropped: bool = False) -> Marker | None:
         """Return the marker of an entry, or None.
@@ -188,7 +227,7 @@ class Store(Records):
 
         unsigned: those too that are not signed and therefore count as missing.
         """
-        found = self._of_all(lambda key: self._read(key, unsigned=unsigned), self.listed())
+        found = self.storage.map(lambda key: self._read(key, unsigned=unsigned), self.listed())
         return [marker for marker in found if marker is not None]
 
     def listed(self) -> list[str]:
@@ -201,7 +240,7 @@ class Store(Records):
         Empty where BTU_STORE_SIGNING_KEY is not set.
         """
         keys = [] if self._signing is None else self.listed()
-        states = self._of_all(self._signature, keys)
+        states = self.storage.map(self._signature, keys)
         return {key: state for key, state in zip(keys, states, strict=True) if state}
 
     def sign(self, key: str) -> str | None:
@@ -250,14 +289,6 @@ class Store(Records):
                         return parse(key, data, dropped=is_dropped)
         return self.marker(key, dropped=True)
 
-    def _of_all(self, call: Callable[[str], _T], keys: Iterable[str]) -> list[_T]:
-        """Return what a function returns for each key."""
-        if self.storage.local:
-            return [call(key) for key in keys]
-        # An object store answers slowly, but serves many requests at once.
-        with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(call, keys))
-
     def _tell_unsigned(self, key: str, state: Unsigned) -> None:
         if not self._told_unsigned:
             self._told_unsigned = True
@@ -271,7 +302,9 @@ class Store(Records):
         """Return a new local folder for the files of one attempt."""
         return self.storage.workspace(places.entry(key, uuid.uuid4().hex))
 
-    def publish(self, key: str, folder: Path, name: str, info: Mapping[str, Any]) -> Marker:
+    def publish(
+        self, key: str, folder: Path, name: str, info: Mapping[str, Any], *, new: bool = False
+    ) -> Marker:
         """Commit the content of a folder from `workspace`. Return the entry's valid marker.
 
         A valid entry that exists already is kept, and the folder is discarded. If writing fails,
@@ -281,15 +314,19 @@ class Store(Records):
         folder: contains the files.
         name: the stage's name.
         info: small facts, kept in the marker.
+        new: the caller has seen under its lease that the store has nothing of the key (`look`), so
+            nothing is asked before, and nothing cleaned up after.
         """
         made = Marker(key, folder.name, name, {}, json.loads(dumps(info)), time.time())
         standing = None
         try:
-            standing = self.marker(key)
+            standing = None if new else self.marker(key)
             if standing is None:
                 made = replace(made, files=self._facts(folder))
+                if self.storage.objects:
+                    made = replace(made, small=pack(folder, made.files))
                 durable = made.bytes >= DURABLE_BYTES
-                self.storage.upload(folder, made.folder, durable=durable)
+                self.storage.upload(folder, made.folder, skip=made.small, durable=durable)
             while standing is None:
                 content = dump(made, self._signing)
                 if self.storage.create(places.marker(key), content, durable=durable):
@@ -306,15 +343,33 @@ class Store(Records):
             raise
         # The entry is committed. Stale files are harmless: `failed` and `dropped` ignore them.
         with suppress(Exception):
-            if standing.attempt != made.attempt or not self.storage.local:
+            if standing.attempt != made.attempt:
                 self._abandon(made, folder)
+            elif not self.storage.local:
+                self._keep_copy(made, folder)
+            if new:
+                return standing
             self.clear_failure(key)
             old = peek(self.storage, places.dropped(key))
             if old is not None:
-                self.storage.remove(places.dropped(key))
+                self.storage.remove_files(places.dropped(key))
                 with suppress(ValueError):
                     self.storage.remove(parse(key, old, dropped=True).folder)
         return standing
+
+    def _keep_copy(self, marker: Marker, folder: Path) -> None:
+        """Keep the files of a published entry on this machine; a full disk is no error here."""
+        try:
+            self._cache.adopt(folder, marker.folder, marker.bytes)
+            self._note(marker)
+        except OSError as error:
+            _log.debug("no copy of %s is kept: %s", marker.key, error)
+        finally:
+            self.discard(folder)
+
+    def _note(self, marker: Marker) -> None:
+        if not marker.dropped:
+            self._cache.note(marker.key, dump(replace(marker, small={}), self._signing))
 
     def discard(self, folder: Path) -> None:
         """Remove a folder from `workspace`, unless it was published."""
@@ -343,21 +398,43 @@ class Store(Records):
         if marker is None:
             raise Missing(key)
         if isinstance(self.storage, LocalStorage):
+            unpack(self.storage, marker, light=light)  # a copy of an object store
             with suppress(FileNotFoundError):
                 if self._differs(self.storage, marker, light=light) is None:
                     return self.storage.download(marker.folder, (), self.storage.root)
             raise self._damaged(marker)
-        files = {n: f for n, f in marker.files.items() if not (light and n.startswith(HEAVY))}
+        files = _wanted(separate(marker), light)
         copies = self._cache.storage
         for _ in range(2):
             with suppress(FileNotFoundError):
-                self._cache.use(marker.folder, {n: fact.size for n, fact in files.items()})
+                self._use(marker, light)
                 folder = self.storage.download(marker.folder, files, copies.root)
+                unpack(copies, marker, light=light)
                 if self._differs(copies, marker, light=light) is None:
+                    self._note(marker)
                     return folder
             # The local copy may be damaged: the second try fetches a new one.
             copies.remove(marker.folder)
         raise self._damaged(marker)
+
+    def input(self, key: str, *, light: bool = False) -> Path:
+        """Return what `fetch` does, without asking an object store if this machine has a copy.
+
+        The copy is as good as the entry: its files are verified by the hashes in its marker, which
+        this machine has read or written. It serves even if the entry was removed since.
+        """
+        noted = None if self.storage.local else self._cache.noted(key)
+        if noted is not None:
+            with suppress(ValueError, Unsigned, FileNotFoundError):
+                marker = parse(key, noted, dropped=False, signed_with=self._signing)
+                if self._differs(self._cache.storage, marker, light=light) is None:
+                    self._use(marker, light)
+                    return self._cache.folder / marker.folder
+        return self.fetch(key, light=light)
+
+    def _use(self, marker: Marker, light: bool) -> None:
+        sizes = {name: fact.size for name, fact in _wanted(marker.files, light).items()}
+        self._cache.use(marker.folder, sizes)
 
     def trim_cache(self, max_bytes: int = CACHE_BYTES) -> int:
         """Remove the least recently used local copies (`Cache.trim`); return the bytes removed.
@@ -374,14 +451,61 @@ class Store(Records):
             FileNotFoundError: the entry has no such file, or no longer has it.
             Damaged: the file is missing or differs; the entry was set aside.
         """
+        return self._parsed(key, name, self._read_file(key, name))
+
+    def read_jsons(self, keys: Collection[str], name: str) -> Iterator[tuple[str, Any]]:
+        """Yield one small JSON file of each committed entry, as `read_json` returns it.
+
+        Entries that are missing, damaged or without the file are left out. Of an object store only
+        what has changed since this object last read it is read again.
+        """
+        versions = self._versions()
+        wanted = [key for key in keys if key in versions]
+
+        def read(key: str) -> tuple[str, Any] | None:
+            version, before = versions[key], self._read_before.get((key, name))
+            try:
+                if before is not None and before[0] == version:
+                    return key, parse_json(before[1])
+                data = self._read_file(key, name)
+                value = self._parsed(key, name, data)
+            except (Damaged, Missing, FileNotFoundError):
+                return None
+            if version:
+                self._read_before[key, name] = version, data
+            return key, value
+
+        for start in range(0, len(wanted), _AT_ONCE):
+            found = self.storage.map(read, wanted[start : start + _AT_ONCE])
+            yield from (item for item in found if item is not None)
+
+    def _versions(self) -> dict[str, tuple[Any, ...]]:
+        """Return the version of each committed entry's marker, by key; () where it has none."""
+        if self.storage.local:
+            return dict.fromkeys(self._keys(places.JSON), ())
+        found = {}
+        for path, size, modified, version in self.storage.walk(places.MARKERS):
+            key = places.key_of(path.rpartition("/")[2])
+            if key is not None:
+                known = bool(version) or modified is not None
+                found[key] = (size, modified, version) if known else ()
+        return found
+
+    def _read_file(self, key: str, name: str) -> bytes:
+        """Return the verified content of a small file. Errors are those of `read_json`."""
         marker = self.marker(key, dropped=True)
         if marker is None:
             raise Missing(key)
         if name not in marker.files:
             raise FileNotFoundError(f"the stored result {key} has no file {name}")
+        if name in marker.small:
+            return marker.small[name]
         data = peek(self.storage, places.below(marker.folder, name))
         if data is None or hashlib.sha256(data).hexdigest() != marker.files[name].sha256:
             raise self._damaged(marker)
+        return data
+
+    def _parsed(self, key: str, name: str, data: bytes) -> Any:
         try:
             return parse_json(data)
         except ValueError as error:
@@ -396,20 +520,31 @@ class Store(Records):
         marker = self.marker(key, dropped=True)
         if marker is None:
             return 0
-        kept = dict(marker.files)
+        kept, large = dict(marker.files), separate(marker)
         if not marker.dropped:  # otherwise finish a drop that was interrupted
             stays = (lambda n: not n.startswith(HEAVY)) if keep is None else keep.__contains__
             kept = {name: fact for name, fact in kept.items() if stays(name)}
-            left = replace(marker, files=kept, dropped=True)
+            small = {name: data for name, data in marker.small.items() if name in kept}
+            left = replace(marker, files=kept, small=small, dropped=True)
             self.storage.write(places.dropped(key), dump(left, self._signing))
-            self.storage.remove(places.marker(key))
+            self.storage.remove_files(places.marker(key))
         freed = 0
-        for found in list(self.storage.walk(marker.folder)):
-            if found.path.removeprefix(f"{marker.folder}/") not in kept:
-                self.storage.remove(found.path)
-                self.storage.prune(places.above(found.path))
-                freed += found.bytes
-        return freed
+        if self.storage.objects and not marker.dropped:
+            # Its objects are known: a listing would be a request more.
+            there = {places.below(marker.folder, name): fact.size for name, fact in large.items()}
+            freed = sum(len(data) for name, data in marker.small.items() if name not in kept)
+        else:
+            there = {found.path: found.bytes for found in self.storage.walk(marker.folder)}
+        gone = {p: n for p, n in there.items() if p.removeprefix(f"{marker.folder}/") not in kept}
+        if gone:
+            self._remove_all(gone)
+        return freed + sum(gone.values())
+
+    def _remove_all(self, paths: Collection[str]) -> None:
+        """Remove files, and the folders that are empty then."""
+        self.storage.remove_files(*paths)
+        for path in paths if not self.storage.objects else ():
+            self.storage.prune(places.above(path))
 
     def set_aside(self, key: str, reason: str, state: str = "damaged") -> None:
         """Take an entry out of use: remove its marker, then move its files to ``damaged/``.
@@ -418,17 +553,22 @@ class Store(Records):
         reason: why.
         state: what it is, for the warning.
         """
-        attempts = []
+        attempts: dict[str, Mapping[str, bytes]] = {}
         for path, is_dropped in _paths(key):
             data = peek(self.storage, path)
             if data is not None:
+                # Without a valid marker the attempt is unknown: gc removes all attempts.
+                attempt, small = uuid.uuid4().hex, {"marker.json": data}
                 with suppress(ValueError):
-                    attempts.append(parse(key, data, dropped=is_dropped).attempt)
-                self.storage.remove(path)
-        # Without a valid marker the attempt is unknown: gc removes all attempts.
-        for attempt in attempts or [uuid.uuid4().hex]:
+                    marker = parse(key, data, dropped=is_dropped)
+                    attempt, small = marker.attempt, {**marker.small}
+                attempts[attempt] = small if self.storage.objects else {}
+                self.storage.remove_files(path)
+        for attempt, packed in (attempts or {uuid.uuid4().hex: {}}).items():
             with suppress(OSError):
                 self.storage.move(places.entry(key, attempt), places.damaged(key, attempt))
+                for name, data in packed.items():
+                    self.storage.write(places.below(places.damaged(key, attempt), name), data)
                 self.storage.write(places.reason(key, attempt), reason.encode())
         self._warn(
             f"The stored result {key} is {state} ({reason}); it was set aside in "
@@ -450,10 +590,11 @@ class Store(Records):
         """Return what is wrong with the files in the store; None if they are intact."""
         if isinstance(self.storage, LocalStorage):
             try:
+                unpack(self.storage, marker)
                 return self._differs(self.storage, marker, remembered=False)
             except FileNotFoundError as error:
                 return f"{error.filename} was removed while it was read"
-        for name, fact in marker.files.items():
+        for name, fact in separate(marker).items():  # `parse` has checked the others
             try:
                 found = FileFact(*self.storage.digest(places.below(marker.folder, name)))
             except FileNotFoundError:
@@ -541,6 +682,11 @@ class Store(Records):
             standing = self.marker(made.key)
             if standing is None or standing.attempt != made.attempt:
                 self.storage.remove(made.folder)
+
+
+def _wanted(files: Mapping[str, FileFact], light: bool) -> dict[str, FileFact]:
+    """Return the files that a fetch brings. light: without those in ``model/``."""
+    return {n: fact for n, fact in files.items() if not (light and n.startswith(HEAVY))}
 
 
 def _paths(key: str) -> tuple[tuple[str, bool], tuple[str, bool]]:

@@ -72,7 +72,8 @@ def sync(
     except Exception as error:
         missed.append(brief(error))
     for record in records:
-        if live(record["key"]) or record_id(record) in known.whole:
+        # What is whole first: whether somebody has the lease costs a request.
+        if record_id(record) in known.whole or live(record["key"]):
             continue
         was_deleted = record_id(record) in known.deleted
         deleted += was_deleted

@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
 # What the others share; no benchmarks of their own.
-HELPERS = {"checks", "figures", "generated", "generated_tables"}
+HELPERS = {"checks", "figures", "generated", "generated_tables", "s3_costs"}
 NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem not in HELPERS)
 
 
@@ -276,6 +276,39 @@ def test_planning_fails_where_cells_are_missing_or_it_takes_long(
 ) -> None:
     load("planning").judge_plan(judge, said, 40, took)
     assert len(judge.missed) == missed
+
+
+def test_object_store_fails_where_stages_make_many_requests_or_wait_long(
+    load: Callable[[str], ModuleType],
+) -> None:
+    def found(ms: int, requests: float, seconds: float, **wrong: list[str]) -> dict[str, Any]:
+        return {
+            "ms": ms,
+            "stage": {"requests": requests, "seconds": seconds, "wrong": wrong.get("stage", [])},
+            "report": {"seconds": 2.0 * seconds, "wrong": wrong.get("report", [])},
+            "relaunch": {"seconds": 9.0 * seconds, "wrong": wrong.get("relaunch", [])},
+        }
+
+    def missed(*runs: dict[str, Any]) -> list[str]:
+        judge = load("figures").Judge("made")
+        load("object_store").report(judge, 7, runs)
+        return list(judge.missed)
+
+    assert missed(found(0, 11, 0.1), found(50, 12, 1.09)) == []
+    # 1.2 s less 0.1 s is more than a second; 9 times 1.2 s is more than 10 s.
+    assert missed(found(0, 11, 0.1), found(50, 12.1, 1.2)) == [
+        "at most 12 requests a stage",
+        "50 ms a request cost a stage less than 1 s",
+        "a relaunch with nothing to do of 7 cells at 50 ms under 10 s",
+    ]
+    assert missed(found(0, 1, 0.1, stage=["x"]), found(50, 1, 5.5, report=["y"]))[:3] == [
+        "each stage is computed once",
+        "each of 7 cells is reported",
+        "50 ms a request cost a stage less than 1 s",
+    ]
+    assert missed(found(0, 1, 0.1), found(50, 1, 0.1, relaunch=["z"])) == [
+        "a relaunch computes nothing"
+    ]
 
 
 def test_sharing_fails_where_cells_results_or_stages_are_not_as_planned(
@@ -701,6 +734,7 @@ MINIATURES = {
              "--pause 0 0.3 --keep WORK",
     "defenses": "SWEEP",
     "finetune": "--victim VICTIM --max-length 64 --rows 96 --repeats 1",
+    "object_store": "--cells 3 --latencies 0 2",
     "overhead": "--cells 3 6 --real 6",
     "pages": "--rates 1 --seeds 1",
     "planning": "--thresholds 2 --seeds 1 --repeats 1",

@@ -176,7 +176,7 @@ def test_a_walk_gives_sizes_and_times(storage: Storage) -> None:
     before = time.time()
     storage.write("a/b/c", b"123")
     storage.write("a/d", b"")
-    found = {path: (size, modified) for path, size, modified in storage.walk("a")}
+    found = {item.path: (item.bytes, item.modified) for item in storage.walk("a")}
     assert {path: size for path, (size, _) in found.items()} == {"a/b/c": 3, "a/d": 0}
     for _, modified in found.values():
         # File systems round times, by far less than this.

@@ -25,9 +25,9 @@ from store_fixtures import key_of
 from btu.errors import UserError
 from btu.result_files import dumps, loads
 from orchestrator.store import lease as lease_module
-from orchestrator.store import tree
+from orchestrator.store import packed, tree
 from orchestrator.store.gc import Usage, gc, gc_candidates, usage
-from orchestrator.store.lease import LEFTOVER_S, TTL_S, Lease
+from orchestrator.store.lease import LEFTOVER_S, LOOK_S, TTL_S, Lease
 from orchestrator.store.marker import dump
 from orchestrator.store.places import FOLDERS
 from orchestrator.store.store import Damaged, Missing, Store
@@ -52,11 +52,17 @@ class Clock:
 
 
 @pytest.fixture(params=[*SHARED, "memory"])
-def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A folder by path, the same by fsspec as if it were an object store, and one in memory."""
+def location(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """A folder by path, the same by fsspec, and an object store in memory.
+
+    The small files here stand for large ones: none is packed (tests/sweeps/test_store_network.py).
+    """
     if request.param == "memory":
         import fsspec
 
+        monkeypatch.setattr(packed, "PACKED_BYTES", 0)
         yield f"memory://{uuid.uuid4().hex}/store"
         fsspec.filesystem("memory").store.clear()
         return
@@ -100,6 +106,13 @@ def add(store: Store, key: str = K, name: str = "train", **files: bytes) -> Path
 
 def spoil(store: Store, path: str, change: Callable[[bytes], bytes]) -> None:
     store.storage.write(path, change(store.storage.read(path)))
+    forget(store)
+
+
+def forget(store: Store) -> None:
+    """Remove this machine's copies, which serve where the store's files are damaged."""
+    if not store.storage.local:
+        shutil.rmtree(store._cache.folder, ignore_errors=True)
 
 
 def flip(data: bytes) -> bytes:
@@ -313,6 +326,7 @@ def test_a_damaged_file_sets_the_entry_aside(
         spoil(store, path, change)
     else:
         store.storage.remove(path)
+        forget(store)
     with pytest.raises(Damaged, match=reason) as damaged:
         store.fetch(K)
     assert damaged.value.key == K
@@ -387,6 +401,7 @@ def test_an_entry_removed_while_it_is_read_is_missing(
     store: Store, make_store: Callable[[], Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add(store)
+    forget(store)
     method = "open_folder" if store.storage.local else "download"
     read = getattr(store.storage, method)
 
@@ -501,7 +516,7 @@ def test_only_what_is_named_is_kept(store: Store) -> None:
 def test_dropping_that_broke_off_goes_on(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     add(store)
     with monkeypatch.context() as patch:
-        patch.setattr(store.storage, "walk", lambda _: 1 / 0)
+        patch.setattr(store, "_remove_all", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             store.drop(K)
     assert store.dropped() == {K}
@@ -768,11 +783,15 @@ def test_a_full_disk_does_not_end_the_heartbeat(
         wait_for(lambda: store.leases.held()[K]["beat"] > before, "no heartbeat after it")
 
 
-def test_a_lost_lease_is_neither_rewritten_nor_released(store: Store) -> None:
+def test_a_lost_lease_is_neither_rewritten_nor_released(store: Store, clock: Clock) -> None:
     with store.leases.lease(K, "me") as lease:
         assert lease.acquire()
         foreign(store)
         taken = store.storage.read(f"leases/{K}.json")
+        clock.seconds += LOOK_S - 1
+        assert lease.beat()  # it has not looked yet
+        assert store.storage.read(f"leases/{K}.json") == taken
+        clock.seconds += 1
         assert not lease.beat()
     assert store.storage.read(f"leases/{K}.json") == taken
     assert not store.leases.lease(K, "me").acquire()
@@ -826,7 +845,7 @@ def test_a_release_that_fails_is_no_error(store: Store, monkeypatch: pytest.Monk
 
     with monkeypatch.context() as patch, store.leases.lease(K, "me") as lease:
         assert lease.acquire()
-        patch.setattr(store.storage, "remove", gone)
+        patch.setattr(store.storage, "remove_files", gone)
     assert isinstance(lease, Lease)
     assert store.storage.names("leases") == [f"{K}.json"]
 
