@@ -55,6 +55,7 @@ class LaunchResult:
     missing: how many cells have neither.
     seconds: how long the launch took.
     stopped: why it ended before its work did; empty if it did not.
+    ray_gone: whether Ray went away under it: its client would keep this process from ending.
     """
 
     done: int
@@ -62,6 +63,7 @@ class LaunchResult:
     missing: int
     seconds: float
     stopped: str = ""
+    ray_gone: bool = False
 
     @property
     def complete(self) -> bool:
@@ -332,6 +334,10 @@ class Driver:
         self._schedule.mark_running(task.stage.key)
         self._journal("start", task)
         self._progress.refresh(self._schedule)
+
+    def tick(self) -> None:
+        """Time has passed: show where the launch stands, if that is due."""
+        self._progress.tick(self._schedule)
 
     def stop(self, reason: str) -> None:
         """Hand out no further task; running stages may end. The first reason is kept."""

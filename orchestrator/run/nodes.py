@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from orchestrator.store.store import Store
 from orchestrator.sweep.sections import ResourceSpec
 
 # Environment variables that affect a trial; a remote worker inherits none of the driver's.
-PASSED_PREFIXES = ("MLFLOW_", "HF_", "BTU_", "AWS_", "TRANSFORMERS_")
+PASSED_PREFIXES = ("MLFLOW_", "HF_", "BTU_", "AWS_", "FSSPEC_", "TRANSFORMERS_")
 # Those that Ray reads before a trial starts. They are no secrets, and stand in command lines.
 RAY_PREFIX = "RAY_ACCEL_"
 
@@ -36,6 +37,10 @@ class Environment:
     def enter(self) -> None:
         """Set the variables in this process, before the libraries that read them are imported."""
         os.environ.update(self._variables)
+        if any(name.startswith("FSSPEC_") for name in self._variables):
+            # Ray has imported fsspec by now, which reads its variables only then.
+            config: Any = importlib.import_module("fsspec.config")
+            config.set_conf_env(config.conf, self._variables)
 
 
 def passed_environment() -> Environment:

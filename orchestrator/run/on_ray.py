@@ -7,14 +7,16 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import os
-import shutil
 import signal
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -54,7 +56,7 @@ from orchestrator.run.driver import (
     Idle,
     LaunchResult,
 )
-from orchestrator.run.local import ray_folder, ray_token
+from orchestrator.run.local import Diverted, ray_folder, ray_token, stderr_to, tune_folder
 from orchestrator.run.nodes import (
     PASSED_PREFIXES,
     Environment,
@@ -66,6 +68,7 @@ from orchestrator.run.nodes import (
     slots,
     unseen,
 )
+from orchestrator.run.outage import Watch, answers
 from orchestrator.run.progress import SweepProgress
 from orchestrator.run.publish import Publisher
 from orchestrator.run.refine import RefineSpec
@@ -86,8 +89,15 @@ logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 START_TRIES = 3
 # Seconds that a node has to answer whether it sees the store: a new worker has to start there.
 NODE_SECONDS = 120
+# Seconds for a Ray to shut down in.
+LEAVE_SECONDS = 20.0
 # CPUs that a waiting trial reserves: nearly none, but Ray places no trial without a demand.
 WAIT_CPUS = 0.001
+
+# Seconds between looks at whether Tune has ended.
+LOOP_SECONDS = 0.2
+# Not `ray.tune.tune`, which is a function of the same name.
+_TUNE: Any = importlib.import_module("ray.tune.tune")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -137,15 +147,16 @@ def launch(
         driver.prepare()
         publisher.prepare()
         with driver.underway():
+            gone = False
             if driver.has_work:
                 publisher.start()
                 try:
-                    _compute(driver, sweep, results, publisher.tracking, address)
+                    gone = _compute(driver, sweep, results, publisher.tracking, address, progress)
                 finally:
                     publisher.stop(wait=driver.stopped != INTERRUPTED)
             driver.drop_models()
             publisher.synchronize(driver.id, interrupted=driver.stopped == INTERRUPTED)
-        return driver.result()
+        return replace(driver.result(), ray_gone=gone)
 
 
 def _compute(
@@ -154,60 +165,120 @@ def _compute(
     results: Results,
     tracking: Mapping[str, str] | None,
     address: str | None,
-) -> None:
-    """Run the driver's tasks on Ray until it has none left.
+    progress: SweepProgress,
+) -> bool:
+    """Run the driver's tasks on Ray until it has none left; return whether Ray went away before.
 
     driver: of the launch.
     sweep: what is launched.
     results: of the sweep, with the store that all nodes must see.
     tracking: URI and experiment id, for workers; None if MLflow does not answer.
     address: of a cluster; None for a local Ray.
+    progress: shows the launch to the user.
 
     Raises:
         UserError: Ray does not answer, or its nodes cannot run the sweep.
     """
     trials = Trials(driver, sweep.resources)
+    log = _log_file(sweep, results, driver.id)
     # Ray goes before the folder that it writes to.
     try:
-        with _state(sweep, results, driver.id, address) as state, _joined(address) as environment:
+        with tune_folder() as state, _signals() as signals, _joined(address, log) as joined:
             launch = Launch(
-                driver.id, sweep.store_location, sweep.output, sweep.name, tracking, environment
+                driver.id,
+                sweep.store_location,
+                sweep.output,
+                sweep.name,
+                tracking,
+                joined.environment,
             )
             nodes = [node for node in ray.nodes() if node["Alive"]]
             driver.slots = slots(nodes, sweep.resources)
             if address is not None or len(nodes) > 1:
                 _check_nodes(nodes, launch, results.store.storage)
-            # Again: ray.init has replaced the handler that `launch` has set.
-            with _sigterm_as_interrupt():
-                _tuner(trials, launch, driver.slots, state).fit()
+            watch = Watch(_look(), progress.note, joined.words)
+            signals.to(watch.stopping)  # only now: ray.init has replaced the handlers
+            with watch.looking():
+                why = _fit(_tuner(trials, launch, driver.slots, watch.stopping, str(state)), watch)
+            if why:
+                joined.abandon()
+                _say_gone(driver, progress, watch, why, joined.words())
     finally:
         driver.save_timings()
     if trials.error is not None:
         raise trials.error
     driver.all_ended()
+    return joined.gone
 
 
-@contextmanager
-def _state(sweep: Sweep, results: Results, launch: str, address: str | None) -> Iterator[str]:
-    """Make a path or URL for Tune's own files, which nothing here reads; remove it at the end.
+def _log_file(sweep: Sweep, results: Results, launch: str) -> Path:
+    """Return where Ray's own words go: the sweep's folder, or a temporary one for a URL."""
+    folder = Path(sweep.folder) if results.storage.local else Path(tempfile.gettempdir())
+    return folder / f"ray-{launch}.log"
 
-    sweep: what is launched.
-    results: of the sweep.
-    launch: its id.
-    address: of a cluster, whose nodes must all see the folder; None for a local Ray.
+
+def _say_gone(driver: Driver, progress: SweepProgress, watch: Watch, why: str, words: str) -> None:
+    """Print that the launch leaves a Ray that is gone, or why it stops."""
+    if watch.stopping.is_set():
+        progress.note(f"{why}. {words}".strip())
+    else:
+        driver.stop(f"{why}. {words}".strip().removesuffix("."))
+
+
+def _fit(tuner: Tuner, watch: Watch) -> str:
+    """Run trials until none are left, or until the launch is told to stop.
+
+    Tune runs in a thread: where Ray is gone, its calls do not return. Returns why the launch has
+    left it there; empty if it has ended.
+
+    Raises:
+        Exception: what Tune raises.
     """
-    name = f".tune-{launch}"
-    state = f"{sweep.folder}/{name}" if address else tempfile.mkdtemp(prefix="btu-tune-")
-    try:
-        yield state
-    finally:
-        if "://" in state:
-            results.storage.remove(f"{sweep.name}/{name}")
-        shutil.rmtree(state, ignore_errors=True)
+    ended = threading.Event()
+    errors: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            tuner.fit()
+        except BaseException as error:  # raised again below
+            errors.append(error)
+        finally:
+            ended.set()
+
+    threading.Thread(target=fit, daemon=True, name="Tune").start()
+    while not ended.wait(LOOP_SECONDS):
+        if why := watch.gone:
+            return why
+    if errors:
+        raise errors[0]
+    return ""
 
 
-def _tuner(trials: Trials, launch: Launch, at_once: int, state: str) -> Tuner:
-    """Return what runs the trials. state: path or URL of Tune's own files."""
+def _look() -> Callable[[], dict[str, str] | None]:
+    """Return a function that returns the names of Ray's nodes by id, None if it does not answer."""
+    head = ray.get_runtime_context().gcs_address
+
+    def look() -> dict[str, str] | None:
+        # First: Ray's own call would block, and end this process after a minute.
+        if not answers(head):
+            return None
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        return {node["NodeID"]: node["NodeManagerHostname"] for node in alive}
+
+    return look
+
+
+def _tuner(
+    trials: Trials, launch: Launch, at_once: int, stop: threading.Event, state: str
+) -> Tuner:
+    """Return what runs the trials.
+
+    at_once: how many run at once, about.
+    stop: ends them.
+    state: path of Tune's own files.
+    """
+    # Tune sets it at a signal, but catches signals only in the main thread.
+    _TUNE._setup_signal_catching = lambda: stop
     trainable = tune.with_parameters(compute_stage, launch=launch)
     return Tuner(
         tune.with_resources(trainable, _resources),
@@ -331,6 +402,11 @@ class Trials:
         else:
             self._driver.worker_lost(task, error)
 
+    @_guarded
+    def looked(self) -> None:
+        """Tune has looked whether a trial has ended; it does so many times a second."""
+        self._driver.tick()
+
 
 class _Gate(Searcher):  # type: ignore[misc]  # ray is untyped
     """Gives Tune the trials to run."""
@@ -373,6 +449,10 @@ class _Events(Callback):  # type: ignore[misc]  # ray is untyped
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if self._trials:
             self._trials.started(trial.trial_id)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self._trials:
+            self._trials.looked()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if self._trials:
@@ -446,28 +526,79 @@ def _check_nodes(nodes: list[Any], launch: Launch, storage: Storage) -> None:
 # Coming and going -------------------------------------------------------------------------------
 
 
+@dataclass
+class Joined:
+    """A connection to Ray.
+
+    environment: the variables that workers do not inherit.
+    log: what Ray says; None if it is not this launch's Ray.
+    own: the processes of a Ray that this launch has started.
+    gone: whether Ray is left alone, since it does not answer.
+    """
+
+    environment: Environment
+    log: Diverted | None = None
+    own: list[psutil.Process] = field(default_factory=list)
+    gone: bool = False
+
+    def words(self) -> str:
+        """Return a sentence on where Ray's words are; empty if they are where they always were."""
+        return self.log.words() if self.log is not None else ""
+
+    def abandon(self) -> None:
+        """Leave Ray alone from now on, and end what is left of an own one."""
+        self.gone = True
+        if self.log is not None:
+            self.log.stays = True
+        for process in self.own:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def close(self) -> None:
+        """Leave Ray, unless it is gone or goes meanwhile."""
+        if self.gone:
+            return
+        left = threading.Event()
+
+        def shut_down() -> None:
+            with suppress(Exception):
+                leave()
+            left.set()
+
+        threading.Thread(target=shut_down, daemon=True, name="leave Ray").start()
+        if not left.wait(LEAVE_SECONDS):
+            self.abandon()
+
+
 @contextmanager
-def _joined(address: str | None) -> Iterator[Environment]:
+def _joined(address: str | None, log: Path) -> Iterator[Joined]:
     """Start a local Ray or join a cluster, and leave it at the end.
 
-    A process that is in one already stays in it. Gives the variables that workers do not inherit.
+    A process that is in one already stays in it.
+
+    log: the file for what Ray writes to the standard error of this process.
 
     Raises:
         UserError: it does not answer or does not start.
     """
     if ray.is_initialized():
-        yield passed_environment()
+        yield Joined(passed_environment())
         return
     with ExitStack() as stack:
         folder = None
+        before = set(psutil.Process().children())
         if address is None:
             folder = stack.enter_context(ray_folder())
             stack.enter_context(ray_token())
         else:
             check_answers(address)
+        joined = Joined(passed_environment() if address else local_environment())
+        joined.log = stack.enter_context(stderr_to(log))
         connect(address, folder)
-        stack.callback(leave)
-        yield passed_environment() if address else local_environment()
+        stack.callback(joined.close)
+        if address is None:
+            joined.own = sorted(set(psutil.Process().children()) - before, key=lambda p: p.pid)
+        yield joined
 
 
 def connect(address: str | None, folder: Path | None = None) -> None:
@@ -546,9 +677,35 @@ def leave() -> None:
 
 @contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM, which batch systems send, stop Tune as Ctrl-C does."""
+    """Let SIGTERM, which batch systems send, stop a launch as Ctrl-C does."""
     before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+class _Signals:
+    """What SIGTERM and Ctrl-C do while Ray runs."""
+
+    def to(self, stop: threading.Event) -> None:
+        """Let them set an event. A second Ctrl-C interrupts: the user does not want to wait."""
+
+        def interrupt(*_: object) -> None:
+            if stop.is_set():
+                raise KeyboardInterrupt
+            stop.set()
+
+        signal.signal(signal.SIGTERM, lambda *_: stop.set())
+        signal.signal(signal.SIGINT, interrupt)
+
+
+@contextmanager
+def _signals() -> Iterator[_Signals]:
+    """Restore at the end what SIGTERM and Ctrl-C do; not before Ray is left, which has its own."""
+    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield _Signals()
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
