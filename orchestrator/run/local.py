@@ -100,10 +100,14 @@ class Diverted:
         self.named = True
         return f"What Ray says: {self.path}."
 
+    @property
+    def empty(self) -> bool:
+        return self.path.stat().st_size == 0
+
 
 @contextmanager
 def stderr_to(path: Path) -> Iterator[Diverted]:
-    """Divert the standard error to a file, which stays only if it was named and is not empty.
+    """Divert the standard error to a file, which is removed at the end unless it was named.
 
     Ray's client writes traces and dumps there, from C++ and from threads of its own.
     """
@@ -120,8 +124,8 @@ def stderr_to(path: Path) -> Iterator[Diverted]:
         if not diverted.stays:
             os.dup2(terminal, 2)
         os.close(terminal)
-        if not (diverted.named and path.stat().st_size):
-            path.unlink()
+        if not diverted.named:
+            path.unlink(missing_ok=True)
 
 
 def dead_folders() -> list[Path]:

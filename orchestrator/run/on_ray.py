@@ -202,7 +202,8 @@ def _compute(
                 why = _fit(_tuner(trials, launch, driver.slots, watch.stopping, str(state)), watch)
             if why:
                 joined.abandon()
-                _say_gone(driver, progress, watch, why, joined.words())
+                words = joined.words() if joined.log and not joined.log.empty else ""
+                _say_gone(driver, progress, watch, f"{why}. {words}".strip())
     finally:
         driver.save_timings()
     if trials.error is not None:
@@ -217,12 +218,12 @@ def _log_file(sweep: Sweep, results: Results, launch: str) -> Path:
     return folder / f"ray-{launch}.log"
 
 
-def _say_gone(driver: Driver, progress: SweepProgress, watch: Watch, why: str, words: str) -> None:
+def _say_gone(driver: Driver, progress: SweepProgress, watch: Watch, why: str) -> None:
     """Print that the launch leaves a Ray that is gone, or why it stops."""
     if watch.stopping.is_set():
-        progress.note(f"{why}. {words}".strip())
+        progress.note(why)
     else:
-        driver.stop(f"{why}. {words}".strip().removesuffix("."))
+        driver.stop(why.removesuffix("."))
 
 
 def _fit(tuner: Tuner, watch: Watch) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from launching import wait_for
-from store_fixtures import Stored
 
 from orchestrator.results.folder import Results
 from orchestrator.run import publish
@@ -205,11 +204,13 @@ def test_results_that_mlflow_misses_are_counted(desk: Callable[..., Desk], tmp_p
 
 
 def test_what_a_server_misses_is_counted_in_cells(
-    stored: Stored, monkeypatch: pytest.MonkeyPatch
+    desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A server that goes away fails to close unfinished runs too; that is no further cell."""
     from orchestrator.tracking import sync
     from orchestrator.tracking.writer import Known
+
+    made = desk()
 
     class Away:
         def __init__(self, *_: object) -> None: ...
@@ -225,14 +226,19 @@ def test_what_a_server_misses_is_counted_in_cells(
         def log(self, *_: object) -> bool:
             raise ConnectionError("away")
 
+    monkeypatch.undo()  # the desk's own `sync`
     monkeypatch.setattr(sync, "Tracker", Away)
-    done = sync.sync("http://host", "7", stored.results, lambda key: False)
-    # One of the two cells is finished.
-    assert (done.missing, done.reason) == (1, "ConnectionError: away")
+    finished = {"status": "finished", "varied": {}, "started": 1.0}
+    records = {key: {"key": key, **finished} for key in ("a" * 24, "b" * 24)}
+    monkeypatch.setattr(made.results, "records", lambda: iter(records.values()))
+    monkeypatch.setattr(made.results, "record", lambda key, varied: records[key])
+    monkeypatch.setattr(made.results.store, "fetch", lambda key: tmp_path)
+    done = sync.sync("http://host", "7", made.results, lambda key: False)
+    assert (done.missing, done.reason) == (2, "ConnectionError: away")
     # With all runs there, the reason is that of the unfinished runs.
     monkeypatch.setattr(Away, "log", lambda *_: True)
-    done = sync.sync("http://host", "7", stored.results, lambda key: False)
-    assert (done.written, done.missing, done.reason) == (1, 0, "ConnectionError: away")
+    done = sync.sync("http://host", "7", made.results, lambda key: False)
+    assert (done.written, done.missing, done.reason) == (2, 0, "ConnectionError: away")
 
 
 @pytest.mark.parametrize(
