@@ -96,15 +96,18 @@ def gc_candidates(
     return chosen
 
 
-def gc(store: Store, candidates: Iterable[Candidate]) -> int:
-    """Remove what `gc_candidates` returned, unless it is in use by now; return the bytes freed."""
+def gc(store: Store, candidates: Iterable[Candidate], now: float | None = None) -> int:
+    """Remove what `gc_candidates` returned, unless it is in use by now; return the bytes freed.
+
+    now: Unix time in seconds; None is the present.
+    """
     busy: set[str] = set()
     live: set[str] = set()
     freed = 0
     for number, candidate in enumerate(candidates):
         if number % 50 == 0:  # removing takes a while, and a launch may start
-            busy = store.leases.in_use()
-            live = _live(store)
+            busy = store.leases.in_use(now)
+            live = _live(store, now)
         if candidate.key in busy or live.intersection(candidate.paths):
             continue
         for path in candidate.paths:
@@ -138,7 +141,7 @@ def _suspects(store: Store, now: float) -> list[Holder]:
     return [holder for holder in found if holder.alive is None and holder.lost]
 
 
-def _live(store: Store, now: float | None = None) -> set[str]:
+def _live(store: Store, now: float | None) -> set[str]:
     """Return the files of live leases and launches."""
     return {path for folder in HOLDERS for path in store.leases.live(folder, now)}
 
