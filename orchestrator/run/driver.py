@@ -350,7 +350,7 @@ class Driver:
     def ended(self, task: Task, report: Report) -> None:
         """A worker reported how a task ended."""
         self._running.discard(task.stage.key)
-        self._journal("end", task, outcome=report.outcome.value)
+        self._journal("end", task, outcome=report.outcome.value, **_costs(report))
         handlers = {
             Outcome.done: self._done,
             Outcome.busy: self._busy,
@@ -466,7 +466,7 @@ class Driver:
         if self._max_failures is not None and self._failures >= self._max_failures:
             self.stop(f"{self._failures} stages failed (--max-failures {self._max_failures})")
 
-    def _journal(self, event: str, task: Task, **facts: str) -> None:
+    def _journal(self, event: str, task: Task, **facts: str | float) -> None:
         with suppress(OSError):  # a full disk: the stages report it, and stop the launch in order
             stage = task.stage
             self._results.journal_event(
@@ -592,6 +592,18 @@ class _Elsewhere:
         """A worker has found that another launch computes a stage."""
         self._listed = -math.inf
         self._busy_until[key] = self._clock() + WAIT_SECONDS
+
+
+def _costs(report: Report) -> dict[str, str | float]:
+    """Return what the journal keeps of a stage that was computed; empty if it was there already."""
+    if not report.seconds:
+        return {}
+    return {
+        "seconds": report.seconds,
+        "device": report.device,
+        "memory": report.memory,
+        "gpu_memory": report.gpu_memory,
+    }
 
 
 def _condensed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
