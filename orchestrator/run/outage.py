@@ -97,8 +97,8 @@ class Watch:
             if node not in found:
                 self._lost.add(name)
                 left = "1 node is" if len(found) == 1 else f"{len(found)} nodes are"
-                what = f"node {name} is lost; {left} left. Its stages start again elsewhere."
-                self._note(f"{what} {self._words()}".strip())
+                again = " Its stages start again elsewhere." if found else ""
+                self._note(f"node {name} is lost; {left} left.{again} {self._words()}".strip())
         for node, name in found.items():
             if self._known and node not in self._known:
                 came = "is back" if name in self._lost else "has joined"
