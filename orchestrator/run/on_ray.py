@@ -10,7 +10,6 @@ import gc
 import importlib
 import logging
 import os
-import signal
 import tempfile
 import threading
 import uuid
@@ -41,7 +40,14 @@ import ray
 from ray import tune
 from ray._private import ray_constants
 from ray.exceptions import GetTimeoutError, RayError
-from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune import (
+    Callback,
+    FailureConfig,
+    PlacementGroupFactory,
+    RunConfig,
+    TuneConfig,
+    Tuner,
+)
 from ray.tune.execution import class_cache
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -62,6 +68,7 @@ from orchestrator.run.nodes import (
     Environment,
     check_answers,
     local_environment,
+    matches,
     passed_environment,
     probe,
     ray_settings,
@@ -73,6 +80,7 @@ from orchestrator.run.progress import SweepProgress
 from orchestrator.run.publish import Publisher
 from orchestrator.run.refine import RefineSpec
 from orchestrator.run.schedule import Task
+from orchestrator.run.signals import signals, sigterm_as_interrupt
 from orchestrator.run.worker import Launch, Report, StageCall, compute_call, wait_for_others
 from orchestrator.store.storage import Storage
 from orchestrator.store.store import Store
@@ -143,7 +151,7 @@ def launch(
         retry_failed=retry_failed,
         cell_ended=publisher.cell_ended,
     )
-    with _sigterm_as_interrupt():
+    with sigterm_as_interrupt():
         driver.prepare()
         publisher.prepare()
         with driver.underway():
@@ -183,7 +191,7 @@ def _compute(
     log = _log_file(sweep, results, driver.id)
     # Ray goes before the folder that it writes to.
     try:
-        with tune_folder() as state, _signals() as signals, _joined(address, log) as joined:
+        with tune_folder() as state, signals() as told, _joined(address, log) as joined:
             launch = Launch(
                 driver.id,
                 sweep.store_location,
@@ -197,13 +205,17 @@ def _compute(
             if address is not None or len(nodes) > 1:
                 _check_nodes(nodes, launch, results.store.storage)
             watch = Watch(_look(), progress.note, joined.words)
-            signals.to(watch.stopping)  # only now: ray.init has replaced the handlers
+            told.to(watch.stopping)  # only now: ray.init has replaced the handlers
             with watch.looking():
                 why = _fit(_tuner(trials, launch, driver.slots, watch.stopping, str(state)), watch)
             if why:
                 joined.abandon()
                 words = joined.words() if joined.log and not joined.log.empty else ""
-                _say_gone(driver, progress, watch, f"{why}. {words}".strip())
+                said = f"{why}. {words}".strip()
+                if watch.stopping.is_set():
+                    progress.note(said)
+                else:
+                    driver.stop(said.removesuffix("."))
     finally:
         driver.save_timings()
     if trials.error is not None:
@@ -216,14 +228,6 @@ def _log_file(sweep: Sweep, results: Results, launch: str) -> Path:
     """Return where Ray's own words go: the sweep's folder, or a temporary one for a URL."""
     folder = Path(sweep.folder) if results.storage.local else Path(tempfile.gettempdir())
     return folder / f"ray-{launch}.log"
-
-
-def _say_gone(driver: Driver, progress: SweepProgress, watch: Watch, why: str) -> None:
-    """Print that the launch leaves a Ray that is gone, or why it stops."""
-    if watch.stopping.is_set():
-        progress.note(why)
-    else:
-        driver.stop(why.removesuffix("."))
 
 
 def _fit(tuner: Tuner, watch: Watch) -> str:
@@ -253,6 +257,17 @@ def _fit(tuner: Tuner, watch: Watch) -> str:
     if errors:
         raise errors[0]
     return ""
+
+
+def nodes_at(address: str) -> list[dict[str, Any]]:
+    """Return the nodes of a Ray cluster that are alive, as Ray describes them.
+
+    Raises:
+        UserError: it does not answer.
+    """
+    log = Path(tempfile.gettempdir()) / f"ray-{uuid.uuid4().hex}.log"
+    with _joined(address, log):
+        return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _look() -> Callable[[], dict[str, str] | None]:
@@ -360,17 +375,23 @@ class Trials:
             self._driver.put_back(task)
             raise
 
-    def _held(self, task: Task) -> dict[str, float]:
-        """Return the resources that Ray reserves for a task."""
+    def _held(self, task: Task) -> dict[str, Any]:
+        """Return the resources that Ray reserves for a task, and the labels of its node."""
         cpu, gpu = self._resources.of(task.stage.kind)
         if task.alone:
             # It ran out of memory: nothing else may run on its device, or on its node.
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            nodes = [node for node in ray.nodes() if node["Alive"]]
+            fit = [node["Resources"] for node in nodes if matches(node, self._resources)]
             if gpu > 0:
                 gpu = 1.0
             else:
-                cpu = max([cpu, *(node.get("CPU", 0) for node in nodes)])
-        return {"cpu": cpu, "gpu": gpu}
+                cpu = max([cpu, *(node.get("CPU", 0) for node in fit)])
+        held: dict[str, Any] = {"cpu": cpu, "gpu": gpu}
+        if self._resources.custom:
+            held["custom"] = dict(self._resources.custom)
+        if self._resources.labels:
+            held["labels"] = dict(self._resources.labels)
+        return held
 
     @_guarded
     def started(self, trial_id: str) -> None:
@@ -463,9 +484,11 @@ class _Events(Callback):  # type: ignore[misc]  # ray is untyped
 # In a worker ------------------------------------------------------------------------------------
 
 
-def _resources(config: Mapping[str, Any]) -> dict[str, float]:
-    held: dict[str, float] = config["held"]
-    return held
+def _resources(config: Mapping[str, Any]) -> PlacementGroupFactory:
+    held: Mapping[str, Any] = config["held"]
+    bundle = {"CPU": held["cpu"], "GPU": held["gpu"], **held.get("custom", {})}
+    labels = {"bundle_label_selector": [held["labels"]]} if "labels" in held else {}
+    return PlacementGroupFactory([bundle], **labels)
 
 
 def compute_stage(config: dict[str, Any], launch: Launch) -> None:
@@ -674,39 +697,3 @@ def leave() -> None:
         ray.shutdown()
     finally:
         gc.enable()
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM, which batch systems send, stop a launch as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-class _Signals:
-    """What SIGTERM and Ctrl-C do while Ray runs."""
-
-    def to(self, stop: threading.Event) -> None:
-        """Let them set an event. A second Ctrl-C interrupts: the user does not want to wait."""
-
-        def interrupt(*_: object) -> None:
-            if stop.is_set():
-                raise KeyboardInterrupt
-            stop.set()
-
-        signal.signal(signal.SIGTERM, lambda *_: stop.set())
-        signal.signal(signal.SIGINT, interrupt)
-
-
-@contextmanager
-def _signals() -> Iterator[_Signals]:
-    """Restore at the end what SIGTERM and Ctrl-C do; not before Ray is left, which has its own."""
-    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield _Signals()
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)

@@ -26,6 +26,7 @@ from orchestrator.store.storage import open_storage
 from orchestrator.store.store import Store
 from orchestrator.sweep.output import output_location, store_location
 from orchestrator.sweep.sections import ResourceSpec
+from orchestrator.sweep.typed import build_section
 
 if TYPE_CHECKING:
     from orchestrator.tracking.reader import RunState
@@ -395,7 +396,9 @@ def _sweep_text(results: Results) -> str:
 
 def _resources(cells: Iterable[Launched]) -> ResourceSpec:
     cell = next(iter(cells), None)
-    return ResourceSpec(**({} if cell is None else cell.base.get("resources") or {}))
+    written = {} if cell is None else cell.base.get("resources") or {}
+    built: ResourceSpec = build_section("resources", ResourceSpec, written)
+    return built
 
 
 def _timings(

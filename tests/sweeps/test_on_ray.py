@@ -258,9 +258,74 @@ def test_slots_are_the_stages_that_fit_at_once(
     [({"cpu": 5}, "cpu=5 gpu=0"), ({"gpu": 1}, "cpu=1 gpu=1"), ({"cell_cpu": 5}, "cpu=5 gpu=0")],
 )
 def test_resources_that_no_node_has_are_refused(asked: dict[str, float], named: str) -> None:
-    there = r"nodes: 4 CPU / 0 GPU, 2 CPU / 0\.5 GPU"
+    there = r"nodes: 4 CPU / 0 GPU; 2 CPU / 0\.5 GPU"
     with pytest.raises(UserError, match=rf"no node can run .* {named} \({there}\); lower"):
         nodes.slots([node(4), node(2, 0.5)], ResourceSpec(**asked))
+
+
+LABELED = [
+    {**node(8, 1), "NodeManagerHostname": "big",
+     "Labels": {"ray.io/accelerator-type": "A100", "region": "eu"}},
+    {**node(4), "NodeManagerHostname": "small", "Labels": {"ray.io/node-id": "x"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("labels", "count"),
+    [
+        ({}, 12),
+        ({"ray.io/accelerator-type": "A100"}, 8),
+        ({"ray.io/accelerator-type": "in(H100, A100)", "region": "eu"}, 8),
+        ({"region": "!eu"}, 4),  # a node without the label too, as Ray has it
+        ({"region": "!in(us, eu)"}, 4),
+        ({"region": "!us"}, 12),
+    ],
+)
+def test_only_nodes_with_the_labels_hold_stages(labels: dict[str, str], count: int) -> None:
+    assert nodes.slots(LABELED, ResourceSpec(labels=labels)) == count
+
+
+def test_a_label_or_a_resource_that_no_node_has_is_refused() -> None:
+    asked = ResourceSpec(labels={"region": "us"}, custom={"license": 1})
+    there = (
+        r"nodes: 8 CPU / 1 GPU, ray\.io/accelerator-type=A100, region=eu; 4 CPU / 0 GPU\); lower"
+    )
+    with pytest.raises(UserError, match=rf"license=1 label region=us \({there}"):
+        nodes.slots(LABELED, asked)
+    owner = {"Resources": {"CPU": 4.0, "license": 3.0, "node:10.0.0.1": 1.0, "memory": 1e9}}
+    # 3 licenses for 4 CPUs
+    assert nodes.slots([owner], ResourceSpec(custom={"license": 1})) == 3
+    with pytest.raises(UserError, match=r"nodes: 4 CPU / 0 GPU, 3 license\)"):
+        nodes.slots([owner], ResourceSpec(custom={"license": 4}))
+
+
+def test_a_plan_says_which_nodes_can_hold_what() -> None:
+    asked = ResourceSpec(cpu=2, cell_cpu=1, labels={"region": "eu"})
+    assert nodes.node_lines(LABELED, asked) == [
+        "node big (8 CPU / 1 GPU, ray.io/accelerator-type=A100, region=eu) holds 4 stages at once, "
+        "or 8 of a single cell.",
+        "node small (4 CPU / 0 GPU) holds no stage: it lacks label region=eu.",
+    ]
+    assert nodes.node_lines(LABELED[1:], ResourceSpec(gpu=0.5, custom={"license": 2})) == [
+        "node small (4 CPU / 0 GPU) holds no stage: it lacks 0.5 GPU, 2 license."
+    ]
+
+
+def test_a_trial_asks_ray_for_labels_and_own_resources(hand: ByHand) -> None:
+    from ray.tune import PlacementGroupFactory
+
+    from orchestrator.run import on_ray
+
+    labels, custom = {"region": "in(eu, us)"}, {"license": 2.0}
+    trials = on_ray.Trials(hand.driver, ResourceSpec(labels=labels, custom=custom))
+    config = trials.suggest("a")
+    assert config["held"] == {"cpu": 1, "gpu": 0.0, "labels": labels, "custom": custom}
+    assert on_ray._resources(config) == PlacementGroupFactory(
+        [{"CPU": 1.0, "license": 2.0}], bundle_label_selector=[labels]
+    )
+    assert on_ray._resources({"held": {"cpu": 1, "gpu": 0.5}}) == PlacementGroupFactory(
+        [{"CPU": 1.0, "GPU": 0.5}]
+    )
 
 
 def test_workers_of_a_cluster_get_the_variables_that_act_on_them(
