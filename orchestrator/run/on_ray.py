@@ -82,7 +82,7 @@ from orchestrator.run.refine import RefineSpec
 from orchestrator.run.schedule import Task
 from orchestrator.run.signals import signals, sigterm_as_interrupt
 from orchestrator.run.worker import Launch, Report, StageCall, compute_call, wait_for_others
-from orchestrator.store.storage import Storage
+from orchestrator.store.storage import LocalStorage, Storage
 from orchestrator.store.store import Store
 from orchestrator.sweep.sections import ResourceSpec
 from orchestrator.sweep.sweep import Sweep
@@ -226,7 +226,8 @@ def _compute(
 
 def _log_file(sweep: Sweep, results: Results, launch: str) -> Path:
     """Return where Ray's own words go: the sweep's folder, or a temporary one for a URL."""
-    folder = Path(sweep.folder) if results.storage.local else Path(tempfile.gettempdir())
+    at = results.storage
+    folder = at.root / sweep.name if isinstance(at, LocalStorage) else Path(tempfile.gettempdir())
     return folder / f"ray-{launch}.log"
 
 
@@ -271,7 +272,7 @@ def nodes_at(address: str) -> list[dict[str, Any]]:
 
 
 def _look() -> Callable[[], dict[str, str] | None]:
-    """Return a function that returns the names of Ray's nodes by id, None if it does not answer."""
+    """Return what returns the names of Ray's nodes by id, None if it does not answer."""
     head = ray.get_runtime_context().gcs_address
 
     def look() -> dict[str, str] | None:

@@ -19,6 +19,8 @@ LOOK_SECONDS = 2.0
 SILENT_SECONDS, SILENT_STOPPING_SECONDS = 45.0, 6.0
 # From when on the user is told.
 QUIET_SECONDS = 10.0
+# A launch that was not asked for this long was suspended itself: it missed Ray's answers.
+SUSPENDED_SECONDS = 10.0
 # In how many seconds a stop has to be over. Slurm kills 30 s after SIGTERM.
 STOP_SECONDS = 20.0
 # For how long an address may take to accept a connection.
@@ -61,8 +63,9 @@ class Watch:
         self.stopping = threading.Event()
         self._done = threading.Event()
         self._answered = clock()
+        self._asked = clock()  # when `gone` was last read
         self._stopped: float | None = None  # when `stopping` was first seen
-        self._known: dict[str, str] = {}
+        self._known: dict[str, str] | None = None  # before the first look
         self._lost: set[str] = set()  # names
         self._told = False
 
@@ -84,7 +87,10 @@ class Watch:
 
     def look(self) -> None:
         """Look once."""
-        found = self._look()
+        try:
+            found = self._look()
+        except Exception:  # of a Ray that goes down in this moment
+            found = None
         if self._done.is_set():
             return
         if found is not None and not self.stopping.is_set():
@@ -93,24 +99,28 @@ class Watch:
             self._answered = self._clock()
 
     def _compare(self, found: Mapping[str, str]) -> None:
-        for node, name in self._known.items():
+        known, self._known = self._known, dict(found)
+        if known is None:
+            return
+        for node, name in known.items():
             if node not in found:
                 self._lost.add(name)
                 left = "1 node is" if len(found) == 1 else f"{len(found)} nodes are"
                 again = " Its stages start again elsewhere." if found else ""
                 self._note(f"node {name} is lost; {left} left.{again} {self._words()}".strip())
         for node, name in found.items():
-            if self._known and node not in self._known:
+            if node not in known:
                 came = "is back" if name in self._lost else "has joined"
                 self._lost.discard(name)
                 self._note(f"node {name} {came}; there are {len(found)} nodes.")
-        if found:
-            self._known = dict(found)
 
     @property
     def gone(self) -> str:
-        """Why the launch must leave Ray alone now; empty if it need not."""
+        """Why the launch must leave Ray alone now; empty if it need not. To be asked often."""
         now = self._clock()
+        if now - self._asked > SUSPENDED_SECONDS:
+            self._answered = now
+        self._asked = now
         silent = now - self._answered
         if self.stopping.is_set():
             if self._stopped is None:

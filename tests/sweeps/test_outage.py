@@ -26,10 +26,13 @@ class Cluster:
         )
 
     def at(self, seconds: float, nodes: Mapping[str, str] | None) -> str:
-        """Look at a time; return why the launch must leave."""
-        self.now, self.nodes = seconds, nodes
-        self.watch.look()
-        return self.watch.gone
+        """Look every second until a time; return why the launch must leave."""
+        self.nodes, why = nodes, ""
+        while self.now < seconds and not why:
+            self.now = min(self.now + 1, seconds)
+            self.watch.look()
+            why = self.watch.gone
+        return why
 
 
 def test_lost_and_regained_nodes_have_a_line_each() -> None:
@@ -37,7 +40,7 @@ def test_lost_and_regained_nodes_have_a_line_each() -> None:
     both, alone = {"1": "head", "2": "left"}, {"1": "head"}
     again = {"1": "head", "3": "left"}
     for at, nodes in enumerate((both, both, alone, alone, again, {**again, "4": "right"})):
-        assert cluster.at(at, nodes) == ""
+        assert cluster.at(at + 1, nodes) == ""
     # A node that is back has another id.
     assert cluster.notes == [
         "node left is lost; 1 node is left. Its stages start again elsewhere. What Ray says: FILE.",
@@ -48,31 +51,40 @@ def test_lost_and_regained_nodes_have_a_line_each() -> None:
 
 def test_an_answer_that_fails_to_come_says_nothing_of_nodes() -> None:
     cluster = Cluster()
-    cluster.at(0, {"1": "head"})
-    cluster.at(2, None)
-    cluster.at(4, {"1": "head"})
+    cluster.at(1, {"1": "head"})
+    cluster.at(3, None)
+    cluster.at(5, {"1": "head"})
     assert cluster.notes == []
 
 
 def test_a_ray_that_is_silent_is_left_before_its_client_ends_the_process() -> None:
     cluster = Cluster()
-    assert cluster.at(0, {"1": "head"}) == ""
-    assert cluster.at(9, None) == ""
-    assert cluster.notes == []
+    assert cluster.at(1, {"1": "head"}) == ""
     assert cluster.at(11, None) == ""
-    assert cluster.at(13, None) == ""
+    assert cluster.notes == []
+    assert cluster.at(12, None) == ""
+    assert cluster.at(14, None) == ""
     (note,) = cluster.notes
     assert note.startswith("Ray does not answer; the launch stops if that lasts 45 s.")
-    assert cluster.at(44, None) == ""
-    assert cluster.at(46, None) == "Ray has not answered for 45 s"
+    assert cluster.at(46, None) == ""
+    assert cluster.at(47, None) == "Ray has not answered for 45 s"
     assert cluster.watch.gone
     # Ray's client waits for 60 s.
     assert outage.SILENT_SECONDS + outage.LOOK_SECONDS + outage.CONNECT_SECONDS < 60
 
 
+def test_a_launch_that_was_suspended_has_missed_the_answers() -> None:
+    cluster = Cluster()
+    cluster.at(1, {"1": "head"})
+    cluster.now = 600.0  # Ctrl-Z, and fg
+    assert cluster.watch.gone == ""
+    assert cluster.at(610, {"1": "head"}) == ""
+    assert cluster.notes == []
+
+
 def test_a_ray_that_answers_again_is_kept() -> None:
     cluster = Cluster()
-    cluster.at(0, {"1": "head"})
+    cluster.at(1, {"1": "head"})
     cluster.at(30, None)
     assert cluster.at(31, {"1": "head"}) == ""
     assert cluster.notes[-1] == "Ray answers again."
@@ -82,29 +94,28 @@ def test_a_ray_that_answers_again_is_kept() -> None:
 def test_a_ray_without_nodes_is_gone_too() -> None:
     """Its head answers, but its own node died: Tune would wait for ever."""
     cluster = Cluster()
-    cluster.at(0, {"1": "here"})
+    cluster.at(1, {"1": "here"})
     assert cluster.at(10, {}) == ""
-    assert cluster.notes[0].startswith("node here is lost; 0 nodes are left.")
-    assert cluster.at(46, {}) == "Ray has not answered for 45 s"
+    assert cluster.notes == ["node here is lost; 0 nodes are left. What Ray says: FILE."]
+    assert cluster.at(47, {}) == "Ray has not answered for 45 s"
 
 
 def test_a_stop_does_not_wait_for_a_ray_that_was_stopped_too() -> None:
     cluster = Cluster()
-    cluster.at(0, {"1": "head", "2": "left"})
+    cluster.at(1, {"1": "head", "2": "left"})
     cluster.watch.stopping.set()
-    assert cluster.at(1, {"1": "head"}) == ""
-    assert cluster.at(6, None) == ""
-    assert cluster.at(8, None) == "Ray went down at the same time"
+    assert cluster.at(2, {"1": "head"}) == ""
+    assert cluster.at(8, None) == ""
+    assert cluster.at(9, None) == "Ray went down at the same time"
     assert cluster.notes == []  # the nodes were told to go
 
 
 def test_a_stop_has_its_time() -> None:
     cluster = Cluster()
-    cluster.at(0, {"1": "head"})
+    cluster.at(1, {"1": "head"})
     cluster.watch.stopping.set()
-    assert cluster.at(1, {"1": "head"}) == ""
-    assert cluster.at(20, {"1": "head"}) == ""
-    assert cluster.at(22, {"1": "head"}) == "Ray did not stop within 20 s"
+    assert cluster.at(22, {"1": "head"}) == ""
+    assert cluster.at(23, {"1": "head"}) == "Ray did not stop within 20 s"
     # Slurm kills 30 s after SIGTERM.
     assert outage.STOP_SECONDS < 30
 
