@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.table import Table
@@ -191,7 +193,17 @@ def launch(
     _print_result(loaded, planned, result)
     if not result.complete:
         _print_incomplete(result)
+    if result.ray_gone:
+        _end(0 if result.complete else EXIT_INCOMPLETE)
+    if not result.complete:
         raise typer.Exit(EXIT_INCOMPLETE)
+
+
+def _end(code: int) -> NoReturn:
+    """End this process without its exit handlers: Ray's wait for a Ray that is gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _refinement(sweep: Sweep, curves: list[Curve], trials: int | None) -> RefineSpec | None:

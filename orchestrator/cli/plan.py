@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from btu.errors import UserError
 from orchestrator.cli.shared import (
     LargeGrid,
     Overrides,
@@ -38,12 +39,16 @@ def plan(
     download: Annotated[
         bool, typer.Option("--download", help="Download data sets of the hub that are not here.")
     ] = False,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Also ask this Ray cluster which of its nodes can hold what, e.g. auto."),
+    ] = None,
     yes: LargeGrid = False,
 ) -> None:
     """Show what a sweep would run: cells, shared stages, disk and time. Trains nothing.
 
     Times are estimated from earlier launches with this output folder. No connection is opened,
-    except with `--download`, and to an output URL that you name yourself.
+    except with `--download` and `--address`, and to an output URL that you name yourself.
 
     Example: `btu plan sweeps/sst2_thresholds.yaml data.path=data/sst2 'grid.seed=[0,1,2]'`
     """
@@ -53,6 +58,24 @@ def plan(
     loaded = load_sweep(sweep, overrides or [], large=yes)
     planner = Planner(offline=not download)
     show_plan(loaded, planner, plan_sweep(loaded, planner), cells)
+    if address is not None:
+        _show_nodes(loaded, address)
+
+
+def _show_nodes(sweep: Sweep, address: str) -> None:
+    """Print which nodes of a cluster can hold the stages of a sweep."""
+    from orchestrator.run.nodes import node_lines, slots
+    from orchestrator.run.on_ray import nodes_at
+
+    nodes = nodes_at(address)
+    for line in node_lines(nodes, sweep.resources):
+        say(line)
+    try:
+        at_once = slots(nodes, sweep.resources)
+    except UserError as error:
+        warn(f"btu launch will refuse this: {error}")
+    else:
+        say(f"The cluster runs up to {at_once} stages at once.")
 
 
 def show_plan(sweep: Sweep, planner: Planner, planned: Plan, limit: int) -> None:

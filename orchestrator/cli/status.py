@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,20 +19,25 @@ from rich.text import Text
 
 from btu.errors import UserError
 from btu.redaction import shown
+from orchestrator.cli.live_page import LivePage
 from orchestrator.cli.shared import (
     EXIT_INCOMPLETE,
     MLFLOW_STORE,
     Output,
+    byte_size,
     cell_count,
     console,
     first_names,
+    say,
 )
 from orchestrator.sweep.output import DEFAULT_OUTPUT, output_location, output_option
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rich.console import RenderableType
 
-    from orchestrator.run.status import Computation, Launch, Status
+    from orchestrator.run.status import Computation, Launch, StageCosts, Status
 
 EXIT_RUNNING = 3
 WATCH_SECONDS = 5.0
@@ -51,6 +57,16 @@ def status(
     watch: Annotated[
         bool, typer.Option("--watch", help="Refresh every 5 s until no launch runs.")
     ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write the page of `btu report --html`: FILE.html. With --watch it is "
+            "written again as cells end, and a browser reloads it."
+        ),
+    ] = None,
+    stages: Annotated[
+        bool, typer.Option("--stages", help="Also show what each kind of stage took.")
+    ] = False,
 ) -> None:
     """Show how a sweep stands, running or dead: done, running, failed, orphaned, left, ETA.
 
@@ -61,32 +77,44 @@ def status(
     Exit code 0: every cell is done; 3: a launch runs; 1: no launch runs, and cells failed or are
     left, or all were refused; 2: an error. Without NAME: 0.
 
-    Example: `btu status main-table --watch`
+    Example: `btu status main-table --watch --html main-table.html`
     """
     from orchestrator.run.status import SweepState, sweep_status
 
     if name is None:
-        if watch or tracking_uri:
+        given = {
+            "--watch": watch,
+            "--html": html,
+            "--stages": stages,
+            "--tracking-uri": tracking_uri,
+        }
+        if option := next((option for option, value in given.items() if value), None):
             raise UserError(
-                f"{'--watch' if watch else '--tracking-uri'} needs the name of a sweep; btu status "
-                "without one lists the sweeps."
+                f"{option} needs the name of a sweep; btu status without one lists the sweeps."
             )
         _print_all(output, as_json)
         return
     if watch and as_json:
         raise UserError("--watch and --json exclude each other; leave one out.")
+    page = None if html is None else LivePage(html, name, output, watch=watch)
     stand = _with_runs(sweep_status(output, name), output, tracking_uri)
+    if page is not None:
+        page.update(stand)
     if as_json:
         sys.stdout.write(json.dumps(stand.facts(), indent=1) + "\n")
     elif watch:
-        with Live(_page(stand), console=console, auto_refresh=False) as live:
+        with Live(_page(stand, stages), console=console, auto_refresh=False) as live:
             while stand.state is SweepState.running:
                 time.sleep(WATCH_SECONDS)
                 stand = _with_runs(sweep_status(output, name), output, tracking_uri, stand)
-                live.update(_page(stand), refresh=True)
+                live.update(_page(stand, stages), refresh=True)
+                if page is not None:
+                    page.update(stand)
     else:
-        for part in _page(stand).renderables:
+        for part in _page(stand, stages).renderables:
             console.print(part, soft_wrap=isinstance(part, Text))
+    if page is not None and not as_json:
+        say(f"Page: {html}" if page.written else f"No page yet: no cell of {name} has ended.")
     if stand.state is SweepState.running:
         raise typer.Exit(EXIT_RUNNING)
     if stand.state is not SweepState.done:
@@ -161,7 +189,7 @@ def _overview(found: list[Status]) -> Table:
     return table
 
 
-def _page(stand: Status) -> Group:
+def _page(stand: Status, stages: bool = False) -> Group:
     from orchestrator.run.progress import label
     from orchestrator.run.status import CellState, SweepState
 
@@ -178,6 +206,8 @@ def _page(stand: Status) -> Group:
     parts: list[RenderableType] = [Text("\n".join(lines))]
     if stand.work:
         parts.append(_work_table(stand.work))
+    if stages and stand.costs:
+        parts.append(_costs_table(stand.costs))
     failed = Counter(cell.reason.splitlines()[0] for cell in stand.cells if cell.reason)
     examples = {c.reason.splitlines()[0]: c.label for c in reversed(stand.cells) if c.reason}
     reasons = [
@@ -218,6 +248,22 @@ def _work_table(work: list[Computation]) -> Table:
         state = f"[red]orphaned[/red]{silent}" if item.lost else "running"
         table.add_row(
             escape(item.stage), str(item.cells), escape(item.host), str(item.pid), since, state
+        )
+    return table
+
+
+def _costs_table(costs: Iterable[StageCosts]) -> Table:
+    from orchestrator.run.progress import duration
+
+    table = Table("stage", header_style="bold")
+    for column in ("computed", "mean time", "peak memory", "on the GPU"):
+        table.add_column(column, justify="right")
+    table.add_column("device")
+    for of in costs:
+        time_ = duration(of.seconds) if of.seconds >= 1 else f"{of.seconds:.2f} s"
+        sizes = [byte_size(int(size)) if size else "-" for size in (of.memory, of.gpu_memory)]
+        table.add_row(
+            escape(of.stage), str(of.computed), time_, *sizes, escape(", ".join(of.devices))
         )
     return table
 

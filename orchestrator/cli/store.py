@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,12 +18,14 @@ from btu.errors import UserError
 from orchestrator.cli.shared import Output, console, errors, warn
 from orchestrator.store import gc as housekeeping
 from orchestrator.store import places
+from orchestrator.store.lease import TTL_S, Holder
 from orchestrator.store.marker import SIGNING_KEY, signing_key
 from orchestrator.store.owners import foreign_entries
 from orchestrator.store.store import Store
 from orchestrator.sweep.output import DEFAULT_OUTPUT, output_location, store_location
 
 EXIT_DAMAGED = 1
+PLURALS = {housekeeping.LAUNCH: "registered launches"}
 _SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -235,8 +238,11 @@ def gc(
 ) -> None:
     """Make room: list what would be removed, and remove it with --yes.
 
-    Files of killed stages and damaged results are always included, once they are an hour old. What
-    a running launch needs is never removed. A removed result is computed again when it is needed.
+    Files of killed stages and damaged results are always included, once they are an hour old; so
+    are leases and registrations of launches that are gone, and their folders for temporary files on
+    this machine. If one of another machine has been silent for 30 s, gc watches it for as long.
+    What a running launch needs is never removed. A removed result is computed again when it is
+    needed.
 
     Examples:
 
@@ -245,22 +251,45 @@ def gc(
         btu store gc --older-than 30d --max-size 20GB --yes # old results, then the oldest
     """
     from orchestrator.results.reachable import reachable
+    from orchestrator.run.local import dead_folders, remove_dead_folder
 
     age, size = parse_age(older_than), parse_size(max_size)
     store = _open(output)
     needed = None if not keep else reachable(output, keep)
-    candidates = housekeeping.gc_candidates(store, keep=needed, older_than=age, max_bytes=size)
+    candidates = housekeeping.gc_candidates(
+        store, keep=needed, older_than=age, max_bytes=size, watch=_watch
+    )
+    folders = {folder: _folder_bytes(folder) for folder in dead_folders()}
     for line in _in_words(candidates):
-        console.print(line, highlight=False)
-    if not candidates:
+        _say(line)
+    for folder, taken in folders.items():
+        _say(f"temporary folder ({decimal(taken)}): {folder}, of a launch that is gone")
+    if not candidates and not folders:
         console.print("Nothing to remove.", highlight=False)
     elif yes:
-        console.print(f"Freed {decimal(housekeeping.gc(store, candidates))}.", highlight=False)
+        freed = housekeeping.gc(store, candidates) + sum(folders.values())
+        for folder in folders:
+            remove_dead_folder(folder)
+        console.print(f"Freed {decimal(freed)}.", highlight=False)
     else:
-        total = decimal(sum(candidate.bytes for candidate in candidates))
+        total = sum(candidate.bytes for candidate in candidates) + sum(folders.values())
         console.print(
-            f"This would free {total}. Nothing was removed; --yes removes it.", highlight=False
+            f"This would free {decimal(total)}. Nothing was removed; --yes removes it.",
+            highlight=False,
         )
+
+
+def _watch(suspects: list[Holder]) -> None:
+    """Wait until the heartbeats of living holders have changed."""
+    _say(
+        f"{_count(len(suspects), 'lease or launch', 'leases and launches')} of other machines "
+        f"last changed over {TTL_S:.0f} s ago; watching for {TTL_S:.0f} s whether they live."
+    )
+    time.sleep(TTL_S)
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def parse_age(text: str | None) -> float | None:
@@ -299,12 +328,13 @@ def _in_words(candidates: list[housekeeping.Candidate]) -> list[str]:
         groups.setdefault((candidate.kind, candidate.why), []).append(candidate.bytes)
     lines = []
     for (kind, why), sizes in groups.items():
-        lines.append(f"{_count(len(sizes), kind)} ({decimal(sum(sizes))}): {why}")
+        plural = PLURALS.get(kind, "")
+        lines.append(f"{_count(len(sizes), kind, plural)} ({decimal(sum(sizes))}): {why}")
     return lines
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def _count(number: int, noun: str, plural: str = "") -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {plural or f'{noun}s'}"
 
 
 def _say(text: str) -> None:

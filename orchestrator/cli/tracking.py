@@ -56,6 +56,11 @@ def sync(
         say(f"Runs that had been deleted in MLflow: {synced.deleted}, {how}.")
     if synced.missing:
         raise UserError(f"MLflow does not have all runs: {synced.reason}")
+    if synced.reason:
+        raise UserError(
+            f"Unfinished runs in MLflow were not looked for ({synced.reason}); give the same "
+            "command again once it answers."
+        )
     try:
         summarized = sync_module.summarize(
             where, experiment, results, respect_deleted=respect_deleted

@@ -41,8 +41,10 @@ VERSIONS = ("code", "python", "torch", "transformers", "device", "precision", "d
 LINE_HEIGHT, HEAT_ROW, BAR_ROW = 280, 38, 30
 
 
-def page(source: Source) -> str:
+def page(source: Source, reload: int = 0) -> str:
     """Return the page of a sweep's finished cells.
+
+    reload: seconds after which a browser reads the file again; 0 for a page that stays as it is.
 
     Raises:
         UserError: no cell is finished.
@@ -56,6 +58,7 @@ def page(source: Source) -> str:
     return str(
         _template().render(
             name=source.name,
+            reload=reload,
             cells=len(records),
             seeds=table["seed"].nunique(),
             failed=failed.most_common(),
@@ -84,13 +87,13 @@ def check_page(path: Path) -> None:
     check_file(f"--html {path}", path)
 
 
-def write_page(source: Source, path: Path) -> None:
+def write_page(source: Source, path: Path, reload: int = 0) -> None:
     """Write `page` to a path that `check_page` accepts, completely or not at all.
 
     Raises:
         UserError: no cell is finished, or the page cannot be written to disk.
     """
-    text = page(source)
+    text = page(source, reload)
     aside = path.with_name(f".{uuid.uuid4().hex}.html")
     try:
         try:

@@ -53,7 +53,7 @@ NOTE: dict[str, Check] = dict.fromkeys(("record", "run_id"), is_text)
 EVENT: dict[str, Check] = {
     "time": is_amount,
     **dict.fromkeys(("event", "key", "stage", "launch", "outcome", "device"), is_text),
-    "seconds": is_amount,
+    **dict.fromkeys(("seconds", "memory", "gpu_memory"), is_amount),
 }
 _STAGE: dict[str, Check] = {
     "name": is_text,

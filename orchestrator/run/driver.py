@@ -57,6 +57,7 @@ class LaunchResult:
     missing: how many cells have neither.
     seconds: how long the launch took.
     stopped: why it ended before its work did; empty if it did not.
+    ray_gone: whether Ray went away under it: its client would keep this process from ending.
     """
 
     done: int
@@ -64,6 +65,7 @@ class LaunchResult:
     missing: int
     seconds: float
     stopped: str = ""
+    ray_gone: bool = False
 
     @property
     def complete(self) -> bool:
@@ -355,6 +357,10 @@ class Driver:
         self._journal("start", task)
         self._progress.refresh(self._schedule)
 
+    def tick(self) -> None:
+        """Time has passed: show where the launch stands, if that is due."""
+        self._progress.tick(self._schedule)
+
     def stop(self, reason: str) -> None:
         """Hand out no further task; running stages may end. The first reason is kept."""
         if not self.stopped:
@@ -367,7 +373,7 @@ class Driver:
         """A worker reported how a task ended."""
         self._running.discard(task.stage.key)
         # Not all of a chain's ends are reported at once: the time of this line is not the stage's.
-        self._journal("end", task, outcome=report.outcome.value, seconds=report.seconds)
+        self._journal("end", task, outcome=report.outcome.value, **_costs(report))
         handlers = {
             Outcome.done: self._done,
             Outcome.busy: self._busy,
@@ -623,6 +629,18 @@ class _Elsewhere:
         """A worker has found that another launch computes a stage."""
         self._listed = -math.inf
         self._busy_until[key] = self._clock() + WAIT_SECONDS
+
+
+def _costs(report: Report) -> dict[str, str | float]:
+    """Return what the journal keeps of a stage that was computed; empty if it was there already."""
+    if not report.seconds:
+        return {}
+    return {
+        "seconds": report.seconds,
+        "device": report.device,
+        "memory": report.memory,
+        "gpu_memory": report.gpu_memory,
+    }
 
 
 def _condensed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from btu.errors import UserError
 from btu.provenance import code_version
 from orchestrator.store.storage import Storage
 from orchestrator.store.store import Store
-from orchestrator.sweep.sections import ResourceSpec
+from orchestrator.sweep.labels import selects
+from orchestrator.sweep.sections import OWN_RESOURCES, ResourceSpec
 
 # Environment variables that affect a trial; a remote worker inherits none of the driver's.
-PASSED_PREFIXES = ("MLFLOW_", "HF_", "BTU_", "AWS_", "TRANSFORMERS_")
+PASSED_PREFIXES = ("MLFLOW_", "HF_", "BTU_", "AWS_", "FSSPEC_", "TRANSFORMERS_")
 # Those that Ray reads before a trial starts. They are no secrets, and stand in command lines.
 RAY_PREFIX = "RAY_ACCEL_"
+# Of stages, by what they occupy. Those of kind "host" never need more than a "stage".
+KINDS = ("stage", "cell")
 
 
 class Environment:
@@ -36,6 +40,10 @@ class Environment:
     def enter(self) -> None:
         """Set the variables in this process, before the libraries that read them are imported."""
         os.environ.update(self._variables)
+        if any(name.startswith("FSSPEC_") for name in self._variables):
+            # Ray has imported fsspec by now, which reads its variables only then.
+            config: Any = importlib.import_module("fsspec.config")
+            config.set_conf_env(config.conf, self._variables)
 
 
 def passed_environment() -> Environment:
@@ -79,33 +87,96 @@ def check_answers(address: str | None) -> None:
         ) from error
 
 
-def slots(nodes: list[Mapping[str, Any]], resources: ResourceSpec) -> int:
+def slots(nodes: Sequence[Mapping[str, Any]], resources: ResourceSpec) -> int:
     """Return how many stages run at once.
 
     Raises:
-        UserError: no node has the resources of one.
+        UserError: no node has the resources and labels of one.
     """
-    demands = [resources.of(kind) for kind in ("stage", "cell")]
-    for cpu, gpu in demands:
-        if not any(_holds(node, cpu, gpu) for node in nodes):
-            have = ", ".join(
-                f"{n['Resources'].get('CPU', 0):g} CPU / {n['Resources'].get('GPU', 0):g} GPU"
-                for n in nodes
-            )
+    for kind in KINDS:
+        if not any(_holds(node, resources, kind) for node in nodes):
             raise UserError(
-                f"no node can run a stage with resources cpu={cpu:g} gpu={gpu:g} (nodes: "
-                f"{have}); lower resources, or use --address."
+                f"no node can run a stage with {_asked(resources, kind)} (nodes: "
+                f"{'; '.join(map(_has, nodes))}); lower resources, or use --address."
             )
-    return max(1, sum(max(_holds(node, cpu, gpu) for cpu, gpu in demands) for node in nodes))
+    return max(1, sum(max(_holds(node, resources, kind) for kind in KINDS) for node in nodes))
 
 
-def _holds(node: Mapping[str, Any], cpu: float, gpu: float) -> int:
-    """Return how many stages with such a demand fit on a node."""
-    resources = node["Resources"]
-    fits = resources.get("CPU", 0) / cpu
-    if gpu > 0:
-        fits = min(fits, resources.get("GPU", 0) / gpu)
+def node_lines(nodes: Sequence[Mapping[str, Any]], resources: ResourceSpec) -> list[str]:
+    """Return a line for each node: what it has, and how many stages it holds at once."""
+    lines = []
+    for node in nodes:
+        counts = {kind: _holds(node, resources, kind) for kind in KINDS}
+        if not all(counts.values()) and (missing := _missing(node, resources)):
+            what = f"holds no stage: it lacks {', '.join(missing)}"
+        else:
+            shared, own = counts.values()
+            what = f"holds {shared} stage{'' if shared == 1 else 's'} at once"
+            what += "" if shared == own else f", or {own} of a single cell"
+        lines.append(f"node {node.get('NodeManagerHostname', '?')} ({_has(node)}) {what}.")
+    return lines
+
+
+def matches(node: Mapping[str, Any], resources: ResourceSpec) -> bool:
+    """Return whether a node has the labels that stages ask for."""
+    has = node.get("Labels") or {}
+    return all(selects(selector, has.get(key)) for key, selector in resources.labels.items())
+
+
+def _demand(resources: ResourceSpec, kind: str) -> dict[str, float]:
+    """Return what a stage occupies, by Ray's name of the resource."""
+    cpu, gpu = resources.of(kind)
+    return {"CPU": cpu, **({"GPU": gpu} if gpu > 0 else {}), **resources.custom}
+
+
+def _holds(node: Mapping[str, Any], resources: ResourceSpec, kind: str) -> int:
+    """Return how many stages of a kind fit on a node."""
+    if not matches(node, resources):
+        return 0
+    has = node["Resources"]
+    fits = min(has.get(name, 0) / amount for name, amount in _demand(resources, kind).items())
     return int(fits + 1e-9)
+
+
+def _missing(node: Mapping[str, Any], resources: ResourceSpec) -> list[str]:
+    """Return what keeps a node from holding the stages of a sweep."""
+    has, labels = node["Resources"], node.get("Labels") or {}
+    missing = [
+        f"label {key}={selector}"
+        for key, selector in resources.labels.items()
+        if not selects(selector, labels.get(key))
+    ]
+    most: dict[str, float] = {}
+    for kind in KINDS:
+        for name, amount in _demand(resources, kind).items():
+            most[name] = max(amount, most.get(name, 0.0))
+    return missing + [f"{n:g} {name}" for name, n in most.items() if has.get(name, 0) < n]
+
+
+def _asked(resources: ResourceSpec, kind: str) -> str:
+    cpu, gpu = resources.of(kind)
+    parts = [f"resources cpu={cpu:g} gpu={gpu:g}"]
+    parts += [f"{name}={amount:g}" for name, amount in resources.custom.items()]
+    parts += [f"label {key}={selector}" for key, selector in resources.labels.items()]
+    return " ".join(parts)
+
+
+def _has(node: Mapping[str, Any]) -> str:
+    """Return what a node has, in the words of `ResourceSpec`."""
+    has = node["Resources"]
+    parts = [f"{has.get('CPU', 0):g} CPU / {has.get('GPU', 0):g} GPU"]
+    parts += [
+        f"{amount:g} {name}"
+        for name, amount in sorted(has.items())
+        # Ray adds some of its own: an address, a type of accelerator.
+        if name.lower() not in OWN_RESOURCES and not name.startswith(("node:", "accelerator_type:"))
+    ]
+    parts += [
+        f"{key}={value}"
+        for key, value in sorted((node.get("Labels") or {}).items())
+        if key != "ray.io/node-id"
+    ]
+    return ", ".join(parts)
 
 
 def probe(location: str, folder: str, node: str, token: str) -> str:

@@ -7,16 +7,17 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import logging
 import os
-import shutil
-import signal
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -41,7 +42,14 @@ import ray
 from ray import tune
 from ray._private import ray_constants
 from ray.exceptions import GetTimeoutError, RayError
-from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune import (
+    Callback,
+    FailureConfig,
+    PlacementGroupFactory,
+    RunConfig,
+    TuneConfig,
+    Tuner,
+)
 from ray.tune.execution import class_cache
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -56,22 +64,25 @@ from orchestrator.run.driver import (
     Idle,
     LaunchResult,
 )
-from orchestrator.run.local import ray_folder, ray_token
+from orchestrator.run.local import Diverted, ray_folder, ray_token, stderr_to, tune_folder
 from orchestrator.run.nodes import (
     PASSED_PREFIXES,
     Environment,
     check_answers,
     local_environment,
+    matches,
     passed_environment,
     probe,
     ray_settings,
     slots,
     unseen,
 )
+from orchestrator.run.outage import Watch, answers
 from orchestrator.run.progress import SweepProgress
 from orchestrator.run.publish import Publisher
 from orchestrator.run.refine import RefineSpec
 from orchestrator.run.schedule import Task
+from orchestrator.run.signals import signals, sigterm_as_interrupt
 from orchestrator.run.worker import (
     Launch,
     Outcome,
@@ -80,7 +91,7 @@ from orchestrator.run.worker import (
     compute_call,
     wait_for_others,
 )
-from orchestrator.store.storage import Storage
+from orchestrator.store.storage import LocalStorage, Storage
 from orchestrator.store.store import Store
 from orchestrator.sweep.sections import ResourceSpec
 from orchestrator.sweep.sweep import Sweep
@@ -97,8 +108,15 @@ START_TRIES = 3
 NODE_SECONDS = 120
 # A chain that has computed for longer since its last report reports again.
 REPORT_SECONDS = 5.0
+# Seconds for a Ray to shut down in.
+LEAVE_SECONDS = 20.0
 # CPUs that a waiting trial reserves: nearly none, but Ray places no trial without a demand.
 WAIT_CPUS = 0.001
+
+# Seconds between looks at whether Tune has ended.
+LOOP_SECONDS = 0.2
+# Not `ray.tune.tune`, which is a function of the same name.
+_TUNE: Any = importlib.import_module("ray.tune.tune")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -144,19 +162,20 @@ def launch(
         retry_failed=retry_failed,
         cell_ended=publisher.cell_ended,
     )
-    with _sigterm_as_interrupt():
+    with sigterm_as_interrupt():
         driver.prepare()
         publisher.prepare()
         with driver.underway():
+            gone = False
             if driver.has_work:
                 publisher.start()
                 try:
-                    _compute(driver, sweep, results, publisher.tracking, address)
+                    gone = _compute(driver, sweep, results, publisher.tracking, address, progress)
                 finally:
                     publisher.stop(wait=driver.stopped != INTERRUPTED)
             driver.drop_models()
             publisher.synchronize(driver.id, interrupted=driver.stopped == INTERRUPTED)
-        return driver.result()
+        return replace(driver.result(), ray_gone=gone)
 
 
 def _compute(
@@ -165,60 +184,129 @@ def _compute(
     results: Results,
     tracking: Mapping[str, Any] | None,
     address: str | None,
-) -> None:
-    """Run the driver's tasks on Ray until it has none left.
+    progress: SweepProgress,
+) -> bool:
+    """Run the driver's tasks on Ray until it has none left; return whether Ray went away before.
 
     driver: of the launch.
     sweep: what is launched.
     results: of the sweep, with the store that all nodes must see.
     tracking: `Publisher.tracking`; None if MLflow does not answer.
     address: of a cluster; None for a local Ray.
+    progress: shows the launch to the user.
 
     Raises:
         UserError: Ray does not answer, or its nodes cannot run the sweep.
     """
     trials = Trials(driver, sweep.resources)
+    log = _log_file(sweep, results, driver.id)
     # Ray goes before the folder that it writes to.
     try:
-        with _state(sweep, results, driver.id, address) as state, _joined(address) as environment:
+        with tune_folder() as state, signals() as told, _joined(address, log) as joined:
             launch = Launch(
-                driver.id, sweep.store_location, sweep.output, sweep.name, tracking, environment
+                driver.id,
+                sweep.store_location,
+                sweep.output,
+                sweep.name,
+                tracking,
+                joined.environment,
             )
             nodes = [node for node in ray.nodes() if node["Alive"]]
             driver.slots = slots(nodes, sweep.resources)
             if address is not None or len(nodes) > 1:
                 _check_nodes(nodes, launch, results.store.storage)
-            # Again: ray.init has replaced the handler that `launch` has set.
-            with _sigterm_as_interrupt():
-                _tuner(trials, launch, driver.slots, state).fit()
+            watch = Watch(_look(), progress.note, joined.words)
+            told.to(watch.stopping)  # only now: ray.init has replaced the handlers
+            with watch.looking():
+                why = _fit(_tuner(trials, launch, driver.slots, watch.stopping, str(state)), watch)
+            if why:
+                joined.abandon()
+                words = joined.words() if joined.log and not joined.log.empty else ""
+                said = f"{why}. {words}".strip()
+                if watch.stopping.is_set():
+                    progress.note(said)
+                else:
+                    driver.stop(said.removesuffix("."))
     finally:
         driver.save_timings()
     if trials.error is not None:
         raise trials.error
     driver.all_ended()
+    return joined.gone
 
 
-@contextmanager
-def _state(sweep: Sweep, results: Results, launch: str, address: str | None) -> Iterator[str]:
-    """Make a path or URL for Tune's own files, which nothing here reads; remove it at the end.
+def _log_file(sweep: Sweep, results: Results, launch: str) -> Path:
+    """Return where Ray's own words go: the sweep's folder, or a temporary one for a URL."""
+    at = results.storage
+    folder = at.root / sweep.name if isinstance(at, LocalStorage) else Path(tempfile.gettempdir())
+    return folder / f"ray-{launch}.log"
 
-    sweep: what is launched.
-    results: of the sweep.
-    launch: its id.
-    address: of a cluster, whose nodes must all see the folder; None for a local Ray.
+
+def _fit(tuner: Tuner, watch: Watch) -> str:
+    """Run trials until none are left, or until the launch is told to stop.
+
+    Tune runs in a thread: where Ray is gone, its calls do not return. Returns why the launch has
+    left it there; empty if it has ended.
+
+    Raises:
+        Exception: what Tune raises.
     """
-    name = f".tune-{launch}"
-    state = f"{sweep.folder}/{name}" if address else tempfile.mkdtemp(prefix="btu-tune-")
-    try:
-        yield state
-    finally:
-        if "://" in state:
-            results.storage.remove(f"{sweep.name}/{name}")
-        shutil.rmtree(state, ignore_errors=True)
+    ended = threading.Event()
+    errors: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            tuner.fit()
+        except BaseException as error:  # raised again below
+            errors.append(error)
+        finally:
+            ended.set()
+
+    threading.Thread(target=fit, daemon=True, name="Tune").start()
+    while not ended.wait(LOOP_SECONDS):
+        if why := watch.gone:
+            return why
+    if errors:
+        raise errors[0]
+    return ""
 
 
-def _tuner(trials: Trials, launch: Launch, at_once: int, state: str) -> Tuner:
-    """Return what runs the trials. state: path or URL of Tune's own files."""
+def nodes_at(address: str) -> list[dict[str, Any]]:
+    """Return the nodes of a Ray cluster that are alive, as Ray describes them.
+
+    Raises:
+        UserError: it does not answer.
+    """
+    log = Path(tempfile.gettempdir()) / f"ray-{uuid.uuid4().hex}.log"
+    with _joined(address, log):
+        return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _look() -> Callable[[], dict[str, str] | None]:
+    """Return what returns the names of Ray's nodes by id, None if it does not answer."""
+    head = ray.get_runtime_context().gcs_address
+
+    def look() -> dict[str, str] | None:
+        # First: Ray's own call would block, and end this process after a minute.
+        if not answers(head):
+            return None
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        return {node["NodeID"]: node["NodeManagerHostname"] for node in alive}
+
+    return look
+
+
+def _tuner(
+    trials: Trials, launch: Launch, at_once: int, stop: threading.Event, state: str
+) -> Tuner:
+    """Return what runs the trials.
+
+    at_once: how many run at once, about.
+    stop: ends them.
+    state: path of Tune's own files.
+    """
+    # Tune sets it at a signal, but catches signals only in the main thread.
+    _TUNE._setup_signal_catching = lambda: stop
     trainable = tune.with_parameters(compute_stage, launch=launch)
     return Tuner(
         tune.with_resources(trainable, _resources),
@@ -303,17 +391,23 @@ class Trials:
                 self._driver.put_back(task)
             raise
 
-    def _held(self, task: Task) -> dict[str, float]:
-        """Return the resources that Ray reserves for a task."""
+    def _held(self, task: Task) -> dict[str, Any]:
+        """Return the resources that Ray reserves for a task, and the labels of its node."""
         cpu, gpu = self._resources.of(task.stage.kind)
         if task.alone:
             # It ran out of memory: nothing else may run on its device, or on its node.
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            nodes = [node for node in ray.nodes() if node["Alive"]]
+            fit = [node["Resources"] for node in nodes if matches(node, self._resources)]
             if gpu > 0:
                 gpu = 1.0
             else:
-                cpu = max([cpu, *(node.get("CPU", 0) for node in nodes)])
-        return {"cpu": cpu, "gpu": gpu}
+                cpu = max([cpu, *(node.get("CPU", 0) for node in fit)])
+        held: dict[str, Any] = {"cpu": cpu, "gpu": gpu}
+        if self._resources.custom:
+            held["custom"] = dict(self._resources.custom)
+        if self._resources.labels:
+            held["labels"] = dict(self._resources.labels)
+        return held
 
     @_guarded
     def started(self, trial_id: str) -> None:
@@ -374,6 +468,11 @@ class Trials:
         else:
             self._driver.waited()
 
+    @_guarded
+    def looked(self) -> None:
+        """Tune has looked whether a trial has ended; it does so many times a second."""
+        self._driver.tick()
+
 
 class _Gate(Searcher):  # type: ignore[misc]  # ray is untyped
     """Gives Tune the trials to run."""
@@ -420,6 +519,10 @@ class _Events(Callback):  # type: ignore[misc]  # ray is untyped
         if self._trials:
             self._trials.started(trial.trial_id)
 
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self._trials:
+            self._trials.looked()
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if self._trials:
             self._trials.gave_up(trial.trial_id, str(trial.get_error() or ""))
@@ -428,9 +531,11 @@ class _Events(Callback):  # type: ignore[misc]  # ray is untyped
 # In a worker ------------------------------------------------------------------------------------
 
 
-def _resources(config: Mapping[str, Any]) -> dict[str, float]:
-    held: dict[str, float] = config["held"]
-    return held
+def _resources(config: Mapping[str, Any]) -> PlacementGroupFactory:
+    held: Mapping[str, Any] = config["held"]
+    bundle = {"CPU": held["cpu"], "GPU": held["gpu"], **held.get("custom", {})}
+    labels = {"bundle_label_selector": [held["labels"]]} if "labels" in held else {}
+    return PlacementGroupFactory([bundle], **labels)
 
 
 def compute_stage(config: dict[str, Any], launch: Launch) -> None:
@@ -507,28 +612,79 @@ def _check_nodes(nodes: list[Any], launch: Launch, storage: Storage) -> None:
 # Coming and going -------------------------------------------------------------------------------
 
 
+@dataclass
+class Joined:
+    """A connection to Ray.
+
+    environment: the variables that workers do not inherit.
+    log: what Ray says; None if it is not this launch's Ray.
+    own: the processes of a Ray that this launch has started.
+    gone: whether Ray is left alone, since it does not answer.
+    """
+
+    environment: Environment
+    log: Diverted | None = None
+    own: list[psutil.Process] = field(default_factory=list)
+    gone: bool = False
+
+    def words(self) -> str:
+        """Return a sentence on where Ray's words are; empty if they are where they always were."""
+        return self.log.words() if self.log is not None else ""
+
+    def abandon(self) -> None:
+        """Leave Ray alone from now on, and end what is left of an own one."""
+        self.gone = True
+        if self.log is not None:
+            self.log.stays = True
+        for process in self.own:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def close(self) -> None:
+        """Leave Ray, unless it is gone or goes meanwhile."""
+        if self.gone:
+            return
+        left = threading.Event()
+
+        def shut_down() -> None:
+            with suppress(Exception):
+                leave()
+            left.set()
+
+        threading.Thread(target=shut_down, daemon=True, name="leave Ray").start()
+        if not left.wait(LEAVE_SECONDS):
+            self.abandon()
+
+
 @contextmanager
-def _joined(address: str | None) -> Iterator[Environment]:
+def _joined(address: str | None, log: Path) -> Iterator[Joined]:
     """Start a local Ray or join a cluster, and leave it at the end.
 
-    A process that is in one already stays in it. Gives the variables that workers do not inherit.
+    A process that is in one already stays in it.
+
+    log: the file for what Ray writes to the standard error of this process.
 
     Raises:
         UserError: it does not answer or does not start.
     """
     if ray.is_initialized():
-        yield passed_environment()
+        yield Joined(passed_environment())
         return
     with ExitStack() as stack:
         folder = None
+        before = set(psutil.Process().children())
         if address is None:
             folder = stack.enter_context(ray_folder())
             stack.enter_context(ray_token())
         else:
             check_answers(address)
+        joined = Joined(passed_environment() if address else local_environment())
+        joined.log = stack.enter_context(stderr_to(log))
         connect(address, folder)
-        stack.callback(leave)
-        yield passed_environment() if address else local_environment()
+        stack.callback(joined.close)
+        if address is None:
+            joined.own = sorted(set(psutil.Process().children()) - before, key=lambda p: p.pid)
+        yield joined
 
 
 def connect(address: str | None, folder: Path | None = None) -> None:
@@ -603,13 +759,3 @@ def leave() -> None:
         ray.shutdown()
     finally:
         gc.enable()
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM, which batch systems send, stop Tune as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

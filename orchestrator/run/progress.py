@@ -20,8 +20,8 @@ from orchestrator.sweep.sections import shown_coordinates
 if TYPE_CHECKING:
     from orchestrator.plan.work import Work
 
-# A log gets a line on where the sweep stands after this many seconds, then after twice as many, ...
-LOG_SECONDS = 30.0
+# A log gets a line on where the sweep stands this often.
+LOG_SECONDS = 60.0
 BASES = {
     Basis.measured: "from the times of such stages",
     Basis.rows: "a rough estimate, from the rows per second of other stages",
@@ -56,7 +56,7 @@ class SweepProgress:
     """Two live lines per sweep, stages and cells; in a log, a line per ended cell.
 
     Both get an estimate of the computing at the start, and of the time when the first stage begins;
-    a log also gets, at growing intervals, a line on where the sweep stands.
+    a log also gets, every minute, a line on where the sweep stands.
     """
 
     def __init__(self, console: Console) -> None:
@@ -72,7 +72,7 @@ class SweepProgress:
         self._cells = self._bar.add_task("cells", total=None, state="", start=False)
         self._total = self._cached = 0
         self._estimated = self._searching = False
-        self._began, self._pause = 0.0, LOG_SECONDS  # the clock of a log's lines
+        self._due = 0.0  # when a log gets its next line
 
     def begin(self, work: Work, schedule: Schedule, total: int, searching: bool = False) -> None:
         """Print what there is to do and what is done already, and start the live lines.
@@ -129,13 +129,19 @@ class SweepProgress:
             self._bar.update(task, total=total, completed=ended, state=states[-1])
         if begun and not self._estimated:
             self._estimated = True
-            self._began = time.monotonic()
+            self._due = time.monotonic() + LOG_SECONDS
             self._note_estimate(schedule)
-        elapsed = time.monotonic() - self._began
-        if self._estimated and elapsed >= self._pause and not self._console.is_terminal:
-            while self._pause <= elapsed:
-                self._pause *= 2
+        if self._is_due():
+            self._due = time.monotonic() + LOG_SECONDS
             self.note("stages {}; cells {}".format(*states))
+
+    def tick(self, schedule: Schedule) -> None:
+        """Time has passed: give a log its line, if it is due."""
+        if self._is_due():
+            self.refresh(schedule)
+
+    def _is_due(self) -> bool:
+        return self._estimated and not self._console.is_terminal and time.monotonic() >= self._due
 
     def _note_estimate(self, schedule: Schedule) -> None:
         """Print how long the sweep takes, now that it is known how many stages run at once."""

@@ -52,9 +52,9 @@ class Publisher:
         from orchestrator.tracking import experiment, server
 
         uri = server.tracking_uri(self._sweep)
+        # First: a server may take long to answer, and `btu status` may ask meanwhile.
+        self._results.record_server(None if self._sweep.tracking.uri is None else uri)
         experiment_id, reason = experiment.prepare(self._sweep, self._note)
-        named = self._sweep.tracking.uri
-        self._results.record_server(None if named is None else uri)
         if experiment_id is None:
             reason = shorten(reason, 150, placeholder=" ...")
             self._note(
@@ -115,9 +115,15 @@ class Publisher:
 
         synced = sync.sync(uri, experiment_id, self._results, live, owner)
         if synced.missing:
+            many = "1 result is" if synced.missing == 1 else f"{synced.missing} results are"
             self._note(
-                f"{synced.missing} results are on disk but not in MLflow ({synced.reason}); "
+                f"{many} on disk but not in MLflow ({synced.reason}); "
                 f"{self._sync_command()} writes them once {server.shown(uri)} answers."
+            )
+        elif synced.reason:
+            self._note(
+                f"Unfinished runs in MLflow were not looked for ({synced.reason}); "
+                f"{self._sync_command()} closes them once {server.shown(uri)} answers."
             )
         self.tracking = {"uri": uri, "id": experiment_id, "fresh": False}
         if not interrupted:

@@ -28,6 +28,7 @@ from orchestrator.store.storage import open_storage
 from orchestrator.store.store import Store
 from orchestrator.sweep.output import output_location, store_location
 from orchestrator.sweep.sections import ResourceSpec
+from orchestrator.sweep.typed import build_section
 
 if TYPE_CHECKING:
     from orchestrator.tracking.reader import RunState
@@ -100,6 +101,21 @@ class Launch(NamedTuple):
     lost: bool
 
 
+class StageCosts(NamedTuple):
+    """What the stages of a kind took that were computed for a sweep.
+
+    computed: how many. seconds: their mean. memory, gpu_memory: the most bytes that one of them
+    took, of its process and on its device. devices: what they were computed on.
+    """
+
+    stage: str
+    computed: int
+    seconds: float
+    memory: float
+    gpu_memory: float
+    devices: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Status:
     """How a sweep stands.
@@ -114,6 +130,7 @@ class Status:
     held: keys with a live lease.
     untracked: why there are no `runs`, or why they are those of an earlier look.
     unlisted: how many of the cells that are left have their stages in no plan of this version.
+    costs: of the stages that were computed for it, by kind.
     """
 
     name: str
@@ -130,6 +147,7 @@ class Status:
     runs: Runs | None = None
     untracked: str = ""
     unlisted: int = 0
+    costs: tuple[StageCosts, ...] = ()
 
     @property
     def counts(self) -> dict[CellState, int]:
@@ -176,6 +194,7 @@ class Status:
                 {"varied": dict(cell.varied), "reason": cell.reason} for cell in self.refused
             ],
             "work": [work._asdict() for work in self.work],
+            "costs": [costs._asdict() for costs in self.costs],
             "launches": [launch._asdict() for launch in self.launches],
             "mlflow": None if self.runs is None else asdict(self.runs),
             "untracked": self.untracked,
@@ -277,6 +296,31 @@ def _status(results: Results, now: float | None) -> Status:
         "optuna" in (yaml.safe_load(_sweep_text(results)) or {}),
         frozenset(holder.name for holder in leases if not holder.lost),
         unlisted=unlisted,
+        costs=_costs(journal, names),
+    )
+
+
+def _costs(
+    journal: Iterable[Mapping[str, Any]], names: Mapping[str, str]
+) -> tuple[StageCosts, ...]:
+    """Return what stages took, in the order in which their kinds first ended.
+
+    names: of stages by key.
+    """
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for event in journal:
+        if event["event"] == "end" and event.get("seconds") and event["key"] in names:
+            kinds.setdefault(names[event["key"]], []).append(event)
+    return tuple(
+        StageCosts(
+            name,
+            len(ended),
+            sum(event["seconds"] for event in ended) / len(ended),
+            max(event.get("memory", 0) for event in ended),
+            max(event.get("gpu_memory", 0) for event in ended),
+            tuple(sorted({event.get("device", "") for event in ended} - {""})),
+        )
+        for name, ended in kinds.items()
     )
 
 
@@ -354,7 +398,9 @@ def _sweep_text(results: Results) -> str:
 
 def _resources(cells: Iterable[Launched]) -> ResourceSpec:
     cell = next(iter(cells), None)
-    return ResourceSpec(**({} if cell is None else cell.base.get("resources") or {}))
+    written = {} if cell is None else cell.base.get("resources") or {}
+    built: ResourceSpec = build_section("resources", ResourceSpec, written)
+    return built
 
 
 def _timings(

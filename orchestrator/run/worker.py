@@ -21,6 +21,7 @@ from btu.provenance import code_version
 from btu.stages import run_stage
 from btu.types import ProgressCallback, silent
 from orchestrator.results.folder import POISON, Results
+from orchestrator.run.memory import Peak
 from orchestrator.run.nodes import Environment
 from orchestrator.run.schedule import CELL
 from orchestrator.store.store import Damaged, Missing, Store
@@ -108,6 +109,7 @@ class Report:
     facts: small results to show.
     untracked: why MLflow does not have the cell, if it should.
     device: where it was computed.
+    memory, gpu_memory: the most bytes that it took, of its process and on the device.
     """
 
     outcome: Outcome
@@ -117,6 +119,8 @@ class Report:
     facts: Mapping[str, float] = field(default_factory=dict)
     untracked: str = ""
     device: str = "cpu"
+    memory: int = 0
+    gpu_memory: int = 0
 
     def to_json(self) -> str:
         return json.dumps(vars(self))
@@ -289,6 +293,7 @@ class _Attempt:
             # Inside the try: a full disk may refuse the folder already.
             folder = store.workspace(self.key)
             use_threads(call.cpus)
+            peak = Peak(gpu=call.gpus > 0)
             record = run_stage(
                 node,
                 inputs,
@@ -297,6 +302,7 @@ class _Attempt:
                 accumulation=call.accumulation,
                 progress=self.progress,
             )
+            memory, gpu_memory = peak.bytes, peak.gpu_bytes
             facts = {
                 "stage": node["name"],
                 "units": node["units"],
@@ -319,6 +325,8 @@ class _Attempt:
             facts={k: v for k, v in record["facts"].items() if isinstance(v, int | float)},
             untracked=self._track(),
             device=record["environment"]["device"],
+            memory=memory,
+            gpu_memory=gpu_memory,
         )
 
     def _track(self) -> str:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from orchestrator.store import places
 from orchestrator.store.cache import folder_sizes
-from orchestrator.store.lease import LEFTOVER_S
+from orchestrator.store.lease import LEFTOVER_S, Holder
 
 if TYPE_CHECKING:
     from orchestrator.store.store import Store
+
+HOLDERS = (places.LEASES, places.LAUNCHES)
+# `Candidate.kind` of what a process left that computes or launches no more.
+LEASE, LAUNCH = "lease", "registered launch"
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Usage:
 
 
 class Candidate(NamedTuple):
-    """Something to remove. paths: in order of removal. why: completes "results that are ..."."""
+    """Something to remove. paths: in order of removal. why: said of it, after kind and size."""
 
     kind: str
     key: str
@@ -57,19 +61,28 @@ def gc_candidates(
     older_than: float | None = None,
     max_bytes: int | None = None,
     now: float | None = None,
+    watch: Callable[[list[Holder]], None] = lambda suspects: None,
 ) -> list[Candidate]:
     """Return what `gc` may remove. Nothing in use is included.
 
-    Left-overs and stale leases older than LEFTOVER_S are always included.
+    Always included are left-overs older than LEFTOVER_S, and the leases and registrations of
+    processes that are gone: a process of this machine that does not run, or one of another machine
+    whose heartbeat did not change for TTL_S of this machine's time.
 
     store: the store to look at.
     keep: keys of results that stay. If it is the only limit, all other results are included.
     older_than: include results older than this many seconds.
     max_bytes: include the oldest results until the rest is below this size.
     now: Unix time in seconds; None is the present.
+    watch: called with holders of other machines that have been silent for TTL_S, by the times of
+        their files; waits for TTL_S. Without it they count as alive until LEFTOVER_S.
     """
     now = time.time() if now is None else now
-    busy = store.leases.in_use(now)
+    busy = store.leases.in_use(now)  # from here on, `store` watches every heartbeat
+    suspects = _suspects(store, now)
+    if suspects:
+        watch(suspects)
+        busy = store.leases.in_use(now)
     markers = sorted(store.markers(unsigned=True), key=lambda marker: marker.committed)
     chosen = _leftovers(store, {marker.folder for marker in markers}, busy, now)
     total = sum(marker.bytes for marker in markers)
@@ -89,14 +102,19 @@ def gc_candidates(
     return chosen
 
 
-def gc(store: Store, candidates: Iterable[Candidate]) -> int:
-    """Remove what `gc_candidates` returned, unless it is in use by now; return the bytes freed."""
+def gc(store: Store, candidates: Iterable[Candidate], now: float | None = None) -> int:
+    """Remove what `gc_candidates` returned, unless it is in use by now; return the bytes freed.
+
+    now: Unix time in seconds; None is the present.
+    """
     busy: set[str] = set()
+    live: set[str] = set()
     freed = 0
     for number, candidate in enumerate(candidates):
         if number % 50 == 0:  # removing takes a while, and a launch may start
-            busy = store.leases.in_use()
-        if candidate.key in busy:
+            busy = store.leases.in_use(now)
+            live = _live(store, now)
+        if candidate.key in busy or live.intersection(candidate.paths):
             continue
         for path in candidate.paths:
             store.storage.remove(path)
@@ -120,9 +138,44 @@ def _leftovers(store: Store, known: set[str], busy: set[str], now: float) -> lis
     for folder, why in ((places.DAMAGED, "damaged"), (places.TEMPORARY, "unfinished")):
         for path, (size, changed) in folder_sizes(store.storage, folder, 2).items():
             add("left-over", "", path, size, changed, why)
-    for folder in (places.LEASES, places.LAUNCHES):
+    return [*found, *_holders_gone(store, now)]
+
+
+def _suspects(store: Store, now: float) -> list[Holder]:
+    """Return holders of other machines that seem gone by the times of their files."""
+    found = [holder for folder in HOLDERS for holder in store.leases.holders(folder, now)]
+    return [holder for holder in found if holder.alive is None and holder.lost]
+
+
+def _live(store: Store, now: float | None) -> set[str]:
+    """Return the files of live leases and launches."""
+    return {path for folder in HOLDERS for path in store.leases.live(folder, now)}
+
+
+def _holders_gone(store: Store, now: float) -> list[Candidate]:
+    """Return the files of leases and launches whose process is gone, and what belongs to none."""
+    found = []
+    for folder, kind in ((places.LEASES, LEASE), (places.LAUNCHES, LAUNCH)):
+        files = folder_sizes(store.storage, folder, 2)
+        holders = {f"{folder}/{h.name}": h for h in store.leases.holders(folder, now)}
+        # After the holders: one that has come meanwhile is alive.
         live = {path.rpartition(".")[0] for path in store.leases.live(folder, now)}
-        for path, (size, changed) in folder_sizes(store.storage, folder, 2).items():
-            if path.rpartition(".")[0] not in live:
-                add("lease", "", path, size, changed, "of nobody alive")
+        for stem, holder in holders.items():
+            own = sorted(path for path in files if path.rpartition(".")[0] == stem)
+            if stem not in live and own:
+                size = sum(files[path][0] for path in own)
+                found.append(Candidate(kind, "", tuple(own), size, _gone(holder, kind)))
+        for path, (size, changed) in files.items():
+            stem = path.rpartition(".")[0]
+            if stem not in live and stem not in holders and now - changed > LEFTOVER_S:
+                found.append(Candidate(kind, "", (path,), size, "of nobody alive"))
     return found
+
+
+def _gone(holder: Holder, kind: str) -> str:
+    """Return why a lease or launch counts as gone."""
+    if kind == LEASE:
+        return "of nobody alive"
+    host, pid = holder.facts.get("host", "?"), holder.facts.get("pid", "?")
+    silent = "" if holder.silent is None else f", silent for {holder.silent:.0f} s"
+    return f"{holder.name} of host {host} (pid {pid}{silent}), which is gone"

@@ -20,6 +20,10 @@ from btu.registry import Registry
 from btu.settings import TrainSettings, TuningSettings
 from btu.stages import as_config
 from btu.victims import VictimSpec
+from orchestrator.sweep.labels import check_labels
+
+# Resources that Ray gives every node, in lower case.
+OWN_RESOURCES = ("cpu", "gpu", "memory", "object_store_memory")
 
 
 @dataclass(frozen=True)
@@ -31,14 +35,31 @@ class ResourceSpec:
     cell_cpu: the CPUs of a stage of a single cell (unlearning, clean tuning, evaluation); null
         means `cpu`.
     cell_gpu: the GPUs of a stage of a single cell; null means `gpu`.
+    labels: a stage runs only on nodes with these labels. A value is VALUE, !VALUE, in(A, B) or
+        !in(A, B), as Ray's label selectors are.
+    custom: how much of a cluster's own resources a stage occupies, by name.
     """
 
     cpu: float = 1
     gpu: float = 0
     cell_cpu: float | None = None
     cell_gpu: float | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+    custom: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_labels(self.labels)
+        for name, amount in self.custom.items():
+            if name.lower() in OWN_RESOURCES:
+                raise UserError(
+                    f"resources.custom has {name}, which is no resource of a cluster's own; use "
+                    "resources.cpu or resources.gpu."
+                )
+            if not math.isfinite(amount) or amount <= 0 or (amount > 1 and amount % 1):
+                raise UserError(
+                    f"resources.custom.{name} must be above 0, and a whole number above 1, got "
+                    f"{amount}."
+                )
         for name in ("cpu", "cell_cpu"):
             value = getattr(self, name)
             if value is not None and (not math.isfinite(value) or value <= 0):

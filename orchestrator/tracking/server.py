@@ -24,7 +24,7 @@ from btu.redaction import shown_url
 from orchestrator.results.folder import LaunchedServer, Results
 from orchestrator.sweep.output import DATABASE
 from orchestrator.sweep.sweep import Sweep
-from orchestrator.sweep.trust import server_refusal
+from orchestrator.sweep.trust import TRACKING_VARIABLE, server_refusal
 from orchestrator.tracking.runs import ID_TAG
 
 # Seconds before a server that did not answer is asked again; records in a row that may fail.
@@ -135,6 +135,10 @@ def launched_uri(results: Results, option: str) -> str:
     found = results.server()
     if found is None:
         return default_uri(results.output)
+    # The environment may name the same server with its password, and the user trusts it.
+    named = os.environ.get(TRACKING_VARIABLE, "")
+    if named and shown_url(named) == found.uri:
+        return absolute(named)
     if not found.whole:
         raise UserError(
             f"sweep '{results.name}' was launched with the MLflow store {found.uri}, whose "

@@ -21,8 +21,12 @@ SUMMARY_VERSION = 1
 
 @dataclass(frozen=True)
 class Synced:
-    """What `sync` did: runs written, runs closed, runs still missing, and why.
+    """What `sync` did.
 
+    written: how many runs.
+    closed: how many runs that dead workers had left unfinished.
+    missing: how many cells still have no run that shows how they ended.
+    reason: why; or why runs were not closed. Empty if all was done.
     deleted: cells whose runs a user deleted; they were written again, or left out.
     """
 
@@ -66,11 +70,12 @@ def sync(
         known = tracker.known(records)
     except Exception as error:
         missing = sum(not tracker.is_logged(record) for record in records)
-        return Synced(0, 0, max(1, missing), brief(error))
+        return Synced(0, 0, missing, brief(error))
+    unclosed = ""
     try:
         closed = tracker.close_orphans(live, owner, {record_id(record) for record in records})
     except Exception as error:
-        missed.append(brief(error))
+        unclosed = brief(error)
     for record in records:
         # What is whole first: whether somebody has the lease costs a request.
         if record_id(record) in known.whole or live(record["key"]):
@@ -97,7 +102,7 @@ def sync(
                     written += tracker.log(now, folder, cells[now["key"]].training_set)
         except Exception as error:
             missed.append(brief(error))
-    return Synced(written, closed, len(missed), missed[0] if missed else "", deleted)
+    return Synced(written, closed, len(missed), missed[0] if missed else unclosed, deleted)
 
 
 def summarize(

@@ -1000,7 +1000,8 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]
 
         def sync(uri: str, experiment: str, results: Any, live: Any, **more: bool) -> Any:
             calls.append({"uri": uri, "experiment": experiment, "results": results, "live": live})
-            return sync_module.Synced(written, 1, missing, "ConnectionError: gone")
+            reason = "ConnectionError: gone" if missing else ""
+            return sync_module.Synced(written, 1, missing, reason)
 
         monkeypatch.setattr(
             experiment_module, "experiment", lambda uri, name, tell: f"id of {name}"

@@ -184,6 +184,13 @@ def test_run_ids_are_shown_if_any_cell_has_one() -> None:
     assert [read.value(key, "run_id") for key in ("0000", "0001")] == ["abc", ""]
 
 
+def test_the_page_of_a_running_sweep_is_read_again(source: Source) -> None:
+    assert 'http-equiv="refresh"' not in page(source)
+    again = page(source, 30)
+    assert '<meta http-equiv="refresh" content="30">' in again
+    assert "the sweep runs; this page is read again every 30 s" in again
+
+
 def test_without_a_finished_cell_there_is_no_page() -> None:
     with pytest.raises(UserError, match="sweep 'given' has no finished cell yet; launch it first"):
         page(Given([]))

@@ -137,6 +137,25 @@ def test_a_stage_is_computed_and_published(shop: Shop) -> None:
     assert shop.store.leases.leased() == set()
 
 
+def test_a_stage_tells_the_most_memory_that_it_took(shop: Shop) -> None:
+    """Not what an earlier stage of the same process took."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("only Linux forgets an earlier peak")
+    size = 300_000_000
+
+    def take() -> None:
+        # A size that the allocator gives back to the system at once.
+        assert len(bytearray(b"x") * size) == size
+
+    DURING.append(take)
+    big = shop.run(stage("big")).memory
+    DURING.clear()
+    small = shop.run(stage("small")).memory
+    assert big > size
+    assert big - small > 0.9 * size
+    assert shop.run(stage("small")).memory == 0  # it was there
+
+
 def test_a_stage_reads_its_inputs(shop: Shop) -> None:
     first, second = stage("one"), stage("two")
     both = stage("both", first, second, function=read, light=("two",))

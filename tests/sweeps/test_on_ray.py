@@ -341,9 +341,74 @@ def test_slots_are_the_stages_that_fit_at_once(
     [({"cpu": 5}, "cpu=5 gpu=0"), ({"gpu": 1}, "cpu=1 gpu=1"), ({"cell_cpu": 5}, "cpu=5 gpu=0")],
 )
 def test_resources_that_no_node_has_are_refused(asked: dict[str, float], named: str) -> None:
-    there = r"nodes: 4 CPU / 0 GPU, 2 CPU / 0\.5 GPU"
+    there = r"nodes: 4 CPU / 0 GPU; 2 CPU / 0\.5 GPU"
     with pytest.raises(UserError, match=rf"no node can run .* {named} \({there}\); lower"):
         nodes.slots([node(4), node(2, 0.5)], ResourceSpec(**asked))
+
+
+LABELED = [
+    {**node(8, 1), "NodeManagerHostname": "big",
+     "Labels": {"ray.io/accelerator-type": "A100", "region": "eu"}},
+    {**node(4), "NodeManagerHostname": "small", "Labels": {"ray.io/node-id": "x"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("labels", "count"),
+    [
+        ({}, 12),
+        ({"ray.io/accelerator-type": "A100"}, 8),
+        ({"ray.io/accelerator-type": "in(H100, A100)", "region": "eu"}, 8),
+        ({"region": "!eu"}, 4),  # a node without the label too, as Ray has it
+        ({"region": "!in(us, eu)"}, 4),
+        ({"region": "!us"}, 12),
+    ],
+)
+def test_only_nodes_with_the_labels_hold_stages(labels: dict[str, str], count: int) -> None:
+    assert nodes.slots(LABELED, ResourceSpec(labels=labels)) == count
+
+
+def test_a_label_or_a_resource_that_no_node_has_is_refused() -> None:
+    asked = ResourceSpec(labels={"region": "us"}, custom={"license": 1})
+    there = (
+        r"nodes: 8 CPU / 1 GPU, ray\.io/accelerator-type=A100, region=eu; 4 CPU / 0 GPU\); lower"
+    )
+    with pytest.raises(UserError, match=rf"license=1 label region=us \({there}"):
+        nodes.slots(LABELED, asked)
+    owner = {"Resources": {"CPU": 4.0, "license": 3.0, "node:10.0.0.1": 1.0, "memory": 1e9}}
+    # 3 licenses for 4 CPUs
+    assert nodes.slots([owner], ResourceSpec(custom={"license": 1})) == 3
+    with pytest.raises(UserError, match=r"nodes: 4 CPU / 0 GPU, 3 license\)"):
+        nodes.slots([owner], ResourceSpec(custom={"license": 4}))
+
+
+def test_a_plan_says_which_nodes_can_hold_what() -> None:
+    asked = ResourceSpec(cpu=2, cell_cpu=1, labels={"region": "eu"})
+    assert nodes.node_lines(LABELED, asked) == [
+        "node big (8 CPU / 1 GPU, ray.io/accelerator-type=A100, region=eu) holds 4 stages at once, "
+        "or 8 of a single cell.",
+        "node small (4 CPU / 0 GPU) holds no stage: it lacks label region=eu.",
+    ]
+    assert nodes.node_lines(LABELED[1:], ResourceSpec(gpu=0.5, custom={"license": 2})) == [
+        "node small (4 CPU / 0 GPU) holds no stage: it lacks 0.5 GPU, 2 license."
+    ]
+
+
+def test_a_trial_asks_ray_for_labels_and_own_resources(hand: ByHand) -> None:
+    from ray.tune import PlacementGroupFactory
+
+    from orchestrator.run import on_ray
+
+    labels, custom = {"region": "in(eu, us)"}, {"license": 2.0}
+    trials = on_ray.Trials(hand.driver, ResourceSpec(labels=labels, custom=custom))
+    config = trials.suggest("a")
+    assert config["held"] == {"cpu": 1, "gpu": 0.0, "labels": labels, "custom": custom}
+    assert on_ray._resources(config) == PlacementGroupFactory(
+        [{"CPU": 1.0, "license": 2.0}], bundle_label_selector=[labels]
+    )
+    assert on_ray._resources({"held": {"cpu": 1, "gpu": 0.5}}) == PlacementGroupFactory(
+        [{"CPU": 1.0, "GPU": 0.5}]
+    )
 
 
 def test_workers_of_a_cluster_get_the_variables_that_act_on_them(
@@ -364,6 +429,22 @@ def test_workers_of_a_cluster_get_the_variables_that_act_on_them(
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "5"
     assert os.environ["BTU_CACHE"] == str(tmp_path / "cache")
     assert "SECRET_OF_ANOTHER_PROGRAM" not in os.environ
+
+
+def test_a_worker_asks_the_endpoint_that_fsspecs_variables_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its Ray has imported fsspec by then, which reads the variables only at that time."""
+    import fsspec.config
+
+    monkeypatch.setattr(fsspec.config, "conf", {})
+    monkeypatch.setenv("FSSPEC_S3_ENDPOINT_URL", "http://store:9000")
+    passed = nodes.passed_environment()
+    monkeypatch.delenv("FSSPEC_S3_ENDPOINT_URL")
+    assert fsspec.config.conf == {}
+    passed.enter()
+    assert os.environ["FSSPEC_S3_ENDPOINT_URL"] == "http://store:9000"
+    assert fsspec.config.conf == {"s3": {"endpoint_url": "http://store:9000"}}
 
 
 def test_a_worker_has_its_variables_before_it_computes(
@@ -422,6 +503,99 @@ def test_a_local_ray_has_a_private_folder_for_a_while() -> None:
         assert len(str(folder) + local.SOCKET) <= local.SOCKET_BYTES
         kept = folder.parent
     assert not kept.exists()
+
+
+def test_folders_of_a_killed_launch_are_told_from_those_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(local, "_places", lambda: [str(tmp_path)])
+    hold = (
+        "import sys, tempfile, time; tempfile.tempdir = sys.argv[1]\n"
+        "from orchestrator.run import local\n"
+        "local._places, local.MOST_BYTES = lambda: [sys.argv[1]], 1000\n"
+        "with local.tune_folder(), local.ray_folder():\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"held\n"
+    # A folder without a lock may be just being made, or somebody else's.
+    (tmp_path / "btu-tune-strange").mkdir()
+    with local.tune_folder() as own:
+        assert local.dead_folders() == []
+        other.kill()
+        other.wait(60)
+        other.stdout.close()
+        dead = local.dead_folders()
+        assert [path.name[:8] for path in dead] == ["btu-ray-", "btu-tune"]
+        for path in dead:
+            local.remove_dead_folder(path)
+        assert sorted(tmp_path.iterdir()) == sorted([own, tmp_path / "btu-tune-strange"])
+    assert not own.exists()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_ray_prints_goes_to_a_file_that_stays_if_it_was_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], named: bool
+) -> None:
+    path = tmp_path / "ray.log"
+    with local.stderr_to(path) as diverted:
+        assert diverted.empty
+        os.write(2, b"state dump\n")  # as C++ does
+        assert not diverted.empty
+        if named:
+            assert diverted.words() == f"What Ray says: {path}."
+    os.write(2, b"afterwards\n")
+    assert capfd.readouterr().err == "afterwards\n"
+    assert path.exists() == named
+    assert not named or path.read_text() == "state dump\n"
+
+
+def test_what_a_gone_ray_prints_stays_out_of_the_terminal(tmp_path: Path) -> None:
+    """In a process of its own: it ends with its standard error in the file."""
+    path = tmp_path / "ray.log"
+    code = (
+        "import os, sys; from pathlib import Path; from orchestrator.run import local\n"
+        "with local.stderr_to(Path(sys.argv[1])) as diverted:\n"
+        "    diverted.words()\n"
+        "    diverted.stays = True\n"
+        "os.write(2, b'a trace of C++')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, check=True)
+    assert (done.stderr, path.read_bytes()) == (b"", b"a trace of C++")
+
+
+def test_a_tune_that_hangs_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    from orchestrator.run import on_ray
+    from orchestrator.run.outage import Watch
+
+    hang = threading.Event()
+
+    class Hangs:
+        def fit(self) -> None:
+            hang.wait(60)
+
+    class Raises:
+        def fit(self) -> None:
+            raise RuntimeError("of Tune")
+
+    class Ends:
+        def fit(self) -> None: ...
+
+    now = [0.0]
+    watch = Watch(dict, print, clock=lambda: now[0])
+    assert on_ray._fit(Ends(), watch) == ""
+    with pytest.raises(RuntimeError, match="of Tune"):
+        on_ray._fit(Raises(), watch)
+    watch.stopping.set()
+    assert watch.gone == ""
+    now[0] = 10.0
+    assert on_ray._fit(Hangs(), watch) == "Ray went down at the same time"
+    hang.set()
 
 
 @pytest.mark.parametrize("length", [65, 200])

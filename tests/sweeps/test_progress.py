@@ -217,20 +217,22 @@ def test_before_any_timing_the_offline_victim_has_its_reference(log: io.StringIO
     assert "50 rows per second are what one CPU core without AMX does" in log.getvalue()
 
 
-def test_a_long_sweep_logs_where_it_stands_ever_more_rarely(
+def test_a_log_says_every_minute_where_the_sweep_stands(
     sweep: Sweep, log: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also while nothing begins or ends: time passes."""
     sweep.begin(sweep.shared)
     began = time.monotonic()
     shown = []
-    for seconds in (10, 31, 32, 59, 62, 100, 125):
+    for seconds in (10, 59, 61, 62, 119, 122, 190, 249, 251):
         monkeypatch.setattr("orchestrator.run.progress.time.monotonic", lambda: began + seconds)  # noqa: B023
         log.truncate(log.seek(0))
-        sweep.progress.refresh(sweep.schedule)
+        sweep.progress.tick(sweep.schedule)
         if log.getvalue():
             shown.append(seconds)
             line = log.getvalue()
-    assert shown == [31, 62, 125]
+    # 60 s after the first stage began, then 60 s after the line before: 61 + 60 < 122 + 60 < 190.
+    assert shown == [61, 122, 190, 251]
     assert line == "stages 0 done, 1 running of 4: shared; cells 0 done of 3, ETA 7 s\n"
 
 

@@ -22,7 +22,7 @@ class Desk:
     """A publisher with a fake MLflow, and the calls to it.
 
     answers: the experiment's id, None for a server that is away. missing: how many runs cannot be
-    written. refuses: what a summary raises.
+    written. unwritten: why something could not. refuses: what a summary raises.
     """
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
@@ -33,7 +33,7 @@ class Desk:
         sweep = load_sweep(file)
         self.answers: str | None = "7"
         self.reason = "Connection refused"
-        self.missing = 0
+        self.missing, self.unwritten = 0, ""
         self.refuses: Exception | None = None
         self.prepared = 0
         self.synced: list[tuple[str, str, str]] = []
@@ -52,7 +52,7 @@ class Desk:
             assert results is self.results
             self.synced.append((uri, id, owner))
             self.live = live
-            return SimpleNamespace(missing=self.missing, reason="ConnectionError: away")
+            return SimpleNamespace(missing=self.missing, reason=self.unwritten)
 
         def summarize(uri: str, id: str, results: Any) -> None:
             self.summaries.append((uri, id))
@@ -161,14 +161,38 @@ def test_a_server_that_is_away_is_named_and_asked_again_at_the_end(
     assert made.publisher.tracking == {"uri": "http://me:secret@host", "id": "8"}
 
 
+def test_the_server_is_recorded_before_it_is_asked(
+    desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may take long to answer, and `btu status` may be asked meanwhile."""
+    from orchestrator.tracking import experiment
+    from orchestrator.tracking.server import launched_uri
+
+    made = desk("http://host")
+    asked: list[str] = []
+
+    def prepare(*_: object) -> tuple[None, str]:
+        asked.append(launched_uri(made.results, "--uri"))
+        return None, "away"
+
+    monkeypatch.setattr(experiment, "prepare", prepare)
+    made.publisher.prepare()
+    assert asked == ["http://host"]
+
+
 def test_results_that_mlflow_misses_are_counted(desk: Callable[..., Desk], tmp_path: Path) -> None:
     made = desk()
-    made.missing = 3
+    made.missing, made.unwritten = 3, "ConnectionError: away"
     made.publisher.prepare()
     made.publisher.synchronize("me", interrupted=False)
+    made.missing = 0
+    made.publisher.synchronize("me", interrupted=False)
+    command = f"btu sync tiny --output {tmp_path / 'runs'} --uri http://host"
     assert made.notes == [
-        "3 results are on disk but not in MLflow (ConnectionError: away); btu sync tiny --output "
-        f"{tmp_path / 'runs'} --uri http://host writes them once http://host answers."
+        f"3 results are on disk but not in MLflow (ConnectionError: away); {command} writes them "
+        "once http://host answers.",
+        f"Unfinished runs in MLflow were not looked for (ConnectionError: away); {command} closes "
+        "them once http://host answers.",
     ]
     # The leases of other launches are live, its own are not: its workers have ended.
     with made.results.store.leases.lease("a" * 24, "other") as lease:
@@ -177,6 +201,44 @@ def test_results_that_mlflow_misses_are_counted(desk: Callable[..., Desk], tmp_p
     with made.results.store.leases.lease("a" * 24, "me") as lease:
         assert lease.acquire()
         assert not made.live("a" * 24)
+
+
+def test_what_a_server_misses_is_counted_in_cells(
+    desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A server that goes away fails to close unfinished runs too; that is no further cell."""
+    from orchestrator.tracking import sync
+    from orchestrator.tracking.writer import Known
+
+    made = desk()
+
+    class Away:
+        def __init__(self, *_: object) -> None: ...
+
+        def identify(self) -> None: ...
+
+        def known(self, _: object) -> Known:
+            return Known()
+
+        def close_orphans(self, *_: object) -> int:
+            raise ConnectionError("away")
+
+        def log(self, *_: object) -> bool:
+            raise ConnectionError("away")
+
+    monkeypatch.undo()  # the desk's own `sync`
+    monkeypatch.setattr(sync, "Tracker", Away)
+    finished = {"status": "finished", "varied": {}, "started": 1.0}
+    records = {key: {"key": key, **finished} for key in ("a" * 24, "b" * 24)}
+    monkeypatch.setattr(made.results, "records", lambda: iter(records.values()))
+    monkeypatch.setattr(made.results, "record", lambda key, varied: records[key])
+    monkeypatch.setattr(made.results.store, "fetch", lambda key: tmp_path)
+    done = sync.sync("http://host", "7", made.results, lambda key: False)
+    assert (done.missing, done.reason) == (2, "ConnectionError: away")
+    # With all runs there, the reason is that of the unfinished runs.
+    monkeypatch.setattr(Away, "log", lambda *_: True)
+    done = sync.sync("http://host", "7", made.results, lambda key: False)
+    assert (done.written, done.missing, done.reason) == (2, 0, "ConnectionError: away")
 
 
 @pytest.mark.parametrize(

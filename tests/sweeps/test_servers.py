@@ -130,6 +130,24 @@ def test_a_password_that_is_not_on_disk_is_asked_for(stored: Stored) -> None:
     assert SERVER in str(refused.value)
 
 
+def test_the_environment_has_the_password_of_the_launchs_server(
+    stored: Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = "http://me:secret@server.example:5000"
+    stored.results.record_server(whole)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", whole)
+    assert launched_uri(stored.results, "--uri") == whole
+    # The user named the server: credentials may go there.
+    stored.results.record_server(SERVER)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", SERVER)
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "secret")
+    assert launched_uri(stored.results, "--uri") == SERVER
+    # Of another server it says nothing.
+    stored.results.record_server("http://other:1")
+    monkeypatch.delenv("MLFLOW_TRACKING_TOKEN")
+    assert launched_uri(stored.results, "--uri") == "http://other:1"
+
+
 def test_a_folder_of_another_user_names_no_server_for_credentials(
     stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:

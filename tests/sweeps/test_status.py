@@ -64,7 +64,7 @@ class Made:
         facts = json.loads(lease._content()) | facts
         self.store.storage.write(path, json.dumps({**facts, "pid": int(gone.stdout)}).encode())
 
-    def note(self, time: float, event: str, key: str, launch: str = "l", **facts: str) -> None:
+    def note(self, time: float, event: str, key: str, launch: str = "l", **facts: Any) -> None:
         line = json.dumps({"time": time, "event": event, "key": key, "launch": launch, **facts})
         self.results.storage.append(f"{self.results.name}/journal.jsonl", line)
 
@@ -465,6 +465,64 @@ def test_watching_outlasts_a_server_that_does_not_answer(
     # The first look has nothing to fall back on.
     done = run_cli("status", "tiny", *where)
     assert (done.code, "does not answer" in done.err) == (2, True)
+
+
+def test_what_stages_took_is_shown(made: Made, run_cli: Callable[..., Ran], tmp_path: Path) -> None:
+    first, second = made.cells[:2]
+    # 2 s and 4 s, 1 and 3 GB; what was there already took nothing.
+    for at, (cell, seconds, memory) in enumerate(((first, 2.0, 1e9), (second, 4.0, 3e9))):
+        took = {"seconds": seconds, "memory": memory, "gpu_memory": 0, "device": "cpu"}
+        made.note(at, "end", stage_of(cell, "poisoned fine-tune"), outcome="done", **took)
+    took = {"seconds": 0.25, "memory": 1e9, "gpu_memory": 5e8, "device": "cuda:0"}
+    made.note(3, "end", first.key, outcome="done", **took)
+    made.note(4, "end", stage_of(first, "poison"), outcome="done")
+    costs = made.status().costs
+    assert costs == (
+        ("poisoned fine-tune", 2, 3.0, 3e9, 0, ("cpu",)), ("cell", 1, 0.25, 1e9, 5e8, ("cuda:0",)),
+    )  # fmt: skip
+    shown = run_cli("status", "tiny", "--output", tmp_path / "runs", "--stages").out
+    for said in ("3.0 GB", "500.0 MB", "0.25 s", "cuda:0"):
+        assert said in shown
+    assert "3.0 GB" not in run_cli("status", "tiny", "--output", tmp_path / "runs").out
+
+
+@pytest.mark.parametrize("watch", [True, False])
+def test_the_page_of_a_running_sweep_is_read_again_until_it_ends(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: bool
+) -> None:
+    from orchestrator.cli import live_page
+
+    written: list[int] = []
+    clock = [0.0]
+
+    def write(source: object, path: Path, reload: int) -> None:
+        written.append(reload)
+        clock[0] += 1.0  # it takes a second to draw
+
+    monkeypatch.setattr("orchestrator.report.html.write_page", write)
+    monkeypatch.setattr("orchestrator.results.source.Snapshot", lambda source: source)
+    monkeypatch.setattr(live_page.time, "monotonic", lambda: clock[0])
+    page = live_page.LivePage(tmp_path / "x.html", "tiny", str(tmp_path / "runs"), watch=watch)
+    made.store.leases.register_launch("tiny-1", "tiny", [])
+
+    def at(seconds: float) -> int:
+        clock[0] = seconds
+        page.update(made.status())
+        return len(written)
+
+    assert (at(0), page.written) == (0, False)  # no cell has ended
+    made.finish(made.cells[0].key)
+    assert (at(5), page.written) == (1, True)
+    assert at(60) == 1  # nothing new
+    made.finish(made.cells[1].key)
+    assert at(61) == 2
+    made.finish(made.cells[2].key)
+    assert at(70) == 2  # not within 30 s
+    assert at(92) == 3
+    made.store.leases.release_launch("tiny-1")
+    assert at(93) == 4
+    assert at(200) == 4
+    assert written == [30, 30, 30, 0] if watch else [0, 0, 0, 0]
 
 
 def test_json_has_every_cell(made: Made, run_cli: Callable[..., Ran], tmp_path: Path) -> None:

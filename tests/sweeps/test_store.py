@@ -27,7 +27,7 @@ from btu.result_files import dumps, loads
 from orchestrator.store import lease as lease_module
 from orchestrator.store import packed, tree
 from orchestrator.store.gc import Usage, gc, gc_candidates, usage
-from orchestrator.store.lease import LEFTOVER_S, LOOK_S, TTL_S, Lease
+from orchestrator.store.lease import LEFTOVER_S, LOOK_S, TTL_S, Holder, Lease
 from orchestrator.store.marker import dump
 from orchestrator.store.places import FOLDERS
 from orchestrator.store.store import Damaged, Missing, Store
@@ -1009,6 +1009,60 @@ def test_what_comes_into_use_meanwhile_is_spared(store: Store) -> None:
     assert store.fetch(key_of("a"))
 
 
+def test_what_a_dead_process_registered_goes_at_once(store: Store) -> None:
+    gone = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True
+    )
+    dead = {**lease_module._machine(), "pid": int(gone.stdout), "started": "1"}
+    foreign(store, **dead)
+    launch = {**dead, "owner": "l1", "sweep": "s", "keys": []}
+    store.storage.write("launches/l1.json", json.dumps(launch).encode())
+    store.storage.write("launches/l1.beat", b"1")
+    store.leases.register_launch("l2", "sweep", [])  # this process lives
+    store.leases.heartbeat_launch("l2")
+    found = gc_candidates(store)
+    assert {c.kind: c.paths for c in found} == {
+        "lease": (f"leases/{K}.json",),
+        "registered launch": ("launches/l1.beat", "launches/l1.json"),
+    }
+    host = lease_module._machine()["host"]
+    assert found[1].why.startswith(f"l1 of host {host} (pid {int(gone.stdout)}, silent for ")
+    gc(store, found)
+    assert store.storage.names("leases") == []
+    assert sorted(store.storage.names("launches")) == ["l2.beat", "l2.json"]
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_silent_launch_of_another_machine_is_watched_first(
+    store: Store, clock: Clock, lives: bool
+) -> None:
+    """Clocks of machines differ: the times of files alone say nothing for certain."""
+    launch = {"owner": "far", "host": "elsewhere", "pid": 1, "started": "1", "sweep": "s"}
+    store.storage.write("launches/far.json", json.dumps(launch).encode())
+    store.storage.write("launches/far.beat", b"1")
+    watched: list[str] = []
+
+    def watch(suspects: list[Holder]) -> None:
+        watched.extend(holder.name for holder in suspects)
+        clock.seconds += TTL_S
+        if lives:
+            store.storage.write("launches/far.beat", b"2")
+
+    # Not silent for long enough.
+    assert gc_candidates(store, now=time.time() + TTL_S - 5, watch=watch) == []
+    assert watched == []
+    found = gc_candidates(store, now=time.time() + TTL_S + 5, watch=watch)
+    assert watched == ["far"]
+    assert [c.kind for c in found] == ([] if lives else ["registered launch"])
+    # A launch that was cut off and is back before the removal is spared.
+    store.storage.write("launches/far.beat", b"3")
+    gc(store, found)
+    assert sorted(store.storage.names("launches")) == ["far.beat", "far.json"]
+    clock.seconds += TTL_S
+    gc(store, found)
+    assert bool(store.storage.names("launches")) == lives
+
+
 def test_left_overs_go_after_an_hour(store: Store) -> None:
     add(store, key_of("whole"))
     add(store, key_of("dropped"))
@@ -1026,11 +1080,12 @@ def test_left_overs_go_after_an_hour(store: Store) -> None:
     assert sorted((c.kind, c.bytes) for c in late if c.kind == "left-over") == [
         ("left-over", size) for size in (3, 4, 5, 6)
     ]
-    assert sorted(path for c in late if c.kind == "lease" for path in c.paths) == [
+    held = [c for c in late if c.kind in ("lease", "registered launch")]
+    assert sorted(path for c in held for path in c.paths) == [
         "launches/dead.beat", "launches/dead.json", f"leases/{key_of('dead')}.json",
         f"leases/{key_of('dead')}.json.guard",
     ]  # fmt: skip
-    gc(store, late)
+    gc(store, late, now=time.time() + LATER)
     kept = [found.path.split("/")[1] for found in store.storage.walk("entries")]
     assert sorted(kept) == [key_of("dropped"), key_of("whole"), key_of("whole")]
     assert [n for f in ("damaged", "leases", "launches") for n in store.storage.names(f)] == []

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from btu.errors import UserError
 from orchestrator.cli import store as store_module
+from orchestrator.run import local
 from orchestrator.store import lease as lease_module
 from orchestrator.store import packed
 from orchestrator.store.lease import LEFTOVER_S
@@ -49,6 +50,14 @@ def store(output: str) -> Store:
     made = Store(below(output, "store"))
     made.prepare()
     return made
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only folder where launches keep temporary files."""
+    monkeypatch.setattr(local, "_places", lambda: [str(tmp_path / "scratch")])
+    (tmp_path / "scratch").mkdir()
+    return tmp_path / "scratch"
 
 
 @pytest.fixture
@@ -272,6 +281,31 @@ def test_a_running_launch_keeps_what_it_needs(store: Store, run: Callable[..., A
     store.leases.register_launch("l1", "one", [key_of("k")])
     assert run("gc", "--older-than", "1d", "--yes") == (0, "Nothing to remove.")
     assert store.committed() == {key_of("k")}
+
+
+def test_what_a_dead_launch_left_is_named_and_goes(
+    store: Store, run: Callable[..., Any], scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "TTL_S", 0.0)  # how long it watches
+    launch = {"owner": "far", "host": "elsewhere", "pid": 7, "sweep": "s", "keys": []}
+    text = json.dumps(launch).encode()
+    store.storage.write("launches/far.json", text)
+    folder = scratch / "btu-tune-x"
+    folder.mkdir()
+    (folder / ".lock").touch()  # nobody holds it
+    (folder / "state").write_bytes(b"123")
+    age_left_overs(monkeypatch)
+    code, said = run("gc")
+    assert code == 0
+    assert "1 lease or launch of other machines last changed over 0 s ago; watching" in said
+    registered = f"1 registered launch ({len(text)} bytes): far of host elsewhere (pid 7, silent"
+    assert registered in said
+    assert f"temporary folder (3 bytes): {folder}, of a launch that is gone" in said
+    assert f"This would free {len(text) + 3} bytes. Nothing was removed" in said
+    assert folder.exists()
+    assert registered in run("gc", "--yes")[1]
+    assert not folder.exists()
+    assert store.storage.names("launches") == []
 
 
 @pytest.mark.parametrize(
