@@ -137,18 +137,19 @@ def measure(shape: str, cells: int, folder: Path) -> dict[str, Any]:
     from orchestrator.run import on_ray
     from orchestrator.run.progress import SweepProgress
     from orchestrator.run.schedule import Schedule
+    from orchestrator.run.trials import Trials
 
     if shape == "stages":
         Schedule.follow = lambda *_: None  # type: ignore[method-assign]
     trials = [0]
-    suggest = on_ray.Trials.suggest
+    suggest = Trials.suggest
 
     def counted(self: Any, trial_id: str) -> Any:
         config = suggest(self, trial_id)
         trials[0] += isinstance(config, dict) and bool(config["tasks"])
         return config
 
-    on_ray.Trials.suggest = counted  # type: ignore[method-assign]
+    Trials.suggest = counted  # type: ignore[method-assign]
     sweep, plan = SHAPES[shape](cells, folder)
     took, driver = [], []
     with (folder / f"log-{cells}.txt").open("w") as log:

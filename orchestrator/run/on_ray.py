@@ -15,12 +15,11 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 # Read by ray when it is imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -61,7 +60,6 @@ from orchestrator.run.driver import (
     INTERRUPTED,
     WORKER_RETRIES,
     Driver,
-    Idle,
     LaunchResult,
 )
 from orchestrator.run.local import Diverted, ray_folder, ray_token, stderr_to, tune_folder
@@ -70,7 +68,6 @@ from orchestrator.run.nodes import (
     Environment,
     check_answers,
     local_environment,
-    matches,
     passed_environment,
     probe,
     ray_settings,
@@ -81,19 +78,17 @@ from orchestrator.run.outage import Watch, answers
 from orchestrator.run.progress import SweepProgress
 from orchestrator.run.publish import Publisher
 from orchestrator.run.refine import RefineSpec
-from orchestrator.run.schedule import Task
 from orchestrator.run.signals import signals, sigterm_as_interrupt
+from orchestrator.run.trials import FINISHED, Trials
 from orchestrator.run.worker import (
     Launch,
     Outcome,
-    Report,
     StageCall,
     compute_call,
     wait_for_others,
 )
 from orchestrator.store.storage import LocalStorage, Storage
 from orchestrator.store.store import Store
-from orchestrator.sweep.sections import ResourceSpec
 from orchestrator.sweep.sweep import Sweep
 
 # Tune passes credentials of AWS on by way of a command line; `Launch.environment` has them.
@@ -110,16 +105,10 @@ NODE_SECONDS = 120
 REPORT_SECONDS = 5.0
 # Seconds for a Ray to shut down in.
 LEAVE_SECONDS = 20.0
-# CPUs that a waiting trial reserves: nearly none, but Ray places no trial without a demand.
-WAIT_CPUS = 0.001
-
 # Seconds between looks at whether Tune has ended.
 LOOP_SECONDS = 0.2
 # Not `ray.tune.tune`, which is a function of the same name.
 _TUNE: Any = importlib.import_module("ray.tune.tune")
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 def launch(
@@ -198,7 +187,8 @@ def _compute(
     Raises:
         UserError: Ray does not answer, or its nodes cannot run the sweep.
     """
-    trials = Trials(driver, sweep.resources)
+    # The name is looked up at each call, as ray is.
+    trials = Trials(driver, sweep.resources, lambda: ray.nodes())
     log = _log_file(sweep, results, driver.id)
     # Ray goes before the folder that it writes to.
     try:
@@ -332,148 +322,6 @@ def _tuner(
 # Tune asks and answers --------------------------------------------------------------------------
 
 
-def _guarded(
-    method: Callable[Concatenate[Trials, P], R],
-) -> Callable[Concatenate[Trials, P], R | None]:
-    """Stop the launch in order at an exception: raised inside Tune, it would hang or kill it."""
-
-    @wraps(method)
-    def call(self: Trials, /, *args: P.args, **kwargs: P.kwargs) -> R | None:
-        try:
-            return method(self, *args, **kwargs)
-        except Exception as error:
-            self.error = self.error or error
-            self._driver.stop(f"{type(error).__name__}: {error}")
-            return None
-
-    return call
-
-
-class Trials:
-    """Translates between Tune, which knows trials, and the driver, which knows tasks.
-
-    error: the first exception that was raised here; it has stopped the driver.
-    """
-
-    def __init__(self, driver: Driver, resources: ResourceSpec) -> None:
-        self._driver, self._resources = driver, resources
-        # What has not ended of the trials that have not ended: tasks, in order. None is a trial
-        # that only waits.
-        self._tasks: dict[str, list[Task] | None] = {}
-        self.error: Exception | None = None
-
-    @_guarded
-    def suggest(self, trial_id: str) -> Any:
-        """Return the config of the next trial, None to be asked again, or FINISHED."""
-        task = self._driver.next_task()
-        if task is Idle.later:
-            return None
-        if task is Idle.finished:
-            return Searcher.FINISHED
-        if task is Idle.elsewhere:
-            # Without any trial, Tune would sleep for minutes, and not react to Ctrl-C.
-            self._tasks[trial_id] = None
-            return {"tasks": [], "held": {"cpu": WAIT_CPUS, "gpu": 0.0}}
-        tasks = self._driver.chain(task)
-        with self._or_back(tasks):
-            calls = [self._driver.call(each).to_json() for each in tasks]
-            config = {"tasks": calls, "held": self._held(task)}
-        self._tasks[trial_id] = tasks
-        return config
-
-    @contextmanager
-    def _or_back(self, tasks: Sequence[Task]) -> Iterator[None]:
-        """Put tasks back on an error: otherwise the driver would wait for their end."""
-        try:
-            yield
-        except Exception:
-            for task in tasks:
-                self._driver.put_back(task)
-            raise
-
-    def _held(self, task: Task) -> dict[str, Any]:
-        """Return the resources that Ray reserves for a task, and the labels of its node."""
-        cpu, gpu = self._resources.of(task.stage.kind)
-        if task.alone:
-            # It ran out of memory: nothing else may run on its device, or on its node.
-            nodes = [node for node in ray.nodes() if node["Alive"]]
-            fit = [node["Resources"] for node in nodes if matches(node, self._resources)]
-            if gpu > 0:
-                gpu = 1.0
-            else:
-                cpu = max([cpu, *(node.get("CPU", 0) for node in fit)])
-        held: dict[str, Any] = {"cpu": cpu, "gpu": gpu}
-        if self._resources.custom:
-            held["custom"] = dict(self._resources.custom)
-        if self._resources.labels:
-            held["labels"] = dict(self._resources.labels)
-        return held
-
-    @_guarded
-    def started(self, trial_id: str) -> None:
-        """A worker starts a trial, for the first time or after the previous worker died."""
-        tasks = self._tasks.get(trial_id)
-        if tasks:
-            self._driver.started(tasks[0])
-
-    @_guarded
-    def reported(self, trial_id: str, result: Mapping[str, Any]) -> None:
-        """A trial reports the stages that have ended so far, and goes on."""
-        tasks = self._tasks.get(trial_id)
-        if tasks and result.get("more"):
-            self._take_in(tasks, result)
-
-    @_guarded
-    def ended(self, trial_id: str, result: Mapping[str, Any]) -> None:
-        """A trial has ended and reported."""
-        if trial_id not in self._tasks:
-            return
-        tasks = self._tasks.pop(trial_id)
-        if tasks is None:
-            self._driver.waited()
-        else:
-            self._take_in(tasks, result)
-            with self._or_back(tasks):
-                if tasks:
-                    raise RuntimeError(f"a worker said nothing of stage '{tasks[0].stage.name}'.")
-
-    def _take_in(self, tasks: list[Task], result: Mapping[str, Any]) -> None:
-        """Pass on how tasks of a trial ended, and remove them; one without a result ends it.
-
-        tasks: that have not ended, in order.
-        result: with the reports of the trial's stages by key. After a worker died, the next one
-            reports again what the first had reported.
-        """
-        with self._or_back(tasks):
-            reports = json.loads(result["reports"])
-            while tasks and tasks[0].stage.key in reports:
-                task = tasks.pop(0)
-                report = Report.from_json(reports[task.stage.key])
-                if report.outcome is not Outcome.done:
-                    # First of all: what follows must not fail with it, but wait for it.
-                    while tasks:
-                        self._driver.put_back(tasks.pop())
-                self._driver.ended(task, report)
-                if tasks:
-                    self._driver.started(tasks[0])
-
-    @_guarded
-    def gave_up(self, trial_id: str, error: str) -> None:
-        """Every worker of a trial died."""
-        if trial_id not in self._tasks:
-            return
-        tasks = self._tasks.pop(trial_id)
-        if tasks:
-            self._driver.chain_lost(tasks, error)
-        else:
-            self._driver.waited()
-
-    @_guarded
-    def looked(self) -> None:
-        """Tune has looked whether a trial has ended; it does so many times a second."""
-        self._driver.tick()
-
-
 class _Gate(Searcher):  # type: ignore[misc]  # ray is untyped
     """Gives Tune the trials to run."""
 
@@ -486,7 +334,8 @@ class _Gate(Searcher):  # type: ignore[misc]  # ray is untyped
         return {}
 
     def suggest(self, trial_id: str) -> Any:
-        return self._trials.suggest(trial_id)
+        config = self._trials.suggest(trial_id)
+        return Searcher.FINISHED if config == FINISHED else config
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._trials.reported(trial_id, result)

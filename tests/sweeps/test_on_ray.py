@@ -24,12 +24,10 @@ from btu.errors import UserError
 from btu.provenance import code_version
 from orchestrator.run import local, nodes
 from orchestrator.run.schedule import CELL
+from orchestrator.run.trials import FINISHED, Trials
 from orchestrator.run.worker import Launch, Outcome, Report, StageCall
 from orchestrator.store.store import Store
 from orchestrator.sweep.sections import ResourceSpec
-
-FINISHED = "FINISHED"  # of ray's Searcher
-
 
 # Coming and going ------------------------------------------------------------------------------
 
@@ -113,9 +111,7 @@ def hand(tmp_path: Path) -> Iterator[ByHand]:
 @pytest.fixture
 def trials(hand: ByHand) -> Any:
     """The trials of that launch, of two CPUs each."""
-    from orchestrator.run.on_ray import Trials
-
-    return Trials(hand.driver, ResourceSpec(cpu=2))
+    return Trials(hand.driver, ResourceSpec(cpu=2), list)
 
 
 def nodes_in(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -184,12 +180,7 @@ def test_a_chain_ends_at_its_first_failure(hand: ByHand, trials: Any) -> None:
     assert reason == "stage 'train' failed: loss became nan"
 
 
-def test_what_a_chain_did_not_get_to_runs_later(
-    hand: ByHand, trials: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from orchestrator.run import on_ray
-
-    monkeypatch.setattr(on_ray.ray, "nodes", list)
+def test_what_a_chain_did_not_get_to_runs_later(hand: ByHand, trials: Any) -> None:
     config = trials.suggest("a")
     trials.started("a")
     published(hand, "rows")
@@ -242,17 +233,14 @@ def test_a_trial_that_waits_needs_next_to_nothing(hand: ByHand, trials: Any, end
 
 @pytest.mark.parametrize(("gpu", "held"), [(0.0, (16, 0.0)), (0.25, (2, 1.0))])
 def test_a_stage_that_ran_out_of_memory_has_a_device_of_its_own(
-    hand: ByHand, monkeypatch: pytest.MonkeyPatch, gpu: float, held: tuple[float, float]
+    hand: ByHand, gpu: float, held: tuple[float, float]
 ) -> None:
-    from orchestrator.run import on_ray
-
     there = [
         {"Alive": True, "Resources": {"CPU": 16.0}},
         {"Alive": True, "Resources": {"CPU": 8.0}},
         {"Alive": False, "Resources": {"CPU": 99.0}},
     ]
-    monkeypatch.setattr(on_ray.ray, "nodes", lambda: there)
-    trials = on_ray.Trials(hand.driver, ResourceSpec(cpu=2, gpu=gpu))
+    trials = Trials(hand.driver, ResourceSpec(cpu=2, gpu=gpu), lambda: there)
     config = trials.suggest("a")
     hand.publish(next(iter(hand.plan.cells.values())).stage.inputs["rows"])
     trials.ended("a", answer(config, Outcome.done, Outcome.busy))
@@ -400,7 +388,7 @@ def test_a_trial_asks_ray_for_labels_and_own_resources(hand: ByHand) -> None:
     from orchestrator.run import on_ray
 
     labels, custom = {"region": "in(eu, us)"}, {"license": 2.0}
-    trials = on_ray.Trials(hand.driver, ResourceSpec(labels=labels, custom=custom))
+    trials = Trials(hand.driver, ResourceSpec(labels=labels, custom=custom), list)
     config = trials.suggest("a")
     assert config["held"] == {"cpu": 1, "gpu": 0.0, "labels": labels, "custom": custom}
     assert on_ray._resources(config) == PlacementGroupFactory(
