@@ -161,7 +161,7 @@ def launch(
                 try:
                     gone = _compute(driver, sweep, results, publisher.tracking, address, progress)
                 finally:
-                    publisher.stop(wait=driver.stopped != INTERRUPTED)
+                    publisher.stop()
             driver.drop_models()
             publisher.synchronize(driver.id, interrupted=driver.stopped == INTERRUPTED)
         return replace(driver.result(), ray_gone=gone)

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from btu.redaction import shown_url
 from orchestrator.results.folder import Results
-from orchestrator.store.store import Store
 from orchestrator.sweep.sweep import Sweep
 
 if TYPE_CHECKING:
+    from orchestrator.tracking.apart import Summaries
     from orchestrator.tracking.sync import Pace
 
 # Seconds between checks for a due summary.
 SUMMARY_LOOK = 1.0
+# Seconds that an update of the summary has to end in; a request to a server may take longer.
+STOP_SECONDS = 5.0
 
 
 class Publisher:
@@ -41,6 +43,7 @@ class Publisher:
         self._due = threading.Event()  # a cell has ended since the last summary
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
+        self._summaries: Summaries | None = None
         self._summary_failed = False
 
     def prepare(self) -> None:
@@ -68,28 +71,38 @@ class Publisher:
     def start(self) -> None:
         """Start to update the summary whenever cells have ended.
 
-        It happens in a thread: neither drawing nor a slow server may delay the scheduling.
+        Another process does it, and a thread waits for it: neither drawing nor a slow server may
+        delay the scheduling.
         """
         if self.tracking is None:
             return
+        from orchestrator.tracking.apart import Summaries
         from orchestrator.tracking.sync import Pace
 
-        # A store of its own: a `Store` serves one thread.
-        store = Store(self._sweep.store_location, warn=self._note)
-        results = Results(self._sweep.output, self._sweep.name, store)
+        where = self.tracking["uri"], self.tracking["id"]
+        self._summaries = Summaries(*where, self._sweep.output, self._sweep.name)
         pace = Pace()
         pace.took(time.monotonic(), time.monotonic())
-        self._thread = threading.Thread(target=self._update, args=(results, pace), daemon=True)
+        arguments = (self._summaries, pace)
+        self._thread = threading.Thread(target=self._update, args=arguments, daemon=True)
         self._thread.start()
 
     def cell_ended(self) -> None:
         """A cell has ended: the summary is out of date."""
         self._due.set()
 
-    def stop(self, *, wait: bool) -> None:
-        """Stop updating the summary. wait: until an update that has started is over."""
+    def stop(self) -> None:
+        """Stop updating the summary. An update that has started is broken off.
+
+        `synchronize`, the next launch or `btu sync` writes the summary again.
+        """
         self._done.set()
-        if wait and self._thread is not None:
+        if self._summaries is None or self._thread is None:
+            return
+        self._summaries.end()
+        self._thread.join(STOP_SECONDS)
+        if self._thread.is_alive():
+            self._summaries.end(kill=True)
             self._thread.join()
 
     def synchronize(self, owner: str, *, interrupted: bool) -> None:
@@ -127,31 +140,35 @@ class Publisher:
             )
         self.tracking = {"uri": uri, "id": experiment_id, "fresh": False}
         if not interrupted:
-            self._summarize(self._results)
+            self._summarize()
 
-    def _update(self, results: Results, pace: Pace) -> None:
+    def _update(self, summaries: Summaries, pace: Pace) -> None:
         while not self._done.wait(SUMMARY_LOOK):
             began = time.monotonic()
             if self._due.is_set() and pace.due(began):
                 self._due.clear()
-                self._summarize(results)
+                self._told(summaries.write())
                 pace.took(began, time.monotonic())
 
-    def _summarize(self, results: Results) -> None:
-        """Update the summary run; print the first failure only."""
+    def _summarize(self) -> None:
+        """Update the summary run, in this process; print the first failure only."""
         from orchestrator.tracking import server, sync
 
         if self.tracking is None:
             return
         try:
-            sync.summarize(self.tracking["uri"], self.tracking["id"], results)
+            sync.summarize(self.tracking["uri"], self.tracking["id"], self._results)
         except Exception as error:  # of a server, of a disk or of a plot
-            if not self._summary_failed:
-                self._note(
-                    f"the sweep's summary in MLflow is not up to date ({server.brief(error)}); "
-                    f"{self._sync_command()} writes it."
-                )
+            self._told(server.brief(error))
+
+    def _told(self, reason: str) -> None:
+        """Print why the summary was not written, the first time. reason: empty if it was."""
+        if reason and not self._summary_failed:
             self._summary_failed = True
+            self._note(
+                f"the sweep's summary in MLflow is not up to date ({reason}); "
+                f"{self._sync_command()} writes it."
+            )
 
     def _sync_command(self) -> str:
         """Return the command that writes what MLflow misses."""

@@ -64,7 +64,7 @@ def sync(
     missed: list[str] = []
     unanswered.pop(uri, None)
     records = [*results.records(), *results.failures()]
-    cells = results.cells()
+    rows = {key: cell.training_set for key, cell in results.cells().items()}
     try:
         tracker.identify()
         known = tracker.known(records)
@@ -99,7 +99,7 @@ def sync(
                     folder = None
                     if now["status"] == "finished":
                         folder = results.store.fetch(now["key"])
-                    written += tracker.log(now, folder, cells[now["key"]].training_set)
+                    written += tracker.log(now, folder, rows.get(now["key"], ""))
         except Exception as error:
             missed.append(brief(error))
     return Synced(written, closed, len(missed), missed[0] if missed else unclosed, deleted)

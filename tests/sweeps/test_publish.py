@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,8 @@ class Desk:
     """
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
-        from orchestrator.tracking import experiment, sync
+        from orchestrator.tracking import apart, experiment, sync
+        from orchestrator.tracking.server import brief
 
         file = folder / "tiny.yaml"
         file.write_text(f"name: tiny\noutput: {folder / 'runs'}\ntracking: {{uri: '{uri}'}}\n")
@@ -48,7 +50,7 @@ class Desk:
             self.prepared += 1
             return self.answers, "" if self.answers else self.reason
 
-        def write(uri: str, id: str, results: Any, live: Any, owner: str) -> Any:
+        def written(uri: str, id: str, results: Any, live: Any, owner: str) -> Any:
             assert results is self.results
             self.synced.append((uri, id, owner))
             self.live = live
@@ -59,8 +61,19 @@ class Desk:
             if self.refuses is not None:
                 raise self.refuses
 
+        def write(self_: Any) -> str:
+            told = json.loads(self_._told)
+            assert (told["output"], told["name"]) == (sweep.output, "tiny")
+            try:
+                summarize(told["uri"], told["experiment_id"], self.results)
+            except Exception as error:
+                return brief(error)
+            return ""
+
         monkeypatch.setattr(experiment, "prepare", prepare)
-        monkeypatch.setattr(sync, "sync", write)
+        monkeypatch.setattr(experiment, "has_no_run", lambda *_: True)
+        monkeypatch.setattr(sync, "sync", written)
+        monkeypatch.setattr(apart.Summaries, "write", write)
         monkeypatch.setattr(sync, "summarize", summarize)
         monkeypatch.setattr(sync.Pace, "due", lambda self, now: True)
         monkeypatch.setattr(publish, "SUMMARY_LOOK", 0.001)
@@ -76,7 +89,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
 
     yield build
     for one in made:
-        one.publisher.stop(wait=True)
+        one.publisher.stop()
 
 
 def test_a_summary_is_written_while_cells_end_and_its_failure_is_told_once(
@@ -90,7 +103,7 @@ def test_a_summary_is_written_while_cells_end_and_its_failure_is_told_once(
         assert len(made.summaries) == count - 1  # no further cell has ended
         made.publisher.cell_ended()
         wait_for(lambda count=count: len(made.summaries) == count, limit=60)
-    made.publisher.stop(wait=True)
+    made.publisher.stop()
     assert made.summaries == [("http://me:secret@host", "7")] * 2
     (note,) = made.notes
     assert note.startswith("the sweep's summary in MLflow is not up to date (ConnectionError: http")
@@ -105,26 +118,89 @@ def test_a_summary_is_written_while_cells_end_and_its_failure_is_told_once(
 def test_whoever_stops_a_launch_need_not_wait_for_a_summary(
     desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator.tracking import sync
+    from orchestrator.tracking import apart
 
-    drawing, go_on = threading.Event(), threading.Event()
+    drawing, asked_to_end = threading.Event(), threading.Event()
+    ends: list[bool] = []
 
-    def draw(*_: object) -> None:
+    def draw(self: Any) -> str:
         drawing.set()
-        assert go_on.wait(60)
-        raise RuntimeError("bad plot")
+        assert asked_to_end.wait(60)
+        return ""
 
+    def end(self: Any, *, kill: bool = False) -> None:
+        ends.append(kill)
+        if kill or len(hard) == 0:
+            asked_to_end.set()
+
+    monkeypatch.setattr(apart.Summaries, "write", draw)
+    monkeypatch.setattr(apart.Summaries, "end", end)
+    monkeypatch.setattr(publish, "STOP_SECONDS", 0.05)
+    hard = [True]  # it does not end when it is asked to
     made = desk()
-    monkeypatch.setattr(sync, "summarize", draw)
+    monkeypatch.setattr(apart.Summaries, "write", draw)
     made.publisher.prepare()
     made.publisher.start()
     made.publisher.cell_ended()
     assert drawing.wait(60)
-    made.publisher.stop(wait=False)
-    assert made.notes == []  # it still draws
-    go_on.set()
-    made.publisher.stop(wait=True)
-    assert "is not up to date (RuntimeError: bad plot)" in made.notes[0]
+    made.publisher.stop()
+    assert ends == [False, True]
+    assert made.notes == []
+
+
+def process(uri: str, folder: Path) -> Any:
+    """Return what writes the summary of a sweep without cells, to a store at `uri`."""
+    from orchestrator.tracking.apart import Summaries
+
+    Results(str(folder / "runs"), "tiny").store.prepare()
+    return Summaries(uri, "7", str(folder / "runs"), "tiny")
+
+
+@pytest.mark.slow
+def test_the_reason_of_another_process_is_told_without_the_password(tmp_path: Path) -> None:
+    reason = process("postgresql+nothing://me:secret@host/db", tmp_path).write()
+    assert "nothing" in reason
+    assert "secret" not in reason
+    assert "\n" not in reason
+
+
+def test_a_process_that_writes_a_summary_can_be_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator.tracking import apart
+
+    monkeypatch.setattr(apart, "CODE", "import time; time.sleep(600)")
+    made = process("sqlite:///x.db", tmp_path)
+    said: list[str] = []
+    thread = threading.Thread(target=lambda: said.append(made.write()))
+    thread.start()
+    wait_for(lambda: made._process is not None, limit=60)
+    made.end()
+    thread.join(60)
+    assert said == [""]  # nothing to tell: it was asked to
+    assert made.write() == ""  # none is started any more
+    assert made._process.returncode != 0
+
+
+def test_the_process_finds_modules_where_this_one_does_and_hides_the_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator.tracking import apart
+
+    seen: list[list[str]] = []
+
+    class Spied(apart.subprocess.Popen):  # type: ignore[misc,name-defined]
+        def __init__(self, args: list[str], **options: Any) -> None:
+            seen.append(args)
+            super().__init__(args, **options)
+
+    monkeypatch.setattr(apart.subprocess, "Popen", Spied)
+    # The working folder is in the path of a `python -c`; another user may write to it.
+    (tmp_path / "orchestrator.py").write_text("raise SystemExit('from the working folder')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(apart, "CODE", apart.CODE.replace("write(**told)", "print('read')"))
+    assert process("sqlite:///u:secret@x", tmp_path).write() == ""
+    assert not any("secret" in word for word in seen[0])
 
 
 def test_a_long_reason_of_a_server_ends_at_a_word(desk: Callable[..., Desk]) -> None:
@@ -150,7 +226,7 @@ def test_a_server_that_is_away_is_named_and_asked_again_at_the_end(
     # Nothing is drawn meanwhile.
     made.publisher.start()
     made.publisher.cell_ended()
-    made.publisher.stop(wait=True)
+    made.publisher.stop()
     made.publisher.synchronize("me", interrupted=False)
     assert (made.prepared, made.synced, made.summaries) == (2, [], [])
     # Back again, it gets what it missed.
@@ -158,7 +234,7 @@ def test_a_server_that_is_away_is_named_and_asked_again_at_the_end(
     made.publisher.synchronize("me", interrupted=False)
     assert made.synced == [("http://me:secret@host", "8", "me")]
     assert made.summaries == [("http://me:secret@host", "8")]
-    assert made.publisher.tracking == {"uri": "http://me:secret@host", "id": "8"}
+    assert made.publisher.tracking == {"uri": "http://me:secret@host", "id": "8", "fresh": False}
 
 
 def test_the_server_is_recorded_before_it_is_asked(

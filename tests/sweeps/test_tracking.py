@@ -1198,17 +1198,17 @@ def test_one_bad_record_does_not_keep_the_others_out(
 ) -> None:
     from orchestrator.tracking.writer import Tracker
 
-    tell = Tracker._log_result
+    tell = Tracker._write
 
-    def refuse(self: Tracker, run_id: str, record: Mapping[str, Any], folder: Path) -> None:
+    def refuse(self: Tracker, record: Mapping[str, Any], *rest: Any) -> str:
         if record["key"] == FIRST:
             raise ValueError("MLflow refuses this one")
-        tell(self, run_id, record, folder)
+        return tell(self, record, *rest)
 
     bench.finish(FIRST)
     bench.finish(SECOND)
     with monkeypatch.context() as patch:
-        patch.setattr(Tracker, "_log_result", refuse)
+        patch.setattr(Tracker, "_write", refuse)
         synced = bench.sync()
     assert (synced.written, synced.missing) == (1, 1)
     assert synced.reason == "ValueError: MLflow refuses this one"
