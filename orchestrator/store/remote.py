@@ -31,7 +31,7 @@ _ABANDONED_AFTER = 24 * 3600.0
 # A PUT to these is atomic. Elsewhere a file is written under another name and moved into place.
 _OBJECT_STORES = {"memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss"}
 # How many requests of a process are under way at once. S3 serves thousands; each takes a thread.
-_AT_ONCE = 32
+_AT_ONCE = 64
 _T = TypeVar("_T")
 _S = TypeVar("_S")
 
