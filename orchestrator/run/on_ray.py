@@ -10,6 +10,7 @@ import gc
 import importlib
 import logging
 import os
+import sys
 import tempfile
 import threading
 import uuid
@@ -75,7 +76,7 @@ from orchestrator.run.nodes import (
     slots,
     unseen,
 )
-from orchestrator.run.outage import Watch, answers
+from orchestrator.run.outage import Watch, answers, run_under
 from orchestrator.run.progress import SweepProgress
 from orchestrator.run.publish import Publisher
 from orchestrator.run.refine import RefineSpec
@@ -101,11 +102,12 @@ NODE_SECONDS = 120
 LEAVE_SECONDS = 20.0
 # CPUs that a waiting trial reserves: nearly none, but Ray places no trial without a demand.
 WAIT_CPUS = 0.001
-
-# Seconds between looks at whether Tune has ended.
-LOOP_SECONDS = 0.2
 # Not `ray.tune.tune`, which is a function of the same name.
 _TUNE: Any = importlib.import_module("ray.tune.tune")
+# Ray prints the last words of a dead node to the standard output, once for each of its agents.
+_WORKER: Any = importlib.import_module("ray._private.worker")
+_PRINT = _WORKER.print_worker_logs
+_WORKER.print_worker_logs = lambda data, _, *more, **named: _PRINT(data, sys.stderr, *more, **named)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -207,7 +209,9 @@ def _compute(
             watch = Watch(_look(), progress.note, joined.words)
             told.to(watch.stopping)  # only now: ray.init has replaced the handlers
             with watch.looking():
-                why = _fit(_tuner(trials, launch, driver.slots, watch.stopping, str(state)), watch)
+                tuner = _tuner(trials, launch, driver.slots, watch.stopping, str(state))
+                # What Ray raises of itself: its client ends the process so, where its node died.
+                why = run_under(watch, tuner.fit, (RayError, SystemExit))
             if why:
                 joined.abandon()
                 words = joined.words() if joined.log and not joined.log.empty else ""
@@ -229,35 +233,6 @@ def _log_file(sweep: Sweep, results: Results, launch: str) -> Path:
     at = results.storage
     folder = at.root / sweep.name if isinstance(at, LocalStorage) else Path(tempfile.gettempdir())
     return folder / f"ray-{launch}.log"
-
-
-def _fit(tuner: Tuner, watch: Watch) -> str:
-    """Run trials until none are left, or until the launch is told to stop.
-
-    Tune runs in a thread: where Ray is gone, its calls do not return. Returns why the launch has
-    left it there; empty if it has ended.
-
-    Raises:
-        Exception: what Tune raises.
-    """
-    ended = threading.Event()
-    errors: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            tuner.fit()
-        except BaseException as error:  # raised again below
-            errors.append(error)
-        finally:
-            ended.set()
-
-    threading.Thread(target=fit, daemon=True, name="Tune").start()
-    while not ended.wait(LOOP_SECONDS):
-        if why := watch.gone:
-            return why
-    if errors:
-        raise errors[0]
-    return ""
 
 
 def nodes_at(address: str) -> list[dict[str, Any]]:

@@ -23,6 +23,8 @@ QUIET_SECONDS = 10.0
 SUSPENDED_SECONDS = 10.0
 # In how many seconds a stop has to be over. Slurm kills 30 s after SIGTERM.
 STOP_SECONDS = 20.0
+# Between two looks whether the work has ended.
+LOOP_SECONDS = 0.2
 # For how long an address may take to accept a connection.
 CONNECT_SECONDS = 2.0
 
@@ -140,3 +142,39 @@ class Watch:
             self._told = False
             self._note("Ray answers again.")
         return ""
+
+
+def run_under(
+    watch: Watch, work: Callable[[], object], of_ray: tuple[type[BaseException], ...]
+) -> str:
+    """Run what needs Ray in a thread, since its calls do not return where Ray is gone.
+
+    watch: says when to leave it there.
+    work: what needs Ray.
+    of_ray: exceptions that it raises where Ray is gone.
+
+    Returns why the work was left before its end; empty if it has ended.
+
+    Raises:
+        BaseException: another one that `work` raises.
+    """
+    ended = threading.Event()
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # raised again below
+            errors.append(error)
+        finally:
+            ended.set()
+
+    threading.Thread(target=run, daemon=True, name="work on Ray").start()
+    while not ended.wait(LOOP_SECONDS):
+        if why := watch.gone:
+            return why
+    if not errors:
+        return ""
+    if not isinstance(errors[0], of_ray):
+        raise errors[0]
+    return f"Ray is gone ({type(errors[0]).__name__})"

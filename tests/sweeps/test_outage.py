@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pytest
 
 from orchestrator.run import outage
-from orchestrator.run.outage import Watch, answers
+from orchestrator.run.outage import Watch, answers, run_under
 
 
 class Cluster:
@@ -118,6 +118,27 @@ def test_a_stop_has_its_time() -> None:
     assert cluster.at(23, {"1": "head"}) == "Ray did not stop within 20 s"
     # Slurm kills 30 s after SIGTERM.
     assert outage.STOP_SECONDS < 30
+
+
+def test_work_that_hangs_is_left() -> None:
+    cluster, hang = Cluster(), threading.Event()
+
+    def fail() -> None:
+        raise RuntimeError("of the work")
+
+    def leave() -> None:
+        raise SystemExit(1)
+
+    assert run_under(cluster.watch, lambda: None, ()) == ""
+    with pytest.raises(RuntimeError, match="of the work"):
+        run_under(cluster.watch, fail, (SystemExit,))
+    # Ray's client ends the process so when its node has died.
+    assert run_under(cluster.watch, leave, (SystemExit,)) == "Ray is gone (SystemExit)"
+    cluster.watch.stopping.set()
+    assert cluster.watch.gone == ""
+    cluster.now = 9.0
+    assert run_under(cluster.watch, lambda: hang.wait(60), ()) == "Ray went down at the same time"
+    hang.set()
 
 
 def test_it_looks_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
