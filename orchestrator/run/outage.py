@@ -25,6 +25,8 @@ SUSPENDED_SECONDS = 10.0
 STOP_SECONDS = 20.0
 # Between two looks whether the work has ended.
 LOOP_SECONDS = 0.2
+# Of what Ray says, in a line.
+REASON_CHARACTERS = 200
 # For how long an address may take to accept a connection.
 CONNECT_SECONDS = 2.0
 
@@ -177,4 +179,5 @@ def run_under(
         return ""
     if not isinstance(errors[0], of_ray):
         raise errors[0]
-    return f"Ray is gone ({type(errors[0]).__name__})"
+    text = str(errors[0]).strip().partition("\n")[0][:REASON_CHARACTERS]
+    return f"Ray is gone ({type(errors[0]).__name__}: {text})"

@@ -133,7 +133,7 @@ def test_work_that_hangs_is_left() -> None:
     with pytest.raises(RuntimeError, match="of the work"):
         run_under(cluster.watch, fail, (SystemExit,))
     # Ray's client ends the process so when its node has died.
-    assert run_under(cluster.watch, leave, (SystemExit,)) == "Ray is gone (SystemExit)"
+    assert run_under(cluster.watch, leave, (SystemExit,)) == "Ray is gone (SystemExit: 1)"
     cluster.watch.stopping.set()
     assert cluster.watch.gone == ""
     cluster.now = 9.0
