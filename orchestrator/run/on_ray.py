@@ -206,7 +206,7 @@ def _compute(
             driver.slots = slots(nodes, sweep.resources)
             if address is not None or len(nodes) > 1:
                 _check_nodes(nodes, launch, results.store.storage)
-            watch = Watch(_look(), progress.note, joined.words)
+            watch = Watch(_look(), progress.note, joined.words, _own_raylet())
             told.to(watch.stopping)  # only now: ray.init has replaced the handlers
             with watch.looking():
                 tuner = _tuner(trials, launch, driver.slots, watch.stopping, str(state))
@@ -233,6 +233,15 @@ def _log_file(sweep: Sweep, results: Results, launch: str) -> Path:
     at = results.storage
     folder = at.root / sweep.name if isinstance(at, LocalStorage) else Path(tempfile.gettempdir())
     return folder / f"ray-{launch}.log"
+
+
+def _own_raylet() -> Callable[[], bool]:
+    """Return what returns whether the Ray process of this machine, which this one uses, runs."""
+    address = str(_WORKER.global_worker.node.raylet_socket_name)
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if process.info["name"] == "raylet" and address in " ".join(process.info["cmdline"] or ()):
+            return lambda: process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return lambda: True  # in another container
 
 
 def nodes_at(address: str) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ SUSPENDED_SECONDS = 10.0
 STOP_SECONDS = 20.0
 # Between two looks whether the work has ended.
 LOOP_SECONDS = 0.2
+DIED_TOO = "Ray went down at the same time"
 # Of what Ray says, in a line.
 REASON_CHARACTERS = 200
 # For how long an address may take to accept a connection.
@@ -52,6 +53,7 @@ class Watch:
         look: Callable[[], Mapping[str, str] | None],
         note: Callable[[str], None],
         words: Callable[[], str] = lambda: "",
+        runs: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Look at nothing yet.
@@ -60,10 +62,11 @@ class Watch:
             may block.
         note: prints a line for the user.
         words: returns a sentence on where to read more.
+        runs: returns whether Ray's process on this machine runs, at once.
         clock: monotonic seconds.
         """
         self._look, self._note, self._clock = look, note, clock
-        self._words = words
+        self._words, self._runs = words, runs
         self.stopping = threading.Event()
         self._done = threading.Event()
         self._answered = clock()
@@ -125,12 +128,14 @@ class Watch:
         if now - self._asked > SUSPENDED_SECONDS:
             self._answered = now
         self._asked = now
+        if not self._runs():  # the next call to it would end this process
+            return DIED_TOO if self.stopping.is_set() else "Ray's process on this machine has died"
         silent = now - self._answered
         if self.stopping.is_set():
             if self._stopped is None:
                 self._stopped = now
             if silent > SILENT_STOPPING_SECONDS:
-                return "Ray went down at the same time"
+                return DIED_TOO
             if now - self._stopped > STOP_SECONDS:
                 return f"Ray did not stop within {STOP_SECONDS:.0f} s"
             return ""

@@ -17,11 +17,12 @@ class Cluster:
     def __init__(self) -> None:
         self.nodes: Mapping[str, str] | None = {"1": "head", "2": "left"}
         self.notes: list[str] = []
-        self.now = 0.0
+        self.now, self.runs = 0.0, True
         self.watch = Watch(
             lambda: self.nodes,
             self.notes.append,
             lambda: "What Ray says: FILE.",
+            lambda: self.runs,
             clock=lambda: self.now,
         )
 
@@ -108,6 +109,18 @@ def test_a_stop_does_not_wait_for_a_ray_that_was_stopped_too() -> None:
     assert cluster.at(8, None) == ""
     assert cluster.at(9, None) == "Ray went down at the same time"
     assert cluster.notes == []  # the nodes were told to go
+
+
+@pytest.mark.parametrize("stopping", [True, False])
+def test_a_ray_whose_process_here_has_died_is_left_at_once(stopping: bool) -> None:
+    """The next call of its client would end this process, silently."""
+    cluster = Cluster()
+    cluster.at(1, {"1": "here"})
+    if stopping:
+        cluster.watch.stopping.set()
+    cluster.runs = False
+    died = "Ray went down at the same time"
+    assert cluster.watch.gone == (died if stopping else "Ray's process on this machine has died")
 
 
 def test_a_stop_has_its_time() -> None:
