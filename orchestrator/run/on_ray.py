@@ -238,10 +238,17 @@ def _log_file(sweep: Sweep, results: Results, launch: str) -> Path:
 def _own_raylet() -> Callable[[], bool]:
     """Return what returns whether the Ray process of this machine, which this one uses, runs."""
     address = str(_WORKER.global_worker.node.raylet_socket_name)
-    for process in psutil.process_iter(["name", "cmdline"]):
-        if process.info["name"] == "raylet" and address in " ".join(process.info["cmdline"] or ()):
-            return lambda: process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return lambda: True  # in another container
+    raylets = [p for p in psutil.process_iter(["name", "cmdline"]) if p.info["name"] == "raylet"]
+    own = [p for p in raylets if address in " ".join(p.info["cmdline"] or ())]
+
+    def runs() -> bool:
+        try:
+            # It may be in another container, where it is not seen.
+            return not own or own[0].status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    return runs
 
 
 def nodes_at(address: str) -> list[dict[str, Any]]:
