@@ -11,6 +11,7 @@ import importlib
 import json
 import logging
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -74,7 +75,7 @@ from orchestrator.run.nodes import (
     slots,
     unseen,
 )
-from orchestrator.run.outage import Watch, answers
+from orchestrator.run.outage import Watch, answers, run_under
 from orchestrator.run.progress import SweepProgress
 from orchestrator.run.publish import Publisher
 from orchestrator.run.refine import RefineSpec
@@ -105,10 +106,12 @@ NODE_SECONDS = 120
 REPORT_SECONDS = 5.0
 # Seconds for a Ray to shut down in.
 LEAVE_SECONDS = 20.0
-# Seconds between looks at whether Tune has ended.
-LOOP_SECONDS = 0.2
 # Not `ray.tune.tune`, which is a function of the same name.
 _TUNE: Any = importlib.import_module("ray.tune.tune")
+# Ray prints the last words of a dead node to the standard output, once for each of its agents.
+_WORKER: Any = importlib.import_module("ray._private.worker")
+_PRINT = _WORKER.print_worker_logs
+_WORKER.print_worker_logs = lambda data, _, *more, **named: _PRINT(data, sys.stderr, *more, **named)
 
 
 def launch(
@@ -205,10 +208,12 @@ def _compute(
             driver.slots = slots(nodes, sweep.resources)
             if address is not None or len(nodes) > 1:
                 _check_nodes(nodes, launch, results.store.storage)
-            watch = Watch(_look(), progress.note, joined.words)
+            watch = Watch(_look(), progress.note, joined.words, _own_raylet())
             told.to(watch.stopping)  # only now: ray.init has replaced the handlers
             with watch.looking():
-                why = _fit(_tuner(trials, launch, driver.slots, watch.stopping, str(state)), watch)
+                tuner = _tuner(trials, launch, driver.slots, watch.stopping, str(state))
+                # What Ray raises of itself: its client ends the process so, where its node died.
+                why = run_under(watch, tuner.fit, (RayError, SystemExit))
             if why:
                 joined.abandon()
                 words = joined.words() if joined.log and not joined.log.empty else ""
@@ -232,33 +237,20 @@ def _log_file(sweep: Sweep, results: Results, launch: str) -> Path:
     return folder / f"ray-{launch}.log"
 
 
-def _fit(tuner: Tuner, watch: Watch) -> str:
-    """Run trials until none are left, or until the launch is told to stop.
+def _own_raylet() -> Callable[[], bool]:
+    """Return what returns whether the Ray process of this machine, which this one uses, runs."""
+    address = str(_WORKER.global_worker.node.raylet_socket_name)
+    raylets = [p for p in psutil.process_iter(["name", "cmdline"]) if p.info["name"] == "raylet"]
+    own = [p for p in raylets if address in " ".join(p.info["cmdline"] or ())]
 
-    Tune runs in a thread: where Ray is gone, its calls do not return. Returns why the launch has
-    left it there; empty if it has ended.
-
-    Raises:
-        Exception: what Tune raises.
-    """
-    ended = threading.Event()
-    errors: list[BaseException] = []
-
-    def fit() -> None:
+    def runs() -> bool:
         try:
-            tuner.fit()
-        except BaseException as error:  # raised again below
-            errors.append(error)
-        finally:
-            ended.set()
+            # It may be in another container, where it is not seen.
+            return not own or own[0].status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
 
-    threading.Thread(target=fit, daemon=True, name="Tune").start()
-    while not ended.wait(LOOP_SECONDS):
-        if why := watch.gone:
-            return why
-    if errors:
-        raise errors[0]
-    return ""
+    return runs
 
 
 def nodes_at(address: str) -> list[dict[str, Any]]:

@@ -23,6 +23,11 @@ QUIET_SECONDS = 10.0
 SUSPENDED_SECONDS = 10.0
 # In how many seconds a stop has to be over. Slurm kills 30 s after SIGTERM.
 STOP_SECONDS = 20.0
+# Between two looks whether the work has ended.
+LOOP_SECONDS = 0.2
+DIED_TOO = "Ray went down at the same time"
+# Of what Ray says, in a line.
+REASON_CHARACTERS = 200
 # For how long an address may take to accept a connection.
 CONNECT_SECONDS = 2.0
 
@@ -48,6 +53,7 @@ class Watch:
         look: Callable[[], Mapping[str, str] | None],
         note: Callable[[str], None],
         words: Callable[[], str] = lambda: "",
+        runs: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Look at nothing yet.
@@ -56,10 +62,11 @@ class Watch:
             may block.
         note: prints a line for the user.
         words: returns a sentence on where to read more.
+        runs: returns whether Ray's process on this machine runs, at once.
         clock: monotonic seconds.
         """
         self._look, self._note, self._clock = look, note, clock
-        self._words = words
+        self._words, self._runs = words, runs
         self.stopping = threading.Event()
         self._done = threading.Event()
         self._answered = clock()
@@ -121,12 +128,14 @@ class Watch:
         if now - self._asked > SUSPENDED_SECONDS:
             self._answered = now
         self._asked = now
+        if not self._runs():  # the next call to it would end this process
+            return DIED_TOO if self.stopping.is_set() else "Ray's process on this machine has died"
         silent = now - self._answered
         if self.stopping.is_set():
             if self._stopped is None:
                 self._stopped = now
             if silent > SILENT_STOPPING_SECONDS:
-                return "Ray went down at the same time"
+                return DIED_TOO
             if now - self._stopped > STOP_SECONDS:
                 return f"Ray did not stop within {STOP_SECONDS:.0f} s"
             return ""
@@ -140,3 +149,40 @@ class Watch:
             self._told = False
             self._note("Ray answers again.")
         return ""
+
+
+def run_under(
+    watch: Watch, work: Callable[[], object], of_ray: tuple[type[BaseException], ...]
+) -> str:
+    """Run what needs Ray in a thread, since its calls do not return where Ray is gone.
+
+    watch: says when to leave it there.
+    work: what needs Ray.
+    of_ray: exceptions that it raises where Ray is gone.
+
+    Returns why the work was left before its end; empty if it has ended.
+
+    Raises:
+        BaseException: another one that `work` raises.
+    """
+    ended = threading.Event()
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # raised again below
+            errors.append(error)
+        finally:
+            ended.set()
+
+    threading.Thread(target=run, daemon=True, name="work on Ray").start()
+    while not ended.wait(LOOP_SECONDS):
+        if why := watch.gone:
+            return why
+    if not errors:
+        return ""
+    if not isinstance(errors[0], of_ray):
+        raise errors[0]
+    text = str(errors[0]).strip().partition("\n")[0][:REASON_CHARACTERS]
+    return f"Ray is gone ({type(errors[0]).__name__}: {text})"

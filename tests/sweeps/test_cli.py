@@ -798,7 +798,11 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A function that sets how every launch of the test ends; no Ray is started."""
 
     def ends(
-        done: int, failed: dict[str, str], missing: int, stopped: str = ""
+        done: int,
+        failed: dict[str, str],
+        missing: int,
+        stopped: str = "",
+        ray_gone: bool = False,
     ) -> list[dict[str, Any]]:
         calls: list[dict[str, Any]] = []
         result = SimpleNamespace(
@@ -808,6 +812,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             seconds=5.0,
             stopped=stopped,
             complete=not failed and not missing,
+            ray_gone=ray_gone,
         )
 
         def run(sweep: Any, plan: Any, *_: object, **options: Any) -> SimpleNamespace:
@@ -855,6 +860,25 @@ def test_a_launch_that_is_tracked_in_a_database_names_no_ui_that_would_refuse_it
     done = run_cli("launch", make_sweep(), "tracking.uri=postgresql://me:secret@host/mlflow")
     assert "Table: btu report tiny" in done.out
     assert "btu ui" not in done.out
+
+
+def test_a_launch_whose_ray_is_gone_ends_without_waiting_for_it(
+    run_cli: Callable[..., Any],
+    make_sweep: Callable[..., Path],
+    launched: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launched(done=0, failed={}, missing=1, stopped="interrupted", ray_gone=True)
+    ended: list[int] = []
+
+    def end(code: int) -> None:
+        ended.append(code)
+        raise SystemExit(code)
+
+    monkeypatch.setattr("orchestrator.cli.launch._end", end)
+    done = run_cli("launch", make_sweep())
+    assert (done.code, ended) == (1, [1])
+    assert "Stopped: interrupted. Not every cell is done; the same command continues" in done.out
 
 
 def test_the_options_of_a_launch_reach_it(
@@ -965,7 +989,13 @@ def test_of_many_failures_the_first_are_told(
     def run(sweep: Any, plan: Any, *_: object, **__: object) -> SimpleNamespace:
         failed = dict.fromkeys(plan.cells, "bad luck")
         return SimpleNamespace(
-            done=0, failed=failed, missing=0, seconds=1.0, stopped="", complete=False
+            done=0,
+            failed=failed,
+            missing=0,
+            seconds=1.0,
+            stopped="",
+            complete=False,
+            ray_gone=False,
         )
 
     module: Any = ModuleType("orchestrator.run.on_ray")
@@ -1093,8 +1123,10 @@ def test_sync_to_another_server_is_told_as_such(
 
 
 def test_the_store_commands_look_at_the_output_folder(
-    run_cli: Callable[..., Any], stored: Stored, tmp_path: Path
+    run_cli: Callable[..., Any], stored: Stored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Launches of others on this machine may have left folders.
+    monkeypatch.setattr("orchestrator.run.local._places", list)
     done = run_cli("store", "ls", "-o", tmp_path / "runs")
     assert done.code == 0
     assert stored.key in done.out

@@ -555,37 +555,6 @@ def test_what_a_gone_ray_prints_stays_out_of_the_terminal(tmp_path: Path) -> Non
     assert (done.stderr, path.read_bytes()) == (b"", b"a trace of C++")
 
 
-def test_a_tune_that_hangs_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    import threading
-
-    from orchestrator.run import on_ray
-    from orchestrator.run.outage import Watch
-
-    hang = threading.Event()
-
-    class Hangs:
-        def fit(self) -> None:
-            hang.wait(60)
-
-    class Raises:
-        def fit(self) -> None:
-            raise RuntimeError("of Tune")
-
-    class Ends:
-        def fit(self) -> None: ...
-
-    now = [0.0]
-    watch = Watch(dict, print, clock=lambda: now[0])
-    assert on_ray._fit(Ends(), watch) == ""
-    with pytest.raises(RuntimeError, match="of Tune"):
-        on_ray._fit(Raises(), watch)
-    watch.stopping.set()
-    assert watch.gone == ""
-    now[0] = 10.0
-    assert on_ray._fit(Hangs(), watch) == "Ray went down at the same time"
-    hang.set()
-
-
 @pytest.mark.parametrize("length", [65, 200])
 def test_a_long_temporary_folder_does_without_rays_sockets(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, length: int

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pytest
 
 from orchestrator.run import outage
-from orchestrator.run.outage import Watch, answers
+from orchestrator.run.outage import Watch, answers, run_under
 
 
 class Cluster:
@@ -17,11 +17,12 @@ class Cluster:
     def __init__(self) -> None:
         self.nodes: Mapping[str, str] | None = {"1": "head", "2": "left"}
         self.notes: list[str] = []
-        self.now = 0.0
+        self.now, self.runs = 0.0, True
         self.watch = Watch(
             lambda: self.nodes,
             self.notes.append,
             lambda: "What Ray says: FILE.",
+            lambda: self.runs,
             clock=lambda: self.now,
         )
 
@@ -110,6 +111,18 @@ def test_a_stop_does_not_wait_for_a_ray_that_was_stopped_too() -> None:
     assert cluster.notes == []  # the nodes were told to go
 
 
+@pytest.mark.parametrize("stopping", [True, False])
+def test_a_ray_whose_process_here_has_died_is_left_at_once(stopping: bool) -> None:
+    """The next call of its client would end this process, silently."""
+    cluster = Cluster()
+    cluster.at(1, {"1": "here"})
+    if stopping:
+        cluster.watch.stopping.set()
+    cluster.runs = False
+    died = "Ray went down at the same time"
+    assert cluster.watch.gone == (died if stopping else "Ray's process on this machine has died")
+
+
 def test_a_stop_has_its_time() -> None:
     cluster = Cluster()
     cluster.at(1, {"1": "head"})
@@ -118,6 +131,27 @@ def test_a_stop_has_its_time() -> None:
     assert cluster.at(23, {"1": "head"}) == "Ray did not stop within 20 s"
     # Slurm kills 30 s after SIGTERM.
     assert outage.STOP_SECONDS < 30
+
+
+def test_work_that_hangs_is_left() -> None:
+    cluster, hang = Cluster(), threading.Event()
+
+    def fail() -> None:
+        raise RuntimeError("of the work")
+
+    def leave() -> None:
+        raise SystemExit(1)
+
+    assert run_under(cluster.watch, lambda: None, ()) == ""
+    with pytest.raises(RuntimeError, match="of the work"):
+        run_under(cluster.watch, fail, (SystemExit,))
+    # Ray's client ends the process so when its node has died.
+    assert run_under(cluster.watch, leave, (SystemExit,)) == "Ray is gone (SystemExit: 1)"
+    cluster.watch.stopping.set()
+    assert cluster.watch.gone == ""
+    cluster.now = 9.0
+    assert run_under(cluster.watch, lambda: hang.wait(60), ()) == "Ray went down at the same time"
+    hang.set()
 
 
 def test_it_looks_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:

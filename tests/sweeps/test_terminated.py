@@ -101,19 +101,16 @@ def test_a_launch_and_its_cluster_are_terminated_at_once(
 def test_a_launch_whose_own_ray_dies_stops_with_the_reason(
     make_sweep: Callable[..., Path], place: Workplace
 ) -> None:
-    """Tune would wait for a node for ever; what Ray says of it is in a file, not on the screen."""
+    """Ray's client would end it silently; what Ray says is not on the screen."""
     launch = place.start("launch", make_sweep(grid=GRID))
     begin(place, launch)
     for process in psutil.Process(launch.process.pid).children(recursive=True):
         if process.name() == "raylet":
             process.kill()
-    done = launch.end(120)
+    done = launch.end(KILL_WAIT)
     assert done.code == 1, done
-    assert done.out.count("is lost; 0 nodes are left.") == 1, done
-    assert "Stopped: Ray has not answered for 45 s. What Ray says: " in done.out, done
-    (log,) = (place.output / "tiny").glob("ray-tiny-*.log")
-    assert str(log) in done.out
-    assert "Raylet is terminated" in log.read_text()
+    assert "Stopped: Ray's process on this machine has died" in done.out, done
+    assert "0 of 2 cells done, 0 failed, 2 not run" in done.out, done
     assert done.err == "", done
     assert "state-dump" not in done.out
     assert list((place.output / "store" / "launches").iterdir()) == []
