@@ -170,7 +170,9 @@ def test_the_file_map_is_right_and_names_every_folder() -> None:
         for package in ("btu", "orchestrator")
         for file in (ROOT / package).glob("*/__init__.py")
     }
-    folders |= {Path(name) for name in ("deploy", "sweeps", "benchmarks", "tests", "docs", "docs/figures")}
+    folders |= {
+        Path(name) for name in ("deploy", "sweeps", "benchmarks", "tests", "docs", "docs/figures")
+    }
     assert sorted(map(str, folders - set(mapped))) == []
 
 
