@@ -51,6 +51,9 @@ USAGE_ERROR = typer.BadParameter.__base__ or typer.BadParameter
 BTU = typer.main.get_command(app)
 
 
+TOLD = re.compile(r"\bRun: .{20}.*\bNot run: .{20}")
+
+
 def named(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
@@ -85,7 +88,26 @@ def test_every_file_of_deploy_is_a_recipe_that_is_checked() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=named)
 def test_a_recipe_tells_what_was_run_and_what_was_not(path: Path) -> None:
-    assert re.search(r"\bRun: .+\bNot run: .{20}", head(path.read_text()))
+    assert TOLD.search(head(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("# Run: ", "# Tested: "), ("# Not run: ", "# "), ("# A Ray", "\n# A Ray")]
+)
+def test_a_recipe_that_does_not_tell_is_found(old: str, new: str) -> None:
+    assert not TOLD.search(head(broken(CLUSTER, old, new)))
+
+
+def prose(text: str) -> list[str]:
+    """Return the words of a page that people read: without code blocks and targets of links."""
+    plain = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"\]\([^)]*\)|[|`*>-]+", " ", plain).split()
+
+
+def test_the_page_on_clusters_is_read_in_five_minutes() -> None:
+    page = (ROOT / "docs/cluster.md").read_text()
+    assert len(prose(page)) <= 5 * 260
+    assert [named(path) for path in RECIPES if f"../{named(path)}" not in page] == []
 
 
 def wrong_versions(text: str) -> list[str]:
