@@ -447,6 +447,7 @@ def missing_settings(text: str) -> list[str]:
         "a slow head is not waited for": r"RAY_NUM_REDIS_GET_RETRIES=\d{3,}",
         "workers are slowed down": r"^export RAY_worker_niceness=0$",
         "everybody may use its Ray": r"^export RAY_AUTH_MODE=token$",
+        "a Ray that did not start counts as done": r"^if \[\[ ! -s \$driver \]\]; then$",
         "srun gives a task one CPU": r'^srun .*--cpus-per-task="\$SLURM_CPUS_PER_TASK"',
     }
     joined = text.replace("\\\n", " ")
@@ -484,6 +485,7 @@ def test_a_wrong_script_is_found(old: str, new: str, wrong: str) -> None:
         ("niceness=0", "niceness=15", "workers are slowed down"),
         ("AUTH_MODE=token", "AUTH_MODE=disabled", "everybody may use its Ray"),
         (' --cpus-per-task="$SLURM_CPUS_PER_TASK"', "", "srun gives a task one CPU"),
+        ("! -s $driver", "! -e $driver", "a Ray that did not start counts as done"),
     ],
 )
 def test_a_setting_that_is_missing_is_found(old: str, new: str, wrong: str) -> None:
