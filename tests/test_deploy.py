@@ -448,6 +448,7 @@ def missing_settings(text: str) -> list[str]:
         "workers are slowed down": r"^export RAY_worker_niceness=0$",
         "everybody may use its Ray": r"^export RAY_AUTH_MODE=token$",
         "a Ray that did not start counts as done": r"^if \[\[ ! -s \$driver \]\]; then$",
+        "without a head it runs to its time limit": r"! -s \$driver .*SECONDS > \d+.* kill ",
         "srun gives a task one CPU": r'^srun .*--cpus-per-task="\$SLURM_CPUS_PER_TASK"',
     }
     joined = text.replace("\\\n", " ")
@@ -464,7 +465,7 @@ def test_the_batch_script_passes_bash_and_shellcheck_and_lacks_nothing() -> None
     ("old", "new", "wrong"),
     [
         ('exit "$status"', 'exit "$status', "unexpected EOF"),
-        ("done\n", "", "syntax error"),
+        ("\ndone\n", "\n", "syntax error"),
         ('"$head:$port" &', "$head:$port &", "SC2086"),
         ("RAY_AUTH_TOKEN=$(od", "RAY_AUTH_TOKEM=$(od", "SC2034"),
     ],
@@ -485,7 +486,12 @@ def test_a_wrong_script_is_found(old: str, new: str, wrong: str) -> None:
         ("niceness=0", "niceness=15", "workers are slowed down"),
         ("AUTH_MODE=token", "AUTH_MODE=disabled", "everybody may use its Ray"),
         (' --cpus-per-task="$SLURM_CPUS_PER_TASK"', "", "srun gives a task one CPU"),
-        ("! -s $driver", "! -e $driver", "a Ray that did not start counts as done"),
+        (
+            "if [[ ! -s $driver ]]; then\n",
+            "if false; then\n",
+            "a Ray that did not start counts as done",
+        ),
+        ("((SECONDS > 600))", "false", "without a head it runs to its time limit"),
     ],
 )
 def test_a_setting_that_is_missing_is_found(old: str, new: str, wrong: str) -> None:
