@@ -351,9 +351,15 @@ def wrong_rayjob(text: str) -> list[str]:
         if pod["securityContext"].get("runAsUser") != int(user):
             wrong.append("a pod does not run as the image's user")
         mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
-        volumes = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"]}
-        if mounted != set(volumes) or set(volumes.values()) != {claim["metadata"]["name"]}:
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        shared = volumes.get("shared", {}).get("persistentVolumeClaim", {})
+        if mounted != set(volumes) or shared.get("claimName") != claim["metadata"]["name"]:
             wrong.append("a pod does not have the shared volume")
+    sweep = re.findall(r"btu launch (\S+)/my-sweep.yaml", job["spec"]["entrypoint"])
+    mounts = {m["mountPath"]: m["name"] for m in head_pod["containers"][0]["volumeMounts"]}
+    maps = [v["name"] for v in head_pod["volumes"] if "configMap" in v]
+    if [mounts.get(path) for path in sweep] != maps:
+        wrong.append("the driver does not have the sweep file")
     if claim["spec"]["accessModes"] != ["ReadWriteMany"]:
         wrong.append("nodes cannot share the volume")
     return wrong
@@ -381,6 +387,7 @@ def test_the_rayjob_has_kuberays_fields_and_shares_one_volume() -> None:
         ("- secretRef:", "- configMapRef:", "the driver gets no secret"),
         ("runAsUser: 1001", "runAsUser: 0", "a pod does not run as the image's user"),
         ("claimName: btu-shared", "claimName: other", "a pod does not have the shared volume"),
+        ("mountPath: /sweep\n", "mountPath: /sweeps\n", "the driver does not have the sweep file"),
         ("ReadWriteMany", "ReadWriteOnce", "nodes cannot share the volume"),
         (', nvidia.com/gpu: "1"', "", "a worker has no GPU"),
     ],
