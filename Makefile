@@ -72,5 +72,5 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/pip
 	$(call require_python,$(BIN)/python,Remove .venv and run make again.)
 	@echo "Installing the pinned packages into .venv (some minutes the first time)"
 	$(if $(TORCH_INDEX),@$(PIP) "$$(grep '^torch==' constraints.txt)" --index-url '$(TORCH_INDEX)')
-	@$(PIP) -c constraints.txt -e '.[offline,dev]'
+	@$(PIP) -c constraints.txt -e '.[offline,postgres,dev]'
 	@touch $@

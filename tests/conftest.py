@@ -56,6 +56,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:builtin type [sS]wig:DeprecationWarning")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what tests cache, copies of remote results above all, out of the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BTU_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With ``--dist loadscope``: tests that share a Ray stay in one process, all others are spread.
 

@@ -109,7 +109,7 @@ def test_every_relative_link_leads_somewhere(document: Path) -> None:
 
 # A path in one of these folders is a file of this repository.
 OWN_PATH = re.compile(
-    r"(?<![\w./-])(?:btu|orchestrator|sweeps|tests|benchmarks|docs|\.ci)/[\w./*-]*[\w/]"
+    r"(?<![\w./-])(?:btu|orchestrator|deploy|sweeps|tests|benchmarks|docs|\.ci)/[\w./*-]*[\w/]"
 )
 # Placeholders: btu/attacks/NAME.py.
 PLACEHOLDER = re.compile(r"[A-Z]{2,}\.")
@@ -170,7 +170,9 @@ def test_the_file_map_is_right_and_names_every_folder() -> None:
         for package in ("btu", "orchestrator")
         for file in (ROOT / package).glob("*/__init__.py")
     }
-    folders |= {Path(name) for name in ("sweeps", "benchmarks", "tests", "docs", "docs/figures")}
+    folders |= {
+        Path(name) for name in ("deploy", "sweeps", "benchmarks", "tests", "docs", "docs/figures")
+    }
     assert sorted(map(str, folders - set(mapped))) == []
 
 
