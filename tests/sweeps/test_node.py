@@ -552,24 +552,28 @@ def score(run: StageRun) -> dict[str, Any]:
 def test_a_call_is_computed_written_down_and_tracked(
     shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logged: list[tuple[str, str, dict[str, Any], str]] = []
+    logged: list[tuple[Any, ...]] = []
 
     class Tracker:
-        def __init__(self, uri: str, experiment: str, results: Results) -> None:
-            self.where = uri, experiment
+        def __init__(self, uri: str, experiment: str, results: Results, *, fresh: bool) -> None:
+            self.where = uri, experiment, fresh
 
-        def log(self, record: dict[str, Any], folder: Path) -> None:
-            logged.append((*self.where, record["varied"], folder.name))
+        def log(self, record: dict[str, Any], folder: Path, training_set: str) -> None:
+            logged.append((*self.where, record["varied"], folder.name, training_set))
 
     module: Any = ModuleType("orchestrator.tracking.writer")
     module.Tracker = Tracker
     monkeypatch.setitem(sys.modules, "orchestrator.tracking.writer", module)
-    made = stage(name="cell", function=score)
+    rows = stage("poison")  # the label is its role, too
+    shop.run(rows)
+    made = stage("a", rows, name="cell", function=score)
     call = StageCall.from_json(StageCall(made.node(), varied={"seed": 1}).to_json())
-    launch = Launch("L", str(tmp_path / "store"), str(tmp_path), "tiny", {"uri": "u", "id": "7"})
+    tracking = {"uri": "u", "id": "7", "fresh": True}
+    launch = Launch("L", str(tmp_path / "store"), str(tmp_path), "tiny", tracking)
     report = compute_call(call, launch)
     assert (report.outcome, report.facts, report.untracked) == (Outcome.done, {"asr": 0.5}, "")
-    assert logged == [("u", "7", {"seed": 1}, shop.store.fetch(made.key).name)]
+    (found,) = logged
+    assert found == ("u", "7", True, {"seed": 1}, shop.store.fetch(made.key).name, rows.key)
     (event,) = Results(str(tmp_path), "tiny").journal()
     assert (event["event"], event["key"], event["launch"]) == ("compute", made.key, "L")
     # Once more it is there already: nothing is computed, and the report is shorter.
