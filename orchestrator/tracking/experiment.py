@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shlex
+import socket
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import mlflow
 from mlflow.entities import Experiment, ViewType
 from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from btu.errors import UserError
 from orchestrator.sweep.modes.axes import GridMode
@@ -33,6 +36,9 @@ from orchestrator.tracking.server import (
     tracking_uri,
 )
 
+# Where databases listen whose URI names no port.
+DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+REACH_SECONDS = 10.0
 # MLflow's runs table shows no metric by default. It does at an address that names a view. Views are
 # tags of the experiment, in the format of MLflow's own "Share" button.
 VIEW = "btu"
@@ -107,6 +113,8 @@ def _open(
         database = database_of(uri)
         if database is not None:
             make_database(database)
+        else:
+            _reach(uri)
         client = mlflow.MlflowClient(tracking_uri=uri)
         found = _find_or_create(client, name, _artifacts(database, name), note)
         if found.lifecycle_stage != "active":
@@ -130,7 +138,7 @@ def _open(
     except ImportError as error:
         raise UserError(
             f"tracking.uri {shown(uri)} needs a package that is not installed: {error}. Install "
-            "it (for PostgreSQL: pip install psycopg2-binary), or name an MLflow server (HTTP)."
+            "it (for PostgreSQL: pip install 'btu[postgres]'), or name an MLflow server (HTTP)."
         ) from error
     except REFUSALS as error:
         reason = reason_of(error)
@@ -140,6 +148,21 @@ def _open(
     if database is not None:
         use_wal(database)
     return experiment_id, ""
+
+
+def _reach(uri: str) -> None:
+    """Connect once to the host of a database. MLflow would try for a minute and a half.
+
+    Raises:
+        OSError: it does not answer.
+    """
+    if "://" not in uri or uri.startswith(("http://", "https://")):
+        return
+    with suppress(ArgumentError):  # MLflow says what is wrong with a URI that is none
+        url = make_url(uri)
+        port = url.port or DATABASE_PORTS.get(url.get_backend_name())
+        if url.host and port:
+            socket.create_connection((url.host, port), REACH_SECONDS).close()
 
 
 def _no_answer(uri: str, reason: str, hint: str) -> str:
