@@ -42,7 +42,7 @@ class Journal:
                 self._timer.daemon = True
                 self._timer.start()
         if full:
-            self.flush()
+            self._last()
 
     def flush(self) -> None:
         """Write what was collected. If that fails, the lines stay for the next time.
@@ -65,8 +65,13 @@ class Journal:
 
 
 _journals: dict[tuple[str, str], Journal] = {}
+_making = threading.Lock()
 
 
 def journal_of(storage: Storage, path: str) -> Journal:
     """Return the journal at a path of a store; a process has one of each."""
-    return _journals.setdefault((storage.location, path), Journal(storage, path))
+    place = (storage.location, path)
+    with _making:
+        if place not in _journals:
+            _journals[place] = Journal(storage, path)
+        return _journals[place]

@@ -340,12 +340,19 @@ class Driver:
         cpus, gpus = self._sweep.resources.of(task.stage.kind)
         varied = dict(cell.varied) if cell else {}
         stage = task.stage
-        return StageCall(stage.node(), cpus, gpus, task.accumulation, varied, stage.model)
+        return StageCall(
+            stage.node(), cpus, gpus, task.accumulation, varied, stage.model, task.again
+        )
 
     def put_back(self, task: Task) -> None:
         """A task could not be passed on to a worker: it is ready again."""
         self._running.discard(task.stage.key)
-        self._schedule.again(task.stage.key)
+        self._again(task)
+
+    def _again(self, task: Task) -> None:
+        """A stage is ready again, unless one of its inputs has failed meanwhile."""
+        for cell in self._schedule.again(task.stage.key):
+            self._tell_study(cell)
 
     def waited(self) -> None:
         """The wait after `Idle.elsewhere` is over."""
@@ -362,7 +369,10 @@ class Driver:
         self._progress.tick(self._schedule)
 
     def stop(self, reason: str) -> None:
-        """Hand out no further task; running stages may end. The first reason is kept."""
+        """Hand out no further task; what was handed out may end, chains included.
+
+        The first reason is kept.
+        """
         if not self.stopped:
             self.stopped = reason
             self._progress.note(f"stopping: {reason}.")
@@ -396,18 +406,30 @@ class Driver:
             self.stop(f"the workers of {self._given_up} stages in a row died; see their failures")
         self._progress.refresh(self._schedule)
 
-    def chain_lost(self, tasks: Sequence[Task], error: str) -> None:
-        """Every worker of a chain died: at the first stage without a result, which failed.
+    def chain_lost(self, tasks: Sequence[Task], error: str, *, progressed: bool) -> None:
+        """Every worker of a chain died: at the first stage without a result.
+
+        Workers are counted for the whole chain. So this stage has failed only if all of them died
+        at it; otherwise it gets as many again.
 
         tasks: those of the chain that have not ended, in order.
         error: the error of the last worker, empty if unknown.
+        progressed: whether one of the chain had ended before.
         """
         left = list(tasks)
-        while len(left) > 1 and self._store.is_committed(left[0].stage.key):
+        while len(left) > 1 and self._has_result(left[0].stage.key):
             self.ended(left.pop(0), Report(Outcome.done))
-        for task in left[1:]:
+        again = progressed or len(left) < len(tasks)
+        for task in reversed(left[0 if again else 1 :]):
             self.put_back(task)
-        self.worker_lost(left[0], error)
+        if not again:
+            self.worker_lost(left[0], error)
+
+    def _has_result(self, key: str) -> bool:
+        try:
+            return self._store.is_committed(key)
+        except Exception:  # the store may be why the workers died
+            return False
 
     def _done(self, task: Task, report: Report) -> None:
         stage = task.stage
@@ -442,7 +464,7 @@ class Driver:
 
     def _busy(self, task: Task, report: Report) -> None:
         self._elsewhere.found(task.stage.key)
-        self._schedule.again(task.stage.key)
+        self._again(task)
 
     def _inputs_lost(self, task: Task, report: Report) -> None:
         self._progress.note(f"'{task.stage.name}' needs inputs computed again: {report.reason}")
@@ -465,7 +487,7 @@ class Driver:
             self._record_failure(task, reason)
 
     def _disk_full(self, task: Task, report: Report) -> None:
-        self._schedule.again(task.stage.key)
+        self._again(task)
         self.stop(f"the disk is full ({report.reason}); free some space")
 
     def _raised(self, task: Task, report: Report) -> None:
@@ -486,7 +508,9 @@ class Driver:
         }
         try:
             self._store.fail(stage.key, failure)
-        except OSError as problem:  # a full disk; raised here, it would end the launch
+        except (
+            Exception
+        ) as problem:  # a full disk, a lost store; raised here, it would end the launch
             self._progress.note(f"the failure of {stage.key} was not recorded: {problem}")
         self._fail(task, reason)
 
@@ -503,7 +527,8 @@ class Driver:
             self.stop(f"{self._failures} stages failed (--max-failures {self._max_failures})")
 
     def _journal(self, event: str, task: Task, **facts: str | float) -> None:
-        with suppress(OSError):  # a full disk: the stages report it, and stop the launch in order
+        # A full disk or a lost store: the stages report it, and stop the launch in order.
+        with suppress(Exception):
             stage = task.stage
             self._results.journal_event(
                 event, key=stage.key, stage=stage.name, launch=self.id, **facts
@@ -540,7 +565,7 @@ class Driver:
             return
         try:
             self._store.drop(key)
-        except OSError as error:
+        except Exception as error:  # each client of an object store has its own
             self._progress.note(f"the model of {key} was not removed: {error}")
             return
         self._schedule.drop(key)
@@ -567,7 +592,7 @@ class Driver:
 
     def save_timings(self) -> None:
         """Save how long the stages of this launch took, for later estimates."""
-        with suppress(OSError):  # a full disk: the estimates can do without
+        with suppress(Exception):  # a full disk, a lost store: the estimates can do without
             self._store.add_timings(self.id, _condensed(self._rows))
 
     def all_ended(self) -> None:

@@ -121,9 +121,12 @@ def stderr_to(path: Path) -> Iterator[Diverted]:
         yield diverted
     finally:
         sys.stderr.flush()
-        if not diverted.stays:
+        if diverted.stays:
+            # Only what is written past Python stays there: errors of this process are for the user.
+            sys.stderr = os.fdopen(terminal, "w")
+        else:
             os.dup2(terminal, 2)
-        os.close(terminal)
+            os.close(terminal)
         if not diverted.named:
             path.unlink(missing_ok=True)
 

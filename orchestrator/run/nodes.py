@@ -76,6 +76,7 @@ def check_answers(address: str | None) -> None:
             "of the cluster with --address auto."
         )
     host, _, port = (address or "").rpartition(":")
+    host = host.strip("[]")  # of an IPv6 address
     if not host or not port.isdigit():
         return
     try:
@@ -94,25 +95,27 @@ def slots(nodes: Sequence[Mapping[str, Any]], resources: ResourceSpec) -> int:
         UserError: no node has the resources and labels of one.
     """
     for kind in KINDS:
-        if not any(_holds(node, resources, kind) for node in nodes):
+        if not any(holds(node, resources, kind) for node in nodes):
             raise UserError(
                 f"no node can run a stage with {_asked(resources, kind)} (nodes: "
                 f"{'; '.join(map(_has, nodes))}); lower resources, or use --address."
             )
-    return max(1, sum(max(_holds(node, resources, kind) for kind in KINDS) for node in nodes))
+    return max(1, sum(max(holds(node, resources, kind) for kind in KINDS) for node in nodes))
 
 
 def node_lines(nodes: Sequence[Mapping[str, Any]], resources: ResourceSpec) -> list[str]:
     """Return a line for each node: what it has, and how many stages it holds at once."""
     lines = []
     for node in nodes:
-        counts = {kind: _holds(node, resources, kind) for kind in KINDS}
-        if not all(counts.values()) and (missing := _missing(node, resources)):
-            what = f"holds no stage: it lacks {', '.join(missing)}"
+        counts = {kind: holds(node, resources, kind) for kind in KINDS}
+        shared, own = counts.values()
+        missing = "" if all(counts.values()) else f"it lacks {', '.join(_missing(node, resources))}"
+        if not any(counts.values()):
+            what = f"holds no stage: {missing}"
         else:
-            shared, own = counts.values()
             what = f"holds {shared} stage{'' if shared == 1 else 's'} at once"
             what += "" if shared == own else f", or {own} of a single cell"
+            what += f" ({missing})" if missing else ""
         lines.append(f"node {node.get('NodeManagerHostname', '?')} ({_has(node)}) {what}.")
     return lines
 
@@ -129,7 +132,7 @@ def _demand(resources: ResourceSpec, kind: str) -> dict[str, float]:
     return {"CPU": cpu, **({"GPU": gpu} if gpu > 0 else {}), **resources.custom}
 
 
-def _holds(node: Mapping[str, Any], resources: ResourceSpec, kind: str) -> int:
+def holds(node: Mapping[str, Any], resources: ResourceSpec, kind: str) -> int:
     """Return how many stages of a kind fit on a node."""
     if not matches(node, resources):
         return 0

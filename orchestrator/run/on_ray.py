@@ -102,8 +102,9 @@ logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 START_TRIES = 3
 # Seconds that a node has to answer whether it sees the store: a new worker has to start there.
 NODE_SECONDS = 120
-# A chain that has computed for longer since its last report reports again.
-REPORT_SECONDS = 5.0
+# A chain that has computed for longer since its last report reports again; before a stage that may
+# take long, sooner, so that the driver knows what runs.
+REPORT_SECONDS, REPORT_BEFORE_LONG_SECONDS = 5.0, 0.5
 # Seconds for a Ray to shut down in.
 LEAVE_SECONDS = 20.0
 # Not `ray.tune.tune`, which is a function of the same name.
@@ -196,6 +197,7 @@ def _compute(
     # Ray goes before the folder that it writes to.
     try:
         with tune_folder() as state, signals() as told, _joined(address, log) as joined:
+            told.interrupt()
             launch = Launch(
                 driver.id,
                 sweep.store_location,
@@ -209,7 +211,7 @@ def _compute(
             if address is not None or len(nodes) > 1:
                 _check_nodes(nodes, launch, results.store.storage)
             watch = Watch(_look(), progress.note, joined.words, _own_raylet())
-            told.to(watch.stopping)  # only now: ray.init has replaced the handlers
+            told.to(watch.stopping)
             with watch.looking():
                 tuner = _tuner(trials, launch, driver.slots, watch.stopping, str(state))
                 # What Ray raises of itself: its client ends the process so, where its node died.
@@ -393,15 +395,16 @@ def compute_stage(config: dict[str, Any], launch: Launch) -> None:
     # As text: Tune flattens a dict.
     reports: dict[str, str] = {}
     told = time.monotonic()
-    for number, text in enumerate(config["tasks"], 1):
+    for text in config["tasks"]:
         call = StageCall.from_json(text)
+        pause = REPORT_BEFORE_LONG_SECONDS if call.node["units"] else REPORT_SECONDS
+        if reports and time.monotonic() - told > pause:
+            tune.report({"reports": json.dumps(reports), "more": True})
+            told = time.monotonic()
         report = compute_call(call, launch)
         reports[call.node["key"]] = report.to_json()
         if report.outcome is not Outcome.done:
             break
-        if number < len(config["tasks"]) and time.monotonic() - told > REPORT_SECONDS:
-            tune.report({"reports": json.dumps(reports), "more": True})
-            told = time.monotonic()
     tune.report({"reports": json.dumps(reports)})
 
 

@@ -115,7 +115,7 @@ class Publisher:
         from orchestrator.tracking import experiment, server, sync
 
         uri = server.tracking_uri(self._sweep)
-        if interrupted and uri.startswith(("http://", "https://")):
+        if interrupted and not server.is_sqlite(uri):
             return
         experiment_id = self.tracking["id"] if self.tracking else None
         if experiment_id is None:

@@ -48,6 +48,7 @@ class _Node:
     rank: float = 0.0  # seconds of the longest chain that starts here
     cell: str | None = None  # key of the only cell that needs it; None where several do
     rung: int = 0  # of LADDER
+    again: bool = False  # its model is gone, and is needed again
     repairs: int = 0
 
 
@@ -57,11 +58,13 @@ class Task:
 
     alone: whether nothing else may run on its device, or on its node if it uses no GPU.
     accumulation: number of parts that each batch is cut into.
+    again: whether it is computed for its model, which was removed or lost.
     """
 
     stage: Stage
     alone: bool
     accumulation: int
+    again: bool = False
 
 
 class Schedule:
@@ -129,6 +132,7 @@ class Schedule:
                 fresh.append(key)
             elif self._nodes[key].state in (State.done, State.cached):
                 self._set(self._nodes[key], State.waiting)
+                self._nodes[key].again = True
                 fresh.append(key)
             elif self._nodes[key].state in (State.waiting, State.ready):
                 fresh.append(key)
@@ -157,6 +161,7 @@ class Schedule:
 
     def _insert(self, stage: Stage, state: State) -> None:
         node = self._nodes[stage.key] = _Node(stage, group_of(stage), state)
+        node.again = stage.key in self.dropped
         self.counts[stage.name == CELL][state] += 1
         if state not in ENDED:
             self._count_left(node, 1)
@@ -237,7 +242,7 @@ class Schedule:
             return None
         self._set(chosen, State.running)
         self.running[chosen.stage.key] = chosen.stage
-        return Task(chosen.stage, chosen.rung > 0, LADDER[chosen.rung])
+        return Task(chosen.stage, chosen.rung > 0, LADDER[chosen.rung], chosen.again)
 
     def follow(self, tasks: Sequence[Task], fits: Callable[[Stage], bool]) -> Task | None:
         """Return the stage that can follow some that run, in the same worker, marked as running.
@@ -272,7 +277,7 @@ class Schedule:
         node = min(can, key=lambda node: (node.stage.model, -node.rank))
         self._set(node, State.running)
         self.running[node.stage.key] = node.stage
-        return Task(node.stage, False, LADDER[0])
+        return Task(node.stage, False, LADDER[0], node.again)
 
     def _next_queue(self) -> _Queue:
         """Return the queue to take from, an empty one if all are empty."""
@@ -358,11 +363,19 @@ class Schedule:
         self.again(key)
         return True
 
-    def again(self, key: str) -> None:
-        """A stage could not run, for external reasons: it is ready again."""
+    def again(self, key: str) -> list[str]:
+        """A stage could not run, for external reasons: it is ready again.
+
+        Returns the cells that fail because one of its inputs failed meanwhile.
+        """
+        node = self._nodes[key]
         self._ended(key)
-        self._set(self._nodes[key], State.waiting)
-        self._settle(self._nodes[key])
+        self._set(node, State.waiting)
+        failed = sorted(node.missing & self.failed.keys())
+        if failed:
+            return self._fail(key, self.failed[failed[0]])
+        self._settle(node)
+        return []
 
     def repair(self, key: str, lost: Iterable[str]) -> bool:
         """A stage's inputs `lost` are damaged or gone: compute them again before it.

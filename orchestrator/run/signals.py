@@ -21,6 +21,11 @@ def sigterm_as_interrupt() -> Iterator[None]:
 class Signals:
     """What SIGTERM and Ctrl-C do while Ray runs."""
 
+    def interrupt(self) -> None:
+        """Let both interrupt. Ray's client has taken SIGTERM over, and would end the process."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
     def to(self, stop: threading.Event) -> None:
         """Let them set an event. A second Ctrl-C interrupts: the user does not want to wait."""
 

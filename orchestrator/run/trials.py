@@ -9,7 +9,7 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from orchestrator.run.driver import Driver, Idle
-from orchestrator.run.nodes import matches
+from orchestrator.run.nodes import holds
 from orchestrator.run.schedule import Task
 from orchestrator.run.worker import Outcome, Report
 from orchestrator.sweep.sections import ResourceSpec
@@ -62,6 +62,7 @@ class Trials:
         # What has not ended of the trials that have not ended: tasks, in order. None is a trial
         # that only waits.
         self._tasks: dict[str, list[Task] | None] = {}
+        self._progressed: set[str] = set()  # trials of which a stage has ended
         self.error: Exception | None = None
 
     @_guarded
@@ -99,7 +100,8 @@ class Trials:
         if task.alone:
             # It ran out of memory: nothing else may run on its device, or on its node.
             nodes = [node for node in self._nodes() if node["Alive"]]
-            fit = [node["Resources"] for node in nodes if matches(node, self._resources)]
+            kind = task.stage.kind
+            fit = [node["Resources"] for node in nodes if holds(node, self._resources, kind)]
             if gpu > 0:
                 gpu = 1.0
             else:
@@ -123,6 +125,7 @@ class Trials:
         """A trial reports the stages that have ended so far, and goes on."""
         tasks = self._tasks.get(trial_id)
         if tasks and result.get("more"):
+            self._progressed.add(trial_id)
             self._take_in(tasks, result)
 
     @_guarded
@@ -166,7 +169,8 @@ class Trials:
             return
         tasks = self._tasks.pop(trial_id)
         if tasks:
-            self._driver.chain_lost(tasks, error)
+            progressed = trial_id in self._progressed
+            self._driver.chain_lost(tasks, error, progressed=progressed)
         else:
             self._driver.waited()
 

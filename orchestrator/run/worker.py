@@ -82,6 +82,7 @@ class StageCall:
     accumulation: number of parts that each batch is cut into, to save memory.
     varied: the coordinates of a cell, by dotted key.
     model: whether it has a model, which may have been dropped.
+    again: whether it is computed for its model, which was dropped before it was handed out.
     """
 
     node: Mapping[str, Any]
@@ -90,6 +91,7 @@ class StageCall:
     accumulation: int = 1
     varied: Mapping[str, Any] = field(default_factory=dict)
     model: bool = True
+    again: bool = False
 
     def to_json(self) -> str:
         return json.dumps(vars(self))
@@ -167,7 +169,7 @@ def compute_call(call: StageCall, launch: Launch) -> Report:
             tracker.log(record, folder, call.node["inputs"].get(POISON, ""))
 
     def begin() -> None:
-        with suppress(OSError):  # the journal of a full disk; the stage will report it
+        with suppress(Exception):  # a full disk, a lost store: the stage will report it
             # Now: whoever dies while computing has begun to.
             results.journal_now("compute", key=call.node["key"], launch=launch.id)
 
@@ -179,6 +181,7 @@ def compute_call(call: StageCall, launch: Launch) -> Report:
         gpus=call.gpus,
         accumulation=call.accumulation,
         model=call.model,
+        again=call.again,
         track=track,
         begin=begin,
     )
@@ -205,6 +208,7 @@ def run_node(
     gpus: float = 0,
     accumulation: int = 1,
     model: bool = True,
+    again: bool = True,
     track: Callable[[str, Path], None] | None = None,
     begin: Callable[[], None] = lambda: None,
     progress: ProgressCallback = silent,
@@ -218,6 +222,7 @@ def run_node(
     gpus: above 0 computes on CUDA.
     accumulation: number of parts that each batch is cut into, to save memory.
     model: whether it has a model, which may have been dropped.
+    again: whether to compute it if that is so.
     track: called with a cell's key and folder once its result is published, still under the lease,
         so that only one process writes a cell to MLflow.
     begin: called when computing begins, not if the result is there already.
@@ -227,7 +232,7 @@ def run_node(
         Exception: of machines, not of the stage: an unusable device, a file system that is gone.
             A fresh worker may do better.
     """
-    call = StageCall(node, cpus, gpus, accumulation, model=model)
+    call = StageCall(node, cpus, gpus, accumulation, model=model, again=again)
     try:
         return _Attempt(call, store, track, begin, progress).run(owner)
     except Exception as error:
@@ -260,7 +265,9 @@ class _Attempt:
             return Report(Outcome.done if done else Outcome.busy)
         with lease:
             seen = self.store.look(self.key, dropped=self.call.model)
-            if seen.committed:  # published meanwhile
+            # Published meanwhile; or by a worker of the same chain that died, and nobody needs its
+            # model any more.
+            if seen.committed or (seen.dropped and not self.call.again):
                 return Report(Outcome.done)
             if seen.failure is not None:  # another launch ran it meanwhile
                 return Report(Outcome.failed, reason=seen.failure["reason"])

@@ -100,8 +100,23 @@ class Cache:
                     self.storage.prune(places.above(entry))
                     self.storage.remove(places.marker(entry.split("/")[1]))
                     freed += size
-        shutil.rmtree(self.folder / places.TEMPORARY, ignore_errors=True)
+                shutil.rmtree(self.folder / aside, ignore_errors=True)
+        self._remove_leftovers()
         return freed
+
+    def _remove_leftovers(self) -> None:
+        """Remove what killed processes left unfinished; others are writing there now."""
+        with suppress(FileNotFoundError):
+            for left in (self.folder / places.TEMPORARY).iterdir():
+                with suppress(FileNotFoundError):
+                    if time.time() - left.stat().st_mtime <= CACHED_S:
+                        continue
+                    if left.is_dir():
+                        shutil.rmtree(left, ignore_errors=True)
+                    else:
+                        left.unlink()
+        with suppress(OSError):  # others are writing there
+            (self.folder / places.TEMPORARY).rmdir()
 
     def _used(self, entry: str) -> float:
         return (self.folder / entry).stat().st_mtime

@@ -549,6 +549,20 @@ def score(run: StageRun) -> dict[str, Any]:
     return {"asr": 0.5}
 
 
+def test_a_model_that_was_removed_since_is_not_computed_again(shop: Shop) -> None:
+    """A worker of a chain died; what it had computed was read, and its model removed."""
+    made = stage()
+    shop.run(made)
+    shop.store.drop(made.key)
+    began: list[None] = []
+    report = shop.run(made, again=False, begin=lambda: began.append(None))
+    assert report == Report(Outcome.done)
+    assert began == []
+    # Where it is handed out for its model, it is computed.
+    assert shop.run(made, again=True, begin=lambda: began.append(None)).outcome is Outcome.done
+    assert len(began) == 1
+
+
 def test_a_call_is_computed_written_down_and_tracked(
     shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

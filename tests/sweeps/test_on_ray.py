@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -195,8 +196,13 @@ def test_a_chain_whose_workers_die_fails_where_they_died(hand: ByHand, trials: A
     trials.started("a")
     published(hand, "rows", "train")  # by the workers, which reported nothing of it
     trials.gave_up("a", "ActorDiedError: killed")
-    assert trials.suggest("b") == FINISHED
-    assert ends(hand) == [("rows", "done"), ("train", "done"), ("unlearn", "failed")]
+    assert ends(hand) == [("rows", "done"), ("train", "done")]
+    # Workers are counted for the whole chain: those that died earlier count for no later stage.
+    assert names_in(trials.suggest("b")) == ["unlearn", "evaluate", CELL]
+    trials.started("b")
+    trials.gave_up("b", "ActorDiedError: killed")
+    assert trials.suggest("c") == FINISHED
+    assert ends(hand)[2:] == [("unlearn", "failed")]
     (record,) = hand.store.failures()
     assert record["stage"] == "unlearn"
     assert record["reason"] == "gave up after 3 tries: ActorDiedError: killed"
@@ -251,6 +257,18 @@ def test_a_stage_that_ran_out_of_memory_has_a_device_of_its_own(
     assert trials.suggest("c")["held"] == dict(zip(("cpu", "gpu"), held, strict=True))
 
 
+def test_a_stage_alone_on_its_node_asks_for_a_node_that_there_is(hand: ByHand) -> None:
+    there = [
+        {"Alive": True, "Resources": {"CPU": 64.0}},  # the largest, without a license
+        {"Alive": True, "Resources": {"CPU": 8.0, "license": 1.0}},
+    ]
+    asked = ResourceSpec(cpu=2, custom={"license": 1})
+    trials = Trials(hand.driver, asked, lambda: there)
+    config = trials.suggest("a")
+    trials.ended("a", answer(config, Outcome.memory))
+    assert trials.suggest("b")["held"] == {"cpu": 8, "gpu": 0.0, "custom": {"license": 1}}
+
+
 def test_an_error_between_tune_and_the_driver_stops_the_launch(
     hand: ByHand, trials: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,7 +278,7 @@ def test_an_error_between_tune_and_the_driver_stops_the_launch(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("bad disk")
 
-    monkeypatch.setattr(hand.results, "journal_event", broken)
+    monkeypatch.setattr(hand.driver, "_done", broken)
     trials.ended("a", answer(config, Outcome.done))
     assert str(trials.error) == "bad disk"
     assert hand.driver.stopped == "RuntimeError: bad disk"
@@ -289,6 +307,59 @@ def test_a_trial_without_a_report_keeps_nothing_waiting(hand: ByHand, trials: An
     assert hand.driver.stopped == "KeyError: 'reports'"
     assert isinstance(trials.error, KeyError)
     assert trials.suggest("b") == FINISHED
+
+
+def test_a_chain_that_had_progressed_is_tried_again(hand: ByHand, trials: Any) -> None:
+    config = trials.suggest("a")
+    trials.started("a")
+    published(hand, "rows")
+    trials.reported("a", answer(config, Outcome.done) | {"more": True})
+    trials.gave_up("a", "ActorDiedError: killed")
+    assert not list(hand.store.failures())
+    assert names_in(trials.suggest("b"))[0] == "train"
+    assert trials.error is None
+
+
+def test_a_chain_that_is_given_up_while_the_store_is_away_keeps_nothing_waiting(
+    hand: ByHand, trials: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise ConnectionError("no route to the store")
+
+    trials.suggest("a")
+    with monkeypatch.context() as patch:
+        patch.setattr(hand.store, "is_committed", away)
+        patch.setattr(hand.store, "fail", away)
+        trials.gave_up("a", "OSError: no route")
+    assert "was not recorded: no route to the store" in hand.said
+    assert trials.suggest("b") == FINISHED
+    assert trials.error is None
+
+
+def test_the_driver_knows_what_runs_before_a_long_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestrator.run import on_ray
+
+    told: list[tuple[list[str], bool]] = []
+    computed: list[str] = []
+    clock = iter([0.0, 2.0, 2.0, 3.0, 9.0, 9.0])
+
+    def compute(call: StageCall, launch: Launch) -> Report:
+        computed.append(call.node["key"])
+        return Report(Outcome.done)
+
+    def report(result: dict[str, Any]) -> None:
+        told.append((sorted(json.loads(result["reports"])), "more" in result))
+
+    monkeypatch.setattr(on_ray, "compute_call", compute)
+    monkeypatch.setattr(on_ray.tune, "report", report)
+    monkeypatch.setattr(on_ray.time, "monotonic", lambda: next(clock))
+    # 2 s for a, which is told before b, since b has rows to compute; c and d have none. At c a
+    # second has passed since, at d seven.
+    units = {"a": 0, "b": 5, "c": 0, "d": 0}
+    calls = [StageCall({"key": key, "units": rows}).to_json() for key, rows in units.items()]
+    on_ray.compute_stage({"tasks": calls}, Launch("L", "store", "runs", "tiny", None))
+    assert computed == ["a", "b", "c", "d"]
+    assert told == [(["a"], True), (["a", "b", "c"], True), (["a", "b", "c", "d"], False)]
 
 
 def test_a_trial_that_reports_too_little_keeps_nothing_waiting(hand: ByHand, trials: Any) -> None:
@@ -380,6 +451,17 @@ def test_a_plan_says_which_nodes_can_hold_what() -> None:
     assert nodes.node_lines(LABELED[1:], ResourceSpec(gpu=0.5, custom={"license": 2})) == [
         "node small (4 CPU / 0 GPU) holds no stage: it lacks 0.5 GPU, 2 license."
     ]
+    # Stages of a single cell run there.
+    assert nodes.node_lines(LABELED[1:], ResourceSpec(gpu=1, cell_gpu=0)) == [
+        "node small (4 CPU / 0 GPU) holds 0 stages at once, or 4 of a single cell (it lacks 1 GPU)."
+    ]
+
+
+def test_an_address_of_ipv6_is_reached() -> None:
+    from orchestrator.run.outage import answers
+
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
+        assert answers(f"[::1]:{server.getsockname()[1]}")
 
 
 def test_a_trial_asks_ray_for_labels_and_own_resources(hand: ByHand) -> None:
@@ -453,7 +535,8 @@ def test_a_worker_has_its_variables_before_it_computes(
     monkeypatch.setattr(on_ray.tune, "report", lambda _: None)
     # It travels: Ray pickles it.
     on_ray.compute_stage(
-        {"tasks": [StageCall({"key": "k"}).to_json()]}, pickle.loads(pickle.dumps(launch))
+        {"tasks": [StageCall({"key": "k", "units": 1}).to_json()]},
+        pickle.loads(pickle.dumps(launch)),
     )
     assert seen == ["hf_secret"]
 

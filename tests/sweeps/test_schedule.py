@@ -902,3 +902,44 @@ def test_every_stage_is_handed_out_once_in_chains_too(seed: int) -> None:
             assert each.stage.key not in ended
             ended.add(each.stage.key)
     assert ended == wanted
+
+
+def test_a_stage_that_goes_back_after_its_input_failed_fails_with_it() -> None:
+    rows = toy("rows")
+    cut = [toy("cut", rows, id=i) for i in range(2)]
+    cells = [cell(one, id=i) for i, one in enumerate(cut)]
+    made = schedule(cells)
+    assert chain(made) == ["rows"]
+    made.done(rows.key)
+    assert chain(made) == chain(made) == ["cut", CELL]
+    for top in cells:
+        made.again(top.key)
+    # The second finds its input damaged; computing it again fails, while the first still runs.
+    assert made.repair(cut[1].key, [rows.key])
+    assert chain(made) == ["rows"]
+    made.fail(rows.key, "no memory")
+    assert made.running.keys() == {cut[0].key}
+    assert made.again(cut[0].key) == []  # its cell reads the input too, and has failed with it
+    assert made.failed[cut[0].key] == "no memory"
+    assert made.unfinished == 0
+
+
+def test_a_task_tells_whether_a_model_is_computed_again() -> None:
+    train = toy("train", model=True)
+    cut = toy("cut", train)
+    first = schedule([cell(cut)]).next()
+    assert first is not None
+    assert not first.again
+    # Its model was removed by an earlier launch, and a new cell reads it.
+    again = schedule([cell(cut)], dropped=[train.key]).next()
+    assert again is not None
+    assert (again.stage.name, again.again) == ("train", True)
+    # Its model is lost while the launch runs.
+    made = schedule([cell(cut)])
+    assert chain(made) == ["train", "cut", CELL]
+    made.done(train.key)
+    made.again(cell(cut).key)
+    assert made.repair(cut.key, [train.key])
+    repaired = made.next()
+    assert repaired is not None
+    assert (repaired.stage.name, repaired.again) == ("train", True)

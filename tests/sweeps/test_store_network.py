@@ -29,6 +29,7 @@ from orchestrator.store.gc import Usage, gc, gc_candidates, usage
 from orchestrator.store.lease import LOOK_S
 from orchestrator.store.marker import SIGNING_KEY
 from orchestrator.store.packed import PACKED_BYTES
+from orchestrator.store.storage import open_storage
 from orchestrator.store.store import Damaged, Missing, Store
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -534,3 +535,34 @@ def test_in_a_folder_each_line_is_written_at_once(tmp_path: Path) -> None:
     storage = Results(str(tmp_path), "sweep").storage
     Journal(storage, "sweep/journal.jsonl").add('{"n": 1}')
     assert (tmp_path / "sweep" / "journal.jsonl").read_text() == '{"n": 1}\n'
+
+
+def test_a_journal_is_made_once_for_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    init = journal_module.Journal.__init__
+
+    def counted(self: Any, storage: Any, path: str) -> None:
+        made.append(path)
+        init(self, storage, path)
+
+    monkeypatch.setattr(journal_module.Journal, "__init__", counted)
+    storage = open_storage("memory://journal-once")
+    first = journal_module.journal_of(storage, "a/journal.jsonl")
+    assert journal_module.journal_of(storage, "a/journal.jsonl") is first
+    assert made == ["a/journal.jsonl"]
+
+
+def test_lines_that_cannot_be_written_stop_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage("memory://journal-away")
+
+    def away(*_: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(storage, "append", away)
+    monkeypatch.setattr(journal_module, "MOST_LINES", 2)
+    made = journal_module.Journal(storage, "a/journal.jsonl")
+    for _ in range(3):
+        made.add("{}")
+    monkeypatch.undo()
+    made.flush()
+    assert storage.lines("a/journal.jsonl") == ["{}"] * 3
