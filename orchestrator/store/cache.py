@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import math
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from orchestrator.store import places, tree
@@ -20,6 +22,8 @@ from orchestrator.store.primitives import Storage
 # another may still read them.
 CACHE_BYTES = 20_000_000_000
 CACHED_S = 3600.0
+# Locks that entries share, so that no lock need ever be removed.
+LOCK_FOLDER, LOCKS = "locks", 256
 
 
 class Cache:
@@ -30,6 +34,23 @@ class Cache:
         self.storage = LocalStorage(folder)
         # Bytes fetched by this process since its last `trim`; infinite before the first.
         self._fetched = math.inf
+
+    @contextmanager
+    def locked(self, entry: str) -> Iterator[None]:
+        """Let one process of this machine at a time fetch an entry, and compare its files.
+
+        The others wait, and find it fetched. Without the lock they would see each other's files
+        half replaced, and take the copy for damaged. Reading a copy needs no lock.
+        """
+        number = int(hashlib.sha256(entry.encode()).hexdigest(), 16) % LOCKS
+        (self.folder / LOCK_FOLDER).mkdir(mode=0o700, parents=True, exist_ok=True)
+        name = self.folder / LOCK_FOLDER / str(number)
+        file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(file)
 
     def use(self, entry: str, files: Mapping[str, int]) -> None:
         """Mark files of an entry, with their sizes in bytes, as used now."""

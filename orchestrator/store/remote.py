@@ -12,7 +12,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cached_property
@@ -205,7 +205,15 @@ class RemoteStorage:
                 self._fs.rm_file(target)
 
     def map(self, call: Callable[[_S], _T], items: Iterable[_S]) -> list[_T]:
-        return list(self._pool.map(call, items))
+        futures = [self._pool.submit(call, item) for item in items]
+        # All of them have ended when an error is raised: whoever handles it may remove the files
+        # that the others would still be writing.
+        wait(futures, return_when=FIRST_EXCEPTION)
+        for future in futures:
+            future.cancel()
+        wait(futures)
+        failed = [f for f in futures if not f.cancelled() and f.exception() is not None]
+        return [future.result() for future in failed or futures]
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:

@@ -405,16 +405,17 @@ class Store(Records):
             raise self._damaged(marker)
         files = _wanted(separate(marker), light)
         copies = self._cache.storage
-        for _ in range(2):
-            with suppress(FileNotFoundError):
-                self._use(marker, light)
-                folder = self.storage.download(marker.folder, files, copies.root)
-                unpack(copies, marker, light=light)
-                if self._differs(copies, marker, light=light) is None:
-                    self._note(marker)
-                    return folder
-            # The local copy may be damaged: the second try fetches a new one.
-            copies.remove(marker.folder)
+        with self._cache.locked(marker.folder):
+            for _ in range(2):
+                with suppress(FileNotFoundError):
+                    self._use(marker, light)
+                    folder = self.storage.download(marker.folder, files, copies.root)
+                    unpack(copies, marker, light=light)
+                    if self._differs(copies, marker, light=light) is None:
+                        self._note(marker)
+                        return folder
+                # The local copy may be damaged: the second try fetches a new one.
+                copies.remove(marker.folder)
         raise self._damaged(marker)
 
     def input(self, key: str, *, light: bool = False) -> Path:

@@ -63,7 +63,7 @@ def test_the_least_recently_used_go_until_the_rest_fits(store: Store) -> None:
     # Nothing is left of the others, neither folders nor what was moved away.
     entries = copies[0].parent.parent
     assert sorted(path.name for path in entries.iterdir()) == [key_of("0"), key_of("3")]
-    assert sorted(path.name for path in entries.parent.iterdir()) == ["entries", "markers"]
+    assert sorted(path.name for path in entries.parent.iterdir()) == ["entries", "locks", "markers"]
     assert sorted(path.name for path in (entries.parent / "markers").iterdir()) == [
         f"{key_of('0')}.json",
         f"{key_of('3')}.json",

@@ -566,3 +566,23 @@ def test_lines_that_cannot_be_written_stop_nothing(monkeypatch: pytest.MonkeyPat
     monkeypatch.undo()
     made.flush()
     assert storage.lines("a/journal.jsonl") == ["{}"] * 3
+
+
+def test_when_one_call_fails_none_of_the_others_runs_any_more() -> None:
+    storage = open_storage("memory://map")
+    running = threading.Event()
+    ended: list[str] = []
+
+    def call(name: str) -> str:
+        if name == "fails":
+            assert running.wait(60)
+            raise FileNotFoundError(name)
+        running.set()
+        time.sleep(0.2)
+        ended.append(name)
+        return name
+
+    with pytest.raises(FileNotFoundError, match="fails"):
+        storage.map(call, ["slow", "fails"])
+    assert ended == ["slow"]  # and not later, into a folder that is being removed
+    assert storage.map(str.upper, ["a", "b"]) == ["A", "B"]
