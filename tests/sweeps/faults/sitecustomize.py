@@ -40,7 +40,7 @@ def patch_stages(module: ModuleType) -> None:
 
 
 def patch_tracking(module: ModuleType) -> None:
-    tell = module.Tracker._log_result
+    tell = module.Tracker._log_files
 
     def wrapped(*arguments: Any) -> None:
         # MLflow has the run by now, and nothing of what belongs into it.
@@ -48,7 +48,7 @@ def patch_tracking(module: ModuleType) -> None:
             time.sleep(0.05)
         tell(*arguments)
 
-    module.Tracker._log_result = wrapped
+    module.Tracker._log_files = wrapped
 
 
 PATCHES = {"btu.stages": patch_stages, "orchestrator.tracking.writer": patch_tracking}
