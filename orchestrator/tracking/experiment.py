@@ -154,12 +154,14 @@ def _reach(uri: str) -> None:
     """Connect once to the host of a database. MLflow would try for a minute and a half.
 
     Raises:
+        ImportError: its driver is not installed.
         OSError: it does not answer.
     """
     if "://" not in uri or uri.startswith(("http://", "https://")):
         return
     with suppress(ArgumentError):  # MLflow says what is wrong with a URI that is none
         url = make_url(uri)
+        url.get_dialect().import_dbapi()
         port = url.port or DATABASE_PORTS.get(url.get_backend_name())
         if url.host and port:
             socket.create_connection((url.host, port), REACH_SECONDS).close()

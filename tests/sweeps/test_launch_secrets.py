@@ -183,16 +183,18 @@ def test_a_cluster_gets_the_secrets_as_an_argument(
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         address = ("--address", cluster.address)
-        place, command = start(tmp_path, sweep_file(tmp_path), SECRETS, *address)
+        scratch = tmp_path / "scratch"
+        scratch.mkdir()
+        environment = {**SECRETS, "TMPDIR": str(scratch)}
+        place, command = start(tmp_path, sweep_file(tmp_path), environment, *address)
         try:
             pid, told = settled(place, command, tmp_path)
             # The worker was started without them.
             assert not SECRETS.keys() & psutil.Process(pid).environ().keys()
             assert {name: told[name] for name in SECRETS} == SECRETS
-            tune = list(place.output.glob("tiny/.tune-*/**/*"))
-            assert any(path.is_file() for path in tune)
+            assert any(path.is_file() for path in scratch.glob("btu-tune-*/**/*"))
             assert any(path.is_file() for path in ray.rglob("*.log"))
-            assert leaks(list(SECRETS.values()), ray, place.output) == []
+            assert leaks(list(SECRETS.values()), ray, scratch, place.output) == []
         finally:
             place.close()
     finally:
