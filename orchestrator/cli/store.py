@@ -267,9 +267,13 @@ def gc(
     if not candidates and not folders:
         console.print("Nothing to remove.", highlight=False)
     elif yes:
-        freed = housekeeping.gc(store, candidates) + sum(folders.values())
-        for folder in folders:
+        freed = housekeeping.gc(store, candidates)
+        for folder, taken in folders.items():
             remove_dead_folder(folder)
+            if folder.exists():
+                _say(f"{folder} could not be removed; remove it by hand.")
+            else:
+                freed += taken
         console.print(f"Freed {decimal(freed)}.", highlight=False)
     else:
         total = sum(candidate.bytes for candidate in candidates) + sum(folders.values())

@@ -508,9 +508,8 @@ class Driver:
         }
         try:
             self._store.fail(stage.key, failure)
-        except (
-            Exception
-        ) as problem:  # a full disk, a lost store; raised here, it would end the launch
+        except Exception as problem:
+            # A full disk, a lost store; raised here, it would end the launch.
             self._progress.note(f"the failure of {stage.key} was not recorded: {problem}")
         self._fail(task, reason)
 

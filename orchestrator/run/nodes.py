@@ -68,6 +68,16 @@ def ray_settings() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k.startswith(RAY_PREFIX)}
 
 
+def reach(address: str, seconds: float) -> None:
+    """Connect once to HOST:PORT; an IPv6 address stands in brackets.
+
+    Raises:
+        OSError: nothing accepts the connection in time.
+    """
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
+
+
 def check_answers(address: str | None) -> None:
     """Raise a `UserError` where nothing listens at HOST:PORT: ray itself tries for minutes."""
     if address is not None and address.startswith("ray://"):
@@ -76,11 +86,10 @@ def check_answers(address: str | None) -> None:
             "of the cluster with --address auto."
         )
     host, _, port = (address or "").rpartition(":")
-    host = host.strip("[]")  # of an IPv6 address
     if not host or not port.isdigit():
         return
     try:
-        socket.create_connection((host, int(port)), timeout=5).close()
+        reach(f"{host}:{port}", 5)
     except OSError as error:
         raise UserError(
             f"Ray cluster {address} cannot be reached: {error}. Check --address, or leave it out "
@@ -120,7 +129,7 @@ def node_lines(nodes: Sequence[Mapping[str, Any]], resources: ResourceSpec) -> l
     return lines
 
 
-def matches(node: Mapping[str, Any], resources: ResourceSpec) -> bool:
+def _matches(node: Mapping[str, Any], resources: ResourceSpec) -> bool:
     """Return whether a node has the labels that stages ask for."""
     has = node.get("Labels") or {}
     return all(selects(selector, has.get(key)) for key, selector in resources.labels.items())
@@ -134,7 +143,7 @@ def _demand(resources: ResourceSpec, kind: str) -> dict[str, float]:
 
 def holds(node: Mapping[str, Any], resources: ResourceSpec, kind: str) -> int:
     """Return how many stages of a kind fit on a node."""
-    if not matches(node, resources):
+    if not _matches(node, resources):
         return 0
     has = node["Resources"]
     fits = min(has.get(name, 0) / amount for name, amount in _demand(resources, kind).items())

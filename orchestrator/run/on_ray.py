@@ -427,15 +427,14 @@ def _check_nodes(nodes: list[Any], launch: Launch, storage: Storage) -> None:
     folder = f"probes/{launch.id}"
     storage.write(f"{folder}/driver", token.encode())
     # By reference: a small argument would become part of the task's description.
-    environment = ray.put(launch.environment)
+    known = ray.put(launch.environment), ray.put(launch.store)
     try:
         asked = {}
         for node in nodes:
             if node["Resources"].get("CPU", 0) > 0:  # without, it runs nothing
                 place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 task = ray.remote(_probe).options(num_cpus=0, scheduling_strategy=place)
-                where = (launch.store, folder, node["NodeID"], token)
-                asked[node["NodeID"]] = task.remote(environment, *where)
+                asked[node["NodeID"]] = task.remote(*known, folder, node["NodeID"], token)
         names = {node["NodeID"]: node.get("NodeManagerHostname") for node in nodes}
         for node_id, answer in asked.items():
             try:

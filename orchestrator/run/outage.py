@@ -6,11 +6,12 @@ end the process, whatever it holds. So a thread looks, and the launch leaves in 
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+
+from orchestrator.run.nodes import reach
 
 # Between two looks.
 LOOK_SECONDS = 2.0
@@ -34,10 +35,8 @@ CONNECT_SECONDS = 2.0
 
 def answers(address: str) -> bool:
     """Return whether something accepts connections at HOST:PORT."""
-    host, _, port = address.rpartition(":")
     try:
-        # An IPv6 address stands in brackets.
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+        reach(address, CONNECT_SECONDS)
     except OSError:
         return False
     return True

@@ -8,10 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def _as_interrupt(*_: object) -> None:
+    """Do what Ctrl-C does."""
+    signal.raise_signal(signal.SIGINT)
+
+
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
     """Let SIGTERM, which batch systems send, stop a launch as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    before = signal.signal(signal.SIGTERM, _as_interrupt)
     try:
         yield
     finally:
@@ -24,7 +29,7 @@ class Signals:
     def interrupt(self) -> None:
         """Let both interrupt. Ray's client has taken SIGTERM over, and would end the process."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, _as_interrupt)
 
     def to(self, stop: threading.Event) -> None:
         """Let them set an event. A second Ctrl-C interrupts: the user does not want to wait."""

@@ -134,6 +134,7 @@ class Trials:
         if trial_id not in self._tasks:
             return
         tasks = self._tasks.pop(trial_id)
+        self._progressed.discard(trial_id)
         if tasks is None:
             self._driver.waited()
         else:
@@ -168,8 +169,9 @@ class Trials:
         if trial_id not in self._tasks:
             return
         tasks = self._tasks.pop(trial_id)
+        progressed = trial_id in self._progressed
+        self._progressed.discard(trial_id)
         if tasks:
-            progressed = trial_id in self._progressed
             self._driver.chain_lost(tasks, error, progressed=progressed)
         else:
             self._driver.waited()

@@ -64,10 +64,10 @@ class Launch:
     """
 
     id: str
-    store: str
-    output: str
+    # URLs and URIs may contain a password.
+    store: str = field(repr=False)
+    output: str = field(repr=False)
     sweep: str
-    # A URI may contain a password.
     tracking: Mapping[str, Any] | None = field(repr=False)
     environment: Environment = field(default_factory=Environment)
 
@@ -195,8 +195,9 @@ def wait_for_others(location: str) -> None:
     store = _store(location)
     before = store.leases.leased()
     until = time.monotonic() + WAIT_SECONDS
+    pause = 1.0 if store.storage.objects else 0.2  # on an object store each look is a request
     while time.monotonic() < until and before <= store.leases.leased():
-        time.sleep(0.2)
+        time.sleep(pause)
 
 
 def run_node(

@@ -179,11 +179,6 @@ def timings(launch_id: str) -> str:
     return f"{TIMINGS}/{_name(launch_id)}{JSON}"
 
 
-def in_timings(name: str) -> str:
-    """Return the path of a file in the folder of timings."""
-    return f"{TIMINGS}/{_name(name)}"
-
-
 def temporary(name: str) -> str:
     """Return the path of an unfinished file."""
     return f"{TEMPORARY}/{_name(name)}"

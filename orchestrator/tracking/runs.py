@@ -157,7 +157,7 @@ def training_input(record: Mapping[str, Any], digest: str) -> DatasetInput:
 
     digest: identifies the rows, poisoned (the key of the stage that poisons them).
     """
-    config = record["config"]
+    config, notes = record["config"], record.get("notes", {})
     data, attack = config.get("data", {}).get("name", "data"), config["attack"]
     poison = {
         name: attack[name]
@@ -172,13 +172,7 @@ def training_input(record: Mapping[str, Any], digest: str) -> DatasetInput:
         digest=digest,
         source_type="btu",
         source=json.dumps({"data": config.get("data"), "attack": poison if poisoned else None}),
-        profile=json.dumps(
-            {
-                name: record.get("notes", {})[name]
-                for name in PROFILE
-                if name in record.get("notes", {})
-            }
-        ),
+        profile=json.dumps({name: notes[name] for name in PROFILE if name in notes}),
     )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
 

@@ -7,9 +7,10 @@ import json
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from orchestrator.results.folder import Results, record_id
+from orchestrator.results.folder import Launched, Results, record_id
 from orchestrator.results.source import StoreSource
 from orchestrator.tracking.runs import TAG_CHARACTERS
 from orchestrator.tracking.server import GIVE_UP, breaker, brief, unanswered
@@ -64,7 +65,8 @@ def sync(
     missed: list[str] = []
     unanswered.pop(uri, None)
     records = [*results.records(), *results.failures()]
-    rows = {key: cell.training_set for key, cell in results.cells().items()}
+    # Reading the plans takes long, and mostly there is nothing to write.
+    cells = cache(results.cells)
     try:
         tracker.identify()
         known = tracker.known(records)
@@ -99,10 +101,16 @@ def sync(
                     folder = None
                     if now["status"] == "finished":
                         folder = results.store.fetch(now["key"])
-                    written += tracker.log(now, folder, rows.get(now["key"], ""))
+                    written += tracker.log(now, folder, _training_set(cells(), now))
         except Exception as error:
             missed.append(brief(error))
     return Synced(written, closed, len(missed), missed[0] if missed else unclosed, deleted)
+
+
+def _training_set(cells: Mapping[str, Launched], record: Mapping[str, Any]) -> str:
+    """Return the digest of the rows that a cell was trained on; empty if no plan has it."""
+    cell = cells.get(record["key"])
+    return "" if cell is None else cell.training_set
 
 
 def summarize(

@@ -205,11 +205,12 @@ class Tracker:
         return bool(info.status == "RUNNING" and info.lifecycle_stage == "active")
 
     def _write(self, record: Mapping[str, Any], folder: Path | None, training_set: str) -> str:
-        run_id = self._start(record, folder)
+        flagged = None if folder is None else _flagged(folder)
+        run_id = self._start(record, table=flagged is not None)
         metrics: list[Metric] = []
         if record["status"] == "finished":
             assert folder is not None
-            self._log_files(run_id, folder)
+            self._log_files(run_id, folder, flagged)
             metrics = run_metrics(record)
         else:
             self._log_failure(run_id, record)
@@ -230,7 +231,7 @@ class Tracker:
         run_id, lacks_files = run.info.run_id, self._lacks_files(run)
         self._refuse_elsewhere(run)
         if lacks_files and folder is not None:
-            self._log_files(run_id, folder)
+            self._log_files(run_id, folder, _flagged(folder))
         elif lacks_files:
             self._log_failure_files(run_id, record)
         right = run.info.status == _status(record)
@@ -256,13 +257,12 @@ class Tracker:
         if self._database is not None:
             refuse_elsewhere(self._database, run.info.artifact_uri)
 
-    def _log_files(self, run_id: str, folder: Path) -> None:
-        """Log the files of a finished cell, all at once."""
+    def _log_files(self, run_id: str, folder: Path, flagged: pd.DataFrame | None) -> None:
+        """Log the files of a finished cell, all at once. flagged: its table (`_flagged`)."""
         with tempfile.TemporaryDirectory(prefix="btu-run-") as staged:
             for name in (CONFIG, TOKENS, ROWS, PLOT, RESULT):
                 if (folder / name).is_file():
                     os.symlink((folder / name).resolve(), Path(staged) / name)
-            flagged = _flagged(folder)
             if flagged is not None:
                 flagged.to_json(Path(staged) / FLAGGED, orient="split", index=False)
             self._client.log_artifacts(run_id, staged)
@@ -276,17 +276,16 @@ class Tracker:
         config = yaml.safe_dump(record["config"], sort_keys=False)
         self._client.log_text(run_id, config, CONFIG)
 
-    def _start(self, record: Mapping[str, Any], folder: Path | None) -> str:
-        tables = {}
-        if folder is not None and _flagged(folder) is not None:
-            tables = {TABLES_TAG: json.dumps([{"path": FLAGGED, "type": "table"}])}
+    def _start(self, record: Mapping[str, Any], *, table: bool) -> str:
+        """Create the run of a record. table: whether it gets a table of flagged tokens."""
+        tables = [{"path": FLAGGED, "type": "table"}]
         run = self._client.create_run(
             self._id,
             start_time=milliseconds(record["started"]),
             tags={
                 **{k: str(v)[:TAG_CHARACTERS] for k, v in run_tags(record).items()},
                 ORIGIN_TAG: self._origin,
-                **tables,
+                **({TABLES_TAG: json.dumps(tables)} if table else {}),
             },
             run_name=run_name(record),
         )
