@@ -213,7 +213,9 @@ def _compute(
             watch = Watch(_look(), progress.note, joined.words, _own_raylet())
             told.to(watch.stopping)
             with watch.looking():
-                tuner = _tuner(trials, launch, driver.slots, watch.stopping, str(state))
+                tuner = _tuner(
+                    trials, launch, driver.slots, watch.stopping, str(state), own=bool(joined.own)
+                )
                 # What Ray raises of itself: its client ends the process so, where its node died.
                 why = run_under(watch, tuner.fit, (RayError, SystemExit))
             if why:
@@ -281,19 +283,25 @@ def _look() -> Callable[[], dict[str, str] | None]:
 
 
 def _tuner(
-    trials: Trials, launch: Launch, at_once: int, stop: threading.Event, state: str
+    trials: Trials,
+    launch: Launch,
+    at_once: int,
+    stop: threading.Event,
+    state: str,
+    *,
+    own: bool,
 ) -> Tuner:
     """Return what runs the trials.
 
     at_once: how many run at once, about.
     stop: ends them.
     state: path of Tune's own files.
+    own: whether Ray is this launch's own.
     """
     # Tune sets it at a signal, but catches signals only in the main thread.
     _TUNE._setup_signal_catching = lambda: stop
-    trainable = tune.with_parameters(compute_stage, launch=launch)
     return Tuner(
-        tune.with_resources(trainable, _resources),
+        tune.with_resources(_trainable(launch, own=own), _resources),
         tune_config=TuneConfig(
             search_alg=_Gate(trials),
             num_samples=-1,
@@ -311,6 +319,24 @@ def _tuner(
             failure_config=FailureConfig(max_failures=WORKER_RETRIES),
         ),
     )
+
+
+def _trainable(launch: Launch, *, own: bool) -> Callable[[dict[str, Any]], None]:
+    """Return what runs in a worker: `compute_stage` for a launch.
+
+    own: whether Ray is this launch's own.
+    """
+    if not own:
+        # An object, not a part of the function: Ray's head keeps functions where every user of the
+        # cluster can read them, and a launch may hold passwords.
+        return tune.with_parameters(compute_stage, launch=launch)  # type: ignore[no-any-return]
+
+    # A part of the function: objects make Ray's client end this process at once and silently where
+    # its node goes down under it, which it then writes to (plasma's `exit_on_connection_failure`).
+    def compute(config: dict[str, Any]) -> None:
+        compute_stage(config, launch)
+
+    return compute
 
 
 # Tune asks and answers --------------------------------------------------------------------------
