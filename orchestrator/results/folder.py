@@ -70,6 +70,7 @@ class Launched:
     stages: the names of the stages it depends on, by key.
     base: the settings of the sweep, without the coordinates.
     listed: the stages of all plans of the sweep.
+    model: the key of the stage whose model it ends with, if a launch was to keep it; else empty.
     """
 
     key: str
@@ -77,6 +78,7 @@ class Launched:
     stages: Mapping[str, str]
     base: Mapping[str, Any]
     listed: StageList
+    model: str = ""
 
     @property
     def stage(self) -> ListedStage | None:
@@ -115,6 +117,7 @@ class Results:
         Stages that cells share are listed once. Writing the same cells again gives the same file.
         """
         cells = list(cells)
+        keeps = sweep.store.keep == "models"
         plan = {
             "sweep": self.name,
             "keep": sweep.store.keep,
@@ -125,6 +128,7 @@ class Results:
                     "key": cell.key,
                     "varied": dict(cell.varied),
                     "stages": list(dict.fromkeys(s.key for s in cell.stage.inputs.values())),
+                    **({"model": defended_key(cell.stage.node())} if keeps else {}),
                 }
                 for cell in cells
             ],
@@ -172,6 +176,7 @@ class Results:
         listed = StageList()
         for plan in plans:
             listed.add(plan.get("stages", {}))
+        models = {c["key"]: c["model"] for plan in plans for c in plan["cells"] if "model" in c}
         found: dict[str, Launched] = {}
         for plan in plans:
             for cell in plan["cells"]:
@@ -182,7 +187,12 @@ class Results:
                 if not isinstance(stages, dict):  # a dict, of names: the previous version
                     stages = {key: listed.names[key] for key in stages}
                 found[cell["key"]] = Launched(
-                    cell["key"], cell["varied"], stages, plan["base"], listed
+                    cell["key"],
+                    cell["varied"],
+                    stages,
+                    plan["base"],
+                    listed,
+                    models.get(cell["key"], ""),
                 )
         return dict(sorted(found.items()))
 
@@ -214,12 +224,14 @@ class Results:
                         wanted.update(cell["stages"])
         return wanted
 
-    def records(self) -> Iterator[dict[str, Any]]:
+    def records(self, cells: Mapping[str, Launched] | None = None) -> Iterator[dict[str, Any]]:
         """Yield the result of every finished cell, by key.
 
         A damaged result is set aside with a warning and left out, as if the cell had not run.
+
+        cells: from `cells`, where that was called already.
         """
-        cells = self.cells()
+        cells = self.cells() if cells is None else cells
         for key, result in self.store.read_jsons(cells, RESULT):
             record = self._record(key, cells[key].varied, result)
             if record is not None:
@@ -358,6 +370,14 @@ def record_id(record: Mapping[str, Any]) -> str:
         *([control] if control else []),
     )
     return "-".join(map(str, parts))
+
+
+def defended_key(cell: Mapping[str, Any]) -> str:
+    """Return the key of the stage whose model a cell ends with; empty if it names none.
+
+    cell: the cell's stage, from `Stage.node`. Without a defense it is the undefended model's.
+    """
+    return str(cell["inputs"].get(cell["config"].get("defended"), ""))
 
 
 def read_result(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -71,13 +71,14 @@ _CELL: dict[str, Check] = {
     "stages": lambda stages: (
         _lists(is_key)(stages) or (_maps(is_text)(stages) and all(map(is_key, stages)))
     ),
+    "model": is_key,
 }
 # A plan: which cells a launch has, and which it refused.
 PLAN: dict[str, Check] = {
     "base": _settings,
     "keep": is_text,
     "stages": _maps(_object(_STAGE, "name")),
-    "cells": _lists(_object(_CELL, *_CELL)),
+    "cells": _lists(_object(_CELL, "key", "varied", "stages")),
     "refused": _lists(_object({"varied": _settings, "reason": is_text}, "varied", "reason")),
 }
 # The result of a cell. A metric that is null is not defined.

@@ -27,8 +27,9 @@ STOP_SECONDS = 5.0
 class Publisher:
     """Keeps MLflow up to date with one launch. No failure of MLflow ends the launch.
 
-    tracking: URI, experiment id and whether it had no run yet (``fresh``), for the workers, which
-    write the runs of cells; None while the server does not answer.
+    tracking: URI, experiment id, whether it had no run yet (``fresh``) and whether the store keeps
+    models (``models``), for the workers, which write the runs of cells; None while the server does
+    not answer.
     """
 
     def __init__(self, sweep: Sweep, results: Results, note: Callable[[str], None]) -> None:
@@ -66,7 +67,7 @@ class Publisher:
             )
         else:
             fresh = experiment.has_no_run(uri, experiment_id)
-            self.tracking = {"uri": uri, "id": experiment_id, "fresh": fresh}
+            self.tracking = self._tracked(uri, experiment_id, fresh=fresh)
 
     def start(self) -> None:
         """Start to update the summary whenever cells have ended.
@@ -138,9 +139,13 @@ class Publisher:
                 f"Unfinished runs in MLflow were not looked for ({synced.reason}); "
                 f"{self._sync_command()} closes them once {server.shown(uri)} answers."
             )
-        self.tracking = {"uri": uri, "id": experiment_id, "fresh": False}
+        self.tracking = self._tracked(uri, experiment_id, fresh=False)
         if not interrupted:
             self._summarize()
+
+    def _tracked(self, uri: str, experiment_id: str, *, fresh: bool) -> dict[str, Any]:
+        models = self._sweep.store.keep == "models"
+        return {"uri": uri, "id": experiment_id, "fresh": fresh, "models": models}
 
     def _update(self, summaries: Summaries, pace: Pace) -> None:
         while not self._done.wait(SUMMARY_LOOK):

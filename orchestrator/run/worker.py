@@ -20,7 +20,7 @@ from btu.errors import UserError
 from btu.provenance import code_version
 from btu.stages import run_stage
 from btu.types import ProgressCallback, silent
-from orchestrator.results.folder import POISON, Results
+from orchestrator.results.folder import POISON, Results, defended_key
 from orchestrator.run.memory import Peak
 from orchestrator.run.nodes import Environment
 from orchestrator.run.schedule import CELL
@@ -59,7 +59,7 @@ class Launch:
     store: where the store is.
     output: the sweep's output folder or URL.
     sweep: the sweep's name.
-    tracking: URI, experiment id and whether it had no run; None if MLflow does not answer.
+    tracking: `Publisher.tracking`; None if MLflow does not answer.
     environment: variables of a worker's process, to be set before anything else is imported.
     """
 
@@ -166,7 +166,8 @@ def compute_call(call: StageCall, launch: Launch) -> Report:
         record = results.record(key, call.varied)
         if where is not None and record is not None:
             tracker = Tracker(where["uri"], where["id"], results, fresh=where["fresh"])
-            tracker.log(record, folder, call.node["inputs"].get(POISON, ""))
+            model = defended_key(call.node) if where["models"] else ""
+            tracker.log(record, folder, call.node["inputs"].get(POISON, ""), model)
 
     def begin() -> None:
         with suppress(Exception):  # a full disk, a lost store: the stage will report it

@@ -71,6 +71,7 @@ def relocate(uri: str, database: Path, found: Experiment) -> str:
         with engine.begin() as connection:
             runs = _move_runs(connection, database, int(found.experiment_id), new or old)
             if new is not None:
+                _move_models(connection, int(found.experiment_id), old, new)
                 _move_experiment(connection, int(found.experiment_id), new)
     finally:
         engine.dispose()
@@ -143,6 +144,25 @@ def _move_runs(connection: Connection, database: Path, experiment: int, location
                 .values(artifact_uri=target.as_uri())
             ).rowcount
     return moved
+
+
+def _move_models(connection: Connection, experiment: int, old: Path, new: Path) -> None:
+    """Have files that a user adds to a logged model go where those of its experiment are."""
+    from mlflow.store.tracking.dbmodels.models import SqlLoggedModel
+
+    rows = connection.execute(
+        select(SqlLoggedModel.model_id, SqlLoggedModel.artifact_location).where(
+            SqlLoggedModel.experiment_id == experiment
+        )
+    ).all()
+    for model, address in rows:
+        recorded = local_path(address)
+        if recorded is not None and recorded.is_relative_to(old):
+            connection.execute(
+                update(SqlLoggedModel)
+                .where(SqlLoggedModel.model_id == model)
+                .values(artifact_location=(new / recorded.relative_to(old)).as_uri())
+            )
 
 
 def _target(database: Path, location: Path, address: str | None) -> Path | None:

@@ -7,7 +7,6 @@ import json
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from orchestrator.results.folder import Launched, Results, record_id
@@ -64,12 +63,13 @@ def sync(
     written = closed = deleted = 0
     missed: list[str] = []
     unanswered.pop(uri, None)
-    records = [*results.records(), *results.failures()]
-    # Reading the plans takes long, and mostly there is nothing to write.
-    cells = cache(results.cells)
+    # Once: reading the plans takes long.
+    cells = results.cells()
+    records = [*results.records(cells), *results.failures()]
+    with_model = _with_model(results, cells, records)
     try:
         tracker.identify()
-        known = tracker.known(records)
+        known = tracker.known(records, with_model, respect_deleted=respect_deleted)
     except Exception as error:
         missing = sum(not tracker.is_logged(record) for record in records)
         return Synced(0, 0, missing, brief(error))
@@ -101,16 +101,30 @@ def sync(
                     folder = None
                     if now["status"] == "finished":
                         folder = results.store.fetch(now["key"])
-                    written += tracker.log(now, folder, _training_set(cells(), now))
+                    cell = cells.get(now["key"])
+                    keys = ("", "") if cell is None else (cell.training_set, cell.model)
+                    written += tracker.log(now, folder, *keys)
         except Exception as error:
             missed.append(brief(error))
+    if any(cell.model for cell in cells.values()) and len(missed) < GIVE_UP:
+        try:
+            tracker.remove_stray_models()
+        except Exception as error:
+            unclosed = unclosed or brief(error)
     return Synced(written, closed, len(missed), missed[0] if missed else unclosed, deleted)
 
 
-def _training_set(cells: Mapping[str, Launched], record: Mapping[str, Any]) -> str:
-    """Return the digest of the rows that a cell was trained on; empty if no plan has it."""
-    cell = cells.get(record["key"])
-    return "" if cell is None else cell.training_set
+def _with_model(
+    results: Results, cells: Mapping[str, Launched], records: list[dict[str, Any]]
+) -> set[str]:
+    """Return the keys of the finished cells whose models the store has, and is to keep."""
+    models = {
+        key: cells[key].model
+        for key in (record["key"] for record in records if record["status"] == "finished")
+        if key in cells and cells[key].model
+    }
+    committed = results.store.committed() if models else set()
+    return {key for key, model in models.items() if model in committed}
 
 
 def summarize(

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 import mlflow
 import pandas as pd
 import yaml
-from mlflow.entities import Metric, Run, RunTag, ViewType
+from mlflow.entities import DatasetInput, Metric, Run, RunTag, ViewType
 
 from btu.result_files import CONFIG, FLAGGED, PLOT, RESULT, ROWS, TOKENS
 from orchestrator.results.folder import MEANS_TABLE, TRACKED, Results, record_id
 from orchestrator.tracking.database import database_of
 from orchestrator.tracking.elsewhere import refuse_elsewhere
+from orchestrator.tracking.models import Kept, LoggedModels, is_ready, kept, linked, was_deleted
 from orchestrator.tracking.moved import local_path
 from orchestrator.tracking.runs import (
     KIND_TAG,
@@ -92,30 +93,52 @@ class Tracker:
         self._results = results
         self._client = mlflow.MlflowClient(tracking_uri=uri)
 
-    def log(self, record: Mapping[str, Any], folder: Path | None, training_set: str = "") -> bool:
+    def log(
+        self,
+        record: Mapping[str, Any],
+        folder: Path | None,
+        training_set: str = "",
+        model: str = "",
+    ) -> bool:
         """Write a cell's record, finished or failed, unless MLflow has it. Return whether it wrote.
 
         A run of an earlier record of the cell is replaced. A run of this record whose status was
-        changed, or whose files were removed, is completed.
+        changed, whose files were removed, or that lacks its model, is completed.
 
         folder: the files of a finished cell.
         training_set: the digest of its training rows, poisoned; empty where that is not known.
+        model: the key of the stage whose model the cell ends with; empty if it is not to be kept.
+            Where the store has it, the run gets a logged model.
 
         Raises:
             Exception: the server cannot be reached, or refuses.
         """
+        rows = training_input(record, training_set) if training_set else None
+        there = None if folder is None else kept(self._results.store, model)
         with breaker(self.uri):
             self.identify()
             found = None if self._fresh else self._whole_run(record)
             if found is None:
-                run_id, wrote = self._write(record, folder, training_set), True
+                run_id, wrote = self._write(record, folder, rows, there), True
             else:
                 run_id, wrote = str(found.info.run_id), self._complete(found, record, folder)
+                if there is not None:
+                    dataset = None if rows is None else rows.dataset
+                    wrote |= self._models.complete(found, record, there, dataset)
             self._note(record["key"], {"record": record_id(record), "run_id": run_id})
         return wrote
 
-    def known(self, records: Collection[Mapping[str, Any]]) -> Known:
+    def known(
+        self,
+        records: Collection[Mapping[str, Any]],
+        with_model: Collection[str] = (),
+        *,
+        respect_deleted: bool = False,
+    ) -> Known:
         """Ask MLflow which of these records it has.
+
+        with_model: keys of the cells whose runs are whole only with a model.
+        respect_deleted: a run is whole too if a user deleted its model.
 
         Raises:
             Exception: the server cannot be reached, or refuses.
@@ -131,9 +154,15 @@ class Tracker:
             # Runs that were cut short are deleted by `close_orphans`, not by a user.
             elif record is not None and run.info.status in ("FINISHED", "FAILED"):
                 found.deleted.add(record)
-        for runs in cells.values():
-            record = runs[0].data.tags.get(RECORD_TAG, "")
+        models = self._models.by_run() if with_model else {}
+        for key, runs in cells.items():
+            record, of_run = (
+                runs[0].data.tags.get(RECORD_TAG, ""),
+                models.get(runs[0].info.run_id, []),
+            )
             right = runs[0].info.status == status.get(record)
+            if key in with_model and not is_ready(of_run):
+                right &= respect_deleted and was_deleted(of_run, runs[0])
             if len(runs) == 1 and right and not self._lacks_files(runs[0]):
                 found.whole.add(record)
         for record in records:
@@ -193,6 +222,24 @@ class Tracker:
                     closed += 1
         return closed
 
+    def remove_stray_models(self) -> None:
+        """Remove the models of runs that were deleted, and the second one of a run.
+
+        Raises:
+            Exception: the server cannot be reached, or refuses.
+        """
+        self._models.remove_strays(
+            lambda: {
+                run.info.run_id: run
+                for run in self._all_runs()
+                if run.info.lifecycle_stage == "active"
+            }
+        )
+
+    @cached_property
+    def _models(self) -> LoggedModels:
+        return LoggedModels(self._client, self._id, self._origin)
+
     def _is_ours(self, run: Run) -> bool:
         return bool(run.data.tags.get(ORIGIN_TAG) == self._origin)
 
@@ -204,7 +251,13 @@ class Tracker:
         info = self._client.get_run(run_id).info
         return bool(info.status == "RUNNING" and info.lifecycle_stage == "active")
 
-    def _write(self, record: Mapping[str, Any], folder: Path | None, training_set: str) -> str:
+    def _write(
+        self,
+        record: Mapping[str, Any],
+        folder: Path | None,
+        rows: DatasetInput | None,
+        model: Kept | None,
+    ) -> str:
         flagged = None if folder is None else _flagged(folder)
         run_id = self._start(record, table=flagged is not None)
         metrics: list[Metric] = []
@@ -214,15 +267,20 @@ class Tracker:
             metrics = run_metrics(record)
         else:
             self._log_failure(run_id, record)
-        if training_set:
-            self._client.log_inputs(run_id, [training_input(record, training_set)])
-        # The last thing that a run gets before its status. In one request with the rest, unless
-        # that is split: the metrics of further requests would come after the tag.
+        if rows is not None:
+            self._client.log_inputs(run_id, [rows])
+        model_id = None if model is None else self._models.begin(run_id, record, model)
+        if model_id is not None:
+            metrics = linked(metrics, model_id, None if rows is None else rows.dataset)
+        # The last thing that a run gets before its own and its model's status. In one request with
+        # the rest, unless that is split: the metrics of further requests would come after the tag.
         tag = RunTag(RECORD_TAG, record_id(record))
         whole = len(metrics) <= BATCH_METRICS
         self._client.log_batch(run_id, metrics, run_params(record), [tag] if whole else [])
         if not whole:
             self._client.set_tag(run_id, tag.key, tag.value)
+        if model_id is not None:
+            self._models.finish(model_id)
         self._client.set_terminated(run_id, _status(record), milliseconds(record["ended"]))
         return run_id
 

@@ -9,7 +9,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -563,8 +563,9 @@ def test_a_model_that_was_removed_since_is_not_computed_again(shop: Shop) -> Non
     assert len(began) == 1
 
 
+@pytest.mark.parametrize("keeps", [True, False])
 def test_a_call_is_computed_written_down_and_tracked(
-    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: bool
 ) -> None:
     logged: list[tuple[Any, ...]] = []
 
@@ -572,22 +573,24 @@ def test_a_call_is_computed_written_down_and_tracked(
         def __init__(self, uri: str, experiment: str, results: Results, *, fresh: bool) -> None:
             self.where = uri, experiment, fresh
 
-        def log(self, record: dict[str, Any], folder: Path, training_set: str) -> None:
-            logged.append((*self.where, record["varied"], folder.name, training_set))
+        def log(self, record: dict[str, Any], folder: Path, training_set: str, model: str) -> None:
+            logged.append((*self.where, record["varied"], folder.name, training_set, model))
 
     module: Any = ModuleType("orchestrator.tracking.writer")
     module.Tracker = Tracker
     monkeypatch.setitem(sys.modules, "orchestrator.tracking.writer", module)
     rows = stage("poison")  # the label is its role, too
     shop.run(rows)
-    made = stage("a", rows, name="cell", function=score)
+    made = replace(stage("a", rows, name="cell", function=score), config={"defended": "poison"})
     call = StageCall.from_json(StageCall(made.node(), varied={"seed": 1}).to_json())
-    tracking = {"uri": "u", "id": "7", "fresh": True}
+    tracking = {"uri": "u", "id": "7", "fresh": True, "models": keeps}
     launch = Launch("L", str(tmp_path / "store"), str(tmp_path), "tiny", tracking)
     report = compute_call(call, launch)
     assert (report.outcome, report.facts, report.untracked) == (Outcome.done, {"asr": 0.5}, "")
     (found,) = logged
-    assert found == ("u", "7", True, {"seed": 1}, shop.store.fetch(made.key).name, rows.key)
+    assert found[:3] == ("u", "7", True)
+    model = rows.key if keeps else ""  # the worker names it only where the store keeps it
+    assert found[3:] == ({"seed": 1}, shop.store.fetch(made.key).name, rows.key, model)
     (event,) = Results(str(tmp_path), "tiny").journal()
     assert (event["event"], event["key"], event["launch"]) == ("compute", made.key, "L")
     # Once more it is there already: nothing is computed, and the report is shorter.

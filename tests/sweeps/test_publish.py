@@ -234,7 +234,9 @@ def test_a_server_that_is_away_is_named_and_asked_again_at_the_end(
     made.publisher.synchronize("me", interrupted=False)
     assert made.synced == [("http://me:secret@host", "8", "me")]
     assert made.summaries == [("http://me:secret@host", "8")]
-    assert made.publisher.tracking == {"uri": "http://me:secret@host", "id": "8", "fresh": False}
+    assert made.publisher.tracking == {
+        "uri": "http://me:secret@host", "id": "8", "fresh": False, "models": False,
+    }  # fmt: skip
 
 
 def test_the_server_is_recorded_before_it_is_asked(

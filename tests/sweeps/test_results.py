@@ -106,6 +106,24 @@ def test_cells_of_all_launches_are_known(launch: Callable[..., Any]) -> None:
         assert cells[key].varied == {"seed": 0}
 
 
+@pytest.mark.parametrize("keep", ["results", "models"])
+def test_a_plan_says_which_model_a_cell_ends_with_if_it_is_kept(
+    make_sweep: Callable[..., Path], planner: Planner, keep: str
+) -> None:
+    grid = {"defense.name": ["btu", "none", "clean_tuning", "strip"]}
+    sweep = load_sweep(make_sweep(grid=grid), [f"store.keep={keep}"])
+    plan = plan_sweep(sweep, planner)
+    results = Results(sweep.output, sweep.name)
+    results.write_plan(sweep, plan.cells.values())
+    cells = results.cells()
+    assert len(cells) == 4
+    for key, planned in plan.cells.items():
+        # What is evaluated as the defended model; of a screen, the one behind it.
+        scored = planned.stage.inputs["evaluate defended"].inputs["model"]
+        assert cells[key].model == (scored.key if keep == "models" else "")
+    assert results.cells() == cells
+
+
 def test_a_control_is_a_cell_with_its_coordinates(
     make_sweep: Callable[..., Path], planner: Planner
 ) -> None:
