@@ -295,7 +295,7 @@ def test_what_a_server_misses_is_counted_in_cells(
 
         def identify(self) -> None: ...
 
-        def known(self, _: object) -> Known:
+        def known(self, *_: object, **__: object) -> Known:
             return Known()
 
         def close_orphans(self, *_: object) -> int:
@@ -308,7 +308,7 @@ def test_what_a_server_misses_is_counted_in_cells(
     monkeypatch.setattr(sync, "Tracker", Away)
     finished = {"status": "finished", "varied": {}, "started": 1.0}
     records = {key: {"key": key, **finished} for key in ("a" * 24, "b" * 24)}
-    monkeypatch.setattr(made.results, "records", lambda: iter(records.values()))
+    monkeypatch.setattr(made.results, "records", lambda cells: iter(records.values()))
     monkeypatch.setattr(made.results, "record", lambda key, varied: records[key])
     monkeypatch.setattr(made.results.store, "fetch", lambda key: tmp_path)
     done = sync.sync("http://host", "7", made.results, lambda key: False)
