@@ -26,7 +26,7 @@ class Synced:
     written: how many runs.
     closed: how many runs that dead workers had left unfinished.
     missing: how many cells still have no run that shows how they ended.
-    reason: why; or why runs were not closed. Empty if all was done.
+    reason: why; or why runs were not closed, or models not removed. Empty if all was done.
     deleted: cells whose runs a user deleted; they were written again, or left out.
     """
 
@@ -48,7 +48,8 @@ def sync(
 ) -> Synced:
     """Write every run that MLflow misses, and close those that dead workers left running.
 
-    MLflow is asked which runs it has. A run whose status was changed is set right.
+    MLflow is asked which runs it has. A run whose status was changed is set right, and one that lacks
+    its model gets it, where the store keeps it. Models of runs that are gone are removed.
 
     uri: the MLflow store.
     experiment_id: the sweep's experiment there.

@@ -93,6 +93,15 @@ def summary_at(uri: str) -> Any:
     return run
 
 
+def ranked_at(uri: str) -> list[Any]:
+    """Return the logged models of a sweep, the lowest ASR first."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    return list(client.search_logged_models([experiment], order_by=[{"field_name": "metrics.asr"}]))
+
+
 @pytest.mark.slow
 def test_a_sweep_shares_its_stages_grows_and_resumes(
     make_sweep: Callable[..., Path],
@@ -156,6 +165,15 @@ def test_a_sweep_shares_its_stages_grows_and_resumes(
         folder = store.fetch(key) / "model"
         loaded = AutoModelForSequenceClassification.from_pretrained(folder)
         assert loaded.config.num_labels == 2
+    # MLflow ranks those that the cells end with, and names where the store has them.
+    ranked = ranked_at(uri_of(place.output))
+    assert {model.tags["stage"] for model in ranked} == {
+        own_stages(results, key)["unlearn"] for key in metrics
+    }
+    asr = [float(metrics[model.tags["cell"]]["asr"]) for model in ranked]
+    assert asr == sorted(asr)
+    for model in ranked:
+        assert Path(model.tags["location"]) == store.fetch(model.tags["stage"]) / "model"
     grown = run_cli(
         "launch", sweep, "store.keep=models", "grid.defense.alpha=[0.01,0.02,0.03,0.04]"
     )
@@ -178,6 +196,10 @@ def test_a_sweep_shares_its_stages_grows_and_resumes(
     assert not list((place.output / "store").rglob("*.safetensors.*"))
     assert not list((place.output / "store").rglob("model.safetensors"))
     assert store.dropped() >= set(models)
+    # In MLflow they stay, each with its stage.
+    assert {model.tags["stage"] for model in ranked_at(uri_of(place.output))} == {
+        own_stages(results, key)["unlearn"] for key in all_measured(results)
+    }
     assert store.verify() == []
     assert len(runs_at(uri_of(place.output))) == 4
     # The same summary, of the grown grid; that launch had nothing new to report.
