@@ -48,8 +48,8 @@ def sync(
 ) -> Synced:
     """Write every run that MLflow misses, and close those that dead workers left running.
 
-    MLflow is asked which runs it has. A run whose status was changed is set right, and one that lacks
-    its model gets it, where the store keeps it. Models of runs that are gone are removed.
+    MLflow is asked which runs it has. A run whose status was changed is set right, and one that
+    lacks its model gets it, where the store keeps it. Models of runs that are gone are removed.
 
     uri: the MLflow store.
     experiment_id: the sweep's experiment there.
@@ -99,12 +99,7 @@ def sync(
                     continue
                 now = _reread(results, record)
                 if now is not None:
-                    folder = None
-                    if now["status"] == "finished":
-                        folder = results.store.fetch(now["key"])
-                    cell = cells.get(now["key"])
-                    keys = ("", "") if cell is None else (cell.training_set, cell.model)
-                    written += tracker.log(now, folder, *keys)
+                    written += _log(tracker, results, now, cells.get(now["key"]))
         except Exception as error:
             missed.append(brief(error))
     if any(cell.model for cell in cells.values()) and len(missed) < GIVE_UP:
@@ -113,6 +108,15 @@ def sync(
         except Exception as error:
             unclosed = unclosed or brief(error)
     return Synced(written, closed, len(missed), missed[0] if missed else unclosed, deleted)
+
+
+def _log(
+    tracker: Tracker, results: Results, record: Mapping[str, Any], cell: Launched | None
+) -> bool:
+    """Write a record. cell: as it was launched; None if no plan has it. Arguments as in `sync`."""
+    folder = results.store.fetch(record["key"]) if record["status"] == "finished" else None
+    keys = ("", "") if cell is None else (cell.training_set, cell.model)
+    return tracker.log(record, folder, *keys)
 
 
 def _with_model(
