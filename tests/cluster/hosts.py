@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -236,14 +235,14 @@ class Host:
         """Connect it again."""
         ip("-n", self._network.space("switch"), "link", "set", self._port, "up")
 
-    def start_ray(self, head: Host, more: Mapping[str, str]) -> Running:
+    def start_ray(self, head: Host, more: Mapping[str, str], cpus: int = 1) -> Running:
         """Start Ray: the head where it is this host, else a node of its cluster."""
         where = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false"]
         if head is not self:
             where = [f"--address={head.address}:{RAY_PORT}"]
         return self.start(
             sys.executable, "-m", "ray.scripts.scripts", "start", *where,
-            f"--node-ip-address={self.address}", "--num-cpus=1",
+            f"--node-ip-address={self.address}", f"--num-cpus={cpus}",
             "--object-store-memory=80000000", "--disable-usage-stats", more=more,
         )  # fmt: skip
 

@@ -287,6 +287,7 @@ def check(
     *,
     again: Mapping[str, int] | None = None,
     uri: str | None = None,
+    name: str = "tiny",
 ) -> None:
     """Check that a sweep ended as an undisturbed one does.
 
@@ -294,15 +295,16 @@ def check(
     expected: metrics by cell, of an undisturbed sweep.
     again: by name, how often stages were begun after their first time.
     uri: of the MLflow store; None is the one in the output folder.
+    name: of the sweep.
     """
-    results = find_sweep(output, "tiny")
+    results = find_sweep(output, name)
     assert all_measured(results) == expected
-    runs = runs_at(uri or f"sqlite:///{output / 'mlflow.db'}")
+    runs = runs_at(uri or f"sqlite:///{output / 'mlflow.db'}", name)
     assert Counter((r.data.tags["cell"], r.info.status) for r in runs) == {
         (key, "FINISHED"): 1 for key in expected
     }
     committed = {marker.key: marker.committed for marker in results.store.markers()}
-    begun = [event for event in journal(output) if event["event"] == "compute"]
+    begun = [event for event in journal(output, name) if event["event"] == "compute"]
     assert {e["key"] for e in begun} == set(committed)
     assert [e for e in begun if e["time"] > committed[e["key"]]] == []
     names = names_by_key(results)
