@@ -19,13 +19,6 @@ from places import Place, Reference, Site, check_finished  # noqa: E402
 from services import Postgres, start_mlflow  # noqa: E402
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.cluster)
-
-
 @pytest.fixture(scope="session")
 def network() -> Iterator[Network]:
     if reason := why_not():

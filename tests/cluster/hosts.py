@@ -100,12 +100,15 @@ def _is_dead(name: str) -> bool:
 
 
 def _remove_namespace(name: str) -> None:
-    inside = subprocess.run(
-        ["ip", "netns", "pids", name], capture_output=True, text=True, check=True
-    )
-    for pid in map(int, inside.stdout.split()):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    def ended() -> bool:
+        words = ["ip", "netns", "pids", name]
+        inside = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+        for pid in map(int, inside):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return not inside
+
+    wait_for(ended, limit=30)
     ip("netns", "del", name)
 
 

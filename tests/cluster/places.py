@@ -111,7 +111,7 @@ class Place(Workplace):
 
     def holders(self, stage: str = STAGE) -> dict[str, str]:
         """Return the keys of a stage that are computed and not committed, by the host's name."""
-        if not launching._planned(self.output, self.name):
+        if not launching.planned(self.output, self.name):
             return {}
         found = {}
         leases = self.output / "store" / "leases"
@@ -203,7 +203,15 @@ def check_finished(done: Done, cells: int = CELLS) -> None:
 def check_quiet(done: Done) -> None:
     """Check that nothing of Ray's own, and no trace, is in the terminal."""
     assert done.err == "", done
-    for words in ("Traceback", "state-dump", "raylet", "(autoscaler", "*** SIG", "View run"):
+    for words in (
+        "Traceback",
+        "state-dump",
+        ".cc:",
+        "Raylet",
+        "(autoscaler",
+        "*** SIG",
+        "View run",
+    ):
         assert words not in done.out, (words, done)
 
 

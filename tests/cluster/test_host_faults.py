@@ -24,6 +24,8 @@ from places import (
     wait_gone,
 )
 
+pytestmark = pytest.mark.cluster
+
 # Slurm kills 30 s after SIGTERM (KillWait).
 KILL_WAIT = 30
 

@@ -22,6 +22,8 @@ from places import Place, Site, check_finished, finished_runs
 
 from orchestrator.results.folder import Results
 
+pytestmark = pytest.mark.cluster
+
 CELLS = int(os.environ.get("CLUSTER_CELLS", "24"))
 KILLS = int(os.environ.get("CLUSTER_KILLS", "5"))
 SEEDS = 2

@@ -10,6 +10,8 @@ import pytest
 from places import CELLS, Place, Reference, Site, check_finished, finished_runs
 from services import BUCKET, start_s3
 
+pytestmark = pytest.mark.cluster
+
 LIST = "import sys, s3fs; print(*s3fs.S3FileSystem().find(sys.argv[1]), sep='\\n')"
 
 

@@ -162,7 +162,7 @@ def wait_for(what: Callable[[], Any], command: Command | None = None, limit: flo
     raise AssertionError(f"waited {limit:.0f} s in vain; {command and command.process.poll()}")
 
 
-def _planned(output: Path, name: str) -> bool:
+def planned(output: Path, name: str) -> bool:
     """Return whether a sweep has a plan. Its folder exists a moment earlier."""
     return any((output / name / "plans").glob("[!.]*"))
 
@@ -172,7 +172,7 @@ def holder(place: Workplace, stage: str, but: int = 0) -> psutil.Process | None:
 
     stage: its name or key. but: a process id to ignore.
     """
-    if not _planned(place.output, "tiny"):
+    if not planned(place.output, "tiny"):
         return None
     for key, name in names_by_key(place.results()).items():
         lease = place.output / "store" / "leases" / f"{key}.json"
@@ -250,7 +250,7 @@ def names_by_key(results: Results) -> dict[str, str]:
 
 def computed(output: Path, name: str = "tiny") -> Counter[str]:
     """Return by name how often stages were begun."""
-    if not _planned(output, name):
+    if not planned(output, name):
         return Counter()
     names = names_by_key(find_sweep(output, name))
     events = journal(output, name)
