@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -54,8 +55,8 @@ def open_place(site: Site, name: str) -> Iterator[Place]:
 @pytest.fixture
 def place(site: Site, request: pytest.FixtureRequest) -> Iterator[Place]:
     """The sweep of one test."""
-    name = request.node.name.removeprefix("test_").replace("[", "-").replace("]", "")
-    yield from open_place(site, name[:40])
+    name = re.sub(r"\W+", "-", request.node.name.removeprefix("test_")).strip("-")
+    yield from open_place(site, name)
 
 
 @pytest.fixture(scope="session")

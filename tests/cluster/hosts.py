@@ -128,6 +128,12 @@ class Running:
         """Send the command itself a signal: `nsenter`, which has started it, passes none on."""
         (command,) = psutil.Process(self.process.pid).children()
         command.send_signal(what)
+        if what is signal.SIGKILL:
+            self.wake()
+
+    def wake(self) -> None:
+        """Let `nsenter` see the end of its command: it halts where that was halted."""
+        self.process.send_signal(signal.SIGCONT)
 
     def end(self, limit: float = LIMIT) -> Done:
         code = self.process.wait(limit)
@@ -182,6 +188,7 @@ class Host:
             self._init.wait(30)
             self._init = None
         for running in self._started:
+            running.wake()
             running.process.wait(30)
         self._started.clear()
 

@@ -22,16 +22,13 @@ BUCKET = "sweeps"
 
 
 class Postgres:
-    """A PostgreSQL server on a host, with the database `mlflow`, that can be stopped and restarted.
-
-    uri: as this process reaches it, through a socket in the file system.
-    """
+    """A PostgreSQL server on a host, with the database `mlflow`; it can be restarted."""
 
     def __init__(self, host: Host, folder: Path) -> None:
         """Make the database and start the server. folder: for its files, with a short path."""
         self._host, self._folder = host, folder
         self._programs = postgres_programs()
-        self.uri = f"postgresql://mlflow:{PASSWORD}@/mlflow?host={folder}"
+        self._starts = 0
         # PostgreSQL refuses to run as root.
         self._user = "postgres" if _is_user("postgres") else "nobody"
         folder.mkdir()
@@ -62,8 +59,18 @@ class Postgres:
         address = f"host={self._folder} user=mlflow password={PASSWORD} dbname={database}"
         return psycopg.connect(address, autocommit=True)
 
+    @property
+    def uri(self) -> str:
+        """The database as this process reaches it, through a socket in the file system.
+
+        Another one after each start: MLflow keeps connections to a URI, which a stop ends.
+        """
+        address = f"postgresql://mlflow:{PASSWORD}@/mlflow?host={self._folder}"
+        return f"{address}&application_name=start-{self._starts}"
+
     def start(self) -> Running:
         """Start the server and wait until it answers."""
+        self._starts += 1
         self._server = self._run(
             "postgres", "-c", "listen_addresses=*", "-k", str(self._folder), "-D", str(self._data)
         )
