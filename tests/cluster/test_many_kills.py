@@ -113,7 +113,8 @@ def wild(site: Site) -> Iterator[Place]:
 
 
 def grid() -> dict[str, list[Any]]:
-    alphas = [round(1e-4 * (number + 1), 5) for number in range(CELLS // SEEDS)]
+    # Each flags one of the victim's 400 tokens more than the one before.
+    alphas = [round(0.003 + number / 400, 4) for number in range(CELLS // SEEDS)]
     return {"seed": list(range(SEEDS)), "defense.alpha": alphas}
 
 
