@@ -85,6 +85,20 @@ def test_a_killed_raylet(place: Place, reference: Reference, site: Site) -> None
     check_all(place, reference, site, {STAGE: 1})
 
 
+def test_a_killed_raylet_under_the_launch(place: Place, reference: Reference, site: Site) -> None:
+    """Ray's client would end the launch silently."""
+    head, host, third = place.hosts
+    launch = place.begin(host)
+    (raylet,) = raylets(host)
+    raylet.kill()
+    check_stopped(launch.end(KILL_WAIT), "Ray's process on this machine has died")
+    place.restart_ray(head)
+    place.release()
+    place.finish(third)
+    place.gc(third)
+    check_all(place, reference, site, {STAGE: 3})
+
+
 @pytest.mark.parametrize("driver", ["on the head", "elsewhere"])
 def test_a_killed_head_host(place: Place, reference: Reference, site: Site, driver: str) -> None:
     head, second, third = place.hosts
