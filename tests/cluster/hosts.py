@@ -185,10 +185,11 @@ class Host:
         if self._init is not None:
             with suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)  # the kernel ends the others with the first
+            for running in self._started:
+                running.wake()  # the first ends once all others were waited for
             self._init.wait(30)
             self._init = None
         for running in self._started:
-            running.wake()
             running.process.wait(30)
         self._started.clear()
 
