@@ -2,7 +2,7 @@
 #
 # Options:
 #   PYTHON=python3.12       the interpreter that .venv is made with (3.11 or newer)
-#   PYTEST_ARGS='-k data'   passed on to pytest by `make test` and `make slow`
+#   PYTEST_ARGS='-k data'   passed on to pytest by `make test`, `make slow` and `make cluster`
 #   COVERAGE=1              `make test` reports line coverage; tracing takes half as long again
 #   JOBS=4                  how many tests run at once (default 2; 0: in one process, for --pdb)
 #   TORCH_INDEX=...         the index for torch at the first set-up (see constraints.txt)
@@ -26,7 +26,7 @@ unexport PYTHONHOME PYTHONPATH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test check slow clean
+.PHONY: help setup quickstart test check slow cluster clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,9 @@ check: $(INSTALLED) ## Check format, lint, types and the import rules
 
 slow: $(INSTALLED) ## Run the slow tests: real Ray, real MLflow, real training
 	$(BIN)/pytest -v -n $(JOBS) --dist loadscope -m 'slow and not gpu' --durations=15 $(PYTEST_ARGS)
+
+cluster: $(INSTALLED) ## Run the cluster tests: hosts as network namespaces (Linux, root)
+	$(BIN)/pytest -v -n 0 -m cluster --durations=0 --durations-min=1 tests/cluster $(PYTEST_ARGS)
 
 clean: ## Remove .venv, caches and build output; results in runs/ stay
 	rm -rf .venv build dist *.egg-info .coverage

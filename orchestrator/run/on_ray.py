@@ -327,9 +327,16 @@ def _trainable(launch: Launch, *, own: bool) -> Callable[[dict[str, Any]], None]
     own: whether Ray is this launch's own.
     """
     if not own:
-        # An object, not a part of the function: Ray's head keeps functions where every user of the
-        # cluster can read them, and a launch may hold passwords.
-        return tune.with_parameters(compute_stage, launch=launch)  # type: ignore[no-any-return]
+        # Not a part of the function: Ray's head keeps functions where every user of the cluster can
+        # read them, and a launch may hold passwords. Nor an object that this process stores, as
+        # `tune.with_parameters` makes: see below. What a task returns stays in this process.
+        known = ray.remote(_same).options(num_cpus=0).remote(ray.put(launch))
+        ray.wait([known], timeout=NODE_SECONDS)
+
+        def compute_there(config: dict[str, Any]) -> None:
+            compute_stage(config, ray.get(known))
+
+        return compute_there
 
     # A part of the function: objects make Ray's client end this process at once and silently where
     # its node goes down under it, which it then writes to (plasma's `exit_on_connection_failure`).
@@ -337,6 +344,10 @@ def _trainable(launch: Launch, *, own: bool) -> Callable[[dict[str, Any]], None]
         compute_stage(config, launch)
 
     return compute
+
+
+def _same(launch: Launch) -> Launch:
+    return launch
 
 
 # Tune asks and answers --------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def wait_for(what: Callable[[], Any], command: Command | None = None, limit: flo
     raise AssertionError(f"waited {limit:.0f} s in vain; {command and command.process.poll()}")
 
 
-def _planned(output: Path, name: str) -> bool:
+def planned(output: Path, name: str) -> bool:
     """Return whether a sweep has a plan. Its folder exists a moment earlier."""
     return any((output / name / "plans").glob("[!.]*"))
 
@@ -172,7 +172,7 @@ def holder(place: Workplace, stage: str, but: int = 0) -> psutil.Process | None:
 
     stage: its name or key. but: a process id to ignore.
     """
-    if not _planned(place.output, "tiny"):
+    if not planned(place.output, "tiny"):
         return None
     for key, name in names_by_key(place.results()).items():
         lease = place.output / "store" / "leases" / f"{key}.json"
@@ -250,7 +250,7 @@ def names_by_key(results: Results) -> dict[str, str]:
 
 def computed(output: Path, name: str = "tiny") -> Counter[str]:
     """Return by name how often stages were begun."""
-    if not _planned(output, name):
+    if not planned(output, name):
         return Counter()
     names = names_by_key(find_sweep(output, name))
     events = journal(output, name)
@@ -287,6 +287,7 @@ def check(
     *,
     again: Mapping[str, int] | None = None,
     uri: str | None = None,
+    name: str = "tiny",
 ) -> None:
     """Check that a sweep ended as an undisturbed one does.
 
@@ -294,15 +295,16 @@ def check(
     expected: metrics by cell, of an undisturbed sweep.
     again: by name, how often stages were begun after their first time.
     uri: of the MLflow store; None is the one in the output folder.
+    name: of the sweep.
     """
-    results = find_sweep(output, "tiny")
+    results = find_sweep(output, name)
     assert all_measured(results) == expected
-    runs = runs_at(uri or f"sqlite:///{output / 'mlflow.db'}")
+    runs = runs_at(uri or f"sqlite:///{output / 'mlflow.db'}", name)
     assert Counter((r.data.tags["cell"], r.info.status) for r in runs) == {
         (key, "FINISHED"): 1 for key in expected
     }
     committed = {marker.key: marker.committed for marker in results.store.markers()}
-    begun = [event for event in journal(output) if event["event"] == "compute"]
+    begun = [event for event in journal(output, name) if event["event"] == "compute"]
     assert {e["key"] for e in begun} == set(committed)
     assert [e for e in begun if e["time"] > committed[e["key"]]] == []
     names = names_by_key(results)
