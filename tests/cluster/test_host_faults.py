@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 
 import pytest
+from hosts import Running
 from launching import wait_for
 from places import (
     CELLS,
@@ -49,6 +50,16 @@ def test_a_sweep_over_three_hosts_and_a_server_on_postgresql(
     assert f"MLflow {site.uri}: {CELLS} finished, 0 failed." in done.out, done
 
 
+def check_survived(place: Place, launch: Running, reference: Reference, site: Site) -> None:
+    """Let a launch that has lost a host end, and check that it ended as an undisturbed one."""
+    place.release()
+    done = launch.end()
+    check_finished(done)
+    assert done.out.count("is lost") == 1, done
+    place.gc(place.head)
+    check_all(place, reference, site, {STAGE: 1})
+
+
 def test_a_host_that_is_cut_off_and_comes_back(
     place: Place, reference: Reference, site: Site
 ) -> None:
@@ -62,12 +73,7 @@ def test_a_host_that_is_cut_off_and_comes_back(
     joined = host.start_ray(head, place.environment).end()
     assert joined.code == 0, joined
     wait_for(lambda: f"node {host.name} is back; there are 3 nodes" in launch.text, launch)
-    place.release()
-    done = launch.end()
-    check_finished(done)
-    assert done.out.count("is lost") == 1, done
-    place.gc(head)
-    check_all(place, reference, site, {STAGE: 1})
+    check_survived(place, launch, reference, site)
 
 
 def test_a_killed_raylet(place: Place, reference: Reference, site: Site) -> None:
@@ -77,12 +83,7 @@ def test_a_killed_raylet(place: Place, reference: Reference, site: Site) -> None
     raylet.kill()
     lost = f"node {host.name} is lost; 2 nodes are left. Its stages start again elsewhere."
     wait_for(lambda: lost in launch.text, launch)
-    place.release()
-    done = launch.end()
-    check_finished(done)
-    assert done.out.count("is lost") == 1, done
-    place.gc(head)
-    check_all(place, reference, site, {STAGE: 1})
+    check_survived(place, launch, reference, site)
 
 
 def test_a_killed_raylet_under_the_launch(place: Place, reference: Reference, site: Site) -> None:
