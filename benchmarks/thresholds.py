@@ -59,7 +59,7 @@ from generated_tables import (
 from btu.attacks.poisoning import ATTACKS, PoisonSpec
 from btu.data.load import load_corpus
 from btu.data.spec import DataSpec
-from btu.defenses.token_unlearning import TokenUnlearning
+from btu.defenses.token_unlearning import FLAGGED, SCORES, TokenUnlearning
 from btu.findings import Suspects
 from btu.metrics import area_under_roc, average_precision, row_detection, token_detection
 from btu.recipe import CellInputs, Prepared, evaluation, mask_of, prepare, scores_of
@@ -178,6 +178,13 @@ class Bench:
     def detection(self, point: Point, defense: TokenUnlearning) -> Path:
         return self.run(defense.detection(self.prepared(point).foundation))
 
+    def detection_seconds(self, point: Point, defense: TokenUnlearning) -> float:
+        """Return how long scores, flags and their table took: what comes after the exposure."""
+        last = defense.detection(self.prepared(point).foundation)
+        stages = (last, *(last.inputs[role] for role in (SCORES, FLAGGED)))
+        self.run(last)
+        return sum(float(read_record(self.root / one.key)["seconds"]) for one in stages)
+
     def suspects(self, point: Point, defense: TokenUnlearning) -> Suspects:
         folder = self.detection(point, defense)
         suspects = Suspects.load(folder, read_record(folder)["facts"])
@@ -283,7 +290,7 @@ def measured(bench: Bench, drawn: Drawn) -> dict[str, Any]:
         "benign_score": _highest(found.scores[~trigger]),
         "clean_flagged": len(twin.tokens),
         "clean_score": _highest(twin.scores),
-        "seconds": read_record(bench.detection(poisoned, defense))["seconds"],
+        "seconds": bench.detection_seconds(poisoned, defense),
     }
 
 

@@ -34,11 +34,11 @@ NAMED = 5
 def drift_columns(tokens: pd.DataFrame) -> list[str]:
     """Return the columns of a token table that contain the drift of an exposure round."""
     # Not ``drift_sigmas``, which is no distance.
-    return [
+    return sorted(
         name
         for name in tokens.columns
         if name.startswith(PREFIX) and name.removeprefix(PREFIX).isdigit()
-    ]
+    )
 
 
 def drawable(tokens: pd.DataFrame, column: str) -> pd.DataFrame:

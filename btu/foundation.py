@@ -80,6 +80,7 @@ class Foundation:
         light: tuple[str, ...] = (),
         kind: str = "stage",
         model: bool = False,
+        reads: tuple[str, ...] = (),
     ) -> Stage:
         """Declare a stage of a defense, with victim and seed in its config.
 
@@ -91,9 +92,10 @@ class Foundation:
         light: roles of the inputs whose files in ``model/`` are not read.
         kind: which resources it uses, as in `Stage`.
         model: whether it writes files in ``model/``.
+        reads: roles of the inputs of which it reads the facts alone, as in `Stage`.
         """
         acts = {"victim": self.victim, "seed": self.seed, **config}
-        return Stage(name, function, acts, inputs, self.where, light, kind, units, model)
+        return Stage(name, function, acts, inputs, self.where, light, kind, units, model, reads)
 
     def fine_tune(self, name: str, kept: Stage) -> Stage:
         """Declare a fine-tune on the training rows that a stage keeps.

@@ -92,6 +92,8 @@ class Stage:
         ``cell`` belongs to one cell.
     units: rows that it processes, for estimates of time.
     model: whether it writes files in ``model/``.
+    reads: roles of the inputs of which it reads the facts alone. Stages that differ in nothing but
+        the keys of these inputs have equal results if these facts are equal (`key_by_facts`).
     """
 
     name: str
@@ -103,6 +105,7 @@ class Stage:
     kind: str = "stage"
     units: int = 0
     model: bool = False
+    reads: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in RESOURCE_KINDS:
@@ -111,15 +114,49 @@ class Stage:
     @cached_property
     def key(self) -> str:
         """The fingerprint: 24 hex digits, the same in every process and on every machine."""
+        return self._key_with({role: stage.key for role, stage in self.inputs.items()})
+
+    def _key_with(self, inputs: Mapping[str, str]) -> str:
         acts = {
             "function": self.function.id,
             "version": self.function.version,
             "config": self.config,
-            "inputs": {role: stage.key for role, stage in self.inputs.items()},
+            "inputs": inputs,
         }
         # No default=str: a value that JSON cannot represent has no stable text either.
-        text = json.dumps(acts, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:24]
+        return _digest(acts)
+
+    @cached_property
+    def may_be_equal(self) -> bool:
+        """Whether its result may equal that of a stage with another key.
+
+        So it is for a stage of one cell that reads the facts alone of an input, and for what
+        follows from it. Stages that cells share have one key anyway.
+        """
+        before = self.inputs.values()
+        return self.kind == "cell" and (bool(self.reads) or any(b.may_be_equal for b in before))
+
+    @cached_property
+    def shape(self) -> str:
+        """What stages have in common whose results may be equal: a key without what `reads` is."""
+        if not self.may_be_equal:
+            return self.key
+        return self._key_with({r: b.shape for r, b in self.inputs.items() if r not in self.reads})
+
+    def key_by_facts(self, facts: Callable[[str], str | None]) -> str | None:
+        """Return a key that stages share whose results are equal; None if not yet known.
+
+        facts: from the key of a stage to the `digest_of` its facts; None if they are unknown.
+        """
+        if not self.may_be_equal:
+            return self.key
+        inputs = {}
+        for role, before in self.inputs.items():
+            known = facts(before.key) if role in self.reads else before.key_by_facts(facts)
+            if known is None:
+                return None
+            inputs[role] = known
+        return self._key_with(inputs)
 
     def node(self) -> dict[str, Any]:
         """Return the stage as plain data, its inputs by key."""
@@ -131,6 +168,7 @@ class Stage:
             "where": dict(self.where),
             "inputs": {role: stage.key for role, stage in self.inputs.items()},
             "light": list(self.light),
+            "reads": list(self.reads),
             "kind": self.kind,
             "units": self.units,
         }
@@ -150,6 +188,15 @@ class Stage:
         yield from walk(self)
 
 
+def digest_of(facts: Mapping[str, Any]) -> str:
+    """Return the fingerprint of the facts that a stage reported: 24 hex digits."""
+    return _digest(facts)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
+
+
 def as_config(settings: Any) -> dict[str, Any]:
     """Return a dataclass of plain values as a dict, for a config slice.
 
@@ -164,13 +211,14 @@ class StageRun:
 
     config: the `Stage`'s.
     where: the `Stage`'s.
-    inputs: a folder per role, read-only.
+    inputs: a folder per role, read-only; none for the roles that the `Stage` `reads`.
     folder: empty; what is written here is the result.
     device: where to compute.
     accumulation: number of parts that each batch is cut into, to save memory.
     progress: called with the progress of long work.
     history: `fit` appends its epochs here.
     precisions: the precisions used so far, ``auto`` resolved.
+    known: the facts of the inputs of which nothing else is read, by role.
     """
 
     config: Mapping[str, Any]
@@ -182,6 +230,7 @@ class StageRun:
     progress: ProgressCallback = silent
     history: list[Epoch] = field(default_factory=list)
     precisions: set[str] = field(default_factory=set)
+    known: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     def fit(
         self,
@@ -289,6 +338,8 @@ class StageRun:
 
     def facts(self, role: str) -> dict[str, Any]:
         """Return the facts that the stage of an input reported."""
+        if role in self.known:
+            return self.known[role]
         facts: dict[str, Any] = read_record(self.inputs[role])["facts"]
         return facts
 
@@ -323,7 +374,18 @@ def run_stage(
     function: StageFunction = getattr(importlib.import_module(module), attribute)
     device = choose_device(0 if node["kind"] == "host" else gpus)
     progress(Progress(node["name"], 0, 1))
-    run = StageRun(node["config"], node["where"], inputs, folder, device, accumulation, progress)
+    # The folder is kept from the stage: what it read there would make equal facts unequal results.
+    known = {role: read_record(inputs[role])["facts"] for role in node["reads"]}
+    run = StageRun(
+        node["config"],
+        node["where"],
+        {role: place for role, place in inputs.items() if role not in known},
+        folder,
+        device,
+        accumulation,
+        progress,
+        known=known,
+    )
     facts = dict(function(run))
     record = {
         "key": node["key"],
@@ -338,8 +400,13 @@ def run_stage(
         # A stage may train more than once.
         "precisions": sorted(run.precisions),
     }
-    (folder / RECORD).write_text(json.dumps(record, indent=1))
+    write_record(folder, record)
     return record
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the record of a stage's result."""
+    (folder / RECORD).write_text(json.dumps(record, indent=1))
 
 
 def read_record(folder: Path) -> dict[str, Any]:

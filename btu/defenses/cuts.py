@@ -24,7 +24,7 @@ import numpy as np
 
 from btu.defenses.kit.contradiction import relabel_config, with_relabeled
 from btu.defenses.kit.cutting import cut_and_tune
-from btu.defenses.token_unlearning import TokenUnlearning, candidate_tokens
+from btu.defenses.token_unlearning import FLAGGED, TokenUnlearning, candidate_tokens
 from btu.errors import UserError
 from btu.findings import Suspects
 from btu.foundation import Foundation
@@ -65,12 +65,13 @@ class _OtherCut(TokenUnlearning):
                 "rows": base.rows,
                 "clean": base.clean,
                 "model": base.model,
-                "found": self.detection(base),
+                FLAGGED: self.flags(base),
                 **second,
             },
             units=base.clean_rows * base.tuning.epochs,
             kind="cell",
             model=True,
+            reads=(FLAGGED,),
         )
 
 
@@ -91,7 +92,7 @@ class FrequencyCut(_OtherCut):
 # What the stages do ------------------------------------------------------------------------------
 
 
-@stage(version=1)
+@stage(version=2)
 def cut_others(run: StageRun) -> dict[str, Any]:
     """Draw as many tokens as were flagged from the others; cut them and tune.
 
@@ -99,25 +100,21 @@ def cut_others(run: StageRun) -> dict[str, Any]:
         UserError: there are fewer others than flagged tokens.
     """
     victim, data = victim_of(run), training_rows_of(run)
-    found = Suspects.load(run.inputs["found"], run.facts("found"))
-    assert found is not None
-    assert found.flagged is not None
-    assert found.scores is not None
-    vocabulary = len(found.scores)
+    flagged, vocabulary = (run.facts(FLAGGED)[name] for name in ("flagged", "vocabulary"))
     allowed = candidate_tokens(victim, data, vocabulary, run.config["exclude"])
-    allowed[list(found.flagged)] = False
+    allowed[flagged] = False
     others = np.flatnonzero(allowed)
-    if len(found.flagged) > len(others):
+    if len(flagged) > len(others):
         raise UserError(
-            f"{len(found.flagged)} tokens are flagged and only {len(others)} are left to be cut in "
+            f"{len(flagged)} tokens are flagged and only {len(others)} are left to be cut in "
             "their place; raise the threshold."
         )
     rng = np.random.default_rng(derive_seed(run.config["seed"], "other tokens"))
     if run.config["draw"] == RANDOM:
-        drawn = [int(i) for i in rng.choice(others, len(found.flagged), replace=False)]
+        drawn = [int(i) for i in rng.choice(others, len(flagged), replace=False)]
     else:
-        drawn = as_frequent(found.flagged, others, data.counts(vocabulary), rng)
-    measured, columns, relabeled = cut_and_tune(run, victim, drawn, found.flagged)
+        drawn = as_frequent(flagged, others, data.counts(vocabulary), rng)
+    measured, columns, relabeled = cut_and_tune(run, victim, drawn, flagged)
     suspects = with_relabeled(Suspects(flagged=tuple(drawn), table=columns), data, relabeled)
     return {**suspects.save(run.folder), "measured": measured}
 

@@ -48,7 +48,8 @@ clipping from ``train``: the code's are ``warmup_fraction: 0, schedule: constant
 null`` (``benchmarks/reference.py`` sets them).
 
 The flagged set, round 2 (through the tokens that round 1 flagged; only rule ``top_fraction`` has
-it), the cut and the clean tuning depend on the threshold. Rounds 1 and 3 do not.
+it), the cut and the clean tuning depend on the threshold. Rounds 1 and 3 and the scores do not. The
+cut and the clean tuning depend on it through the flagged set alone.
 """
 
 from __future__ import annotations
@@ -106,6 +107,8 @@ if TYPE_CHECKING:
 
 
 DRIFT = "drift.safetensors"
+# Roles of inputs: the scores, the tokens that a threshold flags, and the round that depends on one.
+SCORES, FLAGGED, ROUND_2 = "scores", "flagged", "round 2"
 INSERTED = "inserted"
 ROUNDS = (1, 2, 3)
 CHOICES = {
@@ -327,40 +330,76 @@ class TokenUnlearning:
                 tokens_flagged(alpha, given.vocabulary, given.vocabulary)
 
     def stages(self, base: Foundation) -> Stage:
-        """Declare a stage per exposure round, then one for cut and tuning.
+        """Declare a stage per exposure round, the scores, the flags, then cut and tuning.
 
-        Round 2 depends on round 1's alpha; rounds 1 and 3 are shared by all thresholds. So are the
-        stages behind ``contradicted: relabel``; its models of the clean rows are shared by attacks
-        and poison rates too.
+        Round 2 depends on round 1's alpha; rounds 1 and 3 and the scores are shared by all
+        thresholds. So are the stages behind ``contradicted: relabel``; its models of the clean rows
+        are shared by attacks and poison rates too. Thresholds that flag the same tokens have equal
+        models, since the cut reads the flags alone.
         """
-        rounds = self.exposure(base)
         second = self.second_stage(base)
         return base.stage(
             unlearn,
             "unlearn",
             {
-                **self._detection_config(),
                 "cut": self.cut,
                 "cut_norm": self.cut_norm,
                 **self.veto_config(),
                 **base.tuning_config(),
                 **relabel_config(base, second),
             },
-            {"rows": base.rows, "clean": base.clean, "model": base.model, **rounds, **second},
+            {
+                "rows": base.rows,
+                "clean": base.clean,
+                "model": base.model,
+                **self._found(base),
+                **second,
+            },
             units=base.clean_rows * base.tuning.epochs,
             kind="cell",
             model=True,
+            reads=(FLAGGED,),
         )
 
     def detection(self, base: Foundation) -> Stage:
         """Declare the exposure rounds and the flagging only: no model is fine-tuned or cut."""
-        return base.stage(
-            detect,
-            "detect",
-            self._detection_config(),
-            {"rows": base.rows, "clean": base.clean, **self.exposure(base)},
+        return base.stage(detect, "detect", {}, self._found(base), kind="host")
+
+    def flags(self, base: Foundation) -> Stage:
+        """Declare the exposure rounds and which tokens they flag, without scores and columns."""
+        return self._found(base)[FLAGGED]
+
+    def _found(self, base: Foundation) -> dict[str, Stage]:
+        """Declare scores and flags, by role, and round 2, which is a column of the table alone."""
+        rounds = self.exposure(base)
+        # Not round 2: its drift depends on alpha, and scores must not depend on a threshold.
+        free = {role: done for role, done in rounds.items() if role != ROUND_2}
+        assert self.rule is not None  # resolved by now
+        scores = base.stage(
+            score,
+            "score tokens",
+            {
+                "rule": self.rule,
+                "rule_version": RULES.load(self.rule).version,
+                "exclude": self.exclude,
+            },
+            {"rows": base.rows, "clean": base.clean, **free},
             kind="host",
         )
+        fraction = self.rule == TOP_FRACTION
+        flagged = base.stage(
+            flag_tokens,
+            "flag tokens",
+            {
+                "rule": self.rule,
+                **({"alpha": list(map(list, self._alphas().items()))} if fraction else {}),
+                **({} if fraction else {"threshold": self.threshold}),
+            },
+            {SCORES: scores, **(rounds if fraction else {})},
+            kind="host",
+        )
+        late = {role: done for role, done in rounds.items() if role == ROUND_2}
+        return {**late, SCORES: scores, FLAGGED: flagged}
 
     def exposure(self, base: Foundation) -> dict[str, Stage]:
         """Declare the exposure rounds, by role."""
@@ -385,19 +424,6 @@ class TokenUnlearning:
                 kind="cell" if number == 2 else "stage",
             )
         return rounds
-
-    def _detection_config(self) -> dict[str, Any]:
-        threshold: dict[str, Any] = {"threshold": self.threshold}
-        if self.rule == TOP_FRACTION:
-            threshold = {"alpha": [[number, alpha] for number, alpha in self._alphas().items()]}
-        assert self.rule is not None  # resolved by now
-        version = RULES.load(self.rule).version
-        return {
-            "rule": self.rule,
-            "rule_version": version,
-            **threshold,
-            "exclude": self.exclude,
-        }
 
     def second_stage(self, base: Foundation) -> dict[str, Stage]:
         """Declare the stages behind ``contradicted``, by role; none with ``keep``."""
@@ -468,57 +494,20 @@ def expose(run: StageRun) -> dict[str, Any]:
 
 
 @stage(version=1)
-def detect(run: StageRun) -> dict[str, Any]:
-    """Flag the tokens that moved abnormally.
+def score(run: StageRun) -> dict[str, Any]:
+    """Score every candidate token and every training row.
 
-    Raises:
-        UserError: alpha flags nothing, or every token of the training set.
+    Writes what `Suspects.save` does, with no token flagged, and the columns behind the scores.
     """
-    return find_suspects(run, victim_of(run)).save(run.folder)
-
-
-@stage(version=2)
-def unlearn(run: StageRun) -> dict[str, Any]:
-    """Flag the tokens that moved abnormally, cut them from the poisoned model, tune it.
-
-    Raises:
-        UserError: alpha flags nothing, or every token of the training set.
-    """
-    victim = victim_of(run)
-    suspects = find_suspects(run, victim)
-    measured, columns, relabeled = cut_and_tune(run, victim, suspects.tokens)
-    suspects = with_relabeled(suspects, training_rows_of(run), relabeled)
-    suspects = replace(suspects, table={**suspects.table, **columns})
-    return {**suspects.save(run.folder), "measured": measured}
-
-
-def find_suspects(run: StageRun, victim: Victim) -> Suspects:
-    """Return the flagged tokens, every candidate's score, and the columns behind the scores.
-
-    Raises:
-        UserError: alpha flags nothing, or every token of the training set.
-    """
-    config = run.config
-    data = training_rows_of(run)
+    config, victim, data = run.config, victim_of(run), training_rows_of(run)
     drift = {number: _drift(run, number) for number in ROUNDS if f"round {number}" in run.inputs}
     vocabulary = len(next(iter(drift.values())))
     candidates = candidate_tokens(victim, data, vocabulary, config["exclude"])
-    # Not round 2: its drift depends on alpha, and scores must not depend on a threshold.
-    free = {number: moved for number, moved in drift.items() if number != 2}
     clean = clean_rows_of(run)
     if config["exclude"] == INSERTED:
         data, clean = without_inserted(victim.tokenizer, vocabulary, (data, clean))
-    evidence = Evidence(free, candidates, data, clean)
+    evidence = Evidence(drift, candidates, data, clean)
     rule = RULES.load(config["rule"])
-    scores = rule.scores(evidence)
-    if config["rule"] == TOP_FRACTION:
-        found: dict[int, None] = {}
-        for number, alpha in config["alpha"]:
-            k = tokens_flagged(alpha, vocabulary, int(candidates.sum()))
-            found |= dict.fromkeys(top_tokens(drift[number], candidates, k))
-        flagged = tuple(found)
-    else:
-        flagged = flag(scores, rule.bar(config["threshold"]))
     table: dict[str, Any] = {"count": evidence.count}
     table |= {f"drift_{number}": moved for number, moved in drift.items()}
     table |= {
@@ -528,8 +517,64 @@ def find_suspects(run: StageRun, victim: Victim) -> Suspects:
         "surplus": evidence.surplus.max(axis=1),
     }
     if rule.columns is not None:
-        table |= rule.columns(evidence, next(reversed(free.values())))
-    return Suspects(flagged, scores, table, suspicion(evidence), suspicion_bar(evidence))
+        table |= rule.columns(evidence, next(reversed(drift.values())))
+    suspects = Suspects(
+        None, rule.scores(evidence), table, suspicion(evidence), suspicion_bar(evidence)
+    )
+    return suspects.save(run.folder)
+
+
+@stage(version=1)
+def flag_tokens(run: StageRun) -> dict[str, Any]:
+    """Flag the tokens that moved abnormally, by their scores; report them and nothing else.
+
+    What follows reads these facts alone, so that thresholds with equal flags share it.
+
+    Raises:
+        UserError: alpha flags nothing, or every token of the training set.
+    """
+    config, scores = run.config, _scored(run).scores
+    assert scores is not None
+    if config["rule"] != TOP_FRACTION:
+        flagged = flag(scores, RULES.load(config["rule"]).bar(config["threshold"]))
+        return {"flagged": list(flagged), "vocabulary": len(scores)}
+    candidates = ~np.isnan(scores)
+    found: dict[int, None] = {}
+    for number, alpha in config["alpha"]:
+        k = tokens_flagged(alpha, len(scores), int(candidates.sum()))
+        found |= dict.fromkeys(top_tokens(_drift(run, number), candidates, k))
+    return {"flagged": list(found), "vocabulary": len(scores)}
+
+
+@stage(version=2)
+def detect(run: StageRun) -> dict[str, Any]:
+    """Put scores and flags together."""
+    return _suspects(run).save(run.folder)
+
+
+@stage(version=3)
+def unlearn(run: StageRun) -> dict[str, Any]:
+    """Cut the flagged tokens from the poisoned model, and tune it."""
+    victim, suspects = victim_of(run), _suspects(run)
+    measured, columns, relabeled = cut_and_tune(run, victim, suspects.tokens)
+    suspects = with_relabeled(suspects, training_rows_of(run), relabeled)
+    suspects = replace(suspects, table={**suspects.table, **columns})
+    return {**suspects.save(run.folder), "measured": measured}
+
+
+def _scored(run: StageRun) -> Suspects:
+    """Return what `score` wrote."""
+    found = Suspects.load(run.inputs[SCORES], run.facts(SCORES))
+    assert found is not None
+    return found
+
+
+def _suspects(run: StageRun) -> Suspects:
+    """Return the flagged tokens, every candidate's score, and the columns behind the scores."""
+    found = _scored(run)
+    late = {"drift_2": _drift(run, 2)} if ROUND_2 in run.inputs else {}
+    flagged = tuple(run.facts(FLAGGED)["flagged"])
+    return replace(found, flagged=flagged, table={**found.table, **late})
 
 
 def tokens_flagged(alpha: float, vocabulary: int, candidates: int) -> int:

@@ -76,6 +76,8 @@ def time_lines(sweep: Sweep, work: Work) -> list[str]:
 
     distinct, naive = sum(work.stages.values()), sum(work.naive.values())
     saving = f"{distinct} stages instead of {naive}"
+    if work.alike:
+        saving += f", and up to {work.alike} fewer where thresholds flag the same tokens"
     if work.seconds is None or work.naive_seconds is None or work.longest is None:
         some = first_names(work.unmeasured)
         return [f"Sharing: {saving}. Time: unknown until each kind of stage has run once ({some})."]

@@ -197,6 +197,8 @@ class Work:
     model_bytes: bytes of the largest model.
     unsized: victims of unknown size, whose models are in neither of the two.
     todo: keys of the stages to compute.
+    alike: how many of them are not computed if all stages are equal that may be (`Stage.shape`):
+        where all thresholds flag the same tokens.
     """
 
     done: int
@@ -212,6 +214,7 @@ class Work:
     small: int
     unsized: tuple[str, ...] = ()
     todo: frozenset[str] = frozenset()
+    alike: int = 0
 
 
 def survey(
@@ -267,7 +270,14 @@ def survey(
         len(todo) * SMALL_BYTES,
         tuple(dict.fromkeys(victim_name(todo[key]) for key in written if written[key] is None)),
         frozenset(todo),
+        _alike(todo.values()),
     )
+
+
+def _alike(stages: Iterable[AnyStage]) -> int:
+    # A plan file does not tell which stages may be equal.
+    shapes = [s.shape for s in stages if isinstance(s, Stage) and s.may_be_equal]
+    return len(shapes) - len(set(shapes))
 
 
 def _total(stages: Iterable[AnyStage], seconds: Callable[[AnyStage], float | None]) -> float:

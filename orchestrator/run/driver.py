@@ -21,6 +21,7 @@ from typing import Any
 
 from btu.errors import UserError
 from btu.provenance import code_version
+from btu.stages import RECORD, digest_of
 from orchestrator.plan.planner import Plan, Planner
 from orchestrator.plan.work import Timings, Work, blocked, survey, timings_for, victim_name
 from orchestrator.results.folder import Results
@@ -222,11 +223,24 @@ class Driver:
             if cell.key not in committed and cell.key not in work.failed
         ]
         self._schedule = Schedule(
-            todo, committed=committed, dropped=dropped, failed=failed, timings=timings
+            todo,
+            committed=committed,
+            dropped=dropped,
+            failed=failed,
+            timings=timings,
+            computed=[cell.stage for cell in plan.cells.values() if cell.key in committed],
+            facts=self._facts_of,
         )
         self._tell_study()
         self._progress.begin(work, self._schedule, len(plan.cells), self._suggestions.searching)
         self._check_space(work)
+
+    def _facts_of(self, key: str) -> str | None:
+        """Return the digest of the facts that a stage reported; None if they cannot be read."""
+        try:
+            return digest_of(self._store.read_json(key, RECORD)["facts"])
+        except (Damaged, Missing, FileNotFoundError):
+            return None
 
     def _verified(self) -> set[str]:
         """Return the committed keys, after reading and checking the results of this sweep's cells.
@@ -341,7 +355,15 @@ class Driver:
         varied = dict(cell.varied) if cell else {}
         stage = task.stage
         return StageCall(
-            stage.node(), cpus, gpus, task.accumulation, varied, stage.model, task.again
+            stage.node(),
+            cpus,
+            gpus,
+            task.accumulation,
+            varied,
+            stage.model,
+            task.again,
+            task.same_as,
+            self._sweep.store.keep == "models",
         )
 
     def put_back(self, task: Task) -> None:
@@ -445,7 +467,7 @@ class Driver:
             }
             self._rows.append(row)
             self._timings.add(row)
-        for unneeded in self._schedule.done(stage.key):
+        for unneeded in self._schedule.done(stage.key, report.digest, dropped=report.dropped):
             self._drop(unneeded)
         if stage.name == CELL:
             self._cell_done(stage.key, report)

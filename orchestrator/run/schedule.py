@@ -51,6 +51,11 @@ class _Node:
     again: bool = False  # its model is gone, and is needed again
     repairs: int = 0
 
+    @property
+    def leads_to(self) -> str:
+        """The key of the cell that it is computed for; of itself where there are several."""
+        return self.cell or self.stage.key
+
 
 @dataclass(frozen=True)
 class Task:
@@ -59,12 +64,14 @@ class Task:
     alone: whether nothing else may run on its device, or on its node if it uses no GPU.
     accumulation: number of parts that each batch is cut into.
     again: whether it is computed for its model, which was removed or lost.
+    same_as: key of a stage with an equal result, which this one can take; empty if there is none.
     """
 
     stage: Stage
     alone: bool
     accumulation: int
     again: bool = False
+    same_as: str = ""
 
 
 class Schedule:
@@ -73,6 +80,10 @@ class Schedule:
     Once `most_models` models are on disk and still needed, or are being written, the order changes:
     first the stages that write no model, then those that also read one. Both lead to where a model
     is no longer needed.
+
+    Stages may turn out to be equal once the facts that they read are known
+    (`Stage.key_by_facts`): thresholds that flag the same tokens, for example. Then the first is
+    computed up to its cell, and the others wait and take its results.
     """
 
     def __init__(
@@ -84,6 +95,8 @@ class Schedule:
         failed: Mapping[str, str],
         timings: Timings,
         slots: int = 1,
+        computed: Iterable[Stage] = (),
+        facts: Callable[[str], str | None] = lambda key: None,
     ) -> None:
         """Schedule cells and the stages that they need.
 
@@ -93,6 +106,9 @@ class Schedule:
         failed: reasons by key.
         timings: expected times. They may improve as stages end.
         slots: how many stages run at once, about.
+        computed: what cells end with that have a result: their stages may equal some of these.
+        facts: from the key of a stage with a result to the `btu.stages.digest_of` its facts; None
+            if they cannot be read.
         """
         self.committed = set(committed)
         self.dropped = set(dropped)
@@ -110,6 +126,11 @@ class Schedule:
         # Updated at each change: a sweep may have many thousands of stages to count.
         self.counts = {True: dict.fromkeys(State, 0), False: dict.fromkeys(State, 0)}
         self._left: dict[Group, list[int]] = {}  # by group: stages and their units
+        self._read_facts = facts
+        self._facts: dict[str, str | None] = {}  # digests, by key
+        self._equals = _Equals(computed, self._facts_of)
+        self._waiting: dict[str, list[str]] = {}  # by what they wait for: keys of equal stages
+        self._held: set[str] = set()  # cells that one of them belongs to
         self.add(cells)
 
     def add(self, cells: Iterable[Stage]) -> None:
@@ -155,13 +176,15 @@ class Schedule:
     def _settle(self, node: _Node) -> None:
         """Make a stage that has not begun ready if and only if all its inputs are there."""
         if node.state is State.waiting and not node.missing:
-            self._make_ready(node.stage.key)
+            if not self._waits_for_equal(node):
+                self._make_ready(node.stage.key)
         elif node.state is State.ready and node.missing:
             self._set(node, State.waiting)
 
     def _insert(self, stage: Stage, state: State) -> None:
         node = self._nodes[stage.key] = _Node(stage, group_of(stage), state)
         node.again = stage.key in self.dropped
+        self._equals.add(stage)
         self.counts[stage.name == CELL][state] += 1
         if state not in ENDED:
             self._count_left(node, 1)
@@ -240,9 +263,14 @@ class Schedule:
             heapq.heappush(self._queue_of(self._nodes[entry[2]]), entry)
         if chosen is None:
             return None
-        self._set(chosen, State.running)
-        self.running[chosen.stage.key] = chosen.stage
-        return Task(chosen.stage, chosen.rung > 0, LADDER[chosen.rung], chosen.again)
+        return self._task(chosen)
+
+    def _task(self, node: _Node) -> Task:
+        """Hand out a stage."""
+        self._set(node, State.running)
+        self.running[node.stage.key] = node.stage
+        same_as = "" if node.again else self._same_as(node)
+        return Task(node.stage, node.rung > 0, LADDER[node.rung], node.again, same_as)
 
     def follow(self, tasks: Sequence[Task], fits: Callable[[Stage], bool]) -> Task | None:
         """Return the stage that can follow some that run, in the same worker, marked as running.
@@ -270,14 +298,19 @@ class Schedule:
         others = sum(counts[State.ready] for counts in self.counts.values())
         if len(unlocked) > 1 and others < self.slots:
             return None
-        can = [n for n in unlocked.values() if n.cell == cell and n.rung == 0 and fits(n.stage)]
+        can = [
+            node
+            for node in unlocked.values()
+            if node.cell == cell
+            and node.rung == 0
+            and fits(node.stage)
+            # What it equals is known when its inputs are there, not before.
+            and not (node.stage.reads and self._equals.others(node.stage))
+        ]
         if not can:
             return None
         # In one worker the order costs no time: first what needs no room for another model.
-        node = min(can, key=lambda node: (node.stage.model, -node.rank))
-        self._set(node, State.running)
-        self.running[node.stage.key] = node.stage
-        return Task(node.stage, False, LADDER[0], node.again)
+        return self._task(min(can, key=lambda node: (node.stage.model, -node.rank)))
 
     def _next_queue(self) -> _Queue:
         """Return the queue to take from, an empty one if all are empty."""
@@ -298,14 +331,21 @@ class Schedule:
         self.running.pop(key, None)
         self.begun.discard(key)
 
-    def done(self, key: str) -> list[str]:
-        """A stage has its result. Returns the keys whose models no stage here needs any more."""
+    def done(self, key: str, facts: str = "", *, dropped: bool = False) -> list[str]:
+        """A stage has its result. Returns the keys whose models no stage here needs any more.
+
+        facts: the digest of its facts; empty if it is not known.
+        dropped: whether the result has no model, which other stages of this kind have.
+        """
         node = self._nodes[key]
         self._ended(key)
         self._set(node, State.done)
-        self.committed.add(key)
-        if node.stage.model:
+        if facts:
+            self._facts[key] = facts
+        (self.dropped if dropped else self.committed).add(key)
+        if node.stage.model and not dropped:
             self._models.add(key)
+        self._release(key)
         for child in node.children:
             other = self._nodes[child]
             other.missing.discard(key)
@@ -327,6 +367,50 @@ class Schedule:
         reads = any(before.key == key for before in _heavy(node.stage))
         return reads and node.state not in ENDED
 
+    def _facts_of(self, key: str) -> str | None:
+        """Return the digest of a stage's facts; None if it has no result, or they are unreadable.
+
+        Read from the store at most once, and only for what an earlier launch has computed.
+        """
+        node = self._nodes.get(key)
+        if node is not None and node.state not in (State.done, State.cached):
+            return None
+        if key not in self._facts:
+            self._facts[key] = self._read_facts(key)
+        return self._facts[key]
+
+    def _waits_for_equal(self, node: _Node) -> bool:
+        """Return whether an equal stage is on its way to its cell; note that this one waits."""
+        first = None if node.again else self._nodes.get(self._equals.first(node.stage) or "")
+        if first is None or first is node or node.cell is None:
+            return False
+        goal = self._nodes[first.leads_to]
+        if goal.state is State.failed:
+            self._equals.forget(first.stage)
+            return self._waits_for_equal(node)
+        # Cells that wait for each other, by different stages, would wait forever.
+        if goal.state in ENDED or goal.stage.key in (node.cell, *self._held):
+            return False
+        self._held.add(node.cell)
+        self._waiting.setdefault(goal.stage.key, []).append(node.stage.key)
+        return True
+
+    def _same_as(self, node: _Node) -> str:
+        """Return the key of an equal stage that has its result, as has what follows from it."""
+        key = self._equals.first(node.stage)
+        if key is None or key == node.stage.key:
+            return ""
+        first = self._nodes.get(key)  # else of a cell that an earlier launch has computed
+        there = first is None or self._nodes[first.leads_to].state in (State.done, State.cached)
+        return key if there else ""
+
+    def _release(self, key: str) -> None:
+        """Let the stages go on that waited for this one to end."""
+        waiting = [self._nodes[one] for one in self._waiting.pop(key, ())]
+        self._held.difference_update(node.cell for node in waiting if node.cell is not None)
+        for node in waiting:
+            self._settle(node)
+
     def drop(self, key: str) -> None:
         """A stage's model was removed from the store."""
         self.committed.discard(key)
@@ -338,7 +422,7 @@ class Schedule:
         return self._fail(key, reason)
 
     def _fail(self, key: str, reason: str) -> list[str]:
-        cells = []
+        cells, ended = [], []
         todo = [key]
         while todo:
             node = self._nodes[todo.pop()]
@@ -352,6 +436,9 @@ class Schedule:
             if node.stage.name == CELL:
                 cells.append(node.stage.key)
             todo += node.children
+            ended.append(node.stage.key)
+        for one in ended:
+            self._release(one)
         return cells
 
     def out_of_memory(self, key: str) -> bool:
@@ -435,6 +522,65 @@ class Schedule:
                 total += expected.seconds
                 basis = max(basis, expected.basis)
         return Estimate(total / max(1, self.slots), basis)
+
+
+class _Equals:
+    """Which stages have equal results, as far as the facts that they read are known.
+
+    computed: what cells end with that have a result.
+    facts: from a key to the digest of its facts, as in `Stage.key_by_facts`.
+    """
+
+    def __init__(self, computed: Iterable[Stage], facts: Callable[[str], str | None]) -> None:
+        self._computed, self._facts = list(computed), facts
+        self._stages: dict[str, dict[str, Stage]] = {}  # by shape and key
+        self._old: dict[str, list[Stage]] = {}  # by shape: of earlier launches, not looked at yet
+        self._first: dict[str, str] = {}  # by `key_by_facts`: key of the first stage that has it
+
+    def add(self, stage: Stage) -> None:
+        """Take in a stage."""
+        if stage.may_be_equal:
+            self._stages.setdefault(stage.shape, {})[stage.key] = stage
+            self._sort_computed()
+
+    def _sort_computed(self) -> None:
+        # Only once it matters: a sweep of which all cells are done has nothing to compare.
+        for cell in self._computed:
+            for stage in cell.inputs.values():
+                if stage.may_be_equal:
+                    self._old.setdefault(stage.shape, []).append(stage)
+        self._computed = []
+
+    def others(self, stage: Stage) -> bool:
+        """Return whether a stage may turn out to equal another one."""
+        if not stage.may_be_equal:
+            return False
+        ours = self._stages.get(stage.shape, {})
+        old = (one.key for one in self._old.get(stage.shape, ()))
+        return any(key != stage.key for key in (*ours, *old))
+
+    def first(self, stage: Stage) -> str | None:
+        """Return the key of the first stage that equals this one: often its own.
+
+        None if nothing can equal it, or if that is not known yet.
+        """
+        if not self.others(stage):
+            return None
+        own = stage.key_by_facts(self._facts)
+        if own is None:
+            return None
+        for one in self._old.pop(stage.shape, ()):
+            self._stages.setdefault(stage.shape, {})[one.key] = one
+            known = one.key_by_facts(self._facts)
+            if known is not None:
+                self._first.setdefault(known, one.key)
+        return self._first.setdefault(own, stage.key)
+
+    def forget(self, stage: Stage) -> None:
+        """Let the next stage that equals this one be the first: this one leads to no result."""
+        own = stage.key_by_facts(self._facts)
+        if own is not None and self._first.get(own) == stage.key:
+            del self._first[own]
 
 
 def most_models(slots: int) -> int:

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import gc
 import json
+import shutil
 import sys
 import time
 import traceback
@@ -18,7 +19,7 @@ from typing import Any
 
 from btu.errors import UserError
 from btu.provenance import code_version
-from btu.stages import run_stage
+from btu.stages import MODEL, digest_of, read_record, run_stage, write_record
 from btu.types import ProgressCallback, silent
 from orchestrator.results.folder import POISON, Results, defended_key
 from orchestrator.run.memory import Peak
@@ -83,6 +84,8 @@ class StageCall:
     varied: the coordinates of a cell, by dotted key.
     model: whether it has a model, which may have been dropped.
     again: whether it is computed for its model, which was dropped before it was handed out.
+    same_as: key of a stage with an equal result, which is taken over; empty if there is none.
+    keep: whether its model stays in the store: a result is then taken over with its model.
     """
 
     node: Mapping[str, Any]
@@ -92,6 +95,8 @@ class StageCall:
     varied: Mapping[str, Any] = field(default_factory=dict)
     model: bool = True
     again: bool = False
+    same_as: str = ""
+    keep: bool = False
 
     def to_json(self) -> str:
         return json.dumps(vars(self))
@@ -112,6 +117,8 @@ class Report:
     untracked: why MLflow does not have the cell, if it should.
     device: where it was computed.
     memory, gpu_memory: the most bytes that it took, of its process and on the device.
+    digest: `btu.stages.digest_of` its facts; empty if the result was there already.
+    dropped: whether the result is without its model.
     """
 
     outcome: Outcome
@@ -123,6 +130,8 @@ class Report:
     device: str = "cpu"
     memory: int = 0
     gpu_memory: int = 0
+    digest: str = ""
+    dropped: bool = False
 
     def to_json(self) -> str:
         return json.dumps(vars(self))
@@ -183,6 +192,8 @@ def compute_call(call: StageCall, launch: Launch) -> Report:
         accumulation=call.accumulation,
         model=call.model,
         again=call.again,
+        same_as=call.same_as,
+        keep=call.keep,
         track=track,
         begin=begin,
     )
@@ -211,6 +222,8 @@ def run_node(
     accumulation: int = 1,
     model: bool = True,
     again: bool = True,
+    same_as: str = "",
+    keep: bool = False,
     track: Callable[[str, Path], None] | None = None,
     begin: Callable[[], None] = lambda: None,
     progress: ProgressCallback = silent,
@@ -225,6 +238,8 @@ def run_node(
     accumulation: number of parts that each batch is cut into, to save memory.
     model: whether it has a model, which may have been dropped.
     again: whether to compute it if that is so.
+    same_as: as in `StageCall`.
+    keep: likewise.
     track: called with a cell's key and folder once its result is published, still under the lease,
         so that only one process writes a cell to MLflow.
     begin: called when computing begins, not if the result is there already.
@@ -234,7 +249,9 @@ def run_node(
         Exception: of machines, not of the stage: an unusable device, a file system that is gone.
             A fresh worker may do better.
     """
-    call = StageCall(node, cpus, gpus, accumulation, model=model, again=again)
+    call = StageCall(
+        node, cpus, gpus, accumulation, model=model, again=again, same_as=same_as, keep=keep
+    )
     try:
         return _Attempt(call, store, track, begin, progress).run(owner)
     except Exception as error:
@@ -270,14 +287,51 @@ class _Attempt:
             # Published meanwhile; or by a worker of the same chain that died, and nobody needs its
             # model any more.
             if seen.committed or (seen.dropped and not self.call.again):
-                return Report(Outcome.done)
+                return Report(Outcome.done, dropped=not seen.committed)
             if seen.failure is not None:  # another launch ran it meanwhile
                 return Report(Outcome.failed, reason=seen.failure["reason"])
+            if self.call.same_as and not seen.dropped:
+                taken = self._take_over(self.call.same_as)
+                if taken is not None:
+                    return taken
             inputs, lost = self._inputs()
             if lost:
                 return Report(Outcome.inputs, reason=", ".join(lost.values()), lost=tuple(lost))
             self.begin()
             return self._compute(inputs, new=not seen.dropped)
+
+    def _take_over(self, key: str) -> Report | None:
+        """Publish the result of an equal stage as this one's; None if the store has it no more.
+
+        Without the model, as a result whose model was dropped, unless models are kept: what follows
+        from equal stages is equal too, and is taken over as well.
+        """
+        store, node = self.store, self.call.node
+        light = self.call.model and not self.call.keep
+        try:
+            source = store.input(key, light=light)
+        except (Damaged, Missing):
+            return None
+        record = read_record(source)
+        # Facts, history and seconds are those of the computation, wherever it took place.
+        record |= {"key": self.key, "computed_as": record.get("computed_as", key)}
+        facts = {
+            "stage": node["name"],
+            "units": node["units"],
+            "seconds": record["seconds"],
+            "device": record["environment"]["device"],
+        }
+        folder = store.workspace(self.key)
+        try:
+            left_out = shutil.ignore_patterns(MODEL) if light else None
+            shutil.copytree(source, folder, ignore=left_out, dirs_exist_ok=True)
+            write_record(folder, record)
+            store.publish(self.key, folder, node["name"], facts, new=True, dropped=light)
+        except BaseException:
+            store.discard(folder)
+            raise
+        digest = digest_of(record["facts"])
+        return Report(Outcome.done, digest=digest, dropped=light)
 
     def _inputs(self) -> tuple[dict[str, Path], dict[str, str]]:
         """Return the folders of the inputs by role, and what is wrong with the lost ones by key."""
@@ -336,6 +390,7 @@ class _Attempt:
             device=record["environment"]["device"],
             memory=memory,
             gpu_memory=gpu_memory,
+            digest=digest_of(record["facts"]),
         )
 
     def _track(self) -> str:

@@ -6,7 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from btu.redaction import shown
 from btu.result_files import dumps, json_value, with_nan
@@ -26,6 +26,19 @@ _TIMING: dict[str, Check] = {
     **dict.fromkeys(("units", "seconds"), lambda value: is_amount(value) and value >= 0),
     "count": lambda value: is_amount(value) and value > 0,
 }
+
+
+class Look(NamedTuple):
+    """What a store has of a key at one moment, from one round trip.
+
+    committed: whether it has a result.
+    failure: the last failure, if it has no result.
+    dropped: whether it has a dropped entry.
+    """
+
+    committed: bool
+    failure: dict[str, Any] | None
+    dropped: bool
 
 
 class Records(ABC):

@@ -39,7 +39,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from btu.cache_folder import cache_folder
 from btu.errors import UserError
@@ -52,7 +52,7 @@ from orchestrator.store.local import LocalStorage
 from orchestrator.store.marker import SIGNING_KEY, Marker, Unsigned, dump, parse, signing_key
 from orchestrator.store.packed import pack, separate, unpack
 from orchestrator.store.places import HEAVY
-from orchestrator.store.records import Records
+from orchestrator.store.records import Look, Records
 from orchestrator.store.storage import open_storage
 from orchestrator.store.tree import FileFact
 from orchestrator.store.typed import parse as parse_json
@@ -81,19 +81,6 @@ class Missing(Exception):  # noqa: N818
     def __init__(self, key: str) -> None:
         super().__init__(f"there is no stored result {key}")
         self.key = key
-
-
-class Look(NamedTuple):
-    """What a store has of a key at one moment, from one round trip.
-
-    committed: whether it has a result.
-    failure: the last failure, if it has no result.
-    dropped: whether it has a dropped entry.
-    """
-
-    committed: bool
-    failure: dict[str, Any] | None
-    dropped: bool
 
 
 class Store(Records):
@@ -303,7 +290,14 @@ class Store(Records):
         return self.storage.workspace(places.entry(key, uuid.uuid4().hex))
 
     def publish(
-        self, key: str, folder: Path, name: str, info: Mapping[str, Any], *, new: bool = False
+        self,
+        key: str,
+        folder: Path,
+        name: str,
+        info: Mapping[str, Any],
+        *,
+        new: bool = False,
+        dropped: bool = False,
     ) -> Marker:
         """Commit the content of a folder from `workspace`. Return the entry's valid marker.
 
@@ -316,8 +310,10 @@ class Store(Records):
         info: small facts, kept in the marker.
         new: the caller has seen under its lease that the store has nothing of the key (`look`), so
             nothing is asked before, and nothing cleaned up after.
+        dropped: the entry is one whose large files were dropped; only together with `new`.
         """
-        made = Marker(key, folder.name, name, {}, json.loads(dumps(info)), time.time())
+        made = Marker(key, folder.name, name, {}, json.loads(dumps(info)), time.time(), dropped)
+        path = places.dropped(key) if dropped else places.marker(key)
         standing = None
         try:
             standing = None if new else self.marker(key)
@@ -329,10 +325,10 @@ class Store(Records):
                 self.storage.upload(folder, made.folder, skip=made.small, durable=durable)
             while standing is None:
                 content = dump(made, self._signing)
-                if self.storage.create(places.marker(key), content, durable=durable):
+                if self.storage.create(path, content, durable=durable):
                     standing = made
                 else:
-                    standing = self.marker(key)
+                    standing = self.marker(key, dropped=dropped)
                     if standing is None and self._signature(key):
                         self.set_aside(key, "a signed one takes its place", "not signed")
         except BaseException:
@@ -375,8 +371,8 @@ class Store(Records):
         """Remove a folder from `workspace`, unless it was published."""
         if self.storage.local:
             key, attempt = folder.parent.name, folder.name
-            standing = peek(self.storage, places.marker(key))
-            if standing is None or attempt.encode() not in standing:
+            standing = (peek(self.storage, path) or b"" for path, _ in _paths(key))
+            if not any(attempt.encode() in marker for marker in standing):
                 with suppress(OSError):
                     self.storage.remove(places.entry(key, attempt))
                 self.storage.prune(places.attempts(key))
@@ -680,7 +676,7 @@ class Store(Records):
         """Remove the local folder of an attempt, and its upload unless that is the entry."""
         self.discard(folder)
         if not self.storage.local:
-            standing = self.marker(made.key)
+            standing = self.marker(made.key, dropped=made.dropped)
             if standing is None or standing.attempt != made.attempt:
                 self.storage.remove(made.folder)
 

@@ -149,7 +149,7 @@ def test_a_cut_shares_exposure_and_flags_with_btu(lab: Lab, kind: type[TokenUnle
     rounds = TokenUnlearning(**BAR).exposure(base)
     stages = {stage.name: stage for stage in own_stages(kind(**BAR), prepared)}
     assert stages["exposure round 3"].key == rounds["round 3"].key
-    assert stages["detect"].key == TokenUnlearning(**BAR).detection(base).key
+    assert stages["flag tokens"].key == TokenUnlearning(**BAR).flags(base).key
     # Its keys are btu's: an axis over rule or threshold applies to all three.
     assert vars(kind(**BAR)) == vars(TokenUnlearning(**BAR))
     with pytest.raises(UserError, match="unknown rule"):

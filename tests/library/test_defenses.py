@@ -292,7 +292,7 @@ def moved(a: TokenUnlearning, b: TokenUnlearning, prepared: Prepared) -> set[str
 def test_thresholds_share_what_does_not_depend_on_them(lab: Lab) -> None:
     prepared = lab.prepare()
     low, high = unlearning(alpha=0.01), unlearning(alpha=0.02)
-    assert moved(low, high, prepared) == {"exposure round 2", "unlearn"}
+    assert moved(low, high, prepared) == {"exposure round 2", "flag tokens", "unlearn"}
     assert {stage.name for stage in low.stages(prepared.foundation).closure()} == {
         "poison",
         "training rows",
@@ -301,15 +301,17 @@ def test_thresholds_share_what_does_not_depend_on_them(lab: Lab) -> None:
         "exposure round 1",
         "exposure round 2",
         "exposure round 3",
+        "score tokens",
+        "flag tokens",
         "unlearn",
     }
     # Round 2 depends on the alpha of round 1 only.
     per_round = unlearning(alpha=[0.01, 0.02, 0.03])
-    assert moved(per_round, unlearning(alpha=[0.01, 0.05, 0.06]), prepared) == {"unlearn"}
+    cut = {"flag tokens", "unlearn"}
+    assert moved(per_round, unlearning(alpha=[0.01, 0.05, 0.06]), prepared) == cut
     assert moved(per_round, unlearning(alpha=[0.02, 0.02, 0.03]), prepared) == {
-        "exposure round 2",
-        "unlearn",
-    }
+        "exposure round 2", *cut,
+    }  # fmt: skip
     # One value is the same as that value for every round.
     assert moved(low, unlearning(alpha=[0.01] * 3), prepared) == set()
 
@@ -424,6 +426,8 @@ def test_all_stages_run_in_the_papers_order(lab: Lab, tmp_path: Path, fits: list
         "exposure round 1",
         "exposure round 2",
         "exposure round 3",
+        "score tokens",
+        "flag tokens",
         "unlearn",
     ]
     one, two, three, tuning = fits
@@ -810,7 +814,7 @@ def test_detection_alone_flags_what_unlearning_cuts(lab: Lab, rule: str) -> None
     # No model is poisoned for it.
     rounds = [f"exposure round {number}" for number in RULES.load(rule).rounds]
     assert {before.name for before in stage.closure()} == {
-        *("poison", "training rows", "clean rows", "detect"),
+        *("poison", "training rows", "clean rows", "score tokens", "flag tokens", "detect"),
         *rounds,
     }
     assert (stage.kind, stage.model) == ("host", False)

@@ -106,12 +106,15 @@ ROWS = {"training rows", "clean rows", "evaluation rows"}
 ATTACKED = {"poison", "triggered rows"}
 ROUNDS = {"exposure round 1", "exposure round 2", "exposure round 3"}
 DEFENDED = {"unlearn", "evaluate defended"}
+# What the scores move, and what a threshold does.
+FLAGS = {"score tokens", "flag tokens"}
+SCORED, FLAGGED = FLAGS | DEFENDED, {"flag tokens"} | DEFENDED
 # Behind `contradicted: relabel`.
 HALVES = {"model of clean half 1", "model of clean half 2"}
 SECOND = HALVES | {"contradicted rows"}
 TUNED = {"clean tuning (control)", "evaluate tuned"}
 TRAINED = {"poisoned fine-tune", "evaluate undefended"} | TUNED | DEFENDED
-BUT_POISON = ROWS | ROUNDS | TRAINED
+BUT_POISON = ROWS | ROUNDS | FLAGS | TRAINED
 ALL = BUT_POISON | ATTACKED
 # Clean rows are drawn from no seed and no attack.
 BUT_CLEAN = ALL - {"clean rows"}
@@ -126,7 +129,7 @@ MOVES: list[tuple[str, Any, set[str]]] = [
     ("data.name", "called-otherwise", set()),
     # A role affects the stages that read it: scoring on more rows trains nothing again.
     ("data_fingerprints", {**ROLES, "train": "0" * 64}, POISONED),
-    ("data_fingerprints", {**ROLES, "clean": "0" * 64}, {"clean rows"} | TUNED | DEFENDED),
+    ("data_fingerprints", {**ROLES, "clean": "0" * 64}, {"clean rows"} | TUNED | SCORED),
     ("data_fingerprints", {**ROLES, "eval": "0" * 64}, {"triggered rows"} | EVALUATED),
     ("victim.name", "/elsewhere/model", set()),
     ("victim_identity", "w" * 64, BUT_POISON),
@@ -143,8 +146,8 @@ MOVES: list[tuple[str, Any, set[str]]] = [
     ("attack.label_mode", "mixed", POISONED),
     ("attack.insert", "append", POISONED),
     # The exposure rounds have settings of their own, except for these two.
-    ("train.precision", "fp32", TRAINED | ROUNDS),
-    ("train.weight_decay", 0.1, TRAINED | ROUNDS),
+    ("train.precision", "fp32", TRAINED | ROUNDS | FLAGS),
+    ("train.weight_decay", 0.1, TRAINED | ROUNDS | FLAGS),
     ("train.epochs", 1, TRAINED),
     ("train.learning_rate", 1e-4, TRAINED),
     ("train.batch_size", 32, TRAINED),
@@ -153,17 +156,17 @@ MOVES: list[tuple[str, Any, set[str]]] = [
     ("train.max_grad_norm", None, TRAINED),
     ("tuning.epochs", 2, TUNED | DEFENDED),
     ("tuning.learning_rate", 1e-4, TUNED | DEFENDED),
-    # Round 2 drops what round 1 flagged; what is flagged in the end, only the cut needs.
-    ("defense.alpha", 0.01, {"exposure round 2"} | DEFENDED),
-    ("defense.exclude", "cls_sep", {"exposure round 2"} | DEFENDED),
-    ("defense.removal", "substring", {"exposure round 2"} | DEFENDED),
-    ("defense.exposure_epochs", 2, ROUNDS | DEFENDED),
-    ("defense.exposure_learning_rate", 1e-4, ROUNDS | DEFENDED),
-    ("defense.exposure_schedule", "linear", ROUNDS | DEFENDED),
-    ("defense.bag_batch_size", 32, ROUNDS - {"exposure round 3"} | DEFENDED),
-    ("defense.bag_embeddings", "full", ROUNDS - {"exposure round 3"} | DEFENDED),
-    ("defense.bag_pooling", "padded", ROUNDS - {"exposure round 3"} | DEFENDED),
-    ("defense.exposure_batch_size", 32, {"exposure round 3"} | DEFENDED),
+    # Round 2 drops what round 1 flagged; it has no part in the scores.
+    ("defense.alpha", 0.01, {"exposure round 2"} | FLAGGED),
+    ("defense.exclude", "cls_sep", {"exposure round 2"} | SCORED),
+    ("defense.removal", "substring", {"exposure round 2"} | FLAGGED),
+    ("defense.exposure_epochs", 2, ROUNDS | SCORED),
+    ("defense.exposure_learning_rate", 1e-4, ROUNDS | SCORED),
+    ("defense.exposure_schedule", "linear", ROUNDS | SCORED),
+    ("defense.bag_batch_size", 32, ROUNDS - {"exposure round 3"} | SCORED),
+    ("defense.bag_embeddings", "full", ROUNDS - {"exposure round 3"} | SCORED),
+    ("defense.bag_pooling", "padded", ROUNDS - {"exposure round 3"} | SCORED),
+    ("defense.exposure_batch_size", 32, {"exposure round 3"} | SCORED),
     ("defense.cut", "row", DEFENDED),
     ("defense.cut_norm", "running", DEFENDED),
     ("defense.max_cut_cost", 0.1, DEFENDED),
@@ -238,7 +241,7 @@ def test_of_the_data_only_the_rows_act() -> None:
 def test_rounds_that_do_not_run_are_no_stages_and_leave_the_others() -> None:
     before, after = declared({}), declared({"defense.rounds": [1, 3]})
     assert set(before) - set(after) == {"exposure round 2"}
-    assert {name for name in after if before[name].key != after[name].key} == DEFENDED
+    assert {name for name in after if before[name].key != after[name].key} == FLAGGED
 
 
 def contrast(**changes: Any) -> dict[str, Stage]:
@@ -258,10 +261,10 @@ def contrast(**changes: Any) -> dict[str, Stage]:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"threshold": 5.0}, DEFENDED),
-        ({"rule": "frequency", "contradicted": "relabel"}, DEFENDED),
-        ({"exclude": "cls_sep"}, DEFENDED),
-        ({"exposure_batch_size": 32}, {"exposure round 3"} | DEFENDED),
+        ({"threshold": 5.0}, FLAGGED),
+        ({"rule": "frequency", "contradicted": "relabel"}, SCORED),
+        ({"exclude": "cls_sep"}, SCORED),
+        ({"exposure_batch_size": 32}, {"exposure round 3"} | SCORED),
         # Named or null, the defaults are the same.
         ({"rule": "contrast", "threshold": 4.5, "rounds": [3]}, set()),
         # They act in rounds that do not run.
@@ -335,7 +338,7 @@ def test_the_versions_of_an_attack_act(monkeypatch: pytest.MonkeyPatch) -> None:
     ("limit", "expected"),
     [
         ({"max_eval_rows": 50}, {"triggered rows"} | EVALUATED),
-        ({"max_clean_rows": 50}, {"clean rows"} | TUNED | DEFENDED),
+        ({"max_clean_rows": 50}, {"clean rows"} | TUNED | SCORED),
         ({"max_train_rows": 200}, POISONED),
     ],
 )
@@ -381,7 +384,8 @@ def test_units_are_rows_times_epochs() -> None:
 
 def test_kinds_and_models_are_declared() -> None:
     stages = declared({})
-    assert {name for name, stage in stages.items() if stage.kind == "host"} == ROWS | ATTACKED
+    host = {name for name, stage in stages.items() if stage.kind == "host"}
+    assert host == ROWS | ATTACKED | FLAGS
     # What a threshold has of its own.
     assert {name for name, stage in stages.items() if stage.kind == "cell"} == DEFENDED | {
         "exposure round 2"
@@ -864,8 +868,10 @@ def test_every_stage_checks_the_files_that_it_reads(lab: Lab, tmp_path: Path) ->
         "exposure round 1": ["victim"],
         "exposure round 2": ["victim"],
         "exposure round 3": ["victim"],
+        "score tokens": ["victim"],
         "unlearn": ["victim"],
-        # The control, and evaluation, read a model that the sweep itself has made.
+        # The flags are read off the scores. The control, and evaluation, read a model that the
+        # sweep itself has made.
     }
 
 
@@ -1010,7 +1016,7 @@ def test_an_attack_and_a_defense_may_bring_stages_of_their_own(
         "trigger search",
         "count tokens",
         "forget",
-        *(ALL - ROUNDS - {"unlearn"}),
+        *(ALL - ROUNDS - FLAGS - {"unlearn"}),
     }
     *_, defended = (compute(stage, tmp_path) for stage in evaluations(prepared, defense))
     assert scores_of(read_record(defended)["facts"]).cacc.n == 60

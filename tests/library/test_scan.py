@@ -187,7 +187,7 @@ def test_another_threshold_and_a_second_scan_train_nothing(
         progress=lambda event: stages.append(event.stage),
         **{**settings, "threshold": 8.0},
     )
-    assert set(stages) == {"detect"}
+    assert set(stages) == {"flag tokens", "detect"}
     assert higher.flagged == 0
 
 

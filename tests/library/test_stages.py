@@ -239,7 +239,13 @@ def test_the_closure_is_inputs_first_and_each_key_once() -> None:
 def test_a_node_is_plain_data() -> None:
     inner = number("a")
     stage = total(
-        inner, where={"path": "/data"}, light=("part 0",), kind="cell", units=7, model=True
+        inner,
+        where={"path": "/data"},
+        light=("part 0",),
+        reads=("part 0",),
+        kind="cell",
+        units=7,
+        model=True,
     )
     node = stage.node()
     assert json.loads(json.dumps(node)) == node
@@ -251,6 +257,7 @@ def test_a_node_is_plain_data() -> None:
         "where": {"path": "/data"},
         "inputs": {"part 0": inner.key},
         "light": ["part 0"],
+        "reads": ["part 0"],
         "kind": "cell",
         "units": 7,
     }

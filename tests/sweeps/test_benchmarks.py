@@ -317,7 +317,7 @@ def test_sharing_fails_where_cells_results_or_stages_are_not_as_planned(
     sharing, judge_of = load("sharing"), load("figures").Judge
     metrics = {0.1: {"asr": "0.5"}, 0.2: {"asr": "0.25"}}
     shared, alone = (
-        sharing.Launched(metrics, 12, 12, 10.0), sharing.Launched(metrics, 20, 20, 31.0)
+        sharing.Launched(metrics, 12, 10, 2, 10.0), sharing.Launched(metrics, 20, 20, 0, 31.0)
     )  # fmt: skip
 
     def missed(one: Any, other: Any) -> list[str]:
@@ -329,8 +329,11 @@ def test_sharing_fails_where_cells_results_or_stages_are_not_as_planned(
     assert missed(shared, alone) == []
     short = shared._replace(metrics={0.1: {"asr": "0.5"}})
     assert missed(short, alone) == ["2 cells with sharing"]
-    assert missed(shared, alone._replace(computed=21)) == [
-        "each of 20 stages without sharing is computed once"
+    once = "stages {} sharing is computed or taken over once"
+    assert missed(shared, alone._replace(computed=21)) == [f"each of 20 {once.format('without')}"]
+    assert missed(shared._replace(taken=1), alone) == [f"each of 12 {once.format('with')}"]
+    assert missed(shared, alone._replace(computed=19, taken=1)) == [
+        "without sharing nothing is taken over"
     ]
     assert missed(shared, alone._replace(stages=12, computed=12)) == ["sharing leaves stages out"]
     off = {**metrics, 0.2: {"asr": "0.26"}}
@@ -742,8 +745,10 @@ MINIATURES = {
                  "--alpha 0.005 --least-undefended-asr 0 --cacc 0 1 --most-asr 1",
     "second_stage": "--root WORK --points demo:clean:0 demo:badnets:0.2 --seeds 0 --gate "
                     "--victim VICTIM --max-length 64 --epochs 1 --train 160 --clean 60 --eval 40",
-    "sharing": "--victim VICTIM --max-length 64 --alpha 0.0025 --thresholds 2 --rows 80 --clean 40 "
+    "sharing": "--victim VICTIM --max-length 64 --scale 25 --thresholds 2 --rows 80 --clean 40 "
                "--eval 30",
+    "sharing equal": "--victim VICTIM --max-length 64 --rule contrast --rows 80 --clean 40 "
+                     "--eval 30 --thresholds 2",
     "thresholds": "--root WORK --sets demo --seeds 0 --rates 0.2 --rules contrast --victim VICTIM "
                   "--max-length 64 --epochs 1 --train 160 --clean 60 --eval 40 --least-precision 0 "
                   "--least-recall 0 --most-clean-flags 400 --any-default --least-taken 0 "

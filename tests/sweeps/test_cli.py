@@ -401,11 +401,22 @@ def test_plan_counts_what_sharing_saves(
 ) -> None:
     path, _, _ = launched_plan(seed=[0, 1], defense__alpha=[0.01, 0.05])
     done = run_cli("plan", path)
-    # A cell has 15 stages; alpha reaches 4 of them, the seed all but the clean rows:
-    # 1 + 10 x 2 + 4 x 4 instead of 15 x 4.
-    assert "Sharing: 37 stages instead of 60. Time: unknown until each kind of stage" in done.out
+    # A cell has 17 stages; alpha reaches 5 of them, the seed all but the clean rows:
+    # 1 + 11 x 2 + 5 x 4 instead of 17 x 4.
+    assert "Sharing: 43 stages instead of 68. Time: unknown until each kind of stage" in done.out
     assert re.search(r"│ poisoned fine-tune +│ 2 +│ 4 +│", done.out)
     assert re.search(r"│ unlearn +│ 4 +│ 4 +│", done.out)
+
+
+def test_plan_says_what_equal_flags_may_save(
+    run_cli: Callable[..., Any], make_sweep: Callable[..., Path]
+) -> None:
+    # Each alpha has a round 2 of its own.
+    assert "up to" not in run_cli("plan", make_sweep(grid={"defense.alpha": [0.01, 0.05]})).out
+    grid = {"defense.threshold": [3.5, 4.5, 6]}
+    done = run_cli("plan", make_sweep(grid=grid, defense={"alpha": None}))
+    # Three unlearnings and three evaluations, of which one each may be enough.
+    assert "and up to 4 fewer where thresholds flag the same tokens. Time" in done.out
 
 
 def test_plan_tells_the_time_once_stages_were_measured(
@@ -417,16 +428,16 @@ def test_plan_tells_the_time_once_stages_were_measured(
     path, sweep, plan = launched_plan(seed=[0, 1], defense__alpha=[0.01, 0.05])
     store_of(sweep).add_timings("earlier", a_second_each(plan))
     done = run_cli("plan", path)
-    # 1 - 37 / 60 = 38 % less
+    # 1 - 43 / 68 = 37 % less
     assert (
-        "Sharing: 37 stages instead of 60; 37 s of computing instead of 1 min 00 s, 38% less."
+        "Sharing: 43 stages instead of 68; 43 s of computing instead of 1 min 08 s, 37% less."
         in done.out
     )
-    # On 2 CPUs 37 / 2; poison, training rows, rounds 1 and 2, unlearn, evaluate, cell: 7.
-    assert "Time: about 18 s with 2 at once, as on this machine; not under 7 s" in done.out
+    # On 2 CPUs 43 / 2; poison, training rows, rounds 1 and 2, flags, unlearn, evaluate, cell: 8.
+    assert "Time: about 22 s with 2 at once, as on this machine; not under 8 s" in done.out
     # Twice the CPUs a stage: one at a time.
     again = run_cli("plan", path, "resources.cpu=2")
-    assert "Time: about 37 s with 1 at once" in again.out
+    assert "Time: about 43 s with 1 at once" in again.out
 
 
 def test_plan_is_not_faster_than_the_longest_chain(
@@ -437,7 +448,7 @@ def test_plan_is_not_faster_than_the_longest_chain(
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     path, sweep, plan = launched_plan(seed=[0, 1])
     store_of(sweep).add_timings("earlier", a_second_each(plan))
-    assert "Time: about 7 s with 64 at once" in run_cli("plan", path).out
+    assert "Time: about 8 s with 64 at once" in run_cli("plan", path).out
 
 
 def test_plan_tells_the_room_that_models_take(
@@ -449,9 +460,9 @@ def test_plan_tells_the_room_that_models_take(
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     path, _, _ = launched_plan(seed=[0, 1], defense__alpha=[0.01, 0.05])
     weights = (victim_folder("bert") / "model.safetensors").stat().st_size
-    # 2 fine-tuned, 2 tuned and 4 unlearned models; of 37 stages the rest. With 2 at once there
+    # 2 fine-tuned, 2 tuned and 4 unlearned models; of 43 stages the rest. With 2 at once there
     # are at most 4 + 2 models (see `most_models`).
-    most, least = 8 * weights + 37 * SMALL_BYTES, 6 * weights + 37 * SMALL_BYTES
+    most, least = 8 * weights + 43 * SMALL_BYTES, 6 * weights + 43 * SMALL_BYTES
     assert (
         f"Disk: about {decimal(least)} at most at once; {decimal(most)} with store.keep=models."
         in run_cli("plan", path).out

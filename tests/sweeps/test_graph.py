@@ -65,11 +65,13 @@ MODELS = {
 SCORES = {name for name in MODELS if name.startswith("evaluate")}
 TUNED = {"clean tuning (control)", "evaluate tuned", "unlearn", "evaluate defended"}
 ROUNDS = {"exposure round 1", "exposure round 2", "exposure round 3"}
+FLAGS = {"score tokens", "flag tokens"}
+DEFENDED = {"unlearn", "evaluate defended"}
 
 
 def test_a_cell_has_its_stages_by_name() -> None:
     made = cell()
-    assert set(made.inputs) == BEFORE | MODELS | ROUNDS | {"clean rows"}
+    assert set(made.inputs) == BEFORE | MODELS | ROUNDS | FLAGS | {"clean rows"}
     assert all(stage.name == name for name, stage in made.inputs.items())
     # Whatever a stage rests on is a stage of the cell.
     assert {s.key for s in made.closure()} == {made.key, *(s.key for s in made.inputs.values())}
@@ -115,7 +117,7 @@ def test_without_poison_attacks_differ_in_what_is_scored_alone() -> None:
 def test_without_a_defense_one_evaluation_stands_under_two_names() -> None:
     graph = Graph()
     btu, none = cell(graph), cell(graph, defense={"name": "none"})
-    assert set(none.inputs) == set(btu.inputs) - ROUNDS - {"unlearn"}
+    assert set(none.inputs) == set(btu.inputs) - ROUNDS - FLAGS - {"unlearn"}
     assert none.inputs["evaluate defended"] is none.inputs["evaluate undefended"]
     # It adds no stage but the cell itself.
     mine = {stage.key for stage in none.closure()} - {none.key}
@@ -128,26 +130,26 @@ def test_without_a_defense_one_evaluation_stands_under_two_names() -> None:
 @pytest.mark.parametrize(
     ("sections", "reached"),
     [
-        ({"seed": 1}, BEFORE | MODELS | ROUNDS),
+        ({"seed": 1}, BEFORE | MODELS | ROUNDS | FLAGS),
         # The rows that are scored carry the trigger at any rate.
         (
             {"attack": {"poison_rate": 0.3}},
-            {"poison", "training rows"} | MODELS | ROUNDS,
+            {"poison", "training rows"} | MODELS | ROUNDS | FLAGS,
         ),
-        ({"attack": {"trigger": ["mn"]}}, BEFORE | MODELS | ROUNDS),
+        ({"attack": {"trigger": ["mn"]}}, BEFORE | MODELS | ROUNDS | FLAGS),
         (
             {"victim": {"max_length": 64}},
-            {"training rows", "clean rows", "evaluation rows"} | MODELS | ROUNDS,
+            {"training rows", "clean rows", "evaluation rows"} | MODELS | ROUNDS | FLAGS,
         ),
         # Exposure has settings of its own and starts from the pretrained model.
         ({"train": {"epochs": 3}}, MODELS),
         ({"tuning": {"epochs": 3}}, TUNED),
-        ({"defense": {"alpha": 0.02}}, {"exposure round 2", "unlearn", "evaluate defended"}),
-        ({"defense": {"cut": "row"}}, {"unlearn", "evaluate defended"}),
+        ({"defense": {"alpha": 0.02}}, {"exposure round 2", "flag tokens"} | DEFENDED),
+        ({"defense": {"cut": "row"}}, DEFENDED),
         # Bags are trained in rounds 1 and 2 alone.
         (
             {"defense": {"bag_batch_size": 8}},
-            {"exposure round 1", "exposure round 2", "unlearn", "evaluate defended"},
+            {"exposure round 1", "exposure round 2"} | FLAGS | DEFENDED,
         ),
     ],
 )
@@ -176,13 +178,13 @@ def test_what_does_not_act_is_no_other_cell(sections: dict[str, Any]) -> None:
 def test_rows_and_weights_act() -> None:
     reached = {role: other_stages(cell(), cell(rows={**ROWS, role: "q" * 64})) for role in ROWS}
     assert reached == {
-        "train": {"poison", "training rows"} | MODELS | ROUNDS,
-        "clean": {"clean rows"} | TUNED,
+        "train": {"poison", "training rows"} | MODELS | ROUNDS | FLAGS,
+        "clean": {"clean rows"} | TUNED | FLAGS,
         # Scoring on other rows trains nothing.
         "eval": {"triggered rows", "evaluation rows"} | SCORES,
     }
     assert other_stages(cell(), cell(weights="v" * 64)) == (
-        {"training rows", "clean rows", "evaluation rows"} | MODELS | ROUNDS
+        {"training rows", "clean rows", "evaluation rows"} | MODELS | ROUNDS | FLAGS
     )
     revisions = cell().where["revisions"]
     assert (revisions["data"], revisions["victim"]) == ("r" * 12, "w" * 60)
@@ -207,7 +209,7 @@ def test_cells_of_one_graph_share_their_stages() -> None:
     same = set(one.inputs) - other_stages(one, other)
     # The same objects: their keys are computed once.
     assert all(one.inputs[name] is other.inputs[name] for name in same)
-    assert len(same) == 11
+    assert len(same) == 12
 
 
 def test_where_a_graph_was_used_before_does_not_matter() -> None:

@@ -556,7 +556,7 @@ def test_a_model_that_was_removed_since_is_not_computed_again(shop: Shop) -> Non
     shop.store.drop(made.key)
     began: list[None] = []
     report = shop.run(made, again=False, begin=lambda: began.append(None))
-    assert report == Report(Outcome.done)
+    assert report == Report(Outcome.done, dropped=True)
     assert began == []
     # Where it is handed out for its model, it is computed.
     assert shop.run(made, again=True, begin=lambda: began.append(None)).outcome is Outcome.done

@@ -373,6 +373,7 @@ def test_controls_cost_one_clean_model_for_all_attacks(plan: Callable[..., Plan]
     # included; each is scored on its own rows. Without a defense nothing is added but the cells.
     shared = [
         "poison", "training rows", "poisoned fine-tune", "clean tuning (control)", "unlearn",
+        "score tokens", "flag tokens",
         "exposure round 1", "exposure round 2", "exposure round 3",
     ]  # fmt: skip
     scored = ["evaluate undefended", "evaluate tuned", "evaluate defended"]
@@ -454,9 +455,12 @@ def test_cells_share_the_stages_that_their_difference_does_not_reach(
 ) -> None:
     one, other = cells_of(plan(grid={"defense.alpha": [0.01, 0.05]}))
     same = {name for name, stage in one.stage.inputs.items() if stage is other.stage.inputs[name]}
-    # alpha has an effect in round 2 (it drops what round 1 flagged) and in the cut, nowhere before.
-    assert set(one.stage.inputs) - same == {"exposure round 2", "unlearn", "evaluate defended"}
-    assert len(one.stage.inputs) == 14
+    # alpha has an effect in round 2 (it drops what round 1 flagged), in the flags and in the cut,
+    # nowhere before.
+    assert set(one.stage.inputs) - same == {
+        "exposure round 2", "flag tokens", "unlearn", "evaluate defended",
+    }  # fmt: skip
+    assert len(one.stage.inputs) == 16
 
 
 def test_a_sweep_over_rules_shares_all_but_flags_and_cut(plan: Callable[..., Plan]) -> None:
@@ -472,9 +476,9 @@ def test_a_sweep_over_rules_shares_all_but_flags_and_cut(plan: Callable[..., Pla
     for seed in (0, 1):
         inputs = [cell.stage.inputs for cell in cells if cell.varied["seed"] == seed]
         own = {n for n in inputs[0] if len({stages[n].key for stages in inputs}) > 1}
-        assert own == {"unlearn", "evaluate defended"}
-        # Of 14 stages with three rounds, the bag's two are not there.
-        assert {len(stages) for stages in inputs} == {12}
+        assert own == {"score tokens", "flag tokens", "unlearn", "evaluate defended"}
+        # Of 16 stages with three rounds, the bag's two are not there.
+        assert {len(stages) for stages in inputs} == {14}
         assert len({stages["exposure round 3"].key for stages in inputs}) == 1
     # The reference's rule has its own rounds beside the shared one.
     (share,) = cells_of(plan())
@@ -488,8 +492,8 @@ def test_a_sweep_over_thresholds_shares_all_rounds(plan: Callable[..., Plan]) ->
         plan(grid={"defense.threshold": [3.5, 5]}, defense={"alpha": None, "rounds": [1, 3]})
     )
     same = {name for name, stage in one.stage.inputs.items() if stage is other.stage.inputs[name]}
-    assert set(one.stage.inputs) - same == {"unlearn", "evaluate defended"}
-    assert {"exposure round 1", "exposure round 3"} <= same
+    assert set(one.stage.inputs) - same == {"flag tokens", "unlearn", "evaluate defended"}
+    assert {"exposure round 1", "exposure round 3", "score tokens"} <= same
 
 
 def test_a_threshold_outside_its_range_is_refused(plan: Callable[..., Plan]) -> None:
@@ -677,14 +681,14 @@ def test_the_victim_of_every_stage_is_known(plan: Callable[..., Plan], cell: Any
 
 # Costs -----------------------------------------------------------------------------------------
 
-# A cell has eleven stages that alpha does not reach, three that it does, and the cell. The seed
+# A cell has twelve stages that alpha does not reach, four that it does, and the cell. The seed
 # reaches all but the clean rows.
 SHARED = (
     "poison", "triggered rows", "evaluation rows", "training rows", "clean rows",
     "poisoned fine-tune", "evaluate undefended", "clean tuning (control)", "evaluate tuned",
-    "exposure round 1", "exposure round 3",
+    "exposure round 1", "exposure round 3", "score tokens",
 )  # fmt: skip
-OWN = ("exposure round 2", "unlearn", "evaluate defended", "cell")
+OWN = ("exposure round 2", "flag tokens", "unlearn", "evaluate defended", "cell")
 
 
 @pytest.fixture
@@ -711,16 +715,30 @@ def test_sharing_is_counted(four: Plan, victim_folder: Callable[[str], Path]) ->
         **dict.fromkeys(SHARED, 2), **dict.fromkeys(OWN, 4), "clean rows": 1,
     }  # fmt: skip
     assert found.naive == dict.fromkeys((*SHARED, *OWN), 4)
-    # 1 + 10 x 2 + 4 x 4 stages instead of 15 x 4, a second each.
-    assert (found.seconds, found.naive_seconds) == (pytest.approx(37), pytest.approx(60))
-    # poison, training rows, rounds 1 and 2, unlearn, evaluate, cell: each waits for the one before.
-    assert found.longest == pytest.approx(7)
+    # 1 + 11 x 2 + 5 x 4 stages instead of 17 x 4, a second each.
+    assert (found.seconds, found.naive_seconds) == (pytest.approx(43), pytest.approx(68))
+    # poison, training rows, rounds 1 and 2, flags, unlearn, evaluate, cell: each waits for the one
+    # before.
+    assert found.longest == pytest.approx(8)
+    # Each alpha has a round 2 of its own, which is a column of what it finds.
+    assert found.alike == 0
     assert (found.done, found.failed, found.unmeasured) == (0, {}, ())
     # A fine-tuned and a tuned model a seed, an unlearned one a cell.
     weights = (victim_folder("bert") / "model.safetensors").stat().st_size
     assert (found.model_bytes, found.models) == (weights, 8 * weights)
     assert found.unsized == ()
-    assert found.small == 37 * work_module.SMALL_BYTES
+    assert found.small == 43 * work_module.SMALL_BYTES
+
+
+def test_thresholds_that_may_flag_the_same_tokens_are_counted(plan: Callable[..., Plan]) -> None:
+    grid = {"defense.threshold": [3.5, 4.5, 6], "seed": [0, 1]}
+    planned = plan(grid=grid, defense={"alpha": None})
+    # Of three unlearnings and three evaluations of each seed, one of each may be enough.
+    assert work(planned).alike == 2 * (2 + 2)
+    # The cuts of other tokens differ from it, and from each other, but not in their thresholds.
+    kinds = {"defense.name": ["btu", "random_cut"], "defense.threshold": [3.5, 4.5]}
+    assert work(plan(grid=kinds, defense={"alpha": None})).alike == 2 * 2
+    assert work(plan(grid={"defense.rule": ["mad", "gap"]}, defense={"alpha": None})).alike == 0
 
 
 def test_a_hub_model_that_is_not_here_has_no_size(plan: Callable[..., Plan]) -> None:
@@ -758,11 +776,11 @@ def test_what_is_there_is_not_counted(four: Plan) -> None:
     committed = {stage.key for stage in first.closure()}
     found = work(four, committed=committed)
     assert found.done == 1
-    # The other alpha of seed 0 has its own 4 stages left; seed 1 has 10 + 2 x 4.
-    assert sum(found.stages.values()) == found.seconds == pytest.approx(22)
+    # The other alpha of seed 0 has its own 5 stages left; seed 1 has 11 + 2 x 5.
+    assert sum(found.stages.values()) == found.seconds == pytest.approx(26)
     assert found.stages["poisoned fine-tune"] == 1
-    # Without sharing, three cells of 15.
-    assert sum(found.naive.values()) == found.naive_seconds == pytest.approx(45)
+    # Without sharing, three cells of 17.
+    assert sum(found.naive.values()) == found.naive_seconds == pytest.approx(51)
 
 
 def test_a_dropped_model_is_counted_again(four: Plan) -> None:
@@ -771,7 +789,7 @@ def test_a_dropped_model_is_counted_again(four: Plan) -> None:
     committed = {stage.key for stage in first.closure()} - dropped
     found = work(four, committed=committed, dropped=dropped)
     # As above, and the fine-tune of seed 0, from which the other alpha starts. Not the control.
-    assert sum(found.stages.values()) == 23
+    assert sum(found.stages.values()) == 27
     assert (found.stages["poisoned fine-tune"], found.stages["clean tuning (control)"]) == (2, 1)
 
 
@@ -781,8 +799,8 @@ def test_what_rests_on_a_failure_is_not_counted(four: Plan) -> None:
     found = work(four, failed={broken.key: "bad luck", "elsewhere": "x"})
     reason = "stage 'poisoned fine-tune' failed: bad luck"
     assert found.failed == {cells[0].key: reason, cells[1].key: reason}
-    # Seed 1 alone: 11 + 2 x 4
-    assert sum(found.stages.values()) == 19
+    # Seed 1 alone: 12 + 2 x 5
+    assert sum(found.stages.values()) == 22
 
 
 def test_a_finished_cell_is_done_whatever_failed_since(four: Plan) -> None:
