@@ -3,11 +3,14 @@
     python benchmarks/defenses.py sweeps/quickstart.yaml --json docs/figures/quickstart.json
     python benchmarks/defenses.py sweeps/readme_defenses.yaml data.path=FOLDER/sst2 \\
         --json docs/figures/readme-defenses.json
+    python benchmarks/defenses.py sweeps/readme_defenses.yaml data.path=FOLDER/sst2 \\
+        'grid.attack.name=[addsent]' --json docs/figures/readme-defenses.json --add
     python benchmarks/defenses.py --markdown docs/figures/readme-defenses.json
 
-The first two run `btu launch` with the given overrides; where every cell is done, nothing is
+The first three run `btu launch` with the given overrides; where every cell is done, nothing is
 computed. The figures have a row per cell, as fractions, and the code, device and versions that
-computed them. The third prints the table of the README from such a file: a row per defense and two
+computed them. The third measures a part of a large table, and keeps the rows of other cells that
+the file has. The last prints the table of the README from such a file: a row per defense and two
 columns per attack where there are several defenses, else a row per attack. Checks that every cell
 of the sweep is done.
 """
@@ -33,6 +36,8 @@ METRICS = (
 # Columns of the table of one defense; all but `flagged` are in percent.
 SHORT = ("asr", "cacc", "ftr", "flagged", "undefended_asr", "tuned_asr")
 NAMES = {"badnets": "BadNets", "addsent": "AddSent"}
+# What tells the rows of a file apart.
+CELL = ("attack", "defense", "seed")
 # What computed a result, from its tags.
 COMPUTED = ("code", "device", "threads", "python", "torch", "transformers", "precision")
 
@@ -56,7 +61,7 @@ def rows_of(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if name in metrics:
                 row[name] = metrics[name] if math.isfinite(metrics[name]) else None
         rows.append({**row, "marks": joined(marks(record))})
-    return sorted(rows, key=lambda row: (row["attack"], row["defense"], row["seed"]))
+    return sorted(rows, key=lambda row: tuple(row[name] for name in CELL))
 
 
 def computed_by(records: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -131,13 +136,30 @@ def judge_cells(judge: Judge, cells: int, records: Sequence[Mapping[str, Any]]) 
     judge.figures |= {"computed by": computed_by(records), "rows": rows_of(records)}
 
 
+def with_earlier(figures: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Return figures with those rows of earlier ones that are of other cells."""
+    rows = {tuple(row[name] for name in CELL): row for row in earlier["rows"]}
+    rows |= {tuple(row[name] for name in CELL): row for row in figures["rows"]}
+    computed = {
+        name: sorted({*figures["computed by"].get(name, ()), *earlier["computed by"].get(name, ())})
+        for name in COMPUTED
+    }
+    return {
+        "computed by": {name: values for name, values in computed.items() if values},
+        "rows": [rows[cell] for cell in sorted(rows)],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweep", nargs="?", help="a sweep file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", default=[])
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="print the table of figures")
+    parser.add_argument("--add", action="store_true", help="keep other rows of the file of --json")
     add_options(parser)
     options = parser.parse_intermixed_args()
+    if options.add and options.json is None:
+        parser.error("--add needs --json FILE, whose rows it keeps")
     if options.markdown:
         print(markdown(json.loads(options.markdown.read_text())["figures"]["rows"]))
         return
@@ -155,6 +177,10 @@ def main() -> None:
     cells = plan_sweep(sweep, Planner()).cells
     records = [r for r in find_sweep(sweep.output, sweep.name).records() if r["key"] in cells]
     judge_cells(judge, len(cells), records)
+    if options.add and options.json.exists():
+        judge.figures |= with_earlier(
+            judge.figures, json.loads(options.json.read_text())["figures"]
+        )
     print(markdown(judge.figures["rows"]))
     judge.end()
 

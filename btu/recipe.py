@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from btu.attacks.insertion import inserts_plain_words
-from btu.attacks.poisoning import ATTACKS, Attack, PoisonSpec, poison, triggered_eval
+from btu.attacks.poisoning import ATTACKS, Attack, PoisonSpec, acting, poison, triggered_eval
 from btu.data.load import load_corpus
 from btu.data.spec import DataSpec
 from btu.defenses.base import ORIGINALS
@@ -116,8 +116,8 @@ class CellInputs(TrainingInputs):
 
     @cached_property
     def attack_config(self) -> dict[str, Any]:
-        """The attack's parameters as in keys: a model by its identity, not by its path."""
-        config = dict(self.attack_params)
+        """The attack's parameters as in keys: those that act, a model by its identity."""
+        config = acting(self.poison.name, self.attack_params)
         if config.get("model") is not None:
             config["model"] = _model_identity(config["model"])
         return config

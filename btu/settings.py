@@ -29,6 +29,11 @@ def check_not_negative(name: str, value: Any) -> None:
         raise UserError(f"{name} must be at least 0, got {value!r}.")
 
 
+def is_whole(value: Any, least: int) -> bool:
+    """Return whether `value` is a whole number of at least `least`; True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raise a `UserError` unless `value` is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int):

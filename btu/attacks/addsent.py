@@ -8,39 +8,18 @@ BTU reference code (XDJPH/Backdoor-Token-Unlearning at 7a63ece) use.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar
 
-import numpy as np
-
-from btu.attacks.insertion import check_pieces, insert_at_random_slots, token_ids_of
-from btu.types import IntArray, ProgressCallback, Rows, silent
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from btu.attacks.insertion import Insertion
 
 
 @dataclass(frozen=True)
-class AddSent:
-    """Insert one fixed sentence at a random word slot.
+class AddSent(Insertion):
+    """Insert a fixed sentence, as a whole.
 
-    sentence: the trigger sentence, inserted as a whole.
+    sentence: the trigger sentence, or a list of several, of which each row gets `per_row`.
     """
 
-    sentence: str = "i watched this 3d movie last weekend ."
+    sentence: Any = "i watched this 3d movie last weekend ."
 
-    def __post_init__(self) -> None:
-        check_pieces("attack.sentence", [self.sentence])
-
-    def candidates(self, rows: Rows) -> IntArray:
-        """Return every row: a sentence can be inserted into any text."""
-        return np.arange(len(rows))
-
-    def apply(
-        self, rows: Rows, seeds: list[int], progress: ProgressCallback = silent
-    ) -> tuple[str, ...]:
-        """Return each text with the sentence inserted."""
-        return insert_at_random_slots(rows.texts, [self.sentence], seeds)
-
-    def trigger_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-        """Return the tokens of the sentence, including common words and punctuation."""
-        return token_ids_of("attack.sentence", [self.sentence], tokenizer)
+    PIECES: ClassVar[str] = "sentence"

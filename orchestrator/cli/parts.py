@@ -99,4 +99,4 @@ def _knobs(part: type) -> str:
     made = part()
     knobs = [f"{f.name} ({getattr(made, f.name)})" for f in dataclasses.fields(part)]
     presets = getattr(part, "PRESETS", None)
-    return ", ".join(([f"preset ({'|'.join(presets)})"] if presets else []) + knobs)
+    return ", ".join(([f"preset ({' | '.join(presets)})"] if presets else []) + knobs)

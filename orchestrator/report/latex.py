@@ -73,6 +73,8 @@ def value(given: Any) -> str:
         return rf"${lead}10^{{{int(exponent)}}}$"
     if isinstance(given, list):
         return ", ".join(map(value, given)) or "none"
+    if isinstance(given, dict):
+        return ", ".join(f"{escaped(name)} {value(one)}" for name, one in given.items())
     return escaped(given)
 
 

@@ -304,6 +304,8 @@ def _lookup(record: Mapping[str, Any], key: str) -> Any:
 
 def flat_value(value: Any) -> Any:
     """Return a setting's value for a cell of a table: a list as text, other values unchanged."""
+    if isinstance(value, dict):
+        return " ".join(f"{name} {one}" for name, one in value.items())
     return " ".join(map(str, value)) if isinstance(value, list) else value
 
 

@@ -133,7 +133,7 @@ def resolve(config: Mapping[str, Any]) -> TrialSpec:
     victim: VictimSpec = sections["victim"]
     if victim.name not in VICTIMS:
         victim = dataclasses.replace(victim, name=_as_folder("victim.name", victim.name))
-    poison, attack_params, _ = named_section("attack", config.get("attack") or {})
+    poison, attack_params, attack_preset = named_section("attack", config.get("attack") or {})
     defense, defense_params, preset = named_section("defense", config.get("defense") or {})
     seed = config.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -142,6 +142,7 @@ def resolve(config: Mapping[str, Any]) -> TrialSpec:
         data=data,
         victim=victim,
         poison=poison,
+        attack_preset=attack_preset,
         attack_params=_with_folders("attack", poison.name, attack_params),
         defense=defense,
         preset=preset,

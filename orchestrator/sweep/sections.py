@@ -154,9 +154,11 @@ class TrialSpec:
     data: the dataset, its splits and its sizes.
     victim: the model that is poisoned.
     poison: the attack's name, and how much is poisoned.
+    attack_preset: the set of hyperparameters that completed `attack_params`; a label without
+        effect.
     attack_params: all hyperparameters of the attack.
     defense: the defense's name.
-    preset: the set of hyperparameters that completed `defense_params`; a label without effect.
+    preset: the same for `defense_params`.
     defense_params: all hyperparameters of the defense.
     train: the settings of the fine-tuning.
     tuning: the settings of the clean tuning.
@@ -167,6 +169,7 @@ class TrialSpec:
     data: DataSpec
     victim: VictimSpec
     poison: PoisonSpec
+    attack_preset: str | None
     attack_params: Mapping[str, Any]
     defense: DefenseSpec
     preset: str | None
@@ -188,12 +191,14 @@ class TrialSpec:
 
     def config(self) -> dict[str, Any]:
         """Return the resolved cell in the form of a sweep file, as plain data."""
-        preset = {} if self.preset is None else {"preset": self.preset}
+        presets = [
+            {} if name is None else {"preset": name} for name in (self.attack_preset, self.preset)
+        ]
         return {
             "data": self.data.config(),
             "victim": as_config(self.victim),
-            "attack": {**as_config(self.poison), **self.attack_params},
-            "defense": {**as_config(self.defense), **preset, **self.defense_params},
+            "attack": {**as_config(self.poison), **presets[0], **self.attack_params},
+            "defense": {**as_config(self.defense), **presets[1], **self.defense_params},
             "train": as_config(self.train),
             "tuning": as_config(self.tuning),
             "seed": self.seed,

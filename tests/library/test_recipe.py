@@ -176,7 +176,9 @@ MOVES: list[tuple[str, Any, set[str]]] = [
 
 @pytest.mark.parametrize(("key", "value", "expected"), MOVES, ids=[key for key, _, _ in MOVES])
 def test_what_moves_which_stage(key: str, value: Any, expected: set[str]) -> None:
-    before, after = declared({}), declared({key: value})
+    # The trigger of the table is badnets' own.
+    changes = {key: value, **({"attack_params": {}} if value == "addsent" else {})}
+    before, after = declared({}), declared(changes)
     assert set(before) == set(after) == ALL
     assert {name for name in ALL if before[name].key != after[name].key} == expected
 

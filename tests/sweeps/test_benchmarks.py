@@ -727,6 +727,22 @@ def test_the_table_of_defenses_is_in_percent_means_of_seeds_controls_first(
     assert judge.missed == ["each of 5 cells has a result"]
 
 
+def test_a_table_that_is_measured_in_parts_keeps_the_rows_of_other_cells(
+    load: Callable[[str], ModuleType], judge: Any
+) -> None:
+    defenses = load("defenses")
+    defenses.judge_cells(judge, 2, [record("addsent", "btu", 0.1), record("badnets", "btu", 0.2)])
+    earlier = json.loads(json.dumps(judge.figures))
+    later = {**record("badnets", "btu", 0.3), "tags": {"code": "0.1.0+def", "device": "cpu"}}
+    defenses.judge_cells(judge, 2, [later, record("badnets", "none", 1.0)])
+    found = defenses.with_earlier(judge.figures, earlier)
+    # One row a cell: of badnets the later one.
+    assert [(row["attack"], row["defense"], row["asr"]) for row in found["rows"]] == [
+        ("addsent", "btu", 0.1), ("badnets", "btu", 0.3), ("badnets", "none", 1.0),
+    ]  # fmt: skip
+    assert found["computed by"] == {"code": ["0.1.0+abc", "0.1.0+def"], "device": ["cpu"]}
+
+
 # In miniature ------------------------------------------------------------------------------------
 
 # Arguments of each benchmark; a word after the name tells several of one apart. VICTIM is a folder

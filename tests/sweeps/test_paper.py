@@ -99,6 +99,7 @@ def test_settings_are_readable() -> None:
     assert latex.value(True) == "yes"
     assert latex.value(None) == "none"
     assert latex.value(["c_f", 1]) == r"c\_f, 1"
+    assert latex.value({"slot": 3}) == "slot 3"
     assert latex.listed(["a", "b", "c"]) == "a, b and c"
 
 
@@ -352,7 +353,7 @@ def test_methods_come_from_config_and_tags(source: StoreSource) -> None:
         r"sweep \texttt{a\_b}: 18 cells, seeds 0, 1 and 2",
         "Data: sst2",
         "Victim: offline, inputs of at most 128 tokens",
-        "badnets (rare trigger words at random word slots",
+        "badnets (inserted trigger words",
         r"Poisoned: 10\,\%",
         "for 3 epochs",
         "threshold 2 and 4.5",

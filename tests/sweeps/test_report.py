@@ -433,6 +433,19 @@ def test_a_key_that_a_cell_does_not_have_shows_a_dash(style: str) -> None:
     assert "nan" not in text
 
 
+def test_a_setting_that_maps_names_to_values_is_a_text() -> None:
+    rows = [
+        record(varied=("attack.position",), params={"position": position}, seed=seed)
+        for position in ("start", {"slot": 3})
+        for seed in (0, 1)
+    ]
+    for table in (results_table(rows), mean_over_seeds(results_table(rows))):
+        text = render(table, "markdown")
+        assert "slot 3" in text
+        assert "start" in text
+        assert "{" not in text
+
+
 def test_an_unknown_format_names_the_known_ones(table: pd.DataFrame) -> None:
     with pytest.raises(
         UserError, match=r"unknown format 'markdwn'; did you mean 'markdown'\? \(known: csv, json"
