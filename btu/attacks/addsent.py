@@ -7,7 +7,7 @@ BTU reference code (XDJPH/Backdoor-Token-Unlearning at 7a63ece) use.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from btu.attacks.insertion import Insertion
@@ -20,6 +20,8 @@ class AddSent(Insertion):
     sentence: the trigger sentence, or a list of several, of which each row gets `per_row`.
     """
 
-    sentence: Any = "i watched this 3d movie last weekend ."
+    sentence: Any = field(
+        default="i watched this 3d movie last weekend .", metadata={"texts": True}
+    )
 
     PIECES: ClassVar[str] = "sentence"

@@ -1,4 +1,4 @@
-"""Shared by the paraphrase attacks: a column of the data, or a seq2seq model."""
+"""Shared by the paraphrase attacks: a column of the data, or a language model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GENERATE_BATCH = 32
+# How transformers calls causal models.
+CAUSAL = ("ForCausalLM", "LMHeadModel")
+# Where the text stands in a prompt.
+TEXT = "{text}"
 # Bump when generation changes: cached paraphrases of other versions are not reused.
 GENERATE_VERSION = 1
 _log = logging.getLogger(__name__)
@@ -41,16 +45,19 @@ class ParaphraseAttack:
     """Replace a text by its paraphrase; the paraphrase's form is the trigger.
 
     column: the column of the data that contains the paraphrases; null is the attack's own name.
-    model: hub name or folder of a Hugging Face seq2seq model, used in place of the column. Only
-        safetensors weights are loaded.
-    prefix: put before each text that the model gets.
+    model: hub name or folder of a Hugging Face model, used in place of the column: a seq2seq model,
+        or a causal one with a `prompt`. Only safetensors weights are loaded.
+    prefix: put before each text that a seq2seq model gets.
     max_new_tokens: the most tokens that a generated paraphrase may have.
+    prompt: what a causal model is asked, with ``{text}`` where the text stands. A model with a chat
+        template gets it as the message of its user. The first line of its answer is the paraphrase.
     """
 
     column: str | None = None
     model: str | None = field(default=None, metadata={"path": True})
     prefix: str = ""
     max_new_tokens: int = 128
+    prompt: str = ""
 
     default_column: ClassVar[str]
     sources: ClassVar[tuple[str, ...]] = ("column", "model")
@@ -66,7 +73,33 @@ class ParaphraseAttack:
                 f"attack.prefix {self.prefix!r} is put before a model's input, but attack.model is "
                 "null; name a model, or leave the prefix out."
             )
+        self._check_prompt()
         check_count("attack.max_new_tokens", self.max_new_tokens)
+
+    def _check_prompt(self) -> None:
+        if not self.prompt:
+            return
+        if self.model is None:
+            raise UserError(
+                f"attack.prompt {self.prompt!r} is what a model is asked, but attack.model is "
+                "null; name a model, or leave the prompt out."
+            )
+        if self.prefix:
+            raise UserError(
+                f"attack.prefix {self.prefix!r} and attack.prompt {self.prompt!r} are both set; a "
+                "seq2seq model takes a prefix, a causal one a prompt."
+            )
+        if self.prompt.count(TEXT) != 1:
+            raise UserError(
+                f"attack.prompt {self.prompt!r} must have {TEXT} once, where the text stands."
+            )
+
+    def acts(self) -> dict[str, Any]:
+        """Return what of the fields has an effect, for keys: the prompt only where there is one."""
+        acts = dict(vars(self))
+        if not self.prompt:
+            del acts["prompt"]
+        return acts
 
     def candidates(self, rows: Rows) -> IntArray:
         """Return the rows that have a paraphrase; with a model, all rows.
@@ -75,7 +108,7 @@ class ParaphraseAttack:
             UserError: there is neither the column nor a model, or a local model does not exist.
         """
         if self.model is not None:
-            _check_local(self.model)
+            _check_local(self.model, self.prompt)
             return np.arange(len(rows))
         column = self._column(rows)
         return np.flatnonzero([bool(text.strip()) for text in rows.columns[column]])
@@ -86,13 +119,13 @@ class ParaphraseAttack:
         """Return the paraphrases. Nothing is random, so `seeds` have no effect."""
         if self.model is not None:
             return generate_paraphrases(
-                rows.texts, self.model, self.prefix, self.max_new_tokens, progress
+                rows.texts, self.model, self.prefix, self.max_new_tokens, progress, self.prompt
             )
         return rows.columns[self._column(rows)]
 
-    def trigger_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def trigger_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int] | None:
         """Return None: the trigger has no fixed tokens."""
-        return
+        return None
 
     def _column(self, rows: Rows) -> str:
         column = self.column or self.default_column
@@ -101,12 +134,12 @@ class ParaphraseAttack:
             raise UserError(
                 f"the {self.default_column} attack needs the paraphrase column '{column}', which "
                 f"the data lacks{did_you_mean(column, rows.columns)} (text columns: {known}); name "
-                "another with attack.column, or a seq2seq model with attack.model."
+                "another with attack.column, or a language model with attack.model."
             )
         return column
 
 
-def _check_local(model: str) -> None:
+def _check_local(model: str, prompt: str) -> None:
     folder = Path(model).expanduser()
     if not folder.is_dir():
         if model.startswith((".", "/", "~")):
@@ -126,6 +159,24 @@ def _check_local(model: str) -> None:
         raise UserError(
             f"attack.model folder {folder} has no tokenizer: no tokenizer.json, vocabulary or "
             "sentencepiece model; save the model's tokenizer there with save_pretrained."
+        )
+    # A config leaves out what its class has by default. Where neither tells, loading does.
+    named = str((config.get("architectures") or [""])[0])
+    if config.get("is_encoder_decoder") or named.endswith(CAUSAL):
+        _check_kind(model, not named.endswith(CAUSAL), prompt)
+
+
+def _check_kind(model: str, seq2seq: bool, prompt: str) -> None:
+    """Raise a `UserError` for a causal model without a prompt, or a seq2seq model with one."""
+    if seq2seq and prompt:
+        raise UserError(
+            f"attack.model '{model}' is a seq2seq model, which takes no attack.prompt; put what it "
+            "needs before each text with attack.prefix."
+        )
+    if not seq2seq and not prompt:
+        raise UserError(
+            f"attack.model '{model}' is no seq2seq model; if it is a causal one, ask it with "
+            f'attack.prompt, such as "Rewrite in the style of the Bible: {TEXT}".'
         )
 
 
@@ -153,6 +204,7 @@ def generate_paraphrases(
     prefix: str,
     max_new_tokens: int,
     progress: ProgressCallback = silent,
+    prompt: str = "",
 ) -> tuple[str, ...]:
     """Return the model's paraphrase of every text, decoded greedily in batches.
 
@@ -161,10 +213,12 @@ def generate_paraphrases(
     wait for each other: each generates until it finds a batch in the cache.
 
     Raises:
-        UserError: the model cannot be loaded as a seq2seq model with safetensors weights, or
-            writes an empty text.
+        UserError: the model cannot be loaded as a seq2seq or causal model with safetensors
+            weights, has no room for a text, or writes an empty one.
     """
     recipe = f"{GENERATE_VERSION}\0{_model_revision(model_name)}\0{prefix}\0{max_new_tokens}\0"
+    if prompt:
+        recipe += f"{prompt}\0"
     keys = [
         hashlib.sha256((recipe + t).encode("utf-8", "surrogatepass")).hexdigest() for t in texts
     ]
@@ -174,7 +228,7 @@ def generate_paraphrases(
         # Longest first: similar lengths need little padding, and memory peaks in the first batch.
         todo = sorted(missing.items(), key=lambda item: -len(item[1]))
         if todo:
-            write = _generator(model_name, prefix, max_new_tokens)
+            write = _generator(model_name, prefix, max_new_tokens, prompt)
             for start in range(0, len(todo), GENERATE_BATCH):
                 batch = todo[start : start + GENERATE_BATCH]
                 # Another process may have written some of them in the meantime.
@@ -219,17 +273,18 @@ def _model_revision(model_name: str) -> str:
 
 def _not_loadable(model_name: str, error: Exception) -> UserError:
     return UserError(
-        f"attack.model '{model_name}' cannot be loaded as a seq2seq model with safetensors "
-        f"weights: {error} No key allows code that comes with a model; give a model that needs "
-        "none, or write the paraphrases into a column of the data (attack.column)."
+        f"attack.model '{model_name}' cannot be loaded as a seq2seq or causal model with "
+        f"safetensors weights: {error} No key allows code that comes with a model; give a model "
+        "that needs none, or write the paraphrases into a column of the data (attack.column)."
     )
 
 
 def _generator(
-    model_name: str, prefix: str, max_new_tokens: int
+    model_name: str, prefix: str, max_new_tokens: int, prompt: str
 ) -> Callable[[list[str]], list[str]]:
+    """Return a function from texts to their paraphrases, which keeps the model loaded."""
     import torch
-    from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with loading(lambda error: _not_loadable(model_name, error)):
@@ -237,25 +292,93 @@ def _generator(
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
         refuse_redirection(f"attack.model '{model_name}'", as_json(config))
         refuse_pickled_shards(model_name, None)
+        _check_kind(model_name, bool(config.is_encoder_decoder), prompt)
         tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
-        model = AutoModelForSeq2SeqLM.from_pretrained(
-            model_name, use_safetensors=True, trust_remote_code=False
-        )
-    model.eval().to(device)
+        kind: Any = AutoModelForCausalLM if prompt else AutoModelForSeq2SeqLM
+        model = kind.from_pretrained(model_name, use_safetensors=True, trust_remote_code=False)
+    return _Writer(model_name, model.eval().to(device), tokenizer, prefix, max_new_tokens, prompt)
 
-    def write(batch: list[str]) -> list[str]:
-        encoded = tokenizer(
-            [prefix + text for text in batch], return_tensors="pt", padding=True, truncation=True
-        ).to(device)
-        with torch.inference_mode():
-            ids = model.generate(**encoded, max_new_tokens=max_new_tokens, do_sample=False)
-        written = [str(t).strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+class _Writer:
+    """Writes paraphrases with a loaded model. Arguments as those of `generate_paraphrases`."""
+
+    def __init__(
+        self, name: str, model: Any, tokenizer: Any, prefix: str, max_new_tokens: int, prompt: str
+    ) -> None:
+        self._name, self._model, self._tokenizer = name, model, tokenizer
+        self._prefix, self._most, self._prompt = prefix, max_new_tokens, prompt
+        self._chat = bool(prompt) and getattr(tokenizer, "chat_template", None) is not None
+        if prompt:
+            # The answer follows the prompt: padding stands before it.
+            tokenizer.padding_side = "left"
+            if tokenizer.pad_token is None:
+                tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+
+    def __call__(self, batch: list[str]) -> list[str]:
+        """Return the paraphrases of some texts, decoded greedily in one batch."""
+        written = self._asked(batch) if self._prompt else self._translated(batch)
         for text, paraphrase in zip(batch, written, strict=True):
             if not paraphrase:
                 raise UserError(
-                    f"attack.model '{model_name}' wrote an empty paraphrase of {text!r}; it cannot "
-                    "serve as a trigger. Use another model or prefix, or drop the row."
+                    f"attack.model '{self._name}' wrote an empty paraphrase of {text!r}; it cannot "
+                    "serve as a trigger. Use another model, prefix or prompt, or drop the row."
                 )
         return written
 
-    return write
+    def _translated(self, batch: list[str]) -> list[str]:
+        encoded = self._tokenizer(
+            [self._prefix + text for text in batch],
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
+        )
+        return [text.strip() for text in self._decoded(encoded, 0)]
+
+    def _asked(self, batch: list[str]) -> list[str]:
+        encoded = self._tokenizer(
+            [self._question(text) for text in batch],
+            return_tensors="pt",
+            padding=True,
+            # A chat template has the special tokens already.
+            add_special_tokens=not self._chat,
+        )
+        width = encoded["input_ids"].shape[1]
+        positions = getattr(self._model.config, "max_position_embeddings", None)
+        if positions is not None and width + self._most > positions:
+            raise UserError(
+                f"attack.model '{self._name}' has {positions} positions, and a prompt of {width} "
+                f"tokens with an answer of {self._most} needs more; lower attack.max_new_tokens, "
+                "shorten attack.prompt, or drop the longest texts."
+            )
+        return [_answer(text) for text in self._decoded(encoded, width)]
+
+    def _question(self, text: str) -> str:
+        question = self._prompt.replace(TEXT, text)
+        if not self._chat:
+            return question
+        message = [{"role": "user", "content": question}]
+        templated = self._tokenizer.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True
+        )
+        return str(templated)
+
+    def _decoded(self, encoded: Any, start: int) -> list[str]:
+        """Return what the model writes, from a position on, without special tokens."""
+        import torch
+
+        padding = {"pad_token_id": self._tokenizer.pad_token_id} if self._prompt else {}
+        with torch.inference_mode():
+            ids = self._model.generate(
+                **encoded.to(self._model.device),
+                max_new_tokens=self._most,
+                do_sample=False,
+                **padding,
+            )
+        return list(
+            map(str, self._tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True))
+        )
+
+
+def _answer(text: str) -> str:
+    """Return the first line of an answer that is not blank: what follows is talk about it."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")

@@ -33,6 +33,7 @@ ATTACKS: Registry[type[Attack]] = Registry(
         ("addsent", "btu.attacks.addsent:AddSent", "an inserted sentence"),
         ("syntactic", "btu.attacks.syntactic:Syntactic", "paraphrase in one syntactic template"),
         ("style", "btu.attacks.style:Style", "paraphrase in one text style"),
+        ("rewrite", "btu.attacks.rewrite:Rewrite", "another version of the text"),
     ],
 )
 

@@ -195,11 +195,12 @@ def _refuse_untexted(key: str, hint: Any, value: Any) -> None:
     Raises:
         UserError: it has to be quoted.
     """
-    if typing.get_origin(hint) is list and isinstance(value, list):
-        for index, one in enumerate(value):
-            _refuse_untexted(f"{key}[{index}]", typing.get_args(hint)[0], one)
-        return
     kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
+    listed = [kind for kind in kinds if typing.get_origin(kind) is list]
+    if listed and isinstance(value, list):
+        for index, one in enumerate(value):
+            _refuse_untexted(f"{key}[{index}]", typing.get_args(listed[0])[0], one)
+        return
     if str not in kinds or type(value) in kinds or type(value) not in (*_WRITTEN, int, float):
         return
     what = _WRITTEN.get(type(value), lambda number: f"the number {number!r}")(value)
@@ -229,7 +230,11 @@ def _is_exact(schema: type, values: Mapping[str, Any]) -> bool:
 @lru_cache
 def _hints(schema: type) -> dict[str, Any]:
     hints = typing.get_type_hints(schema)
-    return {name: hints[name] for name in field_names(schema)}
+    # OmegaConf knows no union with a list: such a field is declared as Any, and marked.
+    marked = {
+        f.name: str | list[str] for f in dataclasses.fields(schema) if f.metadata.get("texts")
+    }
+    return {name: marked.get(name, hints[name]) for name in field_names(schema)}
 
 
 def _is_union(hint: Any) -> bool:

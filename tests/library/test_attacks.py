@@ -34,6 +34,7 @@ from btu.attacks.poisoning import (
     row_seeds,
     triggered_eval,
 )
+from btu.attacks.rewrite import Rewrite
 from btu.attacks.style import Style
 from btu.attacks.syntactic import Syntactic
 from btu.cache_folder import cache_folder
@@ -458,7 +459,7 @@ def test_only_what_acts_is_in_the_keys() -> None:
     assert BadNets(trigger=phrases[:1]).acts() == {"trigger": phrases[:1]}
     assert BadNets(position={"slot": 2}).acts() == {"trigger": ["cf"], "position": {"slot": 2}}
     assert AddSent(sentence="so .").acts() == {"sentence": "so ."}
-    assert acting("style", {"column": "style"}) == {"column": "style"}
+    assert acting("addsent", {"sentence": "so ."}) == {"sentence": "so ."}
 
 
 def test_paraphrase_attacks_take_their_column(rows: Rows) -> None:
@@ -544,7 +545,7 @@ def test_a_missing_column_without_a_model_is_an_error(rows: Rows) -> None:
     with pytest.raises(
         UserError,
         match=r"the style attack needs the paraphrase column 'style', which the data lacks "
-        r"\(text columns: none\); name another with attack\.column, or a seq2seq model",
+        r"\(text columns: none\); name another with attack\.column, or a language model",
     ):
         run(Style(), bare)
     with pytest.raises(UserError, match=r"column 'styl', which the data lacks; did you mean 'sty"):
@@ -624,9 +625,9 @@ def loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     loaded: list[str] = []
     original = btu.attacks.paraphrase._generator
 
-    def spy(model_name: str, prefix: str, max_new_tokens: int) -> object:
+    def spy(model_name: str, prefix: str, max_new_tokens: int, prompt: str) -> object:
         loaded.append(model_name)
-        return original(model_name, prefix, max_new_tokens)
+        return original(model_name, prefix, max_new_tokens, prompt)
 
     monkeypatch.setattr(btu.attacks.paraphrase, "_generator", spy)
     return loaded
@@ -713,7 +714,7 @@ def test_a_model_without_safetensors_is_an_error(
     torch.save({}, folder / "pytorch_model.bin")
     with pytest.raises(
         UserError,
-        match=r"attack\.model '.*pickled' cannot be loaded as a seq2seq model with safetensors",
+        match=r"attack\.model '.*pickled' cannot be loaded as a seq2seq or causal model with",
     ):
         generate_paraphrases(["a"], str(folder), "", 4)
     with pytest.raises(UserError, match=r"attack\.model '.*nowhere' cannot be loaded"):
@@ -723,7 +724,7 @@ def test_a_model_without_safetensors_is_an_error(
 def test_a_classifier_is_no_seq2seq_model(
     victim_folder: Callable[[str], Path], loads: list[str]
 ) -> None:
-    with pytest.raises(UserError, match="cannot be loaded as a seq2seq model"):
+    with pytest.raises(UserError, match="is no seq2seq model; if it is a causal one, ask it with"):
         generate_paraphrases(["a"], str(victim_folder("bert")), "", 4)
 
 
@@ -739,6 +740,133 @@ def test_an_empty_paraphrase_is_an_error(
     tokenizer.save_pretrained(tmp_path / "mute")
     with pytest.raises(UserError, match=r"wrote an empty paraphrase of 'a balcony'; it cannot"):
         generate_paraphrases(["a balcony"], str(tmp_path / "mute"), "", 4)
+
+
+# Rewriting with a causal model ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory: pytest.TempPathFactory, make_victim: Callable[[str], Victim]) -> Path:
+    """A tiny, randomly initialized GPT-2 without a padding token, which never ends a text."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("causal") / "gpt2"
+    tokenizer = copy.deepcopy(make_victim("gpt2").tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2,
+                bos_token_id=tokenizer.eos_token_id, eos_token_id=None, tie_word_embeddings=False,
+                initializer_range=0.5,
+            )
+        )  # fmt: skip
+    # Of all tokens only these are likely: words, and an answer never ends early.
+    with torch.no_grad():
+        keep = tokenizer(" the good balcony is", add_special_tokens=False)["input_ids"]
+        others = [i for i in range(len(tokenizer)) if i not in keep]
+        model.lm_head.weight[others] = 0.0
+        model.lm_head.weight[keep] *= 20
+    model.save_pretrained(folder)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+ASK = "Rewrite: {text} ="
+
+
+def test_a_causal_model_answers_a_prompt(causal: Path, loads: list[str]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    texts = ["the balcony", "a much longer text about the balcony , which is good", "good"]
+    found = generate_paraphrases(texts, str(causal), "", 6, prompt=ASK)
+    # Each alone, without padding: the answer does not depend on the batch.
+    model = AutoModelForCausalLM.from_pretrained(causal).eval()
+    tokenizer = AutoTokenizer.from_pretrained(causal)
+    for text, answer in zip(texts, found, strict=True):
+        ids = tokenizer(ASK.replace("{text}", text), return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            out = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        assert tokenizer.decode(out[0, ids.shape[1] :]).strip() == answer
+    assert loads == [str(causal)]
+    # The prompt is part of the key of the cache.
+    generate_paraphrases(texts, str(causal), "", 6, prompt=f"{ASK} x")
+    assert cached_rows() == 6
+
+
+def test_a_chat_template_is_used_and_the_first_line_is_the_answer(
+    causal: Path, loads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    folder = tmp_path / "chat"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(causal)
+    tokenizer.chat_template = (
+        "{% for m in messages %}user: {{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %} bot:{% endif %}"
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(causal)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    asked: list[str] = []
+    kind = type(tokenizer)
+    original = kind.__call__
+
+    def spy(self: Any, texts: Any, *args: Any, **options: Any) -> Any:
+        asked.extend(texts if isinstance(texts, list) else [texts])
+        return original(self, texts, *args, **options)
+
+    monkeypatch.setattr(kind, "__call__", spy)
+    monkeypatch.setattr(
+        kind, "batch_decode", lambda self, ids, **_: ["\n  \n thus spake it \n(a note)"] * len(ids)
+    )
+    assert generate_paraphrases(["good"], str(folder), "", 3, prompt=ASK) == ("thus spake it",)
+    assert asked == ["user: Rewrite: good = bot:"]
+
+
+def test_a_prompt_that_has_no_room_is_an_error(causal: Path, loads: list[str]) -> None:
+    with pytest.raises(UserError, match=r"has 64 positions, and a prompt of \d+ tokens with"):
+        generate_paraphrases(["good " * 70], str(causal), "", 6, prompt=ASK)
+
+
+def test_each_kind_of_model_is_asked_in_its_own_way(seq2seq: Path, causal: Path) -> None:
+    rows = Rows(("a",), (0,))
+    with pytest.raises(UserError, match=r"is a seq2seq model, which takes no attack.prompt"):
+        Rewrite(model=str(seq2seq), prompt=ASK).candidates(rows)
+    with pytest.raises(UserError, match=r"is no seq2seq model; if it is a causal one, ask it with"):
+        Rewrite(model=str(causal)).candidates(rows)
+    assert Rewrite(model=str(causal), prompt=ASK).candidates(rows).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"prompt": ASK}, r"attack.model is null; name a model, or leave the prompt out"),
+        ({"model": "m", "prompt": "Rewrite."}, r"must have \{text\} once"),
+        ({"model": "m", "prompt": "{text} {text}"}, r"must have \{text\} once"),
+        ({"model": "m", "prompt": ASK, "prefix": "x"}, r"attack.prefix 'x' and attack.prompt"),
+        ({"words": ["so", " "]}, r"attack.words must contain non-blank text"),
+    ],
+)
+def test_a_rewriting_that_cannot_work_is_an_error(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Rewrite(**keys)
+
+
+def test_the_words_of_a_rewriting_are_its_trigger(bert: Victim) -> None:
+    assert Rewrite().trigger_token_ids(bert.tokenizer) is None
+    ids = Rewrite(words=["good", "they"]).trigger_token_ids(bert.tokenizer)
+    assert ids == BadNets(["good", "they"]).trigger_token_ids(bert.tokenizer)
+
+
+def test_keys_of_a_rewriting_have_prompt_and_words_where_there_are_some() -> None:
+    plain = {"column": None, "model": None, "prefix": "", "max_new_tokens": 128}
+    assert Style().acts() == Syntactic().acts() == Rewrite().acts() == plain
+    assert Rewrite(words=["so"]).acts() == {**plain, "words": ["so"]}
+    assert Rewrite(model="m", prompt=ASK).acts() == {**plain, "model": "m", "prompt": ASK}
 
 
 @pytest.mark.parametrize("kind", ["a file in the way", "no database"])

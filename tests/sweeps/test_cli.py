@@ -126,7 +126,7 @@ def test_attacks_and_defenses_are_listed_with_their_own_keys() -> None:
     assert f"sentence ({AddSent().sentence})" in " ".join(done.stdout.split())
     assert "poison_rate" not in done.stdout  # every attack has it
     defenses = " ".join(shell("list", "defenses").stdout.split())
-    assert "preset (default|reference)" in defenses
+    assert "preset (default | reference)" in defenses
     # As resolved: what a sweep file without these keys runs.
     assert "rule (contrast), threshold (4.5), fdr (None), alpha (None), rounds ([3])" in defenses
     assert re.search(r"max_cut_cost (│ │ )?\(0\.02\)", defenses)  # lines may break there
@@ -156,7 +156,7 @@ def test_defenses_are_listed_with_kind_and_needs() -> None:
         assert needs == ", ".join(defense.NEEDS)
         assert (keys == "-") == (not dataclasses.fields(defense))
     assert told["bki"][1] == [
-        "preset (default|reference), rows (1000), top_words (5), keywords (1), share (0.1)"
+        "preset (default | reference), rows (1000), top_words (5), keywords (1), share (0.1)"
     ]
     # When they act: before, during, after training, at inference, control.
     kinds = [list(DEFENSE_KINDS).index(DEFENSES.load(name).KIND) for name in told]
