@@ -94,7 +94,7 @@ def shared_data(request: pytest.FixtureRequest) -> Path:
 
 
 def demo_rows(count: int, seed: int = 0) -> Rows:
-    """Demo rows with both paraphrase columns, and a third that rewrites in another way."""
+    """Demo rows with both paraphrase columns."""
     rows = generate(count, seed=seed)
     return Rows(
         tuple(row.text for row in rows),
@@ -102,7 +102,6 @@ def demo_rows(count: int, seed: int = 0) -> Rows:
         {
             "syntactic": tuple(row.syntactic for row in rows),
             "style": tuple(row.style for row in rows),
-            "rewrite": tuple(f"{row.style} , so they say" for row in rows),
         },
     )
 

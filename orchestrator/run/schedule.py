@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -130,7 +131,7 @@ class Schedule:
         self._facts: dict[str, str | None] = {}  # digests, by key
         self._equals = _Equals(computed, self._facts_of)
         self._waiting: dict[str, list[str]] = {}  # by what they wait for: keys of equal stages
-        self._held: set[str] = set()  # cells that one of them belongs to
+        self._held: Counter[str] = Counter()  # how many of them each cell has
         self.add(cells)
 
     def add(self, cells: Iterable[Stage]) -> None:
@@ -306,6 +307,7 @@ class Schedule:
             and fits(node.stage)
             # What it equals is known when its inputs are there, not before.
             and not (node.stage.reads and self._equals.others(node.stage))
+            and self._awaited(node) is None
         ]
         if not can:
             return None
@@ -381,19 +383,26 @@ class Schedule:
 
     def _waits_for_equal(self, node: _Node) -> bool:
         """Return whether an equal stage is on its way to its cell; note that this one waits."""
+        goal = self._awaited(node)
+        if goal is None or node.cell is None:
+            return False
+        self._held[node.cell] += 1
+        self._waiting.setdefault(goal, []).append(node.stage.key)
+        return True
+
+    def _awaited(self, node: _Node) -> str | None:
+        """Return the key of the cell after which a stage can take its results; None if none is."""
         first = None if node.again else self._nodes.get(self._equals.first(node.stage) or "")
         if first is None or first is node or node.cell is None:
-            return False
+            return None
         goal = self._nodes[first.leads_to]
         if goal.state is State.failed:
-            self._equals.forget(first.stage)
-            return self._waits_for_equal(node)
+            self._equals.forget(node.stage)
+            return self._awaited(node)
         # Cells that wait for each other, by different stages, would wait forever.
-        if goal.state in ENDED or goal.stage.key in (node.cell, *self._held):
-            return False
-        self._held.add(node.cell)
-        self._waiting.setdefault(goal.stage.key, []).append(node.stage.key)
-        return True
+        if goal.state in ENDED or goal.stage.key == node.cell or self._held[goal.stage.key]:
+            return None
+        return goal.stage.key
 
     def _same_as(self, node: _Node) -> str:
         """Return the key of an equal stage that has its result, as has what follows from it."""
@@ -407,7 +416,7 @@ class Schedule:
     def _release(self, key: str) -> None:
         """Let the stages go on that waited for this one to end."""
         waiting = [self._nodes[one] for one in self._waiting.pop(key, ())]
-        self._held.difference_update(node.cell for node in waiting if node.cell is not None)
+        self._held.subtract(node.cell for node in waiting if node.cell is not None)
         for node in waiting:
             self._settle(node)
 
@@ -577,10 +586,13 @@ class _Equals:
         return self._first.setdefault(own, stage.key)
 
     def forget(self, stage: Stage) -> None:
-        """Let the next stage that equals this one be the first: this one leads to no result."""
+        """Let the next stage be the first of those that equal this one.
+
+        The first led to no result, and its own facts may be lost by now.
+        """
         own = stage.key_by_facts(self._facts)
-        if own is not None and self._first.get(own) == stage.key:
-            del self._first[own]
+        if own is not None:
+            self._first.pop(own, None)
 
 
 def most_models(slots: int) -> int:

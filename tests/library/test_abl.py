@@ -70,7 +70,9 @@ def prepared(lab: Lab, tiny_corpus: Corpus) -> Prepared:
         clean=short(tiny_corpus.clean),
         eval=short(tiny_corpus.eval),
     )
-    return lab.prepare(rate=0.2, corpus=corpus, attack_params={"trigger": ["cf"] * 8})
+    return lab.prepare(
+        rate=0.2, corpus=corpus, attack_params={"trigger": ["cf"] * 8, "per_row": "all"}
+    )
 
 
 def folders(defense: AntiBackdoorLearning, prepared: Prepared, lab: Lab) -> list[Path]:

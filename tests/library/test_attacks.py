@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import sqlite3
 from collections import Counter
@@ -61,6 +62,22 @@ def attack(request: pytest.FixtureRequest) -> Attack:
     kind = ATTACKS.load(name)
     built: Attack = kind(**getattr(kind, "PRESETS", {}).get(preset, {}))
     return built
+
+
+@pytest.fixture
+def tiny_corpus(tiny_corpus: Corpus) -> Corpus:
+    """The tiny corpus with a column for `rewrite` too."""
+    return dataclasses.replace(
+        tiny_corpus, **{role: with_rewriting(getattr(tiny_corpus, role)) for role in ROLES}
+    )
+
+
+ROLES = ("train", "clean", "eval")
+
+
+def with_rewriting(rows: Rows) -> Rows:
+    rewritten = tuple(f"{text} , so they say" for text in rows.columns["style"])
+    return Rows(rows.texts, rows.labels, {**rows.columns, "rewrite": rewritten})
 
 
 @pytest.fixture
@@ -893,7 +910,8 @@ def test_attacks_run_on_real_sst2(shared_data: Path, name: str) -> None:
     from btu.data.spec import DataSpec
 
     corpus = load_corpus(DataSpec(name="sst2", path=str(shared_data / "sst2")))
-    attack = ATTACKS.load(name)()
+    # SST-2 has no column with the name of `rewrite`.
+    attack = ATTACKS.load(name)(**({"column": "style_bible"} if name == "rewrite" else {}))
     poisoned = run(attack, corpus.train, poison_rate=0.1)
     assert poisoned.mask.sum() == round(0.1 * len(corpus.train))
     triggered, plain = triggered_eval(attack, corpus.eval, TARGET, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -271,6 +272,58 @@ def test_a_stage_that_is_computed_for_its_model_does_not_take_one_over() -> None
     assert made.repair(evaluate.key, [unlearn.key])
     (task,) = ready(made)
     assert (task.stage, task.again, task.same_as) == (unlearn, True, "")
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_every_launch_ends_whatever_becomes_of_its_stages(seed: int) -> None:
+    """Random cells and random ends: failures, lost inputs, too little memory, busy stages."""
+    rng = random.Random(seed)
+    make = rng.choice([toy_cell, two_branches])
+    cells = [make(rng.choice([0.5, 2.0, 2.5, 4.0, 4.5, 6.0]) + i / 1000) for i in range(12)]
+    old = cells[: rng.randint(0, 4)]
+    done = {stage.key for cell in old for stage in cell.closure()}
+    known = {stage.key: flags_of(stage) for cell in old for stage in cell.closure()}
+    made = schedule(
+        cells[len(old) :],
+        committed=done,
+        computed=old,
+        facts=known.get,
+        slots=rng.randint(1, 4),
+    )
+    running: list[list[Task]] = []
+    for _ in range(3000):
+        if rng.random() < 0.6 and (task := made.next()) is not None:
+            chain = [task]
+            while (follower := made.follow(chain, lambda stage: True)) is not None:
+                chain.append(follower)
+            running.append(chain)
+        elif running:
+            chain = running[rng.randrange(len(running))]
+            task = chain[0]
+            key = task.stage.key
+            before = [stage.key for stage in task.stage.inputs.values()]
+            fate = rng.random()
+            if fate < 0.75:
+                # What is taken over has no model; what follows is then taken over too.
+                dropped = bool(task.same_as) and task.stage.model
+                made.done(key, flags_of(task.stage), dropped=dropped)
+            else:
+                for left in reversed(chain[1:]):
+                    made.again(left.stage.key)
+                del chain[1:]
+                lost = [rng.choice(before)] if before and fate < 0.9 else []
+                if fate < 0.8:
+                    made.fail(key, "broken")
+                # Out of memory too often, or repaired too often: like a stage that is busy.
+                elif not (made.out_of_memory(key) if fate < 0.85 else made.repair(key, lost)):
+                    made.again(key)
+            chain.pop(0)
+            if not chain:
+                running.remove(chain)
+        elif not made.unfinished:
+            break
+    assert not made.unfinished, made.counts
+    assert made.counts[True][State.done] + made.counts[True][State.failed] == len(cells) - len(old)
 
 
 def test_results_of_earlier_launches_are_taken_over_too() -> None:
