@@ -129,9 +129,11 @@ def test_a_sweep_shares_its_stages_grows_and_resumes(
         **dict.fromkeys(
             ("poison", "triggered rows", "training rows", "clean rows", "evaluation rows",
              "poisoned fine-tune", "clean tuning (control)", "exposure round 1", "exposure round 3",
-             "evaluate undefended", "evaluate tuned"), 1,
+             "score tokens", "evaluate undefended", "evaluate tuned"), 1,
         ),
-        **dict.fromkeys(("exposure round 2", "unlearn", "evaluate defended", "cell"), 3),
+        **dict.fromkeys(
+            ("exposure round 2", "flag tokens", "unlearn", "evaluate defended", "cell"), 3
+        ),
     }  # fmt: skip
     results = place.results()
     store = results.store
@@ -355,7 +357,7 @@ def test_an_output_on_an_object_store(
     assert not list(folder.rglob("model.safetensors"))  # dropped
     events = Counter(event["event"] for event in results.journal())
     # 11 shared stages and 4 of the cell
-    assert events == {"start": 15, "compute": 15, "end": 15}
+    assert events == {"start": 17, "compute": 17, "end": 17}
     again = run_cli("launch", sweep, f"tracking.uri={uri}", *NOWHERE)
     assert again.code == 0, again
     assert "1 of 1 cells are done already" in again.out
