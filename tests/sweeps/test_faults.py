@@ -189,12 +189,12 @@ def test_a_driver_that_is_killed_or_stopped_is_started_again(
             assert "'unlearn' needs inputs computed again: model (the stored result" in done.out
     done = place.run("launch", sweep)
     assert done.code == 0, done
-    # What was being computed began once more, the damaged model too; of "unlearn" and "evaluate
-    # defended" there may be two at once.
+    # What was being computed began once more: at each blow the held stage, and what the other
+    # worker had at that moment. So did the damaged model.
     more = computed(place.output) - computed(reference.output)
     assert more["poisoned fine-tune"] == 2
-    assert set(more) == set(blows)
-    assert max(more.values()) <= 2
+    assert set(more) >= set(blows)
+    assert sum(more.values()) <= 2 * len(blows) + 1
     assert (place.output / "store" / "damaged").is_dir()
     check(place.output, reference.metrics, again=more)
 
