@@ -97,11 +97,17 @@ def score_cell(run: StageRun) -> dict[str, Any]:
     config = run.where["config"]
     victim = load_victim(VictimSpec(**config["victim"]), facts["training rows"]["classes"])
     tokens = token_table(suspects, victim, truth)
-    own = [record for record in records.values() if record["kind"] == "cell"]
+    # Not those that were taken over from an equal stage: they were computed for another cell.
+    here = [record for record in records.values() if "computed_as" not in record]
+    begun = [record["started"] for record in here if record["kind"] == "cell"]
+    if not begun:
+        # Where all of its own was taken over, it began with the last stage before.
+        first = min if len(here) == len(records) else max
+        begun = [first(record["started"] for record in here)]
     result = {
         "config": config,
-        "started": min(record["started"] for record in own or records.values()),
-        "ended": max(record["started"] + record["seconds"] for record in records.values()),
+        "started": min(begun),
+        "ended": max(record["started"] + record["seconds"] for record in here),
         "metrics": metrics,
         "history": [epoch for record in records.values() for epoch in record["history"]],
         "notes": run.where["notes"],

@@ -8,7 +8,6 @@ moment, and the same command resumes it.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 import uuid
@@ -25,15 +24,16 @@ from btu.stages import RECORD, digest_of
 from orchestrator.plan.planner import Plan, Planner
 from orchestrator.plan.work import Timings, Work, blocked, survey, timings_for, victim_name
 from orchestrator.results.folder import Results
+from orchestrator.run.elsewhere import Elsewhere
 from orchestrator.run.progress import SweepProgress
 from orchestrator.run.refine import Refinement, RefineSpec
 from orchestrator.run.schedule import CELL, Schedule, Task
 from orchestrator.run.study import NoStudy, Study, Suggestions, study_of
-from orchestrator.run.worker import WAIT_SECONDS, Outcome, Report, StageCall
+from orchestrator.run.worker import Outcome, Report, StageCall
 from orchestrator.store import places
 from orchestrator.store.lease import HEARTBEAT_S
 from orchestrator.store.storage import below
-from orchestrator.store.store import Damaged, Missing, Store
+from orchestrator.store.store import Damaged, Missing
 from orchestrator.sweep.sweep import Cell, Sweep
 
 # How often a stage is tried again after its worker died (killed, node lost). An error that a stage
@@ -41,10 +41,6 @@ from orchestrator.sweep.sweep import Cell, Sweep
 WORKER_RETRIES = 2
 # When the workers of this many stages in a row die, the machines are at fault, not the stages.
 GIVEN_UP_IN_A_ROW = 3
-# Seconds between listings of the leases in a folder, and on an object store, where it is a request.
-# A stage that another launch has taken meanwhile is handed out in vain: its worker finds the lease.
-LEASES_SECONDS = 1.0
-LEASES_REMOTE_SECONDS = 5.0
 # `LaunchResult.stopped` of a launch that ended before its work did, with no other reason.
 INTERRUPTED = "interrupted"
 
@@ -127,7 +123,7 @@ class Driver:
         self._on_cell, self._clock, self._began = cell_ended, clock, clock()
         self.id = f"{sweep.name}-{uuid.uuid4().hex[:12]}"
         self.stopped = ""
-        self._elsewhere = _Elsewhere(self._store, self.id, clock)
+        self._elsewhere = Elsewhere(self._store, self.id, clock)
         self._suggestions: Suggestions
         self._schedule: Schedule
         self._timings: Timings
@@ -363,8 +359,17 @@ class Driver:
             stage.model,
             task.again,
             task.same_as,
-            self._sweep.store.keep == "models",
+            self._keeps(task),
         )
+
+    def _keeps(self, task: Task) -> bool:
+        """Return whether a result that is taken over needs its model, here or in another sweep."""
+        if self._sweep.store.keep == "models":
+            return True
+        key = task.stage.key
+        if not task.same_as or not task.stage.model:
+            return False
+        return key in self._wanted_elsewhere or self._store.leases.is_wanted(key, but=self.id)
 
     def put_back(self, task: Task) -> None:
         """A task could not be passed on to a worker: it is ready again."""
@@ -439,19 +444,23 @@ class Driver:
         progressed: whether one of the chain had ended before.
         """
         left = list(tasks)
-        while len(left) > 1 and self._has_result(left[0].stage.key):
-            self.ended(left.pop(0), Report(Outcome.done))
+        while len(left) > 1 and (report := self._result_of(left[0])) is not None:
+            self.ended(left.pop(0), report)
         again = progressed or len(left) < len(tasks)
         for task in reversed(left[0 if again else 1 :]):
             self.put_back(task)
         if not again:
             self.worker_lost(left[0], error)
 
-    def _has_result(self, key: str) -> bool:
+    def _result_of(self, task: Task) -> Report | None:
+        """Return what a worker that died had to report of a stage; None without a result."""
         try:
-            return self._store.is_committed(key)
+            seen = self._store.look(task.stage.key)
         except Exception:  # the store may be why the workers died
-            return False
+            return None
+        # Taken over, or read by then, and without its model.
+        dropped = seen.dropped and not seen.committed and not task.again
+        return Report(Outcome.done, dropped=dropped) if seen.committed or dropped else None
 
     def _done(self, task: Task, report: Report) -> None:
         stage = task.stage
@@ -637,44 +646,6 @@ class Driver:
         for line in self._suggestions.study.findings():
             self._progress.note(line)
         return LaunchResult(done, failed, missing, self._clock() - self._began, self.stopped)
-
-
-class _Elsewhere:
-    """Looks up which stages other launches compute right now.
-
-    owner: id of the launch that asks. clock: monotonic seconds.
-    """
-
-    def __init__(self, store: Store, owner: str, clock: Callable[[], float]) -> None:
-        self._store, self._owner, self._clock = store, owner, clock
-        self._leased: set[str] = set()
-        self._every = LEASES_REMOTE_SECONDS if store.storage.objects else LEASES_SECONDS
-        self._listed = -math.inf  # when
-        self._busy_until: dict[str, float] = {}
-
-    def computes(self, key: str) -> bool:
-        """Return whether another launch computes a stage."""
-        now = self._clock()
-        if now - self._listed > self._every:
-            self._leased = self._store.leases.leased()
-            self._listed = now
-        if key not in self._leased:
-            return False
-        if now < self._busy_until.get(key, 0.0):
-            return True
-        if self._store.leases.held_by_other(key, self._owner):
-            return True
-        # The lease has expired. This process has watched it for long enough to know; a worker would
-        # have to watch it from the start. So it is removed here: taken over, and released.
-        with suppress(OSError), self._store.leases.lease(key, self._owner) as lease:
-            lease.acquire()
-        self._leased.discard(key)
-        return False
-
-    def found(self, key: str) -> None:
-        """A worker has found that another launch computes a stage."""
-        self._listed = -math.inf
-        self._busy_until[key] = self._clock() + WAIT_SECONDS
 
 
 def _costs(report: Report) -> dict[str, str | float]:

@@ -130,7 +130,8 @@ class Schedule:
         self._read_facts = facts
         self._facts: dict[str, str | None] = {}  # digests, by key
         self._equals = _Equals(computed, self._facts_of)
-        self._waiting: dict[str, list[str]] = {}  # by what they wait for: keys of equal stages
+        # By what they wait for: keys of equal stages, each with its cell.
+        self._waiting: dict[str, dict[str, str]] = {}
         self._held: Counter[str] = Counter()  # how many of them each cell has
         self.add(cells)
 
@@ -386,8 +387,10 @@ class Schedule:
         goal = self._awaited(node)
         if goal is None or node.cell is None:
             return False
-        self._held[node.cell] += 1
-        self._waiting.setdefault(goal, []).append(node.stage.key)
+        waiting = self._waiting.setdefault(goal, {})
+        if node.stage.key not in waiting:
+            self._held[node.cell] += 1
+            waiting[node.stage.key] = node.cell
         return True
 
     def _awaited(self, node: _Node) -> str | None:
@@ -397,8 +400,8 @@ class Schedule:
             return None
         goal = self._nodes[first.leads_to]
         if goal.state is State.failed:
-            self._equals.forget(node.stage)
-            return self._awaited(node)
+            self._equals.give_up(node.stage)
+            return None
         # Cells that wait for each other, by different stages, would wait forever.
         if goal.state in ENDED or goal.stage.key == node.cell or self._held[goal.stage.key]:
             return None
@@ -415,10 +418,10 @@ class Schedule:
 
     def _release(self, key: str) -> None:
         """Let the stages go on that waited for this one to end."""
-        waiting = [self._nodes[one] for one in self._waiting.pop(key, ())]
-        self._held.subtract(node.cell for node in waiting if node.cell is not None)
-        for node in waiting:
-            self._settle(node)
+        waiting = self._waiting.pop(key, {})
+        self._held.subtract(waiting.values())
+        for one in waiting:
+            self._settle(self._nodes[one])
 
     def drop(self, key: str) -> None:
         """A stage's model was removed from the store."""
@@ -545,6 +548,7 @@ class _Equals:
         self._stages: dict[str, dict[str, Stage]] = {}  # by shape and key
         self._old: dict[str, list[Stage]] = {}  # by shape: of earlier launches, not looked at yet
         self._first: dict[str, str] = {}  # by `key_by_facts`: key of the first stage that has it
+        self._alone: set[str] = set()  # of `key_by_facts`: those that nobody waits for any more
 
     def add(self, stage: Stage) -> None:
         """Take in a stage."""
@@ -566,7 +570,7 @@ class _Equals:
             return False
         ours = self._stages.get(stage.shape, {})
         old = (one.key for one in self._old.get(stage.shape, ()))
-        return any(key != stage.key for key in (*ours, *old))
+        return any(key != stage.key for key in itertools.chain(ours, old))
 
     def first(self, stage: Stage) -> str | None:
         """Return the key of the first stage that equals this one: often its own.
@@ -576,7 +580,7 @@ class _Equals:
         if not self.others(stage):
             return None
         own = stage.key_by_facts(self._facts)
-        if own is None:
+        if own is None or own in self._alone:
             return None
         for one in self._old.pop(stage.shape, ()):
             self._stages.setdefault(stage.shape, {})[one.key] = one
@@ -585,14 +589,14 @@ class _Equals:
                 self._first.setdefault(known, one.key)
         return self._first.setdefault(own, stage.key)
 
-    def forget(self, stage: Stage) -> None:
-        """Let the next stage be the first of those that equal this one.
+    def give_up(self, stage: Stage) -> None:
+        """Let the stages that equal this one go their own ways: the first led to no result.
 
-        The first led to no result, and its own facts may be lost by now.
+        All at once: where each waited for the one before, they would fail one after the other.
         """
         own = stage.key_by_facts(self._facts)
         if own is not None:
-            self._first.pop(own, None)
+            self._alone.add(own)
 
 
 def most_models(slots: int) -> int:

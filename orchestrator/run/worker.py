@@ -310,9 +310,9 @@ class _Attempt:
         light = self.call.model and not self.call.keep
         try:
             source = store.input(key, light=light)
-        except (Damaged, Missing):
+            record = read_record(source)
+        except (Damaged, Missing, FileNotFoundError):
             return None
-        record = read_record(source)
         # Facts, history and seconds are those of the computation, wherever it took place.
         record |= {"key": self.key, "computed_as": record.get("computed_as", key)}
         facts = {
@@ -323,12 +323,19 @@ class _Attempt:
         }
         folder = store.workspace(self.key)
         try:
-            left_out = shutil.ignore_patterns(MODEL) if light else None
-            shutil.copytree(source, folder, ignore=left_out, dirs_exist_ok=True)
+            shutil.copytree(
+                source,
+                folder,
+                ignore=lambda place, names: {MODEL} if light and Path(place) == source else set(),
+                dirs_exist_ok=True,
+            )
             write_record(folder, record)
             store.publish(self.key, folder, node["name"], facts, new=True, dropped=light)
-        except BaseException:
+        except BaseException as error:
             store.discard(folder)
+            # Removed while it was copied, for example: then it is computed.
+            if isinstance(error, shutil.Error) and not _is_full(error):
+                return None
             raise
         digest = digest_of(record["facts"])
         return Report(Outcome.done, digest=digest, dropped=light)
@@ -428,7 +435,8 @@ def _judge(error: BaseException) -> Report | None:
 def _is_full(error: BaseException) -> bool:
     # Not all libraries raise an OSError: safetensors and SQLite have only their text.
     text = str(error).lower()
-    told = "no space left" in text or "disk is full" in text or "os error 28" in text
+    signs = ("no space left", "disk is full", "os error 28", "quota exceeded")
+    told = any(sign in text for sign in signs)
     return told or (isinstance(error, OSError) and error.errno in FULL)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -239,22 +240,29 @@ def test_a_chain_ends_before_what_may_be_equal_unless_it_is_alone() -> None:
     assert made.follow([task], lambda stage: True) is None
 
 
-def test_the_next_is_computed_where_the_first_fails() -> None:
+def test_all_others_are_computed_where_the_first_fails() -> None:
     cells = [toy_cell(threshold) for threshold in (4.0, 4.3, 4.5)]
     made = schedule(cells)
     flagged_all(made)
     (first,) = ready(made)
     assert made.fail(first.stage.key, "broken") == [cells[0].key]
-    # The second takes its place, and the third waits for that.
-    (second,) = ready(made)
-    assert (second.stage, second.same_as) == (cells[1].inputs["unlearn"], "")
-    end(made, [second])
+    # At once: if the inputs are why it failed, one would fail after the other.
+    tasks = ready(made)
+    assert [task.stage for task in tasks] == [cell.inputs["unlearn"] for cell in cells[1:]]
+    assert [task.same_as for task in tasks] == ["", ""]
+
+
+def test_what_a_failed_cell_has_is_not_taken_over() -> None:
+    cells = [toy_cell(threshold) for threshold in (4.0, 4.5)]
+    made = schedule(cells)
+    flagged_all(made)
+    end(made, ready(made))
     (task,) = ready(made)
-    assert task.stage is cells[1].inputs["evaluate"]
-    # Its evaluation fails as well: what it has alone is no use, the third computes its own.
+    assert task.stage is cells[0].inputs["evaluate"]
     made.fail(task.stage.key, "broken")
-    (third,) = ready(made)
-    assert (third.stage, third.same_as) == (cells[2].inputs["unlearn"], "")
+    # Its unlearning has a result, but what follows would find no model.
+    (other,) = ready(made)
+    assert (other.stage, other.same_as) == (cells[1].inputs["unlearn"], "")
 
 
 def test_a_stage_that_is_computed_for_its_model_does_not_take_one_over() -> None:
@@ -473,6 +481,34 @@ def test_where_models_are_kept_it_comes_along(tmp_path: Path) -> None:
     assert (store.fetch(second.key) / "model" / "weights").read_text() == "without [0]"
 
 
+def test_a_source_that_goes_away_while_it_is_copied_is_no_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    first, second = toy_cell(4.0), toy_cell(4.5)
+    run_cell(store, first)
+
+    def gone(*args: Any, **options: Any) -> None:
+        raise shutil.Error([("a", "b", "[Errno 2] No such file or directory: 'a'")])
+
+    CALLS.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", gone)
+        run_cell(store, second, equals(first))
+    assert calls() == {"flag": 1, "unlearn": 1, "evaluate": 1, CELL: 1}
+
+    def full(*args: Any, **options: Any) -> None:
+        raise shutil.Error([("a", "b", "[Errno 122] Disk quota exceeded: 'b'")])
+
+    third = toy_cell(4.6).inputs["unlearn"]
+    run_node(toy_cell(4.6).inputs["flag"].node(), store, owner="o")
+    monkeypatch.setattr(shutil, "copytree", full)
+    report = run_node(
+        third.node(), store, owner="o", same_as=first.inputs["unlearn"].key, again=False
+    )
+    assert report.outcome is Outcome.disk
+
+
 def test_it_is_computed_where_the_equal_one_is_gone(tmp_path: Path) -> None:
     store = Store(tmp_path)
     first, second = toy_cell(4.0), toy_cell(4.5)
@@ -601,6 +637,39 @@ def test_the_results_are_those_of_computing_each(tmp_path: Path) -> None:
         shared = store.fetch(cell.key)
         assert (shared / "result.json").read_bytes() == (alone / "result.json").read_bytes()
         assert read_record(shared)["facts"] == read_record(alone)["facts"]
+
+
+def test_a_model_that_another_launch_wants_comes_along(tmp_path: Path) -> None:
+    hand = launch(tmp_path, [3.5, 4.0])
+    wanted = toy_cell(4.0).inputs["unlearn"].key
+    hand.store.leases.register_launch("another", "other", {wanted, toy_cell(4.0).key})
+    run_launch(hand.driver, hand.store)
+    assert (hand.store.fetch(wanted) / "model" / "weights").read_text() == "without [0]"
+    hand.leave()
+
+
+def test_a_chain_that_dies_after_taking_over_is_not_blamed_for_it(tmp_path: Path) -> None:
+    hand = launch(tmp_path, [3.5, 4.0])
+    driver, store = hand.driver, hand.store
+    while True:
+        task = driver.next_task()
+        assert isinstance(task, Task)
+        chain = driver.chain(task)
+        if chain[0].same_as:
+            break
+        for one in chain:
+            call = driver.call(one)
+            driver.ended(one, run_node(call.node, store, owner=driver.id, model=call.model))
+    assert [one.stage.name for one in chain] == ["unlearn", "evaluate", CELL]
+    call = driver.call(chain[0])
+    run_node(call.node, store, owner=driver.id, again=False, same_as=call.same_as)
+    # Its workers die at the evaluation, and nobody has reported anything yet.
+    driver.chain_lost(chain, "killed", progressed=False)
+    assert list(store.failures()) == []
+    taken = run_launch(driver, store)
+    assert [one.stage.name for one in taken] == ["evaluate"]
+    assert driver.result().complete
+    hand.leave()
 
 
 # The plan --------------------------------------------------------------------------------------

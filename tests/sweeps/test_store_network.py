@@ -22,7 +22,7 @@ from btu.stages import Stage, StageRun, stage
 from orchestrator.results import journal as journal_module
 from orchestrator.results.folder import Results
 from orchestrator.results.journal import Journal
-from orchestrator.run.driver import LEASES_REMOTE_SECONDS, _Elsewhere
+from orchestrator.run.elsewhere import LEASES_REMOTE_SECONDS, Elsewhere
 from orchestrator.run.worker import Outcome, run_node
 from orchestrator.store import lease as lease_module
 from orchestrator.store.gc import Usage, gc, gc_candidates, usage
@@ -413,7 +413,7 @@ def test_looks_cost_a_listing(store: Store, fake: Any) -> None:
 
 
 def test_a_launch_lists_the_leases_now_and_then(store: Store, fake: Any, clock: Clock) -> None:
-    elsewhere = _Elsewhere(store, "mine", clock)
+    elsewhere = Elsewhere(store, "mine", clock)
 
     def computes() -> bool:
         return elsewhere.computes(K)

@@ -182,6 +182,34 @@ def test_a_cell_lasts_from_its_own_first_stage_to_its_last(trial_result: Tried) 
     assert trial_result.result["ended"] == max(ends)
 
 
+def test_a_cell_does_not_last_from_what_it_took_over(
+    cell: dict[str, Any], try_cell: Callable[..., Tried], tmp_path: Path
+) -> None:
+    tried = try_cell(cell, tmp_path)
+    stages = tried.stage.inputs
+    own = ("exposure round 2", "unlearn", "evaluate defended")
+    for name in own[1:]:
+        # As if an equal stage had been computed a week before.
+        file = tmp_path / stages[name].key / "record.json"
+        record = json.loads(file.read_text())
+        old = {"started": record["started"] - 7 * 86400, "computed_as": "0" * 24}
+        file.write_text(json.dumps({**record, **old}))
+    shutil.rmtree(tried.folder)
+    again = try_cell(cell, tmp_path)
+    made = records(again)
+    assert again.result["started"] == made[own[0]]["started"]
+    # Without round 2 there is nothing of its own: it began with its flags, the last stage before.
+    file = tmp_path / stages[own[0]].key / "record.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "computed_as": "0" * 24}))
+    shutil.rmtree(again.folder)
+    last = try_cell(cell, tmp_path)
+    left = [record["started"] for name, record in records(last).items() if name not in own]
+    assert last.result["started"] == max(left)
+    assert last.result["ended"] >= last.result["started"]
+    # What it costs stays what it costs.
+    assert comparable(last.metrics) == comparable(tried.metrics)
+
+
 def test_the_token_table_agrees_with_the_metrics(trial_result: Tried) -> None:
     tokens, metrics = trial_result.tokens, trial_result.metrics
     assert tokens.flagged.sum() == metrics["flagged"] > 0
