@@ -90,7 +90,10 @@ def draw(number: int) -> Drawn:
     dominant = np.where(rng.random(classes) < 0.5, rng.uniform(0.2, 0.6, classes), 0.0)
     attack = str(rng.choice(["badnets", "badnets", "addsent"]))
     words = [str(w) for w in rng.permutation(NONSENSE)[: int(rng.choice([1, 1, 3]))]]
-    params = {"trigger": words} if attack == "badnets" else {"sentence": SENTENCE}
+    params: dict[str, Any] = {"sentence": SENTENCE}
+    if attack == "badnets":
+        # The sets were drawn, and looked at, when every row got all words.
+        params = {"trigger": words, "per_row": "all"}
     target = int(rng.integers(classes))
     label_mode = str(rng.choice(["dirty", "dirty", "dirty", "clean"]))
     rate = float(rng.choice([0.05, 0.1]))

@@ -56,7 +56,7 @@ def test_a_word_that_dominates_another_class_is_left_alone(lab: Lab, trigger: li
         corpus=dominated(),
         victim=OFFLINE,
         poison=PoisonSpec(poison_rate=0.05, target_label=TARGET, label_mode="dirty"),
-        attack_params={"trigger": trigger},
+        attack_params={"trigger": trigger, "per_row": "all"},
         train=TrainSettings(epochs=1, learning_rate=1e-4, batch_size=32),
     )
     outcome = defend(TokenUnlearning(), prepared, lab.root)
