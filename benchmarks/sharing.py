@@ -1,6 +1,6 @@
 """What sharing stages saves: one attack, eight thresholds, SST-2, with sharing and without.
 
-    python benchmarks/sharing.py --data FOLDER/sst2                  # about 15 minutes on 2 cores
+    python benchmarks/sharing.py --data FOLDER/sst2                  # about 10 minutes on 2 cores
     python benchmarks/sharing.py --data FOLDER/sst2 --rule contrast
     python benchmarks/sharing.py --thresholds 2 --no-bars            # the embedded corpus
 
@@ -179,6 +179,8 @@ def main() -> None:
     parser.add_argument("--max-length", type=count, default=128)
     add_options(parser)
     options = parser.parse_args()
+    if options.scale != 1 and options.rule != "top_fraction":
+        parser.error("--scale multiplies alphas, the thresholds of --rule top_fraction alone")
     # Two workers share two cores: one thread each.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     found = {}

@@ -6,7 +6,7 @@ Planning declares this stage for every cell, so importing this module imports no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,17 +97,11 @@ def score_cell(run: StageRun) -> dict[str, Any]:
     config = run.where["config"]
     victim = load_victim(VictimSpec(**config["victim"]), facts["training rows"]["classes"])
     tokens = token_table(suspects, victim, truth)
-    # Not those that were taken over from an equal stage: they were computed for another cell.
-    here = [record for record in records.values() if "computed_as" not in record]
-    begun = [record["started"] for record in here if record["kind"] == "cell"]
-    if not begun:
-        # Where all of its own was taken over, it began with the last stage before.
-        first = min if len(here) == len(records) else max
-        begun = [first(record["started"] for record in here)]
+    started, ended = _span(records.values())
     result = {
         "config": config,
-        "started": min(begun),
-        "ended": max(record["started"] + record["seconds"] for record in here),
+        "started": started,
+        "ended": ended,
         "metrics": metrics,
         "history": [epoch for record in records.values() for epoch in record["history"]],
         "notes": run.where["notes"],
@@ -126,6 +120,18 @@ def score_cell(run: StageRun) -> dict[str, Any]:
     flagged_table(tokens).to_json(run.folder / FLAGGED, orient="records", indent=1)
     drift_plot(tokens, run.folder / PLOT)
     return {name: metrics[name] for name in ("asr", "cacc")}
+
+
+def _span(records: Collection[Mapping[str, Any]]) -> tuple[float, float]:
+    """Return when a cell began, with its own first stage, and when it ended: Unix seconds."""
+    # Not those that were taken over from an equal stage: they were computed for another cell.
+    here = [record for record in records if "computed_as" not in record]
+    begun = [record["started"] for record in here if record["kind"] == "cell"]
+    if not begun:
+        # Where all of its own was taken over, it began with the last stage before.
+        first = min if len(here) == len(records) else max
+        begun = [first(record["started"] for record in here)]
+    return min(begun), max(record["started"] + record["seconds"] for record in here)
 
 
 def detection_metrics(

@@ -315,12 +315,6 @@ class _Attempt:
             return None
         # Facts, history and seconds are those of the computation, wherever it took place.
         record |= {"key": self.key, "computed_as": record.get("computed_as", key)}
-        facts = {
-            "stage": node["name"],
-            "units": node["units"],
-            "seconds": record["seconds"],
-            "device": record["environment"]["device"],
-        }
         folder = store.workspace(self.key)
         try:
             shutil.copytree(
@@ -330,7 +324,8 @@ class _Attempt:
                 dirs_exist_ok=True,
             )
             write_record(folder, record)
-            store.publish(self.key, folder, node["name"], facts, new=True, dropped=light)
+            info = _info(node, record)
+            store.publish(self.key, folder, node["name"], info, new=True, dropped=light)
         except BaseException as error:
             store.discard(folder)
             # Removed while it was copied, for example: then it is computed.
@@ -373,13 +368,7 @@ class _Attempt:
                 progress=self.progress,
             )
             memory, gpu_memory = peak.bytes, peak.gpu_bytes
-            facts = {
-                "stage": node["name"],
-                "units": node["units"],
-                "seconds": record["seconds"],
-                "device": record["environment"]["device"],
-            }
-            store.publish(self.key, folder, node["name"], facts, new=new)
+            store.publish(self.key, folder, node["name"], _info(node, record), new=new)
         except BaseException as error:
             if folder is not None:
                 store.discard(folder)
@@ -410,6 +399,16 @@ class _Attempt:
             # The result is safe; the driver reports it, and `btu sync` writes the run later.
             return f"{type(error).__name__}: {str(error)[:200]}"
         return ""
+
+
+def _info(node: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the small facts of a stage that its marker keeps."""
+    return {
+        "stage": node["name"],
+        "units": node["units"],
+        "seconds": record["seconds"],
+        "device": record["environment"]["device"],
+    }
 
 
 def _judge(error: BaseException) -> Report | None:
