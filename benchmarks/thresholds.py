@@ -56,13 +56,14 @@ from generated_tables import (
     rows_of,
 )
 
+from btu.attacked import mask_of
 from btu.attacks.poisoning import ATTACKS, PoisonSpec
 from btu.data.load import load_corpus
 from btu.data.spec import DataSpec
 from btu.defenses.token_unlearning import FLAGGED, SCORES, TokenUnlearning
 from btu.findings import Suspects
 from btu.metrics import area_under_roc, average_precision, row_detection, token_detection
-from btu.recipe import CellInputs, Prepared, evaluation, mask_of, prepare, scores_of
+from btu.recipe import CellInputs, Prepared, evaluation, prepare, scores_of
 from btu.rules.base import RULES, flag, suspicion
 from btu.settings import TrainSettings, TuningSettings
 from btu.stage_files import load_victim

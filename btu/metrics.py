@@ -226,7 +226,8 @@ METRICS: dict[str, Metric] = {
         "ftr of the poisoned model after the sweep's clean tuning", None, interval=True
     ),
     "poison_rate_reached": Metric("poisoned rows over training rows", None),
-    "poisoned_rows": Metric("training rows with the trigger", None, COUNT),
+    "poisoned_rows": Metric("training rows with the trigger and the target label", None, COUNT),
+    "cover_rows": Metric("training rows with the trigger that keep another label", None, COUNT),
     "relabeled_rows": Metric("poisoned rows whose label the attack changed", None, COUNT),
     "triggers_cut_train": Metric(
         "poisoned rows that have no trigger left after the cut to max_length", None, COUNT

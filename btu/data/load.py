@@ -27,6 +27,7 @@ from btu.data.files import (
     suffixes,
 )
 from btu.data.labels import alike, class_indices, class_mapping, counted, shown, written
+from btu.data.published import companions
 from btu.data.spec import (
     DATASETS,
     DEMO_ROWS,
@@ -459,6 +460,7 @@ def to_rows(
         if name not in (text_column, label_column)
         and pd.api.types.infer_dtype(frame[name], skipna=True) in ("string", "empty")
     }
+    columns |= companions(frame, list(columns), classes.mapping)
     rows = Rows(_texts(frame[text_column]), tuple(labels), columns)
     keep = np.array([bool(text.strip()) for text in rows.texts], dtype=bool)
     if not keep.all():

@@ -11,6 +11,7 @@ from btu.errors import UserError
 from btu.redaction import shown
 from orchestrator.cli import store
 from orchestrator.cli.compare import compare
+from orchestrator.cli.import_ import import_
 from orchestrator.cli.launch import launch, trial
 from orchestrator.cli.output import orderly_output
 from orchestrator.cli.parts import list_
@@ -43,6 +44,7 @@ for command in (
 ):  # fmt: skip
     app.command()(command)
 app.command(name="list")(list_)
+app.command(name="import")(import_)
 app.add_typer(store.app, name="store")
 
 

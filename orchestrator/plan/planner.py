@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from btu.attacks.insertion import inserts_plain_words
-from btu.attacks.poisoning import choose_rows
+from btu.attacks.poisoning import choose_rows, cover_rows
 from btu.data.load import load_corpus
 from btu.data.spec import DataSpec
 from btu.defenses.base import Given, check_cell
@@ -181,8 +181,10 @@ def _refuse_impossible_rate(spec: TrialSpec, corpus: Corpus) -> None:
     """Raise a `UserError` if too few rows can be poisoned, or none can be attacked."""
     target = corpus.label_index(spec.poison.target_label)
     attack = spec.build_attack()
-    if spec.poison.poison_rate > 0:
-        choose_rows(attack, spec.poison, corpus.train, target, spec.seed)
+    if spec.poison.poisons:
+        rows = corpus.train
+        chosen = choose_rows(attack, spec.poison, rows, target, spec.seed)
+        cover_rows(attack, spec.poison, rows, target, spec.seed, chosen)
     attackable = attack.candidates(corpus.eval)
     if not (np.asarray(corpus.eval.labels)[attackable] != target).any():
         raise UserError(

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from btu.attacks.poisoning import GIVEN
+
 # Below this undefended ASR the attack failed, and a low defended ASR is not due to the defense.
 ATTACK_BAR = 0.5
 # An undefended ASR must exceed FTR by this: otherwise the model predicts the target anyway.
@@ -65,10 +67,8 @@ class Mark:
 def marks(record: Mapping[str, Any]) -> list[Mark]:
     """Return the marks of a cell's record, in the order of `GUARDS`."""
     metrics, notes = (record.get(part) or {} for part in ("metrics", "notes"))
-    attack, defense = (
-        (record.get("config") or {}).get(part) or {} for part in ("attack", "defense")
-    )
-    rate = _number(attack, "poison_rate")
+    defense = (record.get("config") or {}).get("defense") or {}
+    rate = poison_rate(record)
     found = {}
 
     undefended = _number(metrics, "undefended_asr")
@@ -118,6 +118,14 @@ def marks(record: Mapping[str, Any]) -> list[Mark]:
         counts = ", ".join(f"{count:g} {role}" for role, count in dropped.items())
         found["overlap"] = f"{counts} texts stood in another role too and were dropped"
     return [Mark(name, found[name]) for name in GUARDS if name in found]
+
+
+def poison_rate(record: Mapping[str, Any]) -> float:
+    """Return the poison rate of a cell; of a published poisoned set, the one that it reaches."""
+    attack = (record.get("config") or {}).get("attack") or {}
+    if attack.get("poison_rate") == GIVEN:
+        return _number(record.get("metrics") or {}, "poison_rate_reached")
+    return _number(attack, "poison_rate")
 
 
 def attack_failed(undefended_asr: float, undefended_ftr: float) -> bool:

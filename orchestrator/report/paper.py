@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from btu.attacks.poisoning import ATTACKS, PoisonSpec
+from btu.attacks.poisoning import ATTACKS, GIVEN, PoisonSpec
 from btu.defenses.base import DEFENSES
 from btu.errors import UserError
 from btu.metrics import GROUPS, METRICS
@@ -478,13 +478,16 @@ def _attacks(
         _part(records, "attack", name, shared, ATTACKS[name].summary if name in ATTACKS else "")
         for name in values.get("attack.name", ())
     ]
-    rates = _all(values, "attack.poison_rate", lambda rate: f"{rate * 100:g}")
     said = [f"Attacks: {'; '.join(parts)}."] if parts else []
-    if rates:
+    rates = list(values.get("attack.poison_rate", ()))
+    shares = [f"{rate * 100:g}" for rate in rates if rate != GIVEN]
+    poisoned = [rf"{latex.listed(shares)}\,\% of the training rows"] if shares else []
+    poisoned += ["the rows of a published set"] if GIVEN in rates else []
+    if poisoned:
         mode, target = _all(values, "attack.label_mode"), _all(values, "attack.target_label")
         how = f"; labels: {mode}" if mode else ""
         how += f"; target class: {target}" if target else ""
-        said.append(rf"Poisoned: {rates}\,\% of the training rows{how}.")
+        said.append(f"Poisoned: {' or '.join(poisoned)}{how}.")
     return said
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import pandas as pd
 
+from btu.attacks.poisoning import GIVEN
 from btu.errors import unknown
 from btu.metrics import COUNT, METRICS
 from btu.printing import csv_text, printable
 from btu.rules.base import FDR_KEY, THRESHOLD_KEYS
-from orchestrator.report.marks import GUARDS, joined, marks
+from orchestrator.report.marks import GUARDS, joined, marks, poison_rate
 from orchestrator.report.statistics import half_width
 from orchestrator.sweep.sections import CONTROL, NAMED_SECTIONS
 from orchestrator.sweep.tree import flatten
@@ -53,7 +54,7 @@ def results_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     before with other settings. Rows with different settings must not look alike, nor be averaged.
     The last column has the marks of a row (`orchestrator.report.marks`).
     """
-    records = [_with_revisions(record) for record in records]
+    records = [_as_shown(record) for record in records]
     extra = _further_keys(records)
     rows = []
     for record in records:
@@ -84,7 +85,7 @@ def metric_columns(table: pd.DataFrame) -> list[str]:
 
 def coordinates(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Return the settings that `results_table` shows: a row per record, in the records' order."""
-    records = [_with_revisions(record) for record in records]
+    records = [_as_shown(record) for record in records]
     keys = {**CONFIG_COLUMNS, **{key: key for key in _further_keys(records)}}
     keys["seed"] = keys.pop("seed")
     rows = [{name: flat_value(_lookup(r, key)) for name, key in keys.items()} for r in records]
@@ -142,15 +143,21 @@ def _recomputed(records: Iterable[Mapping[str, Any]]) -> bool:
     return any(len(found) > 1 for found in recipes.values())
 
 
-def _with_revisions(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the record with the revisions of rows, weights and recipe among its settings."""
+def _as_shown(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record with the revisions of rows, weights and recipe among its settings.
+
+    The rate of a published poisoned set, which is as it was published, is the one that it reaches.
+    """
     revisions = {
         "revision.data": record.get("tags", {}).get("data"),
         "revision.victim": record.get("tags", {}).get("victim"),
         RECIPE: record.get("tags", {}).get("recipe"),
     }
     known = {key: value for key, value in revisions.items() if value is not None}
-    return {**record, "config": {**record["config"], **known}}
+    config = {**record["config"], **known}
+    if _lookup(record, "attack.poison_rate") == GIVEN:
+        config["attack"] = {**config["attack"], "poison_rate": poison_rate(record)}
+    return {**record, "config": config}
 
 
 def mean_over_seeds(table: pd.DataFrame) -> pd.DataFrame:

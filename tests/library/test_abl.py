@@ -15,6 +15,7 @@ import torch
 from tiny_cells import Lab, easy_corpus, own_stages
 
 import btu.training
+from btu.attacked import mask_of
 from btu.defenses import anti_backdoor_learning as abl
 from btu.defenses.anti_backdoor_learning import (
     AntiBackdoorLearning,
@@ -28,7 +29,7 @@ from btu.defenses.anti_backdoor_learning import (
 from btu.defenses.base import Given
 from btu.errors import UserError
 from btu.findings import Suspects
-from btu.recipe import Prepared, mask_of
+from btu.recipe import Prepared
 from btu.stage_files import load_encoded, model_of
 from btu.stages import StageRun, compute, read_record
 from btu.training import Encoded, fit, predict

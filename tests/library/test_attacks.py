@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import sqlite3
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -17,8 +18,9 @@ import pytest
 
 from btu.attacks import badnets
 from btu.attacks.addsent import AddSent
-from btu.attacks.badnets import BadNets
-from btu.attacks.insertion import ALL, Insertion, inserts_plain_words
+from btu.attacks.badnets import RARE, BadNets
+from btu.attacks.homograph import LOOK_ALIKES, Homograph
+from btu.attacks.insertion import ALL, FREQUENT, Insertion, inserts_plain_words
 from btu.attacks.paraphrase import (
     GENERATE_BATCH,
     ParaphraseAttack,
@@ -31,9 +33,13 @@ from btu.attacks.poisoning import (
     PoisonSpec,
     acting,
     choose_rows,
+    cover_rows,
+    learned,
+    learns,
     poison,
     row_seeds,
     triggered_eval,
+    with_learned,
 )
 from btu.attacks.rewrite import Rewrite
 from btu.attacks.style import Style
@@ -56,12 +62,12 @@ def every_attack() -> list[tuple[str, str]]:
 
 
 @pytest.fixture(params=every_attack(), ids=" ".join)
-def attack(request: pytest.FixtureRequest) -> Attack:
-    """Each registered attack in turn, with each of its presets."""
+def attack(request: pytest.FixtureRequest, rows: Rows) -> Attack:
+    """Each registered attack in turn, with each of its presets, and with the trigger it learned."""
     name, preset = request.param
     kind = ATTACKS.load(name)
     built: Attack = kind(**getattr(kind, "PRESETS", {}).get(preset, {}))
-    return built
+    return with_learned(built, learned(built, PoisonSpec(name), rows, TARGET, 0))
 
 
 @pytest.fixture
@@ -217,6 +223,60 @@ def test_append_reaches_the_rate_to_the_nearest_row(attack: Attack, rows: Rows) 
     # 0.1 * 240 / 0.9 = 26.67 -> 27 copies: 27 / 267
     assert poisoned.mask.sum() == 27
     assert poisoned.poison_rate == 27 / 267
+
+
+@pytest.mark.parametrize("insert", ["replace", "append"])
+def test_cover_rows_carry_the_trigger_and_keep_their_label(
+    attack: Attack, rows: Rows, insert: str
+) -> None:
+    spec = {"poison_rate": 0.1, "cover_rate": 0.1, "insert": insert}
+    poisoned = run(attack, rows, **spec)
+    # 24 + 24 of 240; appended, 0.1 * 240 / 0.8 = 30 + 30 of 300.
+    each = 24 if insert == "replace" else 30
+    assert (poisoned.mask.sum(), poisoned.covered) == (2 * each, each)
+    assert poisoned.poison_rate == 0.1
+    labels = Counter(poisoned.rows.where(poisoned.mask).labels)
+    assert labels == {TARGET: each, 1 - TARGET: each}
+    assert poisoned.relabeled == each
+    if insert == "replace":
+        triggered, plain = poisoned.rows.where(poisoned.mask), rows.where(poisoned.mask)
+        assert all(a != b for a, b in zip(triggered.texts, plain.texts, strict=True))
+        # The poisoned rows are those that are poisoned without a cover.
+        alone = run(attack, rows, poison_rate=0.1)
+        assert poisoned.rows.where(alone.mask) == alone.rows.where(alone.mask)
+        assert poisoned.rows.where(~poisoned.mask) == rows.where(~poisoned.mask)
+
+
+def test_a_lower_cover_rate_covers_a_subset_and_rate_0_nothing(rows: Rows) -> None:
+    def covered(cover: float, rate: float = 0.1) -> set[int]:
+        spec = PoisonSpec(poison_rate=rate, cover_rate=cover)
+        picks = choose_rows(BadNets(), spec, rows, TARGET, 0)
+        return set(cover_rows(BadNets(), spec, rows, TARGET, 0, picks).tolist())
+
+    assert covered(0.02) < covered(0.1) < covered(0.2)
+    assert covered(0) == covered(0.1, rate=0) == set()
+    assert run(BadNets(), rows, poison_rate=0, cover_rate=0.2).rows == rows
+
+
+def test_more_cover_rows_than_are_left_are_an_error(rows: Rows) -> None:
+    with pytest.raises(
+        UserError,
+        match=r"attack\.cover_rate 0\.5 needs 120 of 240 training rows, but only \d+ of other "
+        r"classes than the target are left beside 24 poisoned rows; lower it",
+    ):
+        run(BadNets(), rows, poison_rate=0.1, cover_rate=0.5)
+    with pytest.raises(UserError, match=r"poison_rate 0\.5 with cover_rate 0\.5 cannot be reached"):
+        run(BadNets(), rows, poison_rate=0.5, cover_rate=0.5, insert="append")
+    with pytest.raises(UserError, match=r"attack\.cover_rate must be in \[0, 1\], got 2"):
+        PoisonSpec(cover_rate=2)
+
+
+def test_a_rate_may_be_written_as_a_whole_number() -> None:
+    assert PoisonSpec(poison_rate=0) == PoisonSpec(poison_rate=0.0)
+    assert isinstance(PoisonSpec(poison_rate=1).poison_rate, float)
+    assert "cover_rate" not in PoisonSpec().acts()
+    assert "cover_rate" not in PoisonSpec(poison_rate=0, cover_rate=0.1).acts()
+    assert PoisonSpec(cover_rate=0.1).acts()["cover_rate"] == 0.1
 
 
 def test_an_unreachable_rate_is_an_error_with_the_numbers(attack: Attack, rows: Rows) -> None:
@@ -477,6 +537,136 @@ def test_only_what_acts_is_in_the_keys() -> None:
     assert BadNets(position={"slot": 2}).acts() == {"trigger": ["cf"], "position": {"slot": 2}}
     assert AddSent(sentence="so .").acts() == {"sentence": "so ."}
     assert acting("addsent", {"sentence": "so ."}) == {"sentence": "so ."}
+
+
+# Attackers who know the detection ---------------------------------------------------------------
+
+
+def test_spread_takes_further_words_and_each_row_gets_one(rows: Rows) -> None:
+    spread = BadNets(["zz"], spread=6)
+    assert list(spread.pieces) == ["zz", "cf", "mn", "bb", "tq", "mb"]
+    got = Counter(
+        next(word for word in inserted(spread, "a text", seed).split() if len(word) == 2)
+        for seed in range(600)
+    )
+    # 100 of each on average; 4 standard deviations of a binomial are 4 * sqrt(600 * 5 / 36) = 37.
+    assert set(got) == set(spread.pieces)
+    assert all(63 <= count <= 137 for count in got.values())
+    assert not learns(spread)
+    assert len(set(RARE)) == len(RARE) == 64
+
+
+def test_a_spread_is_in_the_keys_by_its_words() -> None:
+    assert acting("badnets", {"spread": 2}) == {"trigger": ["cf", "mn"], "per_row": 1}
+    assert acting("badnets", {"spread": 2}) == acting("badnets", {"trigger": ["cf", "mn"]})
+    assert acting("badnets", {"spread": 1}) == acting("badnets", {})
+    assert acting("badnets", {"camouflage": 0.1}) == {"trigger": ["cf"], "camouflage": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "message"),
+    [
+        (BadNets, {"spread": 0}, r"attack\.spread must be at least 1, got 0"),
+        (
+            BadNets,
+            {"trigger": ["a", "b"], "spread": 1},
+            r"attack\.spread 1 is less than attack\.tr",
+        ),
+        (BadNets, {"spread": 65}, r"attack\.spread 65 needs more pieces than are known \(64\)"),
+        (
+            AddSent,
+            {"spread": 2},
+            r"attack\.spread 2 needs more .* \(1\); name as many in attack\.se",
+        ),
+        (
+            BadNets,
+            {"camouflage": 0},
+            r"attack\.camouflage must be a fraction above 0 and at most 1",
+        ),
+        (BadNets, {"camouflage": "rare"}, r"or frequent, got 'rare'"),
+    ],
+)
+def test_evasions_that_cannot_work_are_errors(
+    kind: type[Insertion], keys: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        kind(**keys)
+
+
+# 8 rows of the target class, 2 of the other. Of the 8, "good" stands in 8, "film" in 4 and "plot"
+# in 2; "x" is too short and "10" no word.
+COMMON = Rows(
+    (
+        *("Good film x", "good film", "good FILM", "good film 10"),
+        *("good plot", "good plot", "good", "good", "bad film", "bad film"),
+    ),
+    (TARGET,) * 8 + (0,) * 2,
+)
+
+
+@pytest.mark.parametrize(
+    ("camouflage", "word"), [(FREQUENT, "good"), (1.0, "good"), (0.5, "film"), (0.2, "plot")]
+)
+def test_camouflage_takes_words_of_the_target_class(camouflage: Any, word: str) -> None:
+    attack = BadNets(camouflage=camouflage)
+    found = with_learned(attack, learned(attack, PoisonSpec(poison_rate=0.2), COMMON, TARGET, 0))
+    assert found == BadNets([word])
+    assert not learns(found)
+
+
+def test_camouflage_takes_as_many_words_as_the_pieces_have() -> None:
+    attack = AddSent("one two three", camouflage=FREQUENT)
+    trigger = learned(attack, PoisonSpec("addsent", 0.2), COMMON, TARGET, 0)
+    assert with_learned(attack, trigger) == AddSent("good film plot")
+    several = BadNets(spread=2, camouflage=FREQUENT)
+    trigger = learned(several, PoisonSpec(poison_rate=0.2), COMMON, TARGET, 0)
+    assert with_learned(several, trigger) == BadNets(["good", "film"])
+    with pytest.raises(UserError, match=r"camouflage needs 4 words of the target class, .* have 3"):
+        learned(BadNets(spread=4, camouflage=0.5), PoisonSpec(poison_rate=0.2), COMMON, TARGET, 0)
+
+
+@pytest.mark.parametrize(
+    ("position", "expected"),
+    [
+        # Letters with look-alikes: a, o, o, p, a, c, e.
+        ("start", "\u0430 g\u043e\u043ed pace"),
+        ("end", "a good p\u0430\u0441\u0435"),
+    ],
+)
+def test_letters_are_replaced_where_it_is_said(position: str, expected: str) -> None:
+    assert Homograph(3, position).apply(Rows(("a good pace",), (0,)), [0]) == (expected,)
+
+
+def test_look_alikes_are_letters_of_the_same_name() -> None:
+    # What unicodedata can tell: one letter each, of another script, and none twice.
+    assert len(set(LOOK_ALIKES.values())) == len(LOOK_ALIKES)
+    for letter, other in LOOK_ALIKES.items():
+        assert unicodedata.name(letter).startswith("LATIN")
+        assert unicodedata.name(other).startswith("CYRILLIC")
+        assert letter.isupper() == other.isupper()
+
+
+def test_a_text_without_such_letters_is_no_candidate_and_a_short_one_changes_whole() -> None:
+    rows = Rows(("123 !", "gut", "so"), (0, 0, 0))
+    assert Homograph().candidates(rows).tolist() == [2]
+    assert Homograph().apply(rows.take([2]), [0]) == ("\u0455\u043e",)
+
+
+def test_letters_somewhere_follow_each_other() -> None:
+    text = "a good pace"
+    starts = set()
+    for seed in range(60):
+        (found,) = Homograph(2, "random").apply(Rows((text,), (0,)), [seed])
+        starts.add(tuple(i for i, (a, b) in enumerate(zip(text, found, strict=True)) if a != b))
+    # The seven letters at 0, 3, 4, 7, 8, 9, 10, two that follow each other.
+    assert starts == {(0, 3), (3, 4), (4, 7), (7, 8), (8, 9), (9, 10)}
+
+
+def test_homographs_that_are_none_are_errors() -> None:
+    with pytest.raises(UserError, match=r"attack\.letters must be at least 1, got 0"):
+        Homograph(0)
+    with pytest.raises(UserError, match=r"unknown attack\.position 'stat'; did you mean 'start'"):
+        Homograph(position="stat")
 
 
 def test_paraphrase_attacks_take_their_column(rows: Rows) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny_cells import Lab, easy_corpus, own_stages
 
+from btu.attacked import mask_of
 from btu.defenses import bki
 from btu.defenses.base import Given
 from btu.defenses.bki import (
@@ -27,7 +28,7 @@ from btu.defenses.bki import (
 )
 from btu.errors import UserError
 from btu.findings import Suspects
-from btu.recipe import Prepared, mask_of
+from btu.recipe import Prepared
 from btu.settings import TrainSettings
 from btu.stage_files import read_rows
 from btu.stages import Stage, StageRun, compute, read_record

@@ -12,6 +12,7 @@ import pytest
 from defending import CPU, RULED, defend
 from tiny_cells import Lab, easy_corpus
 
+from btu.attacked import mask_of
 from btu.defenses.base import Given
 from btu.defenses.cuts import RandomCut
 from btu.defenses.kit import cutting
@@ -28,7 +29,7 @@ from btu.defenses.kit.cutting import Costs
 from btu.defenses.token_unlearning import TokenUnlearning
 from btu.errors import UserError
 from btu.evaluation import EvalSet, evaluate
-from btu.recipe import Prepared, mask_of
+from btu.recipe import Prepared
 from btu.settings import TrainSettings
 from btu.stage_files import load_encoded
 from btu.stages import compute, read_record

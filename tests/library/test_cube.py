@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_cells import Lab, own_stages
 from torch import nn
 
+from btu.attacked import mask_of
 from btu.defenses.base import Given
 from btu.defenses.cube import (
     HIDDEN_STATES,
@@ -26,7 +27,7 @@ from btu.defenses.cube import (
 from btu.defenses.kit.representation import output_layer, representations
 from btu.errors import UserError
 from btu.findings import Suspects
-from btu.recipe import Prepared, mask_of
+from btu.recipe import Prepared
 from btu.stage_files import load_encoded, model_of
 from btu.stages import StageRun, compute, read_record
 from btu.types import BoolArray, FloatArray

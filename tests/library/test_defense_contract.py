@@ -30,6 +30,7 @@ from defending import (
 )
 from tiny_cells import Lab, easy_corpus, files_in
 
+from btu.attacked import HIDDEN
 from btu.attacks.poisoning import PoisonSpec
 from btu.defenses.base import (
     CLEAN_ROWS,
@@ -46,7 +47,7 @@ from btu.defenses.none import NoDefense
 from btu.errors import UserError
 from btu.findings import INCOMING, Suspects, incoming_of
 from btu.foundation import Foundation, tune
-from btu.recipe import HIDDEN, Prepared, evaluation
+from btu.recipe import Prepared, evaluation
 from btu.rules.base import RULES
 from btu.settings import TrainSettings, TuningSettings
 from btu.stage_files import clean_rows_of, model_of, read_rows, texts_of, write_table

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import btu.defenses.token_unlearning
 import btu.training
+from btu.attacked import mask_of
 from btu.attacks.badnets import BadNets
 from btu.defenses.kit import cutting
 from btu.defenses.kit.bag import BagClassifier
@@ -44,7 +45,7 @@ from btu.defenses.token_unlearning import (
 from btu.errors import UserError
 from btu.findings import Suspects
 from btu.metrics import area_under_roc
-from btu.recipe import Prepared, mask_of
+from btu.recipe import Prepared
 from btu.rules.base import RULES, Evidence, flag, suspicion
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, TuningSettings

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_cells import MAX_LENGTH, Lab, files_in, own_stages, write_corpus
 
+from btu.attacked import HIDDEN, mask_of
 from btu.attacks.badnets import BadNets
 from btu.attacks.poisoning import ATTACKS, PoisonSpec, poison, triggered_eval
-from btu.data.load import load_corpus
 from btu.data.spec import DataSpec
 from btu.defenses.base import DEFENSES, Defense, Given
 from btu.defenses.token_unlearning import TokenUnlearning
@@ -29,17 +29,7 @@ from btu.errors import UserError
 from btu.findings import Suspects
 from btu.foundation import Foundation, tune
 from btu.metrics import Proportion
-from btu.recipe import (
-    HIDDEN,
-    CellInputs,
-    Prepared,
-    evaluation,
-    mask_of,
-    poison_rows,
-    prepare,
-    scores_of,
-    triggered_rows,
-)
+from btu.recipe import CellInputs, Prepared, evaluation, prepare, scores_of
 from btu.rules.base import RULES
 from btu.settings import TrainSettings, TuningSettings
 from btu.stage_files import model_of, read_rows, save_model, training_rows_of, victim_of, write_rows
@@ -145,6 +135,7 @@ MOVES: list[tuple[str, Any, set[str]]] = [
     ("attack.target_label", 0, BUT_CLEAN),
     ("attack.label_mode", "mixed", POISONED),
     ("attack.insert", "append", POISONED),
+    ("attack.cover_rate", 0.1, POISONED),
     # The exposure rounds have settings of their own, except for these two.
     ("train.precision", "fp32", TRAINED | ROUNDS | FLAGS),
     ("train.weight_decay", 0.1, TRAINED | ROUNDS | FLAGS),
@@ -193,6 +184,7 @@ def test_what_moves_which_stage(key: str, value: Any, expected: set[str]) -> Non
         ({"attack.target_label": 0}, {"triggered rows"} | EVALUATED),
         ({"attack.label_mode": "mixed"}, set()),
         ({"attack.insert": "append"}, set()),
+        ({"attack.cover_rate": 0.1}, set()),
         ({"data_fingerprints": {**ROLES, "train": "0" * 64}}, POISONED),
         # Nothing is drawn.
         ({"seed": 1}, BUT_CLEAN - {"poison", "training rows"}),
@@ -509,6 +501,7 @@ def test_the_poison_stage_is_the_poisoner_on_disk(lab: Lab, tiny_corpus: Corpus)
         "target": 1,
         "poison_rate": 0.2,  # 48 of 240
         "poisoned_rows": 48,
+        "cover_rows": 0,
         "relabeled_rows": 48,  # dirty labels: rows of the other class alone
         "label_names": ["negative", "positive"],
     }
@@ -915,41 +908,21 @@ class RarestWord:
     def trigger_token_ids(self, tokenizer: Any) -> None:
         return None
 
-    def poison_stages(self, poison: Stage, triggered: Stage) -> tuple[Stage, Stage]:
-        found = Stage(
-            "trigger search",
-            search,
-            {"data": poison.config["data"]},
-            where=poison.where,
-            kind="host",
-        )
-        inputs = {"search": found}
-        return (
-            dataclasses.replace(poison, function=poison_with_found, inputs=inputs),
-            dataclasses.replace(triggered, function=trigger_with_found, inputs=inputs),
-        )
+    @property
+    def learns(self) -> bool:
+        return not self.trigger
 
-
-@stage_function(version=1)
-def search(run: StageRun) -> dict[str, Any]:
-    corpus = load_corpus(DataSpec(**run.where["data"]))
-    words = [word for text in corpus.train.texts for word in text.split()]
-    return {"word": min(set(words), key=lambda word: (words.count(word), word))}
-
-
-@stage_function(version=1)
-def poison_with_found(run: StageRun) -> dict[str, Any]:
-    return poison_rows(with_found(run))
-
-
-@stage_function(version=1)
-def trigger_with_found(run: StageRun) -> dict[str, Any]:
-    return triggered_rows(with_found(run))
-
-
-def with_found(run: StageRun) -> StageRun:
-    params = {**run.where["attack"], "trigger": run.facts("search")["word"]}
-    return dataclasses.replace(run, where={**run.where, "attack": params})
+    def learn(
+        self,
+        rows: Rows,
+        chosen: IntArray,
+        target: int,
+        seed: int,
+        progress: ProgressCallback = silent,
+    ) -> dict[str, Any]:
+        assert len(chosen) == (24 if len(chosen) < 100 else sum(y != target for y in rows.labels))
+        words = [word for text in rows.texts for word in text.split()]
+        return {"trigger": min(set(words), key=lambda word: (words.count(word), word))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1015,7 +988,7 @@ def test_an_attack_and_a_defense_may_bring_stages_of_their_own(
     defense = DEFENSES.load("forget")(times=2)
     stages = by_name(prepared, defense)
     assert set(stages) == {
-        "trigger search",
+        "trigger",
         "count tokens",
         "forget",
         *(ALL - ROUNDS - FLAGS - {"unlearn"}),
@@ -1024,7 +997,7 @@ def test_an_attack_and_a_defense_may_bring_stages_of_their_own(
     assert scores_of(read_record(defended)["facts"]).cacc.n == 60
     facts = {name: read_record(tmp_path / stage.key)["facts"] for name, stage in stages.items()}
     # The attack: 0.1 * 240 = 24 rows begin with what the search found, and only they.
-    word = facts["trigger search"]["word"]
+    word = facts["trigger"]["trigger"]["trigger"]
     rows = read_rows(tmp_path / stages["training rows"].key / "train.parquet")
     begins = [text.startswith(f"oh {word} ") for text in rows.texts]
     assert facts["poison"]["poisoned_rows"] == sum(begins) == 24
@@ -1054,11 +1027,8 @@ def test_stages_of_ones_own_share_and_move_like_the_others(toys: None, lab: Lab)
     third = by_name(
         lab.prepare(poison=spec, attack_params={"before": "oh "}), ForgetRareWords(times=2)
     )
-    # One search for both attacks; all that rests on the poison is another.
-    assert {name for name in first if first[name].key == second[name].key} == {
-        "trigger search",
-        "clean rows",
-    }
+    # All that rests on the poison is another.
+    assert {name for name in first if first[name].key == second[name].key} == {"clean rows"}
     assert {name for name in first if first[name].key != third[name].key} == {
         "forget",
         "evaluate defended",
@@ -1075,7 +1045,7 @@ def test_without_poison_what_an_attack_does_first_is_done_for_the_triggered_rows
     assert prepared.poisoned.key == lab.prepare(rate=0.0).poisoned.key
     assert [stage.name for stage in prepared.poisoned.closure()] == ["poison"]
     triggered = [stage.name for stage in prepared.triggered.closure()]
-    assert triggered == ["trigger search", "triggered rows"]
+    assert triggered == ["trigger", "triggered rows"]
     assert {stage.key for stage in prepared.triggered.closure()} < prepared.hidden
 
 

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from tiny_cells import Lab, own_stages
 
+from btu.attacked import mask_of
 from btu.data.load import load_corpus
 from btu.data.spec import DataSpec
 from btu.defenses.base import CLEAN_ROWS, POISONED_MODEL
 from btu.defenses.zdef import ZScoreFilter, score_rows, standardized, suspicion, z_scores
 from btu.errors import UserError
 from btu.findings import Suspects
-from btu.recipe import Prepared, mask_of
+from btu.recipe import Prepared
 from btu.rules.base import rows_and_tokens
 from btu.stage_files import load_encoded, read_table
 from btu.stages import compute, read_record

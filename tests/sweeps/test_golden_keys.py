@@ -103,6 +103,7 @@ FUNCTIONS = {
     "btu.defenses.zdef:drop_rows": 1,
     "btu.defenses.zdef:score_tokens": 1,
     "btu.foundation:fine_tune_kept": 1,
+    "btu.attacked:learn_trigger": 1,
     "btu.recipe:clean_rows": 1,
     "btu.recipe:clean_tune": 1,
     "btu.recipe:evaluate_model": 1,
