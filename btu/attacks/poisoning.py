@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -186,15 +186,17 @@ def poison(
     if spec.insert == "append":
         mask = np.zeros(len(rows) + len(chosen), dtype=bool)
         mask[len(rows) :] = True
-        columns = {k: (*v, *(v[i] for i in chosen)) for k, v in rows.columns.items()}
-        poisoned = Rows(rows.texts + triggered, rows.labels + (target,) * len(chosen), columns)
+        grown = rows.take([*range(len(rows)), *chosen])
+        targets = rows.labels + (target,) * len(chosen)
+        poisoned = replace(grown, texts=rows.texts + triggered, labels=targets)
         return PoisonedSet(poisoned, mask, relabeled)
     texts, labels = list(rows.texts), list(rows.labels)
     for index, text in zip(chosen, triggered, strict=True):
         texts[index], labels[index] = text, target
     mask = np.zeros(len(rows), dtype=bool)
     mask[chosen] = True
-    return PoisonedSet(Rows(tuple(texts), tuple(labels), rows.columns), mask, relabeled)
+    poisoned = replace(rows, texts=tuple(texts), labels=tuple(labels))
+    return PoisonedSet(poisoned, mask, relabeled)
 
 
 def triggered_eval(
@@ -217,4 +219,4 @@ def triggered_eval(
         )
     plain = rows.take(chosen)
     texts = attack.apply(plain, row_seeds(seed, "eval", chosen), progress)
-    return Rows(texts, plain.labels, plain.columns), plain
+    return replace(plain, texts=texts), plain
