@@ -288,7 +288,7 @@ SST5 = HubPreset(
 )
 # CogComp/trec, the original, is a script, which `datasets` no longer runs.
 TREC = HubPreset("SetFit/TREC-QC", label_column="label_coarse_original", eval_split="test")
-# The original needs a download by hand. This part of it is balanced; its test labels are -1.
+# The original needs a download by hand. This is a part of it; its test labels are hidden (-1).
 JIGSAW = HubPreset(
     "Arsive/toxicity_classification_jigsaw",
     text_column="comment_text",
@@ -323,7 +323,7 @@ DATASETS: Registry[HubPreset] = Registry(
         ("yelp", "btu.data.spec:YELP", "Yelp reviews, polarity, 2 classes"),
         ("sst5", "btu.data.spec:SST5", "Stanford Sentiment Treebank, fine-grained, 5 classes"),
         ("enron", "btu.data.spec:ENRON", "Enron e-mail, spam and ham, 2 classes"),
-        ("jigsaw", "btu.data.spec:JIGSAW", "toxic comments of Jigsaw, a balanced part, 2 classes"),
+        ("jigsaw", "btu.data.spec:JIGSAW", "toxic comments, a part of Jigsaw's, 2 classes"),
         ("trec", "btu.data.spec:TREC", "TREC questions, 6 coarse classes"),
         ("mnli", "btu.data.spec:MNLI", "pairs: premise and hypothesis (GLUE), 3 classes"),
         ("qnli", "btu.data.spec:QNLI", "pairs: question and sentence (GLUE), 2 classes"),
