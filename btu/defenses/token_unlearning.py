@@ -636,7 +636,7 @@ def _without(run: StageRun, victim: Victim, data: Encoded, tokens: Sequence[int]
     pieces = [victim.tokenizer.decode([token]).strip() for token in tokens]
     rows = texts_of(run)
     for piece in pieces:
-        # Nobody told the defender which text of a pair may have the trigger.
+        # Of both texts of a pair: a defender does not know which one may have the trigger.
         left = [tuple(text.replace(piece, "") for text in texts) for texts in rows.parts]
         rows = rows.with_parts(left)
     return victim.encode(rows)
