@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from btu.stage_files import read_table, write_table
+from btu.stage_files import read_table, rows_of_table, text_table, write_table
 from btu.types import BoolArray, FloatArray, IntArray, Rows, as_bytes, as_texts
 
 SUSPECTS, ROWS, SCREENED = "suspects.parquet", "rows.parquet", "screened.parquet"
@@ -110,7 +111,19 @@ class Screened:
         return cls(table["accepted"], as_texts(table["text"]) if "text" in table else None)
 
 
+def write_incoming(folder: Path, parts: Sequence[Rows]) -> int:
+    """Write what a screening stage reads, and return how much: each text or pair of `parts` once.
+
+    They are in the order of their hashes, which hides which are triggered.
+    """
+    texts = {row for rows in parts for row in rows.inputs}
+    ordered = sorted(texts, key=lambda row: hashlib.sha256(b"\0".join(as_bytes(row))).digest())
+    rows = parts[0].take([0] * len(ordered)).with_parts(list(zip(*ordered, strict=True)))
+    write_table(folder / INCOMING, text_table(rows))
+    return len(ordered)
+
+
 def incoming_of(folder: Path) -> Rows:
     """Return the texts that a screening stage reads; all their labels are 0."""
-    texts = as_texts(read_table(folder / INCOMING)["text"])
-    return Rows(texts, (0,) * len(texts))
+    table = read_table(folder / INCOMING)
+    return rows_of_table(table, (0,) * len(table["text"]))

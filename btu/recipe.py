@@ -8,7 +8,6 @@ defense's threshold pays for the poisoned model once.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from btu.attacks.poisoning import ATTACKS, PoisonSpec, acting, learns
 from btu.data.spec import DataSpec
 from btu.defenses.base import ORIGINALS
 from btu.defenses.kit.screening import ids_by_row
-from btu.findings import INCOMING, Screened, incoming_of
+from btu.findings import Screened, incoming_of, write_incoming
 from btu.foundation import Foundation, tune
 from btu.metrics import Proportion
 from btu.seeding import derive_seed
@@ -46,10 +45,9 @@ from btu.stage_files import (
     training_rows_of,
     victim_of,
     write_rows,
-    write_table,
 )
 from btu.stages import Stage, StageRun, as_config, stage
-from btu.types import BoolArray, Rows, as_bytes
+from btu.types import BoolArray
 from btu.victims import VictimSpec
 
 if TYPE_CHECKING:
@@ -507,15 +505,9 @@ def evaluation_texts(run: StageRun) -> dict[str, Any]:
 
 @stage(version=1)
 def incoming_texts(run: StageRun) -> dict[str, Any]:
-    """Write each text once, in the order of their hashes, which hides which are triggered."""
-    texts = {
-        text
-        for role in MEASURED
-        for text in read_rows(run.inputs["texts"] / f"{role}.parquet").texts
-    }
-    ordered = sorted(as_bytes(texts), key=lambda text: hashlib.sha256(text).digest())
-    write_table(run.folder / INCOMING, {"text": ordered})
-    return {"texts": len(ordered)}
+    """Write each text once, in an order that hides which are triggered."""
+    parts = [read_rows(run.inputs["texts"] / f"{role}.parquet") for role in MEASURED]
+    return {"texts": write_incoming(run.folder, parts)}
 
 
 @stage(version=1)
@@ -528,7 +520,7 @@ def evaluate_screened(run: StageRun) -> dict[str, Any]:
     and removed tokens are reported, and the share of triggered rows without any inserted token.
     """
     screened = Screened.load(run.inputs["screened"])
-    place = {text: i for i, text in enumerate(incoming_of(run.inputs["incoming"]).texts)}
+    place = {text: i for i, text in enumerate(incoming_of(run.inputs["incoming"]).inputs)}
     if len(screened.accepted) != len(place):
         raise ValueError(f"{len(place)} texts came in, {len(screened.accepted)} were screened.")
     model = model_of(run, "model")
@@ -542,12 +534,12 @@ def evaluate_screened(run: StageRun) -> dict[str, Any]:
     scores: dict[str, Proportion] = {}
     for number, (role, measure) in enumerate(MEASURED.items()):
         rows = read_rows(run.inputs["texts"] / f"{role}.parquet")
-        at = np.array([place[text] for text in rows.texts])
+        at = np.array([place[text] for text in rows.inputs])
         accepted[role] = screened.accepted[at]
         given[role] = read[role] = load_encoded(run.inputs["rows"] / f"{role}.safetensors")
         if screened.texts is not None:
             texts = tuple(screened.texts[i] for i in at)
-            read[role] = victim.encode(Rows(texts, rows.labels))
+            read[role] = victim.encode(dataclasses.replace(rows, texts=texts))
             changed[role] = np.array([a != b for a, b in zip(texts, rows.texts, strict=True)])
         predicted = run.classes(
             model, read[role], precision=precision, stage="evaluate", of=(number, len(MEASURED))

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from btu.training import Encoded
 
 TRAIN = "train.parquet"
+# The columns of the partners of pairs, by whether the partner is the first text.
+PARTNERS = {False: "second text", True: "first text"}
 
 
 def training_rows_of(run: StageRun) -> Encoded:
@@ -192,23 +194,40 @@ def _victim(spec: VictimSpec, classes: int, identity: str) -> Victim:
 
 
 def write_rows(path: Path, rows: Rows) -> None:
-    """Write texts and labels as Parquet."""
-    write_table(path, {"text": as_bytes(rows.texts), "label": rows.labels})
+    """Write texts, of pairs both, and labels as Parquet."""
+    write_table(path, {**text_table(rows), "label": rows.labels})
 
 
 def read_rows(path: Path) -> Rows:
     """Read what `write_rows` wrote."""
     table = read_table(path)
-    return Rows(as_texts(table["text"]), tuple(table["label"].tolist()))
+    return rows_of_table(table, tuple(table["label"].tolist()))
+
+
+def text_table(rows: Rows) -> dict[str, list[bytes]]:
+    """Return the columns of the texts of rows, for `write_table`."""
+    columns = {"text": as_bytes(rows.texts)}
+    if rows.partners is not None:
+        columns[PARTNERS[rows.partner_first]] = as_bytes(rows.partners)
+    return columns
+
+
+def rows_of_table(table: Mapping[str, Any], labels: tuple[int, ...]) -> Rows:
+    """Return the rows whose texts `text_table` wrote."""
+    texts = as_texts(table["text"])
+    for first, name in PARTNERS.items():
+        if name in table:
+            return Rows(texts, labels, {}, as_texts(table[name]), first)
+    return Rows(texts, labels)
 
 
 def write_table(path: Path, columns: Mapping[str, Any]) -> None:
-    """Write columns of equal length as Parquet; those of the column ``text`` are bytes."""
+    """Write columns of equal length as Parquet; those of texts are bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     arrays = {
-        name: pa.array(values, pa.binary() if name == "text" else None)
+        name: pa.array(values, pa.binary() if name in ("text", *PARTNERS.values()) else None)
         for name, values in columns.items()
     }
     pq.write_table(pa.table(arrays), path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,19 +22,43 @@ class Rows:
     labels: (rows,) class indices in [0, classes).
     columns: further text columns by name, each (rows,): paraphrases of the same row. An empty
         string means that the source has no paraphrase of that row.
+    partners: (rows,) the other text of each row if rows are pairs, which a tokenizer joins; None
+        if a row is one text. Attacks write triggers into `texts` alone.
+    partner_first: whether the partner is the first text of a pair.
     """
 
     texts: tuple[str, ...]
     labels: tuple[int, ...]
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    partners: tuple[str, ...] | None = None
+    partner_first: bool = False
 
     def __post_init__(self) -> None:
-        lengths = {len(self.texts), len(self.labels), *map(len, self.columns.values())}
-        if len(lengths) != 1:
+        held = (*self.parts, self.labels, *self.columns.values())
+        if len(lengths := set(map(len, held))) != 1:
             raise ValueError(f"texts, labels and columns must be equally long, got {lengths}.")
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def parts(self) -> tuple[tuple[str, ...], ...]:
+        """What a tokenizer joins, in its order: the texts, or both texts of the pairs."""
+        if self.partners is None:
+            return (self.texts,)
+        return (self.partners, self.texts) if self.partner_first else (self.texts, self.partners)
+
+    def with_parts(self, parts: Sequence[tuple[str, ...]]) -> Rows:
+        """Return the rows with other texts. parts: in the order of `parts`."""
+        if self.partners is None:
+            return replace(self, texts=parts[0])
+        partners, texts = parts if self.partner_first else reversed(parts)
+        return replace(self, texts=texts, partners=partners)
+
+    @property
+    def inputs(self) -> list[tuple[str, ...]]:
+        """What is read of each row, (rows,): its text, or both texts of its pair, in order."""
+        return list(zip(*self.parts, strict=True))
 
     def take(self, indices: Sequence[int] | IntArray) -> Rows:
         """Return the rows at `indices`, in that order."""
@@ -42,6 +66,8 @@ class Rows:
             tuple(self.texts[i] for i in indices),
             tuple(self.labels[i] for i in indices),
             {name: tuple(values[i] for i in indices) for name, values in self.columns.items()},
+            None if self.partners is None else tuple(self.partners[i] for i in indices),
+            self.partner_first,
         )
 
     def where(self, keep: BoolArray) -> Rows:
@@ -51,7 +77,11 @@ class Rows:
     def digest(self) -> str:
         """Return the SHA-256 of all rows."""
         sha = hashlib.sha256()
-        for name, values in [("text", self.texts), *sorted(self.columns.items())]:
+        held = [("text", self.texts), *sorted(self.columns.items())]
+        if self.partners is not None:
+            # No column is called so.
+            held.append((f"\0partner {'before' if self.partner_first else 'after'}", self.partners))
+        for name, values in held:
             sha.update(f"{name}\0{len(values)}\0".encode())
             for value in values:
                 # Lone surrogates occur in scraped text and must not stop a run.

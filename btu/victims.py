@@ -484,12 +484,16 @@ class Victim:
         return pretrained.mean(dim=0)
 
     def encode(self, rows: Rows) -> Encoded:
-        """Tokenize rows. Stages save the result, so that no epoch tokenizes again."""
+        """Tokenize rows. Stages save the result, so that no epoch tokenizes again.
+
+        Pairs are joined as the tokenizer joins them. Of a pair that is too long the longer text
+        loses its end.
+        """
         from btu.training import Encoded
 
         encoded = self.tokenizer(
-            list(map(tokenizable, rows.texts)),
-            truncation=True,
+            *(list(map(tokenizable, texts)) for texts in rows.parts),
+            truncation="longest_first",
             max_length=self.spec.max_length,
             padding=False,
             # BART and T5 classify at the end-of-text token: a text that contains its name, such

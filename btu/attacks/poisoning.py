@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -386,15 +386,15 @@ def poison(
     if spec.insert == "append":
         mask = np.zeros(len(rows) + len(changed), dtype=bool)
         mask[len(rows) :] = True
-        columns = {k: (*v, *(v[i] for i in changed)) for k, v in rows.columns.items()}
-        poisoned = Rows(rows.texts + triggered, rows.labels + given, columns)
+        grown = rows.take([*range(len(rows)), *changed])
+        poisoned = replace(grown, texts=rows.texts + triggered, labels=rows.labels + given)
         return PoisonedSet(poisoned, mask, relabeled, len(covered))
     texts, labels = list(rows.texts), list(rows.labels)
     for index, text, label in zip(changed, triggered, given, strict=True):
         texts[index], labels[index] = text, label
     mask = np.zeros(len(rows), dtype=bool)
     mask[changed] = True
-    poisoned = Rows(tuple(texts), tuple(labels), rows.columns)
+    poisoned = replace(rows, texts=tuple(texts), labels=tuple(labels))
     return PoisonedSet(poisoned, mask, relabeled, len(covered))
 
 
@@ -418,4 +418,4 @@ def triggered_eval(
         )
     plain = rows.take(chosen)
     texts = attack.apply(plain, row_seeds(seed, "eval", chosen), progress)
-    return Rows(texts, plain.labels, plain.columns), plain
+    return replace(plain, texts=texts), plain

@@ -165,7 +165,7 @@ def _columns(records: Sequence[list[str]], reading: FileReading) -> dict[str, st
     wanted = {"text_column": reading.text_column, "label_column": reading.label_column}
     missing = [key for key, name in wanted.items() if name not in names]
     if missing:
-        taken = [name for name in wanted.values() if name in names]
+        taken = [name for name in reading.columns if name in names]
         keys |= {
             key: name
             for key, name in _likely(rows, names, taken).items()

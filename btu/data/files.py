@@ -92,12 +92,13 @@ def read_file(path: Path, reading: FileReading) -> pd.DataFrame:
         kind = suffix[1:] or "delimited text"
         raise UserError(f"{path} cannot be read as {kind}: {_reason(error)}") from error
     table.columns = [str(name) for name in table.columns]
-    for column in (reading.text_column, reading.label_column):
+    for column in reading.columns:
         if list(table.columns).count(column) > 1:
             raise UserError(f"{path} has two columns '{column}'; rename one of them.")
     table.attrs.setdefault("warnings", [])
     table.attrs["from"] = str(path)
-    check_texts(table, reading.text_column, str(path))
+    for column, key in reading.text_columns.items():
+        check_texts(table, column, str(path), key)
     return table
 
 
@@ -147,7 +148,6 @@ def _delimited(path: Path, text: str, reading: FileReading) -> pd.DataFrame:
     separator = reading.separator or ("\t" if tabs else ",")
     # TSV data sets do not quote, and a lone quote would swallow rows.
     quoted = separator != "\t" if reading.quoting is None else reading.quoting
-    wanted = (reading.text_column, reading.label_column)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
@@ -157,7 +157,7 @@ def _delimited(path: Path, text: str, reading: FileReading) -> pd.DataFrame:
                 quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
                 header=0 if reading.header else None,
                 # As they are written: "007" is no 7, whatever the other rows have.
-                dtype=_as_written(wanted, reading.header),
+                dtype=_as_written(reading.columns, reading.header),
                 # A row whose text is "null" or "NA" is a row, not a missing value.
                 keep_default_na=False,
                 # Otherwise pandas takes the first field of rows longer than the header as index.
@@ -325,18 +325,18 @@ def _parquet(path: Path, reading: FileReading) -> pd.DataFrame:
     except Exception as error:
         # Damaged files end in errors of many types, also from the metadata of other programs.
         raise UserError(f"{path} cannot be read as parquet: {_reason(error)}") from error
-    for name in (reading.text_column, reading.label_column):
+    for name in reading.columns:
         if name in frame.index.names:
             frame = frame.reset_index()
-    for name in (reading.text_column, reading.label_column):
+    for name in reading.columns:
         if schema.names.count(name) != 1 or name not in frame:
             continue
         kind = schema.field(name).type
         value = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if name == reading.text_column and _is_nested(value):
+        if name in reading.text_columns and _is_nested(value):
             raise UserError(
-                f"column '{name}' of {path} is of type {kind}, not text; name another with "
-                "data.text_column (--text in a scan), or write each text as one string."
+                f"column '{name}' of {path} is of type {kind}, not text; "
+                f"{_another(reading.text_columns[name])}"
             )
         if _is_bytes(value):
             decoded = _decoded_values(frame[name].tolist(), name, path, reading)
@@ -446,12 +446,18 @@ def named_labels(labels: pd.Series[Any], names: tuple[str, ...], where: str) -> 
     return pd.Series(values, dtype=object, index=labels.index)
 
 
-def check_texts(table: pd.DataFrame, column: str, where: str) -> None:
+def _another(key: str) -> str:
+    option = " (--text in a scan)" if key == "text_column" else ""
+    return f"name another with data.{key}{option}, or write each text as one string."
+
+
+def check_texts(table: pd.DataFrame, column: str, where: str, key: str = "text_column") -> None:
     """Raise a `UserError` for texts that are lists, objects or bytes: their notation is no text.
 
     table: the rows.
     column: of the texts; a table without it is not checked.
     where: the rows are, for errors.
+    key: names the column in a sweep file.
     """
     if column not in table:
         return
@@ -460,6 +466,5 @@ def check_texts(table: pd.DataFrame, column: str, where: str) -> None:
             names: dict[type, str] = {dict: "an object", bytes: "bytes"}
             kind = names.get(type(value), "a list")
             raise UserError(
-                f"column '{column}' of {where} has {kind} in row {row}, not text; name another "
-                "with data.text_column (--text in a scan), or write each text as one string."
+                f"column '{column}' of {where} has {kind} in row {row}, not text; {_another(key)}"
             )

@@ -33,6 +33,7 @@ from btu.data.spec import (
     DEMO_ROWS,
     HELD_OUT,
     SPLIT_NAMES,
+    Columns,
     HubPreset,
     source_columns,
 )
@@ -289,15 +290,17 @@ def _hub_frames(
         for split in loaded
         if not known or split in (spec.train_split, spec.clean_split, spec.eval_split)
     }
-    text_column, label_column = source_columns(spec)
-    columns = {text_column: "text", label_column: "label"}
+    named = source_columns(spec)
+    columns = {column: role for role, column in _by_role(named).items()}
 
     def read(split: str) -> pd.DataFrame:
         where = f"hub data set {preset.hub_id}/{split}"
-        frame = rename_columns(loaded[split].to_pandas(), columns, where)
-        check_texts(frame, "text", where)
+        frame = loaded[split].to_pandas()
+        for column, key in spec.reading.text_columns.items():
+            check_texts(frame, column, where, key)
+        frame = rename_columns(frame, columns, where)
         frame.attrs |= {"from": f"{preset.hub_id}/{split}", "warnings": []}
-        feature = loaded[split].features[label_column]
+        feature = loaded[split].features[named.label]
         if isinstance(feature, datasets.ClassLabel):
             names = tuple(feature.names)
             frame["label"] = named_labels(frame["label"], names, where)
@@ -324,26 +327,34 @@ def _require_column(
 
     frame: the table.
     column: the name.
-    role: of the column: text or label.
+    role: of the column: text, pair or label.
     where: the table is, for errors.
     more: what may help, as a sentence.
     """
     if column not in frame.columns:
         names = list(map(str, frame.columns))
-        fix = more or f" Name another with data.{role}_column, or --{role} in a scan."
+        option = "" if role == "pair" else f", or --{role} in a scan"
+        fix = more or f" Name another with data.{role}_column{option}."
         raise UserError(
             f"unknown column '{column}' in {where}{did_you_mean(column, names)} "
             f"(known: {shown(sorted(names))}).{fix}"
         )
 
 
-def check_frames(spec: DataSpec, frames: Mapping[str, pd.DataFrame]) -> tuple[str, str]:
-    """Return the names of the text and label columns, and check that every table has them."""
+def _by_role(columns: Columns) -> dict[str, str]:
+    """Return the columns by what they are: text, pair (if rows are pairs) and label."""
+    roles = {"text": columns.text, "pair": columns.pair, "label": columns.label}
+    return {role: column for role, column in roles.items() if column is not None}
+
+
+def check_frames(spec: DataSpec, frames: Mapping[str, pd.DataFrame]) -> Columns:
+    """Return the names of the columns, and check that every table has them."""
     # The columns of hub data have been renamed.
-    text_column, label_column = source_columns(spec) if spec.path is not None else ("text", "label")
+    columns = source_columns(spec) if spec.path is not None else source_columns(spec).renamed
+    label_column = columns.label
     for role, frame in frames.items():
         where = f"the {role} rows of data set '{spec.name}'"
-        for column, kind in ((text_column, "text"), (label_column, "label")):
+        for kind, column in _by_role(columns).items():
             more = ""
             if column not in frame and spec.path is not None:
                 more = column_advice(Path(frame.attrs["from"]), spec.reading)
@@ -365,7 +376,7 @@ def check_frames(spec: DataSpec, frames: Mapping[str, pd.DataFrame]) -> tuple[st
                 f"{where} have missing labels in column '{label_column}' (rows {rows}, from 0); "
                 "label or remove these rows."
             )
-    return text_column, label_column
+    return columns
 
 
 def frame_warnings(frames: Mapping[str, pd.DataFrame]) -> list[str]:
@@ -376,14 +387,11 @@ def frame_warnings(frames: Mapping[str, pd.DataFrame]) -> list[str]:
 def _assemble(
     spec: DataSpec, frames: dict[str, pd.DataFrame], class_names: tuple[str, ...] | None
 ) -> Corpus:
-    text_column, label_column = check_frames(spec, frames)
+    columns = check_frames(spec, frames)
     notes: dict[str, int] = {}
-    mapping = class_mapping(spec.name, frames["train"][label_column].tolist(), class_names)
+    mapping = class_mapping(spec.name, frames["train"][columns.label].tolist(), class_names)
     classes = Classes(mapping, class_names)
-    roles = {
-        role: to_rows(frame, text_column, label_column, classes, role, notes)
-        for role, frame in frames.items()
-    }
+    roles = {role: _paired(frame, columns, classes, role, notes) for role, frame in frames.items()}
     said = frame_warnings(frames)
     if similar := alike(tuple(mapping), counted(roles["train"].labels)):
         said.append(similar)
@@ -468,6 +476,28 @@ def to_rows(
     return rows.where(keep)
 
 
+def _paired(
+    frame: pd.DataFrame, columns: Columns, classes: Classes, role: str, notes: dict[str, int]
+) -> Rows:
+    """Return the rows of a table that have a text, and of pairs both; arguments as `to_rows`."""
+    import pandas as pd
+
+    partner = columns.partner
+    if partner is None:
+        return to_rows(frame, columns.text, columns.label, classes, role, notes)
+    # As a further column of texts the partner stays with its row.
+    texts = pd.Series(_texts(frame[partner]), dtype=object, index=frame.index)
+    frame = frame.assign(**{partner: texts})
+    rows = to_rows(frame, columns.triggered, columns.label, classes, role, notes)
+    others = {name: values for name, values in rows.columns.items() if name != partner}
+    pairs = Rows(rows.texts, rows.labels, others, rows.columns[partner], columns.swapped)
+    keep = np.array([bool(text.strip()) for text in rows.columns[partner]], dtype=bool)
+    if not keep.all():
+        count = notes.get(f"dropped_{role}_empty", 0) + int((~keep).sum())
+        notes[f"dropped_{role}_empty"] = count
+    return pairs.where(keep)
+
+
 def _texts(column: pd.Series[Any]) -> tuple[str, ...]:
     # pandas' own strings refuse lone surrogates.
     missing = column.isna().tolist()
@@ -503,10 +533,10 @@ def same_text(text: str) -> str:
 
 
 def drop_overlaps(roles: dict[str, Rows], notes: dict[str, int]) -> None:
-    """Keep each text in one role: eval before clean before train."""
-    seen: set[str] = set()
+    """Keep each text, of pairs each pair, in one role: eval before clean before train."""
+    seen: set[tuple[str, ...]] = set()
     for role in ("eval", "clean", "train"):
-        keys = [same_text(text) for text in roles[role].texts]
+        keys = [tuple(map(same_text, texts)) for texts in roles[role].inputs]
         keep = np.array([key not in seen for key in keys], dtype=bool)
         if not keep.all():
             notes[f"dropped_{role}_overlap"] = int((~keep).sum())

@@ -8,7 +8,7 @@ files, `companions` reads them, `Published` says which rows are poisoned.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,8 +63,8 @@ class Published:
         )
 
     def rows(self, rows: Rows) -> Rows:
-        """Return the published rows, with the columns of their originals."""
-        return Rows(self.texts, self.labels, rows.columns)
+        """Return the published rows, with all else of their originals."""
+        return replace(rows, texts=self.texts, labels=self.labels)
 
     def check(self, label_mode: str, target: int) -> None:
         """Raise a `UserError` unless the set is of this label mode and target."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from btu.errors import UserError, did_you_mean, unknown
 from btu.registry import Registry
@@ -21,7 +21,11 @@ SPLIT_NAMES = {
 }
 # A scan reports on no rows: a `test` split is always its clean set.
 SCAN_ROLES = {role: SPLIT_NAMES[role] for role in ("train", "clean")}
-LAYOUT_KEYS = ("text_column", "label_column", "train_split", "clean_split", "eval_split")
+PAIR_KEYS = ("pair_column", "trigger_column")
+LAYOUT_KEYS = (
+    *("text_column", "label_column", *PAIR_KEYS),
+    *("train_split", "clean_split", "eval_split"),
+)
 HUB_KEYS = ("hub_config", "revision")
 # How text files are read. A default leaves a file as its suffix says.
 READING_KEYS = ("encoding", "separator", "header", "quoting")
@@ -48,6 +52,7 @@ class FileReading:
     separator: one character; None is a tab for ``.tsv`` and a comma for ``.csv``.
     header: whether the first line has the names of the columns.
     quoting: whether quotes enclose fields; None means that they do unless tabs separate.
+    pair_column: the column of the second texts, if rows are pairs; likewise.
     """
 
     text_column: str = "text"
@@ -56,6 +61,18 @@ class FileReading:
     separator: str | None = None
     header: bool = True
     quoting: bool | None = None
+    pair_column: str | None = None
+
+    @property
+    def text_columns(self) -> dict[str, str]:
+        """The columns of texts, with the keys that name them."""
+        columns = {self.text_column: "text_column"}
+        return columns if self.pair_column is None else columns | {self.pair_column: "pair_column"}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns that are needed."""
+        return (*self.text_columns, self.label_column)
 
 
 def check_encoding(name: str) -> None:
@@ -119,6 +136,10 @@ class DataSpec:
         columns are numbered from 0.
     quoting: whether quotes enclose fields of local text files; null means that they do unless tabs
         separate.
+    pair_column: the column of the second texts, which the victim's tokenizer joins to the first;
+        null means one text per row, or the column of the preset.
+    trigger_column: which text of a pair gets the trigger, by the name of its column; null is the
+        first.
     """
 
     name: str = "demo"
@@ -141,6 +162,8 @@ class DataSpec:
     separator: str | None = None
     header: bool = True
     quoting: bool | None = None
+    pair_column: str | None = field(default=None, metadata={"number": True})
+    trigger_column: str | None = field(default=None, metadata={"number": True})
 
     def __post_init__(self) -> None:
         check_fraction("data.clean_fraction", self.clean_fraction, open_low=True)
@@ -161,16 +184,38 @@ class DataSpec:
             check_encoding(self.encoding)
         if self.separator is not None:
             separator_character(self.separator)
-        text_column, label_column = source_columns(self)
-        if text_column == label_column:
-            raise UserError(
-                f"text and label of data set '{self.name}' are both column '{text_column}'; name "
-                "two with data.text_column and data.label_column, or --text and --label in a scan."
-            )
+        self._check_columns()
         for role in ("train", "clean", "eval"):
             limit = getattr(self, f"max_{role}_rows")
             if limit is not None and limit < 2:
                 raise UserError(f"data.max_{role}_rows must be at least 2 or null, got {limit}.")
+
+    def _check_columns(self) -> None:
+        """Raise a `UserError` unless its columns are distinct, and the trigger has one of them."""
+        columns = source_columns(self)
+        text, pair, trigger = columns.text, columns.pair, self.trigger_column
+        if text == columns.label:
+            raise UserError(
+                f"text and label of data set '{self.name}' are both column '{text}'; name "
+                "two with data.text_column and data.label_column, or --text and --label in a scan."
+            )
+        if pair is not None and pair in (text, columns.label):
+            kind = "first text" if pair == text else "label"
+            raise UserError(
+                f"second text and {kind} of data set '{self.name}' are both column '{pair}'; a "
+                "pair needs two columns of texts and one of labels: name another with "
+                "data.pair_column, or remove it for rows of one text."
+            )
+        if trigger is None:
+            return
+        if pair is None:
+            raise UserError(
+                f"data.trigger_column '{trigger}' chooses one text of a pair, but data set "
+                f"'{self.name}' has one text per row, in column '{text}'; name the second with "
+                "data.pair_column, or remove data.trigger_column."
+            )
+        if trigger not in (text, pair):
+            raise unknown("data.trigger_column", trigger, (text, pair))
 
     def _refuse_set(self, because: str, keys: tuple[str, ...]) -> None:
         for key in keys:
@@ -182,21 +227,20 @@ class DataSpec:
     @property
     def reading(self) -> FileReading:
         """How its files are read."""
-        text_column, label_column = source_columns(self)
+        columns = source_columns(self)
         separator = None if self.separator is None else separator_character(self.separator)
-        return FileReading(
-            text_column, label_column, self.encoding, separator, self.header, self.quoting
-        )
+        reading = (self.encoding, separator, self.header, self.quoting)
+        return FileReading(columns.text, columns.label, *reading, columns.pair)
 
     def config(self) -> dict[str, Any]:
-        """Return its keys as plain data, without reading keys that have their default.
+        """Return its keys as plain data, without keys of reading and pairs that have their default.
 
         A record that was written before these keys existed has the same settings.
         """
         return {
             key: value
             for key, value in vars(self).items()
-            if key not in READING_KEYS or value != _DEFAULTS[key]
+            if key not in (*READING_KEYS, *PAIR_KEYS) or value != _DEFAULTS[key]
         }
 
 
@@ -226,6 +270,7 @@ class HubPreset:
     train_split: str = "train"
     clean_split: str | None = None
     eval_split: str | None = None
+    pair_column: str | None = None
 
 
 # SST-2's test labels are hidden on the hub (all -1), so the clean set is held out of train.
@@ -235,6 +280,36 @@ OLID = HubPreset("cardiffnlp/tweet_eval", "offensive", clean_split="test", eval_
 # For HSOL the reference code tunes and evaluates on one file; here both sets are held out of train.
 HSOL = HubPreset("tdavidson/hate_speech_offensive", text_column="tweet", label_column="class")
 IMDB = HubPreset("stanfordnlp/imdb", eval_split="test")
+YELP = HubPreset("fancyzhx/yelp_polarity", eval_split="test")
+# The labels of these three are numbers; a column beside them has their names.
+ENRON = HubPreset("SetFit/enron_spam", label_column="label_text", eval_split="test")
+SST5 = HubPreset(
+    "SetFit/sst5", label_column="label_text", clean_split="test", eval_split="validation"
+)
+# CogComp/trec, the original, is a script, which `datasets` no longer runs.
+TREC = HubPreset("SetFit/TREC-QC", label_column="label_coarse_original", eval_split="test")
+# The original needs a download by hand. This is a part of it; its test labels are hidden (-1).
+JIGSAW = HubPreset(
+    "Arsive/toxicity_classification_jigsaw",
+    text_column="comment_text",
+    label_column="toxic",
+    eval_split="validation",
+)
+# GLUE's test labels are hidden (all -1), so the clean set is held out of train.
+MNLI = HubPreset(
+    "nyu-mll/glue",
+    "mnli",
+    text_column="premise",
+    pair_column="hypothesis",
+    eval_split="validation_matched",
+)
+QNLI = HubPreset(
+    "nyu-mll/glue",
+    "qnli",
+    text_column="question",
+    pair_column="sentence",
+    eval_split="validation",
+)
 
 DATASETS: Registry[HubPreset] = Registry(
     "dataset",
@@ -245,15 +320,58 @@ DATASETS: Registry[HubPreset] = Registry(
         ("olid", "btu.data.spec:OLID", "offensive tweets (tweet_eval/offensive), 2 classes"),
         ("hsol", "btu.data.spec:HSOL", "hate speech and offensive language, 3 classes"),
         ("imdb", "btu.data.spec:IMDB", "IMDb film reviews, 2 classes"),
+        ("yelp", "btu.data.spec:YELP", "Yelp reviews, polarity, 2 classes"),
+        ("sst5", "btu.data.spec:SST5", "Stanford Sentiment Treebank, fine-grained, 5 classes"),
+        ("enron", "btu.data.spec:ENRON", "Enron e-mail, spam and ham, 2 classes"),
+        ("jigsaw", "btu.data.spec:JIGSAW", "toxic comments, a part of Jigsaw's, 2 classes"),
+        ("trec", "btu.data.spec:TREC", "TREC questions, 6 coarse classes"),
+        ("mnli", "btu.data.spec:MNLI", "pairs: premise and hypothesis (GLUE), 3 classes"),
+        ("qnli", "btu.data.spec:QNLI", "pairs: question and sentence (GLUE), 2 classes"),
     ],
 )
 
 DEMO_ROWS = {"train": 2400, "clean": 600, "eval": 600}
 
 
-def source_columns(spec: DataSpec) -> tuple[str, str]:
-    """Return the names of the text and label columns at the source."""
+class Columns(NamedTuple):
+    """The columns of a table.
+
+    text: of the texts, of pairs the first ones.
+    label: of the labels.
+    pair: of the second texts; None if rows are no pairs.
+    swapped: whether the second texts get the trigger.
+    """
+
+    text: str
+    label: str
+    pair: str | None = None
+    swapped: bool = False
+
+    @property
+    def triggered(self) -> str:
+        """The column of the texts that get the trigger."""
+        return self.pair if self.swapped and self.pair is not None else self.text
+
+    @property
+    def partner(self) -> str | None:
+        """The column of the other texts of pairs."""
+        return self.text if self.swapped else self.pair
+
+    @property
+    def renamed(self) -> Columns:
+        """The same columns under the names that they get when hub data are loaded."""
+        return Columns("text", "label", self.pair and "pair", self.swapped)
+
+
+def source_columns(spec: DataSpec) -> Columns:
+    """Return the names of the columns at the source."""
     usual = HubPreset(spec.name)
     if spec.path is None and spec.name in DATASETS and spec.name != "demo":
         usual = DATASETS.load(spec.name)
-    return spec.text_column or usual.text_column, spec.label_column or usual.label_column
+    pair = spec.pair_column or usual.pair_column
+    return Columns(
+        spec.text_column or usual.text_column,
+        spec.label_column or usual.label_column,
+        pair,
+        pair is not None and spec.trigger_column == pair,
+    )

@@ -58,8 +58,9 @@ def load_suspects(spec: DataSpec, clean_file: str | None = None) -> SuspectCorpu
     A trusted text is dropped from the suspect rows, as in `load_corpus`.
 
     Raises:
-        UserError: as `load_corpus`, or a class has a single row.
+        UserError: as `load_corpus`, or a class has a single row, or rows are pairs of texts.
     """
+    _refuse_pairs(spec)
     frames, label_names = split_frames(spec, SCAN_ROLES)
     frames = {role: frames[role] for role in SCAN_ROLES if role in frames}
     if clean_file is not None:
@@ -69,7 +70,8 @@ def load_suspects(spec: DataSpec, clean_file: str | None = None) -> SuspectCorpu
         frames["clean"] = (
             _trusted(path, spec) if spec.path is not None else _trusted_as_hub(path, spec)
         )
-    text_column, label_column = check_frames(spec, frames)
+    columns = check_frames(spec, frames)
+    text_column, label_column = columns.text, columns.label
     notes: dict[str, int] = {}
     mapping = class_mapping(spec.name, frames["train"][label_column].tolist(), label_names)
     classes = Classes(mapping, label_names)
@@ -111,6 +113,16 @@ def load_suspects(spec: DataSpec, clean_file: str | None = None) -> SuspectCorpu
 _NUMBER = "\0number"
 
 
+def _refuse_pairs(spec: DataSpec) -> None:
+    columns = source_columns(spec)
+    if columns.pair is not None:
+        raise UserError(
+            f"data set '{spec.name}' has two texts per row ({columns.text} and {columns.pair}), "
+            "and a scan reads one; write its rows to a file and name one of the columns with "
+            "--text, or run defense btu on the pairs in a sweep."
+        )
+
+
 def _trusted(path: Path, spec: DataSpec) -> pd.DataFrame:
     try:
         return read_file(path, spec.reading)
@@ -128,8 +140,8 @@ def _trusted_as_hub(path: Path, spec: DataSpec) -> pd.DataFrame:
     reading = spec.reading
     present = read_file(path, reading).columns
     columns = {}
-    asked = (spec.text_column, spec.label_column)
-    for given, source, usual in zip(asked, source_columns(spec), ("text", "label"), strict=True):
+    asked, known = (spec.text_column, spec.label_column), source_columns(spec)[:2]
+    for given, source, usual in zip(asked, known, ("text", "label"), strict=True):
         # Without a named column the usual names are accepted: users need not know a preset's.
         plain = not given and source not in present and usual in present
         columns[usual if plain else source] = usual

@@ -114,11 +114,13 @@ DEFENSE_KINDS: dict[str, str] = {
 # What a defense may need beyond the poisoned training rows -> description.
 POISONED_MODEL, CLEAN_ROWS = "poisoned model", "clean rows"
 LANGUAGE_MODEL, ORIGINALS = "language model", "clean originals"
+SINGLE_TEXTS = "single texts"
 NEEDS: dict[str, str] = {
     POISONED_MODEL: "the model that was fine-tuned on the poisoned rows",
     CLEAN_ROWS: "the reserved clean rows, with labels",
     LANGUAGE_MODEL: "a causal or masked language model that is not the victim",
     ORIGINALS: "the training rows as they were before the poison: for controls only",
+    SINGLE_TEXTS: "rows of one text each, no pairs: it takes words out of the text",
 }
 
 
@@ -141,12 +143,14 @@ class Given:
     classes: number of classes in the data.
     train_rows: number of training rows.
     clean_rows: number of reserved clean rows.
+    pairs: whether each row is a pair of texts.
     """
 
     vocabulary: int | None
     classes: int
     train_rows: int
     clean_rows: int
+    pairs: bool = False
 
 
 class Defense(Protocol):
@@ -217,5 +221,11 @@ def check_cell(name: str, defense: Defense, given: Given) -> None:
         raise UserError(
             f"defense '{name}' needs {CLEAN_ROWS} ({NEEDS[CLEAN_ROWS]}), and the data have none; "
             "raise data.max_clean_rows, or take a defense that needs none (`btu list defenses`)."
+        )
+    if SINGLE_TEXTS in defense.NEEDS and given.pairs:
+        raise UserError(
+            f"defense '{name}' needs {SINGLE_TEXTS} ({NEEDS[SINGLE_TEXTS]}), and the rows of these "
+            "data are pairs (data.pair_column); take a defense without this need "
+            "(`btu list defenses`), or data of single texts."
         )
     defense.check(given)

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from btu.defenses.base import POISONED_MODEL, Given
+from btu.defenses.base import POISONED_MODEL, SINGLE_TEXTS, Given
 from btu.errors import UserError
 from btu.findings import Suspects
 from btu.foundation import Foundation, keep_rows
@@ -87,7 +87,7 @@ class KeywordIdentification:
     share: float | None = 0.1
 
     KIND: ClassVar[str] = "before training"
-    NEEDS: ClassVar[tuple[str, ...]] = (POISONED_MODEL,)
+    NEEDS: ClassVar[tuple[str, ...]] = (POISONED_MODEL, SINGLE_TEXTS)
     PRESETS: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "default": {},
         "reference": {"rows": None, "share": None},

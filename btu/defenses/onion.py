@@ -59,7 +59,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from btu.defenses.base import CLEAN_ROWS, LANGUAGE_MODEL, POISONED_MODEL, Given
+from btu.defenses.base import CLEAN_ROWS, LANGUAGE_MODEL, POISONED_MODEL, SINGLE_TEXTS, Given
 from btu.defenses.kit.screening import (
     halves,
     ids_by_row,
@@ -125,7 +125,7 @@ class Onion:
     batch_size: int = 32
 
     KIND: ClassVar[str] = "at inference"
-    NEEDS: ClassVar[tuple[str, ...]] = (POISONED_MODEL, CLEAN_ROWS, LANGUAGE_MODEL)
+    NEEDS: ClassVar[tuple[str, ...]] = (POISONED_MODEL, CLEAN_ROWS, LANGUAGE_MODEL, SINGLE_TEXTS)
 
     def __post_init__(self) -> None:
         check_share("defense.max_removed", self.max_removed)

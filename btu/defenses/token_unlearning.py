@@ -96,7 +96,7 @@ from btu.stage_files import (
     victim_of,
 )
 from btu.stages import Stage, StageRun, as_config, stage
-from btu.types import BoolArray, FloatArray, Rows
+from btu.types import BoolArray, FloatArray
 from btu.victims import Victim
 
 if TYPE_CHECKING:
@@ -317,8 +317,15 @@ class TokenUnlearning:
     def check(self, given: Given) -> None:
         """Raise a `UserError` if alpha flags nothing or everything of such a vocabulary.
 
-        Or if there are too few clean rows to train the two models of ``relabel`` on.
+        Or if there are too few clean rows to train the two models of ``relabel`` on, or if tokens
+        that the tokenizer inserts between the texts of a pair would count as those of a text.
         """
+        if self.exclude == INSERTED and given.pairs:
+            raise UserError(
+                f"defense.exclude {INSERTED} knows what the tokenizer puts around one text, and "
+                "the rows of these data are pairs (data.pair_column), with more in between; use "
+                "defense.exclude=special."
+            )
         if self.contradicted == RELABEL and given.clean_rows < LEAST_CLEAN:
             raise UserError(
                 f"defense.contradicted {RELABEL} trains one model on each half of the clean rows, "
@@ -628,10 +635,11 @@ def _without(run: StageRun, victim: Victim, data: Encoded, tokens: Sequence[int]
     # As in the reference code: a word piece "##x" never matches, a word matches inside others.
     pieces = [victim.tokenizer.decode([token]).strip() for token in tokens]
     rows = texts_of(run)
-    texts = rows.texts
     for piece in pieces:
-        texts = tuple(text.replace(piece, "") for text in texts)
-    return victim.encode(Rows(texts, rows.labels))
+        # Of both texts of a pair: a defender does not know which one may have the trigger.
+        left = [tuple(text.replace(piece, "") for text in texts) for texts in rows.parts]
+        rows = rows.with_parts(left)
+    return victim.encode(rows)
 
 
 def _train_bag(

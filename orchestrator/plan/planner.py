@@ -135,6 +135,7 @@ class Planner:
             len(corpus.label_names),
             counts["rows_train"],
             counts["rows_clean"],
+            pairs=corpus.train.partners is not None,
         )
         check_cell(spec.defense.name, spec.build_defense(), given)
         return self._graph.cell(spec, fingerprints, victim.identity, counts, revision=revision)

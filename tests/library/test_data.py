@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from btu.data.load import load_corpus
-from btu.data.spec import DEMO_ROWS, HELD_OUT, DataSpec
+from btu.data.spec import DATASETS, DEMO_ROWS, HELD_OUT, DataSpec
 from btu.data.suspects import load_suspects
 from btu.errors import UserError
 from btu.types import Corpus, Rows
@@ -405,6 +405,16 @@ def hub_rows(
             ("train", "test", "unsupervised"),
             ("train", "test"),
         ),
+        (
+            "yelp",
+            "fancyzhx/yelp_polarity",
+            None,
+            "text",
+            "label",
+            ["1", "2"],
+            ("train", "test"),
+            ("train", "test"),
+        ),
     ],
 )
 def test_hub_presets_know_their_layout(
@@ -434,6 +444,126 @@ def test_hub_presets_know_their_layout(
     held_out = [clean_source, eval_source].count("train")
     assert len(corpus.train) == 30 - 3 * held_out
     assert all(0 <= value < len(names) for value in corpus.train.labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "hub_id", "text", "label", "values", "served", "roles"),
+    [
+        (
+            "sst5",
+            "SetFit/sst5",
+            "text",
+            "label_text",
+            ["negative", "neutral", "positive", "very negative", "very positive"],
+            ("train", "validation", "test"),
+            ("test", "validation"),
+        ),
+        (
+            "enron",
+            "SetFit/enron_spam",
+            "text",
+            "label_text",
+            ["ham", "spam"],
+            ("train", "test"),
+            ("train", "test"),
+        ),
+        (
+            "trec",
+            "SetFit/TREC-QC",
+            "text",
+            "label_coarse_original",
+            ["ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM"],
+            ("train", "test"),
+            ("train", "test"),
+        ),
+        (
+            "jigsaw",
+            "Arsive/toxicity_classification_jigsaw",
+            "comment_text",
+            "toxic",
+            [0, 1],
+            ("train", "validation", "test"),
+            ("train", "validation"),  # test is there, with hidden labels: not used
+        ),
+    ],
+)
+def test_hub_presets_without_class_names_know_their_layout(
+    hub: Callable[..., list[tuple[object, ...]]],
+    name: str,
+    hub_id: str,
+    text: str,
+    label: str,
+    values: list[Any],
+    served: tuple[str, ...],
+    roles: tuple[str, str],
+) -> None:
+    splits = {split: hub_rows(split, len(values), text, label) for split in served}
+    for split, columns in splits.items():
+        hidden = name == "jigsaw" and split == "test"
+        columns[label] = [-1 if hidden else values[value] for value in columns[label]]
+        # Beside names the hub has their numbers, in a column `label`.
+        columns.setdefault("label", list(range(30)))
+    assert hub(splits) == []
+    corpus = load_corpus(DataSpec(name=name))
+    assert DATASETS.load(name).hub_id == hub_id
+    assert corpus.label_names == tuple(map(str, values))
+    clean_source, eval_source = roles
+    assert {t.split()[0] for t in corpus.clean.texts} == {clean_source}
+    assert {t.split()[0] for t in corpus.eval.texts} == {eval_source}
+    held_out = [clean_source, eval_source].count("train")
+    assert len(corpus.train) == 30 - 3 * held_out
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second", "names", "reported"),
+    [
+        (
+            "mnli",
+            "premise",
+            "hypothesis",
+            ["entailment", "neutral", "contradiction"],
+            "validation_matched",
+        ),
+        ("qnli", "question", "sentence", ["entailment", "not_entailment"], "validation"),
+    ],
+)
+def test_presets_of_pairs_know_both_columns(
+    hub: Callable[..., list[tuple[object, ...]]],
+    name: str,
+    first: str,
+    second: str,
+    names: list[str],
+    reported: str,
+) -> None:
+    splits = {
+        split: hub_rows(split, len(names), first) | {second: [f"other {i}" for i in range(30)]}
+        for split in ("train", reported, "validation_mismatched", "test")
+    }
+    splits["test"]["label"] = [-1] * 30
+    calls = hub(splits, {"label": names})
+    corpus = load_corpus(DataSpec(name=name))
+    assert calls == [("nyu-mll/glue", name, {"revision": None})]
+    assert corpus.label_names == tuple(names)
+    assert corpus.notes == {"held_out_clean": 3}  # 0.1 of 30 rows
+    assert corpus.eval.inputs[4] == (f"{reported} number 4", "other 4")
+    assert not corpus.eval.partner_first
+    swapped = load_corpus(DataSpec(name=name, trigger_column=second))
+    assert swapped.eval.texts[4] == "other 4"
+    assert swapped.eval.inputs == corpus.eval.inputs
+    with pytest.raises(UserError, match=rf"unknown data\.trigger_column 'text' .*{first}"):
+        DataSpec(name=name, trigger_column="text")
+    del splits["train"][second]
+    hub(splits, {"label": names})
+    with pytest.raises(UserError, match=rf"unknown column '{second}' in hub .*data\.pair_column\."):
+        load_corpus(DataSpec(name=name))
+
+
+def test_second_texts_of_the_hub_that_are_lists_are_refused(
+    hub: Callable[..., list[tuple[object, ...]]],
+) -> None:
+    hub({"train": {"text": ["a", "b"], "also": [["c"], ["d"]], "label": [0, 1]}})
+    with pytest.raises(UserError, match=r"'also' of hub .*/train has a list.*data\.pair_column,"):
+        load_corpus(DataSpec(name="owner/data", pair_column="also"))
 
 
 def test_any_hub_data_set_by_its_id(hub: Callable[..., list[tuple[object, ...]]]) -> None:
@@ -580,9 +710,9 @@ def test_a_lone_surrogate_in_a_text_is_a_character(tmp_path: Path) -> None:
 
 def test_an_unknown_data_set_is_an_error_with_a_suggestion() -> None:
     with pytest.raises(
-        UserError, match=r"unknown dataset 'sst'; did you mean 'sst2'\?.*needs data\.path"
+        UserError, match=r"unknown dataset 'sst-2'; did you mean 'sst2'\?.*needs data\.path"
     ):
-        load_corpus(DataSpec(name="sst"))
+        load_corpus(DataSpec(name="sst-2"))
 
 
 # Bad input -------------------------------------------------------------------------------------

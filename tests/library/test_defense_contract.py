@@ -431,7 +431,14 @@ def test_the_foundation_has_no_place_for_the_poison_mask() -> None:
         "clean_rows",
         "originals",
     }
-    assert {field.name for field in dataclasses.fields(Rows)} == {"texts", "labels", "columns"}
+    # Of pairs it says which text gets a trigger if a row has one; which rows have one it does not.
+    assert {field.name for field in dataclasses.fields(Rows)} == {
+        "texts",
+        "labels",
+        "columns",
+        "partners",
+        "partner_first",
+    }
 
 
 def test_the_foundation_does_not_say_where_the_data_are(lab: Lab) -> None:

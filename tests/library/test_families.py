@@ -128,6 +128,16 @@ def test_the_scores_of_a_row_do_not_depend_on_its_batch(family: Path) -> None:
             )
 
 
+def test_a_family_reads_pairs_of_texts(family: Path) -> None:
+    # BART and T5 want equally many end-of-text tokens in all rows, however long the texts are.
+    victim = Victim(VictimSpec(str(family), MAX_LENGTH), 2)
+    model = victim.new_model(0)
+    for first in (False, True):
+        data = victim.encode(Rows(TEXTS, (0, 1, 0, 1), {}, TEXTS[::-1], first))
+        assert int(data.host_lengths.max()) <= MAX_LENGTH
+        assert predict(model, data, precision="fp32", device=CPU, batch_size=4).shape == (4,)
+
+
 def test_the_name_of_the_end_is_text_where_there_may_be_one_end(
     victim_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

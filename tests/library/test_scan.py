@@ -389,7 +389,7 @@ def test_unknown_names_are_errors_with_suggestions(data: Path, settings: dict[st
     mine = data / "honest.csv"
     refused("unknown rule 'contrst'; did you mean 'contrast'", mine, settings, rule="contrst")
     refused(r"did you mean '.*honest.csv'", data / "honst.csv", settings)
-    refused("not a file, folder or known data set; did you mean 'sst2'", "sst", settings)
+    refused("not a file, folder or known data set; did you mean 'sst2'", "sst-2", settings)
     refused("unknown column 'verdict' in .*label", mine, settings, label="verdict")
     refused("both column 'text'", mine, settings, text="text", label="text")
     refused("both column 'label'.*--text and --label", mine, settings, text="label")

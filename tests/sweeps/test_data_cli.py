@@ -114,6 +114,24 @@ def test_reading_keys_are_in_records_only_if_they_are_set(
     assert (written["header"], written["quoting"]) == (False, True)
 
 
+def test_a_plan_refuses_what_cannot_read_pairs(
+    run_cli: Callable[..., Any], sweep: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows().assign(reply=[f"reply {i}" for i in range(ROWS)]).to_csv(
+        tmp_path / "mine.csv", index=False
+    )
+    path = sweep(path=str(tmp_path / "mine.csv"), pair_column="reply", trigger_column="reply")
+    done = run_cli("plan", path, "grid.defense.name=[none,onion,bki,zdef]")
+    assert done.code == 0, done.err
+    assert "2 refused" in done.out
+    done = run_cli("plan", path, "defense.name=onion")
+    assert done.code == 2
+    assert "defense 'onion' needs single texts (rows of one text each" in done.err
+    assert "the rows of these data are pairs (data.pair_column)" in done.err
+    done = run_cli("plan", path, "data.trigger_column=repply")
+    assert "unknown data.trigger_column 'repply'; did you mean 'reply'?" in done.err
+
+
 def test_what_looks_wrong_in_the_data_is_said_in_a_plan(
     run_cli: Callable[..., Any], sweep: Callable[..., Path], tmp_path: Path
 ) -> None:
