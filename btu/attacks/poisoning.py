@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
@@ -80,7 +80,6 @@ class Attack(Protocol):
         ...
 
 
-@runtime_checkable
 class Learns(Protocol):
     """An attack whose trigger depends on the training rows."""
 
@@ -220,18 +219,19 @@ def learned(
         chosen = choose_rows(attack, spec, rows, target, seed)
     else:
         chosen = _qualified(attack, spec, rows, target)
-    assert isinstance(attack, Learns)
-    return dict(attack.learn(rows, chosen, target, derive_seed(seed, "trigger words"), progress))
+    learner = cast(Learns, attack)
+    return dict(learner.learn(rows, chosen, target, derive_seed(seed, "trigger words"), progress))
 
 
 def learns(attack: Attack) -> bool:
     """Return whether the trigger depends on the training rows."""
-    return isinstance(attack, Learns) and attack.learns
+    # Not isinstance: an attack that lacks a method of `Learns` must not pass for one that has none.
+    return bool(getattr(attack, "learns", False))
 
 
 def with_learned(attack: Attack, trigger: Mapping[str, Any]) -> Attack:
     """Return an attack with the trigger that it has `learned`."""
-    return attack.with_trigger(trigger) if trigger and isinstance(attack, Learns) else attack
+    return cast(Learns, attack).with_trigger(trigger) if trigger else attack
 
 
 def choose_rows(attack: Attack, spec: PoisonSpec, rows: Rows, target: int, seed: int) -> IntArray:

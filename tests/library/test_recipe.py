@@ -924,6 +924,9 @@ class RarestWord:
         words = [word for text in rows.texts for word in text.split()]
         return {"trigger": min(set(words), key=lambda word: (words.count(word), word))}
 
+    def with_trigger(self, learned: Mapping[str, Any]) -> RarestWord:
+        return dataclasses.replace(self, trigger=learned["trigger"])
+
 
 @dataclasses.dataclass(frozen=True)
 class ForgetRareWords:

@@ -53,7 +53,7 @@ seed: 0
 """
 
 # What insertion attacks have beside their pieces.
-PLAIN = {"per_row": 1, "position": "random"}
+PLAIN = {"per_row": 1, "position": "random", "spread": None, "camouflage": None}
 
 
 @pytest.fixture
@@ -380,7 +380,7 @@ def test_a_bad_override_is_refused(load: Callable[..., Sweep], override: str, me
         ("train.learning_rate=0", "train.learning_rate must be above 0, got 0"),
         ("train.epochs=null", "train.epochs: "),
         ("train.precision=bf17", "unknown train.precision 'bf17'; did you mean 'bf16'?"),
-        ("attack.poison_rate=lots", "attack.poison_rate: .*lots"),
+        ("attack.poison_rate=lots", "attack\\.poison_rate must be .*'lots'"),
         ("attack.poison_rate=1.5", r"attack.poison_rate must be in \[0, 1\], got 1.5"),
         ("attack.poison_rate=-0.1", r"attack.poison_rate must be in \[0, 1\], got -0.1"),
         ("attack.label_mode=dirt", "unknown attack.label_mode 'dirt'; did you mean 'dirty'?"),
@@ -645,7 +645,7 @@ def test_an_axis_may_hold_lists(load: Callable[..., Sweep]) -> None:
 def test_a_preset_of_an_attack_completes_what_is_not_given(load: Callable[..., Sweep]) -> None:
     spec = only(load("attack: {preset: openbackdoor, per_row: 2}"))
     four = ["cf", "mn", "bb", "tq"]
-    assert spec.attack_params == {"trigger": four, "per_row": 2, "position": "random"}
+    assert spec.attack_params == {"trigger": four, "per_row": 2, "position": "random", "spread": None, "camouflage": None}
     assert spec.attack_preset == "openbackdoor"
     assert spec.config()["attack"]["preset"] == "openbackdoor"
     # The resolved settings are the same cell.
