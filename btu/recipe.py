@@ -27,7 +27,7 @@ from btu.defenses.kit.screening import ids_by_row
 from btu.findings import INCOMING, Screened, incoming_of
 from btu.foundation import Foundation, tune
 from btu.metrics import Proportion
-from btu.model_files import folder_identity, weight_files
+from btu.model_files import named_identity
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, TuningSettings
 from btu.stage_files import (
@@ -119,7 +119,7 @@ class CellInputs(TrainingInputs):
         """The attack's parameters as in keys: those that act, a model by its identity."""
         config = acting(self.poison.name, self.attack_params)
         if config.get("model") is not None:
-            config["model"] = _model_identity(config["model"])
+            config["model"] = named_identity(config["model"])
         return config
 
 
@@ -134,6 +134,8 @@ class Prepared:
     foundation: what a defense starts from.
     originals: the model fine-tuned on the rows before the poison, for controls that declare the
         need.
+    measured: what the poisoned rows are measured by, for the scorer (`btu.stealth`); None unless
+        asked for.
     """
 
     inputs: CellInputs
@@ -142,6 +144,7 @@ class Prepared:
     evaluation_rows: Stage
     foundation: Foundation
     originals: Stage
+    measured: Stage | None = None
 
     @cached_property
     def hidden(self) -> frozenset[str]:
@@ -150,7 +153,9 @@ class Prepared:
         They contain the mask, the trigger, or the rows that scores are reported on.
         """
         tops = (self.poisoned, self.evaluation_rows)
-        return frozenset(stage.key for top in tops for stage in top.closure())
+        # What is measured with is no secret: a defense may have the same language model.
+        own = set() if self.measured is None else {self.measured.key}
+        return frozenset(own | {stage.key for top in tops for stage in top.closure()})
 
     @cached_property
     def shared(self) -> frozenset[str]:
@@ -408,7 +413,7 @@ def evaluation_screened(prepared: Prepared, model: Stage, screened: Stage, name:
 def poison_rows(run: StageRun) -> dict[str, Any]:
     """Poison the training rows."""
     corpus = corpus_of(run, "train")
-    spec, attack = _attack_of(run)
+    spec, attack = attack_of(run)
     target = corpus.label_index(spec.target_label)
     poisoned = poison(attack, spec, corpus.train, target, run.config["seed"], run.progress)
     write_rows(run.folder / TRAIN, poisoned.rows)
@@ -440,7 +445,7 @@ def unpoisoned_rows(run: StageRun) -> dict[str, Any]:
 def triggered_rows(run: StageRun) -> dict[str, Any]:
     """Write the evaluation rows that can be attacked, with and without the trigger."""
     corpus = corpus_of(run, "eval")
-    spec, attack = _attack_of(run)
+    spec, attack = attack_of(run)
     target = corpus.label_index(spec.target_label)
     triggered, plain = triggered_eval(attack, corpus.eval, target, run.config["seed"], run.progress)
     write_rows(run.folder / TRIGGERED, triggered)
@@ -678,7 +683,7 @@ def _corpus(spec: DataSpec) -> tuple[Corpus, dict[str, str]]:
     return corpus, corpus.fingerprints()
 
 
-def _attack_of(run: StageRun) -> tuple[PoisonSpec, Attack]:
+def attack_of(run: StageRun) -> tuple[PoisonSpec, Attack]:
     """Return the attack and its spec; settings that do not affect the stage have defaults.
 
     Raises:
@@ -689,12 +694,6 @@ def _attack_of(run: StageRun) -> tuple[PoisonSpec, Attack]:
     spec = PoisonSpec(**{name: config[name] for name in names})
     model, planned = run.where["attack"].get("model"), config.get("model")
     if model is not None:
-        refuse_changed(f"attack.model '{model}' is", planned, _model_identity(model))
+        refuse_changed(f"attack.model '{model}' is", planned, named_identity(model))
     attack: Attack = ATTACKS.load(spec.name)(**run.where["attack"])
     return spec, attack
-
-
-def _model_identity(model: str) -> str:
-    """Return the identity of a paraphrase model in keys: the hash of its files, or a hub name."""
-    folder = Path(model)
-    return folder_identity(folder, weight_files(folder)) if folder.is_dir() else model

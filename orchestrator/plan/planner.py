@@ -20,6 +20,7 @@ from btu.data.spec import DataSpec
 from btu.defenses.base import Given, check_cell
 from btu.errors import UserError
 from btu.stages import Stage
+from btu.stealth import check_stealth
 from btu.types import Corpus
 from btu.victims import VictimSource, VictimSpec, check_length, find_victim
 from orchestrator.plan.graph import Graph
@@ -137,6 +138,8 @@ class Planner:
             counts["rows_clean"],
         )
         check_cell(spec.defense.name, spec.build_defense(), given)
+        if spec.stealth and spec.poison.poison_rate > 0:
+            check_stealth(given, victim)
         return self._graph.cell(spec, fingerprints, victim.identity, counts, revision=revision)
 
     def _corpus(self, spec: DataSpec) -> _Loaded:

@@ -86,6 +86,9 @@ _CAPTIONS = {
     "target": "Target: cells in which the defense names the target class.",
     "screening": "Screening: clean rows rejected (FRR), triggered rows accepted (FAR), and "
     "triggered rows that are left without the trigger (removed).",
+    "poisoned rows": "Poisoned rows: what the attack did to the training texts that it poisoned, "
+    "compared with their originals: median rise in perplexity, share of words edited, similarity "
+    "of sentence embeddings, share of labels flipped.",
 }
 # Defenses that end with the same clean tuning as the control. Others tune differently, or not.
 TUNED_ALIKE = ("btu", "fine_mixing", "random_cut", "frequency_cut")

@@ -139,7 +139,7 @@ NAMED_SECTIONS: dict[str, tuple[type, Registry[Any]]] = {
     "attack": (PoisonSpec, ATTACKS),
     "defense": (DefenseSpec, DEFENSES),
 }
-SCALARS = ("name", "output", "seed", "controls")
+SCALARS = ("name", "output", "seed", "stealth", "controls")
 NOT_SWEPT = ("resources", "tracking", "store")
 # Sections that apply to the whole sweep; the settings of a cell lack them.
 NOT_IN_CELLS = ("tracking", "store")
@@ -164,6 +164,7 @@ class TrialSpec:
     tuning: the settings of the clean tuning.
     seed: of the random choices in its stages.
     resources: what its stages occupy in Ray.
+    stealth: whether its poisoned rows are measured (`btu.stealth`).
     """
 
     data: DataSpec
@@ -178,6 +179,7 @@ class TrialSpec:
     tuning: TuningSettings
     seed: int
     resources: ResourceSpec = field(default_factory=ResourceSpec)
+    stealth: bool = False
 
     def build_attack(self) -> Attack:
         """Return the attack; a hyperparameter that breaks a rule raises a `UserError`."""
@@ -202,6 +204,8 @@ class TrialSpec:
             "train": as_config(self.train),
             "tuning": as_config(self.tuning),
             "seed": self.seed,
+            # Records from before there was this key read as those without it do.
+            **({"stealth": True} if self.stealth else {}),
             "resources": as_config(self.resources),
         }
 
