@@ -410,6 +410,8 @@ def test_a_bad_override_is_refused(load: Callable[..., Sweep], override: str, me
         ("seed=zero", "seed must be an integer, got 'zero'"),
         ("seed=1.5", r"seed must be an integer, got 1\.5"),
         ("seed=true", "seed must be an integer, got True"),
+        ("stealth=1", "stealth must be true or false, got 1"),
+        ("stealth=please", "stealth must be true or false, got 'please'"),
     ],
 )
 def test_a_bad_value_is_refused_by_the_name_of_its_key(

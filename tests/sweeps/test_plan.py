@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -227,6 +228,28 @@ def test_a_victim_folder_without_weights_is_refused(
     (folder / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"victim folder .* has no weights"):
         plan(victim={"name": str(folder)})
+
+
+def test_stealth_without_its_model_is_refused_but_where_nothing_is_poisoned(
+    plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a machine without the extra; the cells' own victim is a folder.
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    grid = {"attack.poison_rate": [0.0, 0.2]}
+    assert len(plan(grid=grid).cells) == 2
+    planned = plan(grid=grid, stealth=True)
+    assert [cell.varied for cell in cells_of(planned)] == [{"attack.poison_rate": 0.0}]
+    (refused,) = planned.refused
+    assert "install the extra with pip install '.[offline]'" in refused.reason
+
+
+def test_stealth_without_clean_rows_is_refused(plan: Callable[..., Plan]) -> None:
+    # BTU does with one clean row; the language model does not.
+    with pytest.raises(
+        UserError, match=r"stealth: true trains a language model .* the data have 1"
+    ):
+        plan(stealth=True, data={"max_clean_rows": 1})
+    assert plan(data={"max_clean_rows": 1}).cells
 
 
 def test_more_tokens_than_positions_are_refused(plan: Callable[..., Plan]) -> None:
