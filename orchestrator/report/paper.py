@@ -332,7 +332,7 @@ def _notes(means: pd.DataFrame, metrics: Sequence[str]) -> list[str]:
     names = latex.listed(list(dict.fromkeys(METRICS[name].head for name in undefined)))
     return [
         f"{FOOTNOTE}: {names} undefined: the attack has no fixed trigger tokens, there is nothing "
-        "to find, nothing was flagged, or no defense of the kind that has it."
+        "to find, nothing was flagged or poisoned, or no defense of the kind that has it."
     ]
 
 
