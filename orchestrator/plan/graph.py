@@ -45,16 +45,8 @@ class Graph:
                 is hidden from defenses.
         """
         known = (
-            *(
-                spec.data,
-                spec.victim,
-                spec.poison,
-                spec.train,
-                spec.tuning,
-                spec.seed,
-                spec.stealth,
-            ),
-            *(json.dumps(dict(spec.attack_params)), victim_identity),
+            *(spec.data, spec.victim, spec.poison, spec.train, spec.tuning, spec.seed),
+            *(spec.measures_poison, json.dumps(dict(spec.attack_params)), victim_identity),
             *sorted(data_fingerprints.items()),
         )
         if known not in self._prepared:
@@ -77,8 +69,7 @@ class Graph:
                 evaluation(prepared, base.model, "undefended"),
                 evaluation(prepared, base.tuned, "tuned"),
             ]
-            # Without poison there is nothing to measure, and the key stays what it is.
-            if spec.stealth and spec.poison.poison_rate > 0:
+            if spec.measures_poison:
                 tops.append(stealth_stage(prepared))
                 prepared = dataclasses.replace(prepared, measured=tops[-1])
             self._prepared[known] = prepared

@@ -93,6 +93,7 @@ class Planner:
         self._corpora: dict[DataSpec, _Loaded | UserError] = {}
         self._victims: dict[VictimSpec, VictimSource | UserError] = {}
         self._attackable: dict[Hashable, UserError | None] = {}
+        self._measurable: set[tuple[Given, VictimSource]] = set()
 
     def add(self, plan: Plan, cells: Iterable[Cell]) -> list[PlannedCell]:
         """Resolve and check cells, and add them to `plan`. Return those that are new in it."""
@@ -138,8 +139,9 @@ class Planner:
             counts["rows_clean"],
         )
         check_cell(spec.defense.name, spec.build_defense(), given)
-        if spec.stealth and spec.poison.poison_rate > 0:
+        if spec.measures_poison and (given, victim) not in self._measurable:
             check_stealth(given, victim)
+            self._measurable.add((given, victim))
         return self._graph.cell(spec, fingerprints, victim.identity, counts, revision=revision)
 
     def _corpus(self, spec: DataSpec) -> _Loaded:

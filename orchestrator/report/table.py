@@ -156,9 +156,7 @@ def _with_revisions(record: Mapping[str, Any]) -> dict[str, Any]:
     }
     known = {key: value for key, value in revisions.items() if value is not None}
     config = {**record["config"], **known}
-    if _lookup(record, "attack.poison_rate") == 0:
-        config.pop("stealth", None)
-    else:
+    if _lookup(record, "attack.poison_rate") != 0:
         config.setdefault("stealth", False)
     return {**record, "config": config}
 

@@ -164,7 +164,7 @@ class TrialSpec:
     tuning: the settings of the clean tuning.
     seed: of the random choices in its stages.
     resources: what its stages occupy in Ray.
-    stealth: whether its poisoned rows are measured (`btu.stealth`).
+    stealth: whether its poisoned rows are measured (`btu.stealth`), if there are any.
     """
 
     data: DataSpec
@@ -180,6 +180,11 @@ class TrialSpec:
     seed: int
     resources: ResourceSpec = field(default_factory=ResourceSpec)
     stealth: bool = False
+
+    @property
+    def measures_poison(self) -> bool:
+        """Whether `stealth` acts. Without poison there is nothing to measure, and no key changes."""
+        return self.stealth and self.poison.poison_rate > 0
 
     def build_attack(self) -> Attack:
         """Return the attack; a hyperparameter that breaks a rule raises a `UserError`."""
@@ -204,8 +209,8 @@ class TrialSpec:
             "train": as_config(self.train),
             "tuning": as_config(self.tuning),
             "seed": self.seed,
-            # Records from before there was this key read as those without it do.
-            **({"stealth": True} if self.stealth else {}),
+            # Cells without it have the records that they had before there was this key.
+            **({"stealth": True} if self.measures_poison else {}),
             "resources": as_config(self.resources),
         }
 

@@ -372,7 +372,9 @@ def test_cells_of_all_defenses_share_what_stealth_measures(encoder: None) -> Non
 def test_without_poison_there_is_nothing_to_measure(encoder: None) -> None:
     # A control keeps its key and its result, whether or not the sweep asks.
     clean = {"poison_rate": 0.0}
-    assert cell(stealth=True, attack=clean).key == cell(attack=clean).key
+    asked, plain = cell(stealth=True, attack=clean), cell(attack=clean)
+    assert asked.key == plain.key
+    assert asked.where == plain.where
 
 
 def test_a_defense_that_reads_what_stealth_measures_is_refused(
