@@ -183,7 +183,7 @@ class TrialSpec:
 
     @property
     def measures_poison(self) -> bool:
-        """Whether `stealth` acts. Without poison there is nothing to measure, and no key changes."""
+        """Whether `stealth` acts: without poison there is nothing to measure."""
         return self.stealth and self.poison.poison_rate > 0
 
     def build_attack(self) -> Attack:
