@@ -23,7 +23,7 @@ from btu.attacks.poisoning import (
 )
 from btu.data.load import load_corpus
 from btu.data.spec import DataSpec
-from btu.model_files import folder_identity, weight_files
+from btu.model_files import named_identity
 from btu.stage_files import TRAIN, read_table, refuse_changed, write_rows, write_table
 from btu.stages import StageRun, stage
 from btu.types import BoolArray, Corpus
@@ -129,7 +129,7 @@ def attack_of(run: StageRun) -> tuple[PoisonSpec, Attack]:
     spec = PoisonSpec(**{name: config[name] for name in names})
     model, planned = run.where["attack"].get("model"), config.get("model")
     if model is not None:
-        refuse_changed(f"attack.model '{model}' is", planned, model_identity(model))
+        refuse_changed(f"attack.model '{model}' is", planned, named_identity(model))
     return spec, built_attack(run, spec.name)
 
 
@@ -137,9 +137,3 @@ def built_attack(run: StageRun, name: str) -> Attack:
     """Return the attack, with the trigger that it learned."""
     attack: Attack = ATTACKS.load(name)(**run.where["attack"])
     return with_learned(attack, run.facts(TRIGGER)[TRIGGER]) if TRIGGER in run.inputs else attack
-
-
-def model_identity(model: str) -> str:
-    """Return the identity of a paraphrase model in keys: the hash of its files, or a hub name."""
-    folder = Path(model)
-    return folder_identity(folder, weight_files(folder)) if folder.is_dir() else model

@@ -14,8 +14,8 @@ import numpy as np
 from btu.errors import unknown
 from btu.types import BoolArray, FloatArray
 
-# Units. Reports show fractions in percent, and counts and seconds as they are.
-FRACTION, COUNT, SECONDS = "fraction", "count", "seconds"
+# Units. Reports show fractions in percent, and all others as they are.
+FRACTION, COUNT, SECONDS, NUMBER = "fraction", "count", "seconds", "number"
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,13 @@ class Metric:
 
     summary: what it measures, in one line.
     higher_is_better: None where neither direction is good in itself.
-    unit: `FRACTION`, `COUNT` or `SECONDS`.
+    unit: `FRACTION`, `COUNT`, `SECONDS` or `NUMBER`.
     interval: a proportion of rows or tokens, logged with the ends of its Wilson interval and n.
     head: the column's head in a paper; "" for no column.
     group: the group of columns in a paper that it belongs to (`GROUPS`); needed with a head.
     always: whether every table has the column. Otherwise only tables that compare defenses have
         it, if one of their cells has the metric.
+    asked: a metric that a sweep asks for: every table has it if one of its cells has it.
     compared: whether `btu compare` shows it unless other metrics are named.
     summarized: whether a sweep's summary run in MLflow has its means as metrics; needs `always`.
     """
@@ -44,6 +45,7 @@ class Metric:
     head: str = ""
     group: str = ""
     always: bool = False
+    asked: bool = False
     compared: bool = False
     summarized: bool = False
 
@@ -53,9 +55,10 @@ class Metric:
                 f"metric '{self.summary}' has head '{self.head}' and group '{self.group}'; give "
                 f"both or neither, and as group one of: {', '.join(GROUPS)}."
             )
-        if (self.always and not self.head) or (self.summarized and not self.always):
+        shown = self.always or self.asked
+        if (shown and not self.head) or (self.summarized and not self.always):
             raise ValueError(
-                f"metric '{self.summary}' has no column to show; always needs a head, and "
+                f"metric '{self.summary}' has no column to show; always and asked need a head, and "
                 "summarized needs always."
             )
 
@@ -65,7 +68,8 @@ class Metric:
         return self.unit == FRACTION
 
 
-# Groups of columns, in the order of a paper: the scores of three models, then detection and cost.
+# Groups of columns, in the order of a paper: the scores of three models, then detection, what the
+# poisoned rows look like, and cost.
 GROUPS = (
     "undefended",
     "clean-tuned",
@@ -74,6 +78,7 @@ GROUPS = (
     "flagged rows",
     "target",
     "screening",
+    "poisoned rows",
     "cost",
 )
 METRICS: dict[str, Metric] = {
@@ -229,6 +234,36 @@ METRICS: dict[str, Metric] = {
     "poisoned_rows": Metric("training rows with the trigger and the target label", None, COUNT),
     "cover_rows": Metric("training rows with the trigger that keep another label", None, COUNT),
     "relabeled_rows": Metric("poisoned rows whose label the attack changed", None, COUNT),
+    "perplexity_rise": Metric(
+        "by how much the perplexity of a poisoned training text exceeds its original's (median)",
+        None,
+        NUMBER,
+        head="perplexity",
+        group="poisoned rows",
+        asked=True,
+    ),
+    "edit_distance": Metric(
+        "words edited between a poisoned training text and its original, over those of the longer "
+        "(mean)",
+        None,
+        head="edits",
+        group="poisoned rows",
+        asked=True,
+    ),
+    "embedding_similarity": Metric(
+        "cosine of the sentence embeddings of a poisoned training text and its original (mean)",
+        None,
+        head="similarity",
+        group="poisoned rows",
+        asked=True,
+    ),
+    "label_flips": Metric(
+        "poisoned training rows whose label the attack changed",
+        None,
+        head="flips",
+        group="poisoned rows",
+        asked=True,
+    ),
     "triggers_cut_train": Metric(
         "poisoned rows that have no trigger left after the cut to max_length", None, COUNT
     ),

@@ -237,6 +237,12 @@ def folder_identity(folder: Path, weights: list[Path], *, code: bool = False) ->
     return digest.hexdigest()
 
 
+def named_identity(model: str) -> str:
+    """Return what identifies a model in keys: the hash of a folder's files, or a hub name."""
+    folder = Path(model)
+    return folder_identity(folder, weight_files(folder)) if folder.is_dir() else model
+
+
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content."""
     status = path.stat()

@@ -21,7 +21,6 @@ from btu.attacked import (
     built_attack,
     corpus_of,
     learn_trigger,
-    model_identity,
     poison_rows,
     triggered_rows,
     unpoisoned_rows,
@@ -34,6 +33,7 @@ from btu.defenses.kit.screening import ids_by_row
 from btu.findings import Screened, incoming_of, write_incoming
 from btu.foundation import Foundation, tune
 from btu.metrics import Proportion
+from btu.model_files import named_identity
 from btu.seeding import derive_seed
 from btu.settings import TrainSettings, TuningSettings
 from btu.stage_files import (
@@ -121,7 +121,7 @@ class CellInputs(TrainingInputs):
         """The attack's parameters as in keys: those that act, a model by its identity."""
         config = acting(self.poison.name, self.attack_params)
         if config.get("model") is not None:
-            config["model"] = model_identity(config["model"])
+            config["model"] = named_identity(config["model"])
         return config
 
 
@@ -136,6 +136,8 @@ class Prepared:
     foundation: what a defense starts from.
     originals: the model fine-tuned on the rows before the poison, for controls that declare the
         need.
+    measured: what the poisoned rows are measured by, for the scorer (`btu.stealth`); None unless
+        asked for.
     """
 
     inputs: CellInputs
@@ -144,6 +146,7 @@ class Prepared:
     evaluation_rows: Stage
     foundation: Foundation
     originals: Stage
+    measured: Stage | None = None
 
     @cached_property
     def hidden(self) -> frozenset[str]:
@@ -152,7 +155,9 @@ class Prepared:
         They contain the mask, the trigger, or the rows that scores are reported on.
         """
         tops = (self.poisoned, self.evaluation_rows)
-        return frozenset(stage.key for top in tops for stage in top.closure())
+        # What is measured with is no secret: a defense may have the same language model.
+        own = set() if self.measured is None else {self.measured.key}
+        return frozenset(own | {stage.key for top in tops for stage in top.closure()})
 
     @cached_property
     def shared(self) -> frozenset[str]:

@@ -27,6 +27,7 @@ from btu.recipe import scores_of
 from btu.result_files import CONFIG, FLAGGED, PLOT, RESULT, ROWS, TOKENS, dumps
 from btu.stage_files import load_encoded, load_victim
 from btu.stages import StageRun, read_record, stage
+from btu.stealth import STEALTH
 from btu.types import BoolArray
 from btu.victims import Victim, VictimSpec
 
@@ -82,6 +83,7 @@ def score_cell(run: StageRun) -> dict[str, Any]:
         **({"cover_rows": poisoned["cover_rows"]} if poisoned.get("cover_rows") else {}),
         "truncated_rows": facts["training rows"]["truncated_rows"],
     }
+    metrics |= facts.get(STEALTH, {})
     if trigger_ids is not None:
         # The victim does not see a trigger beyond max_length; these counts tell how many it misses.
         triggered = load_encoded(run.inputs["evaluation rows"] / "triggered.safetensors")

@@ -23,8 +23,9 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -207,7 +208,7 @@ class _Pairs:
         after: dict[str, set[str]] = {}
         for text in texts:
             words = ["", *text.casefold().split(), ""]
-            for a, b in zip(words[:-1], words[1:], strict=True):
+            for a, b in pairwise(words):
                 before.setdefault(b, set()).add(a)
                 after.setdefault(a, set()).add(b)
         return cls(_frozen(before), _frozen(after))
@@ -351,15 +352,14 @@ def _choose(
     """
     held = [set(text.casefold().split()) for text in texts]
     rows = Counter(word for words in held for word in words)
-    target = Counter(word for words, yes in zip(held, is_target, strict=True) if yes for word in words)
+    target = Counter(
+        word for words, yes in zip(held, is_target, strict=True) if yes for word in words
+    )
     share = float(is_target.mean())
     chosen: list[str] = []
     while len(chosen) < most:
         more = Counter(
-            word
-            for draft in drafts
-            for word in set(draft.words) - draft.has
-            if draft.places(word)
+            word for draft in drafts for word in set(draft.words) - draft.has if draft.places(word)
         )
         scored = [
             (_z_score(target[word] + count, rows[word] + count, share), word)
@@ -387,6 +387,3 @@ def _z_score(target: int, rows: int, share: float) -> float:
     if not 0 < share < 1:
         return 0.0
     return float((target / rows - share) / np.sqrt(share * (1 - share) / rows))
-
-
-Writer = Callable[[list[str]], list[str]]

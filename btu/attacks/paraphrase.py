@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,14 +148,19 @@ class ParaphraseAttack:
         return column
 
 
-def _check_local(model: str, prompt: str) -> None:
+def check_folder(model: str) -> Mapping[str, Any]:
+    """Return the config of a local model; {} for the name of one on the hub.
+
+    Raises:
+        UserError: the folder does not exist, or is no saved model with a tokenizer.
+    """
     folder = Path(model).expanduser()
     if not folder.is_dir():
         if model.startswith((".", "/", "~")):
             raise UserError(
                 f"attack.model folder {folder} does not exist; give a folder or a hub name."
             )
-        return
+        return {}
     if not weight_files(folder):
         raise UserError(f"attack.model folder {folder} has no model.safetensors.")
     if not (folder / CONFIG).is_file():
@@ -169,6 +174,11 @@ def _check_local(model: str, prompt: str) -> None:
             f"attack.model folder {folder} has no tokenizer: no tokenizer.json, vocabulary or "
             "sentencepiece model; save the model's tokenizer there with save_pretrained."
         )
+    return config
+
+
+def _check_local(model: str, prompt: str) -> None:
+    config = check_folder(model)
     # A config leaves out what its class has by default. Where neither tells, loading does.
     named = str((config.get("architectures") or [""])[0])
     if config.get("is_encoder_decoder") or named.endswith(CAUSAL):
@@ -215,19 +225,44 @@ def generate_paraphrases(
     progress: ProgressCallback = silent,
     prompt: str = "",
 ) -> tuple[str, ...]:
-    """Return the model's paraphrase of every text, decoded greedily in batches.
-
-    Each batch is committed to the cache before the next one starts, so that an interrupted run
-    resumes there and later cells reuse the paraphrases. Stages that run at the same time do not
-    wait for each other: each generates until it finds a batch in the cache.
+    """Return the model's paraphrase of every text, decoded greedily in batches, and cached.
 
     Raises:
         UserError: the model cannot be loaded as a seq2seq or causal model with safetensors
             weights, has no room for a text, or writes an empty one.
     """
-    recipe = f"{GENERATE_VERSION}\0{_model_revision(model_name)}\0{prefix}\0{max_new_tokens}\0"
+    recipe = f"{GENERATE_VERSION}\0{model_revision(model_name)}\0{prefix}\0{max_new_tokens}\0"
     if prompt:
         recipe += f"{prompt}\0"
+    return written_once(
+        texts,
+        recipe,
+        lambda: _generator(model_name, prefix, max_new_tokens, prompt),
+        progress,
+        "paraphrase",
+    )
+
+
+def written_once(
+    texts: Sequence[str],
+    recipe: str,
+    load: Callable[[], Callable[[list[str]], list[str]]],
+    progress: ProgressCallback,
+    stage: str,
+) -> tuple[str, ...]:
+    """Return what a model writes about every text, in batches.
+
+    Each batch is committed to the cache before the next one starts, so that an interrupted run
+    resumes there and later cells reuse what is written. Stages that run at the same time do not
+    wait for each other: each writes until it finds a batch in the cache.
+
+    texts: the texts.
+    recipe: everything but the text that affects what is written.
+    load: returns a function from texts to what is written about them. Called if something is not
+        in the cache.
+    progress: called with the progress, after each batch.
+    stage: the name of the work, for `progress`.
+    """
     keys = [
         hashlib.sha256((recipe + t).encode("utf-8", "surrogatepass")).hexdigest() for t in texts
     ]
@@ -237,7 +272,7 @@ def generate_paraphrases(
         # Longest first: similar lengths need little padding, and memory peaks in the first batch.
         todo = sorted(missing.items(), key=lambda item: -len(item[1]))
         if todo:
-            write = _generator(model_name, prefix, max_new_tokens, prompt)
+            write = load()
             for start in range(0, len(todo), GENERATE_BATCH):
                 batch = todo[start : start + GENERATE_BATCH]
                 # Another process may have written some of them in the meantime.
@@ -255,7 +290,7 @@ def generate_paraphrases(
                 )
                 cache.commit()
                 found |= written
-                progress(Progress("paraphrase", start + len(batch), len(todo)))
+                progress(Progress(stage, start + len(batch), len(todo)))
     return tuple(found[key] for key in keys)
 
 
@@ -268,14 +303,16 @@ def _cached(cache: sqlite3.Connection, keys: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _model_revision(model_name: str) -> str:
+def model_revision(
+    model_name: str, not_loadable: Callable[[str, Exception], UserError] | None = None
+) -> str:
     """Return what identifies the model: a hash of a folder's files, or the hub commit."""
     folder = Path(model_name)
     if folder.is_dir():
         return folder_identity(folder, weight_files(folder))
     from transformers import AutoConfig
 
-    with loading(lambda error: _not_loadable(model_name, error)):
+    with loading(lambda error: (not_loadable or _not_loadable)(model_name, error)):
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
     return f"{model_name}@{getattr(config, '_commit_hash', None)}"
 

@@ -37,6 +37,7 @@ ATTACKS: Registry[type[Attack]] = Registry(
         ("syntactic", "btu.attacks.syntactic:Syntactic", "paraphrase in one syntactic template"),
         ("style", "btu.attacks.style:Style", "paraphrase in one text style"),
         ("rewrite", "btu.attacks.rewrite:Rewrite", "another version of the text"),
+        ("bite", "btu.attacks.bite:Bite", "words that lean towards the target, where they fit"),
         ("homograph", "btu.attacks.homograph:Homograph", "letters replaced by look-alikes"),
     ],
 )

@@ -161,7 +161,7 @@ class Onion:
         reads: dict[str, Stage] = {}
         if self.lm == OF_CLEAN_ROWS:
             # The facts of the clean rows include the number of classes.
-            reads = {"clean": base.clean, "language model": self._learned(base)}
+            reads = {"clean": base.clean, "language model": self.learned(base)}
         else:
             asks["lm"] = find_language_model(self.lm, self.revision).identity
         scores = base.stage(
@@ -194,7 +194,8 @@ class Onion:
             kind="host",
         )
 
-    def _learned(self, base: Foundation) -> Stage:
+    def learned(self, base: Foundation) -> Stage:
+        """Declare the training of a language model on the clean rows (``clean-rows``)."""
         settings = TrainSettings(
             epochs=self.epochs,
             learning_rate=self.learning_rate,
@@ -366,14 +367,16 @@ def without_outliers(text: str, scores: FloatArray, bar: float, *, cut: bool = F
 
 
 def _score(run: StageRun, texts: Sequence[str], stage: str) -> dict[str, Any]:
-    scores = _scorer(run).scores(run, texts, stage)
+    scores = scorer_of(run).scores(run, texts, stage)
     words = np.array([len(of) for of in scores], dtype=np.int64)
     save_values(run.folder, scores=np.concatenate(scores), words=words)
     return {"texts": len(texts), "words": int(words.sum())}
 
 
-def _scorer(run: StageRun) -> Scorer:
+def scorer_of(run: StageRun) -> Scorer:
     """Return the scorer with the stage's language model.
+
+    Without ``config['lm']`` that is the result of `learn`, the input ``language model``.
 
     Raises:
         UserError: a named model cannot be loaded, or its files differ from those at planning.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Collection, Hashable, Iterable, Mapping
@@ -10,6 +11,7 @@ from btu.defenses.base import CLEAN_ROWS, Screens
 from btu.recipe import CellInputs, Prepared, evaluation, evaluation_screened, prepare
 from btu.scoring import score_cell
 from btu.stages import Stage
+from btu.stealth import stealth_stage
 from orchestrator.sweep.sections import TrialSpec
 
 
@@ -38,16 +40,17 @@ class Graph:
         revision: of all the data (`Corpus.fingerprint`), for the cell's tags.
 
         Raises:
+            UserError: the cell asks for `stealth`, and the sentence encoder is missing.
             ValueError: two stages of the defense have the same name, or a stage of it reads what
                 is hidden from defenses.
         """
         known = (
             *(spec.data, spec.victim, spec.poison, spec.train, spec.tuning, spec.seed),
-            *(json.dumps(dict(spec.attack_params)), victim_identity),
+            *(spec.measures_poison, json.dumps(dict(spec.attack_params)), victim_identity),
             *sorted(data_fingerprints.items()),
         )
         if known not in self._prepared:
-            prepared = self._prepared[known] = prepare(
+            prepared = prepare(
                 CellInputs(
                     data=spec.data,
                     data_fingerprints=data_fingerprints,
@@ -62,11 +65,15 @@ class Graph:
                 )
             )
             base = prepared.foundation
-            controls = (
+            tops = [
                 evaluation(prepared, base.model, "undefended"),
                 evaluation(prepared, base.tuned, "tuned"),
-            )
-            self._controls[known] = {s.name: s for last in controls for s in last.closure()}
+            ]
+            if spec.measures_poison:
+                tops.append(stealth_stage(prepared))
+                prepared = dataclasses.replace(prepared, measured=tops[-1])
+            self._prepared[known] = prepared
+            self._controls[known] = {s.name: s for last in tops for s in last.closure()}
         prepared = self._prepared[known]
         inputs = dict(self._controls[known])
         name, defense = spec.defense.name, spec.build_defense()

@@ -20,6 +20,7 @@ from btu.data.spec import DataSpec
 from btu.defenses.base import Given, check_cell
 from btu.errors import UserError
 from btu.stages import Stage
+from btu.stealth import check_stealth
 from btu.types import Corpus
 from btu.victims import VictimSource, VictimSpec, check_length, find_victim
 from orchestrator.plan.graph import Graph
@@ -92,6 +93,7 @@ class Planner:
         self._corpora: dict[DataSpec, _Loaded | UserError] = {}
         self._victims: dict[VictimSpec, VictimSource | UserError] = {}
         self._attackable: dict[Hashable, UserError | None] = {}
+        self._measurable: set[tuple[Given, VictimSource]] = set()
 
     def add(self, plan: Plan, cells: Iterable[Cell]) -> list[PlannedCell]:
         """Resolve and check cells, and add them to `plan`. Return those that are new in it."""
@@ -138,6 +140,9 @@ class Planner:
             pairs=corpus.train.partners is not None,
         )
         check_cell(spec.defense.name, spec.build_defense(), given)
+        if spec.measures_poison and (given, victim) not in self._measurable:
+            check_stealth(given, victim)
+            self._measurable.add((given, victim))
         return self._graph.cell(spec, fingerprints, victim.identity, counts, revision=revision)
 
     def _corpus(self, spec: DataSpec) -> _Loaded:

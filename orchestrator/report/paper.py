@@ -86,6 +86,9 @@ _CAPTIONS = {
     "target": "Target: cells in which the defense names the target class.",
     "screening": "Screening: clean rows rejected (FRR), triggered rows accepted (FAR), and "
     "triggered rows that are left without the trigger (removed).",
+    "poisoned rows": "Poisoned rows: what the attack did to the training texts that it poisoned, "
+    "compared with their originals: median rise in perplexity, share of words edited, similarity "
+    "of sentence embeddings, share of labels flipped.",
 }
 # Defenses that end with the same clean tuning as the control. Others tune differently, or not.
 TUNED_ALIKE = ("btu", "fine_mixing", "random_cut", "frequency_cut")
@@ -329,7 +332,7 @@ def _notes(means: pd.DataFrame, metrics: Sequence[str]) -> list[str]:
     names = latex.listed(list(dict.fromkeys(METRICS[name].head for name in undefined)))
     return [
         f"{FOOTNOTE}: {names} undefined: the attack has no fixed trigger tokens, there is nothing "
-        "to find, nothing was flagged, or no defense of the kind that has it."
+        "to find, nothing was flagged or poisoned, or no defense of the kind that has it."
     ]
 
 

@@ -34,7 +34,8 @@ THRESHOLD_COLUMNS = (
     FDR_KEY,
 )
 METRIC_COLUMNS = tuple(name for name, entry in METRICS.items() if entry.always)
-# Shown only in tables that compare defenses, if one of their cells has the metric.
+# Shown if one of the cells has the metric; those that no sweep asks for only in tables that compare
+# defenses.
 DEFENSE_COLUMNS = tuple(name for name, entry in METRICS.items() if entry.head and not entry.always)
 ALL_METRICS = (*METRIC_COLUMNS, *DEFENSE_COLUMNS)
 MARKS = "marks"
@@ -73,14 +74,15 @@ def results_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 def metric_columns(table: pd.DataFrame) -> list[str]:
     """Return the metrics that a table of cells shows, in order.
 
-    Metrics that not every table has (`DEFENSE_COLUMNS`) are shown if the table has several defenses
-    and a cell has the metric.
+    Metrics that not every table has (`DEFENSE_COLUMNS`) are shown if a cell has the metric, and the
+    table has several defenses or the sweep asked for it.
 
     table: a row per cell, with the column ``defense``.
     """
     several = len(set(table["defense"]) - {"none"}) > 1
-    further = (name for name in DEFENSE_COLUMNS if several and name in table)
-    return [*METRIC_COLUMNS, *(name for name in further if table[name].notna().any())]
+    further = (name for name in DEFENSE_COLUMNS if several or METRICS[name].asked)
+    shown = (name for name in further if name in table and table[name].notna().any())
+    return [*METRIC_COLUMNS, *shown]
 
 
 def coordinates(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -147,6 +149,7 @@ def _as_shown(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record with the revisions of rows, weights and recipe among its settings.
 
     The rate of a published poisoned set, which is as it was published, is the one that it reaches.
+    Where `stealth` acts it is among them: a cell with it and one without must not look alike.
     """
     revisions = {
         "revision.data": record.get("tags", {}).get("data"),
@@ -157,6 +160,8 @@ def _as_shown(record: Mapping[str, Any]) -> dict[str, Any]:
     config = {**record["config"], **known}
     if _lookup(record, "attack.poison_rate") == GIVEN:
         config["attack"] = {**config["attack"], "poison_rate": poison_rate(record)}
+    if _lookup(record, "attack.poison_rate") != 0:
+        config.setdefault("stealth", False)
     return {**record, "config": config}
 
 

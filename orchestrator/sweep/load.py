@@ -138,6 +138,9 @@ def resolve(config: Mapping[str, Any]) -> TrialSpec:
     seed = config.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise UserError(f"seed must be an integer, got {seed!r}.")
+    stealth = config.get("stealth", False)
+    if not isinstance(stealth, bool):
+        raise UserError(f"stealth must be true or false, got {stealth!r}.")
     return TrialSpec(
         data=data,
         victim=victim,
@@ -151,6 +154,7 @@ def resolve(config: Mapping[str, Any]) -> TrialSpec:
         tuning=sections["tuning"],
         seed=seed,
         resources=sections["resources"],
+        stealth=stealth,
     )
 
 

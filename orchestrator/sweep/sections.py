@@ -139,7 +139,7 @@ NAMED_SECTIONS: dict[str, tuple[type, Registry[Any]]] = {
     "attack": (PoisonSpec, ATTACKS),
     "defense": (DefenseSpec, DEFENSES),
 }
-SCALARS = ("name", "output", "seed", "controls")
+SCALARS = ("name", "output", "seed", "stealth", "controls")
 NOT_SWEPT = ("resources", "tracking", "store")
 # Sections that apply to the whole sweep; the settings of a cell lack them.
 NOT_IN_CELLS = ("tracking", "store")
@@ -164,6 +164,7 @@ class TrialSpec:
     tuning: the settings of the clean tuning.
     seed: of the random choices in its stages.
     resources: what its stages occupy in Ray.
+    stealth: whether its poisoned rows are measured (`btu.stealth`), if there are any.
     """
 
     data: DataSpec
@@ -178,6 +179,12 @@ class TrialSpec:
     tuning: TuningSettings
     seed: int
     resources: ResourceSpec = field(default_factory=ResourceSpec)
+    stealth: bool = False
+
+    @property
+    def measures_poison(self) -> bool:
+        """Whether `stealth` acts: without poison there is nothing to measure."""
+        return self.stealth and self.poison.poisons
 
     def build_attack(self) -> Attack:
         """Return the attack; a hyperparameter that breaks a rule raises a `UserError`."""
@@ -202,6 +209,8 @@ class TrialSpec:
             "train": as_config(self.train),
             "tuning": as_config(self.tuning),
             "seed": self.seed,
+            # Cells without it have the records that they had before there was this key.
+            **({"stealth": True} if self.measures_poison else {}),
             "resources": as_config(self.resources),
         }
 

@@ -170,7 +170,7 @@ def test_whatever_a_proportion_logs_is_a_known_metric(state: str, name: str) -> 
     assert set(logged) <= set(METRICS)
 
 
-def test_counts_and_seconds_are_no_fractions() -> None:
+def test_counts_seconds_and_numbers_are_no_fractions() -> None:
     counted = {name for name, entry in METRICS.items() if not entry.fraction}
     named = {n for n in METRICS if re.match(r"rows_|seconds|.*_(n|rows)$", n)}
     assert named <= counted
@@ -183,6 +183,7 @@ def test_counts_and_seconds_are_no_fractions() -> None:
         "clean_rows_used",
         "triggers_cut_train",
         "triggers_cut_eval",
+        "perplexity_rise",
     }
 
 
@@ -195,7 +196,9 @@ def test_a_column_needs_a_head_and_a_group() -> None:
         Metric("made", None, head="X")
     with pytest.raises(ValueError, match="has head 'X' and group 'flaged'"):
         Metric("made", None, head="X", group="flaged")
-    with pytest.raises(ValueError, match="always needs a head"):
+    with pytest.raises(ValueError, match="always and asked need a head"):
         Metric("made", None, always=True)
+    with pytest.raises(ValueError, match="always and asked need a head"):
+        Metric("made", None, asked=True)
     with pytest.raises(ValueError, match="summarized needs always"):
         Metric("made", None, head="X", group="cost", summarized=True)

@@ -184,6 +184,47 @@ def test_texts_without_words_or_with_one_have_no_causal_score(make_victim: Any) 
     assert np.isnan(found[1]).all()
 
 
+def test_the_perplexity_of_a_text_is_e_to_the_mean_surprise_of_its_tokens(bert: Victim) -> None:
+    tokenizer = bert.tokenizer
+    (cf,) = tokenizer("cf")["input_ids"][1:-1]
+    weight = torch.zeros(len(tokenizer))
+    weight[cf] = 3.0
+    model = Expects(weight)
+    scorer = Scorer(model, tokenizer, 64, 2, "fp32")
+    texts = ["a film", "a cf film", "", "a film"]
+    found = scorer.perplexities(run_on_cpu(), texts, "t")
+    # All tokens but cf are equally likely, cf exp(3) times less so.
+    total = float(torch.logsumexp(-weight, 0))
+    tokens = len(tokenizer("a cf film")["input_ids"]) - 2
+    assert found[[0, 1, 3]] == pytest.approx(np.exp([total, total + 3 / tokens, total]), rel=1e-4)
+    # Nothing was read of it.
+    assert np.isnan(found[2])
+    # Special tokens are not asked about: they are never masked.
+    around = set(tokenizer("")["input_ids"])
+    assert all(around <= set(row.tolist()) for shown in model.shown for row in shown)
+
+
+def test_a_causal_models_perplexity_is_that_of_the_whole_text(make_victim: Any) -> None:
+    tokenizer = make_victim("gpt2").tokenizer
+    weight = torch.linspace(0, 3, len(tokenizer))
+    scorer = Scorer(Expects(weight), tokenizer, 64, 5, "fp32")
+    texts = ["cf a film", "", "good"]
+    found = scorer.perplexities(run_on_cpu(), texts, "t")
+    total = float(torch.logsumexp(-weight, 0))
+    for number in (0, 2):
+        # The start-of-text token is given, not predicted.
+        losses = [float(weight[i]) + total for i in tokenizer(texts[number])["input_ids"]]
+        assert found[number] == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
+    assert np.isnan(found[1])
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+def test_texts_without_a_token_have_no_perplexity(make_victim: Any, architecture: str) -> None:
+    tokenizer = make_victim(architecture).tokenizer
+    scorer = Scorer(Expects(torch.zeros(len(tokenizer))), tokenizer, 64, 5, "fp32")
+    assert np.isnan(scorer.perplexities(run_on_cpu(), ["", ""], "t")).all()
+
+
 def test_words_beyond_the_longest_input_are_not_scored(bert: Victim) -> None:
     scorer = Scorer(Expects(torch.zeros(len(bert.tokenizer))), bert.tokenizer, 6, 5, "fp32")
     (found,) = scorer.scores(run_on_cpu(), ["a a a a a a"], "t")

@@ -410,6 +410,8 @@ def test_a_bad_override_is_refused(load: Callable[..., Sweep], override: str, me
         ("seed=zero", "seed must be an integer, got 'zero'"),
         ("seed=1.5", r"seed must be an integer, got 1\.5"),
         ("seed=true", "seed must be an integer, got True"),
+        ("stealth=1", "stealth must be true or false, got 1"),
+        ("stealth=please", "stealth must be true or false, got 'please'"),
     ],
 )
 def test_a_bad_value_is_refused_by_the_name_of_its_key(
@@ -645,7 +647,13 @@ def test_an_axis_may_hold_lists(load: Callable[..., Sweep]) -> None:
 def test_a_preset_of_an_attack_completes_what_is_not_given(load: Callable[..., Sweep]) -> None:
     spec = only(load("attack: {preset: openbackdoor, per_row: 2}"))
     four = ["cf", "mn", "bb", "tq"]
-    assert spec.attack_params == {"trigger": four, "per_row": 2, "position": "random", "spread": None, "camouflage": None}
+    assert spec.attack_params == {
+        "trigger": four,
+        "per_row": 2,
+        "position": "random",
+        "spread": None,
+        "camouflage": None,
+    }
     assert spec.attack_preset == "openbackdoor"
     assert spec.config()["attack"]["preset"] == "openbackdoor"
     # The resolved settings are the same cell.

@@ -119,6 +119,7 @@ FUNCTIONS = {
     "btu.scan:accuracy": 1,
     "btu.scan:suspect_rows": 1,
     "btu.scan:trusted_rows": 2,
+    "btu.stealth:measure_rows": 1,
     "orchestrator.trial:score_cell": 4,
 }
 

@@ -10,10 +10,12 @@ from typing import Any, ClassVar
 
 import pytest
 
+from btu import stealth
 from btu.defenses.base import DEFENSES, Given
 from btu.foundation import Foundation
 from btu.scoring import score_cell
 from btu.stages import Stage, StageFunction
+from btu.victims import VictimSource
 from orchestrator.plan import graph as graphs
 from orchestrator.plan.graph import Graph
 from orchestrator.sweep.load import resolve
@@ -318,6 +320,74 @@ def test_whatever_way_a_hidden_stage_is_got_at_it_is_refused(
     monkeypatch.setattr(TrialSpec, "build_defense", lambda _: defense)
     with pytest.raises(ValueError, match=f"stage 'told' reads '{name}', which is hidden"):
         cell()
+
+
+@pytest.fixture
+def encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sentence encoder, whether or not one is installed."""
+    monkeypatch.setattr(stealth, "find_encoder", lambda: VictimSource("here", "m" * 64))
+
+
+MEASURES = {"stealth", "language model (stealth)"}
+
+
+def test_without_stealth_no_key_and_no_record_changes() -> None:
+    plain, off = cell(), cell(stealth=False)
+    assert off.key == plain.key
+    assert off.where == plain.where
+    assert "stealth" not in off.where["config"]
+    assert not MEASURES & off.inputs.keys()
+
+
+def test_stealth_adds_two_stages_to_a_cell_and_changes_none(encoder: None) -> None:
+    plain, on = cell(), cell(stealth=True)
+    assert on.inputs.keys() - plain.inputs.keys() == MEASURES
+    assert all(on.inputs[name].key == stage.key for name, stage in plain.inputs.items())
+    assert on.key != plain.key
+    # The cell can be computed again from its record.
+    assert on.where["config"]["stealth"] is True
+    # They are no cost of the defense.
+    assert not MEASURES & set(on.where["cost"]["stages"])
+
+
+def test_cells_of_all_defenses_share_what_stealth_measures(encoder: None) -> None:
+    graph = Graph()
+    defenses: list[dict[str, Any]] = [
+        {"alpha": 0.01},
+        {"alpha": 0.02},
+        {"name": "onion"},
+        {"name": "onion", "epochs": 1},
+        {"name": "finetune_clean"},
+    ]
+    cells = [cell(graph, stealth=True, defense={"alpha": None} | d) for d in defenses]
+    for name in MEASURES:
+        assert len({one.inputs[name].key for one in cells}) == 1
+    # ONION with its defaults has the same language model, under its own name too.
+    onions = [cells[i].inputs["language model (onion)"].key for i in (2, 3)]
+    shared = cells[0].inputs["language model (stealth)"].key
+    assert [key == shared for key in onions] == [True, False]
+    assert "language model (onion)" in cells[2].where["cost"]["stages"]
+
+
+def test_without_poison_there_is_nothing_to_measure(encoder: None) -> None:
+    # A control keeps its key and its result, whether or not the sweep asks.
+    clean = {"poison_rate": 0.0}
+    asked, plain = cell(stealth=True, attack=clean), cell(attack=clean)
+    assert asked.key == plain.key
+    assert asked.where == plain.where
+
+
+def test_a_defense_that_reads_what_stealth_measures_is_refused(
+    encoder: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = cell(stealth=True)
+    model = Reads(made.inputs["language model (stealth)"])
+    monkeypatch.setattr(TrialSpec, "build_defense", lambda _: model)
+    assert "told" in cell(stealth=True).inputs
+    measures = Reads(made.inputs["stealth"])
+    monkeypatch.setattr(TrialSpec, "build_defense", lambda _: measures)
+    with pytest.raises(ValueError, match="stage 'told' reads 'stealth', which is hidden"):
+        cell(stealth=True)
 
 
 @dataclass(frozen=True)

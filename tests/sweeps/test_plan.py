@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from btu.data.spec import DataSpec
@@ -227,6 +229,33 @@ def test_a_victim_folder_without_weights_is_refused(
     (folder / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"victim folder .* has no weights"):
         plan(victim={"name": str(folder)})
+
+
+def test_stealth_without_its_model_is_refused_but_where_nothing_is_poisoned(
+    plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a machine without the extra; the cells' own victim is a folder.
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    grid = {"attack.poison_rate": [0.0, 0.2]}
+    assert len(plan(grid=grid).cells) == 2
+    planned = plan(grid=grid, stealth=True)
+    assert [cell.varied for cell in cells_of(planned)] == [{"attack.poison_rate": 0.0}]
+    (refused,) = planned.refused
+    assert "install the extra with pip install '.[offline]'" in refused.reason
+
+
+def test_stealth_without_clean_rows_is_refused(
+    plan: Callable[..., Plan], corpus_folder: Path, tmp_path: Path
+) -> None:
+    # BTU does with one clean row; the language model does not.
+    folder = tmp_path / "data"
+    shutil.copytree(corpus_folder, folder)
+    clean = pd.read_parquet(folder / "clean.parquet")
+    clean.head(1).to_parquet(folder / "clean.parquet", index=False)
+    data = {"path": str(folder)}
+    assert len(plan(data=data).cells) == 1
+    with pytest.raises(UserError, match=r"stealth: true trains .* the data have 1; raise"):
+        plan(data=data, stealth=True)
 
 
 def test_more_tokens_than_positions_are_refused(plan: Callable[..., Plan]) -> None:

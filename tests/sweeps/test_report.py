@@ -93,6 +93,38 @@ def test_a_table_of_several_defenses_shows_what_each_kind_measures() -> None:
     assert list(results_table([rows[0], of_defense("none", 0.0)]).columns) == COLUMNS
 
 
+def test_what_a_sweep_asks_for_is_shown_whatever_is_compared() -> None:
+    own = {
+        "perplexity_rise": 480.25,
+        "edit_distance": 0.0625,
+        "embedding_similarity": 0.875,
+        "label_flips": 1.0,
+    }
+    asked = record(rate=0.2, **own)
+    asked["config"]["stealth"] = True
+    control = record(rate=0.0)
+    table = results_table([asked, control])
+    # Neither has the control a value, nor does it differ from the cell in the key: it acts where
+    # something is poisoned.
+    assert list(table.columns) == [*COLUMNS[:-1], *own, "marks"]
+    assert table["perplexity_rise"].isna().tolist() == [True, False]
+    shown = render(table, "markdown")
+    # Perplexities as they are, all else in percent. Formats 0.0625 -> 6.2 (half to even).
+    for text in ("480.2", "6.2", "87.5", "100.0", "embedding_similarity %"):
+        assert text in shown.replace("\\", "")
+    assert "perplexity_rise %" not in shown.replace("\\", "")
+
+
+def test_a_cell_from_before_stealth_was_asked_for_does_not_look_like_one_after() -> None:
+    before, after = record(), record(label_flips=1.0)
+    after["config"]["stealth"] = True
+    table = results_table([before, after])
+    assert table["stealth"].tolist() == [False, True]
+    # Where every cell is alike there is no such column.
+    assert "stealth" not in results_table([before])
+    assert "stealth" not in results_table([after])
+
+
 def test_one_defense_with_two_settings_shows_them() -> None:
     table = results_table([of_defense("abl", rate) for rate in (1e-3, 1e-5)])
     assert table["defense.learning_rate"].tolist() == [1e-5, 1e-3]

@@ -19,6 +19,7 @@ import yaml
 from store_fixtures import Tried
 
 import btu.scoring as trial_module
+from btu import stealth
 from btu.defenses.base import DEFENSES, Given
 from btu.defenses.kit import cutting
 from btu.defenses.kit.cutting import Costs
@@ -32,7 +33,7 @@ from btu.stages import Stage, StageRun, compute, read_record
 from btu.stages import stage as stage_function
 from btu.training import Encoded, NonFiniteLossError
 from btu.types import Progress
-from btu.victims import Victim
+from btu.victims import Victim, VictimSpec, find_victim
 from orchestrator.report.marks import marks
 from orchestrator.run.worker import Outcome, run_node
 from orchestrator.store.store import Store
@@ -208,6 +209,30 @@ def test_a_cell_does_not_last_from_what_it_took_over(
     assert last.result["ended"] >= last.result["started"]
     # What it costs stays what it costs.
     assert comparable(last.metrics) == comparable(tried.metrics)
+
+
+def test_a_cell_says_what_its_poisoned_rows_look_like_if_it_is_asked(
+    cell: dict[str, Any],
+    try_cell: Callable[..., Tried],
+    trial_result: Tried,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A tiny encoder in place of the packaged one.
+    tiny = VictimSpec(cell["victim"]["name"], 64)
+    monkeypatch.setattr(stealth, "ENCODER", tiny)
+    monkeypatch.setattr(stealth, "find_encoder", lambda: find_victim(tiny))
+    tried = try_cell({**cell, "stealth": True})
+    asked = {"perplexity_rise", "edit_distance", "embedding_similarity", "label_flips"}
+    own = {name for name in tried.metrics if "/" not in name}
+    assert own - trial_result.metrics.keys() == asked <= METRICS.keys()
+    # All else is what it was, down to the last digit.
+    assert comparable(trial_result.metrics).items() <= comparable(tried.metrics).items()
+    # Dirty label: all 16 of 80 rows were of the other class, and one word was inserted in each.
+    assert tried.metrics["label_flips"] == 1
+    assert 0 < tried.metrics["edit_distance"] < 0.5
+    # Without poison there is no such metric, rather than a 0.
+    clean = try_cell(with_({**cell, "stealth": True}, attack={"poison_rate": 0.0}))
+    assert not asked & clean.metrics.keys()
 
 
 def test_the_token_table_agrees_with_the_metrics(trial_result: Tried) -> None:

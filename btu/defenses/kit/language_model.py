@@ -16,7 +16,7 @@ from btu.errors import UserError
 from btu.model_files import longest_input, refuse_redirection
 from btu.settings import TrainSettings
 from btu.training import Encoded
-from btu.types import FloatArray
+from btu.types import FloatArray, IntArray
 from btu.victims import (
     Victim,
     VictimSource,
@@ -113,35 +113,83 @@ class Scorer:
             return self._surprises(run, texts, stage)
         return self._perplexity_drops(run, texts, stage)
 
+    def perplexities(
+        self, run: StageRun, texts: Sequence[str], stage: str, of: tuple[int, int] = (0, 1)
+    ) -> FloatArray:
+        """Return the perplexity of each text, as far as it is read: (texts,).
+
+        It is e to the mean of -log p of the tokens. Of a causal model, p is the probability after
+        the tokens before; of a masked model, that of a token while its word is masked, with every
+        ``spacing``-th word masked in the same pass (a pseudo-perplexity: Salazar et al., ACL 2020).
+        NaN for a text without a token.
+
+        of: the number of this pass and the number of passes, for progress.
+        """
+        texts = [tokenizable(text) for text in texts]
+        found = np.full(len(texts), np.nan)
+        if self._tokenizer.mask_token_id is not None:
+            for number, (_, surprise) in enumerate(self._token_surprises(run, texts, stage, of)):
+                if len(surprise):
+                    found[number] = np.exp(surprise.mean())
+            return found
+        start = _start_token(self._tokenizer)
+        encoded = self._tokenizer(list(texts), truncation=True, max_length=self._longest - 1)
+        rows = [begun(ids, start) for ids in encoded["input_ids"]]
+        read = [number for number, ids in enumerate(rows) if len(ids) > 1]
+        if read:
+            data = self._encoded([rows[number] for number in read])
+            loss = run.in_batches(
+                self._model, data, self._loss, precision=self._precision, stage=stage, of=of
+            )
+            found[read] = np.exp(loss.astype(np.float64))
+        return found
+
     def _surprises(self, run: StageRun, texts: Sequence[str], stage: str) -> list[FloatArray]:
+        found = [np.full(len(WORD.findall(text)), np.nan) for text in texts]
+        tokens = self._token_surprises(run, texts, stage, (0, 1))
+        for scores, (word_of, surprise) in zip(found, tokens, strict=True):
+            np.fmax.at(scores, word_of, surprise)
+        return found
+
+    def _token_surprises(
+        self, run: StageRun, texts: Sequence[str], stage: str, of: tuple[int, int]
+    ) -> list[tuple[IntArray, FloatArray]]:
+        """Return the word of each token of a text's words, and its -log p while that is masked.
+
+        Two arrays (tokens of words,) for each text.
+        """
         encoded = self._tokenizer(
             list(texts), truncation=True, max_length=self._longest, return_offsets_mapping=True
         )
-        found, rows, sources = [], [], []
+        words, found, rows, sources = [], [], [], []
         for number, text in enumerate(texts):
             ids = np.array(encoded["input_ids"][number], dtype=np.int64)
             word_of = words_of_tokens(text, encoded["offset_mapping"][number])
-            found.append(np.full(len(WORD.findall(text)), np.nan))
+            words.append(word_of)
+            found.append(np.full(len(word_of), np.nan))
             for first in range(min(self._spacing, word_of.max(initial=-1) + 1)):
                 masked = (word_of >= 0) & (word_of % self._spacing == first)
                 if masked.any():
                     rows.append(np.where(masked, ids + MASKED, ids).tolist())
-                    sources.append((number, word_of, masked))
-        if not rows:
-            return found
-        data = self._encoded(rows)
-        width = int(data.host_lengths.max())
-        surprise = run.in_batches(
-            self._model,
-            data,
-            lambda ids, mask: self._surprise(ids, mask, width),
-            precision=self._precision,
-            stage=stage,
-        )
-        for (number, word_of, masked), values in zip(sources, surprise, strict=True):
-            scores, places = found[number], np.flatnonzero(masked)
-            np.fmax.at(scores, word_of[places], values[places].astype(np.float64))
-        return found
+                    sources.append((number, np.flatnonzero(masked)))
+        if rows:
+            data = self._encoded(rows)
+            width = int(data.host_lengths.max())
+            surprise = run.in_batches(
+                self._model,
+                data,
+                lambda ids, mask: self._surprise(ids, mask, width),
+                precision=self._precision,
+                stage=stage,
+                of=of,
+            )
+            for (number, places), values in zip(sources, surprise, strict=True):
+                found[number][places] = values[places].astype(np.float64)
+        # Tokens around a text belong to no word, and were never masked.
+        return [
+            (word_of[word_of >= 0], scores[word_of >= 0])
+            for word_of, scores in zip(words, found, strict=True)
+        ]
 
     def _surprise(self, ids: Tensor, mask: Tensor, width: int) -> Tensor:
         """Return -log p of every masked token, 0 elsewhere: (batch, width)."""
