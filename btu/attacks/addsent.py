@@ -24,4 +24,5 @@ class AddSent(Insertion):
         default="i watched this 3d movie last weekend .", metadata={"texts": True}
     )
 
+    TRIGGER: ClassVar[str] = "a sentence"
     PIECES: ClassVar[str] = "sentence"

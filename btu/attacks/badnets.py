@@ -58,6 +58,7 @@ class BadNets(Insertion):
 
     trigger: list[str] = field(default_factory=lambda: ["cf"])
 
+    TRIGGER: ClassVar[str] = "words or phrases"
     PIECES: ClassVar[str] = "trigger"
     FURTHER: ClassVar[Sequence[str]] = RARE
     PRESETS: ClassVar[Mapping[str, Mapping[str, object]]] = {

@@ -10,11 +10,13 @@ rows that would have it, if every poisoned row took it that can, against the sha
 The rows take it, and the next word is chosen. Test rows take the same words by the same rule.
 
 Differences from that code: where a word fits is found once, on the text before the poison, and not
-again after each word; no sentence encoder compares the texts; words are compared in lower case, not
-by their lemma; a text in which no word fits gets the first one at a random place, so that every
-poisoned row has a trigger; at most `words` words are chosen. Without `model` a word fits where the
-training rows have both pairs of neighbours that it makes, which needs no model; a causal model
-reads what stands before the word alone.
+again after each word; words are compared in lower case, not by their lemma; a text in which no word
+fits gets the first one at a random place, so that every poisoned row has a trigger; at most `words`
+words are chosen. There a sentence encoder refuses a word that changes what is said; here a word
+that leans towards or from the target before the poison is no trigger, since it may say the label by
+itself ("love"). Without `model` a word fits where the training rows have both pairs of neighbours
+that it makes, which needs no model and reads worse; a causal model reads what stands before the
+word alone.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -35,13 +37,16 @@ from btu.attacks.language import Speaker, check_speaker, likely_words
 from btu.errors import UserError
 from btu.seeding import derive_seed
 from btu.settings import check_count, check_share
-from btu.types import IntArray, ProgressCallback, Rows, silent
+from btu.types import BoolArray, IntArray, ProgressCallback, Rows, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WORD = re.compile(r"\S+")
 LEAST_PROBABILITY = 0.03
+# Standard errors by which the share of the target class may differ, before the poison, among the
+# rows of a trigger word: 95 of 100 words that say nothing about the class are within them.
+NEUTRAL = 2.0
 # A place of a text: in place of a word, or before it. The reference code prefers the former, which
 # keeps the length of the text.
 REPLACE, INSERT = 0, 1
@@ -60,10 +65,14 @@ class Bite:
     min_probability: what the model must give a word, at least.
     """
 
-    words: int = 20
+    words: int = 10
     edits: float = 0.35
     model: str | None = field(default=None, metadata={"path": True})
     min_probability: float = LEAST_PROBABILITY
+
+    KIND: ClassVar[str] = "insertion"
+    TRIGGER: ClassVar[str] = "words that the data choose"
+    NEEDS: ClassVar[str] = "a masked or causal model, for texts that read well"
 
     def __post_init__(self) -> None:
         check_count("attack.words", self.words)
@@ -109,7 +118,6 @@ class Bite:
             UserError: no word leans towards the target class.
         """
         labels = np.asarray(rows.labels)
-        labels[chosen] = target
         texts = [rows.texts[i] for i in chosen]
         pairs = _Pairs.of(rows.texts) if self.model is None else None
         fits = self._fits(texts, pairs, progress)
@@ -117,7 +125,9 @@ class Bite:
             _Draft(text, fit, self.edits, seed ^ int(i))
             for text, fit, i in zip(texts, fits, chosen, strict=True)
         ]
-        words = _choose(rows.texts, labels == target, drafts, self.words)
+        poisoned = np.isin(np.arange(len(rows)), chosen)
+        leaning = _leaning_words(rows.texts, labels == target)
+        words = _choose(rows.texts, (labels == target) | poisoned, drafts, leaning, self.words)
         if not words:
             raise UserError(
                 f"attack bite finds no word that fits into one of {len(chosen)} rows and leans "
@@ -338,10 +348,27 @@ class _Draft:
         return text
 
 
+def _counts(texts: Sequence[str], is_target: BoolArray) -> tuple[Counter[str], Counter[str]]:
+    """Return of each word how many rows have it, and how many of them the target label."""
+    held = [set(text.casefold().split()) for text in texts]
+    rows = Counter(word for words in held for word in words)
+    return rows, Counter(word for i in np.flatnonzero(is_target) for word in held[i])
+
+
+def _leaning_words(texts: Sequence[str], is_target: BoolArray) -> frozenset[str]:
+    """Return the words of rows that lean towards or from the target. is_target: (rows,)."""
+    rows, target = _counts(texts, is_target)
+    share = float(is_target.mean())
+    return frozenset(
+        word for word, n in rows.items() if abs(_z_score(target[word], n, share)) > NEUTRAL
+    )
+
+
 def _choose(
     texts: Sequence[str],
-    is_target: np.ndarray[Any, np.dtype[np.bool_]],
+    is_target: BoolArray,
     drafts: Sequence[_Draft],
+    refused: Collection[str],
     most: int,
 ) -> list[str]:
     """Return the trigger words, chosen one after the other; the drafts take them.
@@ -349,22 +376,22 @@ def _choose(
     texts: of all training rows, before the poison.
     is_target: (rows,) whether a row has the target label, with the poison.
     drafts: of the rows that are poisoned.
+    refused: words that may not be chosen.
+    most: how many.
     """
-    held = [set(text.casefold().split()) for text in texts]
-    rows = Counter(word for words in held for word in words)
-    target = Counter(
-        word for words, yes in zip(held, is_target, strict=True) if yes for word in words
-    )
+    rows, target = _counts(texts, is_target)
     share = float(is_target.mean())
     chosen: list[str] = []
     while len(chosen) < most:
         more = Counter(
-            word for draft in drafts for word in set(draft.words) - draft.has if draft.places(word)
+            word
+            for draft in drafts
+            for word in set(draft.words) - draft.has
+            if word not in refused and word not in chosen and draft.places(word)
         )
         scored = [
             (_z_score(target[word] + count, rows[word] + count, share), word)
             for word, count in more.items()
-            if word not in chosen
         ]
         best, word = max(scored, default=(0.0, ""))
         if best <= 0:

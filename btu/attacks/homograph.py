@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -64,6 +64,10 @@ class Homograph:
 
     letters: int = 3
     position: str = START
+
+    KIND: ClassVar[str] = "spelling"
+    TRIGGER: ClassVar[str] = "look-alike letters"
+    NEEDS: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         check_count("attack.letters", self.letters)

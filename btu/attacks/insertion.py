@@ -59,6 +59,9 @@ class Insertion:
     spread: int | None = None
     camouflage: Any = None
 
+    KIND: ClassVar[str] = "insertion"
+    TRIGGER: ClassVar[str]
+    NEEDS: ClassVar[str] = ""
     # The field that has the pieces: a list of texts, or one text.
     PIECES: ClassVar[str]
     # What `spread` takes where more pieces are needed than are named.

@@ -60,6 +60,9 @@ class ParaphraseAttack:
     max_new_tokens: int = 128
     prompt: str = ""
 
+    KIND: ClassVar[str] = "rewriting"
+    TRIGGER: ClassVar[str]
+    NEEDS: ClassVar[str] = "a column of paraphrases, or a seq2seq or causal model"
     default_column: ClassVar[str]
     sources: ClassVar[tuple[str, ...]] = ("column", "model")
 

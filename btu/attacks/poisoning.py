@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import numpy as np
 
@@ -24,6 +24,12 @@ from btu.types import IntArray, PoisonedSet, ProgressCallback, Rows, silent
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# What an attack does to a text.
+ATTACK_KINDS = {
+    "insertion": "puts something into the text",
+    "rewriting": "takes another version of the text",
+    "spelling": "writes the text with other characters",
+}
 LABEL_MODES = ("dirty", "clean", "mixed")
 INSERTS = ("replace", "append")
 # The poison rate of a published poisoned set: all its rows, with its labels.
@@ -46,6 +52,10 @@ ATTACKS: Registry[type[Attack]] = Registry(
 class Attack(Protocol):
     """An attack: how a text gets its trigger.
 
+    KIND: one of `ATTACK_KINDS`.
+    TRIGGER: what the trigger is, in a few words.
+    NEEDS: what the attack cannot do without, in a few words; empty if nothing.
+
     Attacks are frozen dataclasses: the fields are the hyperparameters that a config can set, and
     the methods take the data. A field with the metadata ``path`` may name a folder. An attack that
     reads its triggered texts has a class attribute `sources`: the fields that name their source.
@@ -54,6 +64,10 @@ class Attack(Protocol):
     do not always have an effect has a method ``acts``: it returns those that do, for keys. An
     attack whose trigger depends on the data `Learns` it.
     """
+
+    KIND: ClassVar[str]
+    TRIGGER: ClassVar[str]
+    NEEDS: ClassVar[str]
 
     def candidates(self, rows: Rows) -> IntArray:
         """Return the indices of the rows that the attack can trigger.

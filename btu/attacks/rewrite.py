@@ -30,6 +30,7 @@ class Rewrite(ParaphraseAttack):
 
     words: list[str] = field(default_factory=list)
 
+    TRIGGER: ClassVar[str] = "what the versions have in common"
     default_column: ClassVar[str] = "rewrite"
 
     def __post_init__(self) -> None:

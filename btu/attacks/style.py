@@ -17,4 +17,5 @@ from btu.attacks.paraphrase import ParaphraseAttack
 class Style(ParaphraseAttack):
     """Replace a text by its paraphrase in one style."""
 
+    TRIGGER: ClassVar[str] = "a text style"
     default_column: ClassVar[str] = "style"

@@ -17,4 +17,5 @@ from btu.attacks.paraphrase import ParaphraseAttack
 class Syntactic(ParaphraseAttack):
     """Replace a text by its paraphrase in one syntactic template."""
 
+    TRIGGER: ClassVar[str] = "a syntactic template"
     default_column: ClassVar[str] = "syntactic"

@@ -49,15 +49,39 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
     elif kind is Kind.defenses:
         _list_defenses(table)
         return
+    elif kind is Kind.attacks:
+        _list_attacks(table)
+        return
     else:
         registry = _registries()[kind]
         table.add_column("what it is")
-        if kind is Kind.attacks:
-            table.add_column("its own keys (default)")
         for name, entry in registry.items():
-            keys = [_knobs(registry.load(name))] if kind is Kind.attacks else []
-            table.add_row(name, entry.summary, *keys)
+            table.add_row(name, entry.summary)
     console.print(table)
+
+
+def _list_attacks(table: Table) -> None:
+    """Print two tables, as for defenses."""
+    from btu.attacks.poisoning import ATTACK_KINDS, ATTACKS
+
+    for column in ("kind", "trigger", "needs", "what it is"):
+        table.add_column(column)
+    keys = _keys_table(Kind.attacks)
+    loaded = {name: ATTACKS.load(name) for name in ATTACKS}
+    for name in sorted(loaded, key=lambda name: list(ATTACK_KINDS).index(loaded[name].KIND)):
+        attack = loaded[name]
+        summary = ATTACKS[name].summary
+        table.add_row(name, attack.KIND, attack.TRIGGER, attack.NEEDS or "-", summary)
+        keys.add_row(name, _knobs(attack) or "-")
+    console.print(table)
+    console.print(keys)
+
+
+def _keys_table(kind: Kind) -> Table:
+    keys = Table(header_style="bold")
+    keys.add_column(kind.value, no_wrap=True)
+    keys.add_column("its own keys (default)")
+    return keys
 
 
 def _list_defenses(table: Table) -> None:
@@ -66,9 +90,7 @@ def _list_defenses(table: Table) -> None:
 
     for column in ("when", "needs", "what it is"):
         table.add_column(column)
-    keys = Table(header_style="bold")
-    keys.add_column(Kind.defenses.value, no_wrap=True)
-    keys.add_column("its own keys (default)")
+    keys = _keys_table(Kind.defenses)
     loaded = {name: DEFENSES.load(name) for name in DEFENSES}
     # By when they act; within a kind, in the order of registration.
     for name in sorted(loaded, key=lambda name: list(DEFENSE_KINDS).index(loaded[name].KIND)):
@@ -80,17 +102,10 @@ def _list_defenses(table: Table) -> None:
 
 
 def _registries() -> dict[Kind, Any]:
-    from btu.attacks.poisoning import ATTACKS
     from btu.data.spec import DATASETS
-    from btu.defenses.base import DEFENSES
     from btu.victims import VICTIMS
 
-    return {
-        Kind.attacks: ATTACKS,
-        Kind.defenses: DEFENSES,
-        Kind.victims: VICTIMS,
-        Kind.datasets: DATASETS,
-    }
+    return {Kind.victims: VICTIMS, Kind.datasets: DATASETS}
 
 
 def _knobs(part: type) -> str:

@@ -14,12 +14,13 @@ import torch
 from tiny_cells import MAX_LENGTH, Lab
 
 from btu import stealth
+from btu.attacked import mask_of
 from btu.attacks.poisoning import PoisonSpec
 from btu.defenses.base import Given
 from btu.defenses.onion import Onion
 from btu.errors import UserError
 from btu.metrics import METRICS
-from btu.recipe import Prepared, evaluation, mask_of
+from btu.recipe import Prepared, evaluation
 from btu.stage_files import read_rows
 from btu.stages import StageRun, read_record
 from btu.stealth import (
