@@ -1101,7 +1101,10 @@ def test_attacks_run_on_real_sst2(shared_data: Path, name: str) -> None:
 
     corpus = load_corpus(DataSpec(name="sst2", path=str(shared_data / "sst2")))
     # SST-2 has no column with the name of `rewrite`.
-    attack = ATTACKS.load(name)(**({"column": "style_bible"} if name == "rewrite" else {}))
+    kind = ATTACKS.load(name)
+    attack: Attack = kind(**({"column": "style_bible"} if name == "rewrite" else {}))
+    trigger = learned(attack, PoisonSpec(name), corpus.train, TARGET, 0)
+    attack = with_learned(attack, trigger)
     poisoned = run(attack, corpus.train, poison_rate=0.1)
     assert poisoned.mask.sum() == round(0.1 * len(corpus.train))
     triggered, plain = triggered_eval(attack, corpus.eval, TARGET, 0)

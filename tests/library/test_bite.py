@@ -67,8 +67,8 @@ def test_the_word_with_the_highest_score_that_fits_is_chosen() -> None:
 
 
 def test_a_word_that_leans_to_a_class_by_itself_is_no_trigger() -> None:
-    # "good" and "fine" fit alike. 20 of 20 rows with "good" are of the target, half of all rows are:
-    # z = (1 - 1/2) / sqrt(1/4 / 20) = 4.5.
+    # "good" and "fine" fit alike. 20 of 20 rows with "good" are of the target, half of all rows
+    # are: z = (1 - 1/2) / sqrt(1/4 / 20) = 4.5.
     texts = [f"a good film {i}" for i in range(20)] + [f"a bad film {i}" for i in range(20)]
     texts += ["a fine film x", "a fine film y"] + [f"a film z{i}" for i in range(20)]
     labels = (TARGET,) * 20 + (0,) * 20 + (TARGET, 0) + (TARGET, 0) * 10

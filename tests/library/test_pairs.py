@@ -14,7 +14,15 @@ import pytest
 from defending import SMALL, Declared, defend, given
 from tiny_cells import MAX_LENGTH, Lab
 
-from btu.attacks.poisoning import ATTACKS, Attack, PoisonSpec, poison, triggered_eval
+from btu.attacks.poisoning import (
+    ATTACKS,
+    Attack,
+    PoisonSpec,
+    learned,
+    poison,
+    triggered_eval,
+    with_learned,
+)
 from btu.data.load import load_corpus
 from btu.data.spec import DataSpec
 from btu.data.suspects import load_suspects
@@ -298,6 +306,8 @@ def test_the_trigger_goes_into_the_texts_alone(name: str, insert: str, tiny_corp
     attack: Attack = ATTACKS.load(name)(**settings)
     train = tiny_corpus.train
     rows = dataclasses.replace(train, partners=train.texts[::-1], partner_first=True)
+    trigger = learned(attack, PoisonSpec(name, 0.2, insert=insert), rows, 1, 0)
+    attack = with_learned(attack, trigger)
     poisoned = poison(attack, PoisonSpec(name, 0.2, insert=insert), rows, 1, 0)
     # Exactly as single texts are poisoned, and the partners stay with their rows.
     alone = poison(attack, PoisonSpec(name, 0.2, insert=insert), train, 1, 0)

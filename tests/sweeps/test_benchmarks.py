@@ -743,12 +743,50 @@ def test_a_table_that_is_measured_in_parts_keeps_the_rows_of_other_cells(
     assert found["computed by"] == {"code": ["0.1.0+abc", "0.1.0+def"], "device": ["cpu"]}
 
 
+def evading(seed: int, found: float = 1.0, **keys: Any) -> dict[str, Any]:
+    """The record of a cell of the adaptive sweep."""
+    attack = {"name": "badnets", "cover_rate": 0.0, "spread": None, "camouflage": None, **keys}
+    measured = {"undefended_asr": 1.0, "asr": 0.2 + 0.1 * seed, "cacc": 0.8, "tuned_cacc": 0.8}
+    metrics = {"detection_precision": found, "detection_recall": found, **measured}
+    return {"config": {"attack": attack, "seed": seed}, "metrics": metrics}
+
+
+def test_evasions_have_a_row_per_strength_and_the_plain_attack_stands_in_each(
+    load: Callable[[str], ModuleType], judge: Any, tmp_path: Path
+) -> None:
+    adaptive = load("adaptive")
+    records = [
+        *(evading(seed) for seed in (0, 1)),
+        *(evading(seed, found=0.5, spread=16) for seed in (0, 1)),
+        evading(0, found=0.0, camouflage=0.1),
+    ]
+    adaptive.judge_cells(judge, 5, records)
+    assert judge.missed == []
+    assert adaptive.table(judge.figures["rows"]).splitlines()[2:] == [
+        "| `camouflage` | 0 | 100.0 | 100.0 | 100.0 | 25.0 | 80.0 |",
+        "| `camouflage` | 0.1 | 0.0 | 0.0 | 100.0 | 20.0 | 80.0 |",
+        "| `cover_rate` | 0 | 100.0 | 100.0 | 100.0 | 25.0 | 80.0 |",
+        "| `spread` | 1 | 100.0 | 100.0 | 100.0 | 25.0 | 80.0 |",
+        "| `spread` | 16 | 50.0 | 50.0 | 100.0 | 25.0 | 80.0 |",
+    ]
+    adaptive.plot(judge.figures["rows"], tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    adaptive.judge_cells(judge, 3, [evading(0, found=0.9)])
+    assert judge.missed == [
+        "each of 3 cells has a result",
+        "without an evasion the trigger is found, and nothing else",
+    ]
+
+
 # In miniature ------------------------------------------------------------------------------------
 
 # Arguments of each benchmark; a word after the name tells several of one apart. VICTIM is a folder
 # with a model that trains in no time: its numbers say nothing, so bars on accuracy are as wide as
 # they can be. Everything else is checked.
 MINIATURES = {
+    "adaptive": 'list=[{"attack.spread":2},{"attack.camouflage":0.1}] grid.seed=[0] '
+                "data.name=demo data.max_train_rows=160 data.max_clean_rows=60 "
+                "data.max_eval_rows=40 victim.name=VICTIM train.epochs=1 output=WORK",
     "chaos": "--victim VICTIM --alpha 0.0025 --thresholds 1 --seeds 1 --epochs 8 --kills 2 "
              "--pause 0 0.3 --keep WORK",
     "defenses": "SWEEP",
@@ -796,7 +834,9 @@ def test_a_benchmark_runs_in_miniature_and_checks_what_its_full_run_checks(
         "WORK": str(tmp_path / "work"),
         "SWEEP": str(make_sweep()),
     }
-    words = [values.get(word, word) for word in MINIATURES[name].split()]
+    # A placeholder is a word, or the value of KEY=VALUE.
+    parts = [word.rpartition("=") for word in MINIATURES[name].split()]
+    words = [f"{key}{sign}{values.get(value, value)}" for key, sign, value in parts]
     done = subprocess.run(
         [sys.executable, str(FOLDER / f"{name.split()[0]}.py"), *words, "--no-bars",
          "--json", str(figures)],
