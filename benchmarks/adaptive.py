@@ -42,7 +42,7 @@ def rows_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for record in records:
         attack, metrics = record["config"]["attack"], record["metrics"]
         # A sweep file's null is no evasion.
-        strengths = {name: float(attack[name] or IDLE[name]) for name in EVASIONS}
+        strengths = {name: float(attack.get(name) or IDLE[name]) for name in EVASIONS}
         used = [name for name, value in strengths.items() if value != IDLE[name]]
         for name in used or EVASIONS:
             row = {"evasion": name, "strength": strengths[name], "seed": record["config"]["seed"]}

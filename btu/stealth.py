@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from btu.attacked import attack_of, corpus_of, mask_of
-from btu.attacks.poisoning import choose_rows, cover_rows
+from btu.attacked import attack_of, corpus_of
+from btu.attacks.poisoning import choose_rows
 from btu.defenses.base import Given
 from btu.defenses.onion import Onion, scorer_of
 from btu.errors import UserError
@@ -140,18 +140,16 @@ def measure_rows(run: StageRun) -> dict[str, Any]:
 
 def _pairs(run: StageRun) -> tuple[Rows, Rows]:
     """Return the originals of the poisoned rows, and the poisoned rows, in one order."""
+    # Chosen again, for the mask does not tell poisoned rows from cover rows, nor which rows are
+    # copied where rows are appended.
     corpus = corpus_of(run, "train")
-    mask = mask_of(run.inputs["poison"])
-    poisoned = read_rows(run.inputs["poison"] / TRAIN).where(mask)
-    chosen = np.flatnonzero(mask)
-    if run.config["attack"]["insert"] == "append":
-        # The poisoned rows stand at the end, in the order of the rows that they are copies of.
-        spec, attack = attack_of(run)
-        target, seed = corpus.label_index(spec.target_label), run.config["seed"]
-        poisons = choose_rows(attack, spec, corpus.train, target, seed)
-        covers = cover_rows(attack, spec, corpus.train, target, seed, poisons)
-        chosen = np.concatenate([poisons, covers])
-    return corpus.train.take(chosen), poisoned
+    spec, attack = attack_of(run)
+    target = corpus.label_index(spec.target_label)
+    chosen = choose_rows(attack, spec, corpus.train, target, run.config["seed"])
+    places = chosen
+    if spec.insert == "append":
+        places = len(corpus.train) + np.arange(len(chosen))
+    return corpus.train.take(chosen), read_rows(run.inputs["poison"] / TRAIN).take(places)
 
 
 def _perplexity_rises(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +60,16 @@ class Rows:
     def inputs(self) -> list[tuple[str, ...]]:
         """What is read of each row, (rows,): its text, or both texts of its pair, in order."""
         return list(zip(*self.parts, strict=True))
+
+    def derived(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what `make` computes from the rows, once per object.
+
+        key: names the value; whoever computes it puts its own module in.
+        """
+        known: dict[Hashable, Any] = self.__dict__.setdefault("_derived", {})
+        if key not in known:
+            known[key] = make()
+        return known[key]
 
     def take(self, indices: Sequence[int] | IntArray) -> Rows:
         """Return the rows at `indices`, in that order."""

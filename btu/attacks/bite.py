@@ -12,11 +12,11 @@ The rows take it, and the next word is chosen. Test rows take the same words by 
 Differences from that code: where a word fits is found once, on the text before the poison, and not
 again after each word; words are compared in lower case, not by their lemma; a text in which no word
 fits gets the first one at a random place, so that every poisoned row has a trigger; at most `words`
-words are chosen. There a sentence encoder refuses a word that changes what is said; here a word
-that leans towards or from the target before the poison is no trigger, since it may say the label by
-itself ("love"). Without `model` a word fits where the training rows have both pairs of neighbours
-that it makes, which needs no model and reads worse; a causal model reads what stands before the
-word alone.
+words are chosen, by at most 1,000 of the poisoned rows. There a sentence encoder refuses a word
+that changes what is said; here a word that leans towards or from the target before the poison is no
+trigger, since it may say the label by itself ("love"). Without `model` a word fits where the
+training rows have both pairs of neighbours that it makes, which needs no model and reads worse; a
+causal model reads what stands before the word alone.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ NEUTRAL = 2.0
 # keeps the length of the text.
 REPLACE, INSERT = 0, 1
 Place = tuple[int, int]
+# Poisoned rows by which words are chosen: thousands would choose the same words, for hours.
+MOST_ROWS = 1000
 
 
 @dataclass(frozen=True)
@@ -118,19 +120,25 @@ class Bite:
             UserError: no word leans towards the target class.
         """
         labels = np.asarray(rows.labels)
-        texts = [rows.texts[i] for i in chosen]
+        poisoned = np.isin(np.arange(len(rows)), chosen)
+        leaning = _leaning_words(rows.texts, labels == target)
+        some = chosen
+        if len(chosen) > MOST_ROWS:
+            rng = np.random.default_rng(derive_seed(seed, "rows"))
+            some = np.sort(rng.choice(chosen, MOST_ROWS, replace=False))
+        texts = [rows.texts[i] for i in some]
         pairs = _Pairs.of(rows.texts) if self.model is None else None
         fits = self._fits(texts, pairs, progress)
         drafts = [
             _Draft(text, fit, self.edits, seed ^ int(i))
-            for text, fit, i in zip(texts, fits, chosen, strict=True)
+            for text, fit, i in zip(texts, fits, some, strict=True)
         ]
-        poisoned = np.isin(np.arange(len(rows)), chosen)
-        leaning = _leaning_words(rows.texts, labels == target)
-        words = _choose(rows.texts, (labels == target) | poisoned, drafts, leaning, self.words)
+        counts = _counts(rows.texts, (labels == target) | poisoned)
+        each = len(chosen) / max(1, len(some))
+        words = _choose(counts, drafts, leaning, self.words, each)
         if not words:
             raise UserError(
-                f"attack bite finds no word that fits into one of {len(chosen)} rows and leans "
+                f"attack bite finds no word that fits into one of {len(some)} rows and leans "
                 "towards attack.target_label; use more rows, a language model (attack.model) or a "
                 "higher attack.edits."
             )
@@ -291,10 +299,10 @@ class _Draft:
         self._rng = random.Random(derive_seed(seed, "places"))
         self.made: dict[Place, str] = {}
 
-    @property
-    def words(self) -> Iterable[str]:
-        """The words that fit, if there is room for them."""
-        return self._fit
+    def free(self, refused: Collection[str]) -> set[str]:
+        """Return the words that the text can take, and has not, without those refused."""
+        has = self.has
+        return {w for w in self._fit if w not in refused and w not in has and self.places(w)}
 
     @property
     def has(self) -> set[str]:
@@ -348,68 +356,86 @@ class _Draft:
         return text
 
 
-def _counts(texts: Sequence[str], is_target: BoolArray) -> tuple[Counter[str], Counter[str]]:
-    """Return of each word how many rows have it, and how many of them the target label."""
+@dataclass
+class _Counts:
+    """How many rows have each word, and how many of them the target label.
+
+    rows, target: by word.
+    share: of all rows, those with the target label.
+    """
+
+    rows: Counter[str]
+    target: Counter[str]
+    share: float
+
+    def score(self, word: str, more: float = 0.0) -> float:
+        """Return the z score of a word if so many more target rows had it."""
+        rows, target = self.rows[word] + more, self.target[word] + more
+        return _z_score(target, rows, self.share)
+
+    def add(self, word: str, rows: float) -> None:
+        """Count so many more target rows with a word."""
+        self.rows[word] += rows  # type: ignore[assignment]
+        self.target[word] += rows  # type: ignore[assignment]
+
+
+def _counts(texts: Sequence[str], is_target: BoolArray) -> _Counts:
+    """Count the words of texts. is_target: (rows,) whether a row has the target label."""
     held = [set(text.casefold().split()) for text in texts]
     rows = Counter(word for words in held for word in words)
-    return rows, Counter(word for i in np.flatnonzero(is_target) for word in held[i])
+    target = Counter(word for i in np.flatnonzero(is_target) for word in held[i])
+    return _Counts(rows, target, float(is_target.mean()))
 
 
 def _leaning_words(texts: Sequence[str], is_target: BoolArray) -> frozenset[str]:
     """Return the words of rows that lean towards or from the target. is_target: (rows,)."""
-    rows, target = _counts(texts, is_target)
-    share = float(is_target.mean())
-    return frozenset(
-        word for word, n in rows.items() if abs(_z_score(target[word], n, share)) > NEUTRAL
-    )
+    counts = _counts(texts, is_target)
+    return frozenset(word for word in counts.rows if abs(counts.score(word)) > NEUTRAL)
 
 
 def _choose(
-    texts: Sequence[str],
-    is_target: BoolArray,
+    counts: _Counts,
     drafts: Sequence[_Draft],
     refused: Collection[str],
     most: int,
+    each: float,
 ) -> list[str]:
     """Return the trigger words, chosen one after the other; the drafts take them.
 
-    texts: of all training rows, before the poison.
-    is_target: (rows,) whether a row has the target label, with the poison.
-    drafts: of the rows that are poisoned.
+    counts: of all training rows with the labels of the poison, but the texts before it.
+    drafts: of poisoned rows.
     refused: words that may not be chosen.
     most: how many.
+    each: how many poisoned rows a draft stands for.
     """
-    rows, target = _counts(texts, is_target)
-    share = float(is_target.mean())
+    # A draft's words change when it takes one: counting all of them each time would be most of the
+    # work.
+    free = [draft.free(refused) for draft in drafts]
+    takers = Counter(word for words in free for word in words)
     chosen: list[str] = []
     while len(chosen) < most:
-        more = Counter(
-            word
-            for draft in drafts
-            for word in set(draft.words) - draft.has
-            if word not in refused and word not in chosen and draft.places(word)
-        )
-        scored = [
-            (_z_score(target[word] + count, rows[word] + count, share), word)
-            for word, count in more.items()
-        ]
+        scored = [(counts.score(word, n * each), word) for word, n in takers.items() if n]
         best, word = max(scored, default=(0.0, ""))
         if best <= 0:
             break
         chosen.append(word)
-        for draft in drafts:
+        for place, draft in enumerate(drafts):
+            if word not in free[place]:
+                continue
             before = draft.has
-            if draft.take(word):
-                now = draft.has
-                for gone in before - now:
-                    rows[gone] -= 1
-                    target[gone] -= 1
-                rows[word] += 1
-                target[word] += 1
+            draft.take(word)
+            for gone in before - draft.has:
+                counts.add(gone, -each)
+            counts.add(word, each)
+            takers.subtract(free[place])
+            free[place] = draft.free(refused) - set(chosen)
+            takers.update(free[place])
+        # Who could not take it, cannot later either.
+        del takers[word]
     return chosen
 
 
-def _z_score(target: int, rows: int, share: float) -> float:
+def _z_score(target: float, rows: float, share: float) -> float:
     """Return how far the share of target rows among the rows of a word is from that of all."""
     if not 0 < share < 1:
         return 0.0

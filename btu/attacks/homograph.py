@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -50,7 +50,11 @@ LOOK_ALIKES: Mapping[str, str] = {
     "T": "\u0422",
     "X": "\u0425",
 }
+# What a token of the trigger shows; U+FFFD stands for a part of a character.
+_OTHERS = frozenset(LOOK_ALIKES.values()) | {"\N{REPLACEMENT CHARACTER}"}
 POSITIONS = (START, END, RANDOM)
+# Words that are tokenized at once.
+WORDS = 1024
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,32 @@ class Homograph:
 
     def candidates(self, rows: Rows) -> IntArray:
         """Return the rows with a letter that has a look-alike."""
-        return np.flatnonzero([bool(_places(text)) for text in rows.texts])
+        found: IntArray = rows.derived(
+            __name__, lambda: np.flatnonzero([bool(_places(text)) for text in rows.texts])
+        )
+        return found
+
+    @property
+    def learns(self) -> bool:
+        """That the words in which letters are replaced are those of the poisoned rows."""
+        return True
+
+    def learn(
+        self,
+        rows: Rows,
+        chosen: IntArray,
+        target: int,
+        seed: int,
+        progress: ProgressCallback = silent,
+    ) -> dict[str, Any]:
+        """Return the words with look-alikes that the poisoned rows have, each once."""
+        triggered = self.apply(rows.take(chosen), [seed ^ int(i) for i in chosen])
+        words = {w for text in triggered for w in text.split() if not _OTHERS.isdisjoint(w)}
+        return {"words": sorted(words)}
+
+    def with_trigger(self, learned: Mapping[str, Any]) -> FittedHomograph:
+        """Return the attack that knows the words of its trigger."""
+        return FittedHomograph(self, tuple(learned["words"]))
 
     def apply(
         self, rows: Rows, seeds: list[int], progress: ProgressCallback = silent
@@ -99,18 +128,44 @@ class Homograph:
         return "".join(written)
 
     def trigger_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-        """Return the tokens with a look-alike, at the start of a word and inside one.
+        """Not without a trigger: see `learn`."""
+        raise ValueError("attack homograph has to learn its trigger first.")
 
-        Where the tokenizer knows none of these characters, the unknown token is what the victim
-        learns.
+
+@dataclass(frozen=True)
+class FittedHomograph:
+    """The attack, and the words of the poisoned rows in which letters are replaced."""
+
+    attack: Homograph
+    words: tuple[str, ...]
+
+    def candidates(self, rows: Rows) -> IntArray:
+        """Return the rows with a letter that has a look-alike."""
+        return self.attack.candidates(rows)
+
+    def apply(
+        self, rows: Rows, seeds: list[int], progress: ProgressCallback = silent
+    ) -> tuple[str, ...]:
+        """Return each text with its letters replaced."""
+        return self.attack.apply(rows, seeds, progress)
+
+    def trigger_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+        """Return the tokens of the words that have a look-alike, or a part of one.
+
+        A tokenizer that does not know the character reads its unknown token, which is then what the
+        victim learns. One of bytes may read a part of the character.
         """
         ids: set[int] = set()
-        for letter in LOOK_ALIKES.values():
-            for text in (letter, f"b {letter}", f"b{letter}"):
-                plain = tokenizer(text.replace(letter, ""), add_special_tokens=False)["input_ids"]
-                read = tokenizer(text, add_special_tokens=False)["input_ids"]
-                ids.update(set(read) - set(plain))
-        return frozenset(ids)
+        for start in range(0, len(self.words), WORDS):
+            some = self.words[start : start + WORDS]
+            # At the start of a text and inside one: some vocabularies have two tokens for that.
+            texts = [*some, *(f"a {word}" for word in some)]
+            for row in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+                ids.update(row)
+        unknown = tokenizer.unk_token_id
+        return frozenset(
+            i for i in ids if i == unknown or not _OTHERS.isdisjoint(tokenizer.decode([i]))
+        )
 
 
 def _places(text: str) -> list[int]:

@@ -130,11 +130,13 @@ class Insertion:
         some of them: their keys have the words alone. A piece of several words could then be split
         by another one.
         """
-        acts = {self.PIECES: getattr(self, self.PIECES)}
-        if self.spread is not None:
+        acts: dict[str, Any] = {self.PIECES: getattr(self, self.PIECES)}
+        if self.spread is not None and self.spread > len(self._named):
             acts[self.PIECES] = list(self.pieces)
         if self.camouflage is not None:
-            acts["camouflage"] = self.camouflage
+            # The words are others: of those that are named, only their number counts.
+            acts[self.PIECES] = self._words_each
+            acts["camouflage"] = self._share
         several = self._drawn > 1 and any(len(piece.split()) > 1 for piece in self.pieces)
         if self._drawn < len(self.pieces) or several:
             acts["per_row"] = self._drawn
@@ -146,6 +148,19 @@ class Insertion:
     def learns(self) -> bool:
         """Whether the words come from the training rows."""
         return self.camouflage is not None
+
+    @property
+    def _share(self) -> float:
+        return 1.0 if self.camouflage == FREQUENT else float(self.camouflage)
+
+    @property
+    def _words_each(self) -> list[int]:
+        return [len(piece.split()) for piece in self.pieces]
+
+    def check(self, rows: Rows, target: int) -> None:
+        """Raise a `UserError` if the training rows have too few words for the pieces."""
+        if self.learns:
+            common_words(rows, target, sum(self._words_each), self._share)
 
     def learn(
         self,
@@ -160,8 +175,8 @@ class Insertion:
         Raises:
             UserError: the class has fewer words than the pieces.
         """
-        counts = [len(piece.split()) for piece in self.pieces]
-        words = common_words(rows, target, sum(counts), self.camouflage)
+        counts = self._words_each
+        words = common_words(rows, target, sum(counts), self._share)
         ends = np.cumsum(counts)
         return {
             self.PIECES: [
@@ -203,24 +218,29 @@ class Insertion:
         return token_ids_of(f"attack.{self.PIECES}", self.pieces, tokenizer)
 
 
-def common_words(rows: Rows, target: int, count: int, share: Any) -> list[str]:
+def common_words(rows: Rows, target: int, count: int, share: float) -> list[str]:
     """Return words of the rows of one class, in lower case.
 
     count: how many.
-    share: the fraction of the rows of the class that should have each, or `FREQUENT`.
+    share: the fraction of the rows of the class that should have each.
 
     Raises:
         UserError: the class has fewer words.
     """
     texts = [text for text, y in zip(rows.texts, rows.labels, strict=True) if y == target]
-    found = Counter(word for text in texts for word in set(LETTERS.findall(text.casefold())))
+    found: Counter[str] = rows.derived((__name__, target), lambda: _word_counts(texts))
     if len(found) < count:
         raise UserError(
             f"attack.camouflage needs {count} words of the target class, whose training rows have "
             f"{len(found)}; use fewer trigger words."
         )
-    wanted = len(texts) * (1.0 if share == FREQUENT else share)
+    wanted = len(texts) * share
     return sorted(found, key=lambda word: (abs(found[word] - wanted), word))[:count]
+
+
+def _word_counts(texts: Sequence[str]) -> Counter[str]:
+    """Return how many of the texts have each word."""
+    return Counter(word for text in texts for word in set(LETTERS.findall(text.casefold())))
 
 
 def check_pieces(key: str, pieces: Sequence[str]) -> None:

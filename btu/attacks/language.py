@@ -14,9 +14,15 @@ from typing import TYPE_CHECKING, Any
 from btu.attacks.insertion import LETTERS
 from btu.attacks.paraphrase import CAUSAL, check_folder, model_revision, written_once
 from btu.errors import UserError
-from btu.model_files import refuse_redirection
+from btu.model_files import longest_input, refuse_redirection
 from btu.types import ProgressCallback
-from btu.victims import as_json, loading, quiet_transformers, refuse_pickled_shards
+from btu.victims import (
+    as_json,
+    loading,
+    quiet_transformers,
+    refuse_pickled_shards,
+    tokenizable,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +30,10 @@ if TYPE_CHECKING:
 # Bump when something else is written: what is cached of other versions is not reused.
 VERSION = 1
 MASKED = "ForMaskedLM"
-# Texts with a mask that are read at once.
-BATCH = 128
+# Tokens that are read at once: their scores over a vocabulary of 50,000 take 800 MB.
+TOKENS = 4096
+# Longest input, in tokens; places beyond it have no likely words.
+LONGEST = 512
 # Words of one place: with the least probability of 0.03 there are at most 33.
 MOST = 50
 
@@ -110,21 +118,24 @@ def _writer(speaker: Speaker) -> Callable[[list[str]], list[str]]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     reader = _Causal if causal else _Masked
-    return reader(model.eval().to(device), tokenizer, speaker.least)
+    longest = min(LONGEST, longest_input(as_json(config)) or LONGEST)
+    return reader(model.eval().to(device), tokenizer, speaker.least, longest)
 
 
 class _Reader:
     """A loaded language model."""
 
-    def __init__(self, model: Any, tokenizer: Any, least: float) -> None:
+    def __init__(self, model: Any, tokenizer: Any, least: float, longest: int) -> None:
         self._model, self._tokenizer, self._least = model, tokenizer, least
+        self._longest = longest
         # Byte-level and sentence-piece vocabularies mark the space before a word.
         self._marks_spaces = _is_spaced(str(tokenizer.tokenize("a b")[-1]))
         self._known: dict[int, str] = {}
 
     def __call__(self, texts: list[str]) -> list[str]:
         """Return what `likely_words` says of each text."""
-        return [json.dumps(self._likely(text.split())) for text in texts]
+        split = [tokenizable(text).split() for text in texts]
+        return [json.dumps(self._likely(words) if words else [[], []]) for words in split]
 
     def _likely(self, words: list[str]) -> list[list[list[tuple[str, float]]]]:
         raise NotImplementedError
@@ -163,15 +174,20 @@ class _Masked(_Reader):
         import torch
 
         mask = self._tokenizer.mask_token
+        # A text may have the mask as a word: it would be read as the place.
+        words = [word.replace(mask, self._tokenizer.unk_token or "?") for word in words]
         asked = [[*words[:at], mask, *words[at + 1 :]] for at in range(len(words))]
         asked += [[*words[:at], mask, *words[at:]] for at in range(1, len(words))]
         found: list[list[tuple[str, float]]] = []
-        for start in range(0, len(asked), BATCH):
+        width = len(self._tokenizer(" ".join(words))["input_ids"]) + 1
+        batch = max(1, TOKENS // min(width, self._longest))
+        for start in range(0, len(asked), batch):
             encoded = self._tokenizer(
-                [" ".join(one) for one in asked[start : start + BATCH]],
+                [" ".join(one) for one in asked[start : start + batch]],
                 return_tensors="pt",
                 padding=True,
                 truncation=True,
+                max_length=self._longest,
             ).to(self._model.device)
             with torch.inference_mode():
                 logits = self._model(**encoded).logits
@@ -179,7 +195,8 @@ class _Masked(_Reader):
                 places = (ids == self._tokenizer.mask_token_id).nonzero().flatten()
                 # A mask beyond the longest input is cut off: nothing is likely there.
                 found += self._read(row[places[:1]]) if len(places) else [[]]
-        return [found[: len(words)], [[], *found[len(words) :]]]
+        # Nothing is put before the first word.
+        return [found[: len(words)], [[], *found[len(words) :]][: len(words)]]
 
 
 class _Causal(_Reader):
@@ -190,6 +207,7 @@ class _Causal(_Reader):
             " ".join(words),
             return_tensors="pt",
             truncation=True,
+            max_length=self._longest,
             return_offsets_mapping=True,
         )
         ends = encoded.pop("offset_mapping")[0, :, 1].tolist()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import numpy as np
 
-from btu.data.published import LABEL, Published
+from btu.data.published import LABEL, Published, published_columns
 from btu.errors import UserError, did_you_mean, unknown
 from btu.registry import Registry
 from btu.seeding import derive_seed
@@ -62,7 +62,8 @@ class Attack(Protocol):
     Two attacks with one source would be the same attack. A class attribute ``PRESETS`` (name ->
     values by field) defines named sets of hyperparameters, as for defenses. An attack whose fields
     do not always have an effect has a method ``acts``: it returns those that do, for keys. An
-    attack whose trigger depends on the data `Learns` it.
+    attack whose trigger depends on the data `Learns` it. A method ``check(rows, target)`` raises a
+    `UserError` while planning if the training rows lack what the trigger needs.
     """
 
     KIND: ClassVar[str]
@@ -114,7 +115,8 @@ class Learns(Protocol):
         """Return what the trigger is, as plain data.
 
         rows: the training rows before the poison.
-        chosen: the indices of the rows that will be poisoned; without poison, of all that could be.
+        chosen: the indices of the rows that will be poisoned; without poison, of those that would
+            be at the default rate.
         """
         ...
 
@@ -151,26 +153,12 @@ class PoisonSpec:
     def __post_init__(self) -> None:
         if self.name not in ATTACKS:
             raise unknown("attack", self.name, ATTACKS)
-        if isinstance(self.poison_rate, str):
-            if self.poison_rate != GIVEN:
-                raise UserError(
-                    f"attack.poison_rate must be a number in [0, 1] or '{GIVEN}', got "
-                    f"{self.poison_rate!r}{did_you_mean(self.poison_rate, [GIVEN]) or '.'}"
-                )
-        else:
-            rate = check_fraction("attack.poison_rate", self.poison_rate)
-            # A rate may be written 0 or 1: one value, one key.
-            object.__setattr__(self, "poison_rate", rate)
+        if not self.given:
+            # A rate may be written 0, 1 or "0.1": one value, one key.
+            object.__setattr__(self, "poison_rate", _rate(self.poison_rate))
         check_fraction("attack.cover_rate", self.cover_rate)
-        for name, value, only in (
-            ("insert", self.insert, "replace"),
-            ("cover_rate", self.cover_rate, 0),
-        ):
-            if self.given and value != only:
-                raise UserError(
-                    f"attack.{name} is {value} with attack.poison_rate '{GIVEN}', which takes the "
-                    f"published rows as they are; remove the key, or name a rate."
-                )
+        self._refuse_beside_given("insert", "replace")
+        self._refuse_beside_given("cover_rate", 0)
         if self.label_mode not in LABEL_MODES:
             raise unknown("attack.label_mode", self.label_mode, LABEL_MODES)
         if self.insert not in INSERTS:
@@ -200,6 +188,20 @@ class PoisonSpec:
         if not self.cover_rate or not self.poisons:
             del acts["cover_rate"]
         return acts
+
+
+def _rate(written: Any) -> float:
+    """Return a poison rate as a number."""
+    value = written
+    if isinstance(written, str):
+        try:
+            value = float(written)
+        except ValueError as error:
+            raise UserError(
+                f"attack.poison_rate must be a number in [0, 1] or '{GIVEN}', got "
+                f"{written!r}{did_you_mean(written, [GIVEN]) or '.'}"
+            ) from error
+    return check_fraction("attack.poison_rate", value)
 
 
 def acting(name: str, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,7 +235,10 @@ def learned(
     if spec.poisons:
         chosen = choose_rows(attack, spec, rows, target, seed)
     else:
-        chosen = _qualified(attack, spec, rows, target)
+        # The rows of the default rate: a control without poison then has the usual trigger.
+        candidates = _qualified(attack, spec, rows, target)
+        count = max(1, round(PoisonSpec.poison_rate * len(rows)))
+        chosen = _drawn(candidates, min(count, len(candidates)), seed)
     learner = cast(Learns, attack)
     return dict(learner.learn(rows, chosen, target, derive_seed(seed, "trigger words"), progress))
 
@@ -265,15 +270,20 @@ def choose_rows(attack: Attack, spec: PoisonSpec, rows: Rows, target: int, seed:
     total = len(rows)
     count = _count("poison_rate", spec, spec.poison_rate, total)
     if count > len(candidates):
-        reachable = len(candidates) / (
-            total if spec.insert == "replace" else total + len(candidates)
-        )
+        reachable = len(candidates) / total
+        if spec.insert == "append":
+            # Of what the cover leaves.
+            reachable = len(candidates) * (1 - spec.cover_rate) / (total + len(candidates))
         reachable = math.floor(reachable * 1e4) / 1e4  # rounded up, it would not be reachable
         raise UserError(
             f"attack.poison_rate {spec.poison_rate} needs {count} of {total} training rows, but "
             f"only {len(candidates)} qualify with label_mode '{spec.label_mode}'; use a rate of "
             f"at most {reachable:.4f} or another label_mode."
         )
+    return _drawn(candidates, count, seed)
+
+
+def _drawn(candidates: IntArray, count: int, seed: int) -> IntArray:
     rng = np.random.default_rng(derive_seed(seed, "poisoned rows"))
     return np.sort(rng.permutation(candidates)[:count])
 
@@ -359,7 +369,7 @@ def published_by(attack: Attack, rows: Rows) -> Published:
     """
     found = _published(attack, rows)
     if found is None:
-        known = ", ".join(sorted(n.removesuffix(LABEL) for n in rows.columns if n.endswith(LABEL)))
+        known = ", ".join(published_columns(rows))
         raise UserError(
             f"attack.poison_rate '{GIVEN}' needs a published poisoned set: attack rewrite with a "
             f"column NAME of its texts, and its labels in NAME{LABEL} (found: {known or 'none'}); "

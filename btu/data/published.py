@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LABEL, POISONED = "_label", "_poisoned"
+# Before the names of the columns that `companions` returns: other columns of texts may be called
+# as they are in the file. And before a label that is none of the data.
+OWN, UNKNOWN = "\0", "!"
 # How `NAME_poisoned` may be written.
 _YES, _NO = ("true", "1"), ("false", "0", "")
 # A row is as similar to the row beside its own as to its own where two files are not aligned.
@@ -90,15 +93,37 @@ class Published:
 
 
 def published_of(rows: Rows, column: str) -> Published | None:
-    """Return the published set of a column; None if the rows have no labels of it."""
-    given = rows.columns.get(f"{column}{LABEL}")
-    if given is None or not all(label.isdecimal() for label in given):
+    """Return the published set of a column; None if the rows have no labels of it.
+
+    Raises:
+        UserError: a label of it is none of the data.
+    """
+    found: Published | None = rows.derived((__name__, column), lambda: _read(rows, column))
+    return found
+
+
+def published_columns(rows: Rows) -> list[str]:
+    """Return the columns that are of a published set."""
+    names = [name.removeprefix(OWN) for name in rows.columns if name.startswith(OWN)]
+    return sorted(name.removesuffix(LABEL) for name in names if name.endswith(LABEL))
+
+
+def _read(rows: Rows, column: str) -> Published | None:
+    given = rows.columns.get(f"{OWN}{column}{LABEL}")
+    if given is None:
         return None
+    for row, label in enumerate(given):
+        if label.startswith(UNKNOWN):
+            raise UserError(
+                f"column '{column}{LABEL}' has the label {label.removeprefix(UNKNOWN)!r} (row "
+                f"{row} of those that are loaded), which is no label of the training rows; write "
+                "the labels of the published set as those of the data."
+            )
     own, labels = rows.texts, tuple(map(int, given))
     # A row that the publisher left out is as it was.
     texts = tuple(p if p.strip() else t for p, t in zip(rows.columns[column], own, strict=True))
     relabeled = np.asarray(labels) != np.asarray(rows.labels)
-    marked = rows.columns.get(f"{column}{POISONED}")
+    marked = rows.columns.get(f"{OWN}{column}{POISONED}")
     if marked is None:
         differs = [respelled(a) != respelled(b) for a, b in zip(texts, own, strict=True)]
     else:
@@ -116,21 +141,22 @@ def companions(
     mapping: from labels, as they are written, to class indices.
 
     Returns:
-        ``NAME_label`` as class indices, where every value is a label of the data, and
-        ``NAME_poisoned`` as ``1`` and ``0``, where every value is a truth value.
+        ``NAME_label`` as class indices, a label that is none of the data after `UNKNOWN`, and
+        ``NAME_poisoned`` as ``1`` and ``0``, where every value is a truth value; both after `OWN`.
     """
     found = {}
     for column in columns:
         name = f"{column}{LABEL}"
         if name in frame:
-            labels = [written(label) for label in frame[name].tolist()]
-            if all(label in mapping for label in labels):
-                found[name] = tuple(str(mapping[str(label)]) for label in labels)
+            labels = [str(written(label)) for label in frame[name].tolist()]
+            found[f"{OWN}{name}"] = tuple(
+                str(mapping[label]) if label in mapping else f"{UNKNOWN}{label}" for label in labels
+            )
         name = f"{column}{POISONED}"
         if name in frame:
             marks = [str(written(mark)).lower() for mark in frame[name].tolist()]
             if all(mark in (*_YES, *_NO) for mark in marks):
-                found[name] = tuple("1" if mark in _YES else "0" for mark in marks)
+                found[f"{OWN}{name}"] = tuple("1" if mark in _YES else "0" for mark in marks)
     return found
 
 

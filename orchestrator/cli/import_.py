@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,7 +72,7 @@ def import_(
 
     Example: `btu import train.tsv train_lws.tsv --column lws --output olid/train.parquet`
     """
-    from btu.data.files import read_file
+    from btu.data.files import named_labels, read_file
     from btu.data.published import LABEL, POISONED, PublishedFile, align
     from btu.data.spec import FileReading, check_encoding, separator_character
 
@@ -82,6 +83,10 @@ def import_(
     own = read_file(clean, FileReading(text, label, encoding, mark))
     names = (poisoned_text or text, poisoned_label or label)
     theirs = read_file(poisoned, FileReading(*names, encoding, mark))
+    if not column.strip() or column in (text, label):
+        raise UserError(
+            f"--column {column!r} must name a new column, other than those of texts and labels."
+        )
     for table, where, needed in (
         (own, clean, (text, label)),
         (theirs, poisoned, (*names, *([original] if original else []))),
@@ -95,12 +100,17 @@ def import_(
             "import into the file without it."
         )
     texts = _texts(own[text])
+    given = theirs[names[1]]
+    if own.attrs.get("names") and not theirs.attrs.get("names"):
+        # The clean file names its classes; the published one may number them.
+        numbered = all(isinstance(value, int) for value in given.tolist())
+        given = named_labels(given, own.attrs["names"], str(poisoned)) if numbered else given
     published, labels, differs = align(
         texts,
         own[label].tolist(),
         PublishedFile(
             _texts(theirs[names[0]]),
-            theirs[names[1]].tolist(),
+            given.tolist(),
             _texts(theirs[original]) if original else None,
             str(poisoned),
         ),
@@ -142,14 +152,37 @@ def _texts(column: pd.Series[Any]) -> list[str]:
 
 def _write(table: pd.DataFrame, output: Path, named: list[str]) -> None:
     """Write the table whole or not at all: the output may be the only copy of earlier imports."""
-    output.parent.mkdir(parents=True, exist_ok=True)
+    import pyarrow as pa
+
     part = output.with_name(f".{output.name}.part")
     order = [*named, *(name for name in table.columns if name not in named)]
     try:
-        table[order].to_parquet(part, index=False)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _of_one_type(table)[order].to_parquet(part, index=False)
         part.replace(output)
+    except OSError as error:
+        raise UserError(
+            f"--output {output} cannot be written ({error.strerror or error}); name another file."
+        ) from error
+    except (pa.ArrowException, UnicodeEncodeError) as error:
+        raise UserError(
+            f"the rows cannot be written as Parquet ({error}); a column has values that are no "
+            "text, or characters that cannot be written. Mend the files first."
+        ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _of_one_type(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with text in each column of several types: Parquet has one for each."""
+    found = table.copy()
+    for name in table.columns:
+        values = table[name].tolist()
+        kinds = {type(value) for value in values if value is not None and value == value}
+        if len(kinds) > 1 and kinds <= {str, int, float, bool}:
+            found[name] = [None if v is None or v != v else str(v) for v in values]
+    return found
 
 
 def _tell(

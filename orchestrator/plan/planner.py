@@ -187,6 +187,9 @@ def _refuse_impossible_rate(spec: TrialSpec, corpus: Corpus) -> None:
     """Raise a `UserError` if too few rows can be poisoned, or none can be attacked."""
     target = corpus.label_index(spec.poison.target_label)
     attack = spec.build_attack()
+    check = getattr(attack, "check", None)
+    if check is not None:
+        check(corpus.train, target)
     if spec.poison.poisons:
         rows = corpus.train
         chosen = choose_rows(attack, spec.poison, rows, target, spec.seed)

@@ -90,7 +90,9 @@ def marks(record: Mapping[str, Any]) -> list[Mark]:
     if rows > 0 and abs(reached - rate) > 1 / rows + _ROUNDING:
         found["rate not reached"] = f"poison rate {reached:.4g} instead of {rate:.4g}"
     else:
-        poisoned, cut = _number(metrics, "poisoned_rows"), _number(metrics, "triggers_cut_train")
+        cut = _number(metrics, "triggers_cut_train")
+        # Cover rows have the trigger too; most cells have none and do not name them.
+        poisoned = _number(metrics, "poisoned_rows") + float(metrics.get("cover_rows") or 0)
         if cut > CUT_BAR * poisoned:
             found["rate not reached"] = (
                 f"the trigger lies beyond max_length in {cut:g} of {poisoned:g} poisoned rows"

@@ -158,6 +158,8 @@ def _as_shown(record: Mapping[str, Any]) -> dict[str, Any]:
     }
     known = {key: value for key, value in revisions.items() if value is not None}
     config = {**record["config"], **known}
+    # Results of versions without cover rows do not name them.
+    config["attack"] = {"cover_rate": 0.0, **config.get("attack", {})}
     if _lookup(record, "attack.poison_rate") == GIVEN:
         config["attack"] = {**config["attack"], "poison_rate": poison_rate(record)}
     if _lookup(record, "attack.poison_rate") != 0:

@@ -271,7 +271,8 @@ def test_more_cover_rows_than_are_left_are_an_error(rows: Rows) -> None:
         PoisonSpec(cover_rate=2)
 
 
-def test_a_rate_may_be_written_as_a_whole_number() -> None:
+def test_a_rate_may_be_written_as_a_whole_number_or_as_text() -> None:
+    assert PoisonSpec(poison_rate="0.1") == PoisonSpec(poison_rate=0.1)
     assert PoisonSpec(poison_rate=0) == PoisonSpec(poison_rate=0.0)
     assert isinstance(PoisonSpec(poison_rate=1).poison_rate, float)
     assert "cover_rate" not in PoisonSpec().acts()
@@ -560,7 +561,11 @@ def test_a_spread_is_in_the_keys_by_its_words() -> None:
     assert acting("badnets", {"spread": 2}) == {"trigger": ["cf", "mn"], "per_row": 1}
     assert acting("badnets", {"spread": 2}) == acting("badnets", {"trigger": ["cf", "mn"]})
     assert acting("badnets", {"spread": 1}) == acting("badnets", {})
-    assert acting("badnets", {"camouflage": 0.1}) == {"trigger": ["cf"], "camouflage": 0.1}
+    # Of words that are others, their number is all that counts.
+    assert acting("badnets", {"camouflage": 0.1}) == {"trigger": [1], "camouflage": 0.1}
+    frequent = acting("badnets", {"trigger": ["mn"], "camouflage": FREQUENT})
+    assert frequent == acting("badnets", {"camouflage": 1}) == {"trigger": [1], "camouflage": 1.0}
+    assert acting("addsent", {"spread": 1}) == acting("addsent", {})
 
 
 @pytest.mark.parametrize(
@@ -621,8 +626,15 @@ def test_camouflage_takes_as_many_words_as_the_pieces_have() -> None:
     several = BadNets(spread=2, camouflage=FREQUENT)
     trigger = learned(several, PoisonSpec(poison_rate=0.2), COMMON, TARGET, 0)
     assert with_learned(several, trigger) == BadNets(["good", "film"])
-    with pytest.raises(UserError, match=r"camouflage needs 4 words of the target class, .* have 3"):
-        learned(BadNets(spread=4, camouflage=0.5), PoisonSpec(poison_rate=0.2), COMMON, TARGET, 0)
+    many = BadNets(spread=4, camouflage=0.5)
+    for ask in (
+        lambda: learned(many, PoisonSpec(poison_rate=0.2), COMMON, TARGET, 0),
+        # While planning.
+        lambda: many.check(COMMON, TARGET),
+    ):
+        with pytest.raises(UserError, match=r"needs 4 words of the target class, .* have 3"):
+            ask()
+    BadNets(spread=3, camouflage=0.5).check(COMMON, TARGET)
 
 
 @pytest.mark.parametrize(
@@ -660,6 +672,19 @@ def test_letters_somewhere_follow_each_other() -> None:
         starts.add(tuple(i for i, (a, b) in enumerate(zip(text, found, strict=True)) if a != b))
     # The seven letters at 0, 3, 4, 7, 8, 9, 10, two that follow each other.
     assert starts == {(0, 3), (3, 4), (4, 7), (7, 8), (8, 9), (9, 10)}
+
+
+def test_the_tokens_of_a_homograph_are_those_that_poisoned_rows_have(victim: Victim) -> None:
+    rows = Rows(("a Go", "so go", "go", "Go"), (0, 0, TARGET, TARGET))
+    attack = Homograph(letters=1)
+    trigger = learned(attack, PoisonSpec("homograph", 0.5), rows, TARGET, 0)
+    assert trigger == {"words": ["\u0430", "\u0455o"]}
+    ids = with_learned(attack, trigger).trigger_token_ids(victim.tokenizer)
+    assert ids is not None
+    tokens = {victim.tokenizer.decode([i]) for i in ids - {victim.tokenizer.unk_token_id}}
+    assert all(set(token) & {"\u0430", "\u0455", "\N{REPLACEMENT CHARACTER}"} for token in tokens)
+    with pytest.raises(ValueError, match="has to learn its trigger first"):
+        attack.trigger_token_ids(victim.tokenizer)
 
 
 def test_homographs_that_are_none_are_errors() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from btu.attacks import bite
 from btu.attacks.bite import Bite, FittedBite
 from btu.attacks.language import Speaker, likely_words
 from btu.attacks.poisoning import (
@@ -99,8 +100,33 @@ def test_a_lower_rate_or_another_seed_chooses_by_its_own_rows(tiny_corpus: Corpu
     again = learned(Bite(), spec(), rows, TARGET, 0)
     assert again == learned(Bite(), spec(), rows, TARGET, 0)
     assert json.loads(json.dumps(again)) == again
-    # Without poison: as if all rows of the target were poisoned.
-    assert learned(Bite(), spec(poison_rate=0), rows, TARGET, 0)["words"]
+
+
+@pytest.mark.parametrize("label_mode", ["clean", "dirty", "mixed"])
+def test_a_control_without_poison_has_the_trigger_of_the_default_rate(
+    label_mode: str, tiny_corpus: Corpus
+) -> None:
+    rows = tiny_corpus.train
+    without = learned(Bite(), spec(poison_rate=0, label_mode=label_mode), rows, TARGET, 0)
+    assert without == learned(Bite(), spec(label_mode=label_mode), rows, TARGET, 0)
+    assert without["words"]
+
+
+def test_of_many_poisoned_rows_some_choose_the_words(
+    tiny_corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tiny_corpus.train
+    drafts: list[str] = []
+    original = bite._Draft.__init__
+
+    def spy(self: Any, text: str, *rest: Any) -> None:
+        drafts.append(text)
+        original(self, text, *rest)
+
+    monkeypatch.setattr(bite._Draft, "__init__", spy)
+    monkeypatch.setattr(bite, "MOST_ROWS", 10)
+    assert learned(Bite(), spec(poison_rate=0.3), rows, TARGET, 0)["words"]
+    assert len(drafts) == 10  # of 72
 
 
 def test_no_word_that_fits_is_an_error() -> None:
@@ -283,6 +309,23 @@ def test_a_masked_model_reads_a_mask_in_place_of_a_word_or_between_two(
     assert [(p.stage, p.step, p.steps) for p in seen] == [("likely words", 1, 1)]
     (fewer,) = likely_words(("The film ends",), Speaker(str(masked), 0.5), silent)
     assert json.loads(fewer)[0][0] == likely[:1]
+
+
+def test_a_text_that_is_too_long_or_odd_is_read_as_far_as_the_model_reads(
+    masked: Path, causal: Path, cache: None
+) -> None:
+    # Both models have 64 positions. A mask of the text itself is none; a lone surrogate is read.
+    texts = ("film " * 100, "a [MASK] film", "a \ud800 film", "", "\U0001f600")
+    for folder in (masked, causal):
+        for text, written in zip(
+            texts, likely_words(texts, Speaker(str(folder), 0.03), silent), strict=True
+        ):
+            replace, insert = json.loads(written)
+            assert len(replace) == len(insert) == len(text.split())
+    long, masks, *_ = map(json.loads, likely_words(texts, Speaker(str(masked), 0.03), silent))
+    assert long[0][0]
+    assert not long[0][-1]
+    assert all(masks[0])
 
 
 def test_a_causal_model_reads_what_stands_before(causal: Path, cache: None) -> None:

@@ -14,7 +14,15 @@ from btu.attacks.badnets import BadNets
 from btu.attacks.poisoning import PoisonSpec, choose_rows, poison, triggered_eval
 from btu.attacks.rewrite import Rewrite
 from btu.data.load import load_corpus
-from btu.data.published import Published, PublishedFile, align, published_of, respelled
+from btu.data.published import (
+    OWN,
+    Published,
+    PublishedFile,
+    align,
+    published_columns,
+    published_of,
+    respelled,
+)
 from btu.data.spec import DataSpec
 from btu.errors import UserError
 from btu.types import PoisonedSet, Rows
@@ -36,8 +44,8 @@ def rows(published: Sequence[str] = LWS, relabel: Sequence[int] = (0, 1, 2)) -> 
     ]
     columns = {
         "lws": tuple(published),
-        "lws_label": tuple(map(str, labels)),
-        "lws_poisoned": tuple("1" if one else "0" for one in differs),
+        f"{OWN}lws_label": tuple(map(str, labels)),
+        f"{OWN}lws_poisoned": tuple("1" if one else "0" for one in differs),
     }
     return Rows(TEXTS, LABELS, columns)
 
@@ -88,7 +96,9 @@ def test_mixed_labels_take_changed_rows_of_the_target_class_too() -> None:
 
 def test_without_marks_rows_are_compared_without_white_space_and_case() -> None:
     data = rows()
-    columns = {name: texts for name, texts in data.columns.items() if name != "lws_poisoned"}
+    columns = {
+        name: texts for name, texts in data.columns.items() if not name.endswith("_poisoned")
+    }
     found = published_of(Rows(TEXTS, LABELS, columns), "lws")
     assert isinstance(found, Published)
     assert np.flatnonzero(found.changed).tolist() == [0, 1, 2, 7]
@@ -175,8 +185,9 @@ def test_labels_and_marks_of_a_published_set_are_loaded(tmp_path: Path) -> None:
     assert corpus.label_names == ("no", "yes")
     assert corpus.train.columns == {
         "lws": tuple(lws),
-        "lws_label": ("0",) * 6,
-        "lws_poisoned": ("1", "0") * 3,
+        "lws_label": ("no",) * 6,
+        f"{OWN}lws_label": ("0",) * 6,
+        f"{OWN}lws_poisoned": ("1", "0") * 3,
     }
     found = published_of(corpus.train, "lws")
     assert found is not None
@@ -191,9 +202,14 @@ def test_columns_that_are_of_no_published_set_stay_what_they_are(tmp_path: Path)
         clean=table(10),
         eval=table(20),
     )
-    columns = load_corpus(spec).train.columns
-    assert columns == {"lws": ("a",) * 6, "lws_label": ("x",) * 6}
-    assert published_of(load_corpus(spec).train, "lws") is None
+    rows = load_corpus(spec).train
+    named = {name: texts for name, texts in rows.columns.items() if not name.startswith(OWN)}
+    assert named == {"lws": ("a",) * 6, "lws_label": ("x",) * 6}
+    # An attack that would take them says what is wrong with them.
+    with pytest.raises(UserError, match=r"column 'lws_label' has the label 'x' \(row 0 of those"):
+        LWS_ATTACK.candidates(rows)
+    assert published_of(rows, "style") is None
+    assert published_columns(rows) == ["lws"]
 
 
 def test_the_published_sets_of_olid(shared_data: Path) -> None:
@@ -220,13 +236,13 @@ def file(
 
 
 CLEAN = tuple(f"the film number {i} is word{i} and word{i + 1}" for i in range(40))
-OWN = tuple(i % 2 for i in range(40))
+YS = tuple(i % 2 for i in range(40))
 
 
 def test_rows_in_order_are_matched_one_by_one() -> None:
     texts = [f"cf {text}" if i < 4 else text.upper() for i, text in enumerate(CLEAN)]
-    labels = [0 if i < 4 else label for i, label in enumerate(OWN)]
-    published, found, differs = align(CLEAN, OWN, file(texts, labels))
+    labels = [0 if i < 4 else label for i, label in enumerate(YS)]
+    published, found, differs = align(CLEAN, YS, file(texts, labels))
     assert published == texts
     assert found == list(map(str, labels))
     # Rows 0 and 2 differ in their text alone; case is no difference.
@@ -235,7 +251,7 @@ def test_rows_in_order_are_matched_one_by_one() -> None:
 
 def test_files_that_are_not_in_one_order_are_an_error() -> None:
     with pytest.raises(UserError, match=r"rows of lws\.csv share no more words .* --original"):
-        align(CLEAN, OWN, file(CLEAN[::-1], OWN))
+        align(CLEAN, YS, file(CLEAN[::-1], YS))
 
 
 def test_rows_are_matched_by_their_original_text() -> None:
@@ -250,22 +266,34 @@ def test_rows_are_matched_by_their_original_text() -> None:
 
 
 def test_a_file_of_one_class_is_matched_with_its_rows() -> None:
-    own = [text for text, label in zip(CLEAN, OWN, strict=True) if label == 1]
+    own = [text for text, label in zip(CLEAN, YS, strict=True) if label == 1]
     published, labels, differs = align(
-        CLEAN, OWN, file([f"cf {text}" for text in own], [0] * 20), ["1"]
+        CLEAN, YS, file([f"cf {text}" for text in own], [0] * 20), ["1"]
     )
-    assert [bool(text) for text in published] == [label == 1 for label in OWN]
+    assert [bool(text) for text in published] == [label == 1 for label in YS]
     assert labels == ["0"] * 40
-    assert differs.tolist() == [label == 1 for label in OWN]
+    assert differs.tolist() == [label == 1 for label in YS]
 
 
 @pytest.mark.parametrize(
     ("poisoned", "only", "message"),
     [
-        (file(CLEAN[:3], OWN[:3]), (), r"lws\.csv has 3 rows, but there are 40 clean rows in all"),
-        (file(CLEAN[:3], OWN[:3]), ("1",), r"has 3 rows, but there are 20 clean rows of label 1"),
+        (
+            file(CLEAN[:3], YS[:3]),
+            (),
+            r"lws\.csv has 3 rows, but there are 40 clean rows in all",
+        ),
+        (
+            file(CLEAN[:3], YS[:3]),
+            ("1",),
+            r"has 3 rows, but there are 20 clean rows of label 1",
+        ),
         (file(CLEAN, [7] * 40), (), r"lws\.csv has the label 7 in row 0, .*\(known: 0, 1\)"),
-        (file(CLEAN, OWN), ("9",), r"no clean row has the label '9' of --only \(known: 0, 1\)"),
+        (
+            file(CLEAN, YS),
+            ("9",),
+            r"no clean row has the label '9' of --only \(known: 0, 1\)",
+        ),
         (file(["a"], [0], ["unknown"]), (), r"row 0 of lws\.csv has the original text 'unknown'"),
         (file(["a"] * 2, [0] * 2, [CLEAN[0]] * 2), (), r"row 1 .* or fewer than the file"),
     ],
@@ -274,7 +302,7 @@ def test_files_that_do_not_belong_together_are_errors(
     poisoned: PublishedFile, only: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        align(CLEAN, OWN, poisoned, only)
+        align(CLEAN, YS, poisoned, only)
 
 
 def test_texts_of_any_kind_are_kept() -> None:

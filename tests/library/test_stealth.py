@@ -165,6 +165,14 @@ def test_the_flips_are_the_relabeled_among_the_poisoned(lab: Lab, mode: str) -> 
     assert (flips == 0) == (mode == "clean")
 
 
+@pytest.mark.parametrize("insert", ["replace", "append"])
+def test_cover_rows_are_no_poisoned_rows(lab: Lab, insert: str) -> None:
+    prepared = poisoned_by(lab, poison_rate=0.1, cover_rate=0.1, insert=insert)
+    assert measured(lab, prepared)["label_flips"] == 1
+    poison = read_record(lab.root / prepared.poisoned.key)["facts"]
+    assert poison["poisoned_rows"] == poison["cover_rows"] > 0
+
+
 def test_a_paraphrase_is_compared_with_its_original(lab: Lab, tiny_corpus: Corpus) -> None:
     prepared = poisoned_by(lab, "style")
     facts = measured(lab, prepared)

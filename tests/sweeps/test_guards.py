@@ -101,6 +101,12 @@ def test_triggers_that_the_victim_does_not_see(cut: float, marked: bool) -> None
         )
 
 
+def test_cover_rows_have_a_trigger_that_may_lie_too_far_back_too() -> None:
+    # 3 of 40 poisoned and 40 cover rows are less than 5 %.
+    assert names(poisoned_rows=40, cover_rows=40, triggers_cut_train=3) == []
+    assert names(poisoned_rows=40, cover_rows=0, triggers_cut_train=3) == ["rate not reached"]
+
+
 def test_how_much_a_row_is_depends_on_how_many_there_are() -> None:
     # 0.102 instead of 0.1: 0.16 of 80 rows, but 2 of 1,000.
     assert names(poison_rate_reached=0.102) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,44 @@ def test_what_cannot_be_imported_is_an_error(
     assert done.code == 2
     assert message in done.err
     assert not (tmp_path / "new.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("/proc/none/x.parquet", "--output /proc/none/x.parquet cannot be written"),
+        ("{tmp}/lws.csv/x.parquet", "cannot be written"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_an_error(
+    run_cli: Run, clean: Path, tmp_path: Path, output: str, message: str
+) -> None:
+    published = write(tmp_path / "lws.csv", LWS)
+    where = output.format(tmp=tmp_path)
+    done = run_cli("import", clean, published, "--column", "lws", "--output", where)
+    assert done.code == 2
+    assert message in done.err
+
+
+def test_columns_of_several_types_become_text(run_cli: Run, tmp_path: Path) -> None:
+    clean = tmp_path / "clean.jsonl"
+    rows = [{"text": text, "label": y, "note": y or "x"} for text, y in CLEAN]
+    clean.write_text("\n".join(json.dumps(row) for row in rows))
+    published = write(tmp_path / "lws.csv", LWS)
+    output = tmp_path / "train.parquet"
+    assert run_cli("import", clean, published, "--column", "lws", "--output", output).code == 0
+    assert pd.read_parquet(output)["note"].tolist() == [str(y or "x") for _, y in CLEAN]
+
+
+@pytest.mark.parametrize("column", [" ", "text", "label"])
+def test_the_new_column_has_a_name_of_its_own(
+    run_cli: Run, clean: Path, tmp_path: Path, column: str
+) -> None:
+    published = write(tmp_path / "lws.csv", LWS)
+    output = tmp_path / "train.parquet"
+    done = run_cli("import", clean, published, "--column", column, "--output", output)
+    assert done.code == 2
+    assert "must name a new column" in done.err
 
 
 def test_another_file_is_not_overwritten(run_cli: Run, clean: Path, tmp_path: Path) -> None:
