@@ -243,9 +243,7 @@ def _log_file(sweep: Sweep, results: Results, launch: str) -> Path:
 
 def _own_raylet() -> Callable[[], bool]:
     """Return what returns whether the Ray process of this machine, which this one uses, runs."""
-    address = str(_WORKER.global_worker.node.raylet_socket_name)
-    raylets = [p for p in psutil.process_iter(["name", "cmdline"]) if p.info["name"] == "raylet"]
-    own = [p for p in raylets if address in " ".join(p.info["cmdline"] or ())]
+    own = raylets_at(str(_WORKER.global_worker.node.raylet_socket_name))
 
     def runs() -> bool:
         try:
@@ -255,6 +253,17 @@ def _own_raylet() -> Callable[[], bool]:
             return False
 
     return runs
+
+
+def raylets_at(socket: str) -> list[psutil.Process]:
+    """Return Ray's processes of this machine that listen at a socket."""
+    # To the end: those of further nodes on one machine are at the same path and a number.
+    return [
+        process
+        for process in psutil.process_iter(["name", "cmdline"])
+        if process.info["name"] == "raylet"
+        and any(word.endswith(f"={socket}") for word in process.info["cmdline"] or ())
+    ]
 
 
 def nodes_at(address: str) -> list[dict[str, Any]]:

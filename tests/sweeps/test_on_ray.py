@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,6 +62,27 @@ def test_a_ray_that_does_not_start_in_time_is_started_again(
     assert asked == ["local"] * tries
     # What came up of Ray in vain does not burden the next try.
     assert [process.wait(60) for process in started] == [-signal.SIGKILL] * min(failures, tries)
+
+
+def test_of_several_nodes_on_one_machine_the_own_one_is_watched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import psutil
+
+    from orchestrator.run.on_ray import raylets_at
+
+    def process(name: str, socket: str) -> SimpleNamespace:
+        words = [f"/ray/{name}", f"--raylet_socket_name={socket}", f"--agent=x --raylet={socket} y"]
+        return SimpleNamespace(info={"name": name, "cmdline": words})
+
+    # Process ids may have begun again from low ones: the head's is not always the first.
+    other, own = process("raylet", "/r/sockets/raylet.1"), process("raylet", "/r/sockets/raylet")
+    elsewhere = process("raylet", "/q/r/sockets/raylet")
+    hidden = SimpleNamespace(info={"name": "raylet", "cmdline": None})
+    found = [other, elsewhere, hidden, process("python", "/r/sockets/raylet"), own]
+    monkeypatch.setattr(psutil, "process_iter", lambda _: iter(found))
+    assert raylets_at("/r/sockets/raylet") == [own]
+    assert raylets_at("/r/sockets/raylet.1") == [other]
 
 
 def test_a_cluster_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
