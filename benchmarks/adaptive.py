@@ -1,6 +1,6 @@
 """Attackers who know the detection: where it misses the trigger, and what evading costs them.
 
-    python benchmarks/adaptive.py --data FOLDER/sst2 --plot FILE.png     # under an hour, 2 cores
+    python benchmarks/adaptive.py --data FOLDER/sst2 --plot FILE.png     # about an hour on 2 cores
     python benchmarks/adaptive.py 'list=[{attack.cover_rate: 0}]'        # one strength, hub data
 
 Launches `sweeps/adaptive.yaml` with the given overrides, or resumes it, and prints a row per
@@ -12,6 +12,7 @@ the detection finds the trigger and nothing else.
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,7 @@ METRICS = ("detection_precision", "detection_recall", "undefended_asr", "asr", "
 def rows_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return a row per cell and evasion: evasion, strength, seed, metrics as fractions.
 
-    A cell without an evasion is the weakest of each.
+    A cell without an evasion is the weakest of each. A metric that is not defined is None.
     """
     rows = []
     for record in records:
@@ -46,14 +47,18 @@ def rows_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         used = [name for name, value in strengths.items() if value != IDLE[name]]
         for name in used or EVASIONS:
             row = {"evasion": name, "strength": strengths[name], "seed": record["config"]["seed"]}
-            rows.append({**row, **{metric: metrics[metric] for metric in METRICS}})
+            rows.append({**row, **{metric: _defined(metrics[metric]) for metric in METRICS}})
     return sorted(rows, key=lambda row: (row["evasion"], row["strength"], row["seed"]))
+
+
+def _defined(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def means(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Return a row per evasion and strength: the seeds, and means of the metrics."""
     grouped = pd.DataFrame(rows).groupby(["evasion", "strength"], as_index=False)
-    found = grouped[list(METRICS)].mean()
+    found = grouped[list(METRICS)].mean()  # what is not defined is left out
     return found.assign(seeds=grouped["seed"].nunique()["seed"])
 
 
@@ -65,7 +70,7 @@ def judge_cells(judge: Judge, cells: int, records: Sequence[Mapping[str, Any]]) 
     judge.figures["rows"] = rows
     plain = [row for row in rows if row["strength"] == IDLE[row["evasion"]]]
     if plain:
-        worst = {name: min(row[name] for row in plain) for name in METRICS[:2]}
+        worst = {name: min(row[name] or 0.0 for row in plain) for name in METRICS[:2]}
         judge.structure(
             "without an evasion the trigger is found, and nothing else",
             ", ".join(f"{name.removeprefix('detection_')} {worst[name]:.2f}" for name in worst),
@@ -91,11 +96,12 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     from orchestrator.report.charts import over_seeds
 
     lines = (
-        ("detection_precision", "precision", BLUE, "solid", "circle"),
         ("detection_recall", "recall", ORANGE, "solid", "circle"),
+        # On top, since both are often equal.
+        ("detection_precision", "precision", BLUE, "dot", "square"),
         ("undefended_asr", "ASR undefended", VERMILION, "dash", "triangle-down"),
         ("asr", "ASR", VERMILION, "solid", "triangle-down"),
-        ("cacc", "CACC", GREEN, "dot", "square"),
+        ("cacc", "CACC", GREEN, "dot", "circle"),
     )
     found = pd.DataFrame(rows).rename(columns={"strength": "threshold"})
     panels = []
