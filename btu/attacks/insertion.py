@@ -227,20 +227,23 @@ def common_words(rows: Rows, target: int, count: int, share: float) -> list[str]
     Raises:
         UserError: the class has fewer words.
     """
-    texts = [text for text, y in zip(rows.texts, rows.labels, strict=True) if y == target]
-    found: Counter[str] = rows.derived((__name__, target), lambda: _word_counts(texts))
+    found: list[str] = rows.derived(
+        (__name__, target, share), lambda: _words_by_share(rows, target, share)
+    )
     if len(found) < count:
         raise UserError(
             f"attack.camouflage needs {count} words of the target class, whose training rows have "
             f"{len(found)}; use fewer trigger words."
         )
+    return found[:count]
+
+
+def _words_by_share(rows: Rows, target: int, share: float) -> list[str]:
+    """Return the words of the rows of a class, those closest to the share of rows first."""
+    texts = [text for text, y in zip(rows.texts, rows.labels, strict=True) if y == target]
+    counts = Counter(word for text in texts for word in set(LETTERS.findall(text.casefold())))
     wanted = len(texts) * share
-    return sorted(found, key=lambda word: (abs(found[word] - wanted), word))[:count]
-
-
-def _word_counts(texts: Sequence[str]) -> Counter[str]:
-    """Return how many of the texts have each word."""
-    return Counter(word for text in texts for word in set(LETTERS.findall(text.casefold())))
+    return sorted(counts, key=lambda word: (abs(counts[word] - wanted), word))
 
 
 def check_pieces(key: str, pieces: Sequence[str]) -> None:
