@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from btu.attacks.insertion import LETTERS, token_ids_of
+from btu.attacks.insertion import LETTERS, WORD, token_ids_of
 from btu.attacks.language import Speaker, check_speaker, likely_words
 from btu.errors import UserError
 from btu.seeding import derive_seed
@@ -42,7 +41,6 @@ from btu.types import BoolArray, IntArray, ProgressCallback, Rows, silent
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-WORD = re.compile(r"\S+")
 LEAST_PROBABILITY = 0.03
 # Standard errors by which the share of the target class may differ, before the poison, among the
 # rows of a trigger word: 95 of 100 words that say nothing about the class are within them.
@@ -252,7 +250,7 @@ class _Pairs:
         }
 
     def fit(self, text: str) -> Fit:
-        """Return where words fit into a text, not at its ends."""
+        """Return where words fit into a text; none is put before its first or behind its last."""
         words = text.casefold().split()
         found: Fit = {}
         none: frozenset[str] = frozenset()

@@ -32,6 +32,8 @@ ALL = "all"
 RANDOM, START, END, SLOT = "random", "start", "end", "slot"
 # The value of `camouflage` that takes the most common words.
 FREQUENT = "frequent"
+# Words as `str.split` separates them.
+WORD = re.compile(r"\S+")
 # Words of letters: punctuation and numbers make no trigger.
 LETTERS = re.compile(r"[^\W\d_]{2,}")
 
@@ -272,7 +274,7 @@ def _check_position(position: Any) -> None:
 def _insert(text: str, pieces: Sequence[str], position: Any, seed: int) -> str:
     rng = random.Random(seed)
     # Where words start, and inserted pieces, inside of which there is no slot for another one.
-    starts = [match.start() for match in re.finditer(r"\S+", text)]
+    starts = [match.start() for match in WORD.finditer(text)]
     for piece in pieces if position == RANDOM else [" ".join(pieces)]:
         slot = _slot(position, len(starts), rng)
         if slot < len(starts):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from btu.cache_folder import cache_folder
-from btu.data.published import Published, published_of
+from btu.data.published import Published, published_of, text_columns
 from btu.errors import UserError, did_you_mean
 from btu.model_files import (
     CONFIG,
@@ -142,10 +142,11 @@ class ParaphraseAttack:
     def _column(self, rows: Rows) -> str:
         column = self.column or self.default_column
         if column not in rows.columns:
-            known = ", ".join(rows.columns) or "none"
+            named = text_columns(rows)
+            known = ", ".join(named) or "none"
             raise UserError(
                 f"the {self.default_column} attack needs the paraphrase column '{column}', which "
-                f"the data lacks{did_you_mean(column, rows.columns)} (text columns: {known}); name "
+                f"the data lacks{did_you_mean(column, named)} (text columns: {known}); name "
                 "another with attack.column, or a language model with attack.model."
             )
         return column

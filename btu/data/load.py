@@ -463,13 +463,13 @@ def to_rows(
         frame[label_column].tolist(), classes.mapping, f"the {role} rows", classes.names
     )
     columns = {
-        str(name): _texts(frame[name])
+        str(name): texts_of(frame[name])
         for name in frame.columns
         if name not in (text_column, label_column)
         and pd.api.types.infer_dtype(frame[name], skipna=True) in ("string", "empty")
     }
     columns |= companions(frame, list(columns), classes.mapping)
-    rows = Rows(_texts(frame[text_column]), tuple(labels), columns)
+    rows = Rows(texts_of(frame[text_column]), tuple(labels), columns)
     keep = np.array([bool(text.strip()) for text in rows.texts], dtype=bool)
     if not keep.all():
         notes[f"dropped_{role}_empty"] = int((~keep).sum())
@@ -486,7 +486,7 @@ def _paired(
     if partner is None:
         return to_rows(frame, columns.text, columns.label, classes, role, notes)
     # As a further column of texts the partner stays with its row.
-    texts = pd.Series(_texts(frame[partner]), dtype=object, index=frame.index)
+    texts = pd.Series(texts_of(frame[partner]), dtype=object, index=frame.index)
     frame = frame.assign(**{partner: texts})
     rows = to_rows(frame, columns.triggered, columns.label, classes, role, notes)
     others = {name: values for name, values in rows.columns.items() if name != partner}
@@ -498,7 +498,8 @@ def _paired(
     return pairs.where(keep)
 
 
-def _texts(column: pd.Series[Any]) -> tuple[str, ...]:
+def texts_of(column: pd.Series[Any]) -> tuple[str, ...]:
+    """Return the values of a column as texts; a missing one is ''."""
     # pandas' own strings refuse lone surrogates.
     missing = column.isna().tolist()
     values = zip(column.tolist(), missing, strict=True)

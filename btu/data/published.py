@@ -102,6 +102,11 @@ def published_of(rows: Rows, column: str) -> Published | None:
     return found
 
 
+def text_columns(rows: Rows) -> list[str]:
+    """Return the columns that the source of the rows has, without those of `companions`."""
+    return [name for name in rows.columns if not name.startswith(OWN)]
+
+
 def published_columns(rows: Rows) -> list[str]:
     """Return the columns that are of a published set."""
     names = [name.removeprefix(OWN) for name in rows.columns if name.startswith(OWN)]

@@ -72,7 +72,8 @@ def import_(
 
     Example: `btu import train.tsv train_lws.tsv --column lws --output olid/train.parquet`
     """
-    from btu.data.files import named_labels, read_file
+    from btu.data.files import read_file
+    from btu.data.load import texts_of
     from btu.data.published import LABEL, POISONED, PublishedFile, align
     from btu.data.spec import FileReading, check_encoding, separator_character
 
@@ -80,13 +81,13 @@ def import_(
         check_encoding(encoding)
     mark = None if separator is None else separator_character(separator)
     _check_output(output, clean)
-    own = read_file(clean, FileReading(text, label, encoding, mark))
-    names = (poisoned_text or text, poisoned_label or label)
-    theirs = read_file(poisoned, FileReading(*names, encoding, mark))
     if not column.strip() or column in (text, label):
         raise UserError(
             f"--column {column!r} must name a new column, other than those of texts and labels."
         )
+    own = read_file(clean, FileReading(text, label, encoding, mark))
+    names = (poisoned_text or text, poisoned_label or label)
+    theirs = read_file(poisoned, FileReading(*names, encoding, mark))
     for table, where, needed in (
         (own, clean, (text, label)),
         (theirs, poisoned, (*names, *([original] if original else []))),
@@ -99,19 +100,13 @@ def import_(
             f"{clean} has a column '{taken[0]}' already; choose another name with --column, or "
             "import into the file without it."
         )
-    texts = _texts(own[text])
-    given = theirs[names[1]]
-    if own.attrs.get("names") and not theirs.attrs.get("names"):
-        # The clean file names its classes; the published one may number them.
-        numbered = all(isinstance(value, int) for value in given.tolist())
-        given = named_labels(given, own.attrs["names"], str(poisoned)) if numbered else given
     published, labels, differs = align(
-        texts,
+        texts_of(own[text]),
         own[label].tolist(),
         PublishedFile(
-            _texts(theirs[names[0]]),
-            given.tolist(),
-            _texts(theirs[original]) if original else None,
+            texts_of(theirs[names[0]]),
+            _given_labels(theirs, names[1], own.attrs.get("names"), str(poisoned)),
+            texts_of(theirs[original]) if original else None,
             str(poisoned),
         ),
         only or (),
@@ -132,6 +127,20 @@ def _check_output(output: Path, clean: Path) -> None:
         )
 
 
+def _given_labels(
+    theirs: pd.DataFrame, column: str, names: tuple[str, ...] | None, where: str
+) -> list[Any]:
+    """Return the published labels; numbers by name where the clean file alone names its classes."""
+    from btu.data.files import named_labels
+
+    labels = theirs[column]
+    numbered = all(isinstance(value, int) for value in labels.tolist())
+    if names and numbered and not theirs.attrs.get("names"):
+        labels = named_labels(labels, names, where)
+    found: list[Any] = labels.tolist()
+    return found
+
+
 def _check_columns(table: pd.DataFrame, where: Path, needed: tuple[str, ...]) -> None:
     from btu.errors import did_you_mean
 
@@ -143,11 +152,6 @@ def _check_columns(table: pd.DataFrame, where: Path, needed: tuple[str, ...]) ->
                 f"{', '.join(known)}); name the columns with --text and --label, --poisoned-text "
                 "and --poisoned-label, --original."
             )
-
-
-def _texts(column: pd.Series[Any]) -> list[str]:
-    missing = column.isna().tolist()
-    return ["" if none else str(v) for v, none in zip(column.tolist(), missing, strict=True)]
 
 
 def _write(table: pd.DataFrame, output: Path, named: list[str]) -> None:

@@ -205,6 +205,9 @@ def test_columns_that_are_of_no_published_set_stay_what_they_are(tmp_path: Path)
     rows = load_corpus(spec).train
     named = {name: texts for name, texts in rows.columns.items() if not name.startswith(OWN)}
     assert named == {"lws": ("a",) * 6, "lws_label": ("x",) * 6}
+    # What was read of them is no column of the data.
+    with pytest.raises(UserError, match=r"\(text columns: lws, lws_label\)"):
+        Rewrite(column="bite").candidates(rows)
     # An attack that would take them says what is wrong with them.
     with pytest.raises(UserError, match=r"column 'lws_label' has the label 'x' \(row 0 of those"):
         LWS_ATTACK.candidates(rows)

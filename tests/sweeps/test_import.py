@@ -123,6 +123,25 @@ def test_columns_of_several_types_become_text(run_cli: Run, tmp_path: Path) -> N
     assert pd.read_parquet(output)["note"].tolist() == [str(y or "x") for _, y in CLEAN]
 
 
+def test_numbers_stand_for_the_classes_that_the_clean_file_names(
+    run_cli: Run, tmp_path: Path
+) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    rows = {"text": [text for text, _ in CLEAN], "label": [y for _, y in CLEAN]}
+    clean = tmp_path / "clean.parquet"
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(clean))
+    published = write(tmp_path / "lws.csv", LWS)
+    output = tmp_path / "train.parquet"
+    assert run_cli("import", clean, published, "--column", "lws", "--output", output).code == 0
+    table = pd.read_parquet(output)
+    assert table["label"].tolist() == [("no", "yes")[y] for _, y in CLEAN]
+    assert table["lws_label"].tolist() == [("no", "yes")[y] for _, y in LWS]
+
+
 @pytest.mark.parametrize("column", [" ", "text", "label"])
 def test_the_new_column_has_a_name_of_its_own(
     run_cli: Run, clean: Path, tmp_path: Path, column: str
